@@ -1,0 +1,14 @@
+//! Turns the files under `proto/` into Rust messages, in pure Rust: neither
+//! `protoc` nor a plugin has to be installed.
+
+fn main() {
+    println!("cargo::rerun-if-changed=proto");
+    protobuf_codegen::Codegen::new()
+        .pure()
+        .include("proto")
+        .input("proto/containerd/types/mount.proto")
+        .input("proto/containerd/services/snapshots/v1/snapshots.proto")
+        .customize(protobuf_codegen::Customize::default().lite_runtime(true))
+        .cargo_out_dir("proto")
+        .run_from_script();
+}

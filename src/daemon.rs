@@ -1,0 +1,138 @@
+//! The daemon's life: lock, open, recover, bind, ready, wait, drain, close.
+//!
+//! Owns: the order of these, and everything that is done once. Never: logic of
+//! a request. Killed at any moment, the next start finds what was
+//! acknowledged; see [`crate::store`] and [`crate::volume`].
+
+mod database;
+mod lock;
+mod server;
+mod writable;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::config::Config;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mount;
+use crate::service::{self, Pool};
+use crate::snapshotter::{IdMappedMounts, Options, Snapshotter};
+use crate::volume::{Image, Volumes};
+use server::Server;
+
+/// How long a stop waits for requests under way.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// Whatever keeps it from serving, as one line that says what to do.
+pub fn run(config: &Config) -> Result<()> {
+    let begun = Instant::now();
+    // Before any other thread is started, so that none is hit unprepared.
+    let mut signals = Signals::new([SIGTERM, SIGINT])
+        .map_err(|error| Error::caused(ErrorKind::Internal, "handle signals", error))?;
+    raise_descriptor_limit();
+
+    let root = Image::open_root(&config.root)?;
+    let lock = lock::acquire(&root, &config.root)?;
+    let store = database::open(&root, config)?;
+    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
+    let mount_options = mount_options(config);
+    writable::set_up(&volumes, &store, &mount_options)?;
+    let snapshotter = Snapshotter::new(
+        store,
+        volumes,
+        Options {
+            mount_options,
+            removal: config.removal,
+            sync: config.sync,
+            upperdir_label: config.upperdir_label,
+            id_mapped_mounts: probe_id_mapped_mounts(&config.root),
+        },
+    );
+    snapshotter.recover()?;
+
+    let snapshotter = Arc::new(snapshotter);
+    let pool = Arc::new(Pool::start(config.threads)?);
+    let mut server = Server::start(&config.address, service::build(&snapshotter, &pool))?;
+    log::info!(
+        "serving on {} after {} ms: layers in {}, writes in {}",
+        config.address,
+        begun.elapsed().as_millis(),
+        config.root,
+        config.writable
+    );
+    notify(NotifyState::Ready);
+
+    let signal = signals.forever().next();
+    log::info!("stopping on signal {}", signal.unwrap_or_default());
+    notify(NotifyState::Stopping);
+    let deadline = Instant::now() + DRAIN;
+    if !pool.close(DRAIN) {
+        log::warn!("requests are still running after {DRAIN:?}: they are cut off");
+    }
+    server.stop(deadline);
+    if let Err(error) = snapshotter.store().checkpoint() {
+        log::warn!("{}", error.chain());
+    }
+    drop(lock);
+    log::info!("stopped; containers keep running");
+    Ok(())
+}
+
+/// The configured options, with those that the kernel here makes necessary.
+fn mount_options(config: &Config) -> Vec<String> {
+    let mut options = Vec::new();
+    let configured = |name: &str| {
+        config
+            .mount_options
+            .iter()
+            .any(|option| option.split('=').next() == Some(name))
+    };
+    if !configured("index") && mount::probe_index_option() {
+        options.push("index=off".to_owned());
+    }
+    if !configured("userxattr") && mount::probe_user_namespace() {
+        options.push("userxattr".to_owned());
+    }
+    options.extend_from_slice(&config.mount_options);
+    options
+}
+
+fn probe_id_mapped_mounts(root: &str) -> IdMappedMounts {
+    match mount::probe_idmapped_mounts(Path::new(root)) {
+        Ok(()) => IdMappedMounts::Supported,
+        Err(error) => {
+            log::info!("layers cannot be id-mapped: {}", error.chain());
+            IdMappedMounts::Unsupported
+        }
+    }
+}
+
+/// Each connection is a descriptor, and service managers start with a soft
+/// limit of 1024 for the sake of programs that use select(2).
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(errno) = setrlimit(Resource::Nofile, raised) {
+        log::debug!("cannot raise the limit of open files: {errno}");
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        log::warn!("cannot notify the service manager: {error}");
+    }
+}

@@ -1,0 +1,247 @@
+//! Finding the database that belongs to a root, and making one only where
+//! nothing was before: an empty database beside existing layers would have
+//! containerd delete them all.
+//!
+//! `<root>/state` says where the database is and which. After a crash during
+//! the very first start the database is there and untouched and `state` may be
+//! missing; only such a database is taken without it.
+
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, fsync, openat, renameat, unlinkat};
+use rustix::io::{Errno, read, write};
+
+use crate::config::Config;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::{FileFormat, Store, probe_format};
+use crate::volume::{Identity, Image, Root};
+
+const FILE: &str = "metadata.db";
+/// The fact under which a database keeps its own identity.
+const IDENTITY: &str = "identity";
+
+/// Opens the database of a root.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if it is another program's, missing, or
+/// another root's, saying which disk to look for; or those of [`Store::open`].
+pub fn open(root: &Root, config: &Config) -> Result<Store> {
+    let path = Path::new(&config.state_dir).join(FILE);
+    let in_root = Path::new(&config.root).join(FILE);
+    let format = require_ours(&path)?;
+    if in_root != path {
+        require_ours(&in_root)?;
+    }
+    match (read_state(root, config)?, format) {
+        (Some(state), FileFormat::Absent) => Err(missing(&state, &path)),
+        (None, FileFormat::Absent) => create(root, config, &path),
+        (Some(state), _) => open_known(root, config, &path, &state),
+        (None, _) => adopt_untouched(root, config, &path),
+    }
+}
+
+fn require_ours(path: &Path) -> Result<FileFormat> {
+    let shown = path.display();
+    let why = match probe_format(path)? {
+        format @ (FileFormat::Absent | FileFormat::Ours) => return Ok(format),
+        FileFormat::Bolt => {
+            "is the database of a Go snapshotter (bbolt), whose snapshots this program cannot \
+             take over: give another --root-dir, or remove its images and containers and then \
+             this directory's content"
+        }
+        FileFormat::OtherSqlite => "is the database of another program: give another --root-dir",
+        FileFormat::Unknown => "is no database of this program: give another --root-dir",
+    };
+    Err(refused(format!("{shown} {why}")))
+}
+
+fn missing(state: &State, path: &Path) -> Error {
+    let shown = path.display();
+    if state.database == path {
+        return refused(format!(
+            "the database {shown} is missing, but it was there before: mount the disk it is on \
+             (it has the identity {}), or restore it from a backup",
+            state.identity
+        ));
+    }
+    let was = state.database.display();
+    refused(format!(
+        "there is no database {shown}: that of this root is {was}; give the --state-dir it had, \
+         or move the file (with its -wal, if there is one)"
+    ))
+}
+
+fn create(root: &Root, config: &Config, path: &Path) -> Result<Store> {
+    if Image::holds_snapshots(root)? {
+        return Err(refused(format!(
+            "{}/snapshots holds layers, but their database {} is not there: mount the disk it \
+             is on, give the right --state-dir, or restore it from a backup",
+            config.root,
+            path.display()
+        )));
+    }
+    std::fs::create_dir_all(&config.state_dir).map_err(|error| {
+        Error::caused(
+            ErrorKind::Internal,
+            format!("create the state directory {}", config.state_dir),
+            error,
+        )
+    })?;
+    let store = Store::open(path)?;
+    record(root, config, path, &store)?;
+    Ok(store)
+}
+
+fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
+    let store = Store::open(path)?;
+    if !store.read()?.is_untouched()? {
+        return Err(refused(format!(
+            "the database {} has snapshots, but {} has no file \"state\": mount the image disk \
+             there, or give the --root-dir that belongs to this database",
+            path.display(),
+            config.root
+        )));
+    }
+    record(root, config, path, &store)?;
+    Ok(store)
+}
+
+/// Gives the database its identity and writes it down in the root.
+fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
+    let transaction = store.write()?;
+    let identity = match transaction.rows().fact(IDENTITY)? {
+        Some(text) => parse_identity(&text)?,
+        None => Identity::random()?,
+    };
+    transaction
+        .rows()
+        .record_fact(IDENTITY, &identity.to_string())?;
+    transaction.commit()?;
+    let state = State {
+        database: path.to_owned(),
+        identity,
+    };
+    write_state(root, config, &state)
+}
+
+fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Result<Store> {
+    let store = Store::open(path)?;
+    let found = store.read()?.fact(IDENTITY)?;
+    if found != Some(state.identity.to_string()) {
+        return Err(refused(format!(
+            "the database {} (identity {}) belongs to another root than {}, whose database has \
+             the identity {}: give the --state-dir that goes with this --root-dir",
+            path.display(),
+            found.as_deref().unwrap_or("unknown"),
+            config.root,
+            state.identity
+        )));
+    }
+    if state.database != path {
+        log::info!(
+            "the database has moved from {} to {}",
+            state.database.display(),
+            path.display()
+        );
+        let moved = State {
+            database: path.to_owned(),
+            identity: state.identity.clone(),
+        };
+        write_state(root, config, &moved)?;
+    }
+    Ok(store)
+}
+
+fn parse_identity(text: &str) -> Result<Identity> {
+    Identity::parse(text).ok_or_else(|| {
+        Error::new(
+            ErrorKind::DataLoss,
+            format!("the database is damaged: its identity is {text:?}"),
+        )
+    })
+}
+
+fn refused(what: String) -> Error {
+    Error::new(ErrorKind::FailedPrecondition, what)
+}
+
+/// What `<root>/state` says.
+struct State {
+    database: PathBuf,
+    identity: Identity,
+}
+
+const STATE: &str = "state";
+const NEW_STATE: &str = "state.new";
+const MAX_STATE_BYTES: usize = 8192;
+
+fn read_state(root: &Root, config: &Config) -> Result<Option<State>> {
+    let reading = || format!("read {}/{STATE}", config.root);
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = match openat(root.fd(), STATE, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        file => file.context(reading)?,
+    };
+    let mut bytes = vec![0; MAX_STATE_BYTES];
+    let length = read(&file, bytes.as_mut_slice()).context(reading)?;
+    let text = String::from_utf8_lossy(&bytes[..length]);
+    parse_state(&text).map(Some).ok_or_else(|| {
+        refused(format!(
+            "{}/{STATE} is damaged: it has to have a line \"database <path>\" and a line \
+             \"identity <32 hexadecimal digits>\"",
+            config.root
+        ))
+    })
+}
+
+fn parse_state(text: &str) -> Option<State> {
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
+    };
+    Some(State {
+        database: PathBuf::from(field("database")?),
+        identity: Identity::parse(field("identity")?)?,
+    })
+}
+
+fn write_state(root: &Root, config: &Config, state: &State) -> Result<()> {
+    let text = format!(
+        "database {}\nidentity {}\n",
+        state.database.display(),
+        state.identity
+    );
+    let replace = || {
+        match unlinkat(root.fd(), NEW_STATE, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = openat(root.fd(), NEW_STATE, flags, Mode::from_raw_mode(0o600))?;
+        if write(&file, text.as_bytes())? != text.len() {
+            return Err(Errno::NOSPC);
+        }
+        fsync(&file)?;
+        renameat(root.fd(), NEW_STATE, root.fd(), STATE)?;
+        fsync(root.fd())
+    };
+    replace().context(|| format!("write {}/{STATE}", config.root))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_is_read_as_it_is_written() {
+        let identity = Identity::random().unwrap();
+        let text = format!("database /with blank/metadata.db\nidentity {identity}\n");
+        let state = parse_state(&text).unwrap();
+        assert_eq!(state.database, Path::new("/with blank/metadata.db"));
+        assert_eq!(state.identity, identity);
+        for damaged in ["", "database /x\n", "database /x\nidentity short\n"] {
+            assert!(parse_state(damaged).is_none(), "{damaged:?}");
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The socket and the gRPC server on it.
+
+use std::fs;
+use std::future::Future;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use grpcio::{ChannelBuilder, EnvBuilder, Environment, ServerBuilder, ServerCredentials, Service};
+use rustix::fs::Mode;
+use rustix::process::umask;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// A serving gRPC server.
+pub struct Server {
+    server: grpcio::Server,
+    /// Its poll thread ends with it.
+    _environment: Arc<Environment>,
+    address: String,
+    /// Device and inode of the socket, to remove none but our own.
+    socket: (u64, u64),
+}
+
+/// How many requests gRPC keeps ready to be received at once; others wait in
+/// their connection.
+const REQUEST_SLOTS: usize = 128;
+
+impl Server {
+    /// Binds the socket (mode 0600) and serves. The caller holds the root's
+    /// lock, so a socket there that nobody answers on is a dead daemon's.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the address is taken or cannot be
+    /// bound.
+    pub fn start(address: &str, service: Service) -> Result<Server> {
+        clear_address(address)?;
+        let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("grpc").build());
+        let arguments = ChannelBuilder::new(Arc::clone(&environment)).build_args();
+        let mut server = ServerBuilder::new(Arc::clone(&environment))
+            .channel_args(arguments)
+            .requests_slot_per_cq(REQUEST_SLOTS)
+            .register_service(service)
+            .build()
+            .map_err(|error| Error::caused(ErrorKind::Internal, "make a gRPC server", error))?;
+
+        // Only root may talk to a snapshotter: no moment with a wider mode.
+        let usual = umask(Mode::from_raw_mode(0o177));
+        let bound = server.add_listening_port(uri(address), ServerCredentials::insecure());
+        umask(usual);
+        bound.map_err(|error| {
+            Error::caused(
+                ErrorKind::FailedPrecondition,
+                format!("listen on {address}"),
+                error,
+            )
+        })?;
+        let metadata = fs::symlink_metadata(address).map_err(|error| {
+            Error::caused(
+                ErrorKind::Internal,
+                format!("look at the socket {address}"),
+                error,
+            )
+        })?;
+        server.start();
+        Ok(Server {
+            server,
+            _environment: environment,
+            address: address.to_owned(),
+            socket: (metadata.dev(), metadata.ino()),
+        })
+    }
+
+    /// Closes the socket, lets answers under way reach their clients until
+    /// `deadline`, and removes the socket.
+    pub fn stop(&mut self, deadline: Instant) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // A moment at least: answers that are ready still have to be written.
+        let left = left.max(Duration::from_millis(200));
+        let shutdown = self.server.shutdown();
+        if wait(shutdown, left).is_none() {
+            log::warn!("clients are still receiving answers: they are cut off");
+            self.server.cancel_all_calls();
+        }
+        // gRPC removes it too, but does not say when.
+        let is_ours = fs::symlink_metadata(&self.address)
+            .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.socket);
+        if is_ours && let Err(error) = fs::remove_file(&self.address) {
+            log::debug!("remove the socket {}: {error}", self.address);
+        }
+    }
+}
+
+/// Makes room for the socket: removes one that nobody listens on.
+fn clear_address(address: &str) -> Result<()> {
+    let refuse = |why: &str| {
+        Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("cannot listen on {address}: {why}"),
+        ))
+    };
+    let failed = |doing: &str, error| {
+        Error::caused(ErrorKind::Internal, format!("{doing} {address}"), error)
+    };
+    if let Some(parent) = Path::new(address).parent() {
+        fs::create_dir_all(parent).map_err(|error| failed("create the directory of", error))?;
+    }
+    match fs::symlink_metadata(address) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("look at", error)),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return refuse("something that is no socket has that name, move it away");
+        }
+        Ok(_) => {}
+    }
+    if UnixStream::connect(address).is_ok() {
+        return refuse("another program serves there, stop it or give another --address");
+    }
+    fs::remove_file(address).map_err(|error| failed("remove the stale socket", error))
+}
+
+/// gRPC reads an address as a URI (RFC 3986): what is not plain in one is
+/// written as its bytes in hexadecimal.
+fn uri(path: &str) -> String {
+    let mut uri = String::from("unix:");
+    for byte in path.bytes() {
+        match byte {
+            b'/' | b'-' | b'.' | b'_' | b'~' => uri.push(char::from(byte)),
+            _ if byte.is_ascii_alphanumeric() => uri.push(char::from(byte)),
+            _ => uri.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    uri
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Waits for a future, for at most `limit`.
+fn wait<F: Future>(future: F, limit: Duration) -> Option<F::Output> {
+    let deadline = Instant::now() + limit;
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut context = TaskContext::from_waker(&waker);
+    let mut future = pin!(future);
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+            return Some(output);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        thread::park_timeout(left);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_as_uris() {
+        assert_eq!(uri("/run/a-b_c.sock"), "unix:/run/a-b_c.sock");
+        assert_eq!(uri("/a b%é?#"), "unix:/a%20b%25%C3%A9%3F%23");
+    }
+
+    #[test]
+    fn waiting_ends_with_the_future_or_the_limit() {
+        assert_eq!(wait(std::future::ready(7), Duration::ZERO), Some(7));
+        let never = std::future::pending::<()>();
+        assert_eq!(wait(never, Duration::from_millis(10)), None);
+    }
+}

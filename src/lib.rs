@@ -1,0 +1,27 @@
+//! A containerd proxy snapshotter that keeps image layers on one disk and what
+//! containers write on another.
+//!
+//! The way of a request, each module calling only those after it:
+//! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree }`;
+//! `types` and `error` are free to all, `filter` and `idmap` are pure leaves.
+
+pub mod config;
+pub mod daemon;
+pub mod error;
+pub mod filter;
+pub mod idmap;
+pub mod mount;
+pub mod overlay;
+pub mod service;
+pub mod snapshotter;
+pub mod store;
+mod sys;
+pub mod tree;
+pub mod types;
+pub mod volume;
+
+/// The messages of containerd's API, generated from `proto/` by `build.rs`.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
+}

@@ -1,0 +1,53 @@
+//! The program: reads its arguments, runs the daemon, prints what went wrong.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
+use overlay_read_write_splitting_snapshotter::error::Error;
+use overlay_read_write_splitting_snapshotter::{daemon, mount};
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if arguments == [mount::USER_NAMESPACE_CHILD] {
+        return finish(mount::hold_user_namespace());
+    }
+    match parse(arguments) {
+        Ok(Parsed::Run(config)) => {
+            start_log();
+            finish(daemon::run(&config))
+        }
+        Ok(Parsed::Print(text)) => {
+            // A closed pipe (`--help | head`) is no failure.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(error) => finish(Err(error)),
+    }
+}
+
+fn finish(result: Result<(), Error>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!(
+                "overlay-read-write-splitting-snapshotter: {}",
+                error.chain()
+            );
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// On standard error, level by `RUST_LOG` (default info); the journal adds the
+/// time by itself (systemd.exec(5), `$JOURNAL_STREAM`).
+fn start_log() {
+    let environment = env_logger::Env::default().default_filter_or("info");
+    let mut builder = env_logger::Builder::from_env(environment);
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        builder.format_timestamp(None);
+    } else {
+        builder.format_timestamp_millis();
+    }
+    builder.format_target(false).init();
+}

@@ -1,0 +1,191 @@
+//! From a snapshot to the mounts that show it.
+//!
+//! Owns: which mount, which paths, which options in which order; tools parse
+//! them, so the order is that of containerd's own overlay snapshotter
+//! (`plugins/snapshots/overlay/overlay.go`, `mounts`). Pure: no I/O at all.
+//! Paths come from `config`, which has refused every character that would end
+//! an option or a lower directory.
+
+use crate::types::{Kind, Mount, SnapshotId};
+
+/// Where directories are, and the options every overlay gets.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    /// `<root>/snapshots`: all lower directories are below it, also those whose
+    /// bytes are on the writable volume. Mounting sides shorten long lists by
+    /// their common directory, and id-map that directory as one mount.
+    pub lowers: String,
+    /// `<root>/empty`.
+    pub empty: String,
+    /// Options after `lowerdir=`, for example `index=off`.
+    pub options: Vec<String>,
+}
+
+/// A snapshot to be mounted.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan<'a> {
+    /// [`Kind::Active`] or [`Kind::View`].
+    pub kind: Kind,
+    /// The snapshot's own directory, `<volume>/snapshots/<id>`.
+    pub own: &'a str,
+    /// The layers below it, nearest first.
+    pub lowers: &'a [SnapshotId],
+    /// Without parent: an overlay over an empty directory in place of a bind.
+    /// What unpacks a layer writes whiteouts the overlay way only onto an
+    /// overlay mount (containerd `core/diff/apply/apply_linux.go`).
+    pub over_empty: bool,
+    /// `uidmap=` and `gidmap=`, where the container's ids are mapped.
+    pub id_options: &'a [String],
+}
+
+/// The mounts of a snapshot: always exactly one.
+pub fn plan_mounts(layout: &Layout, plan: &Plan<'_>) -> Vec<Mount> {
+    let is_view = plan.kind == Kind::View;
+    let mount = match plan.lowers {
+        [] if !plan.over_empty => bind(format!("{}/fs", plan.own), is_view, plan.id_options),
+        [lower] if is_view => bind(lower_path(layout, *lower), is_view, plan.id_options),
+        lowers => overlay(layout, plan, lowers, is_view),
+    };
+    vec![mount]
+}
+
+fn bind(source: String, is_view: bool, id_options: &[String]) -> Mount {
+    let mut options = id_options.to_vec();
+    options.push(if is_view { "ro" } else { "rw" }.to_owned());
+    options.push("rbind".to_owned());
+    Mount {
+        fs_type: "bind",
+        source,
+        options,
+    }
+}
+
+fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[SnapshotId], is_view: bool) -> Mount {
+    let mut options = plan.id_options.to_vec();
+    if !is_view {
+        options.push(format!("workdir={}/work", plan.own));
+        options.push(format!("upperdir={}/fs", plan.own));
+    }
+    let lowerdir = match lowers {
+        [] => layout.empty.clone(),
+        _ => lowers
+            .iter()
+            .map(|id| lower_path(layout, *id))
+            .collect::<Vec<_>>()
+            .join(":"),
+    };
+    options.push(format!("lowerdir={lowerdir}"));
+    options.extend_from_slice(&layout.options);
+    Mount {
+        fs_type: "overlay",
+        source: "overlay".to_owned(),
+        options,
+    }
+}
+
+fn lower_path(layout: &Layout, id: SnapshotId) -> String {
+    format!("{}/{id}/fs", layout.lowers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> Layout {
+        Layout {
+            lowers: "/root/snapshots".to_owned(),
+            empty: "/root/empty".to_owned(),
+            options: vec!["index=off".to_owned(), "metacopy=on".to_owned()],
+        }
+    }
+
+    fn planned(
+        kind: Kind,
+        lowers: &[u64],
+        over_empty: bool,
+        ids: &[&str],
+    ) -> (String, Vec<String>) {
+        let lowers: Vec<_> = lowers.iter().copied().map(SnapshotId::new).collect();
+        let id_options: Vec<_> = ids.iter().map(ToString::to_string).collect();
+        let plan = Plan {
+            kind,
+            own: "/fast/snapshots/9",
+            lowers: &lowers,
+            over_empty,
+            id_options: &id_options,
+        };
+        let mut mounts = plan_mounts(&layout(), &plan);
+        assert_eq!(mounts.len(), 1);
+        let mount = mounts.remove(0);
+        (format!("{} {}", mount.fs_type, mount.source), mount.options)
+    }
+
+    #[test]
+    fn without_parent_it_is_a_bind_of_the_snapshot_itself() {
+        let (what, options) = planned(Kind::Active, &[], false, &[]);
+        assert_eq!(what, "bind /fast/snapshots/9/fs");
+        assert_eq!(options, ["rw", "rbind"]);
+        let (what, options) = planned(Kind::View, &[], false, &[]);
+        assert_eq!(what, "bind /fast/snapshots/9/fs");
+        assert_eq!(options, ["ro", "rbind"]);
+    }
+
+    #[test]
+    fn a_view_of_one_layer_is_a_bind_of_that_layer() {
+        let (what, options) = planned(Kind::View, &[4], false, &[]);
+        assert_eq!(what, "bind /root/snapshots/4/fs");
+        assert_eq!(options, ["ro", "rbind"]);
+    }
+
+    #[test]
+    fn an_active_snapshot_is_an_overlay_newest_lower_first() {
+        let (what, options) = planned(Kind::Active, &[7, 4, 1], false, &[]);
+        assert_eq!(what, "overlay overlay");
+        assert_eq!(
+            options,
+            [
+                "workdir=/fast/snapshots/9/work",
+                "upperdir=/fast/snapshots/9/fs",
+                "lowerdir=/root/snapshots/7/fs:/root/snapshots/4/fs:/root/snapshots/1/fs",
+                "index=off",
+                "metacopy=on",
+            ]
+        );
+        assert_eq!(planned(Kind::Active, &[4], false, &[]).0, "overlay overlay");
+    }
+
+    #[test]
+    fn a_view_of_several_layers_has_no_upper() {
+        let (what, options) = planned(Kind::View, &[7, 4], false, &[]);
+        assert_eq!(what, "overlay overlay");
+        assert_eq!(
+            options,
+            [
+                "lowerdir=/root/snapshots/7/fs:/root/snapshots/4/fs",
+                "index=off",
+                "metacopy=on"
+            ]
+        );
+    }
+
+    #[test]
+    fn an_unpack_without_parent_is_an_overlay_over_nothing() {
+        let (what, options) = planned(Kind::Active, &[], true, &[]);
+        assert_eq!(what, "overlay overlay");
+        assert_eq!(options[2], "lowerdir=/root/empty");
+    }
+
+    #[test]
+    fn id_maps_come_first() {
+        let ids = ["uidmap=0:1000:10", "gidmap=0:2000:10"];
+        for (kind, lowers) in [
+            (Kind::Active, &[][..]),
+            (Kind::Active, &[3]),
+            (Kind::View, &[3]),
+            (Kind::View, &[5, 3]),
+        ] {
+            let (_, options) = planned(kind, lowers, false, &ids);
+            assert_eq!(options[..2], ids, "{kind} on {lowers:?}");
+        }
+    }
+}

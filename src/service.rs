@@ -1,0 +1,423 @@
+//! containerd's snapshots API on the wire.
+//!
+//! Owns: protobuf to our types and back, which request runs where, error kinds
+//! to gRPC codes, and the log line of a failed request. Never: SQL, paths,
+//! files.
+//!
+//! gRPC's poll thread serves all connections, so nothing that may wait for a
+//! disk runs on it: requests go to a pool of workers, all but Stat, which only
+//! reads what the database has in memory. Messages are decoded by ourselves,
+//! not by the library: so a bad one is an InvalidArgument that says so, and a
+//! panic, wherever in a request, is answered Internal and ends nothing.
+
+mod convert;
+mod pool;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_channel::oneshot;
+use futures_util::SinkExt;
+use grpcio::{
+    GrpcSlice, Marshaller, MessageReader, Method, MethodType, RpcContext, RpcStatus, RpcStatusCode,
+    ServerStreamingSink, ServiceBuilder, UnarySink, WriteFlags,
+};
+use protobuf::Message;
+use protobuf::well_known_types::empty::Empty;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::proto::snapshots as api;
+use crate::snapshotter::Snapshotter;
+pub use pool::Pool;
+
+const PREPARE: &str = "/containerd.services.snapshots.v1.Snapshots/Prepare";
+const VIEW: &str = "/containerd.services.snapshots.v1.Snapshots/View";
+const MOUNTS: &str = "/containerd.services.snapshots.v1.Snapshots/Mounts";
+const COMMIT: &str = "/containerd.services.snapshots.v1.Snapshots/Commit";
+const REMOVE: &str = "/containerd.services.snapshots.v1.Snapshots/Remove";
+const STAT: &str = "/containerd.services.snapshots.v1.Snapshots/Stat";
+const UPDATE: &str = "/containerd.services.snapshots.v1.Snapshots/Update";
+const LIST: &str = "/containerd.services.snapshots.v1.Snapshots/List";
+const USAGE: &str = "/containerd.services.snapshots.v1.Snapshots/Usage";
+const CLEANUP: &str = "/containerd.services.snapshots.v1.Snapshots/Cleanup";
+
+/// The service, to be registered with a gRPC server.
+pub fn build(snapshotter: &Arc<Snapshotter>, pool: &Arc<Pool>) -> grpcio::Service {
+    let unary = Unary { snapshotter, pool };
+    let mut builder = ServiceBuilder::new();
+    builder = unary.on_worker(builder, PREPARE, prepare);
+    builder = unary.on_worker(builder, VIEW, view);
+    builder = unary.on_worker(builder, MOUNTS, mounts);
+    builder = unary.on_worker(builder, COMMIT, commit);
+    builder = unary.on_worker(builder, REMOVE, remove);
+    builder = unary.in_place(builder, STAT, stat);
+    builder = unary.on_worker(builder, UPDATE, update);
+    builder = unary.on_worker(builder, USAGE, usage);
+    builder = unary.on_worker(builder, CLEANUP, cleanup);
+    let (snapshotter, pool) = (Arc::clone(snapshotter), Arc::clone(pool));
+    builder
+        .add_server_streaming_handler(
+            &raw_method(LIST, MethodType::ServerStreaming),
+            move |context, request, sink| {
+                stream_list(&context, request, sink, &snapshotter, &pool);
+            },
+        )
+        .build()
+}
+
+fn prepare(
+    snapshotter: &Snapshotter,
+    request: api::PrepareSnapshotRequest,
+) -> Result<api::PrepareSnapshotResponse> {
+    let labels = request.labels.into_iter().collect();
+    let mounts = snapshotter.prepare(&request.key, &request.parent, labels)?;
+    Ok(api::PrepareSnapshotResponse {
+        mounts: convert::mounts(mounts),
+        ..Default::default()
+    })
+}
+
+fn view(
+    snapshotter: &Snapshotter,
+    request: api::ViewSnapshotRequest,
+) -> Result<api::ViewSnapshotResponse> {
+    let labels = request.labels.into_iter().collect();
+    let mounts = snapshotter.view(&request.key, &request.parent, labels)?;
+    Ok(api::ViewSnapshotResponse {
+        mounts: convert::mounts(mounts),
+        ..Default::default()
+    })
+}
+
+fn mounts(snapshotter: &Snapshotter, request: api::MountsRequest) -> Result<api::MountsResponse> {
+    Ok(api::MountsResponse {
+        mounts: convert::mounts(snapshotter.mounts(&request.key)?),
+        ..Default::default()
+    })
+}
+
+fn commit(snapshotter: &Snapshotter, request: api::CommitSnapshotRequest) -> Result<Empty> {
+    let labels = request.labels.into_iter().collect();
+    snapshotter.commit(&request.key, &request.name, &request.parent, labels)?;
+    Ok(Empty::new())
+}
+
+fn remove(snapshotter: &Snapshotter, request: api::RemoveSnapshotRequest) -> Result<Empty> {
+    snapshotter.remove(&request.key)?;
+    Ok(Empty::new())
+}
+
+fn stat(
+    snapshotter: &Snapshotter,
+    request: api::StatSnapshotRequest,
+) -> Result<api::StatSnapshotResponse> {
+    Ok(api::StatSnapshotResponse {
+        info: Some(convert::info(snapshotter.stat(&request.key)?)).into(),
+        ..Default::default()
+    })
+}
+
+fn update(
+    snapshotter: &Snapshotter,
+    request: api::UpdateSnapshotRequest,
+) -> Result<api::UpdateSnapshotResponse> {
+    let given = request.info.unwrap_or_default();
+    let mask = request.update_mask.unwrap_or_default().paths;
+    let labels = given.labels.into_iter().collect();
+    let info = snapshotter.update(&given.name, &mask, &labels)?;
+    Ok(api::UpdateSnapshotResponse {
+        info: Some(convert::info(info)).into(),
+        ..Default::default()
+    })
+}
+
+fn usage(snapshotter: &Snapshotter, request: api::UsageRequest) -> Result<api::UsageResponse> {
+    let usage = snapshotter.usage(&request.key)?;
+    Ok(api::UsageResponse {
+        size: i64::try_from(usage.size_bytes).unwrap_or(i64::MAX),
+        inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
+        ..Default::default()
+    })
+}
+
+fn cleanup(snapshotter: &Snapshotter, _request: api::CleanupRequest) -> Result<Empty> {
+    snapshotter.cleanup()?;
+    Ok(Empty::new())
+}
+
+/// A page of List: at most 100 snapshots (containerd
+/// `plugins/services/snapshots/service.go`), and few enough bytes that no
+/// client's limit on a message (16 MiB in containerd) is near.
+const PAGE_SNAPSHOTS: usize = 100;
+const PAGE_BYTES: usize = 1 << 20;
+
+fn list_pages(snapshotter: &Snapshotter, request: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let request: api::ListSnapshotsRequest = decode(request)?;
+    let mut pages = Vec::new();
+    let mut page = api::ListSnapshotsResponse::new();
+    let mut bytes = 0;
+    snapshotter.list(&request.filters, |info| {
+        let info = convert::info(info);
+        bytes += usize::try_from(info.compute_size()).unwrap_or(usize::MAX / 2);
+        page.info.push(info);
+        if page.info.len() == PAGE_SNAPSHOTS || bytes >= PAGE_BYTES {
+            pages.push(encode(&std::mem::take(&mut page)));
+            bytes = 0;
+        }
+    })?;
+    if !page.info.is_empty() {
+        pages.push(encode(&page));
+    }
+    pages.into_iter().collect()
+}
+
+/// All pages are made at once, so that the answer is of one moment and a
+/// reader that stalls holds memory but no worker and no transaction.
+fn stream_list(
+    context: &RpcContext<'_>,
+    request: Vec<u8>,
+    mut sink: ServerStreamingSink<Vec<u8>>,
+    snapshotter: &Arc<Snapshotter>,
+    pool: &Arc<Pool>,
+) {
+    let (sender, receiver) = oneshot::channel();
+    let snapshotter = Arc::clone(snapshotter);
+    let submitted = pool.submit(move || {
+        let _ = sender.send(answer(LIST, || list_pages(&snapshotter, &request)));
+    });
+    context.spawn(async move {
+        let pages = match submitted {
+            Ok(()) => receiver.await.unwrap_or_else(|_| Err(dropped())),
+            Err(status) => Err(status),
+        };
+        // A client that has hung up is no concern of ours.
+        let _ = match pages {
+            Err(status) => sink.fail(status).await,
+            Ok(pages) => {
+                for page in pages {
+                    if sink.send((page, WriteFlags::default())).await.is_err() {
+                        return;
+                    }
+                }
+                sink.close().await
+            }
+        };
+    });
+}
+
+/// What the unary methods are registered with.
+struct Unary<'a> {
+    snapshotter: &'a Arc<Snapshotter>,
+    pool: &'a Arc<Pool>,
+}
+
+impl Unary<'_> {
+    fn on_worker<Q: Message, A: Message>(
+        &self,
+        builder: ServiceBuilder,
+        name: &'static str,
+        operation: fn(&Snapshotter, Q) -> Result<A>,
+    ) -> ServiceBuilder {
+        let (snapshotter, pool) = (Arc::clone(self.snapshotter), Arc::clone(self.pool));
+        let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
+            let (sender, receiver) = oneshot::channel();
+            let snapshotter = Arc::clone(&snapshotter);
+            let submitted = pool.submit(move || {
+                let result = answer(name, || {
+                    encode(&operation(&snapshotter, decode(&request)?)?)
+                });
+                let _ = sender.send(result);
+            });
+            context.spawn(async move {
+                let result = match submitted {
+                    Ok(()) => receiver.await.unwrap_or_else(|_| Err(dropped())),
+                    Err(status) => Err(status),
+                };
+                respond(sink, result).await;
+            });
+        };
+        builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
+    }
+
+    fn in_place<Q: Message, A: Message>(
+        &self,
+        builder: ServiceBuilder,
+        name: &'static str,
+        operation: fn(&Snapshotter, Q) -> Result<A>,
+    ) -> ServiceBuilder {
+        let (snapshotter, pool) = (Arc::clone(self.snapshotter), Arc::clone(self.pool));
+        let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
+            let result = pool.admit().and_then(|_running| {
+                answer(name, || {
+                    encode(&operation(&snapshotter, decode(&request)?)?)
+                })
+            });
+            context.spawn(respond(sink, result));
+        };
+        builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
+    }
+}
+
+async fn respond(sink: UnarySink<Vec<u8>>, result: std::result::Result<Vec<u8>, RpcStatus>) {
+    // A client that has hung up is no concern of ours.
+    let _ = match result {
+        Ok(response) => sink.success(response).await,
+        Err(status) => sink.fail(status).await,
+    };
+}
+
+/// Runs one request to its end: times it, logs it, turns an error or a panic
+/// into the status that the client gets.
+fn answer<T>(
+    method: &'static str,
+    operation: impl FnOnce() -> Result<T>,
+) -> std::result::Result<T, RpcStatus> {
+    let name = method.rsplit('/').next().unwrap_or(method);
+    let begun = Instant::now();
+    // What a panic leaves behind is made sound by those who own it: the store
+    // rolls back, new directories go to the trash.
+    let result = catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
+        // The panic itself has been printed with its place by then.
+        Err(Error::new(
+            ErrorKind::Internal,
+            format!("{name} failed by a bug in this program; its log says where"),
+        ))
+    });
+    let error = match result {
+        Ok(response) => {
+            log::debug!("{name}: done in {:?}", begun.elapsed());
+            return Ok(response);
+        }
+        Err(error) => error,
+    };
+    let chain = error.chain();
+    match error.kind() {
+        // The caller's own business, and common: containerd asks for what it
+        // then makes, and makes what is there.
+        ErrorKind::NotFound | ErrorKind::AlreadyExists => {
+            log::debug!("{name}: {chain} ({:?})", begun.elapsed());
+        }
+        ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
+            log::warn!("{name}: {chain}");
+        }
+        ErrorKind::ResourceExhausted | ErrorKind::DataLoss | ErrorKind::Internal => {
+            log::error!("{name}: {chain}");
+        }
+    }
+    Err(RpcStatus::with_message(code_of(error.kind()), chain))
+}
+
+/// containerd 1.7 and older turn only the first eight of gRPC's codes back into
+/// errors of their own; the others arrive as unknown, with the same text.
+fn code_of(kind: ErrorKind) -> RpcStatusCode {
+    match kind {
+        ErrorKind::NotFound => RpcStatusCode::NOT_FOUND,
+        ErrorKind::AlreadyExists => RpcStatusCode::ALREADY_EXISTS,
+        ErrorKind::InvalidArgument => RpcStatusCode::INVALID_ARGUMENT,
+        ErrorKind::FailedPrecondition => RpcStatusCode::FAILED_PRECONDITION,
+        ErrorKind::ResourceExhausted => RpcStatusCode::RESOURCE_EXHAUSTED,
+        ErrorKind::Unavailable => RpcStatusCode::UNAVAILABLE,
+        ErrorKind::DataLoss => RpcStatusCode::DATA_LOSS,
+        ErrorKind::Internal => RpcStatusCode::INTERNAL,
+    }
+}
+
+fn dropped() -> RpcStatus {
+    RpcStatus::with_message(
+        RpcStatusCode::UNAVAILABLE,
+        "the snapshotter is stopping".to_owned(),
+    )
+}
+
+fn decode<M: Message>(bytes: &[u8]) -> Result<M> {
+    M::parse_from_bytes(bytes).map_err(|error| {
+        Error::caused(
+            ErrorKind::InvalidArgument,
+            format!("decode a {}", message_name::<M>()),
+            error,
+        )
+    })
+}
+
+fn encode<M: Message>(message: &M) -> Result<Vec<u8>> {
+    message.write_to_bytes().map_err(|error| {
+        Error::caused(
+            ErrorKind::Internal,
+            format!("encode a {}", message_name::<M>()),
+            error,
+        )
+    })
+}
+
+fn message_name<M>() -> &'static str {
+    let path = std::any::type_name::<M>();
+    path.rsplit("::").next().unwrap_or(path)
+}
+
+fn raw_method(name: &'static str, kind: MethodType) -> Method<Vec<u8>, Vec<u8>> {
+    let raw = || Marshaller {
+        ser: |bytes: &Vec<u8>, slice: &mut GrpcSlice| {
+            *slice = GrpcSlice::from(bytes.as_slice());
+            Ok(())
+        },
+        de: |mut reader: MessageReader| {
+            let mut bytes = Vec::with_capacity(reader.len());
+            std::io::Read::read_to_end(&mut reader, &mut bytes)
+                .map_err(|error| grpcio::Error::Codec(error.into()))?;
+            Ok(bytes)
+        },
+    };
+    Method {
+        ty: kind,
+        name,
+        req_mar: raw(),
+        resp_mar: raw(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_internal_error_and_nothing_more() {
+        let status = answer::<()>(STAT, || panic!("a bug")).unwrap_err();
+        assert_eq!(status.code(), RpcStatusCode::INTERNAL);
+        assert!(status.message().contains("Stat"), "{}", status.message());
+        assert_eq!(answer(STAT, || Ok(7)).unwrap(), 7);
+    }
+
+    #[test]
+    fn an_error_reaches_the_client_whole() {
+        let status = answer::<()>(PREPARE, || {
+            Err(
+                Error::new(ErrorKind::NotFound, "parent \"p\" does not exist")
+                    .while_doing("prepare snapshot \"k\""),
+            )
+        })
+        .unwrap_err();
+        assert_eq!(status.code(), RpcStatusCode::NOT_FOUND);
+        assert_eq!(
+            status.message(),
+            "prepare snapshot \"k\": parent \"p\" does not exist"
+        );
+    }
+
+    #[test]
+    fn what_is_no_message_is_an_invalid_argument() {
+        let error = decode::<api::PrepareSnapshotRequest>(&[0xff; 7]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(
+            error.chain().contains("PrepareSnapshotRequest"),
+            "{}",
+            error.chain()
+        );
+        // A key (field 2) that is not UTF-8.
+        let error = decode::<api::PrepareSnapshotRequest>(&[0x12, 1, 0xff]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        // An unknown field is skipped, as protobuf wants it.
+        let request: api::StatSnapshotRequest = decode(&[0x12, 1, b'k', 0xf8, 0x01, 9]).unwrap();
+        assert_eq!(request.key, "k");
+    }
+}

@@ -1,0 +1,144 @@
+//! The schema and its history.
+//!
+//! `user_version` counts the migrations that a database has been through.
+//! [`MIGRATIONS`] only ever grows at its end: what is in it has run on
+//! somebody's disk and is never edited.
+
+use rusqlite::{Connection, TransactionBehavior};
+
+use super::sql_error;
+use crate::error::{Error, ErrorKind, Result};
+
+/// "orws", in the header of each database of ours (`PRAGMA application_id`).
+pub const APPLICATION_ID: i32 = 0x6F72_7773;
+
+const MIGRATIONS: &[&str] = &[
+    // 1: snapshots. `volume` is where a snapshot's directory is (0 image,
+    // 1 writable), NULL for a view of a parent, which has none. AUTOINCREMENT
+    // keeps an id from being given out again after its snapshot is gone.
+    "CREATE TABLE fact (
+         name  TEXT PRIMARY KEY,
+         value TEXT NOT NULL
+     ) STRICT, WITHOUT ROWID;
+     CREATE TABLE snapshot (
+         id         INTEGER PRIMARY KEY AUTOINCREMENT,
+         name       TEXT NOT NULL UNIQUE,
+         parent_id  INTEGER REFERENCES snapshot (id),
+         kind       INTEGER NOT NULL CHECK (kind IN (1, 2, 3)),
+         volume     INTEGER CHECK (volume IN (0, 1)),
+         created_ns INTEGER NOT NULL,
+         updated_ns INTEGER NOT NULL,
+         size_bytes INTEGER NOT NULL DEFAULT 0,
+         inodes     INTEGER NOT NULL DEFAULT 0,
+         labels     BLOB NOT NULL
+     ) STRICT;
+     CREATE INDEX snapshot_by_parent ON snapshot (parent_id) WHERE parent_id IS NOT NULL;",
+];
+
+/// Brings the database up to date: each missing migration in a transaction of
+/// its own, so that a crash leaves the schema at one version or the next.
+pub fn migrate(connection: &mut Connection) -> Result<()> {
+    migrate_through(connection, MIGRATIONS)
+}
+
+fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<()> {
+    let migrating = |error| sql_error(error, "bring the database's schema up to date");
+    let version: u32 = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(migrating)?;
+    let version = version as usize;
+    if version > migrations.len() {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "its schema has version {version}, this program knows versions up to {}: \
+                 a newer release wrote it, run that one",
+                migrations.len()
+            ),
+        ));
+    }
+    if version == 0 {
+        connection
+            .pragma_update(None, "application_id", APPLICATION_ID)
+            .map_err(migrating)?;
+    }
+    for (done, migration) in migrations.iter().enumerate().skip(version) {
+        let transaction = connection
+            .transaction_with_behavior(TransactionBehavior::Exclusive)
+            .map_err(migrating)?;
+        transaction.execute_batch(migration).map_err(migrating)?;
+        transaction
+            .pragma_update(None, "user_version", (done + 1) as u32)
+            .map_err(migrating)?;
+        transaction.commit().map_err(migrating)?;
+    }
+    // After the first write, so that the application id is in the file's
+    // header for good; the mode is kept in the file.
+    let mode: String = connection
+        .pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))
+        .map_err(migrating)?;
+    if mode != "wal" {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "SQLite cannot use a write-ahead log there (journal mode is {mode}): \
+                 put the database on a local disk with --state-dir"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn version(connection: &Connection) -> u32 {
+        connection
+            .query_row("PRAGMA user_version", [], |row| row.get(0))
+            .unwrap()
+    }
+
+    #[test]
+    fn an_older_database_gets_only_what_it_lacks() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metadata.db");
+        let mut connection = Connection::open(&path).unwrap();
+        migrate_through(&mut connection, &["CREATE TABLE a (x)"]).unwrap();
+        assert_eq!(version(&connection), 1);
+        connection.execute("INSERT INTO a VALUES (7)", []).unwrap();
+        let grown = ["CREATE TABLE a (x)", "ALTER TABLE a ADD COLUMN y DEFAULT 8"];
+        migrate_through(&mut connection, &grown).unwrap();
+        migrate_through(&mut connection, &grown).unwrap();
+        assert_eq!(version(&connection), 2);
+        let row: (i64, i64) = connection
+            .query_row("SELECT x, y FROM a", [], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
+            .unwrap();
+        assert_eq!(row, (7, 8));
+    }
+
+    #[test]
+    fn a_failed_migration_leaves_the_version_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut connection = Connection::open(dir.path().join("metadata.db")).unwrap();
+        let broken = ["CREATE TABLE a (x)", "CREATE TABLE b (x); SELECT nonsense"];
+        migrate_through(&mut connection, &broken).unwrap_err();
+        assert_eq!(version(&connection), 1);
+        assert!(connection.execute("INSERT INTO b VALUES (1)", []).is_err());
+    }
+
+    #[test]
+    fn a_newer_database_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut connection = Connection::open(dir.path().join("metadata.db")).unwrap();
+        migrate(&mut connection).unwrap();
+        connection
+            .pragma_update(None, "user_version", 1000)
+            .unwrap();
+        let error = migrate(&mut connection).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+        assert!(error.chain().contains("newer release"), "{}", error.chain());
+    }
+}

@@ -1,0 +1,287 @@
+//! The rules of the key space, on a real database.
+
+use super::*;
+use crate::filter::Filters;
+use crate::types::{Kind, Labels, SnapshotId, Usage, Volume};
+
+struct Fixture {
+    store: Store,
+    _dir: tempfile::TempDir,
+}
+
+fn fixture() -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("metadata.db")).unwrap();
+    Fixture { store, _dir: dir }
+}
+
+impl Fixture {
+    fn create(&self, kind: Kind, key: &str, parent: &str) -> Result<Created> {
+        let transaction = self.store.write()?;
+        let created = transaction.rows().create(&New {
+            kind,
+            key,
+            parent,
+            labels: &Labels::from([("key".to_owned(), key.to_owned())]),
+            volume: Some(Volume::Image),
+        })?;
+        transaction.commit()?;
+        Ok(created)
+    }
+
+    fn prepare(&self, key: &str, parent: &str) -> Result<Created> {
+        self.create(Kind::Active, key, parent)
+    }
+
+    fn commit(&self, key: &str, name: &str, parent: &str) -> Result<()> {
+        let transaction = self.store.write()?;
+        transaction.rows().commit(&Commit {
+            key,
+            name,
+            parent,
+            labels: &Labels::new(),
+            usage: Usage {
+                size_bytes: 4096,
+                inodes: 3,
+            },
+        })?;
+        transaction.commit()
+    }
+
+    fn layer(&self, name: &str, parent: &str) {
+        self.prepare("unpack", parent).unwrap();
+        self.commit("unpack", name, "").unwrap();
+    }
+
+    fn remove(&self, key: &str) -> Result<Removed> {
+        let transaction = self.store.write()?;
+        let removed = transaction.rows().remove(key)?;
+        transaction.commit()?;
+        Ok(removed)
+    }
+
+    fn stat(&self, key: &str) -> Result<Snapshot> {
+        self.store.read()?.stat(key)
+    }
+
+    fn names(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        let all = Filters::parse::<&str>(&[]).unwrap();
+        let each = |snapshot: Snapshot| {
+            names.push(snapshot.info.name);
+            Ok(())
+        };
+        self.store.read().unwrap().list(&all, each).unwrap();
+        names
+    }
+}
+
+fn kind_of<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
+    result.unwrap_err().kind()
+}
+
+#[test]
+fn prepare_refuses_in_containerds_order() {
+    let f = fixture();
+    f.layer("base", "");
+    f.prepare("active", "base").unwrap();
+    assert_eq!(
+        kind_of(f.prepare("active", "base")),
+        ErrorKind::AlreadyExists
+    );
+    assert_eq!(kind_of(f.prepare("base", "")), ErrorKind::AlreadyExists);
+    assert_eq!(kind_of(f.prepare("new", "nowhere")), ErrorKind::NotFound);
+    assert_eq!(kind_of(f.prepare("active", "nowhere")), ErrorKind::NotFound);
+    assert_eq!(
+        kind_of(f.prepare("new", "active")),
+        ErrorKind::InvalidArgument
+    );
+    assert_eq!(f.names(), ["active", "base"], "refusals leave nothing");
+}
+
+#[test]
+fn commit_refuses_in_containerds_order() {
+    let f = fixture();
+    f.layer("base", "");
+    f.layer("other", "");
+    f.prepare("active", "base").unwrap();
+    f.create(Kind::View, "view", "base").unwrap();
+    assert_eq!(
+        kind_of(f.commit("nowhere", "base", "")),
+        ErrorKind::AlreadyExists
+    );
+    assert_eq!(kind_of(f.commit("nowhere", "new", "")), ErrorKind::NotFound);
+    assert_eq!(
+        kind_of(f.commit("view", "new", "")),
+        ErrorKind::FailedPrecondition
+    );
+    assert_eq!(
+        kind_of(f.commit("base", "new", "")),
+        ErrorKind::FailedPrecondition
+    );
+    assert_eq!(
+        kind_of(f.commit("active", "new", "other")),
+        ErrorKind::InvalidArgument
+    );
+    f.commit("active", "new", "base").unwrap();
+    assert_eq!(f.stat("new").unwrap().info.parent, "base");
+}
+
+#[test]
+fn a_commit_keeps_the_id_and_nothing_else() {
+    let f = fixture();
+    let prepared = f.prepare("active", "").unwrap();
+    let before = f.stat("active").unwrap();
+    f.commit("active", "layer", "").unwrap();
+    let after = f.stat("layer").unwrap();
+    assert_eq!(after.id, prepared.id);
+    assert_eq!(after.info.kind, Kind::Committed);
+    assert!(after.info.labels.is_empty(), "labels are replaced");
+    assert!(after.info.created > before.info.created);
+    assert_eq!(after.info.created, after.info.updated);
+    assert_eq!(after.usage.inodes, 3);
+    assert_eq!(kind_of(f.stat("active")), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_parent_may_be_named_as_late_as_commit() {
+    let f = fixture();
+    // The upper layer was prepared first, so its parent's id is the higher.
+    f.prepare("upper", "").unwrap();
+    f.prepare("running", "").unwrap();
+    f.layer("base", "");
+    assert_eq!(
+        kind_of(f.commit("upper", "top", "nowhere")),
+        ErrorKind::NotFound
+    );
+    assert_eq!(
+        kind_of(f.commit("upper", "top", "running")),
+        ErrorKind::FailedPrecondition
+    );
+    f.commit("upper", "top", "base").unwrap();
+    let ids: Vec<_> = f.prepare("web", "top").unwrap().ancestors;
+    let ids: Vec<_> = ids.iter().map(|layer| layer.id.number()).collect();
+    assert_eq!(ids, [1, 3]);
+    assert_eq!(kind_of(f.remove("base")), ErrorKind::FailedPrecondition);
+}
+
+#[test]
+fn ids_are_never_given_out_twice() {
+    let f = fixture();
+    let first = f.prepare("a", "").unwrap().id;
+    assert_eq!(first, SnapshotId::new(1));
+    assert_eq!(f.remove("a").unwrap().id, first);
+    assert_eq!(kind_of(f.remove("a")), ErrorKind::NotFound);
+    assert_eq!(f.prepare("a", "").unwrap().id, SnapshotId::new(2));
+}
+
+#[test]
+fn what_others_stand_on_is_not_removed() {
+    let f = fixture();
+    f.layer("base", "");
+    f.prepare("web", "base").unwrap();
+    let refused = f.remove("base").unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::FailedPrecondition);
+    assert!(refused.chain().contains("web"), "{}", refused.chain());
+    f.remove("web").unwrap();
+    f.remove("base").unwrap();
+    assert!(f.names().is_empty());
+}
+
+#[test]
+fn a_chain_of_400_is_told_nearest_first() {
+    let f = fixture();
+    let mut parent = String::new();
+    for number in 0..400 {
+        let name = format!("layer {number:03}");
+        f.layer(&name, &parent);
+        parent = name;
+    }
+    let created = f.prepare("web", &parent).unwrap();
+    let ids: Vec<_> = created
+        .ancestors
+        .iter()
+        .map(|layer| layer.id.number())
+        .collect();
+    assert_eq!(ids, (1..=400).rev().collect::<Vec<_>>());
+}
+
+#[test]
+fn listing_is_in_order_of_name_and_filtered() {
+    let f = fixture();
+    for key in ["b", "a/b", "é", "B", "a"] {
+        f.prepare(key, "").unwrap();
+    }
+    assert_eq!(f.names(), ["B", "a", "a/b", "b", "é"]);
+    let filters = Filters::parse(&["name==a", "labels.key~=^B"]).unwrap();
+    let mut names = Vec::new();
+    let each = |snapshot: Snapshot| {
+        names.push(snapshot.info.name);
+        Ok(())
+    };
+    f.store.read().unwrap().list(&filters, each).unwrap();
+    assert_eq!(names, ["B", "a"]);
+}
+
+#[test]
+fn a_transaction_that_is_dropped_leaves_no_trace() {
+    let f = fixture();
+    {
+        let transaction = f.store.write().unwrap();
+        let labels = Labels::new();
+        let new = New {
+            kind: Kind::Active,
+            key: "gone",
+            parent: "",
+            labels: &labels,
+            volume: None,
+        };
+        transaction.rows().create(&new).unwrap();
+    }
+    assert!(f.names().is_empty());
+    assert!(f.store.read().unwrap().is_untouched().unwrap());
+    f.prepare("there", "").unwrap();
+    assert!(!f.store.read().unwrap().is_untouched().unwrap());
+}
+
+#[test]
+fn updates_change_labels_and_the_later_time_only() {
+    let f = fixture();
+    f.prepare("web", "").unwrap();
+    let before = f.stat("web").unwrap();
+    let transaction = f.store.write().unwrap();
+    let changes = vec![
+        LabelChange::Set("a".into(), "1".into()),
+        LabelChange::Delete("key".into()),
+    ];
+    let updated = transaction.rows().update("web", changes).unwrap();
+    transaction.commit().unwrap();
+    assert_eq!(updated, f.stat("web").unwrap());
+    assert_eq!(
+        updated.info.labels,
+        Labels::from([("a".into(), "1".into())])
+    );
+    assert_eq!(updated.info.created, before.info.created);
+    assert!(updated.info.updated > before.info.updated);
+}
+
+#[test]
+fn files_are_told_apart_by_their_first_bytes() {
+    let f = fixture();
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    assert_eq!(probe_format(&path("none")).unwrap(), FileFormat::Absent);
+    assert_eq!(probe_format(&f.store.path).unwrap(), FileFormat::Ours);
+    let other = Connection::open(path("other")).unwrap();
+    other.execute_batch("CREATE TABLE t (x)").unwrap();
+    assert_eq!(
+        probe_format(&path("other")).unwrap(),
+        FileFormat::OtherSqlite
+    );
+    std::fs::write(path("text"), "hello").unwrap();
+    assert_eq!(probe_format(&path("text")).unwrap(), FileFormat::Unknown);
+    let mut bolt = vec![0; 4096];
+    bolt[16..20].copy_from_slice(&0xED0C_DAED_u32.to_le_bytes());
+    std::fs::write(path("bolt"), bolt).unwrap();
+    assert_eq!(probe_format(&path("bolt")).unwrap(), FileFormat::Bolt);
+}

@@ -1,0 +1,248 @@
+//! Deleting trees.
+
+use std::ffi::{CStr, CString};
+
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::fs::{
+    AtFlags, Dir, FileType, IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags, openat, renameat,
+    statat, unlinkat,
+};
+use rustix::io::Errno;
+
+use super::{is_dot, open_directory};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// How many directories deep a removal holds descriptors; what lies deeper is
+/// moved up first, so that no tree needs more.
+const MAX_DEPTH: usize = 128;
+
+/// New entries can only come from something that still writes there; this many
+/// rounds through a directory outlast it or give up.
+const MAX_ROUNDS: u32 = 4;
+
+/// Deletes everything in the directory `top`, which itself stays. Goes on past
+/// what cannot be deleted and tells the first failure at the end. Something
+/// else deleting the same tree at once is no error.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`], saying how many entries are left and why the first
+/// one is.
+pub fn remove_children(top: impl AsFd) -> Result<()> {
+    let mut removal = Removal {
+        top: top.as_fd(),
+        moved_up: 0,
+        failed: 0,
+        first_failure: None,
+    };
+    loop {
+        let moved_before = removal.moved_up;
+        removal.failed = 0;
+        removal.first_failure = None;
+        for name in list(removal.top).context(|| "list what is to be deleted")? {
+            removal.remove_tree(&name);
+        }
+        // What was moved up stands beside the others and is met in a next pass.
+        if removal.moved_up == moved_before {
+            return removal.into_result();
+        }
+    }
+}
+
+fn list(dir: BorrowedFd<'_>) -> std::result::Result<Vec<CString>, Errno> {
+    let mut names = Vec::new();
+    for entry in Dir::new(open_directory(dir, c".")?)? {
+        let entry = entry?;
+        if !is_dot(entry.file_name()) {
+            names.push(entry.file_name().to_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// A directory that is being emptied: its name in the one above, and how often
+/// it has been read to its end.
+struct Level {
+    dir: Dir,
+    name: CString,
+    rounds: u32,
+}
+
+struct Removal<'a> {
+    top: BorrowedFd<'a>,
+    moved_up: u64,
+    failed: u64,
+    first_failure: Option<(CString, Errno)>,
+}
+
+impl Removal<'_> {
+    fn remove_tree(&mut self, name: &CStr) {
+        let mut levels: Vec<Level> = Vec::new();
+        levels.extend(self.visit(self.top, name, 0));
+        while let Some(level) = levels.last_mut() {
+            match level.dir.read() {
+                Some(Ok(entry)) if is_dot(entry.file_name()) => {}
+                Some(Ok(entry)) => {
+                    let depth = levels.len();
+                    let level = levels.last().expect("the loop holds one");
+                    let below = match level.dir.fd() {
+                        Ok(fd) => self.visit(fd, entry.file_name(), depth),
+                        Err(errno) => self.fail(&level.name, errno),
+                    };
+                    levels.extend(below);
+                }
+                Some(Err(errno)) => {
+                    let failed = levels.pop().expect("the loop holds one");
+                    self.fail::<()>(&failed.name, errno);
+                }
+                None => {
+                    let level = levels.pop().expect("the loop holds one");
+                    let parent = levels.last().map_or(Ok(self.top), |above| above.dir.fd());
+                    let again = match parent {
+                        Ok(parent) => self.finish(parent, level),
+                        Err(errno) => self.fail(&level.name, errno),
+                    };
+                    levels.extend(again);
+                }
+            }
+        }
+    }
+
+    /// Deletes one entry; a directory is returned, to be emptied.
+    fn visit(&mut self, parent: BorrowedFd<'_>, name: &CStr, depth: usize) -> Option<Level> {
+        match unlink(parent, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => return None,
+            Err(Errno::ISDIR) => {}
+            Err(errno) => return self.fail(name, errno),
+        }
+        if depth >= MAX_DEPTH {
+            self.moved_up += 1;
+            let away = format!("deep.{}", self.moved_up);
+            return match renameat(parent, name, self.top, away.as_str()) {
+                Ok(()) | Err(Errno::NOENT) => None,
+                // Left by an earlier removal: the next name is tried in the
+                // next pass.
+                Err(Errno::NOTEMPTY | Errno::EXIST) => None,
+                Err(errno) => self.fail(name, errno),
+            };
+        }
+        match open_directory(parent, name).and_then(Dir::new) {
+            Ok(dir) => Some(Level {
+                dir,
+                name: name.to_owned(),
+                rounds: 0,
+            }),
+            Err(Errno::NOENT) => None,
+            Err(errno) => self.fail(name, errno),
+        }
+    }
+
+    /// Deletes an emptied directory; returned if it has to be read once more.
+    fn finish(&mut self, parent: BorrowedFd<'_>, mut level: Level) -> Option<Level> {
+        match unlink(parent, &level.name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => None,
+            Err(Errno::NOTEMPTY) if level.rounds < MAX_ROUNDS => {
+                level.rounds += 1;
+                level.dir.rewind();
+                Some(level)
+            }
+            Err(errno) => self.fail(&level.name, errno),
+        }
+    }
+
+    fn fail<T>(&mut self, name: &CStr, errno: Errno) -> Option<T> {
+        self.failed += 1;
+        self.first_failure.get_or_insert((name.to_owned(), errno));
+        None
+    }
+
+    fn into_result(self) -> Result<()> {
+        let Some((name, errno)) = self.first_failure else {
+            return Ok(());
+        };
+        let left = self.failed;
+        Err(Error::caused(
+            ErrorKind::Internal,
+            format!("{left} entries cannot be deleted, the first one is {name:?}"),
+            std::io::Error::from(errno),
+        ))
+    }
+}
+
+/// `unlinkat`, and once more where an immutable or append-only flag was in the
+/// way (`chattr(1)`): a container with `CAP_LINUX_IMMUTABLE` may have set it.
+fn unlink(parent: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> std::result::Result<(), Errno> {
+    match unlinkat(parent, name, flags) {
+        Err(Errno::PERM) => {
+            let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let file_type = FileType::from_raw_mode(stat.st_mode);
+            // Others cannot carry the flag, and opening a device does things.
+            if matches!(file_type, FileType::RegularFile | FileType::Directory) {
+                let open = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                make_mutable(openat(parent, name, open, Mode::empty())?);
+            }
+            make_mutable(parent);
+            unlinkat(parent, name, flags)
+        }
+        unlinked => unlinked,
+    }
+}
+
+/// Clears the flags that forbid deletion. Failure shows in the unlink after.
+fn make_mutable(fd: impl AsFd) {
+    if let Ok(flags) = ioctl_getflags(&fd) {
+        let wanted = flags - (IFlags::IMMUTABLE | IFlags::APPEND);
+        if wanted != flags {
+            let _ = ioctl_setflags(&fd, wanted);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::{RawMode, mkdirat};
+
+    use super::*;
+
+    #[test]
+    fn empties_a_directory_and_keeps_what_its_links_point_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let (top, outside) = (dir.path().join("top"), dir.path().join("outside"));
+        fs::create_dir_all(top.join("a/b/c")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        fs::write(outside.join("keep"), "x").unwrap();
+        fs::write(top.join("a/b/file"), "x").unwrap();
+        fs::write(top.join("loose"), "x").unwrap();
+        symlink(&outside, top.join("a/link")).unwrap();
+        symlink(&outside, top.join("link")).unwrap();
+        remove_children(File::open(&top).unwrap()).unwrap();
+        assert_eq!(fs::read_dir(&top).unwrap().count(), 0);
+        assert!(outside.join("keep").exists());
+    }
+
+    #[test]
+    fn no_depth_is_too_deep() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut fd = rustix::fd::OwnedFd::from(File::open(dir.path()).unwrap());
+        for _ in 0..2_000 {
+            mkdirat(&fd, c"d", Mode::from_raw_mode(0o700 as RawMode)).unwrap();
+            fd = open_directory(&fd, c"d").unwrap();
+        }
+        drop(fd);
+        remove_children(File::open(dir.path()).unwrap()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn many_entries_go_in_one_call() {
+        let dir = tempfile::tempdir().unwrap();
+        for number in 0..3_000 {
+            fs::write(dir.path().join(format!("file {number}")), "").unwrap();
+        }
+        remove_children(File::open(dir.path()).unwrap()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,254 @@
+//! The words the whole program is written in: containerd's key, name, parent
+//! and kind, and our own volume.
+//!
+//! Owns: plain values and how they are shown. Never: I/O or decisions.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Labels of a snapshot, sorted by key so that every listing is stable.
+pub type Labels = BTreeMap<String, String>;
+
+/// The label that says which layer an unpacked snapshot will become
+/// (containerd `core/snapshots/snapshotter.go`, `labelSnapshotRef`).
+pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// Where a snapshot's own files are; added to answers with `--upperdir-label`
+/// (containerd `plugins/snapshots/overlay/overlay.go`, `upperdirKey`).
+pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
+/// The user id mapping of a container (`LabelSnapshotUIDMapping`).
+pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
+/// The group id mapping of a container (`LabelSnapshotGIDMapping`).
+pub const LABEL_GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
+/// Chooses a snapshot's volume by hand: `image` or `writable`.
+pub const LABEL_VOLUME: &str = "containerd.io/snapshot/overlay-read-write-splitting.volume";
+
+/// The most bytes that a label's key and value may have together (containerd
+/// `pkg/labels/validate.go`).
+pub const MAX_LABEL_BYTES: usize = 4096;
+
+/// The number under which a snapshot's directories are found. Starts at 1,
+/// only grows, and stays the same when the snapshot is committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotId(u64);
+
+impl SnapshotId {
+    /// An id from its number.
+    pub fn new(number: u64) -> SnapshotId {
+        SnapshotId(number)
+    }
+
+    /// The number itself.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
+    /// Reads the name of a snapshot directory: decimal digits without sign or
+    /// leading zero. Anything else was not made by this program.
+    pub fn from_directory_name(name: &[u8]) -> Option<SnapshotId> {
+        let canonical =
+            name.first().is_some_and(|first| *first != b'0') && name.iter().all(u8::is_ascii_digit);
+        if !canonical {
+            return None;
+        }
+        std::str::from_utf8(name).ok()?.parse().ok().map(SnapshotId)
+    }
+}
+
+impl fmt::Display for SnapshotId {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(out)
+    }
+}
+
+/// What a snapshot is good for (containerd `core/snapshots`, `Kind`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Read-only, on top of a committed snapshot.
+    View,
+    /// Writable.
+    Active,
+    /// A layer: immutable, may be a parent.
+    Committed,
+}
+
+impl Kind {
+    /// The word that filters use.
+    pub fn word(self) -> &'static str {
+        match self {
+            Kind::View => "view",
+            Kind::Active => "active",
+            Kind::Committed => "committed",
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(self.word())
+    }
+}
+
+/// One of the two places where bytes are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Volume {
+    /// Big and cheap: image layers, `<root>`.
+    Image,
+    /// Small and fast: what containers write, `<writable>`.
+    Writable,
+}
+
+impl fmt::Display for Volume {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Volume::Image => "image",
+            Volume::Writable => "writable",
+        })
+    }
+}
+
+/// What a snapshot holds by itself, without its parents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Allocated bytes: blocks of 512 bytes × 512.
+    pub size_bytes: u64,
+    /// Inodes; hard links to one inode count once.
+    pub inodes: u64,
+}
+
+/// A moment in UTC, in nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    /// This moment by the system's clock.
+    pub fn now() -> Timestamp {
+        let nanos = match SystemTime::now().duration_since(UNIX_EPOCH) {
+            Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+            Err(before) => Duration::as_nanos(&before.duration())
+                .try_into()
+                .map_or(i64::MIN, |nanos: i64| -nanos),
+        };
+        Timestamp(nanos)
+    }
+
+    /// From nanoseconds since 1970.
+    pub fn from_nanos(nanos: i64) -> Timestamp {
+        Timestamp(nanos)
+    }
+
+    /// Nanoseconds since 1970.
+    pub fn nanos(self) -> i64 {
+        self.0
+    }
+
+    /// Whole seconds since 1970, and the nanoseconds (0 to 999,999,999) after.
+    pub fn seconds_and_nanos(self) -> (i64, i32) {
+        let nanos = self.0.rem_euclid(1_000_000_000);
+        (
+            self.0.div_euclid(1_000_000_000),
+            i32::try_from(nanos).expect("a remainder of 10^9 fits 32 bits"),
+        )
+    }
+}
+
+/// A snapshot as callers see it (containerd `core/snapshots`, `Info`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// The key of an active snapshot or a view, the name of a committed one.
+    pub name: String,
+    /// The parent's name; empty without one.
+    pub parent: String,
+    /// What it is good for.
+    pub kind: Kind,
+    /// When it was prepared, or committed.
+    pub created: Timestamp,
+    /// When it was prepared, committed or last updated.
+    pub updated: Timestamp,
+    /// Its labels.
+    pub labels: Labels,
+}
+
+/// One mount for the caller to make (containerd `core/mount`, `Mount`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// `bind` or `overlay`.
+    pub fs_type: &'static str,
+    /// The directory to bind, or `overlay`.
+    pub source: String,
+    /// Mount options in the order in which tools expect them.
+    pub options: Vec<String>,
+}
+
+/// Shows a caller's string in a message: quoted, control characters escaped,
+/// cut to a length that fits a log line and a gRPC trailer.
+pub struct Quoted<'a>(pub &'a str);
+
+/// How many characters of a caller's string a message repeats.
+const QUOTED_CHARS: usize = 160;
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut chars = self.0.chars();
+        out.write_str("\"")?;
+        for c in chars.by_ref().take(QUOTED_CHARS) {
+            if c == '"' || c == '\\' || c.is_control() {
+                write!(out, "{}", c.escape_default())?;
+            } else {
+                write!(out, "{c}")?;
+            }
+        }
+        out.write_str("\"")?;
+        if chars.next().is_some() {
+            write!(out, "… ({} bytes)", self.0.len())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directory_names_are_canonical_decimals() {
+        let id = |name: &str| SnapshotId::from_directory_name(name.as_bytes());
+        assert_eq!(id("1"), Some(SnapshotId::new(1)));
+        assert_eq!(id("18446744073709551615"), Some(SnapshotId::new(u64::MAX)));
+        for strange in [
+            "",
+            "0",
+            "01",
+            "-1",
+            "+1",
+            "1 ",
+            "1a",
+            "18446744073709551616",
+            ".moving-1",
+        ] {
+            assert_eq!(id(strange), None, "{strange:?}");
+        }
+    }
+
+    #[test]
+    fn quoted_strings_are_short_and_on_one_line() {
+        assert_eq!(Quoted("a/b c").to_string(), "\"a/b c\"");
+        assert_eq!(Quoted("a\n\"\u{0}").to_string(), "\"a\\n\\\"\\u{0}\"");
+        let long = Quoted(&"é".repeat(100_000)).to_string();
+        assert!(long.ends_with("… (200000 bytes)"), "{long}");
+        assert!(long.chars().count() < 200);
+    }
+
+    #[test]
+    fn timestamps_split_without_losing_a_nanosecond() {
+        assert_eq!(
+            Timestamp::from_nanos(1_000_000_001).seconds_and_nanos(),
+            (1, 1)
+        );
+        assert_eq!(
+            Timestamp::from_nanos(-1).seconds_and_nanos(),
+            (-1, 999_999_999)
+        );
+        assert!(Timestamp::now().nanos() > 1_700_000_000_000_000_000);
+    }
+}

@@ -1,0 +1,143 @@
+//! The two places where bytes are kept.
+//!
+//! ```text
+//! <root>/snapshots/<id>/fs            a layer, or one being unpacked (then with work/)
+//! <root>/snapshots/<id>               or: a link to <writable>/snapshots/<id>
+//! <root>/empty/                       an empty directory, lower of a layer without parent
+//! <root>/trash/                       removed, waiting to be deleted
+//! <writable>/.volume                  which volume this is
+//! <writable>/snapshots/<id>/{fs,work} what containers write
+//! <writable>/trash/
+//! ```
+//!
+//! Owns: these names, creating, trashing and linking below them, the writable
+//! volume's identity and presence. Knows ids only; never keys or labels.
+//! No descriptor of the writable volume outlives a request: the administrator
+//! must be able to unmount it. Nothing is created on it before its identity is
+//! confirmed, so an unmounted disk's bare mount point stays bare.
+//! After a crash there may be a directory that no row knows: whoever is given
+//! its id next, or the next start, moves it to the trash; it is never used.
+
+mod dirs;
+mod identity;
+mod image;
+
+pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
+pub use identity::{Claim, Identity};
+pub use image::{Image, Root};
+
+use std::sync::{Arc, OnceLock};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::types::{SnapshotId, Volume};
+
+/// Both volumes.
+pub struct Volumes {
+    image: Image,
+    writable_path: String,
+    /// Set once the writable volume has been claimed or recognised.
+    writable_identity: OnceLock<Identity>,
+}
+
+impl Volumes {
+    /// The volumes below an opened root and a writable directory, an absolute
+    /// path that `config` has checked. Touches no disk.
+    pub fn new(image: Image, writable_path: String) -> Volumes {
+        Volumes {
+            image,
+            writable_path,
+            writable_identity: OnceLock::new(),
+        }
+    }
+
+    /// The image volume's own functions: links and ownership.
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
+    /// Which writable volume the database belongs to; a later one is ignored.
+    pub fn expect_writable(&self, identity: Identity) {
+        let _ = self.writable_identity.set(identity);
+    }
+
+    /// The directories of a volume. The writable one is looked at anew at each
+    /// call: it may have been unmounted, or mounted late.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is not there or
+    /// is another one, [`ErrorKind::Internal`] if it cannot be read.
+    pub fn open(&self, volume: Volume) -> Result<Arc<Dirs>> {
+        match volume {
+            Volume::Image => Ok(Arc::clone(self.image.dirs())),
+            Volume::Writable => {
+                let identity = self.writable_identity.get().ok_or_else(|| {
+                    Error::new(
+                        ErrorKind::FailedPrecondition,
+                        format!(
+                            "the writable volume {} has not been set up",
+                            self.writable_path
+                        ),
+                    )
+                })?;
+                let top = identity::open_confirmed(&self.writable_path, identity)?;
+                Ok(Arc::new(Dirs::open(
+                    Volume::Writable,
+                    &self.writable_path,
+                    &top,
+                )?))
+            }
+        }
+    }
+
+    /// Makes the writable directory, which no database knows yet, the volume
+    /// of that identity: creates it if it is missing, marks it durably, makes
+    /// the directories it lacks.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or if its file
+    /// system does not tell the types of directory entries; otherwise as of
+    /// its disk.
+    pub fn claim_writable(&self, identity: &Identity) -> Result<Claim> {
+        let path = &self.writable_path;
+        image::create_directory(path, "writable directory", "--writable-dir")?;
+        let top =
+            identity::open_top(path).context(|| format!("open the writable directory {path}"))?;
+        let claim = identity.claim(&top, path)?;
+        if claim == Claim::Ours {
+            Dirs::open(Volume::Writable, path, &top)?;
+            image::require_entry_types(&top, path)?;
+        }
+        Ok(claim)
+    }
+
+    /// `<volume>/snapshots`.
+    pub fn snapshots_path(&self, volume: Volume) -> String {
+        match volume {
+            Volume::Image => self.image.snapshots_path(),
+            Volume::Writable => format!("{}/snapshots", self.writable_path),
+        }
+    }
+
+    /// The writable directory, as configured.
+    pub fn writable_path(&self) -> &str {
+        &self.writable_path
+    }
+
+    /// Links `<root>/snapshots/<id>` to the snapshot's directory on the
+    /// writable volume, durably.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn link_home(&self, id: SnapshotId) -> Result<()> {
+        self.image.link(id, &self.link_target(id))
+    }
+
+    /// Where `<root>/snapshots/<id>` has to point for a layer whose bytes are
+    /// on the writable volume.
+    pub fn link_target(&self, id: SnapshotId) -> String {
+        format!("{}/{id}", self.snapshots_path(Volume::Writable))
+    }
+}

@@ -1,0 +1,270 @@
+//! `snapshots/` and `trash/` of one volume.
+
+use std::ffi::CString;
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chmodat, chownat, mkdirat, openat,
+    renameat_with, statat, syncfs,
+};
+use rustix::io::Errno;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::types::{SnapshotId, Volume};
+
+const SNAPSHOTS: &str = "snapshots";
+const TRASH: &str = "trash";
+
+/// What a snapshot's directory holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// `fs` and `work`: something will write there through an overlay.
+    UpperAndWork,
+    /// `fs` alone: a view of nothing.
+    UpperOnly,
+}
+
+/// Whom a snapshot's `fs` belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// User id on the host.
+    pub uid: u32,
+    /// Group id on the host.
+    pub gid: u32,
+}
+
+/// Something found in `snapshots/`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: CString,
+    /// Its type as the directory tells it.
+    pub file_type: FileType,
+}
+
+/// The opened directories of one volume.
+pub struct Dirs {
+    volume: Volume,
+    path: String,
+    snapshots: OwnedFd,
+    trash: OwnedFd,
+}
+
+impl Dirs {
+    /// Opens, and where missing creates, `snapshots` and `trash` in `top`.
+    pub(super) fn open(volume: Volume, path: &str, top: impl AsFd) -> Result<Dirs> {
+        Ok(Dirs {
+            volume,
+            path: path.to_owned(),
+            snapshots: ensure_directory(&top, path, SNAPSHOTS)?,
+            trash: ensure_directory(&top, path, TRASH)?,
+        })
+    }
+
+    /// Creates the directories of a new snapshot; `fs` is 0755 and belongs to
+    /// `owner`, `work` is 0711. What an unfinished request has left under that
+    /// id goes to the trash first.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk. Nothing is left behind then.
+    pub fn create(&self, id: SnapshotId, shape: Shape, owner: Owner) -> Result<NewDirs<'_>> {
+        let creating = || format!("create the directory {}", self.snapshot_path(id));
+        let name = id.to_string();
+        let mode = Mode::from_raw_mode(0o700);
+        match mkdirat(&self.snapshots, name.as_str(), mode) {
+            Err(Errno::EXIST) => {
+                self.trash(id).context(creating)?;
+                log::warn!(
+                    "{} was left by an unfinished request: moved to the trash",
+                    self.snapshot_path(id)
+                );
+                mkdirat(&self.snapshots, name.as_str(), mode)
+            }
+            made => made,
+        }
+        .context(creating)?;
+        let new = NewDirs {
+            dirs: self,
+            id,
+            keep: false,
+        };
+        self.fill(&name, shape, owner).context(creating)?;
+        Ok(new)
+    }
+
+    fn fill(&self, name: &str, shape: Shape, owner: Owner) -> std::result::Result<(), Errno> {
+        let top = open_path(&self.snapshots, name)?;
+        if shape == Shape::UpperAndWork {
+            mkdirat(&top, c"work", Mode::from_raw_mode(0o711))?;
+        }
+        mkdirat(&top, c"fs", Mode::from_raw_mode(0o755))?;
+        let is_root = owner == Owner { uid: 0, gid: 0 };
+        if !is_root {
+            let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+            let flags = AtFlags::SYMLINK_NOFOLLOW;
+            chownat(&top, c"fs", Some(uid), Some(gid), flags)?;
+            // A file system that clears bits with a change of owner has them back.
+            chmodat(&top, c"fs", Mode::from_raw_mode(0o755), AtFlags::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Moves a snapshot's directory, or whatever has its name, to the trash.
+    /// `false` if there was nothing.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn trash(&self, id: SnapshotId) -> Result<bool> {
+        let trashing = || format!("move {} to the trash", self.snapshot_path(id));
+        let name = id.to_string();
+        let mut target = name.clone();
+        // An id comes twice when its first directory was left by a crash.
+        for attempt in 1_u64.. {
+            match move_aside(&self.snapshots, &name, &self.trash, &target) {
+                Ok(()) => return Ok(true),
+                Err(Errno::NOENT) => return Ok(false),
+                Err(Errno::EXIST | Errno::NOTEMPTY) => target = format!("{name}.{attempt}"),
+                Err(errno) => return Err(errno).context(trashing),
+            }
+        }
+        unreachable!("2^64 names are never all taken")
+    }
+
+    /// Opens a snapshot's `fs`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if it is not there.
+    pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
+        let opening = || format!("open {}/fs", self.snapshot_path(id));
+        let name = id.to_string();
+        let upper = open_path(&self.snapshots, name.as_str()).and_then(|top| {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            openat(top, c"fs", flags, Mode::empty())
+        });
+        match upper {
+            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
+                ErrorKind::DataLoss,
+                opening(),
+                std::io::Error::from(errno),
+            )),
+            upper => upper.context(opening),
+        }
+    }
+
+    /// Everything in `snapshots/`, in the order of the directory.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn entries(&self) -> Result<Vec<Entry>> {
+        let listing = || format!("list {}/{SNAPSHOTS}", self.path);
+        let mut entries = Vec::new();
+        for entry in Dir::read_from(&self.snapshots).context(listing)? {
+            let entry = entry.context(listing)?;
+            let name = entry.file_name();
+            if !matches!(name.to_bytes(), b"." | b"..") {
+                entries.push(Entry {
+                    name: name.to_owned(),
+                    file_type: entry.file_type(),
+                });
+            }
+        }
+        Ok(entries)
+    }
+
+    /// Makes everything written on the volume so far durable (`syncfs(2)`).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the disk has failed to take some of it.
+    pub fn sync(&self) -> Result<()> {
+        syncfs(&self.snapshots).context(|| format!("flush the {} volume", self.volume))
+    }
+
+    /// The trash, to be emptied.
+    pub fn trash_fd(&self) -> BorrowedFd<'_> {
+        self.trash.as_fd()
+    }
+
+    pub(super) fn snapshots_fd(&self) -> BorrowedFd<'_> {
+        self.snapshots.as_fd()
+    }
+
+    fn snapshot_path(&self, id: SnapshotId) -> String {
+        format!("{}/{SNAPSHOTS}/{id}", self.path)
+    }
+}
+
+/// Directories just made; dropped without [`NewDirs::keep`], they go to the
+/// trash.
+pub struct NewDirs<'a> {
+    dirs: &'a Dirs,
+    id: SnapshotId,
+    keep: bool,
+}
+
+impl NewDirs<'_> {
+    /// The snapshot is entered: its directories stay.
+    pub fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for NewDirs<'_> {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        if let Err(error) = self.dirs.trash(self.id) {
+            // The next request that is given this id, or the next start, does it.
+            log::warn!("undo a refused request: {}", error.chain());
+        }
+    }
+}
+
+/// A rename that replaces nothing, also where the file system cannot promise
+/// that by itself (`RENAME_NOREPLACE` came to some after Linux 3.15).
+fn move_aside(
+    from: impl AsFd,
+    name: &str,
+    to: impl AsFd,
+    target: &str,
+) -> std::result::Result<(), Errno> {
+    match renameat_with(&from, name, &to, target, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL) => match statat(&to, target, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(_) => Err(Errno::EXIST),
+            Err(Errno::NOENT) => renameat_with(&from, name, &to, target, RenameFlags::empty()),
+            Err(errno) => Err(errno),
+        },
+        renamed => renamed,
+    }
+}
+
+pub(super) fn open_path(parent: impl AsFd, name: &str) -> std::result::Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(parent, name, flags, Mode::empty())
+}
+
+/// Opens the directory `name` in `parent`, creating it 0700 if it is missing.
+/// A link or a file of that name is refused.
+pub(super) fn ensure_directory(parent: impl AsFd, path: &str, name: &str) -> Result<OwnedFd> {
+    let opening = || format!("open the directory {path}/{name}");
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = match openat(&parent, name, flags, Mode::empty()) {
+        Err(Errno::NOENT) => match mkdirat(&parent, name, Mode::from_raw_mode(0o700)) {
+            Ok(()) | Err(Errno::EXIST) => openat(&parent, name, flags, Mode::empty()),
+            Err(errno) => Err(errno),
+        },
+        opened => opened,
+    };
+    match opened {
+        Err(Errno::NOTDIR | Errno::LOOP) => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("{path}/{name} is not a directory: move it away"),
+        )),
+        opened => opened.context(opening),
+    }
+}

@@ -1,0 +1,215 @@
+//! Which disk is the writable volume: a random number in `<writable>/.volume`,
+//! also recorded in the database. A mount point without its disk, or with
+//! another one, does not have it.
+
+use std::fmt;
+
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, fsync, open, openat, renameat, unlinkat};
+use rustix::io::{Errno, read, write};
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+const FILE: &str = ".volume";
+const NEW_FILE: &str = ".volume.new";
+const HEX_DIGITS: usize = 32;
+
+/// A random 128-bit number, written as 32 hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity(String);
+
+impl Identity {
+    /// A new one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the kernel gives no random bytes.
+    pub fn random() -> Result<Identity> {
+        let mut bytes = [0_u8; HEX_DIGITS / 2];
+        let length =
+            getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random bytes")?;
+        debug_assert_eq!(length, bytes.len(), "getrandom(2) fills up to 256 bytes");
+        Ok(Identity(
+            bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+        ))
+    }
+
+    /// Reads what [`fmt::Display`] wrote; `None` for anything else.
+    pub fn parse(text: &str) -> Option<Identity> {
+        let is_ours = text.len() == HEX_DIGITS
+            && text
+                .bytes()
+                .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        is_ours.then(|| Identity(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0)
+    }
+}
+
+/// What a first start found in the writable directory.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// It is marked as the wanted volume, now or already before.
+    Ours,
+    /// It carries the mark of another root's volume, and nothing was changed.
+    Foreign(Identity),
+}
+
+impl Identity {
+    /// Marks the directory `top` as this volume, durably, unless it carries a
+    /// mark already.
+    ///
+    /// # Errors
+    ///
+    /// As of its disk; [`ErrorKind::FailedPrecondition`] if its mark is no
+    /// mark of ours.
+    pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
+        match read_mark(&top, path)? {
+            Some(found) if found == *self => Ok(Claim::Ours),
+            Some(found) => Ok(Claim::Foreign(found)),
+            None => {
+                self.write_mark(&top)
+                    .context(|| format!("mark {path} as the writable volume"))?;
+                Ok(Claim::Ours)
+            }
+        }
+    }
+
+    /// By way of a new file and a rename, so that a crash never leaves half a
+    /// mark.
+    fn write_mark(&self, top: impl AsFd) -> std::result::Result<(), Errno> {
+        match unlinkat(&top, NEW_FILE, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = openat(&top, NEW_FILE, flags, Mode::from_raw_mode(0o600))?;
+        let text = format!("{self}\n");
+        if write(&file, text.as_bytes())? != text.len() {
+            return Err(Errno::NOSPC);
+        }
+        fsync(&file)?;
+        renameat(&top, NEW_FILE, &top, FILE)?;
+        fsync(&top)
+    }
+}
+
+/// Opens the writable directory if it is the volume of that identity.
+pub(super) fn open_confirmed(path: &str, identity: &Identity) -> Result<OwnedFd> {
+    let missing = |why: &str| {
+        Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "the writable volume is not at {path}: {why}; \
+                 mount the disk that was there (volume {identity})"
+            ),
+        )
+    };
+    let top = match open_top(path) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Err(missing("there is no such directory")),
+        top => top.context(|| format!("open the writable volume {path}"))?,
+    };
+    match read_mark(&top, path)? {
+        Some(found) if found == *identity => Ok(top),
+        Some(found) => Err(missing(&format!("this is another one (volume {found})"))),
+        None => Err(missing("the directory has no file .volume")),
+    }
+}
+
+pub(super) fn open_top(path: &str) -> std::result::Result<OwnedFd, Errno> {
+    open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+}
+
+fn read_mark(top: impl AsFd, path: &str) -> Result<Option<Identity>> {
+    let reading = || format!("read {path}/{FILE}");
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match openat(&top, FILE, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        file => file.context(reading)?,
+    };
+    let mut bytes = [0_u8; 64];
+    let stat = fstat(&file).context(reading)?;
+    let length = if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+        read(&file, &mut bytes).context(reading)?
+    } else {
+        0
+    };
+    let identity = std::str::from_utf8(&bytes[..length])
+        .ok()
+        .and_then(|text| Identity::parse(text.trim_end()));
+    identity.map(Some).ok_or_else(|| {
+        Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("{path}/{FILE} is not the mark of a writable volume: choose another directory"),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn claim(identity: &Identity, dir: &std::path::Path) -> Result<Claim> {
+        let path = dir.to_str().unwrap();
+        identity.claim(open_top(path).unwrap(), path)
+    }
+
+    #[test]
+    fn a_mark_is_written_once_and_recognised() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+        let (ours, other) = (Identity::random().unwrap(), Identity::random().unwrap());
+        assert_ne!(ours, other);
+        let bare = open_confirmed(path, &ours).unwrap_err();
+        assert_eq!(bare.kind(), ErrorKind::FailedPrecondition);
+        assert_eq!(
+            fs::read_dir(path).unwrap().count(),
+            0,
+            "a look creates nothing"
+        );
+
+        assert_eq!(claim(&ours, dir.path()).unwrap(), Claim::Ours);
+        assert_eq!(claim(&ours, dir.path()).unwrap(), Claim::Ours);
+        assert_eq!(
+            claim(&other, dir.path()).unwrap(),
+            Claim::Foreign(ours.clone())
+        );
+        open_confirmed(path, &ours).unwrap();
+        let wrong = open_confirmed(path, &other).unwrap_err().chain();
+        assert!(
+            wrong.contains(path) && wrong.contains(&ours.to_string()),
+            "{wrong}"
+        );
+    }
+
+    #[test]
+    fn what_is_no_mark_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = Identity::random().unwrap();
+        for strange in [
+            "",
+            "hello\n",
+            &"a".repeat(33),
+            "0123456789ABCDEF0123456789ABCDEF",
+        ] {
+            fs::write(dir.path().join(FILE), strange).unwrap();
+            let error = claim(&ours, dir.path()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+            assert_eq!(fs::read_to_string(dir.path().join(FILE)).unwrap(), strange);
+        }
+        fs::remove_file(dir.path().join(FILE)).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", dir.path().join(FILE)).unwrap();
+        claim(&ours, dir.path()).unwrap_err();
+    }
+}

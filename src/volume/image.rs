@@ -1,0 +1,223 @@
+//! The image volume: `<root>`. It stays open for the daemon's whole life; its
+//! lock and, by default, its database are there anyway.
+
+use std::fs::DirBuilder;
+use std::io::ErrorKind as IoKind;
+use std::os::unix::fs::DirBuilderExt;
+use std::sync::Arc;
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, fsync, openat, readlinkat, statat, symlinkat, unlinkat,
+};
+use rustix::io::Errno;
+
+use super::dirs::{Dirs, Owner, ensure_directory};
+use super::identity::open_top;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::types::{SnapshotId, Volume};
+
+/// The opened image volume.
+pub struct Image {
+    path: String,
+    top: OwnedFd,
+    dirs: Arc<Dirs>,
+}
+
+/// The root directory, before anything in it has been touched.
+pub struct Root {
+    path: String,
+    top: OwnedFd,
+}
+
+impl Root {
+    /// The root itself.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.top.as_fd()
+    }
+}
+
+impl Image {
+    /// Opens the root directory, an absolute path that `config` has checked,
+    /// creating it (0700, with its parents) if it is missing.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or as of its
+    /// disk.
+    pub fn open_root(path: &str) -> Result<Root> {
+        create_directory(path, "root", "--root-dir")?;
+        let top = open_top(path).context(|| format!("open the root directory {path}"))?;
+        Ok(Root {
+            path: path.to_owned(),
+            top,
+        })
+    }
+
+    /// Whether `snapshots/` of a root holds anything.
+    ///
+    /// # Errors
+    ///
+    /// As of its disk.
+    pub fn holds_snapshots(root: &Root) -> Result<bool> {
+        let looking = || format!("look into {}/snapshots", root.path);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let dir = match openat(&root.top, c"snapshots", flags, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(false),
+            fd => Dir::new(fd.context(looking)?).context(looking)?,
+        };
+        for entry in dir {
+            let entry = entry.context(looking)?;
+            if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes the root into use: makes the directories it lacks.
+    ///
+    /// # Errors
+    ///
+    /// As of its disk; [`ErrorKind::FailedPrecondition`] if one of the names is
+    /// taken by something else, or if its file system does not tell the types
+    /// of directory entries, which overlayfs needs.
+    pub fn open(root: Root) -> Result<Image> {
+        let dirs = Dirs::open(Volume::Image, &root.path, &root.top)?;
+        ensure_directory(&root.top, &root.path, "empty")?;
+        require_entry_types(&root.top, &root.path)?;
+        Ok(Image {
+            path: root.path,
+            top: root.top,
+            dirs: Arc::new(dirs),
+        })
+    }
+
+    /// `snapshots/` and `trash/`.
+    pub fn dirs(&self) -> &Arc<Dirs> {
+        &self.dirs
+    }
+
+    /// `<root>/snapshots`.
+    pub fn snapshots_path(&self) -> String {
+        format!("{}/snapshots", self.path)
+    }
+
+    /// `<root>/empty`.
+    pub fn empty_path(&self) -> String {
+        format!("{}/empty", self.path)
+    }
+
+    /// The owner of a layer's top directory, wherever its bytes are.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if the layer's directory is not there.
+    pub fn layer_owner(&self, id: SnapshotId) -> Result<Owner> {
+        let looking = || format!("look at the layer {}/{id}/fs", self.snapshots_path());
+        // Through the link of a layer that is not home yet: that link is ours.
+        match statat(
+            self.dirs.snapshots_fd(),
+            format!("{id}/fs"),
+            AtFlags::empty(),
+        ) {
+            Err(errno @ (Errno::NOENT | Errno::NOTDIR)) => Err(Error::caused(
+                ErrorKind::DataLoss,
+                format!("{}, which is missing", looking()),
+                std::io::Error::from(errno),
+            )),
+            stat => {
+                let stat = stat.context(looking)?;
+                Ok(Owner {
+                    uid: stat.st_uid,
+                    gid: stat.st_gid,
+                })
+            }
+        }
+    }
+
+    /// Makes `snapshots/<id>` a link to `target`, durably. What else has that
+    /// name goes to the trash: it was left by an unfinished request.
+    pub(super) fn link(&self, id: SnapshotId, target: &str) -> Result<()> {
+        let linking = || format!("link {}/{id} to {target}", self.snapshots_path());
+        let snapshots = self.dirs.snapshots_fd();
+        let name = id.to_string();
+        if !self.links_to(id, target)? {
+            self.dirs.trash(id).context(linking)?;
+            symlinkat(target, snapshots, name.as_str()).context(linking)?;
+        }
+        fsync(snapshots).context(linking)
+    }
+
+    /// Whether `snapshots/<id>` is a link to `target`.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn links_to(&self, id: SnapshotId, target: &str) -> Result<bool> {
+        match readlinkat(self.dirs.snapshots_fd(), id.to_string(), Vec::new()) {
+            Ok(found) => Ok(found.to_bytes() == target.as_bytes()),
+            // Nothing there, or no link.
+            Err(Errno::NOENT | Errno::INVAL) => Ok(false),
+            Err(errno) => {
+                Err(errno).context(|| format!("read the link {}/{id}", self.snapshots_path()))
+            }
+        }
+    }
+
+    /// Removes the link `snapshots/<id>`, if it is there and a link.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn remove_link(&self, id: SnapshotId) -> Result<()> {
+        match unlinkat(self.dirs.snapshots_fd(), id.to_string(), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => Ok(()),
+            Err(errno) => {
+                Err(errno).context(|| format!("remove the link {}/{id}", self.snapshots_path()))
+            }
+        }
+    }
+
+    /// The root itself, for the files beside the volume's directories.
+    pub fn top(&self) -> BorrowedFd<'_> {
+        self.top.as_fd()
+    }
+}
+
+/// Creates a directory (0700, with its parents) unless it is there. `what` and
+/// `flag` name it in the refusal of anything that is no directory.
+pub(super) fn create_directory(path: &str, what: &str, flag: &str) -> Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| match error.kind() {
+        IoKind::NotADirectory | IoKind::AlreadyExists => Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("the {what} {path} is not a directory: give another {flag}"),
+        ),
+        _ => Error::caused(
+            ErrorKind::Internal,
+            format!("create the {what} {path}"),
+            error,
+        ),
+    })
+}
+
+/// overlayfs finds whiteouts by the type in directory entries (`d_type` in
+/// readdir(3)); a file system made without that shows deleted files again.
+pub(super) fn require_entry_types(top: impl AsFd, path: &str) -> Result<()> {
+    let looking = || format!("list {path}");
+    for entry in Dir::read_from(top).context(looking)? {
+        let entry = entry.context(looking)?;
+        if entry.file_name() == c"snapshots" && entry.file_type() == FileType::Unknown {
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "the file system of {path} does not tell the types of directory entries \
+                     (d_type), which overlayfs needs: make it anew with them \
+                     (mkfs.xfs -n ftype=1, mkfs.ext4 -O filetype) or use another disk"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
