@@ -1,0 +1,5 @@
+//! Placeholder header.
+
+use crate::Test;
+
+pub const TESTS: &[Test] = &[];

@@ -1,0 +1,41 @@
+//! Tests that need root: real ext4 on loop devices, real overlay mounts, the
+//! real daemon over its socket, real containerd.
+//!
+//! Without root they are ignored, and the closing line says how many. With
+//! `CI` set, nothing may be left out: a missing root is a failure.
+
+mod containerd;
+mod content;
+mod input;
+mod life;
+mod support;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+type Test = (&'static str, fn());
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let is_root = rustix::process::geteuid().is_root();
+    if std::env::var_os("CI").is_some() {
+        assert!(is_root, "these tests mount file systems: run them as root");
+    }
+    let modules: [(&str, &[Test]); 4] = [
+        ("content", content::TESTS),
+        ("input", input::TESTS),
+        ("life", life::TESTS),
+        ("containerd", containerd::TESTS),
+    ];
+    let trials = modules
+        .into_iter()
+        .flat_map(|(module, tests)| tests.iter().map(move |test| (module, *test)))
+        .map(|(module, (name, test))| {
+            let run = move || {
+                test();
+                Ok::<(), Failed>(())
+            };
+            Trial::test(format!("{module}::{name}"), run).with_ignored_flag(!is_root)
+        })
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit();
+}

@@ -1,0 +1,232 @@
+//! The real daemon.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::client::Client;
+use super::disk::Disk;
+
+/// The binary under test.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_overlay-read-write-splitting-snapshotter");
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Two disks and a daemon on them.
+pub struct Split {
+    pub image: Disk,
+    pub writable: Disk,
+    pub daemon: Daemon,
+}
+
+impl Split {
+    /// Two ext4 disks of 256 MiB, a daemon with its root on the one and its
+    /// writable directory on the other, both in a subdirectory.
+    pub fn start(flags: &[&str]) -> Split {
+        let (image, writable) = (Disk::ext4(256), Disk::ext4(256));
+        let daemon = Daemon::start(&command(&image, &writable, flags));
+        Split {
+            image,
+            writable,
+            daemon,
+        }
+    }
+
+    /// `<root>`.
+    pub fn root(&self) -> PathBuf {
+        self.image.path().join("root")
+    }
+
+    /// `<writable>`.
+    pub fn writable(&self) -> PathBuf {
+        self.writable.path().join("writable")
+    }
+
+    /// A client of the daemon.
+    pub fn client(&self) -> Client {
+        self.daemon.client()
+    }
+}
+
+/// The arguments for a daemon on two disks.
+pub fn command(image: &Disk, writable: &Disk, flags: &[&str]) -> Vec<String> {
+    let mut arguments = vec![
+        "--root-dir".to_owned(),
+        format!("{}/root", image.text()),
+        "--writable-dir".to_owned(),
+        format!("{}/writable", writable.text()),
+    ];
+    arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
+    arguments
+}
+
+/// A running daemon; killed when dropped.
+pub struct Daemon {
+    child: Child,
+    arguments: Vec<String>,
+    address: String,
+    log: tempfile::NamedTempFile,
+}
+
+impl Daemon {
+    /// Starts one, with `--root-dir` (and perhaps `--address`) among the
+    /// arguments, and waits until it serves.
+    pub fn start(arguments: &[String]) -> Daemon {
+        let value = |flag: &str| {
+            let at = arguments.iter().position(|argument| argument == flag)?;
+            arguments.get(at + 1).cloned()
+        };
+        let root = value("--root-dir").expect("a root");
+        let address = value("--address").unwrap_or_else(|| format!("{root}/grpc.socks"));
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let child = spawn(arguments, log.as_file());
+        let mut daemon = Daemon {
+            child,
+            arguments: arguments.to_vec(),
+            address,
+            log,
+        };
+        daemon.wait_until_serving();
+        daemon
+    }
+
+    fn wait_until_serving(&mut self) {
+        let begun = Instant::now();
+        while UnixStream::connect(&self.address).is_err() {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("the daemon ended with {status}:\n{}", self.log());
+            }
+            assert!(
+                begun.elapsed() < LIMIT,
+                "the daemon does not serve:\n{}",
+                self.log()
+            );
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Starts it again, with the same arguments, after its end.
+    pub fn restart(&mut self) {
+        self.child = spawn(&self.arguments, self.log.as_file());
+        self.wait_until_serving();
+    }
+
+    /// SIGKILL, and waits for the end.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM.
+    pub fn terminate(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    /// Any signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Waits for the end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(
+                begun.elapsed() < LIMIT,
+                "the daemon does not end:\n{}",
+                self.log()
+            );
+            sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// SIGTERM, waits, and fails unless it ended well.
+    pub fn stop(&mut self) {
+        self.terminate();
+        let status = self.wait();
+        assert!(
+            status.success(),
+            "the daemon ended with {status}:\n{}",
+            self.log()
+        );
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// Its socket.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// All it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log.path()).unwrap()
+    }
+
+    /// A new client with a connection of its own.
+    pub fn client(&self) -> Client {
+        Client::connect(&self.address)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log\n{}---", self.log());
+        }
+    }
+}
+
+fn spawn(arguments: &[String], log: &File) -> Child {
+    Command::new(BINARY)
+        .args(arguments)
+        .env("RUST_LOG", "debug")
+        .stdin(Stdio::null())
+        .stderr(log.try_clone().unwrap())
+        .spawn()
+        .unwrap()
+}
+
+/// Runs a daemon that is expected not to start, and returns the line it says.
+/// Fails unless it says exactly one and ends with exit code 1.
+pub fn refused(arguments: &[String]) -> String {
+    let mut child = Command::new(BINARY)
+        .args(arguments)
+        .env("RUST_LOG", "error")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if begun.elapsed() > LIMIT {
+            child.kill().unwrap();
+            panic!("{arguments:?}: it started");
+        }
+        sleep(Duration::from_millis(5));
+    }
+    let output = child.wait_with_output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+    assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
+    text
+}
+
+/// Whether a directory holds nothing.
+pub fn is_empty(path: impl AsRef<Path>) -> bool {
+    fs::read_dir(path).unwrap().next().is_none()
+}

@@ -1,0 +1,120 @@
+//! A file system of its own on a loop device.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::run;
+
+/// A mounted file system; unmounted and gone when dropped.
+pub struct Disk {
+    dir: tempfile::TempDir,
+    device: String,
+}
+
+impl Disk {
+    /// An empty ext4 of that size, mounted `noatime`.
+    pub fn ext4(mebibytes: u64) -> Disk {
+        Disk::make(mebibytes, "ext4", &["-q", "-F", "-m", "0"])
+    }
+
+    /// An empty file system made by `mkfs.<kind>` with these arguments.
+    pub fn make(mebibytes: u64, kind: &str, arguments: &[&str]) -> Disk {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        File::create(&image)
+            .unwrap()
+            .set_len(mebibytes << 20)
+            .unwrap();
+        run(Command::new(format!("mkfs.{kind}"))
+            .args(arguments)
+            .arg(&image));
+        let device = run(Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(&image));
+        let disk = Disk {
+            dir,
+            device: device.trim().to_owned(),
+        };
+        fs::create_dir(disk.path()).unwrap();
+        disk.mount();
+        disk
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    /// The path as text.
+    pub fn text(&self) -> String {
+        self.path().to_str().unwrap().to_owned()
+    }
+
+    /// The loop device's name below `/sys/block`.
+    pub fn block_name(&self) -> &str {
+        self.device.trim_start_matches("/dev/")
+    }
+
+    /// Mounts it again after [`Disk::unmount`].
+    pub fn mount(&self) {
+        run(Command::new("mount")
+            .args(["-o", "noatime"])
+            .arg(&self.device)
+            .arg(self.path()));
+    }
+
+    /// Unmounts it; fails if it is busy.
+    pub fn unmount(&self) {
+        run(Command::new("umount").arg(self.path()));
+    }
+
+    /// Mounts it anew with these options, for example `ro`.
+    pub fn remount(&self, options: &str) {
+        run(Command::new("mount")
+            .arg("-o")
+            .arg(format!("remount,{options}"))
+            .arg(self.path()));
+    }
+
+    /// How many writes the block device has done (`stat` in sysfs, field 5;
+    /// Documentation/block/stat.rst).
+    pub fn writes(&self) -> u64 {
+        let text = fs::read_to_string(format!("/sys/block/{}/stat", self.block_name())).unwrap();
+        text.split_ascii_whitespace()
+            .nth(4)
+            .unwrap()
+            .parse()
+            .unwrap()
+    }
+
+    /// Flushes it.
+    pub fn sync(&self) {
+        run(Command::new("sync").arg("-f").arg(self.path()));
+    }
+
+    /// Bytes that are free.
+    pub fn free(&self) -> u64 {
+        let stat = rustix::fs::statvfs(self.path()).unwrap();
+        stat.f_bfree * stat.f_frsize
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // A test that failed may have left mounts beneath, and it may be
+        // unmounted already.
+        let _ = Command::new("umount")
+            .args(["-R", "-l", "-q"])
+            .arg(self.path())
+            .status();
+        let _ = Command::new("losetup").arg("-d").arg(&self.device).status();
+    }
+}
+
+/// An empty directory below `base`, made if it is missing.
+pub fn subdirectory(base: &Path, name: &str) -> String {
+    let path = base.join(name);
+    fs::create_dir_all(&path).unwrap();
+    path.to_str().unwrap().to_owned()
+}

@@ -1,0 +1,100 @@
+//! Mounting what the daemon answers, the way containerd does.
+
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+
+use overlay_read_write_splitting_snapshotter::proto::mount::Mount;
+use rustix::mount::{
+    MountFlags, UnmountFlags, mount, mount_bind_recursive, mount_remount, unmount,
+};
+
+/// Mounted mounts of a snapshot; unmounted when dropped.
+pub struct Mounted {
+    dir: tempfile::TempDir,
+}
+
+impl Mounted {
+    /// Mounts them in a temporary directory.
+    pub fn new(mounts: &[Mount]) -> Mounted {
+        let [wanted] = mounts else {
+            panic!("one mount is expected: {mounts:?}");
+        };
+        let dir = tempfile::tempdir().unwrap();
+        match wanted.type_.as_str() {
+            "bind" => {
+                mount_bind_recursive(wanted.source.as_str(), dir.path()).unwrap();
+                if wanted.options.iter().any(|option| option == "ro") {
+                    let flags = MountFlags::BIND | MountFlags::RDONLY;
+                    mount_remount(dir.path(), flags, c"").unwrap();
+                }
+            }
+            "overlay" => mount_overlay(&wanted.options, dir.path()),
+            other => panic!("unknown type {other}"),
+        }
+        Mounted { dir }
+    }
+
+    /// Where.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().to_owned()
+    }
+}
+
+/// A page of options is what mount(2) takes: like containerd, long lists are
+/// written relative to the directory that all lowers share.
+fn mount_overlay(options: &[String], target: &Path) {
+    let lowers = options
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))
+        .unwrap();
+    let common = Path::new(lowers.split(':').next().unwrap())
+        .parent()
+        .and_then(Path::parent)
+        .unwrap()
+        .to_owned();
+    let is_long = options.join(",").len() > 3500;
+    let options: Vec<String> = options
+        .iter()
+        .map(|option| match option.strip_prefix("lowerdir=") {
+            Some(lowers) if is_long => {
+                let prefix = format!("{}/", common.display());
+                let short: Vec<_> = lowers
+                    .split(':')
+                    .map(|lower| lower.strip_prefix(&prefix).unwrap())
+                    .collect();
+                format!("lowerdir={}", short.join(":"))
+            }
+            _ => option.clone(),
+        })
+        .collect();
+    let data = CString::new(options.join(",")).unwrap();
+    let mount_it = || {
+        let data = Some(data.as_c_str());
+        mount("overlay", target, "overlay", MountFlags::empty(), data).unwrap();
+    };
+    if is_long {
+        in_directory(&common, mount_it);
+    } else {
+        mount_it();
+    }
+}
+
+/// Runs in a thread with a working directory of its own, as others run beside.
+fn in_directory(directory: &Path, work: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            // A thread leaves the shared working directory by unsharing it.
+            #[allow(deprecated)]
+            rustix::thread::unshare(rustix::thread::UnshareFlags::FS).unwrap();
+            std::env::set_current_dir(directory).unwrap();
+            work();
+        });
+        thread.join().unwrap();
+    });
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = unmount(self.dir.path(), UnmountFlags::DETACH);
+    }
+}
