@@ -1,0 +1,114 @@
+#!/bin/sh
+# Runs every test there is, as root, after installing what is missing:
+# formatting, lints, documentation, scripts, unit tests, tests on real disks
+# and with real containerd, and containerd's own snapshotter suite.
+# Leaves nothing out: a missing tool, kernel feature or root is a failure.
+set -eu
+
+cd "$(dirname "$0")/.."
+if [ "$(id -u)" != 0 ]; then
+    echo "run.sh: the tests mount file systems, run them as root: sudo sh tests/run.sh" >&2
+    exit 1
+fi
+# Tests that would be left out for a developer fail under CI.
+export CI=true
+# shellcheck source=tests/install-tools.sh
+. tests/install-tools.sh
+install_tools test
+
+scratch=$(mktemp -d)
+disk=
+clean_up() {
+    if [ -n "$disk" ]; then
+        umount -l "$scratch/disk" || true
+        losetup -d "$disk" || true
+    fi
+    rm -rf "$scratch"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+passed=0
+failed=0
+
+# step NAME COMMAND...: runs a step, shows what it says, counts it as one test.
+step() {
+    name=$1
+    shift
+    echo "== $name"
+    if "$@"; then
+        passed=$((passed + 1))
+    else
+        echo "== $name FAILED"
+        failed=$((failed + 1))
+    fi
+}
+
+# Adds up the closing lines of cargo's test binaries.
+rust_tests() {
+    echo "== cargo test"
+    status=0
+    cargo test --locked >"$scratch/cargo" 2>&1 || status=$?
+    grep -vE '^ *(Compiling|Downloaded|Downloading) ' "$scratch/cargo"
+    count=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$scratch/cargo" | paste -sd+ -)
+    passed=$((passed + ${count:-0}))
+    count=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$scratch/cargo" | paste -sd+ -)
+    failed=$((failed + ${count:-0}))
+    if grep -q '^test result: .* [1-9][0-9]* ignored' "$scratch/cargo"; then
+        echo "run.sh: tests were ignored, which must not be here" >&2
+        failed=$((failed + 1))
+    fi
+    # A binary that does not build, or dies, has no closing line.
+    if [ "$status" != 0 ] && [ "$failed" = 0 ]; then
+        failed=1
+    fi
+}
+
+# suite NAME: containerd's own cases; the environment says with which daemon.
+# The suite itself leaves out one case; any other that is missing is a failure.
+suite() {
+    echo "== containerd's snapshotter suite, $1"
+    status=0
+    (cd "$scratch" && ./suite -test.v -test.root) >"$scratch/cases" 2>&1 || status=$?
+    sed -n 's/^ *--- \([A-Z]*: TestSnapshotter\/.*\)/\1/p' "$scratch/cases" | sort -k2
+    cases=$(grep -c '^ *--- PASS: TestSnapshotter/' "$scratch/cases" || true)
+    skipped=$(sed -n 's/^ *--- SKIP: TestSnapshotter\/\([^ ]*\) .*/\1/p' "$scratch/cases")
+    passed=$((passed + cases))
+    if [ "$status" != 0 ] || [ "$cases" -lt 20 ] || [ "$skipped" != Rename ]; then
+        grep -vE '^=== ' "$scratch/cases"
+        echo "== $cases cases passed, left out: $skipped, exit code $status: FAILED"
+        failed=$((failed + 1))
+    fi
+}
+
+build_suite() {
+    mkdir -p "$scratch/go/src"
+    ln -s "$PWD/tests/suite" "$scratch/go/src/suite"
+    (cd "$scratch/go/src/suite" &&
+        GO111MODULE=off GOFLAGS='' GOPATH="$scratch/go:/usr/share/gocode" \
+            go test -c -o "$scratch/suite" .)
+}
+
+step "formatting" cargo fmt --check
+step "scripts" shellcheck .ci/run tests/*.sh
+step "lints" cargo clippy --quiet --locked --all-targets -- -D warnings
+RUSTDOCFLAGS='-D warnings' step "documentation" \
+    cargo doc --quiet --locked --no-deps --document-private-items
+step "suite's formatting" test -z "$(gofmt -l tests/suite)"
+rust_tests
+
+step "suite's build" build_suite
+export SNAPSHOTTER="$PWD/target/debug/overlay-read-write-splitting-snapshotter"
+suite "one directory"
+truncate -s 1G "$scratch/image"
+mkfs.ext4 -q -F "$scratch/image"
+disk=$(losetup --find --show "$scratch/image")
+mkdir "$scratch/disk"
+mount "$disk" "$scratch/disk"
+SNAPSHOTTER_WRITABLE="$scratch/disk" suite "writable volume on another file system"
+SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
+    suite "--async-remove false"
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
