@@ -9,11 +9,12 @@ use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Component, Path};
 use std::thread;
+use std::time::Duration;
 
 use argh::FromArgs;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::snapshotter::{RemovalMode, SyncMode, UpperdirLabel};
+use crate::snapshotter::{Relocation, RemovalMode, SyncMode, UpperdirLabel};
 
 /// The original's root, so that a drop-in replacement finds its place.
 pub const DEFAULT_ROOT: &str =
@@ -61,6 +62,15 @@ struct Flags {
     #[argh(option, arg_name = "when", default = "String::from(\"commit\")")]
     sync: String,
 
+    /// background: layers committed on the writable volume move to the image
+    /// volume; never: they stay (default background)
+    #[argh(option, arg_name = "when", default = "String::from(\"background\")")]
+    relocate: String,
+
+    /// how many seconds after its commit a layer may move (default 60)
+    #[argh(option, arg_name = "seconds", default = "60")]
+    relocate_after: u32,
+
     /// how many requests may wait for a disk at once (default: one for each
     /// processor, at least 4, at most 16)
     #[argh(option, arg_name = "number")]
@@ -90,6 +100,8 @@ pub struct Config {
     pub mount_options: Vec<String>,
     /// From `--sync`.
     pub sync: SyncMode,
+    /// From `--relocate` and `--relocate-after`.
+    pub relocation: Relocation,
     /// How many workers.
     pub threads: usize,
 }
@@ -250,6 +262,17 @@ fn check(flags: Flags) -> Result<Config> {
                 )));
             }
         },
+        relocation: match flags.relocate.as_str() {
+            "background" => Relocation::Background {
+                after: Duration::from_secs(flags.relocate_after.into()),
+            },
+            "never" => Relocation::Never,
+            other => {
+                return Err(invalid(format!(
+                    "--relocate is {other:?}, it has to be \"background\" or \"never\""
+                )));
+            }
+        },
         threads: flags
             .threads
             .map_or_else(default_threads, NonZeroUsize::get),
@@ -377,6 +400,8 @@ mod tests {
         assert_eq!(config.removal, RemovalMode::OnCleanup);
         assert_eq!(config.upperdir_label, UpperdirLabel::Hidden);
         assert_eq!(config.sync, SyncMode::AtCommit);
+        let after = Duration::from_secs(60);
+        assert_eq!(config.relocation, Relocation::Background { after });
         assert!((4..=16).contains(&config.threads));
     }
 
@@ -466,6 +491,8 @@ mod tests {
         refused(&["--threads", "many"]);
         refused(&["--async-remove=maybe"]);
         refused(&["--sync", "sometimes"]);
+        refused(&["--relocate", "sometimes"]);
+        refused(&["--relocate-after", "-1"]);
         refused(&["--no-such-flag"]);
         refused(&["stray"]);
         refused(&["--address", &format!("/{}", "a".repeat(107))]);

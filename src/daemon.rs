@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount;
 use crate::service::{self, Pool};
-use crate::snapshotter::{IdMappedMounts, Options, Snapshotter};
+use crate::snapshotter::{IdMappedMounts, Options, Relocator, Snapshotter};
 use crate::volume::{Image, Volumes};
 use server::Server;
 
@@ -54,6 +54,7 @@ pub fn run(config: &Config) -> Result<()> {
             mount_options,
             removal: config.removal,
             sync: config.sync,
+            relocation: config.relocation,
             upperdir_label: config.upperdir_label,
             id_mapped_mounts: probe_id_mapped_mounts(&config.root),
         },
@@ -61,6 +62,7 @@ pub fn run(config: &Config) -> Result<()> {
     snapshotter.recover()?;
 
     let snapshotter = Arc::new(snapshotter);
+    let relocator = Relocator::start(&snapshotter)?;
     let pool = Arc::new(Pool::start(config.threads)?);
     let mut server = Server::start(&config.address, service::build(&snapshotter, &pool))?;
     log::info!(
@@ -80,6 +82,7 @@ pub fn run(config: &Config) -> Result<()> {
         log::warn!("requests are still running after {DRAIN:?}: they are cut off");
     }
     server.stop(deadline);
+    drop(relocator);
     if let Err(error) = snapshotter.store().checkpoint() {
         log::warn!("{}", error.chain());
     }

@@ -10,19 +10,22 @@
 mod labels;
 mod place;
 mod recover;
+mod relocate;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
 use crate::overlay::{Layout, Plan, plan_mounts};
-use crate::store::{Ancestor, Commit, New, Removed, Snapshot, Store};
+use crate::store::{Ancestor, Commit, New, Place, Snapshot, Store};
 use crate::tree;
 use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Usage, Volume};
 use crate::volume::{Dirs, Owner, Shape, Volumes};
 use labels::IdMaps;
 use place::{choose_volume, is_unpack};
+pub use relocate::Relocator;
 
 /// When deleted bytes are given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +42,18 @@ pub enum SyncMode {
     /// Before its Commit is answered.
     AtCommit,
     /// When the kernel sees fit.
+    Never,
+}
+
+/// What becomes of layers that were committed on the writable volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Relocation {
+    /// They move to the image volume, that long after their commit or later.
+    Background {
+        /// How long most layers of a build or of Docker's are kept.
+        after: Duration,
+    },
+    /// They stay.
     Never,
 }
 
@@ -69,6 +84,8 @@ pub struct Options {
     pub removal: RemovalMode,
     /// See [`SyncMode`].
     pub sync: SyncMode,
+    /// See [`Relocation`].
+    pub relocation: Relocation,
     /// See [`UpperdirLabel`].
     pub upperdir_label: UpperdirLabel,
     /// See [`IdMappedMounts`].
@@ -87,6 +104,9 @@ pub struct Snapshotter {
     /// Set when a directory without a row may be on a volume: the next Cleanup
     /// looks for it. In order: image, writable.
     strays: [AtomicBool; 2],
+    /// One layer moves at a time.
+    relocating: Mutex<()>,
+    relocator: relocate::Signal,
 }
 
 impl Snapshotter {
@@ -104,6 +124,8 @@ impl Snapshotter {
             options,
             cleaning: Mutex::new(()),
             strays: [AtomicBool::new(false), AtomicBool::new(false)],
+            relocating: Mutex::new(()),
+            relocator: relocate::Signal::default(),
         }
     }
 
@@ -139,11 +161,18 @@ impl Snapshotter {
         labels::check_key("key", key)?;
         let labels = labels::check_labels(labels)?;
         let id_maps = IdMaps::from_labels(&labels)?;
-        let mapped_root = id_maps.as_ref().map(IdMaps::root).transpose()?;
+        if let Some(maps) = &id_maps {
+            maps.root()?;
+        }
         let volume = choose_volume(kind, key, &labels)?;
         // A view of a parent is that parent's directories.
         let volume = (kind == Kind::Active || parent.is_empty()).then_some(volume);
         let dirs = volume.map(|volume| self.volumes.open(volume)).transpose()?;
+        let needs_home =
+            id_maps.is_some() && self.options.id_mapped_mounts == IdMappedMounts::Supported;
+        if needs_home && !parent.is_empty() {
+            self.bring_home(&self.ancestors_of(parent)?)?;
+        }
 
         let transaction = self.store.write()?;
         let created = transaction.rows().create(&New {
@@ -157,11 +186,8 @@ impl Snapshotter {
         let new_dirs = match &dirs {
             None => None,
             Some(dirs) => {
-                let owner = match (mapped_root, created.ancestors.first()) {
-                    (Some(root), _) => root,
-                    (None, Some(parent)) => self.volumes.image().layer_owner(parent.id)?,
-                    (None, None) => Owner { uid: 0, gid: 0 },
-                };
+                let parent = created.ancestors.first().map(|parent| parent.id);
+                let owner = self.owner_for(id_maps.as_ref(), parent)?;
                 let shape = match kind {
                     Kind::View => Shape::UpperOnly,
                     Kind::Active | Kind::Committed => Shape::UpperAndWork,
@@ -181,6 +207,26 @@ impl Snapshotter {
             over_empty: kind == Kind::Active && is_unpack(key, &labels),
             id_maps,
         }))
+    }
+
+    /// Whom a new snapshot's `fs` belongs to: the container's root where its
+    /// ids are mapped, else whom the parent's belongs to.
+    fn owner_for(&self, maps: Option<&IdMaps>, parent: Option<SnapshotId>) -> Result<Owner> {
+        match (maps, parent) {
+            (Some(maps), _) => maps.root(),
+            (None, Some(parent)) => self.volumes.image().layer_owner(parent),
+            (None, None) => Ok(Owner { uid: 0, gid: 0 }),
+        }
+    }
+
+    /// The layers from that one downwards; none if there is no such layer,
+    /// which the store then refuses.
+    fn ancestors_of(&self, parent: &str) -> Result<Vec<Ancestor>> {
+        let reader = self.store.read()?;
+        match reader.find(parent)? {
+            Some(layer) if layer.info.kind == Kind::Committed => reader.chain(layer.id),
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// The mounts of an active snapshot or a view, as when it was made.
@@ -307,6 +353,7 @@ impl Snapshotter {
         if committed.is_err() && volume == Volume::Writable {
             self.drop_link_unless_committed(snapshot.id, key);
         }
+        self.relocator.wake();
         committed
     }
 
@@ -350,38 +397,52 @@ impl Snapshotter {
         labels::check_key("key", key)?;
         let transaction = self.store.write()?;
         let removed = transaction.rows().remove(key)?;
+        let released = transaction.rows().release_retired()?;
         transaction.commit()?;
 
-        let Some(volume) = removed.volume else {
-            return Ok(());
-        };
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
-        if let Err(error) = self.trash(&removed, volume) {
+        if let Some(volume) = removed.volume
+            && let Err(error) = self.trash(&removed, volume)
+        {
             self.note_stray(volume);
             log::warn!(
                 "remove the directory of snapshot {}: {}",
                 removed.id,
                 error.chain()
             );
-        } else if self.options.removal == RemovalMode::AtOnce
-            && let Err(error) = self.empty_trash(volume)
-        {
-            log::warn!("empty the trash of the {volume} volume: {}", error.chain());
         }
+        for layer in &released {
+            if let Err(error) = self.trash_old(*layer) {
+                self.note_stray(Volume::Writable);
+                log::warn!("remove what layer {layer} has left: {}", error.chain());
+            }
+        }
+        if self.options.removal == RemovalMode::AtOnce {
+            let old = (!released.is_empty()).then_some(Volume::Writable);
+            for volume in removed.volume.into_iter().chain(old) {
+                if let Err(error) = self.empty_trash(volume) {
+                    log::warn!("empty the trash of the {volume} volume: {}", error.chain());
+                }
+            }
+            self.relocator.tell_room();
+        }
+        self.relocator.wake();
         Ok(())
     }
 
-    fn trash(&self, removed: &Removed, volume: Volume) -> Result<()> {
+    fn trash(&self, removed: &Place, volume: Volume) -> Result<()> {
         if volume == Volume::Writable && removed.kind == Kind::Committed {
-            self.volumes
-                .image()
+            let image = self.volumes.image();
+            image
                 .remove_link(removed.id)
-                .inspect_err(|_| {
-                    self.note_stray(Volume::Image);
-                })?;
+                .inspect_err(|_| self.note_stray(Volume::Image))?;
         }
         self.volumes.open(volume)?.trash(removed.id).map(drop)
+    }
+
+    fn trash_old(&self, layer: SnapshotId) -> Result<()> {
+        self.volumes.open(Volume::Writable)?.trash(layer).map(drop)
     }
 
     /// Tells one snapshot.
@@ -476,6 +537,7 @@ impl Snapshotter {
     /// something cannot be deleted.
     pub fn cleanup(&self) -> Result<()> {
         let image = self.empty_trash(Volume::Image);
+        self.relocator.tell_room();
         let writable = self.empty_trash(Volume::Writable);
         image.and(writable).context(|| "clean removed snapshots up")
     }
@@ -497,7 +559,7 @@ impl Snapshotter {
 
     fn sweep(&self, dirs: &Arc<Dirs>, volume: Volume) -> Result<()> {
         let transaction = self.store.write()?;
-        let inventory = transaction.rows().inventory()?;
+        let inventory = recover::Inventory::read(&transaction)?;
         recover::trash_strays(dirs, volume, &inventory).map(drop)
     }
 }

@@ -12,6 +12,7 @@
 //! WAL's tail, so a transaction is there whole or not at all.
 
 mod labels;
+mod moves;
 mod rows;
 mod schema;
 #[cfg(test)]
@@ -29,7 +30,8 @@ use rusqlite::{Connection, OpenFlags};
 
 use crate::error::{Error, ErrorKind, Result};
 
-pub use rows::{Ancestor, Commit, Created, LabelChange, New, Removed, Rows, Snapshot};
+pub use moves::{Away, Retired};
+pub use rows::{Ancestor, Commit, Created, LabelChange, New, Place, Rows, Snapshot};
 
 /// What a file is, by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

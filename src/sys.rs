@@ -53,3 +53,29 @@ pub fn idmap_mount(mount: impl AsFd, user_namespace: impl AsFd) -> Result<(), Er
     }
     Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL))
 }
+
+/// Gives the calling thread the idle I/O priority (`ioprio_set(2)`): its reads
+/// and writes go when nobody else's are waiting, where the disk's scheduler
+/// knows priorities (BFQ does).
+///
+/// # Errors
+///
+/// What the kernel says; the thread then goes on as it was.
+pub fn lower_io_priority() -> Result<(), Errno> {
+    const WHO_PROCESS: libc::c_int = 1;
+    const CLASS_IDLE: libc::c_int = 3;
+    const CLASS_SHIFT: libc::c_int = 13;
+    // SAFETY: three integers; 0 is the calling thread.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_ioprio_set,
+            WHO_PROCESS,
+            0,
+            CLASS_IDLE << CLASS_SHIFT,
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL))
+}

@@ -1,11 +1,12 @@
 //! Walking directory trees that strangers have filled.
 //!
-//! Owns: counting and deleting. Everything goes by directory descriptors and
+//! Owns: counting, copying and deleting. Everything goes by directory descriptors and
 //! never follows a link, so no content of a layer leads a walk outside of it;
 //! nothing recurses, so no depth of a tree exhausts the stack.
 //! Never: knows what a tree is for. Holds no state: a walk cut short by a
 //! crash is simply begun again.
 
+mod copy;
 mod remove;
 mod usage;
 
@@ -15,6 +16,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 
+pub use copy::copy_tree;
 pub use remove::remove_children;
 pub use usage::count_usage;
 

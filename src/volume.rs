@@ -3,6 +3,7 @@
 //! ```text
 //! <root>/snapshots/<id>/fs            a layer, or one being unpacked (then with work/)
 //! <root>/snapshots/<id>               or: a link to <writable>/snapshots/<id>
+//! <root>/snapshots/.moving-<id>       a layer on its way home, see `moving`
 //! <root>/empty/                       an empty directory, lower of a layer without parent
 //! <root>/trash/                       removed, waiting to be deleted
 //! <writable>/.volume                  which volume this is
@@ -21,10 +22,12 @@
 mod dirs;
 mod identity;
 mod image;
+mod moving;
 
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
+pub use moving::{Target, moving_id};
 
 use std::sync::{Arc, OnceLock};
 

@@ -7,16 +7,54 @@ use std::sync::Arc;
 use rustix::fs::FileType;
 
 use super::Snapshotter;
+use super::labels::IdMaps;
 use crate::error::{Context, Result};
-use crate::store::Removed;
+use crate::store::{Place, Transaction};
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
-use crate::volume::{Dirs, Owner, Shape};
+use crate::volume::{Dirs, Owner, Shape, moving_id};
 
-type Inventory = [(Removed, String)];
+/// What the database says is on the disks.
+pub(super) struct Inventory {
+    snapshots: Vec<(Place, String)>,
+    /// Layers whose old directory on the writable volume is still kept.
+    retired: HashSet<SnapshotId>,
+}
+
+impl Inventory {
+    pub(super) fn read(transaction: &Transaction<'_>) -> Result<Inventory> {
+        let retired = transaction.rows().retired()?;
+        Ok(Inventory {
+            snapshots: transaction.rows().inventory()?,
+            retired: retired.into_iter().map(|retired| retired.id).collect(),
+        })
+    }
+
+    /// The ids whose name belongs into `snapshots/` of that volume.
+    fn known(&self, volume: Volume) -> HashSet<SnapshotId> {
+        let belongs = |place: &Place| match volume {
+            // As a directory, or as the link of a layer that is elsewhere.
+            Volume::Image => {
+                place.volume == Some(Volume::Image)
+                    || place.volume == Some(Volume::Writable) && place.kind == Kind::Committed
+            }
+            Volume::Writable => place.volume == Some(Volume::Writable),
+        };
+        let snapshots = self.snapshots.iter().map(|(place, _)| place);
+        let mut known: HashSet<_> = snapshots
+            .filter(|place| belongs(place))
+            .map(|place| place.id)
+            .collect();
+        if volume == Volume::Writable {
+            known.extend(&self.retired);
+        }
+        known
+    }
+}
 
 impl Snapshotter {
-    /// After a start: trashes directories that no row knows, makes missing
-    /// uppers anew, sets links right, and reports layers that are missing.
+    /// After a start: finishes or drops moves, trashes directories that no row
+    /// knows, makes missing uppers anew, sets links right, and reports layers
+    /// that are missing.
     ///
     /// # Errors
     ///
@@ -26,17 +64,25 @@ impl Snapshotter {
         // Nobody is served yet; the transaction is for the rule that
         // directories change under the writer's lock.
         let transaction = self.store.write()?;
-        let inventory = transaction.rows().inventory()?;
+        self.recover_moves(&transaction)?;
+        let inventory = Inventory::read(&transaction)?;
 
         let image = self.volumes.open(Volume::Image)?;
+        self.drop_unfinished_moves(&image)?;
         let on_image = trash_strays(&image, Volume::Image, &inventory)?;
-        heal(&image, Volume::Image, &inventory, &on_image);
+        self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
         self.set_links(&inventory, &on_image)?;
 
         match self.volumes.open(Volume::Writable) {
             Ok(writable) => {
-                let on_writable = trash_strays(&writable, Volume::Writable, &inventory)?;
-                heal(&writable, Volume::Writable, &inventory, &on_writable);
+                let found = trash_strays(&writable, Volume::Writable, &inventory)?;
+                self.heal(
+                    &transaction,
+                    &writable,
+                    Volume::Writable,
+                    &inventory,
+                    &found,
+                );
             }
             Err(error) => {
                 self.note_stray(Volume::Writable);
@@ -47,13 +93,30 @@ impl Snapshotter {
                 );
             }
         }
+        transaction.commit()
+    }
+
+    /// What moves have left under their own names is not needed any more: copies
+    /// that were not exchanged, and links that were. A directory may be all
+    /// there is of a layer as long as the writable volume cannot be asked.
+    fn drop_unfinished_moves(&self, image: &Arc<Dirs>) -> Result<()> {
+        let can_ask = self.volumes.open(Volume::Writable).is_ok();
+        for entry in image.entries()? {
+            let Some(id) = moving_id(entry.name.to_bytes()) else {
+                continue;
+            };
+            if entry.file_type == FileType::Symlink || can_ask {
+                image.trash_entry(&entry.name.to_string_lossy())?;
+                log::info!("what a move of layer {id} had left was dropped");
+            }
+        }
         Ok(())
     }
 
     /// Every layer whose bytes are on the writable volume is named by a link on
     /// the image volume; it is written anew where the writable directory moved.
     fn set_links(&self, inventory: &Inventory, found: &Found) -> Result<()> {
-        for (snapshot, name) in inventory {
+        for (snapshot, name) in &inventory.snapshots {
             let is_linked =
                 snapshot.kind == Kind::Committed && snapshot.volume == Some(Volume::Writable);
             if !is_linked {
@@ -69,6 +132,61 @@ impl Snapshotter {
         }
         Ok(())
     }
+
+    /// Deals with rows whose directory is missing: an active snapshot gets an
+    /// empty one, as after a power cut before its directory reached the disk; a
+    /// missing layer cannot be healed and is reported.
+    fn heal(
+        &self,
+        transaction: &Transaction<'_>,
+        dirs: &Arc<Dirs>,
+        volume: Volume,
+        inventory: &Inventory,
+        found: &Found,
+    ) {
+        for (snapshot, name) in &inventory.snapshots {
+            let is_there = found.get(&snapshot.id) == Some(&FileType::Directory);
+            if snapshot.volume != Some(volume) || is_there {
+                continue;
+            }
+            let shape = match snapshot.kind {
+                Kind::Committed => {
+                    log::error!(
+                        "layer {} is lost: {volume} volume: snapshots/{} is missing; remove the \
+                         images that use it and pull them again",
+                        Quoted(name),
+                        snapshot.id
+                    );
+                    continue;
+                }
+                Kind::Active => Shape::UpperAndWork,
+                Kind::View => Shape::UpperOnly,
+            };
+            let made = self
+                .owner_of(transaction, name)
+                .and_then(|owner| dirs.create(snapshot.id, shape, owner));
+            match made {
+                Ok(made) => {
+                    made.keep();
+                    log::warn!(
+                        "snapshot {} had no directory on the {volume} volume: it starts empty",
+                        Quoted(name)
+                    );
+                }
+                Err(error) => log::error!(
+                    "snapshot {} has no directory: {}",
+                    Quoted(name),
+                    error.chain()
+                ),
+            }
+        }
+    }
+
+    fn owner_of(&self, transaction: &Transaction<'_>, name: &str) -> Result<Owner> {
+        let snapshot = transaction.rows().stat(name)?;
+        let maps = IdMaps::from_labels(&snapshot.info.labels)?;
+        self.owner_for(maps.as_ref(), snapshot.parent_id)
+    }
 }
 
 /// What `snapshots/` of a volume holds under ids that rows know.
@@ -81,22 +199,11 @@ pub(super) fn trash_strays(
     volume: Volume,
     inventory: &Inventory,
 ) -> Result<Found> {
-    let belongs = |snapshot: &Removed| match volume {
-        // As a directory, or as the link of a layer that is elsewhere.
-        Volume::Image => {
-            snapshot.volume == Some(Volume::Image)
-                || snapshot.volume == Some(Volume::Writable) && snapshot.kind == Kind::Committed
-        }
-        Volume::Writable => snapshot.volume == Some(Volume::Writable),
-    };
-    let known: HashSet<SnapshotId> = inventory
-        .iter()
-        .filter(|(snapshot, _)| belongs(snapshot))
-        .map(|(snapshot, _)| snapshot.id)
-        .collect();
+    let known = inventory.known(volume);
     let mut found = Found::new();
     for entry in dirs.entries()? {
-        match SnapshotId::from_directory_name(entry.name.to_bytes()) {
+        let name = entry.name.to_bytes();
+        match SnapshotId::from_directory_name(name) {
             Some(id) if known.contains(&id) => {
                 found.insert(id, entry.file_type);
             }
@@ -104,6 +211,8 @@ pub(super) fn trash_strays(
                 dirs.trash(id).context(|| "move a stray directory away")?;
                 log::warn!("{volume} volume: snapshots/{id} belongs to no snapshot: trashed");
             }
+            // The relocator's, and perhaps in use.
+            None if volume == Volume::Image && moving_id(name).is_some() => {}
             None => log::warn!(
                 "{volume} volume: {:?} in snapshots/ was not made by this program: left alone",
                 entry.name
@@ -111,43 +220,4 @@ pub(super) fn trash_strays(
         }
     }
     Ok(found)
-}
-
-/// Deals with rows whose directory is missing: an active snapshot gets an empty
-/// one, as after a power cut before its directory reached the disk; a missing
-/// layer cannot be healed and is reported.
-fn heal(dirs: &Arc<Dirs>, volume: Volume, inventory: &Inventory, found: &Found) {
-    for (snapshot, name) in inventory {
-        if snapshot.volume != Some(volume) || found.get(&snapshot.id) == Some(&FileType::Directory)
-        {
-            continue;
-        }
-        let shape = match snapshot.kind {
-            Kind::Committed => {
-                log::error!(
-                    "layer {} is lost: {volume} volume: snapshots/{} is missing; remove the \
-                     images that use it and pull them again",
-                    Quoted(name),
-                    snapshot.id
-                );
-                continue;
-            }
-            Kind::Active => Shape::UpperAndWork,
-            Kind::View => Shape::UpperOnly,
-        };
-        match dirs.create(snapshot.id, shape, Owner { uid: 0, gid: 0 }) {
-            Ok(made) => {
-                made.keep();
-                log::warn!(
-                    "snapshot {} had no directory on the {volume} volume: it starts empty",
-                    Quoted(name)
-                );
-            }
-            Err(error) => log::error!(
-                "snapshot {} has no directory: {}",
-                Quoted(name),
-                error.chain()
-            ),
-        }
-    }
 }

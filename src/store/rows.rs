@@ -72,9 +72,9 @@ pub struct Commit<'a> {
     pub usage: Usage,
 }
 
-/// A snapshot that [`Rows::remove`] has struck out.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Removed {
+/// What a snapshot is, and where its directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
     /// Its number.
     pub id: SnapshotId,
     /// What it was.
@@ -114,7 +114,7 @@ const SELECT: &str = "SELECT s.id, s.name, s.kind, s.volume, s.created_ns, s.upd
      FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id";
 
 impl<C: Borrow<Connection>> Rows<C> {
-    fn connection(&self) -> &Connection {
+    pub(super) fn connection(&self) -> &Connection {
         self.connection.borrow()
     }
 
@@ -221,7 +221,7 @@ impl<C: Borrow<Connection>> Rows<C> {
     /// # Errors
     ///
     /// Those of the database.
-    pub fn inventory(&self) -> Result<Vec<(Removed, String)>> {
+    pub fn inventory(&self) -> Result<Vec<(Place, String)>> {
         let doing = |error| sql_error(error, "list the snapshots' directories");
         let mut query = self
             .connection()
@@ -240,12 +240,7 @@ impl<C: Borrow<Connection>> Rows<C> {
         let mut inventory = Vec::new();
         for row in rows {
             let (id, kind, volume, name) = row.map_err(doing)?;
-            let snapshot = Removed {
-                id: id_from_sql(id)?,
-                kind: kind_from_sql(kind)?,
-                volume: volume_from_sql(volume)?,
-            };
-            inventory.push((snapshot, name));
+            inventory.push((place_from_sql(id, kind, volume)?, name));
         }
         Ok(inventory)
     }
@@ -370,7 +365,7 @@ impl Rows<&Connection> {
     ///
     /// [`ErrorKind::NotFound`], [`ErrorKind::FailedPrecondition`] if others
     /// stand on it, or those of the database.
-    pub fn remove(&self, name: &str) -> Result<Removed> {
+    pub fn remove(&self, name: &str) -> Result<Place> {
         let removing = |error| sql_error(error, format!("remove snapshot {}", Quoted(name)));
         let snapshot = self.stat(name)?;
         let child: Option<String> = self
@@ -396,7 +391,7 @@ impl Rows<&Connection> {
             .prepare_cached("DELETE FROM snapshot WHERE id = ?1")
             .and_then(|mut delete| delete.execute([sql_id(snapshot.id)]))
             .map_err(removing)?;
-        Ok(Removed {
+        Ok(Place {
             id: snapshot.id,
             kind: snapshot.info.kind,
             volume: snapshot.volume,
@@ -582,15 +577,23 @@ fn sql_number(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }
 
-fn sql_id(id: SnapshotId) -> i64 {
+pub(super) fn sql_id(id: SnapshotId) -> i64 {
     sql_number(id.number())
 }
 
-fn id_from_sql(id: i64) -> Result<SnapshotId> {
+pub(super) fn id_from_sql(id: i64) -> Result<SnapshotId> {
     match u64::try_from(id) {
         Ok(number) if number > 0 => Ok(SnapshotId::new(number)),
         _ => Err(damaged(format!("{id} is no snapshot id"))),
     }
+}
+
+pub(super) fn place_from_sql(id: i64, kind: i64, volume: Option<i64>) -> Result<Place> {
+    Ok(Place {
+        id: id_from_sql(id)?,
+        kind: kind_from_sql(kind)?,
+        volume: volume_from_sql(volume)?,
+    })
 }
 
 fn sql_kind(kind: Kind) -> i64 {

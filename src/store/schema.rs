@@ -33,6 +33,15 @@ const MIGRATIONS: &[&str] = &[
          labels     BLOB NOT NULL
      ) STRICT;
      CREATE INDEX snapshot_by_parent ON snapshot (parent_id) WHERE parent_id IS NOT NULL;",
+    // 2: layers that move home. `retired` holds those that have moved while
+    // something may have had their old directory mounted: any active snapshot
+    // or view upon them with an id up to `highest_id`, on this boot of the host.
+    "CREATE TABLE retired (
+         id         INTEGER PRIMARY KEY,
+         highest_id INTEGER NOT NULL,
+         boot_id    TEXT NOT NULL
+     ) STRICT;
+     CREATE INDEX snapshot_away ON snapshot (created_ns) WHERE kind = 3 AND volume = 1;",
 ];
 
 /// Brings the database up to date: each missing migration in a transaction of

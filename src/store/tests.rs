@@ -53,7 +53,7 @@ impl Fixture {
         self.commit("unpack", name, "").unwrap();
     }
 
-    fn remove(&self, key: &str) -> Result<Removed> {
+    fn remove(&self, key: &str) -> Result<Place> {
         let transaction = self.store.write()?;
         let removed = transaction.rows().remove(key)?;
         transaction.commit()?;

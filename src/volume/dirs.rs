@@ -117,19 +117,47 @@ impl Dirs {
     ///
     /// As of the volume's disk.
     pub fn trash(&self, id: SnapshotId) -> Result<bool> {
-        let trashing = || format!("move {} to the trash", self.snapshot_path(id));
-        let name = id.to_string();
-        let mut target = name.clone();
+        self.trash_entry(&id.to_string())
+    }
+
+    /// Moves the entry `name` of `snapshots/` to the trash. `false` if there
+    /// was nothing.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn trash_entry(&self, name: &str) -> Result<bool> {
+        let mut target = name.to_owned();
         // An id comes twice when its first directory was left by a crash.
         for attempt in 1_u64.. {
-            match move_aside(&self.snapshots, &name, &self.trash, &target) {
+            match move_aside(&self.snapshots, name, &self.trash, &target) {
                 Ok(()) => return Ok(true),
                 Err(Errno::NOENT) => return Ok(false),
                 Err(Errno::EXIST | Errno::NOTEMPTY) => target = format!("{name}.{attempt}"),
-                Err(errno) => return Err(errno).context(trashing),
+                Err(errno) => {
+                    return Err(errno)
+                        .context(|| format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path));
+                }
             }
         }
         unreachable!("2^64 names are never all taken")
+    }
+
+    /// Opens a snapshot's own directory, the one above `fs`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if it is not there.
+    pub fn open_snapshot(&self, id: SnapshotId) -> Result<OwnedFd> {
+        let opening = || format!("open {}", self.snapshot_path(id));
+        match open_path(&self.snapshots, &id.to_string()) {
+            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
+                ErrorKind::DataLoss,
+                opening(),
+                std::io::Error::from(errno),
+            )),
+            opened => opened.context(opening),
+        }
     }
 
     /// Opens a snapshot's `fs`.

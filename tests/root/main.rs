@@ -11,6 +11,7 @@ mod containerd;
 mod content;
 mod input;
 mod life;
+mod relocation;
 mod support;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -23,10 +24,11 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 4] = [
+    let modules: [(&str, &[Test]); 5] = [
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("life", life::TESTS),
+        ("relocation", relocation::TESTS),
         ("containerd", containerd::TESTS),
     ];
     let trials = modules

@@ -84,7 +84,7 @@ impl Daemon {
         let root = value("--root-dir").expect("a root");
         let address = value("--address").unwrap_or_else(|| format!("{root}/grpc.socks"));
         let log = tempfile::NamedTempFile::new().unwrap();
-        let child = spawn(arguments, log.as_file());
+        let child = spawn(arguments, log.as_file(), None);
         let mut daemon = Daemon {
             child,
             arguments: arguments.to_vec(),
@@ -93,6 +93,17 @@ impl Daemon {
         };
         daemon.wait_until_serving();
         daemon
+    }
+
+    /// Starts it again, after its end, to be killed when it reaches a step.
+    pub fn restart_to_die_at(&mut self, step: &str) {
+        self.child = spawn(&self.arguments, self.log.as_file(), Some(step));
+        self.wait_until_serving();
+    }
+
+    /// Changes the arguments for the next start.
+    pub fn set_arguments(&mut self, arguments: Vec<String>) {
+        self.arguments = arguments;
     }
 
     fn wait_until_serving(&mut self) {
@@ -112,7 +123,7 @@ impl Daemon {
 
     /// Starts it again, with the same arguments, after its end.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.arguments, self.log.as_file());
+        self.child = spawn(&self.arguments, self.log.as_file(), None);
         self.wait_until_serving();
     }
 
@@ -190,9 +201,10 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(arguments: &[String], log: &File) -> Child {
+fn spawn(arguments: &[String], log: &File, fault: Option<&str>) -> Child {
     Command::new(BINARY)
         .args(arguments)
+        .envs(fault.map(|step| ("SNAPSHOTTER_FAULT", step)))
         .env("RUST_LOG", "debug")
         .stdin(Stdio::null())
         .stderr(log.try_clone().unwrap())

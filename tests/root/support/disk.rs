@@ -15,7 +15,8 @@ pub struct Disk {
 impl Disk {
     /// An empty ext4 of that size, mounted `noatime`.
     pub fn ext4(mebibytes: u64) -> Disk {
-        Disk::make(mebibytes, "ext4", &["-q", "-F", "-m", "0"])
+        // The block size of disks larger than these, which get 1024 by default.
+        Disk::make(mebibytes, "ext4", &["-q", "-F", "-m", "0", "-b", "4096"])
     }
 
     /// An empty file system made by `mkfs.<kind>` with these arguments.

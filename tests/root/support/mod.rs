@@ -8,6 +8,7 @@ pub mod client;
 pub mod daemon;
 pub mod disk;
 pub mod mounted;
+pub mod trees;
 
 use std::path::Path;
 use std::process::Command;

@@ -1,0 +1,448 @@
+//! Moving committed layers home, from the writable to the image volume.
+//!
+//! What a container may have mounted is never touched: the layer is copied,
+//! the copy is made durable, and under the store's write lock copy and link
+//! change names and the row says so. New mounts find the copy by the same
+//! path. The old directory goes at once if nothing stands on the layer, else
+//! when the last snapshot that may have it mounted is removed, or when the
+//! host has rebooted.
+//!
+//! After a crash: before the exchange, the copy is dropped and the layer is
+//! where it was; after it, the copy is whole and the start records it.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::fs::FileType;
+
+use super::{Relocation, Snapshotter};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::{Ancestor, Away, Transaction};
+use crate::types::{Kind, Quoted, SnapshotId, Timestamp, Volume};
+use crate::{sys, tree};
+
+/// Below this a layer waits until nothing stands on it: Docker's init layers,
+/// gone with their container as a rule.
+const SMALL_BYTES: u64 = 1 << 20;
+
+/// The number of this boot of the host (random(4)).
+fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    std::fs::read_to_string(path)
+        .map(|text| text.trim_end().to_owned())
+        .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
+}
+
+/// A step at which a test can have the daemon killed; not in release builds.
+fn fault_point(step: &str) {
+    if cfg!(debug_assertions) && std::env::var("SNAPSHOTTER_FAULT").is_ok_and(|at| at == step) {
+        log::error!("killed at the fault point {step}");
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
+
+/// What moving a layer came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moved {
+    /// It is home; that many bytes were copied.
+    Home(u64),
+    /// It was removed meanwhile, or is home already.
+    Gone,
+}
+
+impl Snapshotter {
+    /// Moves one layer home, in the calling thread.
+    fn relocate(&self, id: SnapshotId, cancel: &AtomicBool) -> Result<Moved> {
+        let _one_at_a_time = lock(&self.relocating);
+        let image = self.volumes.image();
+        let writable = self.volumes.open(Volume::Writable)?;
+
+        let is_exchanged = image.layer_entry(id)? == Some(FileType::Directory);
+        let mut bytes = 0;
+        if !is_exchanged {
+            if self.rename_home(id)? {
+                return Ok(Moved::Home(0));
+            }
+            let copied = self.copy_home(id, cancel);
+            match copied {
+                Ok(copied) => bytes = copied,
+                Err(error) => {
+                    // At once: half a copy is no use to a disk that is full.
+                    image.end_move(id)?;
+                    self.empty_trash(Volume::Image)?;
+                    return Err(error);
+                }
+            }
+        }
+
+        let transaction = self.store.write()?;
+        if !is_away(&transaction, id)? {
+            image.end_move(id)?;
+            return Ok(Moved::Gone);
+        }
+        if !is_exchanged && let Err(error) = image.exchange(id) {
+            image.end_move(id)?;
+            return Err(error);
+        }
+        fault_point("exchanged");
+        // If recording fails, the copy stays in place: it is whole, and the
+        // next try, or the next start, finds it and only records it.
+        let is_in_use = transaction.rows().move_home(id, &boot_id()?)?;
+        transaction.commit()?;
+        fault_point("recorded");
+        image.end_move(id)?;
+        if !is_in_use {
+            writable.trash(id)?;
+        }
+        fault_point("trashed");
+        Ok(Moved::Home(bytes))
+    }
+
+    fn copy_home(&self, id: SnapshotId, cancel: &AtomicBool) -> Result<u64> {
+        let source = self.volumes.open(Volume::Writable)?.open_snapshot(id)?;
+        let image = self.volumes.image();
+        let target = image.begin_move(id)?;
+        fault_point("begun");
+        let bytes = tree::copy_tree(&source, &target.top, c"fs", &target.scratch, cancel)?;
+        fault_point("copied");
+        image.finish_copy(&target)?;
+        fault_point("durable");
+        Ok(bytes)
+    }
+
+    /// The whole move where both volumes are one file system: two renames.
+    /// `false`, and nothing done, where they are not.
+    fn rename_home(&self, id: SnapshotId) -> Result<bool> {
+        let writable = self.volumes.open(Volume::Writable)?;
+        let transaction = self.store.write()?;
+        if !is_away(&transaction, id)? || !self.volumes.image().rename_home(id, &writable)? {
+            return Ok(false);
+        }
+        fault_point("renamed");
+        self.volumes.image().exchange(id)?;
+        fault_point("rename-exchanged");
+        transaction.rows().move_home(id, &boot_id()?)?;
+        // Nothing was left behind: the directory itself has moved.
+        transaction.rows().forget_retired(id)?;
+        transaction.commit()?;
+        fault_point("rename-recorded");
+        self.volumes.image().end_move(id)?;
+        Ok(true)
+    }
+
+    /// Before an id-mapped mount over these layers: containerd clones and maps
+    /// the directory that all lowers share, and such a clone does not lead
+    /// through a link to another file system.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if layers are away and stay there by
+    /// configuration; or those of the move.
+    pub(super) fn bring_home(&self, layers: &[Ancestor]) -> Result<()> {
+        let away = layers
+            .iter()
+            .filter(|layer| layer.volume == Volume::Writable);
+        for layer in away {
+            if self.options.relocation == Relocation::Never {
+                return Err(Error::new(
+                    ErrorKind::FailedPrecondition,
+                    format!(
+                        "a container with mapped ids cannot use layer {}, which is on the \
+                         writable volume and stays there by --relocate never",
+                        layer.id
+                    ),
+                ));
+            }
+            self.relocate(layer.id, &AtomicBool::new(false))
+                .context(|| {
+                    format!(
+                        "move layer {} home for a container with mapped ids",
+                        layer.id
+                    )
+                })?;
+        }
+        Ok(())
+    }
+
+    /// At start, before strays are looked for: finishes moves whose exchange
+    /// has happened, drops the others, and forgets left directories of an
+    /// earlier boot, which nothing has mounted any more.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk or the database.
+    pub(super) fn recover_moves(&self, transaction: &Transaction<'_>) -> Result<()> {
+        let rows = transaction.rows();
+        let image = self.volumes.image();
+        let boot_id = boot_id()?;
+        for away in rows.away()? {
+            let is_exchanged = match image.layer_entry(away.id)? {
+                Some(FileType::Directory) => true,
+                _ => self.finish_rename(away.id)?,
+            };
+            if is_exchanged {
+                rows.move_home(away.id, &boot_id)?;
+                log::info!("layer {} had been moved home: recorded", Quoted(&away.name));
+            }
+        }
+        for retired in rows.retired()? {
+            if retired.boot_id != boot_id {
+                rows.forget_retired(retired.id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// After a crash between the two renames of [`Snapshotter::rename_home`]:
+    /// the layer is nowhere but under the move's own name.
+    fn finish_rename(&self, id: SnapshotId) -> Result<bool> {
+        let image = self.volumes.image();
+        let Ok(writable) = self.volumes.open(Volume::Writable) else {
+            return Ok(false);
+        };
+        let is_left = writable.open_snapshot(id).is_ok();
+        if is_left || image.moving_entry(id)? != Some(FileType::Directory) {
+            return Ok(false);
+        }
+        // A link there, or nothing after a power cut: either way the name is
+        // made first, so that there is something to exchange.
+        self.volumes.link_home(id)?;
+        image.exchange(id)?;
+        Ok(true)
+    }
+}
+
+fn is_away(transaction: &Transaction<'_>, id: SnapshotId) -> Result<bool> {
+    let place = transaction.rows().place(id)?;
+    Ok(place.is_some_and(|place| {
+        place.kind == Kind::Committed && place.volume == Some(Volume::Writable)
+    }))
+}
+
+/// What the relocator is told from outside.
+#[derive(Default)]
+pub(super) struct Signal {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Something it may have waited for has happened.
+    is_woken: bool,
+    /// Something on the image volume was removed.
+    has_room: bool,
+    is_stopping: bool,
+}
+
+impl Signal {
+    pub(super) fn wake(&self) {
+        lock(&self.state).is_woken = true;
+        self.changed.notify_all();
+    }
+
+    pub(super) fn tell_room(&self) {
+        let mut state = lock(&self.state);
+        state.has_room = true;
+        state.is_woken = true;
+        self.changed.notify_all();
+    }
+}
+
+/// The background thread. Stops, within a file's chunk, when dropped.
+pub struct Relocator {
+    snapshotter: Arc<Snapshotter>,
+    cancel: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Relocator {
+    /// Starts it, unless it is switched off.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the system gives no thread.
+    pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Option<Relocator>> {
+        let Relocation::Background { after } = snapshotter.options.relocation else {
+            return Ok(None);
+        };
+        let cancel = Arc::new(AtomicBool::new(false));
+        let mut worker = Worker {
+            snapshotter: Arc::clone(snapshotter),
+            cancel: Arc::clone(&cancel),
+            after,
+            unmovable: HashSet::new(),
+            put_off: HashSet::new(),
+            is_full: false,
+        };
+        let thread = thread::Builder::new()
+            .name("relocator".to_owned())
+            .spawn(move || worker.run())
+            .map_err(|error| Error::caused(ErrorKind::Internal, "start the relocator", error))?;
+        Ok(Some(Relocator {
+            snapshotter: Arc::clone(snapshotter),
+            cancel,
+            thread: Some(thread),
+        }))
+    }
+}
+
+impl Drop for Relocator {
+    fn drop(&mut self) {
+        self.cancel.store(true, Ordering::Relaxed);
+        lock(&self.snapshotter.relocator.state).is_stopping = true;
+        self.snapshotter.relocator.changed.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the relocator has ended by a bug; the log says where");
+        }
+    }
+}
+
+struct Worker {
+    snapshotter: Arc<Snapshotter>,
+    cancel: Arc<AtomicBool>,
+    after: Duration,
+    /// Layers that cannot be moved, until the next start.
+    unmovable: HashSet<SnapshotId>,
+    /// Layers said to be put off, so that it is said once.
+    put_off: HashSet<SnapshotId>,
+    /// The image volume had no room for one, and nothing was removed since.
+    is_full: bool,
+}
+
+/// When to look again if nothing wakes the relocator.
+enum Next {
+    Now,
+    In(Duration),
+    WhenWoken,
+}
+
+impl Worker {
+    fn run(&mut self) {
+        if let Err(errno) = sys::lower_io_priority() {
+            log::debug!("the relocator has no idle I/O priority: {errno}");
+        }
+        loop {
+            let next = self.step().unwrap_or_else(|error| {
+                log::warn!("look for layers to move home: {}", error.chain());
+                // A database that cannot be read now is no reason to spin.
+                Next::In(Duration::from_secs(60))
+            });
+            if !self.wait(&next) {
+                return;
+            }
+        }
+    }
+
+    /// Moves at most one layer.
+    fn step(&mut self) -> Result<Next> {
+        let away = self.snapshotter.store.read()?.away()?;
+        let mut next = Next::WhenWoken;
+        for layer in away {
+            if self.is_full || self.unmovable.contains(&layer.id) {
+                continue;
+            }
+            let age = Timestamp::now()
+                .nanos()
+                .saturating_sub(layer.committed.nanos());
+            let age = Duration::from_nanos(age.try_into().unwrap_or(0));
+            if age < self.after {
+                // They come in order of their commit.
+                next = Next::In(self.after - age);
+                break;
+            }
+            let is_small = layer.size_bytes < SMALL_BYTES;
+            if is_small && self.snapshotter.store.read()?.is_in_use(layer.id)? {
+                self.say_put_off(&layer, "it is small and in use");
+                continue;
+            }
+            self.move_home(&layer);
+            return Ok(Next::Now);
+        }
+        Ok(next)
+    }
+
+    fn move_home(&mut self, layer: &Away) {
+        let begun = Instant::now();
+        let name = Quoted(&layer.name);
+        match self.snapshotter.relocate(layer.id, &self.cancel) {
+            Ok(Moved::Home(bytes)) => log::info!(
+                "layer {name} is home: {bytes} bytes copied in {:.1} s",
+                begun.elapsed().as_secs_f64()
+            ),
+            Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
+            Err(error) => match error.kind() {
+                ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
+                ErrorKind::ResourceExhausted => {
+                    self.is_full = true;
+                    log::warn!(
+                        "layer {name} stays on the writable volume until something on the image \
+                         volume is removed: {}",
+                        error.chain()
+                    );
+                }
+                _ => {
+                    self.unmovable.insert(layer.id);
+                    log::error!(
+                        "layer {name} stays on the writable volume until the next start: {}",
+                        error.chain()
+                    );
+                }
+            },
+        }
+    }
+
+    fn say_put_off(&mut self, layer: &Away, why: &str) {
+        if self.put_off.insert(layer.id) {
+            log::debug!("layer {} is put off: {why}", Quoted(&layer.name));
+        }
+    }
+
+    /// `false` if it is time to end.
+    fn wait(&mut self, next: &Next) -> bool {
+        let signal = &self.snapshotter.relocator;
+        let mut state = lock(&signal.state);
+        let deadline = match next {
+            Next::Now => Some(Instant::now()),
+            Next::In(wait) => Some(Instant::now() + *wait),
+            Next::WhenWoken => None,
+        };
+        while !state.is_woken && !state.is_stopping {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            state = match left {
+                Some(Duration::ZERO) => break,
+                Some(left) => {
+                    let waited = signal.changed.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => signal
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+        state.is_woken = false;
+        let has_room = std::mem::take(&mut state.has_room);
+        let goes_on = !state.is_stopping;
+        drop(state);
+        if has_room && std::mem::take(&mut self.is_full) {
+            // ext4 gives the blocks of deleted files back with its next journal
+            // commit, and only then are they room for anything else.
+            let synced = self.snapshotter.volumes.open(Volume::Image);
+            if let Err(error) = synced.and_then(|image| image.sync()) {
+                log::debug!("{}", error.chain());
+            }
+        }
+        goes_on
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,376 @@
+//! Copying a tree to another file system, whole or not at all.
+//!
+//! Kept: owner, mode, both times to the nanosecond, every extended attribute
+//! (overlayfs's own, capabilities, ACLs), whiteouts and other device nodes,
+//! FIFOs, sockets, links as they are, hard links within the tree, holes, names
+//! that are no UTF-8. What the target refuses ends the copy with an error.
+//! Memory does not depend on the tree, descriptors only on its depth.
+
+use std::ffi::{CStr, CString};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::buffer::spare_capacity;
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid,
+    XattrFlags, chmodat, chownat, copy_file_range, fstat, ftruncate, lgetxattr, linkat, llistxattr,
+    lsetxattr, mkdirat, mknodat, openat, readlinkat, seek, statat, statvfs, symlinkat, unlinkat,
+    utimensat,
+};
+use rustix::io::{Errno, pread, pwrite};
+
+use super::{is_dot, open_directory};
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Copies the directory `name` in `from` to the same name in `to`, where there
+/// must be nothing of that name. Hard links are found again through `scratch`,
+/// an empty directory on the target's file system, empty again at the end.
+/// Stops early, with an error, once `cancel` is set. Returns the bytes of data
+/// copied. On failure, what has been copied is left for the caller to delete.
+///
+/// # Errors
+///
+/// [`ErrorKind::ResourceExhausted`] if the target is full;
+/// [`ErrorKind::Unavailable`] if cancelled; [`ErrorKind::Internal`] for what
+/// cannot be read, or cannot be kept on the target.
+pub fn copy_tree(
+    from: impl AsFd,
+    to: impl AsFd,
+    name: &CStr,
+    scratch: impl AsFd,
+    cancel: &AtomicBool,
+) -> Result<u64> {
+    let mut copy = Copy {
+        scratch: scratch.as_fd(),
+        cancel,
+        bytes: 0,
+        links: 0,
+        xattrs: XattrBuffers::new(),
+    };
+    let mut levels = vec![copy.enter(from.as_fd(), to.as_fd(), name)?];
+    while let Some(level) = levels.last_mut() {
+        let Some(entry) = level.source.read() else {
+            let level = levels.pop().expect("the loop holds one");
+            let above = levels
+                .last()
+                .map_or(to.as_fd(), |above| above.target.as_fd());
+            // Last of all: each entry made in it has changed its times.
+            copy.set_attributes(above, &level.source, level.target.as_fd(), &level)?;
+            continue;
+        };
+        let entry = entry.context(|| "read a directory of the layer")?;
+        if is_dot(entry.file_name()) {
+            continue;
+        }
+        if cancel.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Unavailable, "the copy was cancelled"));
+        }
+        let level = levels.last().expect("the loop holds one");
+        let below = copy
+            .entry(level, entry.file_name())
+            .context(|| format!("copy {:?}", entry.file_name()))?;
+        levels.extend(below);
+    }
+    copy.forget_links()?;
+    Ok(copy.bytes)
+}
+
+/// A directory being copied.
+struct Level {
+    source: Dir,
+    target: OwnedFd,
+    name: CString,
+    stat: Stat,
+}
+
+struct Copy<'a> {
+    scratch: BorrowedFd<'a>,
+    cancel: &'a AtomicBool,
+    bytes: u64,
+    links: u64,
+    xattrs: XattrBuffers,
+}
+
+impl Copy<'_> {
+    fn enter(&self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<Level> {
+        let copying = || format!("copy the directory {name:?}");
+        let source = open_directory(from, name).context(copying)?;
+        let stat = fstat(&source).context(copying)?;
+        mkdirat(to, name, Mode::from_raw_mode(0o700)).context(copying)?;
+        Ok(Level {
+            source: Dir::new(source).context(copying)?,
+            target: open_directory(to, name).context(copying)?,
+            name: name.to_owned(),
+            stat,
+        })
+    }
+
+    /// Copies one entry; a directory is returned, to be filled.
+    fn entry(&mut self, level: &Level, name: &CStr) -> Result<Option<Level>> {
+        let from = level.source.fd().context(|| "use an open directory")?;
+        let to = level.target.as_fd();
+        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "look at it")?;
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        if file_type == FileType::Directory {
+            return self.enter(from, to, name).map(Some);
+        }
+        let is_linked = stat.st_nlink > 1;
+        if is_linked && self.link_again(&stat, to, name)? {
+            return Ok(None);
+        }
+        match file_type {
+            FileType::RegularFile => self.file(from, to, name, &stat)?,
+            FileType::Symlink => {
+                let target = readlinkat(from, name, Vec::new()).context(|| "read the link")?;
+                symlinkat(target, to, name).context(|| "make the link")?;
+            }
+            _ => {
+                let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
+                mknodat(to, name, file_type, mode, stat.st_rdev).context(|| "make the node")?;
+            }
+        }
+        self.set_entry_attributes(from, to, name, &stat)?;
+        if is_linked {
+            linkat(to, name, self.scratch, link_name(&stat), AtFlags::empty())
+                .context(|| "remember its hard links")?;
+            self.links += 1;
+        }
+        Ok(None)
+    }
+
+    /// Makes a further name of an inode that has been copied already.
+    fn link_again(&self, stat: &Stat, to: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
+        match linkat(self.scratch, link_name(stat), to, name, AtFlags::empty()) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(errno).context(|| "make the hard link"),
+        }
+    }
+
+    fn forget_links(&self) -> Result<()> {
+        if self.links == 0 {
+            return Ok(());
+        }
+        let forgetting = || "forget the hard links of the copy";
+        for entry in Dir::read_from(self.scratch).context(forgetting)? {
+            let entry = entry.context(forgetting)?;
+            if !is_dot(entry.file_name()) {
+                unlinkat(self.scratch, entry.file_name(), AtFlags::empty()).context(forgetting)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn file(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        name: &CStr,
+        stat: &Stat,
+    ) -> Result<()> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let source = match openat(from, name, flags | OFlags::NOATIME, Mode::empty()) {
+            Err(Errno::PERM) => openat(from, name, flags, Mode::empty()),
+            source => source,
+        }
+        .context(|| "open it")?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let target = openat(to, name, flags, Mode::from_raw_mode(0o600)).context(|| "create it")?;
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        let mut at = 0;
+        while let Some((start, end)) = next_data(&source, at, size)? {
+            self.range(&source, &target, start, end)?;
+            at = end;
+        }
+        // Also makes the hole that the file may end with.
+        ftruncate(&target, size).context(|| "set its size")
+    }
+
+    fn range(&mut self, source: &OwnedFd, target: &OwnedFd, start: u64, end: u64) -> Result<()> {
+        const CHUNK: usize = 4 << 20;
+        let (mut read_at, mut write_at) = (start, start);
+        let mut buffer = Vec::new();
+        while read_at < end {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(Error::new(ErrorKind::Unavailable, "the copy was cancelled"));
+            }
+            let wanted = usize::try_from(end - read_at).map_or(CHUNK, |left| left.min(CHUNK));
+            let before = read_at;
+            let copied = if buffer.is_empty() {
+                copy_file_range(
+                    source,
+                    Some(&mut read_at),
+                    target,
+                    Some(&mut write_at),
+                    wanted,
+                )
+            } else {
+                Err(Errno::XDEV)
+            };
+            match copied {
+                Ok(0) => break,
+                Ok(_) => {}
+                // Kernels before 5.19 do not copy between file systems, some
+                // file systems not at all.
+                Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::BADF) => {
+                    buffer.resize(1 << 20, 0);
+                    let wanted = wanted.min(buffer.len());
+                    let got = pread(source, &mut buffer[..wanted], read_at)
+                        .context(|| "read its data")?;
+                    if got == 0 {
+                        break;
+                    }
+                    let mut done = 0;
+                    while done < got {
+                        let written = pwrite(target, &buffer[done..got], write_at)
+                            .context(|| "write its data")?;
+                        done += written;
+                        write_at += written as u64;
+                    }
+                    read_at += got as u64;
+                }
+                Err(errno) => return Err(errno).context(|| "copy its data"),
+            }
+            self.bytes += read_at - before;
+        }
+        Ok(())
+    }
+
+    fn set_entry_attributes(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        name: &CStr,
+        stat: &Stat,
+    ) -> Result<()> {
+        set_owner_and_mode(to, name, stat)?;
+        self.xattrs
+            .copy(&entry_path(from, name), &entry_path(to, name))?;
+        set_times(to, name, stat)
+    }
+
+    fn set_attributes(
+        &mut self,
+        above: BorrowedFd<'_>,
+        source: &Dir,
+        target: BorrowedFd<'_>,
+        level: &Level,
+    ) -> Result<()> {
+        let name = &level.name;
+        let setting = || format!("set the attributes of the directory {name:?}");
+        set_owner_and_mode(above, name, &level.stat).context(setting)?;
+        let source = source.fd().context(setting)?;
+        self.xattrs
+            .copy(&fd_path(source), &fd_path(target))
+            .context(setting)?;
+        set_times(above, name, &level.stat).context(setting)
+    }
+}
+
+/// The next piece of data of a file from `at` on, as start and end; a hole is
+/// nothing to copy. All of it is data where the file system does not tell.
+fn next_data(file: &OwnedFd, at: u64, size: u64) -> Result<Option<(u64, u64)>> {
+    let looking = || "look for its holes";
+    if at >= size {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => return Ok(None),
+        Err(Errno::INVAL) => return Ok(Some((at, size))),
+        start => start.context(looking)?,
+    };
+    let end = seek(file, SeekFrom::Hole(start)).context(looking)?;
+    Ok(Some((start, end.min(size))))
+}
+
+/// The owner first: a change of it clears set-id bits and capabilities.
+fn set_owner_and_mode(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
+    let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    chownat(parent, name, Some(uid), Some(gid), flags).context(|| "set its owner")?;
+    // A link has no mode of its own; anything else was just made by us here.
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
+        let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
+        chmodat(parent, name, mode, AtFlags::empty()).context(|| "set its mode")?;
+    }
+    Ok(())
+}
+
+fn set_times(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
+    let times = Timestamps {
+        last_access: Timespec {
+            tv_sec: stat.st_atime,
+            tv_nsec: stat.st_atime_nsec.try_into().unwrap_or(0),
+        },
+        last_modification: Timespec {
+            tv_sec: stat.st_mtime,
+            tv_nsec: stat.st_mtime_nsec.try_into().unwrap_or(0),
+        },
+    };
+    utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW).context(|| "set its times")
+}
+
+/// Attributes of links and device nodes have no call that takes a descriptor;
+/// through /proc the last part of the path is ours and not followed.
+fn entry_path(parent: BorrowedFd<'_>, name: &CStr) -> CString {
+    let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
+    path.extend_from_slice(name.to_bytes());
+    CString::new(path).expect("neither part holds a NUL")
+}
+
+fn fd_path(directory: BorrowedFd<'_>) -> CString {
+    entry_path(directory, c".")
+}
+
+/// The most bytes that the names, or the value, of attributes can have
+/// (xattr(7), `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
+const MAX_XATTR_BYTES: usize = 65536;
+
+/// Room for the names and for one value, kept for the whole copy.
+struct XattrBuffers {
+    names: Vec<u8>,
+    value: Vec<u8>,
+}
+
+impl XattrBuffers {
+    fn new() -> XattrBuffers {
+        XattrBuffers {
+            names: Vec::with_capacity(MAX_XATTR_BYTES),
+            value: Vec::with_capacity(MAX_XATTR_BYTES),
+        }
+    }
+
+    fn copy(&mut self, from: &CStr, to: &CStr) -> Result<()> {
+        self.names.clear();
+        match llistxattr(from, spare_capacity(&mut self.names)) {
+            Err(Errno::OPNOTSUPP) => return Ok(()),
+            listed => listed.context(|| "list its attributes")?,
+        };
+        for name in self.names.split_inclusive(|byte| *byte == 0) {
+            let name = CStr::from_bytes_with_nul(name).map_err(|error| {
+                Error::caused(ErrorKind::Internal, "list its attributes", error)
+            })?;
+            self.value.clear();
+            lgetxattr(from, name, spare_capacity(&mut self.value))
+                .context(|| format!("read its attribute {name:?}"))?;
+            lsetxattr(to, name, &self.value, XattrFlags::empty())
+                .map_err(|errno| xattr_error(errno, to, name))?;
+        }
+        Ok(())
+    }
+}
+
+/// ext4 says `ENOSPC` for an attribute that is larger than it can ever keep;
+/// with room on the disk, that is what it means.
+fn xattr_error(errno: Errno, to: &CStr, name: &CStr) -> Error {
+    let what = format!("set its attribute {name:?}");
+    let has_room = statvfs(to).is_ok_and(|disk| disk.f_bavail * disk.f_frsize > 1 << 20);
+    if errno == Errno::NOSPC && has_room {
+        return Error::caused(ErrorKind::Internal, what, std::io::Error::from(errno));
+    }
+    Error::system(errno, what)
+}
+
+fn link_name(stat: &Stat) -> String {
+    format!("{}.{}", stat.st_dev, stat.st_ino)
+}

@@ -1,0 +1,164 @@
+//! Bringing a layer home: from `<writable>/snapshots/<id>` to
+//! `<root>/snapshots/<id>`, where a link has named it so far.
+//!
+//! The copy is made in `<root>/snapshots/.moving-<id>` and then exchanged with
+//! the link in one step, so that the layer's path always leads to all of it.
+//! After the exchange it is the link that is called `.moving-<id>`. After a
+//! crash, a directory of that name is an unfinished copy, and a link says that
+//! the exchange has happened.
+
+use rustix::fd::OwnedFd;
+use rustix::fs::{
+    AtFlags, FileType, Mode, RenameFlags, fsync, mkdirat, renameat, renameat_with, statat, unlinkat,
+};
+use rustix::io::Errno;
+
+use super::Dirs;
+use super::dirs::{ensure_directory, open_path};
+use super::image::Image;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::types::SnapshotId;
+
+const PREFIX: &str = ".moving-";
+const SCRATCH: &str = "scratch";
+
+/// The id in the name of an entry that a move has made.
+pub fn moving_id(name: &[u8]) -> Option<SnapshotId> {
+    SnapshotId::from_directory_name(name.strip_prefix(PREFIX.as_bytes())?)
+}
+
+/// Where a layer is copied to.
+pub struct Target {
+    /// The directory that will be the layer's.
+    pub top: OwnedFd,
+    /// An empty directory for the copy's own use.
+    pub scratch: OwnedFd,
+}
+
+impl Image {
+    /// Makes the directories to copy a layer to; an unfinished copy goes to the
+    /// trash first.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn begin_move(&self, id: SnapshotId) -> Result<Target> {
+        let name = moving_name(id);
+        self.dirs().trash_entry(&name)?;
+        let snapshots = self.dirs().snapshots_fd();
+        mkdirat(snapshots, name.as_str(), Mode::from_raw_mode(0o700))
+            .and_then(|()| open_path(snapshots, &name))
+            .context(|| format!("create {}/{name}", self.snapshots_path()))
+            .and_then(|top| {
+                let scratch = ensure_directory(&top, &name, SCRATCH)?;
+                Ok(Target { top, scratch })
+            })
+    }
+
+    /// Makes a finished copy durable.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn finish_copy(&self, target: &Target) -> Result<()> {
+        unlinkat(&target.top, SCRATCH, AtFlags::REMOVEDIR)
+            .context(|| "remove the copy's scratch directory")?;
+        self.dirs().sync()
+    }
+
+    /// Puts the moved directory in the place of the link, durably.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the file system cannot exchange two
+    /// names; or as of its disk.
+    pub fn exchange(&self, id: SnapshotId) -> Result<()> {
+        let snapshots = self.dirs().snapshots_fd();
+        let (name, moving) = (id.to_string(), moving_name(id));
+        match renameat_with(
+            snapshots,
+            moving.as_str(),
+            snapshots,
+            name.as_str(),
+            RenameFlags::EXCHANGE,
+        ) {
+            Err(errno @ (Errno::INVAL | Errno::NOSYS)) => {
+                return Err(Error::caused(
+                    ErrorKind::FailedPrecondition,
+                    format!(
+                        "the file system of {} cannot exchange two names (renameat2(2), \
+                         RENAME_EXCHANGE)",
+                        self.snapshots_path()
+                    ),
+                    std::io::Error::from(errno),
+                ));
+            }
+            exchanged => exchanged,
+        }
+        .and_then(|()| fsync(snapshots))
+        .context(|| format!("put the layer {}/{id} into place", self.snapshots_path()))
+    }
+
+    /// Removes what a move has left under its own name: the link after the
+    /// exchange; an unfinished copy goes to the trash.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn end_move(&self, id: SnapshotId) -> Result<()> {
+        self.dirs().trash_entry(&moving_name(id)).map(drop)
+    }
+
+    /// What has a layer's name: a link, a directory, or nothing.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn layer_entry(&self, id: SnapshotId) -> Result<Option<FileType>> {
+        self.entry_type(&id.to_string())
+    }
+
+    /// What a move has left under its own name.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn moving_entry(&self, id: SnapshotId) -> Result<Option<FileType>> {
+        self.entry_type(&moving_name(id))
+    }
+
+    fn entry_type(&self, name: &str) -> Result<Option<FileType>> {
+        match statat(self.dirs().snapshots_fd(), name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => {
+                Err(errno).context(|| format!("look at {}/{name}", self.snapshots_path()))
+            }
+        }
+    }
+
+    /// Moves a layer's directory under the move's own name by a rename, where
+    /// both volumes are one file system. `false` where they are not.
+    ///
+    /// # Errors
+    ///
+    /// As of the volumes' disks.
+    pub fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
+        let moving = moving_name(id);
+        self.dirs().trash_entry(&moving)?;
+        match renameat(
+            writable.snapshots_fd(),
+            id.to_string(),
+            self.dirs().snapshots_fd(),
+            moving.as_str(),
+        ) {
+            Ok(()) => Ok(true),
+            Err(Errno::XDEV) => Ok(false),
+            Err(errno) => Err(errno).context(|| format!("move layer {id} to the image volume")),
+        }
+    }
+}
+
+fn moving_name(id: SnapshotId) -> String {
+    format!("{PREFIX}{id}")
+}
