@@ -11,6 +11,7 @@ mod containerd;
 mod content;
 mod input;
 mod life;
+mod rebase;
 mod relocation;
 mod support;
 
@@ -24,10 +25,11 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 5] = [
+    let modules: [(&str, &[Test]); 6] = [
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("life", life::TESTS),
+        ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),
         ("containerd", containerd::TESTS),
     ];

@@ -489,7 +489,9 @@ fn a_full_image_volume_puts_a_move_off() {
             .count();
         assert_eq!(said, 1, "one warning");
         let left = split.root().join("snapshots/.moving-1");
-        wait_until("the move has left nothing", || left.symlink_metadata().is_err());
+        wait_until("the move has left nothing", || {
+            left.symlink_metadata().is_err()
+        });
     }
 }
 

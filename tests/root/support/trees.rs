@@ -90,6 +90,14 @@ pub fn describe(top: &Path) -> BTreeMap<PathBuf, Node> {
     nodes
 }
 
+/// What a user sees of a tree: modes, owners, contents, but no times.
+pub fn files(top: &Path) -> BTreeMap<PathBuf, (u32, (u32, u32), Vec<u8>)> {
+    describe(top)
+        .into_iter()
+        .map(|(path, node)| (path, (node.mode, node.owner, node.content)))
+        .collect()
+}
+
 fn attributes_of(path: &Path) -> BTreeMap<Vec<u8>, Vec<u8>> {
     let mut names = Vec::with_capacity(65536);
     llistxattr(path, spare_capacity(&mut names)).unwrap();
