@@ -7,22 +7,24 @@
 //! trash after it has been struck out. A crash in between leaves a directory
 //! that no row knows, and [`Snapshotter::recover`] trashes it.
 
+mod commit;
 mod labels;
 mod place;
 mod recover;
 mod relocate;
+mod removal;
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
 use crate::overlay::{Layout, Plan, plan_mounts};
-use crate::store::{Ancestor, Commit, New, Place, Snapshot, Store};
+use crate::store::{Ancestor, New, Snapshot, Store};
 use crate::tree;
 use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Usage, Volume};
-use crate::volume::{Dirs, Owner, Shape, Volumes};
+use crate::volume::{Owner, Shape, Volumes};
 use labels::IdMaps;
 use place::{choose_volume, is_unpack};
 pub use relocate::Relocator;
@@ -310,141 +312,6 @@ impl Snapshotter {
         )
     }
 
-    /// Turns the active snapshot `key` into the layer `name`; with `parent`,
-    /// onto a parent named only now. What it takes does not depend on how many
-    /// bytes the snapshot holds, only on how many of them the disk still has to
-    /// write: containerd calls this within a transaction of its own.
-    ///
-    /// # Errors
-    ///
-    /// See [`crate::store::Rows::committable`];
-    /// [`ErrorKind::InvalidArgument`] for a bad name or label;
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed and
-    /// not there. The snapshot stays as it was then.
-    pub fn commit(&self, key: &str, name: &str, parent: &str, labels: Labels) -> Result<()> {
-        self.commit_layer(key, name, parent, labels)
-            .context(|| format!("commit snapshot {} as {}", Quoted(key), Quoted(name)))
-    }
-
-    fn commit_layer(&self, key: &str, name: &str, parent: &str, labels: Labels) -> Result<()> {
-        labels::check_key("key", key)?;
-        labels::check_key("name", name)?;
-        let labels = labels::check_labels(labels)?;
-        let (snapshot, _) = self.store.read()?.committable(key, name, parent)?;
-        let volume = snapshot
-            .volume
-            .expect("an active snapshot has a directory, by the schema of create");
-
-        let dirs = self.volumes.open(volume)?;
-        let usage = tree::count_usage(dirs.open_upper(snapshot.id)?)?;
-        if self.options.sync == SyncMode::AtCommit {
-            dirs.sync()?;
-        }
-        if volume == Volume::Writable {
-            self.volumes.link_home(snapshot.id)?;
-        }
-        let committed = self.enter_layer(&Commit {
-            key,
-            name,
-            parent,
-            labels: &labels,
-            usage,
-        });
-        if committed.is_err() && volume == Volume::Writable {
-            self.drop_link_unless_committed(snapshot.id, key);
-        }
-        self.relocator.wake();
-        committed
-    }
-
-    fn enter_layer(&self, commit: &Commit<'_>) -> Result<()> {
-        let transaction = self.store.write()?;
-        transaction.rows().commit(commit)?;
-        transaction.commit()
-    }
-
-    /// After a commit that failed at its last step. Another commit of the same
-    /// snapshot may have won meanwhile, and the link is its own then.
-    fn drop_link_unless_committed(&self, id: SnapshotId, key: &str) {
-        let dropped = self.store.write().and_then(|transaction| {
-            let still_active = transaction
-                .rows()
-                .find(key)?
-                .is_some_and(|snapshot| snapshot.id == id && snapshot.info.kind == Kind::Active);
-            if still_active {
-                self.volumes.image().remove_link(id)?;
-            }
-            Ok(())
-        });
-        if let Err(error) = dropped {
-            self.note_stray(Volume::Image);
-            log::warn!("undo the link of a refused commit: {}", error.chain());
-        }
-    }
-
-    /// Removes a snapshot that nothing stands on. Its bytes go to the trash.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if others
-    /// stand on it.
-    pub fn remove(&self, key: &str) -> Result<()> {
-        self.remove_snapshot(key)
-            .context(|| format!("remove snapshot {}", Quoted(key)))
-    }
-
-    fn remove_snapshot(&self, key: &str) -> Result<()> {
-        labels::check_key("key", key)?;
-        let transaction = self.store.write()?;
-        let removed = transaction.rows().remove(key)?;
-        let released = transaction.rows().release_retired()?;
-        transaction.commit()?;
-
-        // The snapshot is gone by now, so what fails here must not be told as
-        // if it were not: its bytes are found again by Cleanup.
-        if let Some(volume) = removed.volume
-            && let Err(error) = self.trash(&removed, volume)
-        {
-            self.note_stray(volume);
-            log::warn!(
-                "remove the directory of snapshot {}: {}",
-                removed.id,
-                error.chain()
-            );
-        }
-        for layer in &released {
-            if let Err(error) = self.trash_old(*layer) {
-                self.note_stray(Volume::Writable);
-                log::warn!("remove what layer {layer} has left: {}", error.chain());
-            }
-        }
-        if self.options.removal == RemovalMode::AtOnce {
-            let old = (!released.is_empty()).then_some(Volume::Writable);
-            for volume in removed.volume.into_iter().chain(old) {
-                if let Err(error) = self.empty_trash(volume) {
-                    log::warn!("empty the trash of the {volume} volume: {}", error.chain());
-                }
-            }
-            self.relocator.tell_room();
-        }
-        self.relocator.wake();
-        Ok(())
-    }
-
-    fn trash(&self, removed: &Place, volume: Volume) -> Result<()> {
-        if volume == Volume::Writable && removed.kind == Kind::Committed {
-            let image = self.volumes.image();
-            image
-                .remove_link(removed.id)
-                .inspect_err(|_| self.note_stray(Volume::Image))?;
-        }
-        self.volumes.open(volume)?.trash(removed.id).map(drop)
-    }
-
-    fn trash_old(&self, layer: SnapshotId) -> Result<()> {
-        self.volumes.open(Volume::Writable)?.trash(layer).map(drop)
-    }
-
     /// Tells one snapshot.
     ///
     /// # Errors
@@ -526,41 +393,6 @@ impl Snapshotter {
             }
         };
         usage().context(|| format!("count the usage of snapshot {}", Quoted(key)))
-    }
-
-    /// Gives back the space of everything removed before this call.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is not there
-    /// (the image volume has been cleaned then); [`ErrorKind::Internal`] if
-    /// something cannot be deleted.
-    pub fn cleanup(&self) -> Result<()> {
-        let image = self.empty_trash(Volume::Image);
-        self.relocator.tell_room();
-        let writable = self.empty_trash(Volume::Writable);
-        image.and(writable).context(|| "clean removed snapshots up")
-    }
-
-    fn empty_trash(&self, volume: Volume) -> Result<()> {
-        let _cleaning = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
-        let dirs = self.volumes.open(volume)?;
-        if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
-            self.sweep(&dirs, volume)
-                .inspect_err(|_| self.note_stray(volume))?;
-        }
-        tree::remove_children(dirs.trash_fd())
-            .context(|| format!("empty the trash of the {volume} volume"))
-    }
-
-    fn note_stray(&self, volume: Volume) {
-        self.strays[volume as usize].store(true, Ordering::Release);
-    }
-
-    fn sweep(&self, dirs: &Arc<Dirs>, volume: Volume) -> Result<()> {
-        let transaction = self.store.write()?;
-        let inventory = recover::Inventory::read(&transaction)?;
-        recover::trash_strays(dirs, volume, &inventory).map(drop)
     }
 }
 

@@ -11,6 +11,8 @@
 //! transaction survives power loss. After a crash SQLite replays or drops the
 //! WAL's tail, so a transaction is there whole or not at all.
 
+mod changes;
+mod convert;
 mod labels;
 mod moves;
 mod rows;

@@ -5,7 +5,8 @@ use std::borrow::Borrow;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::rows::{Place, Rows, id_from_sql, place_from_sql, sql_id};
+use super::convert::{id_from_sql, place_from_sql, sql_id};
+use super::rows::{Place, Rows};
 use super::sql_error;
 use crate::error::Result;
 use crate::types::{SnapshotId, Timestamp};

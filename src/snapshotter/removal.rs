@@ -1,0 +1,113 @@
+//! Removing snapshots, and giving back what they took.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use super::{RemovalMode, Snapshotter, labels, recover};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Context, Result};
+use crate::store::Place;
+use crate::tree;
+use crate::types::{Kind, Quoted, SnapshotId, Volume};
+use crate::volume::Dirs;
+
+impl Snapshotter {
+    /// Removes a snapshot that nothing stands on. Its bytes go to the trash.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if others
+    /// stand on it.
+    pub fn remove(&self, key: &str) -> Result<()> {
+        self.remove_snapshot(key)
+            .context(|| format!("remove snapshot {}", Quoted(key)))
+    }
+
+    fn remove_snapshot(&self, key: &str) -> Result<()> {
+        labels::check_key("key", key)?;
+        let transaction = self.store.write()?;
+        let removed = transaction.rows().remove(key)?;
+        let released = transaction.rows().release_retired()?;
+        transaction.commit()?;
+
+        // The snapshot is gone by now, so what fails here must not be told as
+        // if it were not: its bytes are found again by Cleanup.
+        if let Some(volume) = removed.volume
+            && let Err(error) = self.trash(&removed, volume)
+        {
+            self.note_stray(volume);
+            log::warn!(
+                "remove the directory of snapshot {}: {}",
+                removed.id,
+                error.chain()
+            );
+        }
+        for layer in &released {
+            if let Err(error) = self.trash_old(*layer) {
+                self.note_stray(Volume::Writable);
+                log::warn!("remove what layer {layer} has left: {}", error.chain());
+            }
+        }
+        if self.options.removal == RemovalMode::AtOnce {
+            let old = (!released.is_empty()).then_some(Volume::Writable);
+            for volume in removed.volume.into_iter().chain(old) {
+                if let Err(error) = self.empty_trash(volume) {
+                    log::warn!("empty the trash of the {volume} volume: {}", error.chain());
+                }
+            }
+            self.relocator.tell_room();
+        }
+        self.relocator.wake();
+        Ok(())
+    }
+
+    fn trash(&self, removed: &Place, volume: Volume) -> Result<()> {
+        if volume == Volume::Writable && removed.kind == Kind::Committed {
+            let image = self.volumes.image();
+            image
+                .remove_link(removed.id)
+                .inspect_err(|_| self.note_stray(Volume::Image))?;
+        }
+        self.volumes.open(volume)?.trash(removed.id).map(drop)
+    }
+
+    fn trash_old(&self, layer: SnapshotId) -> Result<()> {
+        self.volumes.open(Volume::Writable)?.trash(layer).map(drop)
+    }
+
+    /// Gives back the space of everything removed before this call.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is not there
+    /// (the image volume has been cleaned then); [`ErrorKind::Internal`] if
+    /// something cannot be deleted.
+    pub fn cleanup(&self) -> Result<()> {
+        let image = self.empty_trash(Volume::Image);
+        self.relocator.tell_room();
+        let writable = self.empty_trash(Volume::Writable);
+        image.and(writable).context(|| "clean removed snapshots up")
+    }
+
+    pub(super) fn empty_trash(&self, volume: Volume) -> Result<()> {
+        let _cleaning = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+        let dirs = self.volumes.open(volume)?;
+        if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
+            self.sweep(&dirs, volume)
+                .inspect_err(|_| self.note_stray(volume))?;
+        }
+        tree::remove_children(dirs.trash_fd())
+            .context(|| format!("empty the trash of the {volume} volume"))
+    }
+
+    pub(super) fn note_stray(&self, volume: Volume) {
+        self.strays[volume as usize].store(true, Ordering::Release);
+    }
+
+    fn sweep(&self, dirs: &Arc<Dirs>, volume: Volume) -> Result<()> {
+        let transaction = self.store.write()?;
+        let inventory = recover::Inventory::read(&transaction)?;
+        recover::trash_strays(dirs, volume, &inventory).map(drop)
+    }
+}
