@@ -5,6 +5,7 @@
 #![allow(dead_code)]
 
 pub mod client;
+pub mod containerd;
 pub mod daemon;
 pub mod disk;
 pub mod mounted;

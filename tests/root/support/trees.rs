@@ -90,8 +90,11 @@ pub fn describe(top: &Path) -> BTreeMap<PathBuf, Node> {
     nodes
 }
 
-/// What a user sees of a tree: modes, owners, contents, but no times.
-pub fn files(top: &Path) -> BTreeMap<PathBuf, (u32, (u32, u32), Vec<u8>)> {
+/// What a user sees of an inode: mode, owner, content, but no times.
+type Seen = (u32, (u32, u32), Vec<u8>);
+
+/// What a user sees of a tree, by path below its top.
+pub fn files(top: &Path) -> BTreeMap<PathBuf, Seen> {
     describe(top)
         .into_iter()
         .map(|(path, node)| (path, (node.mode, node.owner, node.content)))

@@ -1,0 +1,143 @@
+//! SIGKILL for the daemon, again and again, while containerd works with it.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{layers, left};
+use crate::support::containerd::{AtEnd, Containerd, IMAGE, wait_for};
+use crate::support::daemon::Split;
+
+/// The same numbers at each run (Knuth, MMIX).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// What each round of containerd's work came to: how many of its steps were
+/// done, and what was said of the others.
+#[derive(Debug, Default)]
+struct Work {
+    done: [u32; 6],
+    refusals: Vec<String>,
+}
+
+fn work_until(is_over: &AtomicBool, containerd: &Containerd) -> Work {
+    let mut work = Work::default();
+    for round in 0.. {
+        if is_over.load(Ordering::Relaxed) {
+            break;
+        }
+        let (id, layer, next) = (
+            format!("web-{round}"),
+            format!("layer-{round}"),
+            format!("next-{round}"),
+        );
+        let steps = [
+            containerd.try_import(),
+            // Large enough to be moved while it is in use.
+            containerd.try_start(&id, "head -c 4194304 /dev/zero >/written"),
+            containerd.try_ctr(&["snapshot", "commit", &layer, &id]),
+            containerd.try_ctr(&["snapshot", "prepare", &next, &layer]),
+            containerd.try_run(&format!("{id}-short"), "echo written >/written"),
+            // So that the next round has something to unpack.
+            containerd.try_ctr(&["image", "rm", "--sync", IMAGE]),
+        ];
+        for (step, done) in steps.into_iter().zip(&mut work.done) {
+            match step {
+                Ok(_) => *done += 1,
+                Err(said) => work.refusals.push(said),
+            }
+        }
+        let _ = containerd.try_ctr(&["task", "rm", "--force", &id]);
+        for key in [&id, &next, &layer] {
+            let _ = containerd.try_ctr(&["container", "rm", key]);
+            let _ = containerd.try_ctr(&["snapshot", "rm", key]);
+        }
+    }
+    work
+}
+
+/// Removes all containers, images and snapshots that containerd knows.
+fn remove_everything(containerd: &Containerd) {
+    for list in ["task", "container"] {
+        let names = containerd.ctr(&[list, "ls", "--quiet"]);
+        for name in names.lines() {
+            let force: &[&str] = if list == "task" { &["--force"] } else { &[] };
+            containerd.ctr(&[&[list, "rm"], force, &[name]].concat());
+        }
+    }
+    containerd.ctr(&["image", "rm", "--sync", IMAGE]);
+    // What stands on others goes first.
+    wait_for("end of removals", || {
+        let snapshots = containerd.snapshots();
+        for listed in &snapshots {
+            let _ = containerd.try_ctr(&["snapshot", "rm", &listed.key]);
+        }
+        snapshots.is_empty().then_some(()).ok_or(snapshots)
+    });
+}
+
+pub fn a_daemon_killed_at_any_moment_goes_on() {
+    // Layers that containers leave are moved home at once, so that this is cut
+    // short as well.
+    let mut split = Split::start(&["--relocate-after", "0"]);
+    let containerd = Containerd::start(split.daemon.address());
+    // Kills are to come a few times as often as an import can be done here.
+    let begun = Instant::now();
+    containerd.import();
+    let import = begun.elapsed();
+    let is_over = AtomicBool::new(false);
+    let work = std::thread::scope(|scope| {
+        let worker = scope.spawn(|| work_until(&is_over, &containerd));
+        let end = AtEnd(|| is_over.store(true, Ordering::Relaxed));
+        let mut numbers = Numbers(1);
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(20) && !worker.is_finished() {
+            let percent = u32::try_from(30 + numbers.below(120)).unwrap();
+            std::thread::sleep(import * percent / 100);
+            // After a refused connection containerd tries no other for a
+            // second or more, and all that time the daemon would be idle.
+            containerd.freeze_while(|| {
+                split.daemon.kill();
+                split.daemon.restart();
+            });
+        }
+        drop(end);
+        worker.join().unwrap()
+    });
+    // Every step has been done, some were cut short, and those failed because
+    // of that, or because of an earlier one.
+    assert!(!work.done.contains(&0), "{work:#?}");
+    let is_expected = |said: &String| said.contains("unavailable") || said.contains("not found");
+    assert!(!work.refusals.is_empty());
+    assert!(work.refusals.iter().all(is_expected), "{work:#?}");
+
+    // It goes on.
+    wait_for("import", || containerd.try_import());
+    assert_eq!(layers(&containerd).len(), 5);
+    let seen = containerd.run("last", "cat /etc/motd; ls /opt/app");
+    assert_eq!(seen, "motd of layer 5\nonly.txt\n");
+
+    // Nothing was lost, and nothing is left.
+    remove_everything(&containerd);
+    containerd.collect_garbage();
+    assert_eq!(split.client().names(&[]).unwrap(), [""; 0]);
+    wait_for("end of a move that was going on", || {
+        split.client().cleanup().unwrap();
+        let left = left(&split);
+        left.is_empty().then_some(()).ok_or(left)
+    });
+    let log = split.daemon.log();
+    let bad: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains("is lost") || line.contains("ERROR"))
+        .collect();
+    assert!(bad.is_empty(), "{bad:#?}");
+}
