@@ -25,16 +25,21 @@ set -eu
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PATH
 
-# Scripts that read this file lie beside it.
-tools_checkout=$(cd "$(dirname "$0")/.." && pwd)
+# Scripts that read this file lie beside it. One that was called by a relative
+# path and has changed its directory since must be in the checkout by now.
+tools_checkout=$(cd "$(dirname "$0")/.." 2>/dev/null && pwd) || tools_checkout=
+[ -n "$tools_checkout" ] && [ -e "$tools_checkout/tests/install-tools.sh" ] ||
+    tools_checkout=$(pwd)
 
 # Packages to install.
 tools_missing=
-# The user, not root, that builds: name, home, ids. Empty: root builds.
-tools_builder=
-tools_builder_home=
-tools_builder_uid=
-tools_builder_gid=
+# The user who called sudo: name, home, ids. Empty: nobody did.
+tools_user=
+tools_user_home=
+tools_user_uid=
+tools_user_gid=
+# Does that user build, not root?
+tools_user_builds=no
 # The Rust in use: version, the directory it was found in, its sysroot.
 tools_rust_version=
 tools_rust_dir=
@@ -55,14 +60,22 @@ tools_has() {
     command -v "$1" >/dev/null 2>&1
 }
 
-# Has COMMAND, or notes PACKAGE as missing.
-tools_need() {
-    tools_has "$1" || tools_missing="$tools_missing $2"
+# Notes a package as missing, once.
+tools_miss() {
+    case "$tools_missing " in
+    *" $1 "*) ;;
+    *) tools_missing="$tools_missing $1" ;;
+    esac
 }
 
-# Has the file or directory PATH, or notes PACKAGE as missing.
+# tools_need COMMAND PACKAGE
+tools_need() {
+    tools_has "$1" || tools_miss "$2"
+}
+
+# tools_need_path PATH PACKAGE
 tools_need_path() {
-    [ -e "$1" ] || tools_missing="$tools_missing $2"
+    [ -e "$1" ] || tools_miss "$2"
 }
 
 # A container has none of the host's libraries. ldd fails on a static program.
@@ -101,94 +114,96 @@ tools_rust_suffices() {
         [ "${tools_given_rest%%.*}" -ge "${tools_wanted_rest%%.*}" ] 2>/dev/null
 }
 
-# Runs a command as the user who called sudo. --init-groups and HOME: so that
-# the user's programs find what they find when the user runs them.
-tools_as_user() {
-    setpriv --reuid="$tools_builder_uid" --regid="$tools_builder_gid" --init-groups \
-        env HOME="$tools_builder_home" USER="$tools_builder" LOGNAME="$tools_builder" "$@"
-}
-
-as_builder() {
-    if [ -n "$tools_builder" ]; then
-        tools_as_user "$@"
-    else
-        "$@"
-    fi
-}
-
-# Learns who called sudo. That user builds, if root builds into nothing of
-# theirs otherwise: the checkout and what was built in it before are theirs.
+# Learns who called sudo. That user builds if the checkout, and what was built
+# in it before, belongs to them.
 tools_find_user() {
     [ "$(id -u)" = 0 ] || return 0
     case ${SUDO_USER:-root} in
     root) return 0 ;;
     esac
     tools_entry=$(getent passwd "$SUDO_USER") || return 0
-    tools_builder=$SUDO_USER
-    tools_builder_home=$(echo "$tools_entry" | cut -d: -f6)
-    tools_builder_uid=$(echo "$tools_entry" | cut -d: -f3)
-    tools_builder_gid=$(echo "$tools_entry" | cut -d: -f4)
+    tools_user=$SUDO_USER
+    tools_user_home=$(echo "$tools_entry" | cut -d: -f6)
+    tools_user_uid=$(echo "$tools_entry" | cut -d: -f3)
+    tools_user_gid=$(echo "$tools_entry" | cut -d: -f4)
+    tools_user_builds=yes
+    for tools_path in "$tools_checkout" "$tools_checkout/target"; do
+        if [ -e "$tools_path" ] && [ "$(stat -c %u "$tools_path")" != "$tools_user_uid" ]; then
+            tools_user_builds=no
+        fi
+    done
 }
 
-tools_user_owns() {
-    [ "$(stat -c %u "$1")" = "$tools_builder_uid" ]
+# Runs a command as the user who called sudo. --init-groups and HOME: so that
+# the user's programs find what they find when the user runs them.
+tools_as_user() {
+    setpriv --reuid="$tools_user_uid" --regid="$tools_user_gid" --init-groups \
+        env HOME="$tools_user_home" USER="$tools_user" LOGNAME="$tools_user" "$@"
 }
 
-# Tries the Rust in directory DIR (as_builder runs it). True if it is there,
-# works and is new enough; PATH then has it.
+as_builder() {
+    if [ "$tools_user_builds" = yes ]; then
+        tools_as_user "$@"
+    else
+        "$@"
+    fi
+}
+
+# tools_try_rust RUNNER DIR: tries the Rust in DIR as the user that RUNNER
+# (tools_as_user or env) makes. True if it is there, works and is new enough;
+# PATH then has it.
 tools_try_rust() {
-    [ -x "$1/cargo" ] && [ -x "$1/rustc" ] || return 1
-    # rustup's rustc and cargo of one toolchain have one version, Debian's too;
-    # cargo need only be there and start.
-    tools_version=$(as_builder env PATH="$1:$PATH" rustc --version 2>/dev/null) || return 1
-    as_builder env PATH="$1:$PATH" cargo --version >/dev/null 2>&1 || return 1
+    [ -x "$2/cargo" ] && [ -x "$2/rustc" ] || return 1
+    # rustc and cargo of one toolchain or one Debian have one version; cargo
+    # need only start.
+    tools_version=$("$1" PATH="$2:$PATH" rustc --version 2>/dev/null) || return 1
+    "$1" PATH="$2:$PATH" cargo --version >/dev/null 2>&1 || return 1
     tools_version=${tools_version#rustc }
     tools_version=${tools_version%% *}
     if ! tools_rust_suffices "$tools_version"; then
-        tools_rust_refused="${tools_rust_refused:+$tools_rust_refused, }$tools_version in $1"
+        case $tools_rust_refused in
+        *" in $2"*) ;;
+        *) tools_rust_refused="${tools_rust_refused:+$tools_rust_refused, }$tools_version in $2" ;;
+        esac
         return 1
     fi
-    tools_sysroot=$(as_builder env PATH="$1:$PATH" rustc --print sysroot) || return 1
-    tools_rust_version=$tools_version
-    tools_rust_dir=$1
+    tools_sysroot=$("$1" PATH="$2:$PATH" rustc --print sysroot) || return 1
     # What rustup puts into ~/.cargo/bin looks for its toolchain in the caller's
     # home, so root could not use a user's. The toolchain's own programs need
     # no home.
-    tools_bin=$1
+    tools_bin=$2
     [ ! -x "$tools_sysroot/bin/cargo" ] || tools_bin=$tools_sysroot/bin
-    case :$PATH: in
-    *:"$tools_bin":*) [ "$(command -v cargo)" = "$tools_bin/cargo" ] || PATH=$tools_bin:$PATH ;;
-    *) PATH=$tools_bin:$PATH ;;
-    esac
+    as_builder env PATH="$tools_bin:$PATH" cargo --version >/dev/null 2>&1 || return 1
+    tools_rust_version=$tools_version
+    tools_rust_dir=$2
+    [ "$(command -v cargo)" = "$tools_bin/cargo" ] || PATH=$tools_bin:$PATH
 }
 
 # Tries every place where Rust may be. False if none has one new enough.
 tools_find_rust() {
     tools_rust_refused=
-    # With the directory of the cargo on PATH first.
     tools_on_path=$(command -v cargo || true)
-    if [ -n "$tools_builder" ]; then
-        if tools_try_rust "${tools_on_path%/cargo}" ||
-            tools_try_rust "$tools_builder_home/.cargo/bin"; then
-            # Found, but is the target directory that user's to write?
-            if tools_user_owns "$tools_checkout" &&
-                { [ ! -e "$tools_checkout/target" ] || tools_user_owns "$tools_checkout/target"; }; then
-                return 0
-            fi
-            # Root builds with the user's Rust.
-            tools_builder=
-            return 0
-        fi
-        # The user has none; perhaps root has one.
-        tools_user=$tools_builder
-        tools_builder=
-        if tools_try_rust "${tools_on_path%/cargo}" || tools_try_rust "${HOME:-/root}/.cargo/bin"; then
-            return 0
-        fi
-        tools_builder=$tools_user
-        return 1
+    tools_on_path=${tools_on_path%/cargo}
+    if [ -n "$tools_user" ]; then
+        for tools_dir in "$tools_user_home/.cargo/bin" "$tools_on_path"; do
+            tools_try_rust tools_as_user "$tools_dir" && return 0
+        done
     fi
-    tools_try_rust "${tools_on_path%/cargo}" || tools_try_rust "${HOME:-/root}/.cargo/bin"
+    tools_find_rust_of_root && return 0
+    [ "$tools_user_builds" = yes ] || return 1
+    # Root may have one that the user cannot reach.
+    tools_user_builds=no
+    tools_find_rust_of_root && return 0
+    tools_user_builds=yes
+    return 1
+}
+
+tools_find_rust_of_root() {
+    # Debian's last: an older one may be before it on PATH.
+    for tools_dir in "$tools_on_path" "${HOME:-/root}/.cargo/bin" /usr/bin; do
+        tools_try_rust env "$tools_dir" && return 0
+    done
+    return 1
 }
 
 # Runs apt-get; shows what it said only if it fails.
@@ -196,7 +211,9 @@ tools_apt() {
     # Debian's own timers may be at work: wait for the lock.
     if ! tools_apt_said=$(DEBIAN_FRONTEND=noninteractive apt-get -q -y \
         -o DPkg::Lock::Timeout=300 "$@" 2>&1 </dev/null); then
-        echo "$tools_apt_said" | tail -n 15 >&2
+        # apt-get marks its reasons; without any, the end must do.
+        echo "$tools_apt_said" | grep '^[EW]:' >&2 ||
+            echo "$tools_apt_said" | tail -n 15 >&2
         return 1
     fi
 }
@@ -222,12 +239,14 @@ tools_need_debian_rust() {
     for tools_suffix in -web ''; do
         tools_version=$(tools_candidate "rustc$tools_suffix")
         if [ -n "$tools_version" ] && tools_rust_suffices "$tools_version"; then
-            tools_missing="$tools_missing rustc$tools_suffix cargo$tools_suffix"
+            tools_miss "rustc$tools_suffix"
+            tools_miss "cargo$tools_suffix"
             return 0
         fi
     done
-    tools_die "no Rust $(tools_rust_wanted) or newer here${tools_rust_refused:+ (found: $tools_rust_refused)}" \
-        "nor in this Debian's packages; install one with rustup and start again"
+    tools_die "no Rust $(tools_rust_wanted) or newer here" \
+        "${tools_rust_refused:+(found: $tools_rust_refused) }nor in this Debian's packages;" \
+        "install one with rustup and start again"
 }
 
 # Puts a static busybox into the target directory without installing it: the
@@ -261,15 +280,15 @@ tools_need_lints() {
         ! tools_installed rustc-web || tools_suffix=-web
         for tools_lint in $tools_lints; do
             case $tools_lint in
-            rustfmt) tools_missing="$tools_missing rustfmt$tools_suffix" ;;
-            clippy) tools_missing="$tools_missing rust$tools_suffix-clippy" ;;
+            rustfmt) tools_miss "rustfmt$tools_suffix" ;;
+            clippy) tools_miss "rust$tools_suffix-clippy" ;;
             esac
         done
     else
         tools_say "adding $tools_lints to the Rust in $tools_rust_dir"
         # $tools_lints is a list of words.
         # shellcheck disable=SC2086
-        as_builder "$tools_rust_dir/rustup" component add $tools_lints >/dev/null 2>&1 ||
+        as_builder env PATH="$tools_rust_dir:$PATH" rustup component add $tools_lints >/dev/null 2>&1 ||
             tools_die "the Rust in $tools_rust_dir lacks $tools_lints; add them with" \
                 "'rustup component add' and start again"
     fi
@@ -281,6 +300,7 @@ install_tools() {
     *) tools_die "usage: install-tools.sh run|demo|test" ;;
     esac
     tools_missing=
+    tools_find_user
 
     # run: a containerd, an image, two volumes.
     tools_need containerd containerd
@@ -297,13 +317,12 @@ install_tools() {
     if ! tools_static "$BUSYBOX"; then
         BUSYBOX=$tools_checkout/target/tools/busybox
         if ! tools_static "$BUSYBOX" && ! tools_installed busybox; then
-            tools_missing="$tools_missing busybox-static"
+            tools_miss busybox-static
         fi
     fi
 
     # demo: compilers for the daemon, and for gRPC and SQLite within it.
     if [ "$1" != run ]; then
-        tools_find_user
         tools_need cc gcc
         tools_need c++ g++
         tools_need_path /usr/include/stdio.h libc6-dev
@@ -319,9 +338,11 @@ install_tools() {
         tools_need go golang-go
         tools_need_path /usr/share/gocode/src/github.com/containerd/containerd/snapshots/testsuite \
             golang-github-containerd-containerd-dev
+        tools_need shellcheck shellcheck
         tools_need strace strace
         tools_need getfattr attr
         tools_need jq jq
+        tools_need shellcheck shellcheck
         tools_need pgrep procps
         tools_need nsenter util-linux
         [ -z "$tools_rust_version" ] || tools_need_lints
@@ -350,7 +371,7 @@ install_tools() {
     tools_say "containerd $(tools_version containerd), runc $(tools_version runc)"
     if [ "$1" != run ]; then
         tools_say "Rust $tools_rust_version in $(dirname "$(command -v cargo)")," \
-            "builds as ${tools_builder:-$(id -un)}"
+            "builds as $(as_builder id -un)"
     fi
 }
 
@@ -362,15 +383,20 @@ tools_version() {
 
 tools_install_missing() {
     [ -n "$tools_missing" ] || return 0
-    # One name for each; containerd brings several commands.
-    # shellcheck disable=SC2086
-    tools_missing=$(printf ' %s\n' $tools_missing | sort -u | tr -d '\n')
     tools_read_lists
     tools_say "installing:$tools_missing"
     # --no-remove: the user's own packages stay. $tools_missing is a list.
     # shellcheck disable=SC2086
-    tools_apt install --no-install-recommends --no-remove $tools_missing ||
+    if ! tools_apt install --no-install-recommends --no-remove $tools_missing; then
+        # Debian's two Rusts exclude each other.
+        case "$tools_missing $tools_rust_refused" in
+        *rustc*' in /usr/bin'*)
+            tools_die "the Rust in /usr/bin is too old and in the way of a newer one:" \
+                "remove it with 'apt-get remove rustc cargo', or install one with rustup"
+            ;;
+        esac
         tools_die "could not install:$tools_missing (see above); install them and start again"
+    fi
     tools_missing=
     # Forget where commands were not.
     hash -r
