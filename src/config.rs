@@ -186,7 +186,7 @@ const ROOT_NAMES: &[&str] = &[
     "trash",
 ];
 /// The same for `<writable>`.
-const WRITABLE_NAMES: &[&str] = &[".volume", ".volume.new", "snapshots", "trash"];
+const WRITABLE_NAMES: &[&str] = &[".volume", ".volume.new", ".probe", "snapshots", "trash"];
 
 fn check(flags: Flags) -> Result<Config> {
     let root = check_path(

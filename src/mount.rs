@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::fd::AsFd;
-use rustix::fs::{FileType, fgetxattr, stat};
+use rustix::fs::{Dir, FileType, Mode, OFlags, fgetxattr, open, stat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags, mount, open_tree, unmount};
 
@@ -86,6 +86,7 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
         })?;
     }
 
+    require_entry_types(scratch)?;
     let path = |name: &str| scratch.join(name).display().to_string();
     let mut data = format!(
         "lowerdir={},upperdir={},workdir={}",
@@ -102,6 +103,24 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
         .map_err(|errno| unsuitable(format!("mount an overlay with the options {data}"), errno))?;
     exercise(&merged, &scratch.join(UPPER), options)?;
     drop(mounted);
+    Ok(())
+}
+
+/// overlayfs finds whiteouts by the types in directory entries.
+fn require_entry_types(scratch: &Path) -> Result<()> {
+    let listing = || format!("list {}", scratch.display());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let top = open(scratch, flags, Mode::empty()).context(listing)?;
+    for entry in Dir::new(top).context(listing)? {
+        let entry = entry.context(listing)?;
+        let is_own = !matches!(entry.file_name().to_bytes(), b"." | b"..");
+        if is_own && entry.file_type() == FileType::Unknown {
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                "it does not tell the types of directory entries (d_type)",
+            ));
+        }
+    }
     Ok(())
 }
 

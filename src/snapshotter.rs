@@ -14,8 +14,9 @@ mod recover;
 mod relocate;
 mod removal;
 
-use std::sync::Mutex;
+use std::collections::HashSet;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -109,6 +110,8 @@ pub struct Snapshotter {
     /// One layer moves at a time.
     relocating: Mutex<()>,
     relocator: relocate::Signal,
+    /// Layers that the start has missed. Ids are never given out again.
+    lost: OnceLock<HashSet<SnapshotId>>,
 }
 
 impl Snapshotter {
@@ -128,6 +131,7 @@ impl Snapshotter {
             strays: [AtomicBool::new(false), AtomicBool::new(false)],
             relocating: Mutex::new(()),
             relocator: relocate::Signal::default(),
+            lost: OnceLock::new(),
         }
     }
 
@@ -274,13 +278,18 @@ impl Snapshotter {
     }
 
     /// A layer whose bytes are on the writable volume is reached through a
-    /// link; without that volume a mount of it would fail far from here.
+    /// link; without that volume a mount of it would fail far from here. So
+    /// would that of a lost layer, unless it has been put back meanwhile.
     fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
         if ancestors
             .iter()
             .any(|ancestor| ancestor.volume == Volume::Writable)
         {
             self.volumes.open(Volume::Writable)?;
+        }
+        let lost = self.lost.get().into_iter().flatten();
+        for id in lost.filter(|id| ancestors.iter().any(|layer| layer.id == **id)) {
+            self.volumes.image().layer_owner(*id)?;
         }
         Ok(())
     }

@@ -31,6 +31,8 @@ pub use moving::{Target, moving_id};
 
 use std::sync::{Arc, OnceLock};
 
+use rustix::fd::OwnedFd;
+
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 
@@ -93,26 +95,35 @@ impl Volumes {
         }
     }
 
-    /// Makes the writable directory, which no database knows yet, the volume
-    /// of that identity: creates it if it is missing, marks it durably, makes
-    /// the directories it lacks.
+    /// Tells whose the writable directory is, which no database knows yet;
+    /// creates it if it is missing, and changes nothing in it.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or if its file
-    /// system does not tell the types of directory entries; otherwise as of
-    /// its disk.
-    pub fn claim_writable(&self, identity: &Identity) -> Result<Claim> {
+    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or if its mark
+    /// is no mark of ours; otherwise as of its disk.
+    pub fn look_at_writable(&self, identity: &Identity) -> Result<Claim> {
         let path = &self.writable_path;
         image::create_directory(path, "writable directory", "--writable-dir")?;
-        let top =
-            identity::open_top(path).context(|| format!("open the writable directory {path}"))?;
-        let claim = identity.claim(&top, path)?;
-        if claim == Claim::Ours {
-            Dirs::open(Volume::Writable, path, &top)?;
-            image::require_entry_types(&top, path)?;
-        }
-        Ok(claim)
+        identity.look(self.open_writable_top()?, path)
+    }
+
+    /// Makes the writable directory the volume of that identity, unless it has
+    /// a mark already: marks it durably, makes the directories it lacks.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Volumes::look_at_writable`].
+    pub fn claim_writable(&self, identity: &Identity) -> Result<()> {
+        let path = &self.writable_path;
+        let top = self.open_writable_top()?;
+        Dirs::open(Volume::Writable, path, &top)?;
+        identity.claim(&top, path).map(drop)
+    }
+
+    fn open_writable_top(&self) -> Result<OwnedFd> {
+        let path = &self.writable_path;
+        identity::open_top(path).context(|| format!("open the writable directory {path}"))
     }
 
     /// `<volume>/snapshots`.

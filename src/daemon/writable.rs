@@ -25,20 +25,9 @@ const CLAIMED: &str = "writable_volume_claimed";
 pub fn set_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
     let (identity, is_claimed) = recorded(store)?;
     if !is_claimed {
-        if let Claim::Foreign(other) = volumes.claim_writable(&identity)? {
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "the writable directory {path} is the volume {other} of another root: give \
-                     another --writable-dir, or, if nothing else uses it, empty it and remove \
-                     {path}/.volume",
-                    path = volumes.writable_path()
-                ),
-            ));
-        }
-        let transaction = store.write()?;
-        transaction.rows().record_fact(CLAIMED, "yes")?;
-        transaction.commit()?;
+        claim(volumes, store, &identity, mount_options)?;
+        volumes.expect_writable(identity);
+        return Ok(());
     }
     volumes.expect_writable(identity);
     match volumes.open(Volume::Writable) {
@@ -47,6 +36,32 @@ pub fn set_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Res
         Err(error) if error.kind() == ErrorKind::FailedPrecondition => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Probed before it is marked: a directory that turns out to be unsuitable is
+/// left as it was, and the next start may take another.
+fn claim(
+    volumes: &Volumes,
+    store: &Store,
+    identity: &Identity,
+    mount_options: &[String],
+) -> Result<()> {
+    if let Claim::Foreign(other) = volumes.look_at_writable(identity)? {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "the writable directory {path} is the volume {other} of another root: give \
+                 another --writable-dir, or, if nothing else uses it, empty it and remove \
+                 {path}/.volume",
+                path = volumes.writable_path()
+            ),
+        ));
+    }
+    probe(volumes, mount_options)?;
+    volumes.claim_writable(identity)?;
+    let transaction = store.write()?;
+    transaction.rows().record_fact(CLAIMED, "yes")?;
+    transaction.commit()
 }
 
 fn recorded(store: &Store) -> Result<(Identity, bool)> {
@@ -71,9 +86,9 @@ fn recorded(store: &Store) -> Result<(Identity, bool)> {
     Ok((identity, is_claimed))
 }
 
-/// In the volume's trash, so that whatever a crash leaves is deleted with it.
+/// In a directory of its own, which the next start removes if a crash left it.
 fn probe(volumes: &Volumes, mount_options: &[String]) -> Result<()> {
-    let scratch = Path::new(volumes.writable_path()).join("trash/probe");
+    let scratch = Path::new(volumes.writable_path()).join(".probe");
     let clear = || {
         mount::unmount_stale(&scratch.join(mount::MERGED));
         match std::fs::remove_dir_all(&scratch) {

@@ -11,7 +11,7 @@ use super::labels::IdMaps;
 use crate::error::{Context, Result};
 use crate::store::{Place, Transaction};
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
-use crate::volume::{Dirs, Owner, Shape, moving_id};
+use crate::volume::{Dirs, NewDirs, Owner, Shape, moving_id};
 
 /// What the database says is on the disks.
 pub(super) struct Inventory {
@@ -70,19 +70,19 @@ impl Snapshotter {
         let image = self.volumes.open(Volume::Image)?;
         self.drop_unfinished_moves(&image)?;
         let on_image = trash_strays(&image, Volume::Image, &inventory)?;
-        self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
+        let mut lost = self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
         self.set_links(&inventory, &on_image)?;
 
         match self.volumes.open(Volume::Writable) {
             Ok(writable) => {
                 let found = trash_strays(&writable, Volume::Writable, &inventory)?;
-                self.heal(
+                lost.extend(self.heal(
                     &transaction,
                     &writable,
                     Volume::Writable,
                     &inventory,
                     &found,
-                );
+                ));
             }
             Err(error) => {
                 self.note_stray(Volume::Writable);
@@ -93,6 +93,8 @@ impl Snapshotter {
                 );
             }
         }
+        // A start recovers once.
+        let _ = self.lost.set(lost);
         transaction.commit()
     }
 
@@ -133,9 +135,10 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Deals with rows whose directory is missing: an active snapshot gets an
-    /// empty one, as after a power cut before its directory reached the disk; a
-    /// missing layer cannot be healed and is reported.
+    /// Deals with rows whose directory is missing, or not whole: an active
+    /// snapshot gets an empty one, as after a power cut before its directory
+    /// reached the disk; a missing layer cannot be healed, is reported and
+    /// returned.
     fn heal(
         &self,
         transaction: &Transaction<'_>,
@@ -143,13 +146,15 @@ impl Snapshotter {
         volume: Volume,
         inventory: &Inventory,
         found: &Found,
-    ) {
+    ) -> HashSet<SnapshotId> {
+        let mut lost = HashSet::new();
         for (snapshot, name) in &inventory.snapshots {
-            let is_there = found.get(&snapshot.id) == Some(&FileType::Directory);
-            if snapshot.volume != Some(volume) || is_there {
+            if snapshot.volume != Some(volume) {
                 continue;
             }
+            let is_there = found.get(&snapshot.id) == Some(&FileType::Directory);
             let shape = match snapshot.kind {
+                Kind::Committed if is_there => continue,
                 Kind::Committed => {
                     log::error!(
                         "layer {} is lost: {volume} volume: snapshots/{} is missing; remove the \
@@ -157,22 +162,29 @@ impl Snapshotter {
                         Quoted(name),
                         snapshot.id
                     );
+                    lost.insert(snapshot.id);
                     continue;
                 }
                 Kind::Active => Shape::UpperAndWork,
                 Kind::View => Shape::UpperOnly,
             };
-            let made = self
-                .owner_of(transaction, name)
-                .and_then(|owner| dirs.create(snapshot.id, shape, owner));
-            match made {
-                Ok(made) => {
-                    made.keep();
-                    log::warn!(
-                        "snapshot {} had no directory on the {volume} volume: it starts empty",
-                        Quoted(name)
-                    );
+            let is_whole = is_there && dirs.is_whole(snapshot.id, shape);
+            if is_whole {
+                continue;
+            }
+            let made = self.owner_of(transaction, name).and_then(|owner| {
+                if is_there {
+                    dirs.complete(snapshot.id, shape, owner)
+                } else {
+                    dirs.create(snapshot.id, shape, owner).map(NewDirs::keep)
                 }
+            });
+            match made {
+                Ok(()) => log::warn!(
+                    "snapshot {} had no whole directory on the {volume} volume: what was missing \
+                     starts empty",
+                    Quoted(name)
+                ),
                 Err(error) => log::error!(
                     "snapshot {} has no directory: {}",
                     Quoted(name),
@@ -180,6 +192,7 @@ impl Snapshotter {
                 ),
             }
         }
+        lost
     }
 
     fn owner_of(&self, transaction: &Transaction<'_>, name: &str) -> Result<Owner> {

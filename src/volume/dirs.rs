@@ -1,6 +1,6 @@
 //! `snapshots/` and `trash/` of one volume.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
@@ -95,10 +95,16 @@ impl Dirs {
 
     fn fill(&self, name: &str, shape: Shape, owner: Owner) -> std::result::Result<(), Errno> {
         let top = open_path(&self.snapshots, name)?;
+        let make = |name: &CStr, mode| match mkdirat(&top, name, Mode::from_raw_mode(mode)) {
+            Err(Errno::EXIST) => Ok(false),
+            made => made.map(|()| true),
+        };
         if shape == Shape::UpperAndWork {
-            mkdirat(&top, c"work", Mode::from_raw_mode(0o711))?;
+            make(c"work", 0o711)?;
         }
-        mkdirat(&top, c"fs", Mode::from_raw_mode(0o755))?;
+        if !make(c"fs", 0o755)? {
+            return Ok(());
+        }
         let is_root = owner == Owner { uid: 0, gid: 0 };
         if !is_root {
             let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
@@ -108,6 +114,27 @@ impl Dirs {
             chmodat(&top, c"fs", Mode::from_raw_mode(0o755), AtFlags::empty())?;
         }
         Ok(())
+    }
+
+    /// Whether a snapshot's directory holds all that [`Dirs::create`] makes.
+    pub fn is_whole(&self, id: SnapshotId, shape: Shape) -> bool {
+        let is_directory = |name: &str| {
+            let path = format!("{id}/{name}");
+            statat(&self.snapshots, path, AtFlags::SYMLINK_NOFOLLOW)
+                .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
+        };
+        is_directory("fs") && (shape == Shape::UpperOnly || is_directory("work"))
+    }
+
+    /// Makes what a snapshot's directory lacks, as after a power cut between
+    /// the parts that [`Dirs::create`] makes; what is there stays.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn complete(&self, id: SnapshotId, shape: Shape, owner: Owner) -> Result<()> {
+        self.fill(&id.to_string(), shape, owner)
+            .context(|| format!("complete the directory {}", self.snapshot_path(id)))
     }
 
     /// Moves a snapshot's directory, or whatever has its name, to the trash.

@@ -51,16 +51,32 @@ impl fmt::Display for Identity {
     }
 }
 
-/// What a first start found in the writable directory.
+/// What a first start finds in the writable directory.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// It is marked as the wanted volume, now or already before.
+    /// It is marked as the wanted volume.
     Ours,
+    /// It has no mark.
+    Free,
     /// It carries the mark of another root's volume, and nothing was changed.
     Foreign(Identity),
 }
 
 impl Identity {
+    /// Tells whose mark the directory `top` has.
+    ///
+    /// # Errors
+    ///
+    /// As of its disk; [`ErrorKind::FailedPrecondition`] if its mark is no
+    /// mark of ours.
+    pub fn look(&self, top: impl AsFd, path: &str) -> Result<Claim> {
+        Ok(match read_mark(top, path)? {
+            Some(found) if found == *self => Claim::Ours,
+            Some(found) => Claim::Foreign(found),
+            None => Claim::Free,
+        })
+    }
+
     /// Marks the directory `top` as this volume, durably, unless it carries a
     /// mark already.
     ///
@@ -69,14 +85,13 @@ impl Identity {
     /// As of its disk; [`ErrorKind::FailedPrecondition`] if its mark is no
     /// mark of ours.
     pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
-        match read_mark(&top, path)? {
-            Some(found) if found == *self => Ok(Claim::Ours),
-            Some(found) => Ok(Claim::Foreign(found)),
-            None => {
+        match self.look(&top, path)? {
+            Claim::Free => {
                 self.write_mark(&top)
                     .context(|| format!("mark {path} as the writable volume"))?;
                 Ok(Claim::Ours)
             }
+            claim => Ok(claim),
         }
     }
 

@@ -35,6 +35,34 @@ impl Root {
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.top.as_fd()
     }
+
+    /// overlayfs finds whiteouts by the type in directory entries (`d_type` in
+    /// readdir(3)); a file system made without that shows deleted files again.
+    /// Needs an entry to look at: the root's lock is one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] on such a file system, or as of the
+    /// root's disk.
+    pub fn require_entry_types(&self) -> Result<()> {
+        let path = &self.path;
+        let looking = || format!("list {path}");
+        for entry in Dir::read_from(&self.top).context(looking)? {
+            let entry = entry.context(looking)?;
+            let is_own = !matches!(entry.file_name().to_bytes(), b"." | b"..");
+            if is_own && entry.file_type() == FileType::Unknown {
+                return Err(Error::new(
+                    ErrorKind::FailedPrecondition,
+                    format!(
+                        "the file system of {path} does not tell the types of directory entries \
+                         (d_type), which overlayfs needs: make it anew with them \
+                         (mkfs.xfs -n ftype=1, mkfs.ext4 -O filetype) or use another disk"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Image {
@@ -80,12 +108,10 @@ impl Image {
     /// # Errors
     ///
     /// As of its disk; [`ErrorKind::FailedPrecondition`] if one of the names is
-    /// taken by something else, or if its file system does not tell the types
-    /// of directory entries, which overlayfs needs.
+    /// taken by something else.
     pub fn open(root: Root) -> Result<Image> {
         let dirs = Dirs::open(Volume::Image, &root.path, &root.top)?;
         ensure_directory(&root.top, &root.path, "empty")?;
-        require_entry_types(&root.top, &root.path)?;
         Ok(Image {
             path: root.path,
             top: root.top,
@@ -200,24 +226,4 @@ pub(super) fn create_directory(path: &str, what: &str, flag: &str) -> Result<()>
             error,
         ),
     })
-}
-
-/// overlayfs finds whiteouts by the type in directory entries (`d_type` in
-/// readdir(3)); a file system made without that shows deleted files again.
-pub(super) fn require_entry_types(top: impl AsFd, path: &str) -> Result<()> {
-    let looking = || format!("list {path}");
-    for entry in Dir::read_from(top).context(looking)? {
-        let entry = entry.context(looking)?;
-        if entry.file_name() == c"snapshots" && entry.file_type() == FileType::Unknown {
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "the file system of {path} does not tell the types of directory entries \
-                     (d_type), which overlayfs needs: make it anew with them \
-                     (mkfs.xfs -n ftype=1, mkfs.ext4 -O filetype) or use another disk"
-                ),
-            ));
-        }
-    }
-    Ok(())
 }

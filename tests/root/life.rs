@@ -1,5 +1,344 @@
-//! Placeholder header.
+//! The socket, readiness, stops and restarts.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use grpcio::RpcStatusCode;
+use overlay_read_write_splitting_snapshotter::proto::snapshots::Info;
+use rustix::process::Signal;
 
 use crate::Test;
+use crate::content::layer;
+use crate::support::client::{Client, finish};
+use crate::support::daemon::{Daemon, Split, command};
+use crate::support::disk::Disk;
+use crate::support::until;
 
-pub const TESTS: &[Test] = &[];
+pub const TESTS: &[Test] = &[
+    ("the_socket_is_roots_alone", the_socket_is_roots_alone),
+    (
+        "readiness_is_told_when_served",
+        readiness_is_told_when_served,
+    ),
+    ("signals_stop_it", signals_stop_it),
+    (
+        "a_stop_waits_for_running_requests",
+        a_stop_waits_for_running_requests,
+    ),
+    (
+        "a_stop_does_not_wait_for_ever",
+        a_stop_does_not_wait_for_ever,
+    ),
+    (
+        "a_stop_does_not_wait_for_stalled_clients",
+        a_stop_does_not_wait_for_stalled_clients,
+    ),
+    ("a_restart_finds_everything", a_restart_finds_everything),
+];
+
+/// Within which a stop has to end, whatever is going on.
+const STOP: Duration = Duration::from_secs(10);
+
+/// A service manager's end of sd_notify(3).
+struct Manager {
+    dir: tempfile::TempDir,
+    socket: UnixDatagram,
+}
+
+impl Manager {
+    fn new() -> Manager {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = UnixDatagram::bind(dir.path().join("notify")).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(30)))
+            .unwrap();
+        Manager { dir, socket }
+    }
+
+    fn address(&self) -> String {
+        self.dir.path().join("notify").display().to_string()
+    }
+
+    /// The next message's lines.
+    fn told(&self) -> Vec<String> {
+        let mut bytes = [0; 1024];
+        let length = self.socket.recv(&mut bytes).unwrap();
+        let text = std::str::from_utf8(&bytes[..length]).unwrap();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Whether there is no message that has not been taken.
+    fn has_heard_all(&self) -> bool {
+        self.socket.set_nonblocking(true).unwrap();
+        let nothing = self.socket.recv(&mut [0; 1024]).is_err();
+        self.socket.set_nonblocking(false).unwrap();
+        nothing
+    }
+}
+
+/// Keeps every writing request of the daemon waiting, as a disk that does not
+/// answer would: the database's write lock is taken. SQLite gives up on it
+/// after five seconds.
+struct Obstacle {
+    connection: rusqlite::Connection,
+}
+
+impl Obstacle {
+    fn put(database: &Path) -> Obstacle {
+        let connection = rusqlite::Connection::open(database).unwrap();
+        connection.execute_batch("BEGIN IMMEDIATE").unwrap();
+        Obstacle { connection }
+    }
+
+    fn clear(self) {
+        self.connection.execute_batch("ROLLBACK").unwrap();
+    }
+}
+
+/// Every snapshot, as List and as Stat tell it.
+fn everything(client: &Client) -> Vec<Info> {
+    let listed = client.list_pages(&[]).unwrap().concat();
+    for info in &listed {
+        assert_eq!(client.stat(&info.name).unwrap(), *info);
+    }
+    listed
+}
+
+fn the_socket_is_roots_alone() {
+    let mut split = Split::start(&[]);
+    let address = split.daemon.address().to_owned();
+    assert_eq!(Path::new(&address), split.root().join("grpc.socks"));
+    let first = fs::symlink_metadata(&address).unwrap();
+    assert!(first.file_type().is_socket());
+    assert_eq!(
+        (first.mode() & 0o7777, first.uid(), first.gid()),
+        (0o600, 0, 0)
+    );
+    split.client().prepare("web", "", &[]).unwrap();
+
+    // Killed, it leaves its socket; the next one replaces it.
+    split.daemon.kill();
+    assert!(fs::symlink_metadata(&address).is_ok());
+    assert!(UnixStream::connect(&address).is_err());
+    split.daemon.restart();
+    split.client().stat("web").unwrap();
+    let second = fs::symlink_metadata(&address).unwrap();
+    assert_eq!(second.mode() & 0o7777, 0o600);
+}
+
+fn readiness_is_told_when_served() {
+    let manager = Manager::new();
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let arguments = command(&image, &writable, &[]);
+    let environment = [("NOTIFY_SOCKET", &*manager.address())];
+    let mut daemon = Daemon::start_in(&arguments, &environment);
+    assert_eq!(manager.told(), ["READY=1"]);
+    daemon.client().prepare("web", "", &[]).unwrap();
+    daemon.stop();
+    assert_eq!(manager.told(), ["STOPPING=1"]);
+
+    // Strays make the next start a long one: what is told too early shows.
+    let snapshots = image.path().join("root/snapshots");
+    for number in 1000..3000 {
+        fs::create_dir(snapshots.join(number.to_string())).unwrap();
+    }
+    let address = daemon.address().to_owned();
+    std::thread::scope(|scope| {
+        let listener = scope.spawn(|| {
+            assert_eq!(manager.told(), ["READY=1"]);
+            // At once, without a second try.
+            UnixStream::connect(&address).unwrap();
+            Client::connect(&address).stat("web").unwrap();
+            assert_eq!(fs::read_dir(&snapshots).unwrap().count(), 0);
+        });
+        daemon.restart();
+        listener.join().unwrap();
+    });
+    // Killed, it tells nothing more.
+    daemon.kill();
+    assert!(manager.has_heard_all());
+}
+
+fn signals_stop_it() {
+    let mut split = Split::start(&[]);
+    for signal in [Signal::TERM, Signal::INT] {
+        // containerd's connection is open all the time, idle.
+        let client = split.client();
+        layer(&client, &format!("base-{signal:?}"), "", |_| ());
+        let database = split.root().join("metadata.db-wal");
+        assert!(database.exists());
+
+        let begun = Instant::now();
+        split.daemon.signal(signal);
+        let status = split.daemon.wait();
+        assert_eq!(status.code(), Some(0), "{}", split.daemon.log());
+        // With nothing to wait for, it does not wait.
+        assert!(begun.elapsed() < Duration::from_secs(3), "{signal:?}");
+        assert!(fs::symlink_metadata(split.daemon.address()).is_err());
+        assert!(!database.exists(), "its log is in the database");
+        split.daemon.restart();
+        // The connection of before finds the new daemon by itself.
+        until("reconnected", || {
+            match client.stat(&format!("base-{signal:?}")) {
+                Ok(_) => true,
+                Err((code, _)) => {
+                    assert_eq!(code, RpcStatusCode::UNAVAILABLE);
+                    false
+                }
+            }
+        });
+    }
+}
+
+fn a_stop_waits_for_running_requests() {
+    let manager = Manager::new();
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let arguments = command(&image, &writable, &[]);
+    let environment = [("NOTIFY_SOCKET", &*manager.address())];
+    let mut daemon = Daemon::start_in(&arguments, &environment);
+    assert_eq!(manager.told(), ["READY=1"]);
+    let client = daemon.client();
+    client.prepare("before", "", &[]).unwrap();
+
+    let obstacle = Obstacle::put(&image.path().join("root/metadata.db"));
+    let running = client.begin_prepare("during", "");
+    // What has no need to write is not in its way, and tells that the request
+    // sent before it on the same connection has arrived.
+    client.stat("before").unwrap();
+    daemon.terminate();
+    assert_eq!(manager.told(), ["STOPPING=1"]);
+    // A request in the moment between is served; all later ones are told to
+    // come again.
+    until("closed", || match client.stat("before") {
+        Ok(_) => false,
+        Err((code, text)) => {
+            assert_eq!(code, RpcStatusCode::UNAVAILABLE, "{text}");
+            true
+        }
+    });
+    let (code, _) = client.prepare("after", "", &[]).unwrap_err();
+    assert_eq!(code, RpcStatusCode::UNAVAILABLE);
+    assert!(daemon.is_running());
+    obstacle.clear();
+    finish(running).unwrap();
+    assert_eq!(daemon.wait().code(), Some(0));
+
+    daemon.restart();
+    let client = daemon.client();
+    assert_eq!(client.names(&[]).unwrap(), ["before", "during"]);
+    assert!(writable.path().join("writable/snapshots/2/fs").is_dir());
+}
+
+fn a_stop_does_not_wait_for_ever() {
+    let mut split = Split::start(&["--threads", "2"]);
+    let client = split.client();
+    client.prepare("before", "", &[]).unwrap();
+    let obstacle = Obstacle::put(&split.root().join("metadata.db"));
+    // Each of them is kept for five seconds, two at a time and one after the
+    // other: together they take longer than a stop may.
+    let running: Vec<_> = (0..6)
+        .map(|number| client.begin_prepare(&format!("during-{number}"), ""))
+        .collect();
+    client.stat("before").unwrap();
+    let begun = Instant::now();
+    split.daemon.terminate();
+    assert_eq!(split.daemon.wait().code(), Some(0));
+    assert!(begun.elapsed() < STOP, "{:?}", begun.elapsed());
+    assert!(fs::symlink_metadata(split.daemon.address()).is_err());
+    for request in running {
+        let (code, text) = finish(request).unwrap_err();
+        assert_eq!(code, RpcStatusCode::UNAVAILABLE, "{text}");
+    }
+    obstacle.clear();
+    split.daemon.restart();
+    assert_eq!(split.client().names(&[]).unwrap(), ["before"]);
+    assert_eq!(
+        fs::read_dir(split.writable().join("snapshots"))
+            .unwrap()
+            .count(),
+        1
+    );
+}
+
+fn a_stop_does_not_wait_for_stalled_clients() {
+    let mut split = Split::start(&["--sync", "none"]);
+    let client = split.client();
+    layer(&client, "base", "", |_| ());
+    // More than a connection takes ahead of its reader.
+    let label = "x".repeat(4000);
+    for number in 0..600 {
+        let with = [("filler", label.as_str())];
+        client
+            .view(&format!("view-{number}"), "base", &with)
+            .unwrap();
+    }
+    let stalled = client.begin_list(&[]);
+    client.stat("base").unwrap();
+    // And a client that says nothing at all; the server's first bytes to it
+    // tell that it has been let in.
+    let mut silent = UnixStream::connect(split.daemon.address()).unwrap();
+    silent.read_exact(&mut [0; 9]).unwrap();
+    let begun = Instant::now();
+    split.daemon.terminate();
+    assert_eq!(split.daemon.wait().code(), Some(0));
+    assert!(begun.elapsed() < STOP, "{:?}", begun.elapsed());
+    assert!(fs::symlink_metadata(split.daemon.address()).is_err());
+    drop((stalled, silent));
+    split.daemon.restart();
+    assert_eq!(split.client().names(&[]).unwrap().len(), 601);
+}
+
+fn a_restart_finds_everything() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    let label = [("containerd.io/gc.root", "1"), ("strange\n", "\"ü\"\0")];
+    layer(&client, "base", "", |top| {
+        fs::write(top.join("file"), "of the layer").unwrap();
+    });
+    client.update("base", &["labels"], &label).unwrap();
+    layer(&client, "upper", "base", |_| ());
+    client.prepare("init-key", "upper", &[]).unwrap();
+    client.commit("init-key", "init", &label).unwrap();
+    client.prepare("web", "init", &label).unwrap();
+    client.prepare("extract-1 unfinished", "base", &[]).unwrap();
+    client.prepare("of nothing", "", &[]).unwrap();
+    client.view("view", "upper", &[]).unwrap();
+    client.view("view of nothing", "", &label).unwrap();
+    client.prepare("gone", "", &[]).unwrap();
+    client.remove("gone").unwrap();
+    let upper = split.writable().join("snapshots/4/fs/written");
+    fs::write(&upper, "by the container").unwrap();
+
+    let told = |client: &Client| {
+        let infos = everything(client);
+        let usages: Vec<_> = infos
+            .iter()
+            .map(|info| client.usage(&info.name).unwrap())
+            .collect();
+        let mounts: Vec<_> = infos.iter().map(|info| client.mounts(&info.name)).collect();
+        (infos, usages, mounts)
+    };
+    // A file counts with its blocks, which ext4 allocates late.
+    split.writable.sync();
+    let before = told(&client);
+    assert_eq!(before.0.len(), 8);
+    for way in ["stopped", "killed", "killed again"] {
+        if way == "stopped" {
+            split.daemon.stop();
+        } else {
+            split.daemon.kill();
+        }
+        split.daemon.restart();
+        let client = split.client();
+        assert!(told(&client) == before, "{way}: {:?}", told(&client));
+        assert_eq!(fs::read_to_string(&upper).unwrap(), "by the container");
+        assert!(!split.daemon.log().contains("ERROR"), "{way}");
+    }
+    // No id is given out twice.
+    split.client().prepare("next", "", &[]).unwrap();
+    assert!(split.writable().join("snapshots/10/fs").is_dir());
+}

@@ -7,13 +7,19 @@
 // A test tells by its panic.
 #![allow(clippy::unwrap_used)]
 
+mod connections;
 mod containerd;
 mod content;
 mod input;
+mod intruders;
 mod life;
+mod messages;
 mod rebase;
+mod recovery;
+mod refusals;
 mod relocation;
 mod support;
+mod volumes;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -25,10 +31,16 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 6] = [
+    let modules: [(&str, &[Test]); 12] = [
         ("content", content::TESTS),
         ("input", input::TESTS),
+        ("messages", messages::TESTS),
+        ("connections", connections::TESTS),
+        ("intruders", intruders::TESTS),
+        ("refusals", refusals::TESTS),
         ("life", life::TESTS),
+        ("volumes", volumes::TESTS),
+        ("recovery", recovery::TESTS),
         ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),
         ("containerd", containerd::TESTS),

@@ -8,8 +8,8 @@ use std::time::Duration;
 use futures_executor::block_on;
 use futures_util::StreamExt;
 use grpcio::{
-    CallOption, ChannelBuilder, EnvBuilder, Error, GrpcSlice, Marshaller, MessageReader, Method,
-    MethodType, RpcStatusCode,
+    CallOption, ChannelBuilder, ClientUnaryReceiver, EnvBuilder, Error, GrpcSlice, Marshaller,
+    MessageReader, Method, MethodType, RpcStatusCode,
 };
 use overlay_read_write_splitting_snapshotter::proto::mount::Mount;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::{
@@ -70,6 +70,11 @@ fn refusal(error: Error) -> Refusal {
     }
 }
 
+/// Waits for the end of a request begun.
+pub fn finish(receiver: ClientUnaryReceiver<Vec<u8>>) -> Result<Vec<u8>> {
+    block_on(receiver).map_err(refusal)
+}
+
 /// Labels from pairs.
 pub fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
     pairs
@@ -103,6 +108,48 @@ impl Client {
         self.client
             .unary_call(method, &bytes, options())
             .map_err(refusal)
+    }
+
+    /// Sends these bytes to any method of the service, List too; of a List's
+    /// answer the first message is returned, if there is one.
+    pub fn send(&self, method: &'static str, bytes: &[u8]) -> Result<Vec<u8>> {
+        let kind = match method {
+            "List" => MethodType::ServerStreaming,
+            _ => MethodType::Unary,
+        };
+        let path = format!("/containerd.services.snapshots.v1.Snapshots/{method}");
+        let named = Method {
+            ty: kind,
+            name: path.leak(),
+            req_mar: RAW,
+            resp_mar: RAW,
+        };
+        if method != "List" {
+            return self.call_raw(&named, bytes.to_vec());
+        }
+        let mut receiver = self
+            .client
+            .server_streaming(&named, &bytes.to_vec(), options())
+            .unwrap();
+        match block_on(receiver.next()) {
+            None => Ok(Vec::new()),
+            Some(page) => page.map_err(refusal),
+        }
+    }
+
+    /// Begins a Prepare without labels; its end is waited for with
+    /// [`finish`].
+    pub fn begin_prepare(&self, key: &str, parent: &str) -> ClientUnaryReceiver<Vec<u8>> {
+        let request = PrepareSnapshotRequest {
+            key: key.to_owned(),
+            parent: parent.to_owned(),
+            ..Default::default()
+        };
+        let bytes = request.write_to_bytes().unwrap();
+        let method = method!("Prepare", MethodType::Unary);
+        self.client
+            .unary_call_async(method, &bytes, options())
+            .unwrap()
     }
 
     /// Sends these bytes as a Prepare request.

@@ -69,6 +69,7 @@ pub fn command(image: &Disk, writable: &Disk, flags: &[&str]) -> Vec<String> {
 pub struct Daemon {
     child: Child,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     address: String,
     log: tempfile::NamedTempFile,
 }
@@ -77,6 +78,11 @@ impl Daemon {
     /// Starts one, with `--root-dir` (and perhaps `--address`) among the
     /// arguments, and waits until it serves.
     pub fn start(arguments: &[String]) -> Daemon {
+        Daemon::start_in(arguments, &[])
+    }
+
+    /// The same, with these environment variables.
+    pub fn start_in(arguments: &[String], environment: &[(&str, &str)]) -> Daemon {
         let value = |flag: &str| {
             let at = arguments.iter().position(|argument| argument == flag)?;
             arguments.get(at + 1).cloned()
@@ -84,10 +90,15 @@ impl Daemon {
         let root = value("--root-dir").expect("a root");
         let address = value("--address").unwrap_or_else(|| format!("{root}/grpc.socks"));
         let log = tempfile::NamedTempFile::new().unwrap();
-        let child = spawn(arguments, log.as_file(), None);
+        let environment: Vec<_> = environment
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        let child = spawn(arguments, &environment, log.as_file(), None);
         let mut daemon = Daemon {
             child,
             arguments: arguments.to_vec(),
+            environment,
             address,
             log,
         };
@@ -97,7 +108,12 @@ impl Daemon {
 
     /// Starts it again, after its end, to be killed when it reaches a step.
     pub fn restart_to_die_at(&mut self, step: &str) {
-        self.child = spawn(&self.arguments, self.log.as_file(), Some(step));
+        self.child = spawn(
+            &self.arguments,
+            &self.environment,
+            self.log.as_file(),
+            Some(step),
+        );
         self.wait_until_serving();
     }
 
@@ -123,8 +139,30 @@ impl Daemon {
 
     /// Starts it again, with the same arguments, after its end.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.arguments, self.log.as_file(), None);
+        self.child = spawn(&self.arguments, &self.environment, self.log.as_file(), None);
         self.wait_until_serving();
+    }
+
+    /// Its arguments.
+    pub fn arguments(&self) -> &[String] {
+        &self.arguments
+    }
+
+    /// Whether it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// What it takes of the machine's memory (`VmRSS`, proc_pid_status(5)).
+    pub fn resident_bytes(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = fs::read_to_string(path).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .unwrap();
+        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+        kibibytes << 10
     }
 
     /// SIGKILL, and waits for the end.
@@ -201,11 +239,17 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(arguments: &[String], log: &File, fault: Option<&str>) -> Child {
+fn spawn(
+    arguments: &[String],
+    environment: &[(String, String)],
+    log: &File,
+    fault: Option<&str>,
+) -> Child {
     Command::new(BINARY)
         .args(arguments)
         .envs(fault.map(|step| ("SNAPSHOTTER_FAULT", step)))
         .env("RUST_LOG", "debug")
+        .envs(environment.iter().cloned())
         .stdin(Stdio::null())
         .stderr(log.try_clone().unwrap())
         .spawn()

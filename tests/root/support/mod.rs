@@ -11,8 +11,13 @@ pub mod disk;
 pub mod mounted;
 pub mod trees;
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 /// Runs a command to its end, and fails with what it said if it failed.
 pub fn run(command: &mut Command) -> String {
@@ -31,9 +36,62 @@ pub fn run(command: &mut Command) -> String {
 
 /// The device number of the file system that a path is on, as `stat -c %d`.
 pub fn device(path: impl AsRef<Path>) -> u64 {
-    use std::os::unix::fs::MetadataExt;
     let path = path.as_ref();
-    std::fs::symlink_metadata(path)
+    fs::symlink_metadata(path)
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         .dev()
+}
+
+/// Waits until something holds, and fails if it does not within half a minute.
+pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < Duration::from_secs(30), "never {what}");
+        sleep(Duration::from_millis(2));
+    }
+}
+
+/// A directory tree: each path with its type and mode, owner, and the content
+/// of a file or a link.
+pub type Tree = BTreeMap<PathBuf, (u32, u32, Vec<u8>)>;
+
+/// Fails unless a directory tree is as it was, and tells the paths that differ.
+#[track_caller]
+pub fn unchanged(top: impl AsRef<Path>, before: &Tree) {
+    let after = tree(top);
+    let differ = |path: &&PathBuf| before.get(*path) != after.get(*path);
+    let mut paths: Vec<_> = before.keys().chain(after.keys()).filter(differ).collect();
+    paths.sort();
+    paths.dedup();
+    assert!(paths.is_empty(), "changed: {paths:?}");
+}
+
+/// A directory tree as it is. `lock` is left out: whoever only tries a root
+/// takes its lock, and the file is nothing but that lock.
+pub fn tree(top: impl AsRef<Path>) -> Tree {
+    let mut found = BTreeMap::new();
+    let mut ahead = vec![top.as_ref().to_owned()];
+    while let Some(path) = ahead.pop() {
+        let metadata = fs::symlink_metadata(&path).unwrap();
+        let kind = metadata.file_type();
+        let content = if kind.is_symlink() {
+            let target = fs::read_link(&path).unwrap();
+            target.into_os_string().into_encoded_bytes()
+        } else if kind.is_file() {
+            fs::read(&path).unwrap()
+        } else {
+            Vec::new()
+        };
+        if kind.is_dir() {
+            ahead.extend(
+                fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path()),
+            );
+        }
+        if !path.ends_with("lock") {
+            found.insert(path, (metadata.mode(), metadata.uid(), content));
+        }
+    }
+    found
 }

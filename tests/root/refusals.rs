@@ -1,0 +1,435 @@
+//! Where the daemon refuses to start: one line that says what is wrong and
+//! what to do, exit code 1, and everything as it was before.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::Test;
+use crate::content::layer;
+use crate::support::daemon::{Daemon, Split, command, refused};
+use crate::support::disk::Disk;
+use crate::support::{run, tree, unchanged};
+
+pub const TESTS: &[Test] = &[
+    ("a_second_daemon", a_second_daemon),
+    (
+        "roots_that_are_no_directories",
+        roots_that_are_no_directories,
+    ),
+    ("roots_without_entry_types", roots_without_entry_types),
+    (
+        "writable_directories_that_hold_no_upper",
+        writable_directories_that_hold_no_upper,
+    ),
+    (
+        "a_writable_directory_of_another_root",
+        a_writable_directory_of_another_root,
+    ),
+    ("databases_of_other_programs", databases_of_other_programs),
+    ("a_missing_database", a_missing_database),
+    ("a_state_directory_that_moved", a_state_directory_that_moved),
+    (
+        "a_root_and_a_database_of_different_origin",
+        a_root_and_a_database_of_different_origin,
+    ),
+    ("addresses_that_are_taken", addresses_that_are_taken),
+];
+
+/// Fails unless each of `parts` is in the line.
+#[track_caller]
+fn says(line: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(line.contains(part), "{part:?} is not in {line:?}");
+    }
+}
+
+/// A refusal that leaves these trees as they are; returns what was said.
+#[track_caller]
+fn refused_untouched(arguments: &[String], trees: &[&Path]) -> String {
+    let before: Vec<_> = trees.iter().map(tree).collect();
+    let line = refused(arguments);
+    for (top, before) in trees.iter().zip(before) {
+        unchanged(top, &before);
+    }
+    line
+}
+
+/// The arguments for a daemon on these directories.
+fn arguments(root: &Path, writable: &Path) -> Vec<String> {
+    let text = |path: &Path| path.to_str().unwrap().to_owned();
+    vec![
+        "--root-dir".to_owned(),
+        text(root),
+        "--writable-dir".to_owned(),
+        text(writable),
+    ]
+}
+
+fn with(mut arguments: Vec<String>, flag: &str, value: &Path) -> Vec<String> {
+    arguments.extend([flag.to_owned(), value.to_str().unwrap().to_owned()]);
+    arguments
+}
+
+fn a_second_daemon() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    layer(&client, "base", "", |_| ());
+    let running = split.daemon.pid();
+    let number = running.as_raw_nonzero().to_string();
+    let root = split.root().display().to_string();
+    // At the same address, and at another one.
+    let same = split.daemon.arguments().to_vec();
+    let other = with(
+        same.clone(),
+        "--address",
+        &split.image.path().join("socket"),
+    );
+    for arguments in [same, other] {
+        let line = refused(&arguments);
+        says(
+            &line,
+            &["another snapshotter", &number, &root, "--root-dir"],
+        );
+        assert!(!split.image.path().join("socket").exists());
+        // Over the connection there is, and over a new one.
+        client.stat("base").unwrap();
+        split.client().prepare("web", "base", &[]).unwrap();
+        client.remove("web").unwrap();
+    }
+    assert!(split.daemon.is_running() && split.daemon.pid() == running);
+}
+
+fn roots_that_are_no_directories() {
+    let disk = Disk::ext4(64);
+    let top = disk.path();
+    fs::write(top.join("file"), "mine").unwrap();
+    symlink("nowhere", top.join("dangling")).unwrap();
+    let writable = top.join("writable");
+    for name in ["file", "file/below", "dangling"] {
+        let line = refused_untouched(&arguments(&top.join(name), &writable), &[&top]);
+        says(&line, &[name, "not a directory", "--root-dir"]);
+    }
+    let root = top.join("root");
+    let line = refused(&arguments(&root, &top.join("file")));
+    says(&line, &["file", "not a directory", "--writable-dir"]);
+    assert_eq!(fs::read_to_string(top.join("file")).unwrap(), "mine");
+    // What is in the way within a root is named.
+    for name in ["snapshots", "trash", "empty"] {
+        let root = top.join(format!("root-{name}"));
+        fs::create_dir_all(&root).unwrap();
+        symlink("/etc", root.join(name)).unwrap();
+        let line = refused(&arguments(&root, &writable));
+        says(&line, &[name, root.to_str().unwrap()]);
+        assert_eq!(fs::read_link(root.join(name)).unwrap(), Path::new("/etc"));
+    }
+    assert!(!writable.exists());
+}
+
+/// ext4 made without `filetype` answers DT_UNKNOWN for every entry.
+fn without_entry_types() -> Disk {
+    Disk::make(64, "ext4", &["-q", "-F", "-O", "^filetype"])
+}
+
+fn roots_without_entry_types() {
+    let (image, writable) = (without_entry_types(), Disk::ext4(64));
+    let root = image.path().join("root");
+    fs::create_dir(&root).unwrap();
+    let tops = [image.path(), writable.path()];
+    let trees: Vec<&Path> = tops.iter().map(AsRef::as_ref).collect();
+    let line = refused_untouched(&command(&image, &writable, &[]), &trees);
+    says(
+        &line,
+        &[root.to_str().unwrap(), "d_type", "mkfs.ext4 -O filetype"],
+    );
+}
+
+fn writable_directories_that_hold_no_upper() {
+    let image = Disk::ext4(64);
+    let no_types = without_entry_types();
+
+    // An overlay is no upper of an overlay.
+    let layers = Disk::ext4(64);
+    let of = |name: &str| {
+        let path = layers.path().join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    };
+    let (lower, upper, work, merged) = (of("lower"), of("upper"), of("work"), of("merged"));
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    run(Command::new("mount")
+        .args(["-t", "overlay", "overlay", "-o", &options])
+        .arg(&merged));
+
+    // ramfs mounts as an upper, but cannot rename with a whiteout.
+    let ramfs = of("ramfs");
+    mount("ramfs", &ramfs, "ramfs", MountFlags::empty(), c"").unwrap();
+
+    let cases = [
+        (merged.clone(), "cannot mount an overlay"),
+        (ramfs.clone(), "cannot rename a file"),
+        (no_types.path(), "d_type"),
+    ];
+    for (number, (top, why)) in cases.into_iter().enumerate() {
+        let root = image.path().join(format!("root-{number}"));
+        let writable = top.join("writable");
+        fs::create_dir(&writable).unwrap();
+        let line = refused_untouched(&arguments(&root, &writable), &[&top]);
+        says(
+            &line,
+            &[writable.to_str().unwrap(), "overlayfs", "ext4", why],
+        );
+        // What is left of the refused first start does not bind the root to a
+        // directory that cannot be used.
+        let better = image.path().join(format!("writable-{number}"));
+        let daemon = Daemon::start(&arguments(&root, &better));
+        daemon.client().prepare("web", "", &[]).unwrap();
+    }
+    for path in [merged, ramfs] {
+        unmount(&path, UnmountFlags::empty()).unwrap();
+    }
+}
+
+fn a_writable_directory_of_another_root() {
+    let mut split = Split::start(&[]);
+    split.client().prepare("web", "", &[]).unwrap();
+    let fresh = split.image.path().join("fresh");
+    let its_own = split.image.path().join("its-own");
+    let writable = split.writable();
+    for _ in 0..2 {
+        // While the other root's daemon runs, and after it.
+        let line = refused_untouched(&arguments(&fresh, &writable), &[&writable]);
+        says(
+            &line,
+            &[writable.to_str().unwrap(), "another root", "--writable-dir"],
+        );
+        if split.daemon.is_running() {
+            split.daemon.stop();
+        }
+    }
+    Daemon::start(&arguments(&fresh, &its_own));
+    split.daemon.restart();
+    split.client().mounts("web").unwrap();
+
+    // A file of that name that is no mark is nobody's to replace.
+    let odd = split.image.path().join("odd");
+    fs::create_dir(&odd).unwrap();
+    fs::write(odd.join(".volume"), "some program's own").unwrap();
+    let another = split.image.path().join("another");
+    let line = refused_untouched(&arguments(&another, &odd), &[&odd]);
+    says(&line, &[".volume", "choose another directory"]);
+}
+
+/// What bbolt writes: two meta pages (a page header, then magic, version, page
+/// size, root bucket, free list, high-water mark, transaction, FNV-1a
+/// checksum), as they are in a database of containerd's `storage.MetaStore`.
+fn bolt_database() -> Vec<u8> {
+    let metas: [[u64; 8]; 2] = [
+        [6, 0, 7, 8, 2, 0x6d38_b867_d6b9_b7e0, 0, 0],
+        [3, 0, 2, 4, 1, 0x264c_351a_5179_480f, 0, 0],
+    ];
+    let mut bytes = vec![0; 16 * 4096];
+    for (number, meta) in metas.into_iter().enumerate() {
+        let page = &mut bytes[number * 4096..];
+        page[0] = number.try_into().unwrap();
+        page[8] = 4; // a meta page
+        page[16..20].copy_from_slice(&0xED0C_DAED_u32.to_le_bytes());
+        page[20..24].copy_from_slice(&2_u32.to_le_bytes());
+        page[24..28].copy_from_slice(&4096_u32.to_le_bytes());
+        for (field, value) in meta.into_iter().enumerate() {
+            let at = 32 + 8 * field;
+            page[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    bytes
+}
+
+fn databases_of_other_programs() {
+    let disk = Disk::ext4(64);
+    let top = disk.path();
+    let writable = top.join("writable");
+    let foreign = top.join("foreign.db");
+    let connection = rusqlite::Connection::open(&foreign).unwrap();
+    connection
+        .execute_batch("CREATE TABLE snapshot (name TEXT); INSERT INTO snapshot VALUES ('x')")
+        .unwrap();
+    connection.close().unwrap();
+    let cases: [(&str, Vec<u8>, &[&str]); 3] = [
+        ("bolt", bolt_database(), &["Go snapshotter", "bbolt"]),
+        ("sqlite", fs::read(&foreign).unwrap(), &["another program"]),
+        ("text", b"some notes".to_vec(), &["no database of this"]),
+    ];
+    for (name, content, parts) in cases {
+        let root = top.join(name);
+        fs::create_dir_all(root.join("snapshots/1/fs")).unwrap();
+        fs::write(root.join("snapshots/1/fs/file"), "kept").unwrap();
+        let database = root.join("metadata.db");
+        fs::write(&database, &content).unwrap();
+        let line = refused_untouched(&arguments(&root, &writable), &[&top]);
+        says(&line, &[database.to_str().unwrap(), "--root-dir"]);
+        says(&line, parts);
+        // A state directory elsewhere does not make it an empty root.
+        let elsewhere = with(
+            arguments(&root, &writable),
+            "--state-dir",
+            &top.join("state"),
+        );
+        let line = refused_untouched(&elsewhere, &[&top]);
+        says(&line, &[database.to_str().unwrap()]);
+        says(&line, parts);
+    }
+}
+
+fn a_missing_database() {
+    // The database is on a disk of its own, which is not mounted.
+    let (image, state) = (Disk::ext4(64), Disk::ext4(64));
+    let (root, writable) = (image.path().join("root"), image.path().join("writable"));
+    let state_dir = state.path().join("state");
+    let arguments = with(arguments(&root, &writable), "--state-dir", &state_dir);
+    let mut daemon = Daemon::start(&arguments);
+    layer(&daemon.client(), "base", "", |_| ());
+    daemon.stop();
+    state.unmount();
+    let tops = [image.path(), state.path()];
+    let trees: Vec<&Path> = tops.iter().map(AsRef::as_ref).collect();
+    let line = refused_untouched(&arguments, &trees);
+    let database = state_dir.join("metadata.db");
+    says(
+        &line,
+        &[database.to_str().unwrap(), "missing", "mount the disk"],
+    );
+    state.mount();
+    daemon.restart();
+    daemon.client().stat("base").unwrap();
+    daemon.stop();
+
+    // Truncated to nothing, as by a full disk, is missing too.
+    let kept = fs::read(&database).unwrap();
+    fs::write(&database, "").unwrap();
+    says(&refused_untouched(&arguments, &trees), &["missing"]);
+    fs::write(&database, kept).unwrap();
+
+    // Layers, and nothing that tells where their database is.
+    fs::remove_file(root.join("state")).unwrap();
+    state.unmount();
+    let line = refused_untouched(&arguments, &trees);
+    says(
+        &line,
+        &[root.to_str().unwrap(), "holds layers", "--state-dir"],
+    );
+    state.mount();
+    let line = refused_untouched(&arguments, &trees);
+    says(&line, &["has snapshots", "mount the image disk"]);
+}
+
+fn a_state_directory_that_moved() {
+    let disk = Disk::ext4(64);
+    let top = disk.path();
+    let usual = arguments(&top.join("root"), &top.join("writable"));
+    let moved = with(usual.clone(), "--state-dir", &top.join("state"));
+    let mut daemon = Daemon::start(&usual);
+    layer(&daemon.client(), "base", "", |_| ());
+    let base = daemon.client().stat("base").unwrap();
+    daemon.stop();
+
+    let line = refused_untouched(&moved, &[&top]);
+    let old = top.join("root/metadata.db");
+    says(
+        &line,
+        &[old.to_str().unwrap(), "--state-dir", "move the file"],
+    );
+    // As it was, it still works.
+    daemon.restart();
+    daemon.stop();
+    // With its file, it works at the new place, and no more at the old one.
+    fs::create_dir(top.join("state")).unwrap();
+    fs::rename(&old, top.join("state/metadata.db")).unwrap();
+    daemon.set_arguments(moved);
+    daemon.restart();
+    assert_eq!(daemon.client().stat("base").unwrap(), base);
+    daemon.stop();
+    daemon.restart();
+    daemon.stop();
+    let line = refused_untouched(&usual, &[&top]);
+    let new = top.join("state/metadata.db");
+    says(&line, &[new.to_str().unwrap(), "--state-dir"]);
+}
+
+fn a_root_and_a_database_of_different_origin() {
+    let disk = Disk::ext4(64);
+    let top = disk.path();
+    let place = |name: &str| {
+        let usual = arguments(&top.join(name), &top.join(format!("{name}-writable")));
+        let mut daemon = Daemon::start(&usual);
+        layer(&daemon.client(), name, "", |_| ());
+        daemon.stop();
+        usual
+    };
+    let (one, _) = (place("one"), place("two"));
+    let mixed = with(one.clone(), "--state-dir", &top.join("two"));
+    let line = refused_untouched(&mixed, &[&top]);
+    let database = top.join("two/metadata.db");
+    says(
+        &line,
+        &[database.to_str().unwrap(), "another root", "--state-dir"],
+    );
+    Daemon::start(&one).client().stat("one").unwrap();
+
+    // A `state` that says nothing.
+    let state = top.join("one/state");
+    for damaged in ["", "database /x\n", "identity 7\n"] {
+        fs::write(&state, damaged).unwrap();
+        let line = refused_untouched(&one, &[&top]);
+        says(&line, &[state.to_str().unwrap(), "damaged"]);
+    }
+    // A database that is damaged behind its first page.
+    let two = arguments(&top.join("two"), &top.join("two-writable"));
+    let mut bytes = fs::read(&database).unwrap();
+    bytes[100..].fill(0xA5);
+    fs::write(&database, bytes).unwrap();
+    let line = refused_untouched(&two, &[&top]);
+    says(&line, &[database.to_str().unwrap(), "malformed"]);
+}
+
+fn addresses_that_are_taken() {
+    let disk = Disk::ext4(64);
+    let top = disk.path();
+    let address = top.join("socket");
+    let usual = arguments(&top.join("root"), &top.join("writable"));
+    let arguments = with(usual, "--address", &address);
+    let text = address.to_str().unwrap();
+
+    fs::write(&address, "mine").unwrap();
+    says(&refused(&arguments), &[text, "no socket", "move it away"]);
+    assert_eq!(fs::read_to_string(&address).unwrap(), "mine");
+    fs::remove_file(&address).unwrap();
+
+    let target = top.join("target");
+    symlink(&target, &address).unwrap();
+    says(&refused(&arguments), &[text, "no socket"]);
+    assert_eq!(fs::read_link(&address).unwrap(), target);
+    assert!(!target.exists());
+    fs::remove_file(&address).unwrap();
+
+    // Another program that lives.
+    let listener = UnixListener::bind(&address).unwrap();
+    says(
+        &refused(&arguments),
+        &[text, "another program", "--address"],
+    );
+    assert!(std::os::unix::net::UnixStream::connect(&address).is_ok());
+    // It dies and leaves its socket: a stale one is replaced.
+    drop(listener);
+    assert!(std::os::unix::net::UnixStream::connect(&address).is_err());
+    let daemon = Daemon::start(&arguments);
+    daemon.client().prepare("web", "", &[]).unwrap();
+}

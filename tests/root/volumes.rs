@@ -1,0 +1,213 @@
+//! The writable volume comes and goes while the daemon runs.
+
+use std::fs;
+use std::path::Path;
+
+use grpcio::RpcStatusCode;
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
+
+use crate::Test;
+use crate::content::layer;
+use crate::support::client::{Client, Refusal};
+use crate::support::daemon::{Split, is_empty};
+use crate::support::disk::Disk;
+use crate::support::mounted::Mounted;
+use crate::support::{tree, unchanged};
+
+pub const TESTS: &[Test] = &[
+    ("unmounted_while_running", unmounted_while_running),
+    ("missing_at_start", missing_at_start),
+    ("another_disk_in_its_place", another_disk_in_its_place),
+    ("read_only", read_only),
+    ("full", full),
+];
+
+/// A refusal because the volume is not there: it names the path and what to do.
+#[track_caller]
+fn is_missing<T>(result: Result<T, Refusal>, path: &Path) {
+    let Err((code, text)) = result else {
+        panic!("it went well without the volume");
+    };
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{text}");
+    assert!(text.contains(path.to_str().unwrap()), "{text}");
+    assert!(text.contains("mount the disk"), "{text}");
+}
+
+/// A base layer, a layer on the writable volume, a container on it.
+fn populate(client: &Client) {
+    layer(client, "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+    });
+    client.prepare("init-key", "base", &[]).unwrap();
+    client.commit("init-key", "init", &[]).unwrap();
+    client.prepare("web", "init", &[]).unwrap();
+}
+
+/// What has to work, and what has to be refused, without the volume.
+fn serves_what_it_can(client: &Client, writable: &Path, round: &str) {
+    is_missing(client.prepare("new", "base", &[]), writable);
+    is_missing(client.prepare("new", "", &[]), writable);
+    is_missing(client.mounts("web"), writable);
+    is_missing(client.usage("web"), writable);
+    is_missing(client.commit("web", "layer", &[]), writable);
+    // It stands on a layer whose bytes are over there.
+    is_missing(client.view("new", "init", &[]), writable);
+    is_missing(client.prepare("extract-new", "init", &[]), writable);
+    assert!(!client.exists("new") && !client.exists("extract-new"));
+
+    let (upper, view) = (format!("upper-{round}"), format!("view-{round}"));
+    layer(client, &upper, "base", |top| {
+        fs::write(top.join("file"), "upper").unwrap();
+    });
+    let mounts = client.view(&view, &upper, &[]).unwrap();
+    let mounted = Mounted::new(&mounts);
+    assert_eq!(
+        fs::read_to_string(mounted.path().join("file")).unwrap(),
+        "upper"
+    );
+    assert_eq!(client.mounts(&view).unwrap(), mounts);
+    client.view("nothing", "", &[]).unwrap();
+    for name in ["base", "init", "web", &upper, &view, "nothing"] {
+        client.stat(name).unwrap();
+        client
+            .update(name, &["labels.seen"], &[("seen", round)])
+            .unwrap();
+    }
+    assert_eq!(client.names(&["labels.seen"]).unwrap().len(), 6);
+    client.usage("base").unwrap();
+    client.usage("init").unwrap();
+    drop(mounted);
+    for name in [view.as_str(), "nothing", &upper] {
+        client.remove(name).unwrap();
+    }
+}
+
+fn unmounted_while_running() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    populate(&client);
+    client.prepare("gone", "base", &[]).unwrap();
+    let pid = split.daemon.pid();
+    for round in ["first", "second"] {
+        // Fails if the daemon keeps anything of it open.
+        split.writable.unmount();
+        assert!(is_empty(split.writable.path()));
+        serves_what_it_can(&client, &split.writable(), round);
+        if round == "first" {
+            // Its bytes go when they can be reached.
+            client.remove("gone").unwrap();
+        }
+        is_missing(client.cleanup(), &split.writable());
+        assert!(is_empty(split.root().join("trash")), "this much it can do");
+        assert!(is_empty(split.writable.path()), "the mount point is bare");
+
+        split.writable.mount();
+        let mounts = client.mounts("web").unwrap();
+        let mounted = Mounted::new(&mounts);
+        fs::write(mounted.path().join(round), "written").unwrap();
+        drop(mounted);
+        client.prepare("new", "init", &[]).unwrap();
+        client.remove("new").unwrap();
+        client.cleanup().unwrap();
+        assert!(is_empty(split.writable().join("trash")));
+        let left = fs::read_dir(split.writable().join("snapshots")).unwrap();
+        assert_eq!(left.count(), 2, "init and web");
+    }
+    assert!(split.daemon.is_running() && split.daemon.pid() == pid);
+}
+
+fn missing_at_start() {
+    let mut split = Split::start(&[]);
+    populate(&split.client());
+    split.daemon.stop();
+    split.writable.unmount();
+    split.daemon.restart();
+    let log = split.daemon.log();
+    assert!(log.contains("containers cannot be started"), "{log}");
+    assert!(log.contains(split.writable().to_str().unwrap()), "{log}");
+    let client = split.client();
+    serves_what_it_can(&client, &split.writable(), "late");
+    assert!(is_empty(split.writable.path()), "the mount point is bare");
+    split.writable.mount();
+    let mounted = Mounted::new(&client.mounts("web").unwrap());
+    assert_eq!(
+        fs::read_to_string(mounted.path().join("file")).unwrap(),
+        "base"
+    );
+    client.prepare("new", "init", &[]).unwrap();
+    client.commit("new", "layer", &[]).unwrap();
+    client.cleanup().unwrap();
+}
+
+fn another_disk_in_its_place() {
+    let split = Split::start(&[]);
+    let client = split.client();
+    populate(&client);
+    // Another snapshotter's volume, and a disk with nothing but the directory.
+    let other = Split::start(&[]);
+    let blank = Disk::ext4(64);
+    fs::create_dir(blank.path().join("writable")).unwrap();
+    for disk in [&other.writable, &blank] {
+        let before = tree(disk.path().join("writable"));
+        mount_bind(disk.path(), split.writable.path()).unwrap();
+        is_missing(client.prepare("new", "base", &[]), &split.writable());
+        is_missing(client.mounts("web"), &split.writable());
+        is_missing(client.cleanup(), &split.writable());
+        unmount(split.writable.path(), UnmountFlags::empty()).unwrap();
+        unchanged(disk.path().join("writable"), &before);
+        client.mounts("web").unwrap();
+    }
+    client.prepare("new", "base", &[]).unwrap();
+}
+
+fn read_only() {
+    let split = Split::start(&[]);
+    let client = split.client();
+    populate(&client);
+    split.writable.remount("ro");
+    let (code, text) = client.prepare("new", "base", &[]).unwrap_err();
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{text}");
+    assert!(text.contains(split.writable().to_str().unwrap()), "{text}");
+    assert!(text.contains("Read-only"), "{text}");
+    assert!(!client.exists("new"));
+    client.view("view", "init", &[]).unwrap();
+    // A removal is one of the row; the bytes follow later.
+    client.remove("web").unwrap();
+    split.writable.remount("rw");
+    client.prepare("new", "base", &[]).unwrap();
+    client.cleanup().unwrap();
+    let left = fs::read_dir(split.writable().join("snapshots")).unwrap();
+    assert_eq!(left.count(), 2, "init and new");
+}
+
+fn full() {
+    let split = Split::start(&["--sync", "none"]);
+    let client = split.client();
+    populate(&client);
+    // Blocks first, then the slack of the directories' own.
+    let filler = split.writable().join("snapshots/3/fs/filler");
+    let mut file = fs::File::create(&filler).unwrap();
+    let block = vec![1; 1 << 16];
+    while std::io::Write::write_all(&mut file, &block).is_ok() {}
+    // Open, it would keep its blocks after its removal.
+    drop(file);
+    split.writable.sync();
+    let mut number = 0;
+    let (code, text) = loop {
+        match client.prepare(&format!("new-{number}"), "base", &[]) {
+            Ok(_) => number += 1,
+            Err(refusal) => break refusal,
+        }
+        assert!(number < 1000, "the disk is full");
+    };
+    assert_eq!(code, RpcStatusCode::RESOURCE_EXHAUSTED, "{text}");
+    assert!(text.contains(split.writable().to_str().unwrap()), "{text}");
+    assert!(!client.exists(&format!("new-{number}")));
+    // Removal works on a full disk and makes room.
+    client.remove("web").unwrap();
+    client.cleanup().unwrap();
+    // ext4 has the blocks free with its journal's next commit.
+    split.writable.sync();
+    client.prepare("web", "init", &[]).unwrap();
+    assert!(!filler.exists());
+}
