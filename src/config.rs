@@ -238,6 +238,14 @@ fn check(flags: Flags) -> Result<Config> {
     }
     for option in &flags.mount_option {
         check_mount_option(option)?;
+        // overlayfs then keeps a handle of the topmost layer in the upper
+        // directory, and refuses the upper once that layer has moved (ESTALE).
+        if flags.relocate != "never" && matches!(option.as_str(), "index=on" | "nfs_export=on") {
+            return Err(invalid(format!(
+                "--mount-option {option} ties containers to the place of their layers: \
+                 it needs --relocate never"
+            )));
+        }
     }
     Ok(Config {
         root,
@@ -415,7 +423,7 @@ mod tests {
             "--upperdir-label",
             "true",
             "--mount-option",
-            "index=on",
+            "xino=auto",
             "--mount-option",
             "metacopy=on",
             "--threads",
@@ -425,13 +433,13 @@ mod tests {
             "--root-dir=/a",
             "--async-remove=false",
             "--upperdir-label",
-            "--mount-option=index=on",
+            "--mount-option=xino=auto",
             "--mount-option=metacopy=on",
             "--threads=3",
         ]);
         let apart = apart.unwrap();
         assert_eq!(apart.root, "/a");
-        assert_eq!(apart.mount_options, ["index=on", "metacopy=on"]);
+        assert_eq!(apart.mount_options, ["xino=auto", "metacopy=on"]);
         assert_eq!(apart.upperdir_label, UpperdirLabel::Shown);
         assert_eq!(apart.removal, RemovalMode::AtOnce);
         assert_eq!(apart, joined.unwrap());
@@ -492,6 +500,8 @@ mod tests {
         refused(&["--async-remove=maybe"]);
         refused(&["--sync", "sometimes"]);
         refused(&["--relocate", "sometimes"]);
+        refused(&["--mount-option", "index=on"]);
+        run(&["--mount-option", "index=on", "--relocate", "never"]).unwrap();
         refused(&["--relocate-after", "-1"]);
         refused(&["--no-such-flag"]);
         refused(&["stray"]);

@@ -13,7 +13,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -41,6 +42,8 @@ pub fn run(config: &Config) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT])
         .map_err(|error| Error::caused(ErrorKind::Internal, "handle signals", error))?;
     raise_descriptor_limit();
+    // Modes are those that are asked for, whoever started this.
+    umask(Mode::from_raw_mode(0o022));
 
     let root = Image::open_root(&config.root)?;
     let lock = lock::acquire(&root, &config.root)?;
@@ -64,9 +67,10 @@ pub fn run(config: &Config) -> Result<()> {
     snapshotter.recover()?;
 
     let snapshotter = Arc::new(snapshotter);
-    let relocator = Relocator::start(&snapshotter)?;
     let pool = Arc::new(Pool::start(config.threads)?);
     let mut server = Server::start(&config.address, service::build(&snapshotter, &pool))?;
+    // After the socket was made, for which the process's umask changes.
+    let relocator = Relocator::start(&snapshotter)?;
     log::info!(
         "serving on {} after {} ms: layers in {}, writes in {}",
         config.address,
@@ -80,6 +84,7 @@ pub fn run(config: &Config) -> Result<()> {
     log::info!("stopping on signal {}", signal.unwrap_or_default());
     notify(NotifyState::Stopping);
     let deadline = Instant::now() + DRAIN;
+    snapshotter.begin_stop();
     let is_drained = pool.close(DRAIN);
     if !is_drained {
         log::warn!("requests are still running after {DRAIN:?}: they are cut off");

@@ -15,7 +15,7 @@ mod relocate;
 mod removal;
 
 use std::collections::HashSet;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -107,6 +107,11 @@ pub struct Snapshotter {
     /// Set when a directory without a row may be on a volume: the next Cleanup
     /// looks for it. In order: image, writable.
     strays: [AtomicBool; 2],
+    /// Snapshots up to these ids may have lost data to a failing disk, in the
+    /// order of `strays`.
+    suspect_up_to: [AtomicU64; 2],
+    /// Set once, when the daemon stops: long work ends early.
+    stopping: AtomicBool,
     /// One layer moves at a time.
     relocating: Mutex<()>,
     relocator: relocate::Signal,
@@ -129,6 +134,8 @@ impl Snapshotter {
             options,
             cleaning: Mutex::new(()),
             strays: [AtomicBool::new(false), AtomicBool::new(false)],
+            suspect_up_to: [AtomicU64::new(0), AtomicU64::new(0)],
+            stopping: AtomicBool::new(false),
             relocating: Mutex::new(()),
             relocator: relocate::Signal::default(),
             lost: OnceLock::new(),
@@ -138,6 +145,12 @@ impl Snapshotter {
     /// The database, for what the daemon does with it at start and stop.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// The daemon is stopping: moves of layers, in whatever thread, end with
+    /// [`ErrorKind::Unavailable`].
+    pub fn begin_stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
     }
 
     /// Makes an active snapshot on a committed parent, or on nothing.
@@ -180,7 +193,7 @@ impl Snapshotter {
             self.bring_home(&self.ancestors_of(parent)?)?;
         }
 
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         let created = transaction.rows().create(&New {
             kind,
             key,
@@ -205,6 +218,7 @@ impl Snapshotter {
         if let Some(new_dirs) = new_dirs {
             new_dirs.keep();
         }
+        drop(transaction);
         Ok(self.mounts_of(&Mounted {
             kind,
             id: created.id,
@@ -344,7 +358,7 @@ impl Snapshotter {
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || {
             let changes = labels::plan_update(mask, given)?;
-            let transaction = self.store.write()?;
+            let mut transaction = self.store.write()?;
             let snapshot = transaction.rows().update(key, changes)?;
             transaction.commit().map(|()| snapshot)
         };

@@ -225,12 +225,14 @@ impl Transaction<'_> {
         Rows::new(&self.connection)
     }
 
-    /// Makes everything done in it durable.
+    /// Makes everything done in it durable. The writer's lock is kept until the
+    /// value is dropped, so that what a failure leaves on a disk can be undone
+    /// before anybody else is given the same id.
     ///
     /// # Errors
     ///
     /// As of the database's disk; nothing of the transaction remains then.
-    pub fn commit(mut self) -> Result<()> {
+    pub fn commit(&mut self) -> Result<()> {
         self.connection
             .prepare_cached("COMMIT")
             .and_then(|mut commit| commit.execute([]))

@@ -13,24 +13,43 @@ mod usage;
 use std::ffi::CStr;
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
+
+use crate::error::{Error, ErrorKind};
 
 pub use copy::copy_tree;
 pub use remove::remove_children;
 pub use usage::count_usage;
 
-/// Opens a directory to read it, without following a link in its last part
-/// and, where the kernel lets us, without an access time being written: a
-/// sleeping disk is not to be woken for that.
+/// Opens a directory to read it: without following a link in its last part,
+/// without entering what somebody has mounted there, and, where the kernel lets
+/// us, without an access time being written: a sleeping disk is not to be woken
+/// for that.
 fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    match openat(&parent, name, flags | OFlags::NOATIME, Mode::empty()) {
+    let open = |flags| match openat2(&parent, name, flags, Mode::empty(), ResolveFlags::NO_XDEV) {
+        // Before Linux 5.6.
+        Err(Errno::NOSYS) => openat(&parent, name, flags, Mode::empty()),
+        opened => opened,
+    };
+    match open(flags | OFlags::NOATIME) {
         // Only the owner may ask for O_NOATIME; in a user namespace root is
         // not always that.
-        Err(Errno::PERM) => openat(&parent, name, flags, Mode::empty()),
+        Err(Errno::PERM) => open(flags),
         opened => opened,
     }
+}
+
+/// How deep a tree may be for a walk that holds descriptors for each level.
+/// Paths of 4096 bytes (`PATH_MAX`) end at half of it.
+const MAX_LEVELS: usize = 4096;
+
+fn too_deep() -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        format!("directories are nested more than {MAX_LEVELS} deep"),
+    )
 }
 
 fn is_dot(name: &CStr) -> bool {

@@ -31,7 +31,8 @@ pub use moving::{Target, moving_id};
 
 use std::sync::{Arc, OnceLock};
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::fstat;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
@@ -86,6 +87,7 @@ impl Volumes {
                     )
                 })?;
                 let top = identity::open_confirmed(&self.writable_path, identity)?;
+                self.require_apart(&top)?;
                 Ok(Arc::new(Dirs::open(
                     Volume::Writable,
                     &self.writable_path,
@@ -123,7 +125,28 @@ impl Volumes {
 
     fn open_writable_top(&self) -> Result<OwnedFd> {
         let path = &self.writable_path;
-        identity::open_top(path).context(|| format!("open the writable directory {path}"))
+        let top =
+            identity::open_top(path).context(|| format!("open the writable directory {path}"))?;
+        self.require_apart(&top)?;
+        Ok(top)
+    }
+
+    /// Two paths may lead to one directory, by a link or a bind mount; the ids
+    /// of both volumes would be mixed up there.
+    fn require_apart(&self, top: impl AsFd) -> Result<()> {
+        let path = &self.writable_path;
+        let looking = || format!("look at {path}");
+        let (root, top) = (
+            fstat(self.image.top()).context(looking)?,
+            fstat(top).context(looking)?,
+        );
+        if (root.st_dev, root.st_ino) != (top.st_dev, top.st_ino) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("{path} is the root directory by another name: give another --writable-dir"),
+        ))
     }
 
     /// `<volume>/snapshots`.

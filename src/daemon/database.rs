@@ -73,14 +73,7 @@ fn missing(state: &State, path: &Path) -> Error {
 }
 
 fn create(root: &Root, config: &Config, path: &Path) -> Result<Store> {
-    if Image::holds_snapshots(root)? {
-        return Err(refused(format!(
-            "{}/snapshots holds layers, but their database {} is not there: mount the disk it \
-             is on, give the right --state-dir, or restore it from a backup",
-            config.root,
-            path.display()
-        )));
-    }
+    require_no_snapshots(root, config, path)?;
     std::fs::create_dir_all(&config.state_dir).map_err(|error| {
         Error::caused(
             ErrorKind::Internal,
@@ -93,6 +86,18 @@ fn create(root: &Root, config: &Config, path: &Path) -> Result<Store> {
     Ok(store)
 }
 
+fn require_no_snapshots(root: &Root, config: &Config, path: &Path) -> Result<()> {
+    if Image::holds_snapshots(root)? {
+        return Err(refused(format!(
+            "{}/snapshots holds layers, but their database is not (looked for in {}): mount the disk it \
+             is on, give the right --state-dir, or restore it from a backup",
+            config.root,
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
 fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
     let store = Store::open(path)?;
     if !store.read()?.is_untouched()? {
@@ -103,13 +108,14 @@ fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
             config.root
         )));
     }
+    require_no_snapshots(root, config, path)?;
     record(root, config, path, &store)?;
     Ok(store)
 }
 
 /// Gives the database its identity and writes it down in the root.
 fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
-    let transaction = store.write()?;
+    let mut transaction = store.write()?;
     let identity = match transaction.rows().fact(IDENTITY)? {
         Some(text) => parse_identity(&text)?,
         None => Identity::random()?,

@@ -31,7 +31,14 @@ pub fn set_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Res
     }
     volumes.expect_writable(identity);
     match volumes.open(Volume::Writable) {
-        Ok(_) => probe(volumes, mount_options),
+        Ok(_) => {
+            // It could hold one before. A disk that is full or has become
+            // read-only must not keep what can be done from being done.
+            if let Err(error) = probe(volumes, mount_options) {
+                log::warn!("{}", error.chain());
+            }
+            Ok(())
+        }
         // Told by recovery, with what it means.
         Err(error) if error.kind() == ErrorKind::FailedPrecondition => Ok(()),
         Err(error) => Err(error),
@@ -59,13 +66,13 @@ fn claim(
     }
     probe(volumes, mount_options)?;
     volumes.claim_writable(identity)?;
-    let transaction = store.write()?;
+    let mut transaction = store.write()?;
     transaction.rows().record_fact(CLAIMED, "yes")?;
     transaction.commit()
 }
 
 fn recorded(store: &Store) -> Result<(Identity, bool)> {
-    let transaction = store.write()?;
+    let mut transaction = store.write()?;
     let is_claimed = transaction.rows().fact(CLAIMED)?.is_some();
     let identity = match transaction.rows().fact(IDENTITY)? {
         Some(text) => Identity::parse(&text).ok_or_else(|| {

@@ -1,12 +1,12 @@
 //! Turning an active snapshot into a layer.
 
+use std::sync::atomic::Ordering;
+
 use super::{Snapshotter, SyncMode, labels};
-#[cfg(doc)]
-use crate::error::ErrorKind;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::Commit;
 use crate::tree;
-use crate::types::{Kind, Labels, Quoted, SnapshotId, Volume};
+use crate::types::{Labels, Quoted, SnapshotId, Volume};
 
 impl Snapshotter {
     /// Turns the active snapshot `key` into the layer `name`; with `parent`,
@@ -36,45 +36,61 @@ impl Snapshotter {
 
         let dirs = self.volumes.open(volume)?;
         let usage = tree::count_usage(dirs.open_upper(snapshot.id)?)?;
+        self.refuse_suspect(snapshot.id, volume)?;
         if self.options.sync == SyncMode::AtCommit {
-            dirs.sync()?;
+            dirs.sync().inspect_err(|_| self.suspect_all(volume))?;
         }
-        if volume == Volume::Writable {
-            self.volumes.link_home(snapshot.id)?;
-        }
-        let committed = self.enter_layer(&Commit {
-            key,
-            name,
-            parent,
-            labels: &labels,
-            usage,
-        });
-        if committed.is_err() && volume == Volume::Writable {
-            self.drop_link_unless_committed(snapshot.id);
-        }
+        self.enter_layer(
+            volume,
+            &Commit {
+                id: snapshot.id,
+                key,
+                name,
+                parent,
+                labels: &labels,
+                usage,
+            },
+        )?;
         self.relocator.wake();
-        committed
+        Ok(())
     }
 
-    fn enter_layer(&self, commit: &Commit<'_>) -> Result<()> {
-        let transaction = self.store.write()?;
+    /// Under the writer's lock from the row to the link: whoever commits,
+    /// removes, moves or sweeps the same snapshot comes before or after.
+    fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
+        let mut transaction = self.store.write()?;
         transaction.rows().commit(commit)?;
-        transaction.commit()
+        if volume == Volume::Image {
+            return transaction.commit();
+        }
+        let linked = self.volumes.link_home(commit.id);
+        linked.and_then(|()| transaction.commit()).inspect_err(|_| {
+            if let Err(error) = self.volumes.image().remove_link(commit.id) {
+                self.note_stray(Volume::Image);
+                log::warn!("undo the link of a refused commit: {}", error.chain());
+            }
+        })
     }
 
-    /// After a commit that failed at its last step. Another commit of the same
-    /// snapshot may have won meanwhile, and the link is its own then.
-    fn drop_link_unless_committed(&self, id: SnapshotId) {
-        let dropped =
-            self.store
-                .write()
-                .and_then(|transaction| match transaction.rows().place(id)? {
-                    Some(place) if place.kind == Kind::Committed => Ok(()),
-                    _ => self.volumes.image().remove_link(id),
-                });
-        if let Err(error) = dropped {
-            self.note_stray(Volume::Image);
-            log::warn!("undo the link of a refused commit: {}", error.chain());
+    /// A disk that fails to write says so once, to whoever asks first: the data
+    /// of every snapshot that was there then may be what it has lost.
+    fn suspect_all(&self, volume: Volume) {
+        let highest = self.store.read().and_then(|reader| reader.highest_id());
+        let highest = highest.unwrap_or(u64::MAX);
+        self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);
+        log::error!("the {volume} volume has failed to write data: look at its disk");
+    }
+
+    fn refuse_suspect(&self, id: SnapshotId, volume: Volume) -> Result<()> {
+        if id.number() > self.suspect_up_to[volume as usize].load(Ordering::Acquire) {
+            return Ok(());
         }
+        Err(Error::new(
+            ErrorKind::DataLoss,
+            format!(
+                "the {volume} volume has failed to write data while this snapshot was being \
+                 filled: remove it, look at the disk, and fill it anew"
+            ),
+        ))
     }
 }

@@ -63,7 +63,7 @@ impl Snapshotter {
     pub fn recover(&self) -> Result<()> {
         // Nobody is served yet; the transaction is for the rule that
         // directories change under the writer's lock.
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         self.recover_moves(&transaction)?;
         let inventory = Inventory::read(&transaction)?;
 
@@ -74,16 +74,23 @@ impl Snapshotter {
         self.set_links(&inventory, &on_image)?;
 
         match self.volumes.open(Volume::Writable) {
-            Ok(writable) => {
-                let found = trash_strays(&writable, Volume::Writable, &inventory)?;
-                lost.extend(self.heal(
+            Ok(writable) => match trash_strays(&writable, Volume::Writable, &inventory) {
+                Ok(found) => lost.extend(self.heal(
                     &transaction,
                     &writable,
                     Volume::Writable,
                     &inventory,
                     &found,
-                ));
-            }
+                )),
+                // A disk that has become read-only, for one.
+                Err(error) => {
+                    self.note_stray(Volume::Writable);
+                    log::warn!(
+                        "the writable volume is not looked through: {}",
+                        error.chain()
+                    );
+                }
+            },
             Err(error) => {
                 self.note_stray(Volume::Writable);
                 log::warn!(

@@ -11,7 +11,6 @@
 //! where it was; after it, the copy is whole and the start records it.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -56,7 +55,7 @@ enum Moved {
 
 impl Snapshotter {
     /// Moves one layer home, in the calling thread.
-    fn relocate(&self, id: SnapshotId, cancel: &AtomicBool) -> Result<Moved> {
+    fn relocate(&self, id: SnapshotId) -> Result<Moved> {
         let _one_at_a_time = lock(&self.relocating);
         let image = self.volumes.image();
         let writable = self.volumes.open(Volume::Writable)?;
@@ -67,19 +66,24 @@ impl Snapshotter {
             if self.rename_home(id)? {
                 return Ok(Moved::Home(0));
             }
-            let copied = self.copy_home(id, cancel);
+            let copied = self.copy_home(id);
             match copied {
                 Ok(copied) => bytes = copied,
                 Err(error) => {
-                    // At once: half a copy is no use to a disk that is full.
                     image.end_move(id)?;
-                    self.empty_trash(Volume::Image)?;
+                    if !is_away(&self.store.write()?, id)? {
+                        return Ok(Moved::Gone);
+                    }
+                    if error.kind() == ErrorKind::ResourceExhausted {
+                        // At once: half a copy is no use to a disk that is full.
+                        self.empty_trash(Volume::Image)?;
+                    }
                     return Err(error);
                 }
             }
         }
 
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         if !is_away(&transaction, id)? {
             image.end_move(id)?;
             return Ok(Moved::Gone);
@@ -93,21 +97,26 @@ impl Snapshotter {
         // next try, or the next start, finds it and only records it.
         let is_in_use = transaction.rows().move_home(id, &boot_id()?)?;
         transaction.commit()?;
+        drop(transaction);
         fault_point("recorded");
-        image.end_move(id)?;
-        if !is_in_use {
-            writable.trash(id)?;
+        let tidied = image.end_move(id).and_then(|()| match is_in_use {
+            true => Ok(()),
+            false => writable.trash(id).map(drop),
+        });
+        if let Err(error) = tidied {
+            self.note_stray(Volume::Writable);
+            log::warn!("tidy up after the move of layer {id}: {}", error.chain());
         }
         fault_point("trashed");
         Ok(Moved::Home(bytes))
     }
 
-    fn copy_home(&self, id: SnapshotId, cancel: &AtomicBool) -> Result<u64> {
+    fn copy_home(&self, id: SnapshotId) -> Result<u64> {
         let source = self.volumes.open(Volume::Writable)?.open_snapshot(id)?;
         let image = self.volumes.image();
         let target = image.begin_move(id)?;
         fault_point("begun");
-        let bytes = tree::copy_tree(&source, &target.top, c"fs", &target.scratch, cancel)?;
+        let bytes = tree::copy_tree(&source, &target.top, c"fs", &target.scratch, &self.stopping)?;
         fault_point("copied");
         image.finish_copy(&target)?;
         fault_point("durable");
@@ -118,12 +127,18 @@ impl Snapshotter {
     /// `false`, and nothing done, where they are not.
     fn rename_home(&self, id: SnapshotId) -> Result<bool> {
         let writable = self.volumes.open(Volume::Writable)?;
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         if !is_away(&transaction, id)? || !self.volumes.image().rename_home(id, &writable)? {
             return Ok(false);
         }
         fault_point("renamed");
-        self.volumes.image().exchange(id)?;
+        let image = self.volumes.image();
+        if let Err(error) = image.exchange(id) {
+            if image.layer_entry(id)? != Some(FileType::Directory) {
+                image.rename_back(id, &writable)?;
+            }
+            return Err(error);
+        }
         fault_point("rename-exchanged");
         transaction.rows().move_home(id, &boot_id()?)?;
         // Nothing was left behind: the directory itself has moved.
@@ -157,13 +172,12 @@ impl Snapshotter {
                     ),
                 ));
             }
-            self.relocate(layer.id, &AtomicBool::new(false))
-                .context(|| {
-                    format!(
-                        "move layer {} home for a container with mapped ids",
-                        layer.id
-                    )
-                })?;
+            self.relocate(layer.id).context(|| {
+                format!(
+                    "move layer {} home for a container with mapped ids",
+                    layer.id
+                )
+            })?;
         }
         Ok(())
     }
@@ -204,8 +218,12 @@ impl Snapshotter {
         let Ok(writable) = self.volumes.open(Volume::Writable) else {
             return Ok(false);
         };
-        let is_left = writable.open_snapshot(id).is_ok();
-        if is_left || image.moving_entry(id)? != Some(FileType::Directory) {
+        match writable.open_snapshot(id) {
+            Ok(_) => return Ok(false),
+            Err(error) if error.kind() == ErrorKind::DataLoss => {}
+            Err(error) => return Err(error),
+        }
+        if !image.is_renamed_layer(id)? {
             return Ok(false);
         }
         // A link there, or nothing after a power cut: either way the name is
@@ -256,7 +274,6 @@ impl Signal {
 /// The background thread. Stops, within a file's chunk, when dropped.
 pub struct Relocator {
     snapshotter: Arc<Snapshotter>,
-    cancel: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -270,10 +287,8 @@ impl Relocator {
         let Relocation::Background { after } = snapshotter.options.relocation else {
             return Ok(None);
         };
-        let cancel = Arc::new(AtomicBool::new(false));
         let mut worker = Worker {
             snapshotter: Arc::clone(snapshotter),
-            cancel: Arc::clone(&cancel),
             after,
             unmovable: HashSet::new(),
             put_off: HashSet::new(),
@@ -285,7 +300,6 @@ impl Relocator {
             .map_err(|error| Error::caused(ErrorKind::Internal, "start the relocator", error))?;
         Ok(Some(Relocator {
             snapshotter: Arc::clone(snapshotter),
-            cancel,
             thread: Some(thread),
         }))
     }
@@ -293,7 +307,7 @@ impl Relocator {
 
 impl Drop for Relocator {
     fn drop(&mut self) {
-        self.cancel.store(true, Ordering::Relaxed);
+        self.snapshotter.begin_stop();
         lock(&self.snapshotter.relocator.state).is_stopping = true;
         self.snapshotter.relocator.changed.notify_all();
         if let Some(thread) = self.thread.take()
@@ -306,7 +320,6 @@ impl Drop for Relocator {
 
 struct Worker {
     snapshotter: Arc<Snapshotter>,
-    cancel: Arc<AtomicBool>,
     after: Duration,
     /// Layers that cannot be moved, until the next start.
     unmovable: HashSet<SnapshotId>,
@@ -343,6 +356,10 @@ impl Worker {
     /// Moves at most one layer.
     fn step(&mut self) -> Result<Next> {
         let away = self.snapshotter.store.read()?.away()?;
+        if !away.is_empty() && self.snapshotter.volumes.open(Volume::Writable).is_err() {
+            // Its return wakes nobody.
+            return Ok(Next::In(Duration::from_secs(60)));
+        }
         let mut next = Next::WhenWoken;
         for layer in away {
             if self.is_full || self.unmovable.contains(&layer.id) {
@@ -371,7 +388,7 @@ impl Worker {
     fn move_home(&mut self, layer: &Away) {
         let begun = Instant::now();
         let name = Quoted(&layer.name);
-        match self.snapshotter.relocate(layer.id, &self.cancel) {
+        match self.snapshotter.relocate(layer.id) {
             Ok(Moved::Home(bytes)) => log::info!(
                 "layer {name} is home: {bytes} bytes copied in {:.1} s",
                 begun.elapsed().as_secs_f64()

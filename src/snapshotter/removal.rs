@@ -26,10 +26,11 @@ impl Snapshotter {
 
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         let removed = transaction.rows().remove(key)?;
         let released = transaction.rows().release_retired()?;
         transaction.commit()?;
+        drop(transaction);
 
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
@@ -64,9 +65,10 @@ impl Snapshotter {
 
     fn trash(&self, removed: &Place, volume: Volume) -> Result<()> {
         if volume == Volume::Writable && removed.kind == Kind::Committed {
-            let image = self.volumes.image();
+            // Its link, or the copy that a move was about to record.
+            let image = self.volumes.image().dirs();
             image
-                .remove_link(removed.id)
+                .trash(removed.id)
                 .inspect_err(|_| self.note_stray(Volume::Image))?;
         }
         self.volumes.open(volume)?.trash(removed.id).map(drop)

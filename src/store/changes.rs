@@ -70,9 +70,16 @@ impl Rows<&Connection> {
     ///
     /// # Errors
     ///
-    /// As of [`Rows::committable`], or those of the database.
+    /// As of [`Rows::committable`]; [`ErrorKind::NotFound`] if the key is another
+    /// snapshot's by now; or those of the database.
     pub fn commit(&self, commit: &Commit<'_>) -> Result<()> {
         let (snapshot, parent) = self.committable(commit.key, commit.name, commit.parent)?;
+        if snapshot.id != commit.id {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("snapshot {} was removed meanwhile", Quoted(commit.key)),
+            ));
+        }
         let now = Timestamp::now().nanos();
         self.connection()
             .prepare_cached(

@@ -92,6 +92,20 @@ impl<C: Borrow<Connection>> Rows<C> {
             .transpose()
     }
 
+    /// The highest id that was ever given out; 0 before the first.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn highest_id(&self) -> Result<u64> {
+        let highest: Option<i64> = self
+            .connection()
+            .prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'")
+            .and_then(|mut query| query.query_row([], |row| row.get(0)).optional())
+            .map_err(|error| sql_error(error, "look up the highest id"))?;
+        Ok(highest.unwrap_or(0).try_into().unwrap_or(0))
+    }
+
     /// Whether an active snapshot or a view stands on that layer, directly or
     /// on other layers.
     ///

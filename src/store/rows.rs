@@ -61,6 +61,8 @@ pub struct Created {
 
 /// An active snapshot to become a layer.
 pub struct Commit<'a> {
+    /// Its number: another snapshot may have got the key meanwhile.
+    pub id: SnapshotId,
     /// The key it has.
     pub key: &'a str,
     /// The name it gets.

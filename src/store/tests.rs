@@ -17,7 +17,7 @@ fn fixture() -> Fixture {
 
 impl Fixture {
     fn create(&self, kind: Kind, key: &str, parent: &str) -> Result<Created> {
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         let created = transaction.rows().create(&New {
             kind,
             key,
@@ -34,8 +34,13 @@ impl Fixture {
     }
 
     fn commit(&self, key: &str, name: &str, parent: &str) -> Result<()> {
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
+        let id = transaction
+            .rows()
+            .find(key)?
+            .map_or(SnapshotId::new(u64::MAX), |found| found.id);
         transaction.rows().commit(&Commit {
+            id,
             key,
             name,
             parent,
@@ -54,7 +59,7 @@ impl Fixture {
     }
 
     fn remove(&self, key: &str) -> Result<Place> {
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         let removed = transaction.rows().remove(key)?;
         transaction.commit()?;
         Ok(removed)
@@ -249,7 +254,7 @@ fn updates_change_labels_and_the_later_time_only() {
     let f = fixture();
     f.prepare("web", "").unwrap();
     let before = f.stat("web").unwrap();
-    let transaction = f.store.write().unwrap();
+    let mut transaction = f.store.write().unwrap();
     let changes = vec![
         LabelChange::Set("a".into(), "1".into()),
         LabelChange::Delete("key".into()),

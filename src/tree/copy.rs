@@ -19,7 +19,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pread, pwrite};
 
-use super::{is_dot, open_directory};
+use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Copies the directory `name` in `from` to the same name in `to`, where there
@@ -69,6 +69,9 @@ pub fn copy_tree(
         let below = copy
             .entry(level, entry.file_name())
             .context(|| format!("copy {:?}", entry.file_name()))?;
+        if below.is_some() && levels.len() >= MAX_LEVELS {
+            return Err(too_deep());
+        }
         levels.extend(below);
     }
     copy.forget_links()?;
@@ -208,7 +211,8 @@ impl Copy<'_> {
                 Err(Errno::XDEV)
             };
             match copied {
-                Ok(0) => break,
+                // Some file systems say that in place of an error: a read tells.
+                Ok(0) => buffer.resize(1 << 20, 0),
                 Ok(_) => {}
                 // Kernels before 5.19 do not copy between file systems, some
                 // file systems not at all.
@@ -218,7 +222,8 @@ impl Copy<'_> {
                     let got = pread(source, &mut buffer[..wanted], read_at)
                         .context(|| "read its data")?;
                     if got == 0 {
-                        break;
+                        let what = "the file has become shorter";
+                        return Err(Error::new(ErrorKind::Internal, what));
                     }
                     let mut done = 0;
                     while done < got {

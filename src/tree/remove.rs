@@ -123,7 +123,11 @@ impl Removal<'_> {
                 // Left by an earlier removal: the next name is tried in the
                 // next pass.
                 Err(Errno::NOTEMPTY | Errno::EXIST) => None,
-                Err(errno) => self.fail(name, errno),
+                Err(errno) => {
+                    // No progress: a next pass would meet it again.
+                    self.moved_up -= 1;
+                    self.fail(name, errno)
+                }
             };
         }
         match open_directory(parent, name).and_then(Dir::new) {

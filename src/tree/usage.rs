@@ -6,7 +6,7 @@ use rustix::fd::AsFd;
 use rustix::fs::{AtFlags, Dir, FileType, Stat, fstat, statat};
 use rustix::io::Errno;
 
-use super::{is_dot, open_directory};
+use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
 use crate::error::{Context, Result};
 use crate::types::Usage;
 
@@ -59,8 +59,9 @@ pub fn count_usage(top: impl AsFd) -> Result<Usage> {
             continue;
         }
         match open_directory(parent, name) {
-            // Gone, or another thing by now.
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+            // Gone, or another thing by now, or somebody's mount.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
+            Ok(_) if pending.len() >= MAX_LEVELS => return Err(too_deep()),
             opened => {
                 let below = Dir::new(opened.context(counting)?).context(counting)?;
                 pending.push(below);

@@ -9,7 +9,8 @@
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{
-    AtFlags, FileType, Mode, RenameFlags, fsync, mkdirat, renameat, renameat_with, statat, unlinkat,
+    AtFlags, FileType, Mode, RenameFlags, fsync, mkdirat, renameat, renameat_with, statat, syncfs,
+    unlinkat,
 };
 use rustix::io::Errno;
 
@@ -63,7 +64,9 @@ impl Image {
     pub fn finish_copy(&self, target: &Target) -> Result<()> {
         unlinkat(&target.top, SCRATCH, AtFlags::REMOVEDIR)
             .context(|| "remove the copy's scratch directory")?;
-        self.dirs().sync()
+        // The kernel tells a failed write once to each open file that was
+        // opened before: this one was, and nobody else asks through it.
+        syncfs(&target.scratch).context(|| "flush the copy")
     }
 
     /// Puts the moved directory in the place of the link, durably.
@@ -118,19 +121,10 @@ impl Image {
         self.entry_type(&id.to_string())
     }
 
-    /// What a move has left under its own name.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
-    pub fn moving_entry(&self, id: SnapshotId) -> Result<Option<FileType>> {
-        self.entry_type(&moving_name(id))
-    }
-
     fn entry_type(&self, name: &str) -> Result<Option<FileType>> {
         match statat(self.dirs().snapshots_fd(), name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
-            Err(Errno::NOENT) => Ok(None),
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
             Err(errno) => {
                 Err(errno).context(|| format!("look at {}/{name}", self.snapshots_path()))
             }
@@ -145,17 +139,48 @@ impl Image {
     /// As of the volumes' disks.
     pub fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
         let moving = moving_name(id);
+        let renaming = || format!("move layer {id} to the image volume");
+        // Without it, what has the move's own name is all there is of it.
+        let name = id.to_string();
+        let source = writable.snapshots_fd();
+        statat(source, name.as_str(), AtFlags::SYMLINK_NOFOLLOW).context(renaming)?;
         self.dirs().trash_entry(&moving)?;
         match renameat(
-            writable.snapshots_fd(),
-            id.to_string(),
+            source,
+            name.as_str(),
             self.dirs().snapshots_fd(),
             moving.as_str(),
         ) {
             Ok(()) => Ok(true),
             Err(Errno::XDEV) => Ok(false),
-            Err(errno) => Err(errno).context(|| format!("move layer {id} to the image volume")),
+            Err(errno) => Err(errno).context(renaming),
         }
+    }
+
+    /// Takes [`Image::rename_home`] back.
+    ///
+    /// # Errors
+    ///
+    /// As of the volumes' disks; the next start finds the layer then.
+    pub fn rename_back(&self, id: SnapshotId, writable: &Dirs) -> Result<()> {
+        renameat(
+            self.dirs().snapshots_fd(),
+            moving_name(id).as_str(),
+            writable.snapshots_fd(),
+            id.to_string(),
+        )
+        .context(|| format!("move layer {id} back to the writable volume"))
+    }
+
+    /// Whether what has the move's own name is a layer that a rename has put
+    /// there, and no copy: only that has overlayfs's `work` beside `fs`.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn is_renamed_layer(&self, id: SnapshotId) -> Result<bool> {
+        let work = self.entry_type(&format!("{}/work", moving_name(id)))?;
+        Ok(work == Some(FileType::Directory))
     }
 }
 
