@@ -89,7 +89,7 @@ fn create(root: &Root, config: &Config, path: &Path) -> Result<Store> {
 fn require_no_snapshots(root: &Root, config: &Config, path: &Path) -> Result<()> {
     if Image::holds_snapshots(root)? {
         return Err(refused(format!(
-            "{}/snapshots holds layers, but their database is not (looked for in {}): mount the disk it \
+            "{}/snapshots holds layers, but their database {} is not there: mount the disk it \
              is on, give the right --state-dir, or restore it from a backup",
             config.root,
             path.display()
