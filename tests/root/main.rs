@@ -7,6 +7,7 @@
 // A test tells by its panic.
 #![allow(clippy::unwrap_used)]
 
+mod callers;
 mod connections;
 mod containerd;
 mod content;
@@ -31,7 +32,7 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 12] = [
+    let modules: [(&str, &[Test]); 13] = [
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("messages", messages::TESTS),
@@ -41,6 +42,7 @@ fn main() {
         ("life", life::TESTS),
         ("volumes", volumes::TESTS),
         ("recovery", recovery::TESTS),
+        ("callers", callers::TESTS),
         ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),
         ("containerd", containerd::TESTS),

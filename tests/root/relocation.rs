@@ -22,6 +22,7 @@ use crate::support::device;
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::trees::describe;
+use crate::support::until;
 
 pub const TESTS: &[Test] = &[
     (
@@ -72,16 +73,6 @@ pub const TESTS: &[Test] = &[
         one_file_system_needs_no_copy,
     ),
 ];
-
-const LIMIT: Duration = Duration::from_secs(60);
-
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !condition() {
-        assert!(begun.elapsed() < LIMIT, "waited too long until {what}");
-        sleep(Duration::from_millis(10));
-    }
-}
 
 /// Whether layer `id` is a directory on the image volume.
 fn is_home(root: &Path, id: u64) -> bool {
@@ -134,7 +125,7 @@ fn a_layer_moves_home_under_a_running_container() {
             rounds
         });
         // New mounts work at each moment.
-        wait_until("the layer is home", || {
+        until("the layer is home", || {
             assert!(holds(&root.join("snapshots/2/fs"), "init"));
             is_home(&root, 2)
         });
@@ -179,8 +170,8 @@ fn a_layer_without_users_leaves_nothing_behind() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
     committed(&client, "key", "", "layer");
-    wait_until("the layer is home", || is_home(&split.root(), 1));
-    wait_until("its old place is empty", || {
+    until("the layer is home", || is_home(&split.root(), 1));
+    until("its old place is empty", || {
         is_empty(split.writable().join("snapshots"))
     });
     assert!(holds(&split.root().join("snapshots/1/fs"), "layer"));
@@ -299,7 +290,7 @@ fn the_copy_keeps_every_kind_of_inode() {
     let before = describe(&old);
     assert!(before.len() > 40);
     client.commit("key", "layer", &[]).unwrap();
-    wait_until("the layer is home", || is_home(&split.root(), 1));
+    until("the layer is home", || is_home(&split.root(), 1));
     let after = describe(&split.root().join("snapshots/1/fs"));
     assert_eq!(
         before.keys().collect::<Vec<_>>(),
@@ -337,8 +328,8 @@ fn check_kills(steps: &[&str], arguments: &[String], root: &Path, writable: &Pat
         let link = root.join(format!("snapshots/{number}"));
         daemon.restart();
         assert!(holds(&link.join("fs"), &name), "{step}");
-        wait_until("the layer is home", || is_home(root, number));
-        wait_until("the old place is empty", || {
+        until("the layer is home", || is_home(root, number));
+        until("the old place is empty", || {
             is_empty(writable.join("snapshots"))
         });
         let top = fs::read_dir(&link).unwrap();
@@ -394,7 +385,7 @@ fn a_layer_waits_its_time() {
     // Gone before its time, as most layers of a build.
     committed(&client, "key", "", "short");
     client.remove("short").unwrap();
-    wait_until("the layer is home", || is_home(&split.root(), 1));
+    until("the layer is home", || is_home(&split.root(), 1));
     assert!(
         begun.elapsed() > Duration::from_millis(2500),
         "{:?}",
@@ -413,12 +404,12 @@ fn a_small_layer_in_use_stays() {
     client.commit("init-key", "init", &[]).unwrap();
     let used = client.prepare("web", "init", &[]);
     if used.is_ok() && !is_home(&split.root(), 1) {
-        wait_until("it is put off", || {
+        until("it is put off", || {
             split.daemon.log().contains("\"init\" is put off") || is_home(&split.root(), 1)
         });
     }
     client.remove("web").unwrap();
-    wait_until("the layer is home", || is_home(&split.root(), 1));
+    until("the layer is home", || is_home(&split.root(), 1));
 }
 
 fn never_means_never() {
@@ -467,7 +458,7 @@ fn a_full_image_volume_puts_a_move_off() {
         let old = split.writable().join("snapshots/1/fs/data");
         fs::write(&old, vec![9; usize::try_from(size).unwrap()]).unwrap();
         client.commit("key", "layer", &[]).unwrap();
-        wait_until("it is said", || {
+        until("it is said", || {
             split.daemon.log().contains("stays on the writable volume")
         });
         assert!(!is_home(&split.root(), 1));
@@ -481,7 +472,7 @@ fn a_full_image_volume_puts_a_move_off() {
         fs::remove_file(&fill).unwrap();
         // Something on the image volume is removed.
         client.cleanup().unwrap();
-        wait_until("the layer is home", || is_home(&split.root(), 1));
+        until("the layer is home", || is_home(&split.root(), 1));
         let said = split
             .daemon
             .log()
@@ -489,7 +480,7 @@ fn a_full_image_volume_puts_a_move_off() {
             .count();
         assert_eq!(said, 1, "one warning");
         let left = split.root().join("snapshots/.moving-1");
-        wait_until("the move has left nothing", || {
+        until("the move has left nothing", || {
             left.symlink_metadata().is_err()
         });
     }
@@ -507,7 +498,7 @@ fn what_the_target_refuses_stays_where_it_is() {
     fs::write(&file, vec![1; 2 << 20]).unwrap();
     setxattr(&file, "user.large", &[7; 3000], XattrFlags::empty()).unwrap();
     client.commit("key", "layer", &[]).unwrap();
-    wait_until("it is said", || {
+    until("it is said", || {
         daemon.log().contains("stays on the writable volume")
     });
     let root = image.path().join("root");
@@ -560,7 +551,7 @@ fn a_build_of_twenty_steps_keeps_every_step() {
             .filter(|step| is_home(&split.root(), step * 3 - 2))
             .count()
     };
-    wait_until("all are home", || homes() == 20);
+    until("all are home", || homes() == 20);
     let mounted = Mounted::new(&client.prepare("web", &parent, &[]).unwrap());
     for step in 0..20 {
         assert!(holds(&mounted.path(), &format!("step-{step:02}")));
@@ -579,7 +570,7 @@ fn left_bytes_go_with_the_next_boot() {
     committed(&client, "key", "", "layer");
     let old = split.writable().join("snapshots/1");
     client.prepare("web", "layer", &[]).unwrap();
-    wait_until("the layer is home", || is_home(&split.root(), 1));
+    until("the layer is home", || is_home(&split.root(), 1));
     if !old.exists() {
         // It was home before the container came; there is nothing left behind.
         return;
@@ -606,7 +597,7 @@ fn one_file_system_needs_no_copy() {
     committed(&client, "key", "", "layer");
     let container = Mounted::new(&client.prepare("web", "layer", &[]).unwrap());
     let root = disk.path().join("root");
-    wait_until("the layer is home", || is_home(&root, 1));
+    until("the layer is home", || is_home(&root, 1));
     assert!(holds(&container.path(), "layer") && holds(&root.join("snapshots/1/fs"), "layer"));
     assert!(daemon.log().contains("0 bytes copied"));
     assert_eq!(

@@ -46,7 +46,7 @@ pub fn device(path: impl AsRef<Path>) -> u64 {
 pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !holds() {
-        assert!(begun.elapsed() < Duration::from_secs(30), "never {what}");
+        assert!(begun.elapsed() < Duration::from_secs(60), "never {what}");
         sleep(Duration::from_millis(2));
     }
 }
