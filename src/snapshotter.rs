@@ -408,14 +408,28 @@ impl Snapshotter {
         let usage = || {
             let snapshot = self.store.read()?.stat(key)?;
             match (snapshot.info.kind, snapshot.volume) {
-                (Kind::Active, Some(volume)) => {
-                    let upper = self.volumes.open(volume)?.open_upper(snapshot.id)?;
-                    tree::count_usage(upper)
-                }
+                (Kind::Active, Some(volume)) => self.count_upper(key, &snapshot, volume),
                 _ => Ok(snapshot.usage),
             }
         };
         usage().context(|| format!("count the usage of snapshot {}", Quoted(key)))
+    }
+
+    /// What an active snapshot holds. If it is removed meanwhile, its missing
+    /// directory is no loss: it is not found.
+    fn count_upper(&self, key: &str, snapshot: &Snapshot, volume: Volume) -> Result<Usage> {
+        let upper = self.volumes.open(volume)?.open_upper(snapshot.id);
+        let upper = upper.or_else(|error| {
+            let now = self.store.read()?.stat(key)?;
+            if now.id == snapshot.id {
+                return Err(error);
+            }
+            Err(Error::new(
+                ErrorKind::NotFound,
+                format!("snapshot {} was removed meanwhile", Quoted(key)),
+            ))
+        })?;
+        tree::count_usage(upper)
     }
 }
 

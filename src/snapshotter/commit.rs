@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 use super::{Snapshotter, SyncMode, labels};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::Commit;
-use crate::tree;
 use crate::types::{Labels, Quoted, SnapshotId, Volume};
 
 impl Snapshotter {
@@ -35,7 +34,7 @@ impl Snapshotter {
             .expect("an active snapshot has a directory, by the schema of create");
 
         let dirs = self.volumes.open(volume)?;
-        let usage = tree::count_usage(dirs.open_upper(snapshot.id)?)?;
+        let usage = self.count_upper(key, &snapshot, volume)?;
         self.refuse_suspect(snapshot.id, volume)?;
         if self.options.sync == SyncMode::AtCommit {
             dirs.sync().inspect_err(|_| self.suspect_all(volume))?;

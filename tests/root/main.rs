@@ -15,6 +15,7 @@ mod input;
 mod intruders;
 mod life;
 mod messages;
+mod races;
 mod rebase;
 mod recovery;
 mod refusals;
@@ -32,7 +33,7 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 13] = [
+    let modules: [(&str, &[Test]); 14] = [
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("messages", messages::TESTS),
@@ -43,6 +44,7 @@ fn main() {
         ("volumes", volumes::TESTS),
         ("recovery", recovery::TESTS),
         ("callers", callers::TESTS),
+        ("races", races::TESTS),
         ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),
         ("containerd", containerd::TESTS),

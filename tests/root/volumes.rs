@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use grpcio::RpcStatusCode;
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
@@ -9,7 +10,7 @@ use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use crate::Test;
 use crate::content::layer;
 use crate::support::client::{Client, Refusal};
-use crate::support::daemon::{Split, is_empty};
+use crate::support::daemon::{Split, is_empty, refused};
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::{tree, unchanged};
@@ -20,6 +21,12 @@ pub const TESTS: &[Test] = &[
     ("another_disk_in_its_place", another_disk_in_its_place),
     ("read_only", read_only),
     ("full", full),
+    ("a_full_volume_at_start", a_full_volume_at_start),
+    ("the_root_by_another_name", the_root_by_another_name),
+    (
+        "what_is_mounted_in_a_removed_snapshot",
+        what_is_mounted_in_a_removed_snapshot,
+    ),
 ];
 
 /// A refusal because the volume is not there: it names the path and what to do.
@@ -210,4 +217,66 @@ fn full() {
     split.writable.sync();
     client.prepare("web", "init", &[]).unwrap();
     assert!(!filler.exists());
+}
+
+/// Containers have filled the disk, and the host was started anew.
+fn a_full_volume_at_start() {
+    let mut split = Split::start(&[]);
+    split.client().prepare("web", "", &[]).unwrap();
+    let file = split.writable().join("snapshots/1/fs/file");
+    let written = Command::new("dd")
+        .args(["if=/dev/zero", "bs=1M", "status=none"])
+        .arg(format!("of={}", file.display()))
+        .status();
+    assert!(!written.unwrap().success(), "the disk is full");
+    split.daemon.stop();
+    split.daemon.restart();
+    let client = split.client();
+    let refused = client.prepare("other", "", &[]);
+    assert!(refused.is_ok() || refused.unwrap_err().0 == RpcStatusCode::RESOURCE_EXHAUSTED);
+    client.remove("web").unwrap();
+    client.cleanup().unwrap();
+    assert!(!file.exists());
+    client.prepare("new", "", &[]).unwrap();
+}
+
+fn the_root_by_another_name() {
+    let disk = Disk::ext4(64);
+    let (root, link) = (disk.path().join("root"), disk.path().join("link"));
+    fs::create_dir(&root).unwrap();
+    std::os::unix::fs::symlink(&root, &link).unwrap();
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let text = refused(&[
+        "--root-dir".to_owned(),
+        path(&root),
+        "--writable-dir".to_owned(),
+        path(&link),
+    ]);
+    assert!(text.contains("by another name"), "{text}");
+    assert!(!root.join(".volume").exists());
+}
+
+/// Somebody else's files are not the snapshot's, wherever they are mounted.
+fn what_is_mounted_in_a_removed_snapshot() {
+    let split = Split::start(&[]);
+    let client = split.client();
+    client.prepare("web", "", &[]).unwrap();
+    let (elsewhere, file) = (tempfile::tempdir().unwrap(), "precious");
+    fs::write(elsewhere.path().join(file), "x").unwrap();
+    let below = split.writable().join("snapshots/1/fs/below");
+    fs::create_dir(&below).unwrap();
+    mount_bind(elsewhere.path(), &below).unwrap();
+    client.usage("web").unwrap();
+    client.remove("web").unwrap();
+    let (code, text) = client.cleanup().unwrap_err();
+    assert_eq!(code, RpcStatusCode::INTERNAL, "{text}");
+    assert!(elsewhere.path().join(file).exists());
+    unmount(
+        split.writable().join("trash/1/fs/below"),
+        UnmountFlags::empty(),
+    )
+    .unwrap();
+    client.cleanup().unwrap();
+    assert!(is_empty(split.writable().join("trash")));
+    assert!(elsewhere.path().join(file).exists());
 }

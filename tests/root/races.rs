@@ -1,0 +1,143 @@
+//! Many clients at once on few keys, while layers move home: whatever is
+//! answered, rows and directories agree in the end.
+
+use std::fs;
+use std::thread;
+
+use grpcio::RpcStatusCode;
+
+use crate::Test;
+use crate::support::client::{Client, Refusal};
+use crate::support::daemon::{Split, is_empty};
+use crate::support::mounted::Mounted;
+use crate::support::until;
+
+pub const TESTS: &[Test] = &[
+    ("clients_on_the_same_keys", clients_on_the_same_keys),
+    ("two_commits_of_one_key", two_commits_of_one_key),
+];
+
+/// The same numbers in each run; the races differ all the same.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+fn is_expected(refusal: &Refusal) -> bool {
+    matches!(
+        refusal.0,
+        RpcStatusCode::NOT_FOUND
+            | RpcStatusCode::ALREADY_EXISTS
+            | RpcStatusCode::FAILED_PRECONDITION
+            | RpcStatusCode::INVALID_ARGUMENT
+    )
+}
+
+fn random_call(client: &Client, random: &mut Random) -> Result<(), Refusal> {
+    let unpack = if random.below(2) == 0 { "extract-" } else { "" };
+    let key = format!("{unpack}key-{}", random.below(4));
+    let layer = format!("layer-{}", random.below(6));
+    let parent = match random.below(3) {
+        0 => String::new(),
+        _ => format!("layer-{}", random.below(6)),
+    };
+    match random.below(12) {
+        10 => client.usage(&key).map(drop),
+        11 => client.mounts(&key).map(drop),
+        0..=2 => client.prepare(&key, &parent, &[]).map(drop),
+        3..=5 => client.commit(&key, &layer, &[]),
+        6 => client.remove(&key),
+        7 => client.remove(&layer),
+        8 => client.view("view", &layer, &[]).map(drop),
+        _ => {
+            let _ = client.remove("view");
+            client.cleanup()
+        }
+    }
+}
+
+fn clients_on_the_same_keys() {
+    let split = Split::start(&["--relocate-after", "0", "--sync", "none"]);
+    thread::scope(|scope| {
+        for seed in 1..=6 {
+            let client = split.client();
+            scope.spawn(move || {
+                let mut random = Random(0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(seed));
+                let mut done = 0;
+                for _ in 0..250 {
+                    match random_call(&client, &mut random) {
+                        Ok(()) => done += 1,
+                        Err(refusal) => assert!(is_expected(&refusal), "{refusal:?}"),
+                    }
+                }
+                assert!(done > 20, "{done} calls were answered well");
+            });
+        }
+    });
+
+    let client = split.client();
+    let layers = client.names(&["kind==committed"]).unwrap();
+    for layer in &layers {
+        let view = client.view("check", layer, &[]).unwrap();
+        fs::read_dir(Mounted::new(&view).path()).unwrap();
+        client.remove("check").unwrap();
+    }
+    let active = client.names(&["kind==active"]).unwrap();
+    for key in &active {
+        let mounted = Mounted::new(&client.mounts(key).unwrap());
+        fs::write(mounted.path().join("file"), "x").unwrap();
+    }
+    // Children first; what has children is refused.
+    until("all is removed", || {
+        for name in client.names(&[]).unwrap() {
+            match client.remove(&name) {
+                Ok(()) | Err((RpcStatusCode::FAILED_PRECONDITION, _)) => {}
+                Err(refusal) => panic!("{refusal:?}"),
+            }
+        }
+        client.names(&[]).unwrap().is_empty()
+    });
+    until("nothing is left", || {
+        client.cleanup().unwrap();
+        ["snapshots", "trash"]
+            .iter()
+            .all(|name| is_empty(split.root().join(name)) && is_empty(split.writable().join(name)))
+    });
+    let log = split.daemon.log();
+    assert!(!log.contains("ERROR"), "{log}");
+}
+
+fn two_commits_of_one_key() {
+    let split = Split::start(&["--relocate-after", "0", "--sync", "none"]);
+    let clients = [split.client(), split.client()];
+    for round in 1..=60_u64 {
+        let mounts = clients[0].prepare("key", "", &[]).unwrap();
+        let content = format!("round {round}");
+        fs::write(format!("{}/file", mounts[0].source), &content).unwrap();
+        let won = thread::scope(|scope| {
+            let commits = clients.each_ref().map(|client| {
+                // A name of its own, or the same: a retry.
+                let name = format!("layer-{round}");
+                scope.spawn(move || client.commit("key", &name, &[]))
+            });
+            commits.map(|commit| commit.join().unwrap())
+        });
+        let winners = won.iter().filter(|result| result.is_ok()).count();
+        assert_eq!(winners, 1, "{won:?}");
+        let path = split.root().join(format!("snapshots/{round}/fs/file"));
+        assert_eq!(fs::read_to_string(path).unwrap(), content);
+    }
+    until("all are home", || {
+        is_empty(split.writable().join("snapshots"))
+    });
+    for round in 1..=60_u64 {
+        let path = split.root().join(format!("snapshots/{round}/fs/file"));
+        assert_eq!(fs::read_to_string(path).unwrap(), format!("round {round}"));
+    }
+}
