@@ -8,8 +8,9 @@ use grpcio::RpcStatusCode;
 
 use crate::Test;
 use crate::support::client::Client;
-use crate::support::daemon::{Split, is_empty};
+use crate::support::daemon::{Daemon, Split, command, is_empty};
 use crate::support::device;
+use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 
 pub const TESTS: &[Test] = &[
@@ -48,6 +49,14 @@ pub const TESTS: &[Test] = &[
     (
         "id_mapped_snapshots_belong_to_the_mapped_root",
         id_mapped_snapshots_belong_to_the_mapped_root,
+    ),
+    (
+        "modes_do_not_depend_on_the_umask",
+        modes_do_not_depend_on_the_umask,
+    ),
+    (
+        "a_user_namespace_gets_its_own_attributes",
+        a_user_namespace_gets_its_own_attributes,
     ),
 ];
 
@@ -444,5 +453,38 @@ fn id_mapped_snapshots_belong_to_the_mapped_root() {
             .unwrap()
             .count(),
         1
+    );
+}
+
+fn modes_do_not_depend_on_the_umask() {
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let starter = ["sh", "-c", "umask 077; exec \"$0\" \"$@\""];
+    let daemon = Daemon::start_by(&starter, &command(&image, &writable, &[]), &[]);
+    let client = daemon.client();
+    layer(&client, "base", "", |_| ());
+    client.prepare("web", "base", &[]).unwrap();
+    let mode = |path: std::path::PathBuf| path.metadata().unwrap().mode() & 0o7777;
+    assert_eq!(mode(image.path().join("root/snapshots/1/fs")), 0o755);
+    assert_eq!(mode(writable.path().join("writable/snapshots/2/fs")), 0o755);
+    assert_eq!(
+        mode(writable.path().join("writable/snapshots/2/work")),
+        0o711
+    );
+    assert_eq!(mode(image.path().join("root/snapshots")), 0o700);
+    assert_eq!(mode(image.path().join("root/metadata.db")), 0o600);
+}
+
+/// There overlayfs may not use `trusted.*` attributes (Linux 5.11).
+fn a_user_namespace_gets_its_own_attributes() {
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let starter = ["unshare", "--user", "--map-root-user", "--mount", "--"];
+    let daemon = Daemon::start_by(&starter, &command(&image, &writable, &[]), &[]);
+    let client = daemon.client();
+    client.prepare("extract-1", "", &[]).unwrap();
+    client.commit("extract-1", "base", &[]).unwrap();
+    let mounts = client.prepare("web", "base", &[]).unwrap();
+    assert!(
+        mounts[0].options.iter().any(|option| option == "userxattr"),
+        "{mounts:?}"
     );
 }

@@ -68,6 +68,7 @@ pub fn command(image: &Disk, writable: &Disk, flags: &[&str]) -> Vec<String> {
 /// A running daemon; killed when dropped.
 pub struct Daemon {
     child: Child,
+    command: Vec<String>,
     arguments: Vec<String>,
     environment: Vec<(String, String)>,
     address: String,
@@ -83,6 +84,15 @@ impl Daemon {
 
     /// The same, with these environment variables.
     pub fn start_in(arguments: &[String], environment: &[(&str, &str)]) -> Daemon {
+        Daemon::start_by(&[], arguments, environment)
+    }
+
+    /// The same, started by a command that runs what follows it.
+    pub fn start_by(
+        starter: &[&str],
+        arguments: &[String],
+        environment: &[(&str, &str)],
+    ) -> Daemon {
         let value = |flag: &str| {
             let at = arguments.iter().position(|argument| argument == flag)?;
             arguments.get(at + 1).cloned()
@@ -94,9 +104,13 @@ impl Daemon {
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        let child = spawn(arguments, &environment, log.as_file(), None);
+        let mut command: Vec<_> = starter.iter().map(ToString::to_string).collect();
+        command.push(BINARY.to_owned());
+        command.extend_from_slice(arguments);
+        let child = spawn(&command, &environment, log.as_file(), None);
         let mut daemon = Daemon {
             child,
+            command,
             arguments: arguments.to_vec(),
             environment,
             address,
@@ -109,7 +123,7 @@ impl Daemon {
     /// Starts it again, after its end, to be killed when it reaches a step.
     pub fn restart_to_die_at(&mut self, step: &str) {
         self.child = spawn(
-            &self.arguments,
+            &self.command,
             &self.environment,
             self.log.as_file(),
             Some(step),
@@ -119,6 +133,9 @@ impl Daemon {
 
     /// Changes the arguments for the next start.
     pub fn set_arguments(&mut self, arguments: Vec<String>) {
+        let before = self.command.len() - self.arguments.len();
+        self.command.truncate(before);
+        self.command.extend_from_slice(&arguments);
         self.arguments = arguments;
     }
 
@@ -139,7 +156,7 @@ impl Daemon {
 
     /// Starts it again, with the same arguments, after its end.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.arguments, &self.environment, self.log.as_file(), None);
+        self.child = spawn(&self.command, &self.environment, self.log.as_file(), None);
         self.wait_until_serving();
     }
 
@@ -240,13 +257,13 @@ impl Drop for Daemon {
 }
 
 fn spawn(
-    arguments: &[String],
+    command: &[String],
     environment: &[(String, String)],
     log: &File,
     fault: Option<&str>,
 ) -> Child {
-    Command::new(BINARY)
-        .args(arguments)
+    Command::new(&command[0])
+        .args(&command[1..])
         .envs(fault.map(|step| ("SNAPSHOTTER_FAULT", step)))
         .env("RUST_LOG", "debug")
         .envs(environment.iter().cloned())
