@@ -28,7 +28,7 @@ use crate::volume::{Image, Volumes};
 use server::Server;
 
 /// How long a stop waits for requests under way; with what follows it takes
-/// less than ten seconds.
+/// less than ten seconds, unless a disk takes longer for a flush under way.
 const DRAIN: Duration = Duration::from_secs(9);
 
 /// Serves until SIGTERM or SIGINT.
@@ -95,7 +95,13 @@ pub fn run(config: &Config) -> Result<()> {
     if is_drained && let Err(error) = snapshotter.store().checkpoint() {
         log::warn!("{}", error.chain());
     }
-    drop(lock);
+    if is_drained {
+        drop(lock);
+    } else {
+        // What is cut off works until the process has ended; so long, nobody
+        // else may begin.
+        std::mem::forget(lock);
+    }
     log::info!("stopped; containers keep running");
     Ok(())
 }

@@ -110,6 +110,7 @@ pub struct Snapshotter {
     /// Snapshots up to these ids may have lost data to a failing disk, in the
     /// order of `strays`.
     suspect_up_to: [AtomicU64; 2],
+    syncing: [Mutex<()>; 2],
     /// Set once, when the daemon stops: long work ends early.
     stopping: AtomicBool,
     /// One layer moves at a time.
@@ -135,6 +136,7 @@ impl Snapshotter {
             cleaning: Mutex::new(()),
             strays: [AtomicBool::new(false), AtomicBool::new(false)],
             suspect_up_to: [AtomicU64::new(0), AtomicU64::new(0)],
+            syncing: [Mutex::new(()), Mutex::new(())],
             stopping: AtomicBool::new(false),
             relocating: Mutex::new(()),
             relocator: relocate::Signal::default(),

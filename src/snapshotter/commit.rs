@@ -1,5 +1,6 @@
 //! Turning an active snapshot into a layer.
 
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use super::{Snapshotter, SyncMode, labels};
@@ -35,10 +36,15 @@ impl Snapshotter {
 
         let dirs = self.volumes.open(volume)?;
         let usage = self.count_upper(key, &snapshot, volume)?;
-        self.refuse_suspect(snapshot.id, volume)?;
         if self.options.sync == SyncMode::AtCommit {
+            // One after another: who comes second must hear of a failure that
+            // the kernel told the first.
+            let _syncing = self.syncing[volume as usize]
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             dirs.sync().inspect_err(|_| self.suspect_all(volume))?;
         }
+        self.refuse_suspect(snapshot.id, volume)?;
         self.enter_layer(
             volume,
             &Commit {
@@ -73,7 +79,7 @@ impl Snapshotter {
 
     /// A disk that fails to write says so once, to whoever asks first: the data
     /// of every snapshot that was there then may be what it has lost.
-    fn suspect_all(&self, volume: Volume) {
+    pub(super) fn suspect_all(&self, volume: Volume) {
         let highest = self.store.read().and_then(|reader| reader.highest_id());
         let highest = highest.unwrap_or(u64::MAX);
         self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);

@@ -70,8 +70,8 @@ impl Snapshotter {
         let image = self.volumes.open(Volume::Image)?;
         self.drop_unfinished_moves(&image)?;
         let on_image = trash_strays(&image, Volume::Image, &inventory)?;
-        let mut lost = self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
         self.set_links(&inventory, &on_image)?;
+        let mut lost = self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
 
         match self.volumes.open(Volume::Writable) {
             Ok(writable) => match trash_strays(&writable, Volume::Writable, &inventory) {

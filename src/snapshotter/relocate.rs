@@ -11,6 +11,7 @@
 //! where it was; after it, the copy is whole and the start records it.
 
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use super::{Relocation, Snapshotter};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Ancestor, Away, Transaction};
 use crate::types::{Kind, Quoted, SnapshotId, Timestamp, Volume};
-use crate::{sys, tree};
+use crate::{mount, sys, tree};
 
 /// Below this a layer waits until nothing stands on it: Docker's init layers,
 /// gone with their container as a rule.
@@ -51,6 +52,9 @@ enum Moved {
     Home(u64),
     /// It was removed meanwhile, or is home already.
     Gone,
+    /// Not now: its own snapshot is still mounted, or one upon it is that has
+    /// been committed meanwhile and counts as no user in the database.
+    Held,
 }
 
 impl Snapshotter {
@@ -62,7 +66,12 @@ impl Snapshotter {
 
         let is_exchanged = image.layer_entry(id)? == Some(FileType::Directory);
         let mut bytes = 0;
-        if !is_exchanged {
+        if is_exchanged {
+            image.settle_names()?;
+        } else {
+            if self.held_layers()?.contains(&id) {
+                return Ok(Moved::Held);
+            }
             if self.rename_home(id)? {
                 return Ok(Moved::Home(0));
             }
@@ -76,7 +85,9 @@ impl Snapshotter {
                     }
                     if error.kind() == ErrorKind::ResourceExhausted {
                         // At once: half a copy is no use to a disk that is full.
-                        self.empty_trash(Volume::Image)?;
+                        if let Err(error) = self.empty_trash(Volume::Image) {
+                            log::warn!("{}", error.chain());
+                        }
                     }
                     return Err(error);
                 }
@@ -95,7 +106,9 @@ impl Snapshotter {
         fault_point("exchanged");
         // If recording fails, the copy stays in place: it is whole, and the
         // next try, or the next start, finds it and only records it.
-        let is_in_use = transaction.rows().move_home(id, &boot_id()?)?;
+        // Asked again: what stood on it may have been committed meanwhile.
+        let held = self.held_layers()?;
+        let is_in_use = transaction.rows().move_home(id, &held, &boot_id()?)?;
         transaction.commit()?;
         drop(transaction);
         fault_point("recorded");
@@ -109,6 +122,33 @@ impl Snapshotter {
         }
         fault_point("trashed");
         Ok(Moved::Home(bytes))
+    }
+
+    /// The layers, below and including themselves, of snapshots that were
+    /// committed while they were mounted, and still are. containerd asks that
+    /// nobody uses a snapshot after its commit, but `ctr snapshot commit` lets
+    /// a user do it to a running container, which goes on writing.
+    ///
+    /// # Errors
+    ///
+    /// As of the kernel's list of mounts, or the database.
+    pub(super) fn held_layers(&self) -> Result<HashSet<SnapshotId>> {
+        let prefix = format!("{}/", self.volumes.snapshots_path(Volume::Writable));
+        let reader = self.store.read()?;
+        let mut held = HashSet::new();
+        for upper in mount::upper_directories()? {
+            let id = upper.strip_prefix(&prefix).and_then(|rest| {
+                SnapshotId::from_directory_name(rest.split('/').next()?.as_bytes())
+            });
+            let Some(id) = id else {
+                continue;
+            };
+            let place = reader.place(id)?;
+            if place.is_some_and(|place| place.kind == Kind::Committed) {
+                held.extend(reader.chain(id)?.into_iter().map(|layer| layer.id));
+            }
+        }
+        Ok(held)
     }
 
     fn copy_home(&self, id: SnapshotId) -> Result<u64> {
@@ -140,7 +180,9 @@ impl Snapshotter {
             return Err(error);
         }
         fault_point("rename-exchanged");
-        transaction.rows().move_home(id, &boot_id()?)?;
+        transaction
+            .rows()
+            .move_home(id, &HashSet::new(), &boot_id()?)?;
         // Nothing was left behind: the directory itself has moved.
         transaction.rows().forget_retired(id)?;
         transaction.commit()?;
@@ -172,12 +214,22 @@ impl Snapshotter {
                     ),
                 ));
             }
-            self.relocate(layer.id).context(|| {
+            let moved = self.relocate(layer.id).context(|| {
                 format!(
                     "move layer {} home for a container with mapped ids",
                     layer.id
                 )
             })?;
+            if moved == Moved::Held {
+                return Err(Error::new(
+                    ErrorKind::FailedPrecondition,
+                    format!(
+                        "layer {} was committed while it was mounted, and still is: it cannot \
+                         move to where a container with mapped ids could use it",
+                        layer.id
+                    ),
+                ));
+            }
         }
         Ok(())
     }
@@ -193,13 +245,15 @@ impl Snapshotter {
         let rows = transaction.rows();
         let image = self.volumes.image();
         let boot_id = boot_id()?;
+        let held = self.held_layers()?;
         for away in rows.away()? {
             let is_exchanged = match image.layer_entry(away.id)? {
                 Some(FileType::Directory) => true,
                 _ => self.finish_rename(away.id)?,
             };
             if is_exchanged {
-                rows.move_home(away.id, &boot_id)?;
+                image.settle_names()?;
+                rows.move_home(away.id, &held, &boot_id)?;
                 log::info!("layer {} had been moved home: recorded", Quoted(&away.name));
             }
         }
@@ -379,20 +433,33 @@ impl Worker {
                 self.say_put_off(&layer, "it is small and in use");
                 continue;
             }
-            self.move_home(&layer);
+            if self.move_home(&layer) == Some(Moved::Held) {
+                self.say_put_off(&layer, "it is still mounted");
+                // An unmount wakes nobody.
+                next = Next::In(Duration::from_secs(60));
+                continue;
+            }
             return Ok(Next::Now);
         }
         Ok(next)
     }
 
-    fn move_home(&mut self, layer: &Away) {
+    fn move_home(&mut self, layer: &Away) -> Option<Moved> {
         let begun = Instant::now();
         let name = Quoted(&layer.name);
-        match self.snapshotter.relocate(layer.id) {
-            Ok(Moved::Home(bytes)) => log::info!(
-                "layer {name} is home: {bytes} bytes copied in {:.1} s",
-                begun.elapsed().as_secs_f64()
-            ),
+        let moved = self.snapshotter.relocate(layer.id);
+        match &moved {
+            Ok(Moved::Home(bytes)) => {
+                log::info!(
+                    "layer {name} is home: {bytes} bytes copied in {:.1} s",
+                    begun.elapsed().as_secs_f64()
+                );
+                // The fast disk is the small one: what was left goes now.
+                if let Err(error) = self.snapshotter.empty_trash(Volume::Writable) {
+                    log::warn!("{}", error.chain());
+                }
+            }
+            Ok(Moved::Held) => {}
             Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
             Err(error) => match error.kind() {
                 ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
@@ -413,6 +480,7 @@ impl Worker {
                 }
             },
         }
+        moved.ok()
     }
 
     fn say_put_off(&mut self, layer: &Away, why: &str) {
@@ -446,14 +514,16 @@ impl Worker {
         }
         state.is_woken = false;
         let has_room = std::mem::take(&mut state.has_room);
-        let goes_on = !state.is_stopping;
+        let goes_on = !state.is_stopping && !self.snapshotter.stopping.load(Ordering::Relaxed);
         drop(state);
         if has_room && std::mem::take(&mut self.is_full) {
             // ext4 gives the blocks of deleted files back with its next journal
             // commit, and only then are they room for anything else.
             let synced = self.snapshotter.volumes.open(Volume::Image);
             if let Err(error) = synced.and_then(|image| image.sync()) {
-                log::debug!("{}", error.chain());
+                // Told once, and told to us: commits must know of it.
+                self.snapshotter.suspect_all(Volume::Image);
+                log::warn!("{}", error.chain());
             }
         }
         goes_on

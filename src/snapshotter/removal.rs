@@ -28,7 +28,10 @@ impl Snapshotter {
         labels::check_key("key", key)?;
         let mut transaction = self.store.write()?;
         let removed = transaction.rows().remove(key)?;
-        let released = transaction.rows().release_retired()?;
+        let released = match transaction.rows().retired()?.is_empty() {
+            true => Vec::new(),
+            false => transaction.rows().release_retired(&self.held_layers()?)?,
+        };
         transaction.commit()?;
         drop(transaction);
 
@@ -52,7 +55,8 @@ impl Snapshotter {
         }
         if self.options.removal == RemovalMode::AtOnce {
             let old = (!released.is_empty()).then_some(Volume::Writable);
-            for volume in removed.volume.into_iter().chain(old) {
+            let link = (removed.volume == Some(Volume::Writable)).then_some(Volume::Image);
+            for volume in removed.volume.into_iter().chain(old).chain(link) {
                 if let Err(error) = self.empty_trash(volume) {
                     log::warn!("empty the trash of the {volume} volume: {}", error.chain());
                 }

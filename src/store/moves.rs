@@ -2,6 +2,7 @@
 //! volume, and about the directories they leave behind.
 
 use std::borrow::Borrow;
+use std::collections::HashSet;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
@@ -158,19 +159,25 @@ impl<C: Borrow<Connection>> Rows<C> {
 
 impl Rows<&Connection> {
     /// Records that a layer's bytes are on the image volume now. `true` if
-    /// something may have its old directory mounted: that is recorded too, and
-    /// the directory has to stay until [`Rows::release_retired`] tells it.
+    /// something may have its old directory mounted, because it stands on the
+    /// layer or the layer is in `held`: that is recorded too, and the directory
+    /// has to stay until [`Rows::release_retired`] tells it.
     ///
     /// # Errors
     ///
     /// Those of the database.
-    pub fn move_home(&self, layer: SnapshotId, boot_id: &str) -> Result<bool> {
+    pub fn move_home(
+        &self,
+        layer: SnapshotId,
+        held: &HashSet<SnapshotId>,
+        boot_id: &str,
+    ) -> Result<bool> {
         let doing = |error| sql_error(error, format!("record that layer {layer} has moved"));
         self.connection()
             .prepare_cached("UPDATE snapshot SET volume = 0 WHERE id = ?1")
             .and_then(|mut update| update.execute([sql_id(layer)]))
             .map_err(doing)?;
-        if !self.is_in_use(layer)? {
+        if !held.contains(&layer) && !self.is_in_use(layer)? {
             return Ok(false);
         }
         self.connection()
@@ -184,12 +191,13 @@ impl Rows<&Connection> {
     }
 
     /// Strikes out, and returns, the left directories that nothing can have
-    /// mounted any more because what stood on their layers is gone.
+    /// mounted any more because what stood on their layers is gone; those in
+    /// `held` stay.
     ///
     /// # Errors
     ///
     /// Those of the database.
-    pub fn release_retired(&self) -> Result<Vec<SnapshotId>> {
+    pub fn release_retired(&self, held: &HashSet<SnapshotId>) -> Result<Vec<SnapshotId>> {
         let doing = |error| sql_error(error, "release the directories that layers have left");
         let kept: Vec<(i64, i64)> = self
             .connection()
@@ -202,8 +210,9 @@ impl Rows<&Connection> {
             .map_err(doing)?;
         let mut released = Vec::new();
         for (id, highest_id) in kept {
-            if !self.is_in_use_up_to(id, highest_id)? {
-                let id = id_from_sql(id)?;
+            let is_in_use = self.is_in_use_up_to(id, highest_id)?;
+            let id = id_from_sql(id)?;
+            if !is_in_use && !held.contains(&id) {
                 self.forget_retired(id)?;
                 released.push(id);
             }

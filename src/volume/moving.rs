@@ -102,6 +102,16 @@ impl Image {
         .context(|| format!("put the layer {}/{id} into place", self.snapshots_path()))
     }
 
+    /// Makes an exchange durable that was found, not made: a crash may have come
+    /// between the exchange and its own flush.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn settle_names(&self) -> Result<()> {
+        fsync(self.dirs().snapshots_fd()).context(|| format!("flush {}", self.snapshots_path()))
+    }
+
     /// Removes what a move has left under its own name: the link after the
     /// exchange; an unfinished copy goes to the trash.
     ///

@@ -65,6 +65,10 @@ pub const TESTS: &[Test] = &[
         a_build_of_twenty_steps_keeps_every_step,
     ),
     (
+        "a_layer_committed_under_its_container_waits",
+        a_layer_committed_under_its_container_waits,
+    ),
+    (
         "left_bytes_go_with_the_next_boot",
         left_bytes_go_with_the_next_boot,
     ),
@@ -610,4 +614,42 @@ fn one_file_system_needs_no_copy() {
         &Mounted::new(&client.prepare("other", "layer", &[]).unwrap()).path(),
         "layer"
     ));
+}
+
+/// As with `ctr snapshot commit` of a running container's snapshot.
+fn a_layer_committed_under_its_container_waits() {
+    let split = Split::start(&["--relocate-after", "0"]);
+    let client = split.client();
+    let (root, old) = (split.root(), split.writable().join("snapshots"));
+    layer(&client, "image", "", |top| {
+        fs::write(top.join("a"), "a").unwrap()
+    });
+    committed(&client, "below-key", "image", "below");
+    let running = Mounted::new(&client.prepare("web", "below", &[]).unwrap());
+    fs::write(running.path().join("mine"), vec![2; 2 << 20]).unwrap();
+    client.commit("web", "top", &[]).unwrap();
+    until("it is put off", || {
+        split.daemon.log().contains("\"top\" is put off")
+    });
+    // Each removal is a reason to look again.
+    for number in 0..5 {
+        let key = format!("other-{number}");
+        client.prepare(&key, "", &[]).unwrap();
+        client.remove(&key).unwrap();
+        client.cleanup().unwrap();
+        fs::write(running.path().join(&key), "still writing").unwrap();
+        assert!(holds(&running.path(), "below"));
+        assert_eq!(
+            fs::read(running.path().join("mine")).unwrap(),
+            vec![2; 2 << 20]
+        );
+    }
+    assert!(!is_home(&root, 3) && old.join("3/fs/other-4").exists());
+    drop(running);
+    client.prepare("last", "", &[]).unwrap();
+    client.remove("last").unwrap();
+    until("it is home", || is_home(&root, 3));
+    let mounted = Mounted::new(&client.view("view", "top", &[]).unwrap());
+    let said = fs::read_to_string(mounted.path().join("other-4")).unwrap();
+    assert_eq!(said, "still writing");
 }
