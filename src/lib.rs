@@ -3,13 +3,14 @@
 //!
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree }`;
-//! `types` and `error` are free to all, `filter` and `idmap` are pure leaves.
+//! `types`, `error` and `lock` are free to all, `filter` and `idmap` are pure leaves.
 
 pub mod config;
 pub mod daemon;
 pub mod error;
 pub mod filter;
 pub mod idmap;
+mod lock;
 pub mod mount;
 pub mod overlay;
 pub mod service;

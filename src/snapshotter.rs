@@ -150,9 +150,10 @@ impl Snapshotter {
     }
 
     /// The daemon is stopping: moves of layers, in whatever thread, end with
-    /// [`ErrorKind::Unavailable`].
+    /// [`ErrorKind::Unavailable`], and the relocator ends.
     pub fn begin_stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
+        self.relocator.wake();
     }
 
     /// Makes an active snapshot on a committed parent, or on nothing.

@@ -25,12 +25,13 @@ use std::io::{ErrorKind as IoKind, Read};
 use std::ops::Deref;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
 
 pub use moves::{Away, Retired};
 pub use rows::{Ancestor, Commit, Created, LabelChange, New, Place, Rows, Snapshot};
@@ -251,12 +252,6 @@ impl Drop for Transaction<'_> {
             log::error!("cannot roll a database transaction back: {error}");
         }
     }
-}
-
-/// A panic in one request must not end all later ones: SQLite rolls back what
-/// the panicking thread had begun, so the data behind the lock is sound.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn connect(path: &Path) -> rusqlite::Result<Connection> {

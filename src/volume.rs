@@ -20,11 +20,13 @@
 //! its id next, or the next start, moves it to the trash; it is never used.
 
 mod dirs;
+mod file;
 mod identity;
 mod image;
 mod moving;
 
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
+pub use file::replace_file;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use moving::{Target, moving_id};

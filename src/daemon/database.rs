@@ -8,13 +8,13 @@
 
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, fsync, openat, renameat, unlinkat};
-use rustix::io::{Errno, read, write};
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::io::{Errno, read};
 
 use crate::config::Config;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{FileFormat, Store, probe_format};
-use crate::volume::{Identity, Image, Root};
+use crate::volume::{Identity, Image, Root, replace_file};
 
 const FILE: &str = "metadata.db";
 /// The fact under which a database keeps its own identity.
@@ -179,7 +179,6 @@ struct State {
 }
 
 const STATE: &str = "state";
-const NEW_STATE: &str = "state.new";
 const MAX_STATE_BYTES: usize = 8192;
 
 fn read_state(root: &Root, config: &Config) -> Result<Option<State>> {
@@ -218,21 +217,7 @@ fn write_state(root: &Root, config: &Config, state: &State) -> Result<()> {
         state.database.display(),
         state.identity
     );
-    let replace = || {
-        match unlinkat(root.fd(), NEW_STATE, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(errno),
-        }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = openat(root.fd(), NEW_STATE, flags, Mode::from_raw_mode(0o600))?;
-        if write(&file, text.as_bytes())? != text.len() {
-            return Err(Errno::NOSPC);
-        }
-        fsync(&file)?;
-        renameat(root.fd(), NEW_STATE, root.fd(), STATE)?;
-        fsync(root.fd())
-    };
-    replace().context(|| format!("write {}/{STATE}", config.root))
+    replace_file(root.fd(), STATE, &text).context(|| format!("write {}/{STATE}", config.root))
 }
 
 #[cfg(test)]

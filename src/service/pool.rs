@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use grpcio::{RpcStatus, RpcStatusCode};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -160,10 +161,6 @@ impl Drop for Running {
         self.door.lock().running -= 1;
         self.door.changed.notify_all();
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! Turning an active snapshot into a layer.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use super::{Snapshotter, SyncMode, labels};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lock::lock;
 use crate::store::Commit;
 use crate::types::{Labels, Quoted, SnapshotId, Volume};
 
@@ -39,9 +39,7 @@ impl Snapshotter {
         if self.options.sync == SyncMode::AtCommit {
             // One after another: who comes second must hear of a failure that
             // the kernel told the first.
-            let _syncing = self.syncing[volume as usize]
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let _syncing = lock(&self.syncing[volume as usize]);
             dirs.sync().inspect_err(|_| self.suspect_all(volume))?;
         }
         self.refuse_suspect(snapshot.id, volume)?;

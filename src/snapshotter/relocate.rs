@@ -12,7 +12,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -20,8 +20,10 @@ use rustix::fs::FileType;
 
 use super::{Relocation, Snapshotter};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lock::lock;
 use crate::store::{Ancestor, Away, Transaction};
 use crate::types::{Kind, Quoted, SnapshotId, Timestamp, Volume};
+use crate::volume::Dirs;
 use crate::{mount, sys, tree};
 
 /// Below this a layer waits until nothing stands on it: Docker's init layers,
@@ -72,11 +74,10 @@ impl Snapshotter {
             if self.held_layers()?.contains(&id) {
                 return Ok(Moved::Held);
             }
-            if self.rename_home(id)? {
+            if self.rename_home(id, &writable)? {
                 return Ok(Moved::Home(0));
             }
-            let copied = self.copy_home(id);
-            match copied {
+            match self.copy_home(id, &writable) {
                 Ok(copied) => bytes = copied,
                 Err(error) => {
                     image.end_move(id)?;
@@ -105,8 +106,8 @@ impl Snapshotter {
         }
         fault_point("exchanged");
         // If recording fails, the copy stays in place: it is whole, and the
-        // next try, or the next start, finds it and only records it.
-        // Asked again: what stood on it may have been committed meanwhile.
+        // next try, or the next start, finds it and only records it. What is
+        // held is asked again: what stood on it may have been committed since.
         let held = self.held_layers()?;
         let is_in_use = transaction.rows().move_home(id, &held, &boot_id()?)?;
         transaction.commit()?;
@@ -151,8 +152,8 @@ impl Snapshotter {
         Ok(held)
     }
 
-    fn copy_home(&self, id: SnapshotId) -> Result<u64> {
-        let source = self.volumes.open(Volume::Writable)?.open_snapshot(id)?;
+    fn copy_home(&self, id: SnapshotId, writable: &Dirs) -> Result<u64> {
+        let source = writable.open_snapshot(id)?;
         let image = self.volumes.image();
         let target = image.begin_move(id)?;
         fault_point("begun");
@@ -165,17 +166,16 @@ impl Snapshotter {
 
     /// The whole move where both volumes are one file system: two renames.
     /// `false`, and nothing done, where they are not.
-    fn rename_home(&self, id: SnapshotId) -> Result<bool> {
-        let writable = self.volumes.open(Volume::Writable)?;
+    fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
+        let image = self.volumes.image();
         let mut transaction = self.store.write()?;
-        if !is_away(&transaction, id)? || !self.volumes.image().rename_home(id, &writable)? {
+        if !is_away(&transaction, id)? || !image.rename_home(id, writable)? {
             return Ok(false);
         }
         fault_point("renamed");
-        let image = self.volumes.image();
         if let Err(error) = image.exchange(id) {
             if image.layer_entry(id)? != Some(FileType::Directory) {
-                image.rename_back(id, &writable)?;
+                image.rename_back(id, writable)?;
             }
             return Err(error);
         }
@@ -187,7 +187,7 @@ impl Snapshotter {
         transaction.rows().forget_retired(id)?;
         transaction.commit()?;
         fault_point("rename-recorded");
-        self.volumes.image().end_move(id)?;
+        image.end_move(id)?;
         Ok(true)
     }
 
@@ -245,7 +245,6 @@ impl Snapshotter {
         let rows = transaction.rows();
         let image = self.volumes.image();
         let boot_id = boot_id()?;
-        let held = self.held_layers()?;
         for away in rows.away()? {
             let is_exchanged = match image.layer_entry(away.id)? {
                 Some(FileType::Directory) => true,
@@ -253,7 +252,7 @@ impl Snapshotter {
             };
             if is_exchanged {
                 image.settle_names()?;
-                rows.move_home(away.id, &held, &boot_id)?;
+                rows.move_home(away.id, &self.held_layers()?, &boot_id)?;
                 log::info!("layer {} had been moved home: recorded", Quoted(&away.name));
             }
         }
@@ -308,7 +307,6 @@ struct State {
     is_woken: bool,
     /// Something on the image volume was removed.
     has_room: bool,
-    is_stopping: bool,
 }
 
 impl Signal {
@@ -362,8 +360,6 @@ impl Relocator {
 impl Drop for Relocator {
     fn drop(&mut self) {
         self.snapshotter.begin_stop();
-        lock(&self.snapshotter.relocator.state).is_stopping = true;
-        self.snapshotter.relocator.changed.notify_all();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -498,7 +494,7 @@ impl Worker {
             Next::In(wait) => Some(Instant::now() + *wait),
             Next::WhenWoken => None,
         };
-        while !state.is_woken && !state.is_stopping {
+        while !state.is_woken {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             state = match left {
                 Some(Duration::ZERO) => break,
@@ -514,7 +510,6 @@ impl Worker {
         }
         state.is_woken = false;
         let has_room = std::mem::take(&mut state.has_room);
-        let goes_on = !state.is_stopping && !self.snapshotter.stopping.load(Ordering::Relaxed);
         drop(state);
         if has_room && std::mem::take(&mut self.is_full) {
             // ext4 gives the blocks of deleted files back with its next journal
@@ -526,10 +521,7 @@ impl Worker {
                 log::warn!("{}", error.chain());
             }
         }
-        goes_on
+        // Set before the wake that tells of it.
+        !self.snapshotter.stopping.load(Ordering::Relaxed)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

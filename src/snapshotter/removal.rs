@@ -1,12 +1,13 @@
 //! Removing snapshots, and giving back what they took.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use super::{RemovalMode, Snapshotter, labels, recover};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Result};
+use crate::lock::lock;
 use crate::store::Place;
 use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
@@ -97,7 +98,7 @@ impl Snapshotter {
     }
 
     pub(super) fn empty_trash(&self, volume: Volume) -> Result<()> {
-        let _cleaning = self.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+        let _cleaning = lock(&self.cleaning);
         let dirs = self.volumes.open(volume)?;
         if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
             self.sweep(&dirs, volume)

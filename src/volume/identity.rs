@@ -5,14 +5,14 @@
 use std::fmt;
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, fsync, open, openat, renameat, unlinkat};
-use rustix::io::{Errno, read, write};
+use rustix::fs::{FileType, Mode, OFlags, fstat, open, openat};
+use rustix::io::{Errno, read};
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::file::replace_file;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 const FILE: &str = ".volume";
-const NEW_FILE: &str = ".volume.new";
 const HEX_DIGITS: usize = 32;
 
 /// A random 128-bit number, written as 32 hexadecimal digits.
@@ -87,30 +87,12 @@ impl Identity {
     pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         match self.look(&top, path)? {
             Claim::Free => {
-                self.write_mark(&top)
+                replace_file(&top, FILE, &format!("{self}\n"))
                     .context(|| format!("mark {path} as the writable volume"))?;
                 Ok(Claim::Ours)
             }
             claim => Ok(claim),
         }
-    }
-
-    /// By way of a new file and a rename, so that a crash never leaves half a
-    /// mark.
-    fn write_mark(&self, top: impl AsFd) -> std::result::Result<(), Errno> {
-        match unlinkat(&top, NEW_FILE, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(errno),
-        }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = openat(&top, NEW_FILE, flags, Mode::from_raw_mode(0o600))?;
-        let text = format!("{self}\n");
-        if write(&file, text.as_bytes())? != text.len() {
-            return Err(Errno::NOSPC);
-        }
-        fsync(&file)?;
-        renameat(&top, NEW_FILE, &top, FILE)?;
-        fsync(&top)
     }
 }
 
