@@ -5,9 +5,13 @@
 //! that leave here are absolute, UTF-8 and free of every character that means
 //! something in a mount option.
 
+mod paths;
+mod size;
+#[cfg(test)]
+mod tests;
+
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::{Component, Path};
 use std::thread;
 use std::time::Duration;
 
@@ -15,15 +19,22 @@ use argh::FromArgs;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Relocation, RemovalMode, SyncMode, UpperdirLabel};
+use crate::volume::{Lifetime, MountPoints, Reserve};
+use paths::{ROOT_NAMES, WRITABLE_NAMES, check_apart, check_mount_option, check_path};
 
 /// The original's root, so that a drop-in replacement finds its place.
 pub const DEFAULT_ROOT: &str =
     "/var/lib/containerd/tech.imvictor.containerd.overlay-read-write-splitting-snapshotter";
 
 /// Serve containerd a snapshotter that keeps image layers on one disk and what
-/// containers write on another.
+/// containers write on another. With the word `check`, look whether database
+/// and disks agree instead.
 #[derive(FromArgs)]
 struct Flags {
+    /// nothing, to serve; or `check`
+    #[argh(positional)]
+    command: Vec<String>,
+
     /// directory of the image volume: layers, database, socket (default
     /// /var/lib/containerd/tech.imvictor.containerd.overlay-read-write-splitting-snapshotter)
     #[argh(option, arg_name = "dir")]
@@ -42,6 +53,21 @@ struct Flags {
     /// path of the socket (default `grpc.socks` in the root)
     #[argh(option, arg_name = "path")]
     address: Option<String>,
+
+    /// refuse to start unless the root and the writable directory are mount
+    /// points themselves
+    #[argh(switch)]
+    require_mount: bool,
+
+    /// the writable volume is meant to be lost at a reboot (tmpfs): begin anew
+    /// on an empty one
+    #[argh(switch)]
+    writable_volatile: bool,
+
+    /// refuse new containers when less than this is free on the writable volume:
+    /// bytes, with K, M, G or T, or a percentage as in 5% (default 0)
+    #[argh(option, arg_name = "size", default = "String::from(\"0\")")]
+    reserve: String,
 
     /// true: space is given back by containerd's garbage collection; false:
     /// before each removal answers (default true)
@@ -76,6 +102,23 @@ struct Flags {
     #[argh(option, arg_name = "number")]
     threads: Option<NonZeroUsize>,
 
+    /// check: answer in JSON
+    #[argh(switch)]
+    json: bool,
+
+    /// check: put right what can be, after asking; the daemon has to be stopped
+    #[argh(switch)]
+    repair: bool,
+
+    /// check: repair without asking
+    #[argh(switch)]
+    yes: bool,
+
+    /// check: give up the writable volume that was there, take the writable
+    /// directory as a new one, and repair
+    #[argh(switch)]
+    reset_writable: bool,
+
     /// print the version
     #[argh(switch)]
     version: bool,
@@ -92,6 +135,12 @@ pub struct Config {
     pub state_dir: String,
     /// The socket.
     pub address: String,
+    /// From `--require-mount`.
+    pub mount_points: MountPoints,
+    /// From `--writable-volatile`.
+    pub writable_lifetime: Lifetime,
+    /// From `--reserve`.
+    pub reserve: Reserve,
     /// From `--async-remove`.
     pub removal: RemovalMode,
     /// From `--upperdir-label`.
@@ -106,11 +155,53 @@ pub struct Config {
     pub threads: usize,
 }
 
+/// How `check` tells what it found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// In sentences.
+    Human,
+    /// As one JSON object.
+    Json,
+}
+
+/// What `check` is to do about what it finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mending {
+    /// Nothing.
+    Never,
+    /// Put it right if the user says so.
+    AfterAsking,
+    /// Put it right.
+    AtOnce,
+}
+
+/// What becomes of a writable volume that is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingVolume {
+    /// It is waited for.
+    AwaitIt,
+    /// It is given up for the one at the writable directory.
+    GiveItUp,
+}
+
+/// How to check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckOptions {
+    /// From `--json`.
+    pub format: Format,
+    /// From `--repair` and `--yes`.
+    pub mending: Mending,
+    /// From `--reset-writable`.
+    pub missing: MissingVolume,
+}
+
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {
     /// To serve.
     Run(Config),
+    /// To look whether database and disks agree.
+    Check(Config, CheckOptions),
     /// To print this and be done.
     Print(String),
 }
@@ -129,7 +220,14 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             "overlay-read-write-splitting-snapshotter {}\n",
             env!("CARGO_PKG_VERSION")
         ))),
-        Ok(flags) => check(flags).map(Parsed::Run),
+        Ok(flags) => {
+            let options = check_command(&flags)?;
+            let config = check(flags)?;
+            Ok(match options {
+                None => Parsed::Run(config),
+                Some(options) => Parsed::Check(config, options),
+            })
+        }
         Err(exit) if exit.status.is_ok() => Ok(Parsed::Print(exit.output)),
         Err(exit) => Err(invalid(exit.output.trim().replace('\n', " "))),
     }
@@ -167,26 +265,60 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
     Ok(normal)
 }
 
+/// The options of `check`, if that is the command.
+fn check_command(flags: &Flags) -> Result<Option<CheckOptions>> {
+    let is_check = match flags.command.as_slice() {
+        [] => false,
+        [word] if word == "check" => true,
+        [word, extra, ..] if word == "check" => {
+            return Err(invalid(format!("check takes no {extra:?}")));
+        }
+        [word, ..] => {
+            return Err(invalid(format!(
+                "{word:?} is no command of this program: it knows \"check\", and serves without one"
+            )));
+        }
+    };
+    let given = [
+        ("--json", flags.json),
+        ("--repair", flags.repair),
+        ("--yes", flags.yes),
+        ("--reset-writable", flags.reset_writable),
+    ];
+    if !is_check {
+        return match given.iter().find(|(_, is_given)| *is_given) {
+            None => Ok(None),
+            Some((flag, _)) => Err(invalid(format!("{flag} goes with the command \"check\""))),
+        };
+    }
+    let mends = flags.repair || flags.reset_writable;
+    if flags.yes && !mends {
+        return Err(invalid("--yes goes with --repair".to_owned()));
+    }
+    if flags.json && mends && !flags.yes {
+        return Err(invalid(
+            "--json leaves no room for questions: give --yes with --repair".to_owned(),
+        ));
+    }
+    Ok(Some(CheckOptions {
+        format: match flags.json {
+            true => Format::Json,
+            false => Format::Human,
+        },
+        mending: match (mends, flags.yes) {
+            (false, _) => Mending::Never,
+            (true, false) => Mending::AfterAsking,
+            (true, true) => Mending::AtOnce,
+        },
+        missing: match flags.reset_writable {
+            true => MissingVolume::GiveItUp,
+            false => MissingVolume::AwaitIt,
+        },
+    }))
+}
+
 /// sockaddr_un's `sun_path` has 108 bytes with the final NUL (unix(7)).
 const MAX_ADDRESS_BYTES: usize = 107;
-
-/// Names in `<root>` that are ours; the writable directory may be in the root,
-/// but in none of them.
-const ROOT_NAMES: &[&str] = &[
-    "metadata.db",
-    "metadata.db-wal",
-    "metadata.db-shm",
-    "state",
-    "state.new",
-    "lock",
-    "grpc.socks",
-    "snapshots",
-    "lowers",
-    "empty",
-    "trash",
-];
-/// The same for `<writable>`.
-const WRITABLE_NAMES: &[&str] = &[".volume", ".volume.new", ".probe", "snapshots", "trash"];
 
 fn check(flags: Flags) -> Result<Config> {
     let root = check_path(
@@ -252,6 +384,15 @@ fn check(flags: Flags) -> Result<Config> {
         writable,
         state_dir,
         address,
+        mount_points: match flags.require_mount {
+            true => MountPoints::Required,
+            false => MountPoints::Optional,
+        },
+        writable_lifetime: match flags.writable_volatile {
+            true => Lifetime::UntilReboot,
+            false => Lifetime::Lasting,
+        },
+        reserve: size::parse_reserve("--reserve", &flags.reserve)?,
         removal: match flags.async_remove {
             true => RemovalMode::OnCleanup,
             false => RemovalMode::AtOnce,
@@ -293,231 +434,6 @@ fn default_threads() -> usize {
         .clamp(4, 16)
 }
 
-/// Makes a path absolute and refuses what could not be written into a mount
-/// option: a comma ends an option, a colon a lower directory, a backslash
-/// escapes.
-fn check_path(flag: &str, path: &str) -> Result<String> {
-    let refuse = |why: &str| Err(invalid(format!("{flag} is {path:?}: {why}")));
-    if path.is_empty() {
-        return refuse("a path is needed");
-    }
-    let forbidden = |c: char| matches!(c, ',' | ':' | '\\') || c.is_control();
-    let Ok(absolute) = std::path::absolute(path) else {
-        return refuse("the working directory cannot be told, give an absolute path");
-    };
-    let Some(text) = absolute.to_str() else {
-        return refuse("the working directory is not UTF-8, give an absolute path");
-    };
-    if text.contains(forbidden) {
-        return refuse(
-            "commas, colons, backslashes and control characters mean something to mount(8), \
-             choose a path without them",
-        );
-    }
-    let mut normal = String::new();
-    for component in Path::new(text).components() {
-        match component {
-            Component::Normal(name) => {
-                normal.push('/');
-                normal.push_str(name.to_str().expect("a part of a UTF-8 path is UTF-8"));
-            }
-            Component::ParentDir => return refuse("write it without \"..\""),
-            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
-        }
-    }
-    if normal.is_empty() {
-        return refuse("the root of all file systems cannot be used");
-    }
-    Ok(normal)
-}
-
-/// Refuses `other` where it is `base` itself or in a directory that is ours.
-fn check_apart(base: (&str, &str), names: &[&str], other: (&str, &str)) -> Result<()> {
-    let Some(below) = other.1.strip_prefix(base.1) else {
-        return Ok(());
-    };
-    let is_taken = match below.strip_prefix('/') {
-        None => below.is_empty(),
-        Some(below) => names.contains(&below.split('/').next().unwrap_or(below)),
-    };
-    if !is_taken {
-        return Ok(());
-    }
-    Err(invalid(format!(
-        "{} {} is used for {} already: choose another directory",
-        other.0, other.1, base.0
-    )))
-}
-
-/// Options that each mount gets from its snapshot (overlayfs.rst).
-const OWN_OPTIONS: &[&str] = &[
-    "lowerdir",
-    "lowerdir+",
-    "datadir+",
-    "upperdir",
-    "workdir",
-    "uidmap",
-    "gidmap",
-];
-
-fn check_mount_option(option: &str) -> Result<()> {
-    let refuse = |why: &str| Err(invalid(format!("--mount-option is {option:?}: {why}")));
-    let name = option.split('=').next().unwrap_or(option);
-    if name.is_empty() {
-        return refuse("an option of overlayfs is needed");
-    }
-    if OWN_OPTIONS.contains(&name) {
-        return refuse("the snapshotter sets that one itself for each mount");
-    }
-    if option.contains(|c: char| c == ',' || c.is_control() || c.is_whitespace()) {
-        return refuse("give one option at a time, without commas and blanks");
-    }
-    Ok(())
-}
-
 fn invalid(what: String) -> Error {
     Error::new(ErrorKind::InvalidArgument, what)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run(arguments: &[&str]) -> Result<Config> {
-        match parse(arguments.iter().map(OsString::from).collect())? {
-            Parsed::Run(config) => Ok(config),
-            Parsed::Print(text) => panic!("printed {text}"),
-        }
-    }
-
-    fn refused(arguments: &[&str]) -> String {
-        let error = run(arguments).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-        let text = error.chain();
-        assert_eq!(text.lines().count(), 1, "{text}");
-        text
-    }
-
-    #[test]
-    fn defaults_are_the_originals() {
-        let config = run(&[]).unwrap();
-        assert_eq!(config.root, DEFAULT_ROOT);
-        assert_eq!(config.writable, format!("{DEFAULT_ROOT}/writable"));
-        assert_eq!(config.state_dir, DEFAULT_ROOT);
-        assert_eq!(config.address, format!("{DEFAULT_ROOT}/grpc.socks"));
-        assert_eq!(config.removal, RemovalMode::OnCleanup);
-        assert_eq!(config.upperdir_label, UpperdirLabel::Hidden);
-        assert_eq!(config.sync, SyncMode::AtCommit);
-        let after = Duration::from_secs(60);
-        assert_eq!(config.relocation, Relocation::Background { after });
-        assert!((4..=16).contains(&config.threads));
-    }
-
-    #[test]
-    fn both_ways_to_give_a_value_mean_the_same() {
-        let apart = run(&[
-            "--root-dir",
-            "/a/",
-            "--async-remove",
-            "false",
-            "--upperdir-label",
-            "true",
-            "--mount-option",
-            "xino=auto",
-            "--mount-option",
-            "metacopy=on",
-            "--threads",
-            "3",
-        ]);
-        let joined = run(&[
-            "--root-dir=/a",
-            "--async-remove=false",
-            "--upperdir-label",
-            "--mount-option=xino=auto",
-            "--mount-option=metacopy=on",
-            "--threads=3",
-        ]);
-        let apart = apart.unwrap();
-        assert_eq!(apart.root, "/a");
-        assert_eq!(apart.mount_options, ["xino=auto", "metacopy=on"]);
-        assert_eq!(apart.upperdir_label, UpperdirLabel::Shown);
-        assert_eq!(apart.removal, RemovalMode::AtOnce);
-        assert_eq!(apart, joined.unwrap());
-        let alone = run(&["--async-remove", "--root-dir", "/a"]).unwrap();
-        assert_eq!(alone.removal, RemovalMode::OnCleanup);
-    }
-
-    #[test]
-    fn paths_that_could_inject_mount_options_are_refused() {
-        for path in ["/a,b", "/a:b", "/a\\b", "/a\nb", "", "/", "/a/../b"] {
-            for flag in ["--root-dir", "--writable-dir", "--state-dir", "--address"] {
-                let text = refused(&[flag, path]);
-                assert!(text.contains(flag), "{text}");
-            }
-        }
-        run(&["--root-dir", "/with blank/é"]).unwrap();
-    }
-
-    #[test]
-    fn directories_do_not_lie_in_each_others_own() {
-        for pair in [
-            ["--root-dir=/a", "--writable-dir=/a"],
-            ["--root-dir=/a", "--writable-dir=/a/snapshots"],
-            ["--root-dir=/a", "--writable-dir=/a/trash/x"],
-            ["--root-dir=/a/snapshots/x", "--writable-dir=/a"],
-            ["--root-dir=/a", "--state-dir=/a/snapshots"],
-        ] {
-            let text = refused(&pair);
-            assert!(text.contains("/a"), "{text}");
-        }
-        run(&["--root-dir=/a", "--writable-dir=/a/fast"]).unwrap();
-        run(&["--root-dir=/a", "--writable-dir=/ab"]).unwrap();
-        run(&["--root-dir=/a", "--writable-dir=/b", "--state-dir=/b"]).unwrap();
-        run(&["--root-dir=/a", "--writable-dir=/b", "--state-dir=/b/db"]).unwrap();
-    }
-
-    #[test]
-    fn options_that_are_not_ours_to_give_are_refused() {
-        for option in [
-            "lowerdir=/x",
-            "upperdir=/x",
-            "workdir",
-            "a,b",
-            "",
-            "=x",
-            "a b",
-            "uidmap=0:0:1",
-        ] {
-            let text = refused(&["--mount-option", option]);
-            assert!(text.contains("--mount-option"), "{text}");
-        }
-    }
-
-    #[test]
-    fn nonsense_is_refused_in_one_line() {
-        refused(&["--threads", "0"]);
-        refused(&["--threads", "many"]);
-        refused(&["--async-remove=maybe"]);
-        refused(&["--sync", "sometimes"]);
-        refused(&["--relocate", "sometimes"]);
-        refused(&["--mount-option", "index=on"]);
-        run(&["--mount-option", "index=on", "--relocate", "never"]).unwrap();
-        refused(&["--relocate-after", "-1"]);
-        refused(&["--no-such-flag"]);
-        refused(&["stray"]);
-        refused(&["--address", &format!("/{}", "a".repeat(107))]);
-    }
-
-    #[test]
-    fn version_and_help_are_printed() {
-        for (flag, part) in [
-            ("--version", env!("CARGO_PKG_VERSION")),
-            ("--help", "--writable-dir"),
-        ] {
-            match parse(vec![flag.into()]).unwrap() {
-                Parsed::Print(text) => assert!(text.contains(part), "{text}"),
-                Parsed::Run(_) => panic!("{flag} ran"),
-            }
-        }
-    }
 }

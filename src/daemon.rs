@@ -4,12 +4,12 @@
 //! a request. Killed at any moment, the next start finds what was
 //! acknowledged; see [`crate::store`] and [`crate::volume`].
 
-mod database;
-mod lock;
+pub(crate) mod database;
+mod keeper;
+pub(crate) mod lock;
 mod server;
-mod writable;
+pub(crate) mod writable;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,8 +23,9 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount;
 use crate::service::{self, Pool};
-use crate::snapshotter::{IdMappedMounts, Options, Relocator, Snapshotter};
-use crate::volume::{Image, Volumes};
+use crate::snapshotter::{Flusher, Options, Relocator, Snapshotter};
+use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
+use keeper::Keeper;
 use server::Server;
 
 /// How long a stop waits for requests under way; with what follows it takes
@@ -45,25 +46,25 @@ pub fn run(config: &Config) -> Result<()> {
     // Modes are those that are asked for, whoever started this.
     umask(Mode::from_raw_mode(0o022));
 
+    if config.mount_points == MountPoints::Required {
+        require_mount_points(&[
+            ("--root-dir", &config.root),
+            ("--writable-dir", &config.writable),
+        ])?;
+    }
     let root = Image::open_root(&config.root)?;
     let lock = lock::acquire(&root, &config.root)?;
     root.require_entry_types()?;
     let store = database::open(&root, config)?;
     let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
-    let mount_options = mount_options(config);
-    writable::set_up(&volumes, &store, &mount_options)?;
-    let snapshotter = Snapshotter::new(
-        store,
-        volumes,
-        Options {
-            mount_options,
-            removal: config.removal,
-            sync: config.sync,
-            relocation: config.relocation,
-            upperdir_label: config.upperdir_label,
-            id_mapped_mounts: probe_id_mapped_mounts(&config.root),
-        },
-    );
+    let options = options(config);
+    writable::set_up(
+        &volumes,
+        &store,
+        config.writable_lifetime,
+        &options.mount_options,
+    )?;
+    let snapshotter = Snapshotter::new(store, volumes, options);
     snapshotter.recover()?;
 
     let snapshotter = Arc::new(snapshotter);
@@ -71,6 +72,8 @@ pub fn run(config: &Config) -> Result<()> {
     let mut server = Server::start(&config.address, service::build(&snapshotter, &pool))?;
     // After the socket was made, for which the process's umask changes.
     let relocator = Relocator::start(&snapshotter)?;
+    let flusher = Flusher::start(&snapshotter)?;
+    let keeper = Keeper::start(&snapshotter)?;
     log::info!(
         "serving on {} after {} ms: layers in {}, writes in {}",
         config.address,
@@ -91,9 +94,18 @@ pub fn run(config: &Config) -> Result<()> {
     }
     server.stop(deadline);
     drop(relocator);
+    drop(flusher);
+    drop(keeper);
     // What is cut off may hold the database; the next start reads the log.
-    if is_drained && let Err(error) = snapshotter.store().checkpoint() {
-        log::warn!("{}", error.chain());
+    if is_drained {
+        let store = snapshotter.store();
+        if let Err(error) = store.copy() {
+            log::warn!("{}", error.chain());
+        }
+        store.refill_ballast();
+        if let Err(error) = store.close() {
+            log::warn!("{}", error.chain());
+        }
     }
     if is_drained {
         drop(lock);
@@ -104,6 +116,18 @@ pub fn run(config: &Config) -> Result<()> {
     }
     log::info!("stopped; containers keep running");
     Ok(())
+}
+
+/// How the snapshotter is to behave on this machine.
+pub(crate) fn options(config: &Config) -> Options {
+    Options {
+        mount_options: mount_options(config),
+        removal: config.removal,
+        sync: config.sync,
+        relocation: config.relocation,
+        reserve: config.reserve,
+        upperdir_label: config.upperdir_label,
+    }
 }
 
 /// The configured options, with those that the kernel here makes necessary.
@@ -123,16 +147,6 @@ fn mount_options(config: &Config) -> Vec<String> {
     }
     options.extend_from_slice(&config.mount_options);
     options
-}
-
-fn probe_id_mapped_mounts(root: &str) -> IdMappedMounts {
-    match mount::probe_idmapped_mounts(Path::new(root)) {
-        Ok(()) => IdMappedMounts::Supported,
-        Err(error) => {
-            log::info!("layers cannot be id-mapped: {}", error.chain());
-            IdMappedMounts::Unsupported
-        }
-    }
 }
 
 /// Each connection is a descriptor, and service managers start with a soft

@@ -1,11 +1,12 @@
-//! The program: reads its arguments, runs the daemon, prints what went wrong.
+//! The program: reads its arguments, runs the daemon or a command, prints what
+//! went wrong.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
 use overlay_read_write_splitting_snapshotter::error::Error;
-use overlay_read_write_splitting_snapshotter::{daemon, mount};
+use overlay_read_write_splitting_snapshotter::{check, daemon, mount};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
@@ -16,6 +17,17 @@ fn main() -> ExitCode {
         Ok(Parsed::Run(config)) => {
             start_log();
             finish(daemon::run(&config))
+        }
+        Ok(Parsed::Check(config, options)) => {
+            start_log();
+            match check::run(&config, options) {
+                Ok(check::Outcome::Clean) => ExitCode::SUCCESS,
+                Ok(check::Outcome::Findings) => ExitCode::from(1),
+                Err(error) => {
+                    complain(&error);
+                    ExitCode::from(2)
+                }
+            }
         }
         Ok(Parsed::Print(text)) => {
             // A closed pipe (`--help | head`) is no failure.
@@ -30,13 +42,17 @@ fn finish(result: Result<(), Error>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!(
-                "overlay-read-write-splitting-snapshotter: {}",
-                error.chain()
-            );
+            complain(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+fn complain(error: &Error) {
+    eprintln!(
+        "overlay-read-write-splitting-snapshotter: {}",
+        error.chain()
+    );
 }
 
 /// On standard error, level by `RUST_LOG` (default info); the journal adds the

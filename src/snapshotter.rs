@@ -8,13 +8,18 @@
 //! that no row knows, and [`Snapshotter::recover`] trashes it.
 
 mod commit;
+mod finding;
+mod flush;
+mod inspect;
 mod labels;
 mod place;
 mod recover;
 mod relocate;
 mod removal;
+mod repair;
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
@@ -23,9 +28,14 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
 use crate::overlay::{Layout, Plan, plan_mounts};
 use crate::store::{Ancestor, New, Snapshot, Store};
-use crate::tree;
-use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Usage, Volume};
-use crate::volume::{Owner, Shape, Volumes};
+use crate::types::{
+    Content, Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Usage, Volume,
+};
+use crate::volume::{Owner, Reserve, Shape, Volumes};
+use crate::{mount, tree};
+pub use finding::{Finding, Problem, Recorded};
+pub use flush::Flusher;
+pub use inspect::Inspection;
 use labels::IdMaps;
 use place::{choose_volume, is_unpack};
 pub use relocate::Relocator;
@@ -71,7 +81,7 @@ pub enum UpperdirLabel {
 
 /// What the kernel does with mounts whose ids are to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum IdMappedMounts {
+enum IdMappedMounts {
     /// It maps them: mounts carry `uidmap=` and `gidmap=`.
     Supported,
     /// It cannot; only a snapshot's own top directory is given its owner.
@@ -89,10 +99,10 @@ pub struct Options {
     pub sync: SyncMode,
     /// See [`Relocation`].
     pub relocation: Relocation,
+    /// What has to stay free on the writable volume.
+    pub reserve: Reserve,
     /// See [`UpperdirLabel`].
     pub upperdir_label: UpperdirLabel,
-    /// See [`IdMappedMounts`].
-    pub id_mapped_mounts: IdMappedMounts,
 }
 
 /// The ten operations of containerd's snapshots API.
@@ -111,6 +121,8 @@ pub struct Snapshotter {
     /// order of `strays`.
     suspect_up_to: [AtomicU64; 2],
     syncing: [Mutex<()>; 2],
+    /// On the image volume, since the start.
+    unpacks: flush::Unpacks,
     /// Set once, when the daemon stops: long work ends early.
     stopping: AtomicBool,
     /// One layer moves at a time.
@@ -118,6 +130,9 @@ pub struct Snapshotter {
     relocator: relocate::Signal,
     /// Layers that the start has missed. Ids are never given out again.
     lost: OnceLock<HashSet<SnapshotId>>,
+    /// Asked of the kernel when it is first needed: few need it, and the answer
+    /// takes longer than everything else at a start.
+    id_mapped_mounts: OnceLock<IdMappedMounts>,
 }
 
 impl Snapshotter {
@@ -137,16 +152,31 @@ impl Snapshotter {
             strays: [AtomicBool::new(false), AtomicBool::new(false)],
             suspect_up_to: [AtomicU64::new(0), AtomicU64::new(0)],
             syncing: [Mutex::new(()), Mutex::new(())],
+            unpacks: flush::Unpacks::default(),
             stopping: AtomicBool::new(false),
             relocating: Mutex::new(()),
             relocator: relocate::Signal::default(),
             lost: OnceLock::new(),
+            id_mapped_mounts: OnceLock::new(),
         }
     }
 
     /// The database, for what the daemon does with it at start and stop.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    fn id_mapped_mounts(&self) -> IdMappedMounts {
+        *self.id_mapped_mounts.get_or_init(|| {
+            let snapshots = self.volumes.snapshots_path(Volume::Image);
+            match mount::probe_idmapped_mounts(Path::new(&snapshots)) {
+                Ok(()) => IdMappedMounts::Supported,
+                Err(error) => {
+                    log::info!("layers cannot be id-mapped: {}", error.chain());
+                    IdMappedMounts::Unsupported
+                }
+            }
+        })
     }
 
     /// The daemon is stopping: moves of layers, in whatever thread, end with
@@ -163,7 +193,7 @@ impl Snapshotter {
     /// See [`crate::store::Rows::create`]; [`ErrorKind::InvalidArgument`] for a
     /// bad key, label or id mapping; [`ErrorKind::FailedPrecondition`] if the
     /// writable volume is needed and not there; [`ErrorKind::ResourceExhausted`]
-    /// if a disk is full. No trace is left of a refused one.
+    /// if a disk is full, or has less room than the reserve. No trace is left of a refused one.
     pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
         self.create(Kind::Active, key, parent, labels)
             .context(|| format!("prepare snapshot {}", Quoted(key)))
@@ -190,8 +220,10 @@ impl Snapshotter {
         // A view of a parent is that parent's directories.
         let volume = (kind == Kind::Active || parent.is_empty()).then_some(volume);
         let dirs = volume.map(|volume| self.volumes.open(volume)).transpose()?;
-        let needs_home =
-            id_maps.is_some() && self.options.id_mapped_mounts == IdMappedMounts::Supported;
+        if let (Some(Volume::Writable), Some(dirs)) = (volume, &dirs) {
+            dirs.require_room(self.options.reserve)?;
+        }
+        let needs_home = id_maps.is_some() && self.id_mapped_mounts() == IdMappedMounts::Supported;
         if needs_home && !parent.is_empty() {
             self.bring_home(&self.ancestors_of(parent)?)?;
         }
@@ -222,12 +254,16 @@ impl Snapshotter {
             new_dirs.keep();
         }
         drop(transaction);
+        let is_unpack = kind == Kind::Active && is_unpack(key, &labels);
+        if is_unpack && volume == Some(Volume::Image) {
+            self.unpacks.begin(created.id);
+        }
         Ok(self.mounts_of(&Mounted {
             kind,
             id: created.id,
             volume,
             ancestors: &created.ancestors,
-            over_empty: kind == Kind::Active && is_unpack(key, &labels),
+            over_empty: is_unpack,
             id_maps,
         }))
     }
@@ -312,9 +348,10 @@ impl Snapshotter {
     }
 
     fn mounts_of(&self, mounted: &Mounted<'_>) -> Vec<Mount> {
-        let id_options = match (&mounted.id_maps, self.options.id_mapped_mounts) {
-            (Some(maps), IdMappedMounts::Supported) => maps.options(),
-            (Some(_), IdMappedMounts::Unsupported) => {
+        let id_options = match &mounted.id_maps {
+            None => Vec::new(),
+            Some(maps) if self.id_mapped_mounts() == IdMappedMounts::Supported => maps.options(),
+            Some(_) => {
                 log::warn!(
                     "snapshot {} asks for mapped ids, which this kernel or file system cannot \
                      give: remove \"remap-ids\" from the capabilities of the proxy plugin",
@@ -322,7 +359,6 @@ impl Snapshotter {
                 );
                 Vec::new()
             }
-            (None, _) => Vec::new(),
         };
         let lowers: Vec<SnapshotId> = mounted.ancestors.iter().map(|layer| layer.id).collect();
         let volume = mounted.volume.unwrap_or(Volume::Image);
@@ -408,10 +444,13 @@ impl Snapshotter {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if the
     /// writable volume is needed and not there.
     pub fn usage(&self, key: &str) -> Result<Usage> {
-        let usage = || {
+        let usage = || -> Result<Usage> {
             let snapshot = self.store.read()?.stat(key)?;
             match (snapshot.info.kind, snapshot.volume) {
-                (Kind::Active, Some(volume)) => self.count_upper(key, &snapshot, volume),
+                (Kind::Active, Some(volume)) => {
+                    let content = self.count_upper(key, &snapshot, volume)?;
+                    Ok(content.usage)
+                }
                 _ => Ok(snapshot.usage),
             }
         };
@@ -420,7 +459,7 @@ impl Snapshotter {
 
     /// What an active snapshot holds. If it is removed meanwhile, its missing
     /// directory is no loss: it is not found.
-    fn count_upper(&self, key: &str, snapshot: &Snapshot, volume: Volume) -> Result<Usage> {
+    fn count_upper(&self, key: &str, snapshot: &Snapshot, volume: Volume) -> Result<Content> {
         let upper = self.volumes.open(volume)?.open_upper(snapshot.id);
         let upper = upper.or_else(|error| {
             let now = self.store.read()?.stat(key)?;
@@ -432,7 +471,7 @@ impl Snapshotter {
                 format!("snapshot {} was removed meanwhile", Quoted(key)),
             ))
         })?;
-        tree::count_usage(upper)
+        tree::count(upper)
     }
 }
 

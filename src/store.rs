@@ -11,17 +11,21 @@
 //! transaction survives power loss. After a crash SQLite replays or drops the
 //! WAL's tail, so a transaction is there whole or not at all.
 
+mod ballast;
 mod changes;
 mod convert;
+mod copy;
+mod format;
 mod labels;
+mod mending;
 mod moves;
 mod rows;
 mod schema;
+mod tail;
 #[cfg(test)]
 mod tests;
 
 use std::fs::OpenOptions;
-use std::io::{ErrorKind as IoKind, Read};
 use std::ops::Deref;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -33,87 +37,37 @@ use rusqlite::{Connection, OpenFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::lock;
 
+pub use format::{FileFormat, probe_format};
 pub use moves::{Away, Retired};
 pub use rows::{Ancestor, Commit, Created, LabelChange, New, Place, Rows, Snapshot};
+pub use tail::{Completeness, probe_completeness};
 
-/// What a file is, by its first bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FileFormat {
-    /// There is no file, or it is empty (SQLite's own first state).
-    Absent,
-    /// A SQLite database with our application id.
-    Ours,
-    /// The bbolt database of containerd's Go snapshotters.
-    Bolt,
-    /// A SQLite database of another program.
-    OtherSqlite,
-    /// Anything else.
-    Unknown,
-}
-
-/// Tells what the file at `path` is without opening it as a database. The
-/// application id is read from the header of the file itself: a database that
-/// has only just been created keeps it there too, because it is written before
-/// WAL mode is switched on.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if the file cannot be read.
-pub fn probe_format(path: &Path) -> Result<FileFormat> {
-    let mut head = Vec::with_capacity(HEADER_BYTES);
-    let read = match OpenOptions::new().read(true).open(path) {
-        Ok(file) => file.take(HEADER_BYTES as u64).read_to_end(&mut head),
-        Err(error) if error.kind() == IoKind::NotFound => return Ok(FileFormat::Absent),
-        Err(error) => Err(error),
-    };
-    read.map_err(|error| {
-        Error::caused(
-            ErrorKind::Internal,
-            format!("read the database {}", path.display()),
-            error,
-        )
-    })?;
-    Ok(format_of(&head))
-}
-
-/// SQLite's header (sqlite.org/fileformat2.html, section 1.3): the magic at 0,
-/// the application id at 68, big-endian.
-const HEADER_BYTES: usize = 100;
-const SQLITE_MAGIC: &[u8] = b"SQLite format 3\0";
-const APPLICATION_ID_AT: usize = 68;
-/// bbolt's meta page: a 16-byte page header, then this number in the byte
-/// order of the machine that wrote it (go.etcd.io/bbolt `db.go`, `magic`).
-const BOLT_MAGIC: u32 = 0xED0C_DAED;
-
-fn format_of(head: &[u8]) -> FileFormat {
-    let word = |at: usize| -> Option<[u8; 4]> { head.get(at..at + 4)?.try_into().ok() };
-    if head.is_empty() {
-        FileFormat::Absent
-    } else if head.starts_with(SQLITE_MAGIC) {
-        if word(APPLICATION_ID_AT).map(i32::from_be_bytes) == Some(schema::APPLICATION_ID) {
-            FileFormat::Ours
-        } else {
-            FileFormat::OtherSqlite
-        }
-    } else if word(16).is_some_and(|bytes| {
-        u32::from_le_bytes(bytes) == BOLT_MAGIC || u32::from_be_bytes(bytes) == BOLT_MAGIC
-    }) {
-        FileFormat::Bolt
-    } else {
-        FileFormat::Unknown
-    }
-}
+use ballast::Ballast;
+use copy::Changes;
 
 /// The database.
 pub struct Store {
     path: PathBuf,
-    writer: Mutex<Connection>,
+    access: Access,
+    /// `None` once closed.
+    writer: Mutex<Option<Connection>>,
     readers: Mutex<Vec<Connection>>,
+    ballast: Ballast,
+    changes: Changes,
+}
+
+/// What a database is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    /// To be read, perhaps beside a daemon that writes.
+    Read,
+    /// To be read and written, by nobody else.
+    ReadWrite,
 }
 
 impl Store {
     /// Opens the database at `path`, creating it (mode 0600) if there is none,
-    /// and brings its schema up to date.
+    /// brings its schema up to date, and marks it as in use.
     ///
     /// # Errors
     ///
@@ -121,7 +75,21 @@ impl Store {
     /// if a newer version of this program wrote it, [`ErrorKind::ResourceExhausted`]
     /// if its disk is full, [`ErrorKind::Internal`] otherwise.
     pub fn open(path: &Path) -> Result<Store> {
+        let store = match Store::try_open(path) {
+            // On a full disk SQLite cannot even begin to read: the log and its
+            // index are files of their own.
+            Err(error) if error.kind() != ErrorKind::DataLoss && Ballast::of(path).release() => {
+                Store::try_open(path)?
+            }
+            opened => opened?,
+        };
+        store.refill_ballast();
+        Ok(store)
+    }
+
+    fn try_open(path: &Path) -> Result<Store> {
         let opening = || format!("open the database {}", path.display());
+        let completeness = probe_completeness(path)?;
         // SQLite creates files 0644 less the umask; ours names every image
         // on the host, and its WAL takes the mode of the database.
         OpenOptions::new()
@@ -131,12 +99,43 @@ impl Store {
             .mode(0o600)
             .open(path)
             .map_err(|error| Error::caused(ErrorKind::Internal, opening(), error))?;
-        let mut writer = connect(path).map_err(|error| sql_error(error, opening()))?;
-        schema::migrate(&mut writer).map_err(|error| error.while_doing(opening()))?;
+        let mut writer =
+            connect(path, Access::ReadWrite).map_err(|error| sql_error(error, opening()))?;
+        let prepared = schema::require_sound(&writer)
+            .and_then(|()| schema::migrate(&mut writer))
+            .and_then(|()| tail::mark_in_use(&writer, &completeness));
+        prepared.map_err(|error| error.while_doing(opening()))?;
         Ok(Store {
             path: path.to_owned(),
-            writer: Mutex::new(writer),
+            access: Access::ReadWrite,
+            writer: Mutex::new(Some(writer)),
             readers: Mutex::new(Vec::new()),
+            ballast: Ballast::of(path),
+            changes: Changes::default(),
+        })
+    }
+
+    /// Opens the database at `path` to read it only, also while a daemon uses
+    /// it. What it holds is not changed; SQLite may leave an empty log beside it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if it is damaged, [`ErrorKind::FailedPrecondition`]
+    /// if another version of this program wrote it, [`ErrorKind::Internal`]
+    /// otherwise.
+    pub fn open_read_only(path: &Path) -> Result<Store> {
+        let opening = || format!("open the database {}", path.display());
+        let reader = connect(path, Access::Read).map_err(|error| sql_error(error, opening()))?;
+        schema::require_sound(&reader)
+            .and_then(|()| schema::require_current(&reader))
+            .map_err(|error| error.while_doing(opening()))?;
+        Ok(Store {
+            path: path.to_owned(),
+            access: Access::Read,
+            writer: Mutex::new(None),
+            readers: Mutex::new(vec![reader]),
+            ballast: Ballast::of(path),
+            changes: Changes::default(),
         })
     }
 
@@ -150,7 +149,7 @@ impl Store {
         let pooled = lock(&self.readers).pop();
         let connection = match pooled {
             Some(connection) => connection,
-            None => connect(&self.path).map_err(|error| {
+            None => connect(&self.path, self.access).map_err(|error| {
                 sql_error(error, format!("open the database {}", self.path.display()))
             })?,
         };
@@ -165,30 +164,69 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if SQLite cannot begin.
+    /// [`ErrorKind::Unavailable`] once it is closed, or was opened to be read
+    /// only; [`ErrorKind::Internal`] if SQLite cannot begin.
     pub fn write(&self) -> Result<Transaction<'_>> {
-        let connection = lock(&self.writer);
-        connection
+        let mut transaction = Transaction {
+            writer: lock(&self.writer),
+            changes: &self.changes,
+            finished: true,
+        };
+        transaction
+            .connection()?
             .prepare_cached("BEGIN IMMEDIATE")
             .and_then(|mut begin| begin.execute([]))
             .map_err(|error| sql_error(error, "begin a transaction"))?;
-        Ok(Transaction {
-            connection,
-            finished: false,
-        })
+        transaction.finished = false;
+        Ok(transaction)
     }
 
-    /// Moves the WAL into the database file and empties it, as before a stop.
+    /// Gives back the space that was set aside, and has SQLite begin its log
+    /// anew, so that a removal can be recorded on a full disk. `false` if that
+    /// has been done and there is nothing more to give.
+    pub fn make_room(&self) -> bool {
+        let is_released = self.ballast.release();
+        if let Some(writer) = lock(&self.writer).as_ref() {
+            // What it cannot move stays in the log.
+            let moved = writer.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+            if let Err(error) = moved {
+                log::debug!("checkpoint the database: {error}");
+            }
+        }
+        is_released
+    }
+
+    /// Sets space aside for removals on a full disk, if it is not set aside
+    /// already and there is some.
+    pub fn refill_ballast(&self) {
+        self.ballast.fill();
+    }
+
+    /// Ends the use of the database: its log is moved into it, and nothing can
+    /// be written any more.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Internal`] or [`ErrorKind::ResourceExhausted`]; nothing is
-    /// lost then, the next start reads the WAL.
-    pub fn checkpoint(&self) -> Result<()> {
+    /// lost then, the next start reads the log.
+    pub fn close(&self) -> Result<()> {
+        self.changes.stop();
         lock(&self.readers).clear();
-        lock(&self.writer)
-            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
-            .map_err(|error| sql_error(error, "checkpoint the database"))
+        let Some(writer) = lock(&self.writer).take() else {
+            return Ok(());
+        };
+        tail::mark_unused(&writer).inspect_err(|_| {
+            // Closed, it would take the log away, which the mark asks for.
+            std::mem::forget(writer);
+        })
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            log::warn!("{}", error.chain());
+        }
     }
 }
 
@@ -216,14 +254,25 @@ impl Drop for Reader<'_> {
 
 /// The write transaction; see [`Rows`] for what can be asked and changed.
 pub struct Transaction<'a> {
-    connection: MutexGuard<'a, Connection>,
+    writer: MutexGuard<'a, Option<Connection>>,
+    changes: &'a Changes,
     finished: bool,
 }
 
 impl Transaction<'_> {
     /// The rows as this transaction sees and changes them.
     pub fn rows(&self) -> Rows<&Connection> {
-        Rows::new(&self.connection)
+        let connection = self.writer.as_ref();
+        Rows::new(connection.expect("a transaction has begun, and its guard keeps it"))
+    }
+
+    fn connection(&self) -> Result<&Connection> {
+        self.writer.as_ref().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                "the database is not open for writing",
+            )
+        })
     }
 
     /// Makes everything done in it durable. The writer's lock is kept until the
@@ -234,31 +283,36 @@ impl Transaction<'_> {
     ///
     /// As of the database's disk; nothing of the transaction remains then.
     pub fn commit(&mut self) -> Result<()> {
-        self.connection
+        self.connection()?
             .prepare_cached("COMMIT")
             .and_then(|mut commit| commit.execute([]))
             .map_err(|error| sql_error(error, "commit to the database"))?;
         self.finished = true;
+        self.changes.note();
         Ok(())
     }
 }
 
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
-        if self.finished || self.connection.is_autocommit() {
+        let Some(connection) = self.writer.as_ref() else {
+            return;
+        };
+        if self.finished || connection.is_autocommit() {
             return;
         }
-        if let Err(error) = self.connection.execute_batch("ROLLBACK") {
+        if let Err(error) = connection.execute_batch("ROLLBACK") {
             log::error!("cannot roll a database transaction back: {error}");
         }
     }
 }
 
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
-    let connection = Connection::open_with_flags(
-        path,
-        OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-    )?;
+fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
+    let access = match access {
+        Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
+        Access::ReadWrite => OpenFlags::SQLITE_OPEN_READ_WRITE,
+    };
+    let connection = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     // Only a checkpoint of another connection can be in the way, and shortly.
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.set_prepared_statement_cache_capacity(32);

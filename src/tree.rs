@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind};
 
 pub use copy::copy_tree;
 pub use remove::remove_children;
-pub use usage::count_usage;
+pub use usage::count;
 
 /// Opens a directory to read it: without following a link in its last part,
 /// without entering what somebody has mounted there, and, where the kernel lets

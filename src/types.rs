@@ -116,6 +116,17 @@ pub struct Usage {
     pub inodes: u64,
 }
 
+/// What a tree was found to hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Content {
+    /// What it takes of its disk, which is that disk's affair: a copy on another
+    /// file system may take more or less.
+    pub usage: Usage,
+    /// The lengths of all regular files, each inode once. The same for every
+    /// true copy, and less where a disk has lost the end of a file.
+    pub data_bytes: u64,
+}
+
 /// A moment in UTC, in nanoseconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Timestamp(i64);

@@ -21,20 +21,26 @@
 
 mod dirs;
 mod file;
+mod flush;
+mod guard;
 mod identity;
 mod image;
 mod moving;
 
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
 pub use file::replace_file;
+pub use flush::Flush;
+pub use guard::{Lifetime, MountPoints, Reserve, require_mount_points};
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use moving::{Target, moving_id};
 
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::fstat;
+use rustix::fs::{Dir, fstat};
+use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
@@ -79,15 +85,7 @@ impl Volumes {
         match volume {
             Volume::Image => Ok(Arc::clone(self.image.dirs())),
             Volume::Writable => {
-                let identity = self.writable_identity.get().ok_or_else(|| {
-                    Error::new(
-                        ErrorKind::FailedPrecondition,
-                        format!(
-                            "the writable volume {} has not been set up",
-                            self.writable_path
-                        ),
-                    )
-                })?;
+                let identity = self.expected_writable()?;
                 let top = identity::open_confirmed(&self.writable_path, identity)?;
                 self.require_apart(&top)?;
                 Ok(Arc::new(Dirs::open(
@@ -123,6 +121,84 @@ impl Volumes {
         let top = self.open_writable_top()?;
         Dirs::open(Volume::Writable, path, &top)?;
         identity.claim(&top, path).map(drop)
+    }
+
+    /// Marks the writable directory as the expected volume.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if it carries the mark of another one,
+    /// or none is expected; otherwise as of [`Volumes::look_at_writable`].
+    pub fn mark_writable(&self) -> Result<()> {
+        let identity = self.expected_writable()?;
+        match self.look_at_writable(identity)? {
+            Claim::Foreign(_) => self.open(Volume::Writable).map(drop),
+            Claim::Free | Claim::Ours => self.claim_writable(identity),
+        }
+    }
+
+    /// The numbers of the directories in a writable directory that is there but
+    /// carries no mark; `None` if it is not there or marked. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// As of its disk.
+    pub fn unmarked_snapshots(&self) -> Result<Option<Vec<SnapshotId>>> {
+        let path = &self.writable_path;
+        let looking = || format!("look into the writable directory {path}");
+        let top = match identity::open_top(path) {
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            top => top.context(looking)?,
+        };
+        // Any identity will do: none is there if this one finds none.
+        if self.expected_writable()?.look(&top, path)? != Claim::Free {
+            return Ok(None);
+        }
+        let snapshots = match dirs::open_to_list(&top, "snapshots") {
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+            snapshots => snapshots.context(looking)?,
+        };
+        let mut ids = Vec::new();
+        for entry in Dir::new(snapshots).context(looking)? {
+            let entry = entry.context(looking)?;
+            ids.extend(SnapshotId::from_directory_name(
+                entry.file_name().to_bytes(),
+            ));
+        }
+        Ok(Some(ids))
+    }
+
+    fn expected_writable(&self) -> Result<&Identity> {
+        self.writable_identity.get().ok_or_else(|| {
+            Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "the writable volume {} has not been set up",
+                    self.writable_path
+                ),
+            )
+        })
+    }
+
+    /// Whether the writable directory can be a volume that a reboot has emptied:
+    /// on a file system in memory, or a mount point itself.
+    ///
+    /// # Errors
+    ///
+    /// As of its disk.
+    pub fn is_writable_mounted_anew(&self) -> Result<bool> {
+        let path = &self.writable_path;
+        guard::is_mounted_anew(path).context(|| format!("look what is mounted at {path}"))
+    }
+
+    /// The number of the writable directory's type of file system (statfs(2)).
+    ///
+    /// # Errors
+    ///
+    /// As of its disk.
+    pub fn writable_file_system(&self) -> Result<u64> {
+        let path = &self.writable_path;
+        guard::file_system_type(Path::new(path)).context(|| format!("look what is at {path}"))
     }
 
     fn open_writable_top(&self) -> Result<OwnedFd> {

@@ -13,7 +13,7 @@ use rustix::io::{Errno, read};
 
 use crate::config::Config;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{FileFormat, Store, probe_format};
+use crate::store::{Completeness, FileFormat, Store, probe_completeness, probe_format};
 use crate::volume::{Identity, Image, Root, replace_file};
 
 const FILE: &str = "metadata.db";
@@ -25,7 +25,9 @@ const IDENTITY: &str = "identity";
 /// # Errors
 ///
 /// [`ErrorKind::FailedPrecondition`] if it is another program's, missing, or
-/// another root's, saying which disk to look for; or those of [`Store::open`].
+/// another root's, saying which disk to look for; [`ErrorKind::DataLoss`] if it
+/// is damaged or not the latest, saying how to go on; or those of
+/// [`Store::open`].
 pub fn open(root: &Root, config: &Config) -> Result<Store> {
     let path = Path::new(&config.state_dir).join(FILE);
     let in_root = Path::new(&config.root).join(FILE);
@@ -33,12 +35,102 @@ pub fn open(root: &Root, config: &Config) -> Result<Store> {
     if in_root != path {
         require_ours(&in_root)?;
     }
-    match (read_state(root, config)?, format) {
+    require_latest(&path)?;
+    let opened = match (read_state(root, config)?, format) {
         (Some(state), FileFormat::Absent) => Err(missing(&state, &path)),
         (None, FileFormat::Absent) => create(root, config, &path),
         (Some(state), _) => open_known(root, config, &path, &state),
         (None, _) => adopt_untouched(root, config, &path),
+    };
+    let store = opened.map_err(|error| with_way_back(error, &path))?;
+    // A repair that was cut short may have given it a log.
+    let copied = store.read()?.copied()?;
+    match copied {
+        Some(made) => Err(outdated(&path, &made)),
+        None => Ok(store),
     }
+}
+
+/// Opens the database of a root that has been in use, whatever it lacks: to be
+/// looked at, or mended.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if there is none, or it is another root's;
+/// [`ErrorKind::DataLoss`] if it is damaged, saying how to go on; or those of
+/// `open`.
+pub fn open_existing(
+    root: &Root,
+    config: &Config,
+    open: fn(&Path) -> Result<Store>,
+) -> Result<(Store, Completeness)> {
+    let path = Path::new(&config.state_dir).join(FILE);
+    let format = require_ours(&path)?;
+    let Some(state) = read_state(root, config)? else {
+        return Err(refused(format!(
+            "{} has no file \"state\": no snapshotter has ever served it; give the --root-dir \
+             of one that has",
+            config.root
+        )));
+    };
+    if format == FileFormat::Absent {
+        return Err(missing(&state, &path));
+    }
+    let completeness = probe_completeness(&path)?;
+    if let Completeness::CopyWithLog(_) = completeness {
+        require_latest(&path)?;
+    }
+    let store = open(&path).map_err(|error| with_way_back(error, &path))?;
+    require_identity(&store, root, &path, &state)?;
+    Ok((store, completeness))
+}
+
+/// How to go on with a damaged database.
+fn with_way_back(error: Error, path: &Path) -> Error {
+    if error.kind() != ErrorKind::DataLoss {
+        return error;
+    }
+    let shown = path.display();
+    let way_back = match Path::new(&format!("{shown}.copy")).exists() {
+        true => format!(
+            "an earlier state of it is in {shown}.copy: move {shown} and {shown}-wal away, copy \
+             {shown}.copy to {shown}, and run `check --repair`"
+        ),
+        false => "restore it from a backup and run `check --repair`".to_owned(),
+    };
+    error.while_doing(format!("the database {shown} cannot be used; {way_back}"))
+}
+
+/// Refuses a database that has forgotten what it has acknowledged: containerd
+/// would be told that those snapshots do not exist, and their directories would
+/// be taken for strays.
+fn require_latest(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let why = match probe_completeness(path)? {
+        Completeness::Whole => return Ok(()),
+        Completeness::LogMissing => format!(
+            "the database {shown} was in use, and its log {shown}-wal, with the latest changes, \
+             is missing or empty: put it back, or, if it is lost, run `check --repair`, which \
+             makes do without them"
+        ),
+        Completeness::Copy(made) => return Err(outdated(path, &made)),
+        Completeness::CopyWithLog(made) => format!(
+            "the database {shown} is a copy of an earlier state, made {made}, and {shown}-wal is \
+             not its log: move that file away, then run `check --repair`"
+        ),
+    };
+    Err(Error::new(ErrorKind::DataLoss, why))
+}
+
+fn outdated(path: &Path, made: &str) -> Error {
+    Error::new(
+        ErrorKind::DataLoss,
+        format!(
+            "the database {} is a copy of an earlier state, made {made}: run `check --repair` \
+             first, which removes what it does not know",
+            path.display()
+        ),
+    )
 }
 
 fn require_ours(path: &Path) -> Result<FileFormat> {
@@ -133,17 +225,7 @@ fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()
 
 fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Result<Store> {
     let store = Store::open(path)?;
-    let found = store.read()?.fact(IDENTITY)?;
-    if found != Some(state.identity.to_string()) {
-        return Err(refused(format!(
-            "the database {} (identity {}) belongs to another root than {}, whose database has \
-             the identity {}: give the --state-dir that goes with this --root-dir",
-            path.display(),
-            found.as_deref().unwrap_or("unknown"),
-            config.root,
-            state.identity
-        )));
-    }
+    require_identity(&store, root, path, state)?;
     if state.database != path {
         log::info!(
             "the database has moved from {} to {}",
@@ -157,6 +239,21 @@ fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Resul
         write_state(root, config, &moved)?;
     }
     Ok(store)
+}
+
+fn require_identity(store: &Store, root: &Root, path: &Path, state: &State) -> Result<()> {
+    let found = store.read()?.fact(IDENTITY)?;
+    if found == Some(state.identity.to_string()) {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "the database {} (identity {}) belongs to another root than {}, whose database has the \
+         identity {}: give the --state-dir that goes with this --root-dir",
+        path.display(),
+        found.as_deref().unwrap_or("unknown"),
+        root.path(),
+        state.identity
+    )))
 }
 
 fn parse_identity(text: &str) -> Result<Identity> {

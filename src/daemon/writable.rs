@@ -7,13 +7,15 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount;
 use crate::store::Store;
 use crate::types::Volume;
-use crate::volume::{Claim, Identity, Volumes};
+use crate::volume::{Claim, Identity, Lifetime, Volumes};
 
 /// Facts in the database: the volume's identity, and whether its mark is known
 /// to be on the disk. The first is recorded before the mark is written, so
 /// that a crash in between is told from a disk that is not mounted.
 const IDENTITY: &str = "writable_volume";
 const CLAIMED: &str = "writable_volume_claimed";
+/// Under what the volume was found fit for overlayfs's upper directories.
+const PROBED: &str = "writable_volume_probed";
 
 /// Makes the writable directory the volume that the database knows. One that
 /// is missing at a later start is no error: what does not need it is served.
@@ -22,27 +24,116 @@ const CLAIMED: &str = "writable_volume_claimed";
 ///
 /// [`ErrorKind::FailedPrecondition`] if at the first start it belongs to
 /// another root, or if it cannot hold overlayfs's upper directories.
-pub fn set_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
+pub fn set_up(
+    volumes: &Volumes,
+    store: &Store,
+    lifetime: Lifetime,
+    mount_options: &[String],
+) -> Result<()> {
     let (identity, is_claimed) = recorded(store)?;
-    if !is_claimed {
+    let begins_anew =
+        is_claimed && lifetime == Lifetime::UntilReboot && is_emptied(volumes, &identity)?;
+    if begins_anew {
+        log::warn!(
+            "the writable volume {} is empty, as after a reboot: containers start from their \
+             images",
+            volumes.writable_path()
+        );
+    }
+    if !is_claimed || begins_anew {
         claim(volumes, store, &identity, mount_options)?;
         volumes.expect_writable(identity);
         return Ok(());
     }
     volumes.expect_writable(identity);
-    match volumes.open(Volume::Writable) {
-        Ok(_) => {
-            // It could hold one before. A disk that is full or has become
-            // read-only must not keep what can be done from being done.
-            if let Err(error) = probe(volumes, mount_options) {
-                log::warn!("{}", error.chain());
-            }
-            Ok(())
-        }
-        // Told by recovery, with what it means.
-        Err(error) if error.kind() == ErrorKind::FailedPrecondition => Ok(()),
-        Err(error) => Err(error),
+    // Whether it is there is told by recovery, with what it means.
+    if volumes.open(Volume::Writable).is_ok() {
+        probe_again(volumes, store, mount_options);
     }
+    Ok(())
+}
+
+/// Under what a probe has been passed: with another kernel, on another file
+/// system or with other options it is worth another.
+fn circumstances(volumes: &Volumes, mount_options: &[String]) -> Result<String> {
+    let release = rustix::system::uname();
+    Ok(format!(
+        "{} {} {}",
+        release.release().to_string_lossy(),
+        volumes.writable_file_system()?,
+        mount_options.join(",")
+    ))
+}
+
+/// Looks whether a volume that was taken into use earlier can still hold what
+/// containers write. It could once, and one that is full or has become read-only
+/// must not keep what can be done from being done: so this is for the log.
+fn probe_again(volumes: &Volumes, store: &Store, mount_options: &[String]) {
+    let probed = || {
+        let now = circumstances(volumes, mount_options)?;
+        if store.read()?.fact(PROBED)?.as_deref() == Some(&*now) {
+            return Ok(());
+        }
+        probe(volumes, mount_options)?;
+        let mut transaction = store.write()?;
+        transaction.rows().record_fact(PROBED, &now)?;
+        transaction.commit()
+    };
+    if let Err(error) = probed() {
+        log::warn!("{}", error.chain());
+    }
+}
+
+/// Expects the writable volume that the database knows, if it knows one.
+///
+/// # Errors
+///
+/// Those of the database; [`ErrorKind::DataLoss`] if what it has is no identity.
+pub fn expect_recorded(volumes: &Volumes, store: &Store) -> Result<()> {
+    if let Some(text) = store.read()?.fact(IDENTITY)? {
+        volumes.expect_writable(parse(&text)?);
+    }
+    Ok(())
+}
+
+/// Has the database expect a new volume, which [`set_up`] then marks: the one
+/// that it knows is not coming back.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if that one is there; those of the database.
+pub fn give_up(volumes: &Volumes, store: &Store) -> Result<()> {
+    if volumes.open(Volume::Writable).is_ok() {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "the writable volume is at {}, where it belongs: there is nothing to reset",
+                volumes.writable_path()
+            ),
+        ));
+    }
+    let mut transaction = store.write()?;
+    transaction.rows().forget_fact(CLAIMED)?;
+    transaction
+        .rows()
+        .record_fact(IDENTITY, &Identity::random()?.to_string())?;
+    transaction.commit()
+}
+
+fn parse(text: &str) -> Result<Identity> {
+    Identity::parse(text).ok_or_else(|| {
+        Error::new(
+            ErrorKind::DataLoss,
+            format!("the database is damaged: the writable volume is {text:?}"),
+        )
+    })
+}
+
+/// Whether the writable directory is a volume in memory that has been made
+/// anew. Where nothing is mounted it is waited for as any other.
+fn is_emptied(volumes: &Volumes, identity: &Identity) -> Result<bool> {
+    // In this order: the look creates the directory.
+    Ok(volumes.is_writable_mounted_anew()? && volumes.look_at_writable(identity)? == Claim::Free)
 }
 
 /// Probed before it is marked: a directory that turns out to be unsuitable is
@@ -68,6 +159,8 @@ fn claim(
     volumes.claim_writable(identity)?;
     let mut transaction = store.write()?;
     transaction.rows().record_fact(CLAIMED, "yes")?;
+    let circumstances = circumstances(volumes, mount_options)?;
+    transaction.rows().record_fact(PROBED, &circumstances)?;
     transaction.commit()
 }
 
@@ -75,12 +168,7 @@ fn recorded(store: &Store) -> Result<(Identity, bool)> {
     let mut transaction = store.write()?;
     let is_claimed = transaction.rows().fact(CLAIMED)?.is_some();
     let identity = match transaction.rows().fact(IDENTITY)? {
-        Some(text) => Identity::parse(&text).ok_or_else(|| {
-            Error::new(
-                ErrorKind::DataLoss,
-                format!("the database is damaged: the writable volume is {text:?}"),
-            )
-        })?,
+        Some(text) => parse(&text)?,
         None => {
             let identity = Identity::random()?;
             transaction

@@ -1,6 +1,7 @@
 //! Turning an active snapshot into a layer.
 
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::{Snapshotter, SyncMode, labels};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -35,13 +36,16 @@ impl Snapshotter {
             .expect("an active snapshot has a directory, by the schema of create");
 
         let dirs = self.volumes.open(volume)?;
-        let usage = self.count_upper(key, &snapshot, volume)?;
         if self.options.sync == SyncMode::AtCommit {
             // One after another: who comes second must hear of a failure that
             // the kernel told the first.
+            let begun = Instant::now();
             let _syncing = lock(&self.syncing[volume as usize]);
             dirs.sync().inspect_err(|_| self.suspect_all(volume))?;
+            tell_wait(volume, begun.elapsed());
         }
+        // After the flush: until then some file systems cannot tell blocks.
+        let content = self.count_upper(key, &snapshot, volume)?;
         self.refuse_suspect(snapshot.id, volume)?;
         self.enter_layer(
             volume,
@@ -51,9 +55,10 @@ impl Snapshotter {
                 name,
                 parent,
                 labels: &labels,
-                usage,
+                content,
             },
         )?;
+        self.unpacks.end(snapshot.id);
         self.relocator.wake();
         Ok(())
     }
@@ -96,4 +101,20 @@ impl Snapshotter {
             ),
         ))
     }
+}
+
+/// What a slow disk costs is told where somebody may look for the reason why a
+/// pull takes long: containerd waits meanwhile.
+const SLOW_FLUSH: Duration = Duration::from_secs(2);
+
+fn tell_wait(volume: Volume, waited: Duration) {
+    let level = match waited >= SLOW_FLUSH {
+        true => log::Level::Info,
+        false => log::Level::Debug,
+    };
+    log::log!(
+        level,
+        "a commit has waited {} ms for the disk of the {volume} volume",
+        waited.as_millis()
+    );
 }

@@ -8,7 +8,7 @@ use rustix::fs::FileType;
 
 use super::Snapshotter;
 use super::labels::IdMaps;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Place, Transaction};
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::volume::{Dirs, NewDirs, Owner, Shape, moving_id};
@@ -18,6 +18,8 @@ pub(super) struct Inventory {
     snapshots: Vec<(Place, String)>,
     /// Layers whose old directory on the writable volume is still kept.
     retired: HashSet<SnapshotId>,
+    /// The highest id that was ever given out.
+    highest: u64,
 }
 
 impl Inventory {
@@ -25,6 +27,7 @@ impl Inventory {
         let retired = transaction.rows().retired()?;
         Ok(Inventory {
             snapshots: transaction.rows().inventory()?,
+            highest: transaction.rows().highest_id()?,
             retired: retired.into_iter().map(|retired| retired.id).collect(),
         })
     }
@@ -82,6 +85,7 @@ impl Snapshotter {
                     &inventory,
                     &found,
                 )),
+                Err(error) if error.kind() == ErrorKind::DataLoss => return Err(error),
                 // A disk that has become read-only, for one.
                 Err(error) => {
                     self.note_stray(Volume::Writable);
@@ -214,14 +218,37 @@ type Found = HashMap<SnapshotId, FileType>;
 
 /// Moves to the trash what no row places on that volume, and returns the rest.
 /// Names that are no ids are left alone: this program did not make them.
+///
+/// # Errors
+///
+/// [`ErrorKind::DataLoss`], and nothing is moved, if there is a directory that
+/// the database cannot have forgotten: one request at a time enters a snapshot,
+/// so a crash leaves none beyond the next id. Or as of the volume's disk.
 pub(super) fn trash_strays(
     dirs: &Arc<Dirs>,
     volume: Volume,
     inventory: &Inventory,
 ) -> Result<Found> {
     let known = inventory.known(volume);
+    let entries = dirs.entries()?;
+    let ids = entries
+        .iter()
+        .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
+    if let Some(newest) = ids.max()
+        && newest.number() > inventory.highest + 1
+    {
+        return Err(Error::new(
+            ErrorKind::DataLoss,
+            format!(
+                "the {volume} volume has snapshots/{newest}, but the database has given out \
+                 numbers up to {} only: it is an older state of itself. Put the latest one back, \
+                 or run `check --repair`, which removes what it does not know",
+                inventory.highest
+            ),
+        ));
+    }
     let mut found = Found::new();
-    for entry in dirs.entries()? {
+    for entry in entries {
         let name = entry.name.to_bytes();
         match SnapshotId::from_directory_name(name) {
             Some(id) if known.contains(&id) => {

@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{RemovalMode, Snapshotter, labels, recover};
-#[cfg(doc)]
-use crate::error::ErrorKind;
-use crate::error::{Context, Result};
+use crate::error::{Context, ErrorKind, Result};
 use crate::lock::lock;
 use crate::store::Place;
 use crate::tree;
@@ -27,14 +25,16 @@ impl Snapshotter {
 
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
-        let mut transaction = self.store.write()?;
-        let removed = transaction.rows().remove(key)?;
-        let released = match transaction.rows().retired()?.is_empty() {
-            true => Vec::new(),
-            false => transaction.rows().release_retired(&self.held_layers()?)?,
+        let (removed, released) = match self.strike_out(key) {
+            Err(error)
+                if error.kind() == ErrorKind::ResourceExhausted && self.store.make_room() =>
+            {
+                self.strike_out(key)?
+            }
+            struck => struck?,
         };
-        transaction.commit()?;
-        drop(transaction);
+
+        self.unpacks.end(removed.id);
 
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
@@ -68,6 +68,19 @@ impl Snapshotter {
         Ok(())
     }
 
+    /// Removes the row; returns what it was, and the layers whose old directory
+    /// nothing needs any more.
+    fn strike_out(&self, key: &str) -> Result<(Place, Vec<SnapshotId>)> {
+        let mut transaction = self.store.write()?;
+        let removed = transaction.rows().remove(key)?;
+        let released = match transaction.rows().retired()?.is_empty() {
+            true => Vec::new(),
+            false => transaction.rows().release_retired(&self.held_layers()?)?,
+        };
+        transaction.commit()?;
+        Ok((removed, released))
+    }
+
     fn trash(&self, removed: &Place, volume: Volume) -> Result<()> {
         if volume == Volume::Writable && removed.kind == Kind::Committed {
             // Its link, or the copy that a move was about to record.
@@ -94,18 +107,29 @@ impl Snapshotter {
         let image = self.empty_trash(Volume::Image);
         self.relocator.tell_room();
         let writable = self.empty_trash(Volume::Writable);
+        self.store.refill_ballast();
         image.and(writable).context(|| "clean removed snapshots up")
     }
 
     pub(super) fn empty_trash(&self, volume: Volume) -> Result<()> {
         let _cleaning = lock(&self.cleaning);
         let dirs = self.volumes.open(volume)?;
+        let delete = || {
+            tree::remove_children(dirs.trash_fd())
+                .context(|| format!("empty the trash of the {volume} volume"))
+        };
         if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
-            self.sweep(&dirs, volume)
-                .inspect_err(|_| self.note_stray(volume))?;
+            let swept = match self.sweep(&dirs, volume) {
+                // Even a rename may need a block: that of a grown directory.
+                Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
+                    delete()?;
+                    self.sweep(&dirs, volume)
+                }
+                swept => swept,
+            };
+            swept.inspect_err(|_| self.note_stray(volume))?;
         }
-        tree::remove_children(dirs.trash_fd())
-            .context(|| format!("empty the trash of the {volume} volume"))
+        delete()
     }
 
     pub(super) fn note_stray(&self, volume: Volume) {

@@ -29,6 +29,18 @@ impl Rows<&Connection> {
         Ok(())
     }
 
+    /// Strikes a named fact out, if it is there.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn forget_fact(&self, name: &str) -> Result<()> {
+        self.connection()
+            .execute("DELETE FROM fact WHERE name = ?1", [name])
+            .map_err(|error| sql_error(error, format!("forget {name} in the database")))?;
+        Ok(())
+    }
+
     /// Enters an active snapshot or a view.
     ///
     /// # Errors
@@ -84,7 +96,7 @@ impl Rows<&Connection> {
         self.connection()
             .prepare_cached(
                 "UPDATE snapshot SET name = ?2, parent_id = ?3, kind = ?4, created_ns = ?5,
-                     updated_ns = ?5, size_bytes = ?6, inodes = ?7, labels = ?8
+                     updated_ns = ?5, size_bytes = ?6, inodes = ?7, data_bytes = ?8, labels = ?9
                  WHERE id = ?1",
             )
             .and_then(|mut update| {
@@ -94,8 +106,9 @@ impl Rows<&Connection> {
                     parent.map(sql_id),
                     sql_kind(Kind::Committed),
                     now,
-                    sql_number(commit.usage.size_bytes),
-                    sql_number(commit.usage.inodes),
+                    sql_number(commit.content.usage.size_bytes),
+                    sql_number(commit.content.usage.inodes),
+                    sql_number(commit.content.data_bytes),
                     labels::encode(commit.labels),
                 ])
             })

@@ -18,6 +18,7 @@ pub(super) struct RawSnapshot {
     updated_ns: i64,
     size_bytes: i64,
     inodes: i64,
+    data_bytes: Option<i64>,
     labels: Option<Labels>,
     parent_id: Option<i64>,
     parent: Option<String>,
@@ -33,9 +34,10 @@ pub(super) fn raw_snapshot(row: &Row<'_>) -> rusqlite::Result<RawSnapshot> {
         updated_ns: row.get(5)?,
         size_bytes: row.get(6)?,
         inodes: row.get(7)?,
-        labels: row.get_ref(8)?.as_blob().ok().and_then(labels::decode),
-        parent_id: row.get(9)?,
-        parent: row.get(10)?,
+        data_bytes: row.get(8)?,
+        labels: row.get_ref(9)?.as_blob().ok().and_then(labels::decode),
+        parent_id: row.get(10)?,
+        parent: row.get(11)?,
     })
 }
 
@@ -52,6 +54,7 @@ impl RawSnapshot {
                 size_bytes: self.size_bytes.try_into().unwrap_or(0),
                 inodes: self.inodes.try_into().unwrap_or(0),
             },
+            data_bytes: self.data_bytes.and_then(|bytes| bytes.try_into().ok()),
             info: Info {
                 name: self.name,
                 parent: self.parent.unwrap_or_default(),

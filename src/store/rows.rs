@@ -10,7 +10,7 @@ use super::convert::{
 use super::sql_error;
 use crate::error::{Error, ErrorKind, Result};
 use crate::filter::{Filters, Subject};
-use crate::types::{Info, Kind, Labels, Quoted, SnapshotId, Usage, Volume};
+use crate::types::{Content, Info, Kind, Labels, Quoted, SnapshotId, Usage, Volume};
 
 /// One snapshot as it is recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +25,9 @@ pub struct Snapshot {
     pub info: Info,
     /// As counted at commit; zero before.
     pub usage: Usage,
+    /// [`Content::data_bytes`] as counted at commit; `None` before, and for
+    /// layers older than that count.
+    pub data_bytes: Option<u64>,
 }
 
 /// One layer below a snapshot.
@@ -72,7 +75,7 @@ pub struct Commit<'a> {
     /// The labels it gets, already checked.
     pub labels: &'a Labels,
     /// What it holds.
-    pub usage: Usage,
+    pub content: Content,
 }
 
 /// What a snapshot is, and where its directory.
@@ -113,7 +116,7 @@ impl<C> Rows<C> {
 }
 
 const SELECT: &str = "SELECT s.id, s.name, s.kind, s.volume, s.created_ns, s.updated_ns, \
-     s.size_bytes, s.inodes, s.labels, s.parent_id, p.name \
+     s.size_bytes, s.inodes, s.data_bytes, s.labels, s.parent_id, p.name \
      FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id";
 
 impl<C: Borrow<Connection>> Rows<C> {

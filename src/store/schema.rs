@@ -42,7 +42,42 @@ const MIGRATIONS: &[&str] = &[
          boot_id    TEXT NOT NULL
      ) STRICT;
      CREATE INDEX snapshot_away ON snapshot (created_ns) WHERE kind = 3 AND volume = 1;",
+    // 3: what the files of a layer held when it was committed, for `check`.
+    "ALTER TABLE snapshot ADD COLUMN data_bytes INTEGER;",
 ];
+
+/// Looks the whole file through.
+pub fn require_sound(connection: &Connection) -> Result<()> {
+    let checking = |error| sql_error(error, "check the database");
+    let said: String = connection
+        .query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))
+        .map_err(checking)?;
+    if said == "ok" {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::DataLoss,
+        format!("the database is damaged: {said}"),
+    ))
+}
+
+/// For who may not bring it up to date.
+pub fn require_current(connection: &Connection) -> Result<()> {
+    let version: u32 = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(|error| sql_error(error, "read the database's version"))?;
+    if version as usize == MIGRATIONS.len() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::FailedPrecondition,
+        format!(
+            "its schema has version {version}, this program reads version {}: another release \
+             wrote it, start the daemon of this one first",
+            MIGRATIONS.len()
+        ),
+    ))
+}
 
 /// Brings the database up to date: each missing migration in a transaction of
 /// its own, so that a crash leaves the schema at one version or the next.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::filter::Filters;
-use crate::types::{Kind, Labels, SnapshotId, Usage, Volume};
+use crate::types::{Content, Kind, Labels, SnapshotId, Usage, Volume};
 
 struct Fixture {
     store: Store,
@@ -45,9 +45,12 @@ impl Fixture {
             name,
             parent,
             labels: &Labels::new(),
-            usage: Usage {
-                size_bytes: 4096,
-                inodes: 3,
+            content: Content {
+                usage: Usage {
+                    size_bytes: 4096,
+                    inodes: 3,
+                },
+                data_bytes: 7,
             },
         })?;
         transaction.commit()

@@ -8,33 +8,37 @@ use rustix::io::Errno;
 
 use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
 use crate::error::{Context, Result};
-use crate::types::Usage;
+use crate::types::Content;
 
-/// What the tree below `top` takes, `top` itself included: allocated blocks of
-/// 512 bytes × 512, and inodes, a hard-linked one once. What vanishes during
-/// the walk is left out and no error. Follows containerd's
-/// `continuity/fs/du_unix.go`.
+/// What the tree below `top` holds, `top` itself included: allocated blocks of
+/// 512 bytes × 512, and inodes, a hard-linked one once, which follows
+/// containerd's `continuity/fs/du_unix.go`; and the lengths of its files. What
+/// vanishes during the walk is left out and no error.
 ///
 /// # Errors
 ///
 /// [`crate::error::ErrorKind::Internal`] if something there cannot be read.
-pub fn count_usage(top: impl AsFd) -> Result<Usage> {
-    let mut usage = Usage::default();
+pub fn count(top: impl AsFd) -> Result<Content> {
+    let mut content = Content::default();
     // Only inodes with several names can be met twice.
     let mut linked = HashSet::new();
-    let mut count = |stat: &Stat| {
-        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    let mut add = |stat: &Stat| {
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        let is_directory = file_type == FileType::Directory;
         let is_first =
             is_directory || stat.st_nlink < 2 || linked.insert((stat.st_dev, stat.st_ino));
         if is_first {
-            usage.inodes += 1;
-            usage.size_bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+            content.usage.inodes += 1;
+            content.usage.size_bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+            if file_type == FileType::RegularFile {
+                content.data_bytes += u64::try_from(stat.st_size).unwrap_or(0);
+            }
         }
         is_directory
     };
-    let counting = || "count the usage of a directory tree";
+    let counting = || "count what a directory tree holds";
 
-    count(&fstat(&top).context(counting)?);
+    add(&fstat(&top).context(counting)?);
     let first = open_directory(&top, c".").context(counting)?;
     let mut pending = vec![Dir::new(first).context(counting)?];
     while let Some(dir) = pending.last_mut() {
@@ -55,7 +59,7 @@ pub fn count_usage(top: impl AsFd) -> Result<Usage> {
             Err(Errno::NOENT) => continue,
             stat => stat.context(counting)?,
         };
-        if !count(&stat) {
+        if !add(&stat) {
             continue;
         }
         match open_directory(parent, name) {
@@ -68,7 +72,7 @@ pub fn count_usage(top: impl AsFd) -> Result<Usage> {
             }
         }
     }
-    Ok(usage)
+    Ok(content)
 }
 
 #[cfg(test)]
@@ -92,17 +96,16 @@ mod tests {
             .iter()
             .map(|path| fs::symlink_metadata(top.join(path)).unwrap().blocks())
             .sum();
-        let usage = count_usage(File::open(top).unwrap()).unwrap();
-        assert_eq!(usage.inodes, 5);
-        assert_eq!(usage.size_bytes, blocks * 512);
+        let content = count(File::open(top).unwrap()).unwrap();
+        assert_eq!(content.usage.inodes, 5);
+        assert_eq!(content.usage.size_bytes, blocks * 512);
+        assert_eq!(content.data_bytes, 100_000);
     }
 
     #[test]
     fn an_empty_directory_counts_itself() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(
-            count_usage(File::open(dir.path()).unwrap()).unwrap().inodes,
-            1
-        );
+        let content = count(File::open(dir.path()).unwrap()).unwrap();
+        assert_eq!((content.usage.inodes, content.data_bytes), (1, 0));
     }
 }

@@ -244,6 +244,11 @@ impl Dirs {
         self.trash.as_fd()
     }
 
+    /// Where the volume is, as configured.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
     pub(super) fn snapshots_fd(&self) -> BorrowedFd<'_> {
         self.snapshots.as_fd()
     }
@@ -303,14 +308,19 @@ pub(super) fn open_path(parent: impl AsFd, name: &str) -> std::result::Result<Ow
     openat(parent, name, flags, Mode::empty())
 }
 
+/// Opens the directory `name` in `parent` to list it; no link is followed.
+pub(super) fn open_to_list(parent: impl AsFd, name: &str) -> std::result::Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(parent, name, flags, Mode::empty())
+}
+
 /// Opens the directory `name` in `parent`, creating it 0700 if it is missing.
 /// A link or a file of that name is refused.
 pub(super) fn ensure_directory(parent: impl AsFd, path: &str, name: &str) -> Result<OwnedFd> {
     let opening = || format!("open the directory {path}/{name}");
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let opened = match openat(&parent, name, flags, Mode::empty()) {
+    let opened = match open_to_list(&parent, name) {
         Err(Errno::NOENT) => match mkdirat(&parent, name, Mode::from_raw_mode(0o700)) {
-            Ok(()) | Err(Errno::EXIST) => openat(&parent, name, flags, Mode::empty()),
+            Ok(()) | Err(Errno::EXIST) => open_to_list(&parent, name),
             Err(errno) => Err(errno),
         },
         opened => opened,

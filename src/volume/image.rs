@@ -7,12 +7,10 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, fsync, openat, readlinkat, statat, symlinkat, unlinkat,
-};
+use rustix::fs::{AtFlags, Dir, FileType, fsync, readlinkat, statat, symlinkat, unlinkat};
 use rustix::io::Errno;
 
-use super::dirs::{Dirs, Owner, ensure_directory};
+use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
 use super::identity::open_top;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
@@ -31,6 +29,11 @@ pub struct Root {
 }
 
 impl Root {
+    /// Where it is, as configured.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
     /// The root itself.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.top.as_fd()
@@ -82,6 +85,24 @@ impl Image {
         })
     }
 
+    /// Opens a root directory that is there already.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if it is not there, or as of its disk.
+    pub fn open_existing_root(path: &str) -> Result<Root> {
+        match open_top(path) {
+            Err(Errno::NOENT | Errno::NOTDIR) => Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!("there is no root directory {path}: give the --root-dir of the daemon"),
+            )),
+            top => Ok(Root {
+                path: path.to_owned(),
+                top: top.context(|| format!("open the root directory {path}"))?,
+            }),
+        }
+    }
+
     /// Whether `snapshots/` of a root holds anything.
     ///
     /// # Errors
@@ -89,8 +110,7 @@ impl Image {
     /// As of its disk.
     pub fn holds_snapshots(root: &Root) -> Result<bool> {
         let looking = || format!("look into {}/snapshots", root.path);
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = match openat(&root.top, c"snapshots", flags, Mode::empty()) {
+        let dir = match open_to_list(&root.top, "snapshots") {
             Err(Errno::NOENT) => return Ok(false),
             fd => Dir::new(fd.context(looking)?).context(looking)?,
         };

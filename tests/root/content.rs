@@ -62,7 +62,7 @@ pub const TESTS: &[Test] = &[
 
 /// Unpacks a layer: prepare, fill, commit.
 pub fn layer(client: &Client, name: &str, parent: &str, fill: impl FnOnce(&Path)) {
-    let key = format!("default/1/extract-{name}");
+    let key = format!("default/1/extract-{}", name.replace('/', "-"));
     let mounts = client.prepare(&key, parent, &[]).unwrap();
     fill(&Mounted::new(&mounts).path());
     client.commit(&key, name, &[]).unwrap();

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use crate::Test;
 use crate::content::layer;
 use crate::support::client::{Client, finish};
-use crate::support::daemon::{Daemon, Split, command};
+use crate::support::daemon::{Daemon, Split, command, skip_ids_through};
 use crate::support::disk::Disk;
 use crate::support::until;
 
@@ -94,8 +94,10 @@ impl Obstacle {
         Obstacle { connection }
     }
 
-    fn clear(self) {
+    /// The database is still open then: who closes it last takes its log away.
+    fn clear(self) -> rusqlite::Connection {
         self.connection.execute_batch("ROLLBACK").unwrap();
+        self.connection
     }
 }
 
@@ -142,7 +144,9 @@ fn readiness_is_told_when_served() {
     assert_eq!(manager.told(), ["STOPPING=1"]);
 
     // Strays make the next start a long one: what is told too early shows.
-    let snapshots = image.path().join("root/snapshots");
+    let root = image.path().join("root");
+    skip_ids_through(&root, 3000);
+    let snapshots = root.join("snapshots");
     for number in 1000..3000 {
         fs::create_dir(snapshots.join(number.to_string())).unwrap();
     }
@@ -223,7 +227,7 @@ fn a_stop_waits_for_running_requests() {
     let (code, _) = client.prepare("after", "", &[]).unwrap_err();
     assert_eq!(code, RpcStatusCode::UNAVAILABLE);
     assert!(daemon.is_running());
-    obstacle.clear();
+    drop(obstacle.clear());
     finish(running).unwrap();
     assert_eq!(daemon.wait().code(), Some(0));
 
@@ -253,8 +257,9 @@ fn a_stop_does_not_wait_for_ever() {
         let (code, text) = finish(request).unwrap_err();
         assert_eq!(code, RpcStatusCode::UNAVAILABLE, "{text}");
     }
-    obstacle.clear();
+    let open_database = obstacle.clear();
     split.daemon.restart();
+    drop(open_database);
     assert_eq!(split.client().names(&[]).unwrap(), ["before"]);
     assert_eq!(
         fs::read_dir(split.writable().join("snapshots"))

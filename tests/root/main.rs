@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod callers;
+mod check;
 mod connections;
 mod containerd;
 mod content;
@@ -33,7 +34,7 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 14] = [
+    let modules: [(&str, &[Test]); 15] = [
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("messages", messages::TESTS),
@@ -44,6 +45,7 @@ fn main() {
         ("volumes", volumes::TESTS),
         ("recovery", recovery::TESTS),
         ("callers", callers::TESTS),
+        ("check", check::TESTS),
         ("races", races::TESTS),
         ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),

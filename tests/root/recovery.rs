@@ -38,6 +38,7 @@ fn strays_go_to_the_trash() {
         fs::write(top.join("file"), "base").unwrap();
     });
     client.prepare("web", "base", &[]).unwrap();
+    split.skip_ids_through(80);
     split.daemon.kill();
     let victim = split.image.path().join("victim");
     fs::create_dir_all(victim.join("fs/below")).unwrap();

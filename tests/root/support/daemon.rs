@@ -37,6 +37,12 @@ impl Split {
         }
     }
 
+    /// Has the database take all numbers up to that one for given out, as if so
+    /// many snapshots had been there.
+    pub fn skip_ids_through(&self, highest: u32) {
+        skip_ids_through(&self.root(), highest);
+    }
+
     /// `<root>`.
     pub fn root(&self) -> PathBuf {
         self.image.path().join("root")
@@ -51,6 +57,16 @@ impl Split {
     pub fn client(&self) -> Client {
         self.daemon.client()
     }
+}
+
+/// Has the database of that root, which must have held a snapshot, take all
+/// numbers up to that one for given out.
+pub fn skip_ids_through(root: &Path, highest: u32) {
+    let database = rusqlite::Connection::open(root.join("metadata.db")).unwrap();
+    let changed = database
+        .execute("UPDATE sqlite_sequence SET seq = ?1", [highest])
+        .unwrap();
+    assert_eq!(changed, 1);
 }
 
 /// The arguments for a daemon on two disks.

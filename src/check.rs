@@ -1,0 +1,193 @@
+//! The command `check`: do the database and the disks agree, and if not, what
+//! can be done about it.
+//!
+//! Owns: the order of looking, telling, asking and mending. Never: what is wrong
+//! with a snapshot, or how it is mended; that is the snapshotter's. Beside a
+//! running daemon it only reads; to mend it takes the root's lock.
+
+mod report;
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::thread;
+use std::time::Duration;
+
+use crate::config::{CheckOptions, Config, Format, Mending, MissingVolume};
+use crate::daemon::{self, database, lock, writable};
+use crate::error::{Error, ErrorKind, Result};
+use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
+use crate::store::{Completeness, Snapshot, Store};
+use crate::volume::{Image, Lifetime, Volumes};
+use report::Report;
+
+/// What a check came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Database and disks agree.
+    Clean,
+    /// They do not.
+    Findings,
+}
+
+/// How often a finding must be seen beside a running daemon, whose own work
+/// looks like one for a moment, and how long apart.
+const LOOKS: u32 = 3;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
+
+/// Checks, and mends if that is asked for; tells on standard output.
+///
+/// # Errors
+///
+/// Whatever keeps it from looking or from mending, in one line.
+pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
+    let root = Image::open_existing_root(&config.root)?;
+    // Held to the end: no daemon starts on what is being looked at.
+    let lock = match lock::acquire(&root, &config.root) {
+        Ok(lock) => Some(lock),
+        Err(error) if error.kind() == ErrorKind::FailedPrecondition => None,
+        Err(error) => return Err(error),
+    };
+    let mends = options.mending != Mending::Never;
+    if mends && lock.is_none() {
+        return Err(refused(format!(
+            "the daemon that serves {} is running: stop it before a repair",
+            config.root
+        )));
+    }
+    let open = if mends {
+        Store::open
+    } else {
+        Store::open_read_only
+    };
+    let (store, completeness) = database::open_existing(&root, config, open)?;
+    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
+    writable::expect_recorded(&volumes, &store)?;
+    let volumes = match options.missing {
+        MissingVolume::AwaitIt => volumes,
+        MissingVolume::GiveItUp => give_up(config, options, volumes, &store)?,
+    };
+    let snapshotter = Snapshotter::new(store, volumes, daemon::options(config));
+
+    let inspection = inspect(&snapshotter, &completeness, lock.is_none())?;
+    let doomed = snapshotter.doomed(&inspection.findings)?;
+    let mut report = Report::new(lock.is_none(), inspection);
+    report.doom(doomed);
+    if !mends || report.is_clean() {
+        report.print(options.format);
+        return Ok(report.outcome());
+    }
+    if options.format == Format::Human {
+        report.print(options.format);
+    }
+    if !asked(options, &report.question())? {
+        return Ok(Outcome::Findings);
+    }
+    snapshotter.repair(report.findings())?;
+    let after = snapshotter.inspect()?;
+    report.mended(after);
+    report.print(options.format);
+    Ok(report.outcome())
+}
+
+/// What is found, as often as need be to leave out the daemon's own work.
+fn inspect(
+    snapshotter: &Snapshotter,
+    completeness: &Completeness,
+    is_running: bool,
+) -> Result<Inspection> {
+    let mut inspection = snapshotter.inspect()?;
+    let mut looks = 1;
+    while is_running && looks < LOOKS && !inspection.findings.is_empty() {
+        thread::sleep(BETWEEN_LOOKS);
+        let again = snapshotter.inspect()?;
+        inspection.snapshots = again.snapshots;
+        inspection
+            .findings
+            .retain(|seen| again.findings.contains(seen));
+        looks += 1;
+    }
+    if let Some(what) = incomplete(completeness) {
+        let finding = Finding {
+            problem: Problem::DatabaseIncomplete { what },
+            name: None,
+            id: None,
+            volume: None,
+        };
+        inspection.findings.insert(0, finding);
+    }
+    Ok(inspection)
+}
+
+fn incomplete(completeness: &Completeness) -> Option<String> {
+    match completeness {
+        Completeness::Whole => None,
+        Completeness::LogMissing => Some(
+            "the database was in use, and its log with the latest changes is missing or empty"
+                .to_owned(),
+        ),
+        Completeness::Copy(made) | Completeness::CopyWithLog(made) => Some(format!(
+            "the database is a copy of an earlier state, made {made}"
+        )),
+    }
+}
+
+/// Takes the writable directory as a new volume in the place of the missing one.
+fn give_up(
+    config: &Config,
+    options: CheckOptions,
+    volumes: Volumes,
+    store: &Store,
+) -> Result<Volumes> {
+    let question = format!(
+        "Everything that containers have written on the writable volume is given up, and {} \
+         becomes a new one.",
+        config.writable
+    );
+    if !asked(options, &question)? {
+        return Err(refused("nothing was changed".to_owned()));
+    }
+    writable::give_up(&volumes, store)?;
+    let root = Image::open_existing_root(&config.root)?;
+    let anew = Volumes::new(Image::open(root)?, config.writable.clone());
+    let mount_options = daemon::options(config).mount_options;
+    writable::set_up(&anew, store, Lifetime::Lasting, &mount_options)?;
+    Ok(anew)
+}
+
+fn asked(options: CheckOptions, question: &str) -> Result<bool> {
+    if options.mending == Mending::AtOnce {
+        return Ok(true);
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(refused(
+            "nobody is there to be asked: give --yes with --repair".to_owned(),
+        ));
+    }
+    print!("\n{question}\nGo on? [y/N] ");
+    let mut answer = String::new();
+    std::io::stdout()
+        .flush()
+        .and_then(|()| std::io::stdin().lock().read_line(&mut answer))
+        .map_err(|error| Error::caused(ErrorKind::Internal, "ask", error))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+fn refused(what: String) -> Error {
+    Error::new(ErrorKind::FailedPrecondition, what)
+}
+
+/// The parts of a key as containerd makes them: `<namespace>/<number>/<name>`.
+fn split_key(key: &str) -> (Option<&str>, &str) {
+    let mut parts = key.splitn(3, '/');
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(namespace), Some(_), Some(name)) => (Some(namespace), name),
+        _ => (None, key),
+    }
+}
+
+/// The label in which CRI names the image of a layer (containerd
+/// `pkg/snapshotters/annotations.go`, `TargetRefLabel`).
+const IMAGE_LABEL: &str = "containerd.io/snapshot/cri.image-ref";
+
+fn image_of(snapshot: &Snapshot) -> Option<&str> {
+    snapshot.info.labels.get(IMAGE_LABEL).map(String::as_str)
+}

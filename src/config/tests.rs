@@ -1,0 +1,194 @@
+//! What the command line may say.
+
+use super::*;
+
+fn run(arguments: &[&str]) -> Result<Config> {
+    match parse(arguments.iter().map(OsString::from).collect())? {
+        Parsed::Run(config) => Ok(config),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn checked(arguments: &[&str]) -> CheckOptions {
+    match parse(arguments.iter().map(OsString::from).collect()).unwrap() {
+        Parsed::Check(_, options) => options,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(arguments: &[&str]) -> String {
+    let error = run(arguments).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    let text = error.chain();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+#[test]
+fn defaults_are_the_originals() {
+    let config = run(&[]).unwrap();
+    assert_eq!(config.root, DEFAULT_ROOT);
+    assert_eq!(config.writable, format!("{DEFAULT_ROOT}/writable"));
+    assert_eq!(config.state_dir, DEFAULT_ROOT);
+    assert_eq!(config.address, format!("{DEFAULT_ROOT}/grpc.socks"));
+    assert_eq!(config.removal, RemovalMode::OnCleanup);
+    assert_eq!(config.upperdir_label, UpperdirLabel::Hidden);
+    assert_eq!(config.sync, SyncMode::AtCommit);
+    let after = Duration::from_secs(60);
+    assert_eq!(config.relocation, Relocation::Background { after });
+    assert!((4..=16).contains(&config.threads));
+}
+
+#[test]
+fn both_ways_to_give_a_value_mean_the_same() {
+    let apart = run(&[
+        "--root-dir",
+        "/a/",
+        "--async-remove",
+        "false",
+        "--upperdir-label",
+        "true",
+        "--mount-option",
+        "xino=auto",
+        "--mount-option",
+        "metacopy=on",
+        "--threads",
+        "3",
+    ]);
+    let joined = run(&[
+        "--root-dir=/a",
+        "--async-remove=false",
+        "--upperdir-label",
+        "--mount-option=xino=auto",
+        "--mount-option=metacopy=on",
+        "--threads=3",
+    ]);
+    let apart = apart.unwrap();
+    assert_eq!(apart.root, "/a");
+    assert_eq!(apart.mount_options, ["xino=auto", "metacopy=on"]);
+    assert_eq!(apart.upperdir_label, UpperdirLabel::Shown);
+    assert_eq!(apart.removal, RemovalMode::AtOnce);
+    assert_eq!(apart, joined.unwrap());
+    let alone = run(&["--async-remove", "--root-dir", "/a"]).unwrap();
+    assert_eq!(alone.removal, RemovalMode::OnCleanup);
+}
+
+#[test]
+fn paths_that_could_inject_mount_options_are_refused() {
+    for path in ["/a,b", "/a:b", "/a\\b", "/a\nb", "", "/", "/a/../b"] {
+        for flag in ["--root-dir", "--writable-dir", "--state-dir", "--address"] {
+            let text = refused(&[flag, path]);
+            assert!(text.contains(flag), "{text}");
+        }
+    }
+    run(&["--root-dir", "/with blank/é"]).unwrap();
+}
+
+#[test]
+fn directories_do_not_lie_in_each_others_own() {
+    for pair in [
+        ["--root-dir=/a", "--writable-dir=/a"],
+        ["--root-dir=/a", "--writable-dir=/a/snapshots"],
+        ["--root-dir=/a", "--writable-dir=/a/trash/x"],
+        ["--root-dir=/a/snapshots/x", "--writable-dir=/a"],
+        ["--root-dir=/a", "--state-dir=/a/snapshots"],
+    ] {
+        let text = refused(&pair);
+        assert!(text.contains("/a"), "{text}");
+    }
+    run(&["--root-dir=/a", "--writable-dir=/a/fast"]).unwrap();
+    run(&["--root-dir=/a", "--writable-dir=/ab"]).unwrap();
+    run(&["--root-dir=/a", "--writable-dir=/b", "--state-dir=/b"]).unwrap();
+    run(&["--root-dir=/a", "--writable-dir=/b", "--state-dir=/b/db"]).unwrap();
+}
+
+#[test]
+fn options_that_are_not_ours_to_give_are_refused() {
+    for option in [
+        "lowerdir=/x",
+        "upperdir=/x",
+        "workdir",
+        "a,b",
+        "",
+        "=x",
+        "a b",
+        "uidmap=0:0:1",
+    ] {
+        let text = refused(&["--mount-option", option]);
+        assert!(text.contains("--mount-option"), "{text}");
+    }
+}
+
+#[test]
+fn nonsense_is_refused_in_one_line() {
+    refused(&["--threads", "0"]);
+    refused(&["--threads", "many"]);
+    refused(&["--async-remove=maybe"]);
+    refused(&["--sync", "sometimes"]);
+    refused(&["--relocate", "sometimes"]);
+    refused(&["--mount-option", "index=on"]);
+    run(&["--mount-option", "index=on", "--relocate", "never"]).unwrap();
+    refused(&["--relocate-after", "-1"]);
+    refused(&["--no-such-flag"]);
+    refused(&["stray"]);
+    refused(&["--address", &format!("/{}", "a".repeat(107))]);
+}
+
+#[test]
+fn guards_are_off_unless_asked_for() {
+    let usual = run(&[]).unwrap();
+    assert_eq!(usual.mount_points, MountPoints::Optional);
+    assert_eq!(usual.writable_lifetime, Lifetime::Lasting);
+    assert_eq!(usual.reserve, Reserve::Bytes(0));
+    let guarded = run(&["--require-mount", "--writable-volatile", "--reserve=5%"]).unwrap();
+    assert_eq!(guarded.mount_points, MountPoints::Required);
+    assert_eq!(guarded.writable_lifetime, Lifetime::UntilReboot);
+    assert_eq!(guarded.reserve, Reserve::Percent(5));
+    assert!(refused(&["--reserve", "much"]).contains("--reserve"));
+}
+
+#[test]
+fn check_takes_the_daemons_flags_in_any_order() {
+    let plain = CheckOptions {
+        format: Format::Human,
+        mending: Mending::Never,
+        missing: MissingVolume::AwaitIt,
+    };
+    assert_eq!(checked(&["check"]), plain);
+    assert_eq!(
+        checked(&["--root-dir", "/a", "check", "--sync=none"]),
+        plain
+    );
+    assert_eq!(checked(&["check", "--json"]).format, Format::Json);
+    let asking = checked(&["check", "--repair", "--root-dir=/a"]);
+    assert_eq!(asking.mending, Mending::AfterAsking);
+    let all = checked(&["check", "--reset-writable", "--yes", "--json"]);
+    assert_eq!(all.mending, Mending::AtOnce);
+    assert_eq!(all.missing, MissingVolume::GiveItUp);
+    for mistake in [
+        &["chekc"][..],
+        &["check", "check"],
+        &["check", "now"],
+        &["--json"],
+        &["--repair"],
+        &["--yes"],
+        &["--reset-writable"],
+        &["check", "--yes"],
+        &["check", "--json", "--repair"],
+    ] {
+        refused(mistake);
+    }
+}
+
+#[test]
+fn version_and_help_are_printed() {
+    for (flag, part) in [
+        ("--version", env!("CARGO_PKG_VERSION")),
+        ("--help", "--writable-dir"),
+    ] {
+        match parse(vec![flag.into()]).unwrap() {
+            Parsed::Print(text) => assert!(text.contains(part), "{text}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}

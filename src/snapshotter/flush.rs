@@ -1,0 +1,146 @@
+//! Flushing the image volume while layers are unpacked, so that little is left
+//! to be flushed when they are committed: containerd holds a lock of its own
+//! during a Commit.
+//!
+//! Only for speed: what this thread has flushed, or failed to flush, Commit asks
+//! for again.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::{Snapshotter, SyncMode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
+use crate::types::SnapshotId;
+use crate::volume::Flush;
+
+/// How much unpacking, in time, a Commit finds unflushed at most.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// An unpack that writes nothing for so long has been given up by its client.
+const GIVEN_UP: Duration = Duration::from_secs(600);
+
+/// The snapshots that layers are being unpacked into.
+#[derive(Default)]
+pub(super) struct Unpacks {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    ids: HashSet<SnapshotId>,
+    last_begin: Option<Instant>,
+    is_stopping: bool,
+}
+
+impl Unpacks {
+    pub(super) fn begin(&self, id: SnapshotId) {
+        let mut state = lock(&self.state);
+        state.ids.insert(id);
+        state.last_begin = Some(Instant::now());
+        self.changed.notify_all();
+    }
+
+    pub(super) fn end(&self, id: SnapshotId) {
+        lock(&self.state).ids.remove(&id);
+    }
+
+    /// Forgets those under way if none has begun for that long.
+    fn give_up_after(&self, idle: Duration) {
+        let mut state = lock(&self.state);
+        if state.last_begin.is_none_or(|begun| begun.elapsed() > idle) {
+            state.ids.clear();
+        }
+    }
+
+    fn stop(&self) {
+        lock(&self.state).is_stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits while nothing is unpacked. `false` at the stop.
+    fn await_any(&self) -> bool {
+        let mut state = lock(&self.state);
+        while state.ids.is_empty() && !state.is_stopping {
+            let waited = self.changed.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+        !state.is_stopping
+    }
+
+    /// `false` at the stop.
+    fn pause(&self) -> bool {
+        let due = Instant::now() + INTERVAL;
+        let mut state: MutexGuard<'_, State> = lock(&self.state);
+        while !state.is_stopping {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        false
+    }
+}
+
+/// The background thread. Stops, after a flush under way, when dropped.
+pub struct Flusher {
+    snapshotter: Arc<Snapshotter>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flusher {
+    /// Starts it, unless commits do not flush either.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the system gives no thread, or as of the image
+    /// volume's disk.
+    pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Option<Flusher>> {
+        if snapshotter.options.sync == SyncMode::Never {
+            return Ok(None);
+        }
+        let flush = snapshotter.volumes.image().flush()?;
+        let flushed = Arc::clone(snapshotter);
+        let thread = thread::Builder::new()
+            .name("flusher".to_owned())
+            .spawn(move || run(&flushed.unpacks, &flush))
+            .map_err(|error| Error::caused(ErrorKind::Internal, "start the flusher", error))?;
+        Ok(Some(Flusher {
+            snapshotter: Arc::clone(snapshotter),
+            thread: Some(thread),
+        }))
+    }
+}
+
+impl Drop for Flusher {
+    fn drop(&mut self) {
+        self.snapshotter.unpacks.stop();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the flusher has ended by a bug; the log says where");
+        }
+    }
+}
+
+fn run(unpacks: &Unpacks, flush: &Flush) {
+    let mut free_before = None;
+    let mut last_change = Instant::now();
+    while unpacks.await_any() && unpacks.pause() {
+        // A flush of nothing would still wake a sleeping disk.
+        let free = flush.free_blocks().ok();
+        if free != free_before {
+            free_before = free;
+            last_change = Instant::now();
+            if let Err(error) = flush.run() {
+                log::warn!("flush while unpacking: {}", error.chain());
+            }
+        } else if last_change.elapsed() > GIVEN_UP {
+            unpacks.give_up_after(GIVEN_UP);
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! Comparing the database with the disks, without changing either.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use rustix::fs::FileType;
+
+use super::Snapshotter;
+use super::finding::{Finding, Problem, Recorded};
+use crate::error::{Error, ErrorKind, Result};
+use crate::filter::Filters;
+use crate::store::Snapshot;
+use crate::tree;
+use crate::types::{Content, Kind, Quoted, SnapshotId, Volume};
+use crate::volume::{Dirs, Shape, moving_id};
+
+/// What an inspection has found.
+pub struct Inspection {
+    /// How many snapshots there are.
+    pub snapshots: usize,
+    /// What is wrong, in a stable order.
+    pub findings: Vec<Finding>,
+}
+
+/// The entries of `snapshots/` by number; those of moves are left out.
+type Entries = HashMap<SnapshotId, FileType>;
+
+/// What the database says, as of one moment.
+struct Rows {
+    by_id: HashMap<SnapshotId, Snapshot>,
+    retired: HashSet<SnapshotId>,
+    highest: u64,
+}
+
+impl Snapshotter {
+    /// Looks at every snapshot, directory and link, and counts every layer. A
+    /// daemon at work on them makes for findings that are gone at a second look.
+    ///
+    /// # Errors
+    ///
+    /// As of the database or the image volume's disk.
+    pub fn inspect(&self) -> Result<Inspection> {
+        // The disks first: a snapshot is entered after its directory is made.
+        let image = self.volumes.open(Volume::Image)?;
+        let on_image = entries(&image)?;
+        let writable = self.volumes.open(Volume::Writable);
+        let on_writable = writable.as_ref().ok().map(entries).transpose()?;
+        let rows = self.rows()?;
+        let held = self.held_layers()?;
+
+        let mut findings = Vec::new();
+        if let Err(error) = writable {
+            findings.push(self.missing_volume(&rows, error)?);
+        }
+        let found = on_image
+            .keys()
+            .chain(on_writable.iter().flat_map(HashMap::keys));
+        if found.clone().any(|id| id.number() > rows.highest + 1) {
+            findings.push(about_all(Problem::DatabaseOlder {
+                highest: rows.highest,
+            }));
+        }
+        let mut snapshots: Vec<&Snapshot> = rows.by_id.values().collect();
+        snapshots.sort_by_key(|snapshot| snapshot.id);
+        for snapshot in snapshots {
+            if let Some(why) = rows.bad_parent(snapshot) {
+                findings.push(about(snapshot, Problem::BadParent { why }));
+            }
+            let there = match snapshot.volume {
+                None => continue,
+                Some(Volume::Image) => &on_image,
+                Some(Volume::Writable) => match &on_writable {
+                    None => continue,
+                    Some(entries) => entries,
+                },
+            };
+            let is_there = there.get(&snapshot.id) == Some(&FileType::Directory);
+            let is_held = held.contains(&snapshot.id);
+            findings.extend(self.inspect_directory(snapshot, is_there, is_held)?);
+            let is_away =
+                snapshot.volume == Some(Volume::Writable) && snapshot.info.kind == Kind::Committed;
+            if is_away && !self.is_linked(snapshot.id)? {
+                let target = self.volumes.link_target(snapshot.id);
+                findings.push(about(snapshot, Problem::WrongLink { target }));
+            }
+        }
+        findings.extend(rows.orphans(Volume::Image, &on_image));
+        if let Some(on_writable) = &on_writable {
+            findings.extend(rows.orphans(Volume::Writable, on_writable));
+        }
+        Ok(Inspection {
+            snapshots: rows.by_id.len(),
+            findings,
+        })
+    }
+
+    fn rows(&self) -> Result<Rows> {
+        let reader = self.store.read()?;
+        let mut by_id = HashMap::new();
+        let all = Filters::parse::<&str>(&[]).expect("no filter is no error");
+        reader.list(&all, |snapshot| {
+            by_id.insert(snapshot.id, snapshot);
+            Ok(())
+        })?;
+        Ok(Rows {
+            by_id,
+            retired: reader.retired()?.iter().map(|retired| retired.id).collect(),
+            highest: reader.highest_id()?,
+        })
+    }
+
+    /// A volume that is not there, or one that has only lost its mark.
+    fn missing_volume(&self, rows: &Rows, error: Error) -> Result<Finding> {
+        let belongs = |id: &SnapshotId| {
+            let snapshot = rows.by_id.get(id);
+            snapshot.is_some_and(|snapshot| snapshot.volume == Some(Volume::Writable))
+        };
+        let problem = match self.volumes.unmarked_snapshots()? {
+            Some(ids) if ids.iter().any(belongs) => Problem::MarkMissing,
+            _ => Problem::VolumeMissing { why: error.chain() },
+        };
+        Ok(about_all(problem))
+    }
+
+    fn inspect_directory(
+        &self,
+        snapshot: &Snapshot,
+        is_there: bool,
+        is_held: bool,
+    ) -> Result<Option<Finding>> {
+        let volume = snapshot.volume.unwrap_or(Volume::Image);
+        let dirs = self.volumes.open(volume)?;
+        let shape = match snapshot.info.kind {
+            Kind::Committed => {
+                let problem = inspect_layer(&dirs, snapshot, is_there, is_held)?;
+                return Ok(problem.map(|problem| about(snapshot, problem)));
+            }
+            Kind::Active => Shape::UpperAndWork,
+            Kind::View => Shape::UpperOnly,
+        };
+        let is_whole = is_there && dirs.is_whole(snapshot.id, shape);
+        let problem = Problem::NoDirectory(snapshot.info.kind);
+        Ok((!is_whole).then(|| about(snapshot, problem)))
+    }
+
+    fn is_linked(&self, id: SnapshotId) -> Result<bool> {
+        let target = self.volumes.link_target(id);
+        self.volumes.image().links_to(id, &target)
+    }
+}
+
+/// A layer that is mounted as a container's upper may be written to.
+fn inspect_layer(
+    dirs: &Arc<Dirs>,
+    snapshot: &Snapshot,
+    is_there: bool,
+    is_held: bool,
+) -> Result<Option<Problem>> {
+    let counted = match is_there {
+        false => return Ok(Some(Problem::LayerMissing)),
+        true => dirs.open_upper(snapshot.id).and_then(tree::count),
+    };
+    let counted = match counted {
+        Ok(counted) => counted,
+        Err(error) if error.kind() == ErrorKind::DataLoss => {
+            return Ok(Some(Problem::LayerMissing));
+        }
+        Err(error) => {
+            let why = error.chain();
+            return Ok(Some(Problem::LayerUnreadable { why }));
+        }
+    };
+    let recorded = Recorded {
+        inodes: snapshot.usage.inodes,
+        data_bytes: snapshot.data_bytes,
+    };
+    Ok(match compare(recorded, counted) {
+        _ if is_held => None,
+        Comparison::Same => None,
+        Comparison::Less => Some(Problem::LayerDamaged { recorded, counted }),
+        Comparison::Other => Some(Problem::LayerChanged { recorded, counted }),
+    })
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Comparison {
+    Same,
+    Less,
+    Other,
+}
+
+fn compare(recorded: Recorded, counted: Content) -> Comparison {
+    let recorded_bytes = recorded.data_bytes.unwrap_or(counted.data_bytes);
+    let (inodes, bytes) = (counted.usage.inodes, counted.data_bytes);
+    if inodes < recorded.inodes || bytes < recorded_bytes {
+        Comparison::Less
+    } else if inodes > recorded.inodes || bytes > recorded_bytes {
+        Comparison::Other
+    } else {
+        Comparison::Same
+    }
+}
+
+impl Rows {
+    /// Why what a snapshot stands on cannot be its parent.
+    fn bad_parent(&self, snapshot: &Snapshot) -> Option<String> {
+        let parent_id = snapshot.parent_id?;
+        let Some(parent) = self.by_id.get(&parent_id) else {
+            return Some(format!("snapshot {parent_id}, which does not exist"));
+        };
+        if parent.info.kind != Kind::Committed {
+            let (name, kind) = (Quoted(&parent.info.name), parent.info.kind);
+            return Some(format!("{name}, which is {kind}, not committed"));
+        }
+        // A circle has no end, and no chain is longer than all there are.
+        let mut above = Some(parent);
+        for _ in 0..=self.by_id.len() {
+            match above.and_then(|layer| layer.parent_id) {
+                None => return None,
+                Some(id) => above = self.by_id.get(&id),
+            }
+        }
+        Some("itself".to_owned())
+    }
+
+    fn orphans(&self, volume: Volume, entries: &Entries) -> Vec<Finding> {
+        let is_owned = |id: &SnapshotId| {
+            let snapshot = self.by_id.get(id);
+            let place = snapshot.and_then(|snapshot| snapshot.volume);
+            let is_layer = snapshot.is_some_and(|found| found.info.kind == Kind::Committed);
+            match volume {
+                // As its directory, or as the link of a layer that is elsewhere.
+                Volume::Image => place == Some(volume) || place.is_some() && is_layer,
+                Volume::Writable => place == Some(volume) || self.retired.contains(id),
+            }
+        };
+        let mut orphans: Vec<_> = entries.keys().filter(|id| !is_owned(id)).collect();
+        orphans.sort();
+        let finding = |id: &SnapshotId| Finding {
+            problem: Problem::Orphan {
+                entry: id.to_string(),
+            },
+            name: None,
+            id: Some(*id),
+            volume: Some(volume),
+        };
+        orphans.into_iter().map(finding).collect()
+    }
+}
+
+fn entries(dirs: &Arc<Dirs>) -> Result<Entries> {
+    let mut entries = Entries::new();
+    for entry in dirs.entries()? {
+        let name = entry.name.to_bytes();
+        // A move's own entry is no finding: the next start deals with it.
+        if let (Some(id), None) = (SnapshotId::from_directory_name(name), moving_id(name)) {
+            entries.insert(id, entry.file_type);
+        }
+    }
+    Ok(entries)
+}
+
+fn about(snapshot: &Snapshot, problem: Problem) -> Finding {
+    Finding {
+        problem,
+        name: Some(snapshot.info.name.clone()),
+        id: Some(snapshot.id),
+        volume: snapshot.volume,
+    }
+}
+
+fn about_all(problem: Problem) -> Finding {
+    Finding {
+        problem,
+        name: None,
+        id: None,
+        volume: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Usage;
+
+    #[test]
+    fn less_of_anything_is_damage() {
+        let recorded = |inodes, data_bytes| Recorded { inodes, data_bytes };
+        let counted = |inodes, data_bytes| Content {
+            usage: Usage {
+                size_bytes: 0,
+                inodes,
+            },
+            data_bytes,
+        };
+        use Comparison::{Less, Other, Same};
+        let table = [
+            (recorded(5, Some(100)), counted(5, 100), Same),
+            (recorded(5, Some(100)), counted(5, 99), Less),
+            (recorded(5, Some(100)), counted(4, 200), Less),
+            (recorded(5, Some(100)), counted(6, 99), Less),
+            (recorded(5, Some(100)), counted(6, 100), Other),
+            (recorded(5, Some(100)), counted(5, 101), Other),
+            (recorded(5, None), counted(5, 7), Same),
+            (recorded(5, None), counted(4, 7), Less),
+        ];
+        for (recorded, counted, expected) in table {
+            assert_eq!(
+                compare(recorded, counted),
+                expected,
+                "{recorded} {counted:?}"
+            );
+        }
+    }
+}

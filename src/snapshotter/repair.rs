@@ -1,0 +1,110 @@
+//! Putting right what an inspection has found, while nobody is served.
+
+use std::collections::HashSet;
+
+use super::Snapshotter;
+use super::finding::{Finding, Problem};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::filter::Filters;
+use crate::store::Snapshot;
+use crate::types::{SnapshotId, Volume};
+
+impl Snapshotter {
+    /// The snapshots that a repair drops: layers that are missing or damaged, and
+    /// everything that stands on them.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn doomed(&self, findings: &[Finding]) -> Result<Vec<Snapshot>> {
+        let fatal = findings.iter().filter(|finding| finding.problem.is_fatal());
+        let mut doomed: HashSet<SnapshotId> = fatal.filter_map(|finding| finding.id).collect();
+        if doomed.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut all = Vec::new();
+        let filters = Filters::parse::<&str>(&[]).expect("no filter is no error");
+        self.store.read()?.list(&filters, |snapshot| {
+            all.push(snapshot);
+            Ok(())
+        })?;
+        loop {
+            let before = doomed.len();
+            let stands_on = |snapshot: &&Snapshot| {
+                let parent = snapshot.parent_id;
+                parent.is_some_and(|parent| doomed.contains(&parent))
+            };
+            let upon: Vec<_> = all.iter().filter(stands_on).map(|found| found.id).collect();
+            doomed.extend(upon);
+            if doomed.len() == before {
+                break;
+            }
+        }
+        all.retain(|snapshot| doomed.contains(&snapshot.id));
+        Ok(all)
+    }
+
+    /// Puts right what can be put right about these findings, and what a start
+    /// puts right by itself. Nobody else may have the database or the volumes
+    /// open.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed for it
+    /// and not there, or as of the database and the disks. What was done until
+    /// then is found in place by the next try.
+    pub fn repair(&self, findings: &[Finding]) -> Result<()> {
+        let has =
+            |wanted: fn(&Problem) -> bool| findings.iter().any(|finding| wanted(&finding.problem));
+        let forgets = has(|problem| {
+            matches!(
+                problem,
+                Problem::DatabaseOlder { .. } | Problem::DatabaseIncomplete { .. }
+            )
+        });
+        if forgets && has(|problem| matches!(problem, Problem::VolumeMissing { .. })) {
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                "the database is not the latest, and without the writable volume nobody can tell \
+                 which numbers it has given out: mount that volume, or give it up with \
+                 --reset-writable",
+            ));
+        }
+        if has(|problem| *problem == Problem::MarkMissing) {
+            self.volumes.mark_writable()?;
+        }
+        let doomed = self.doomed(findings)?;
+        let doomed: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
+
+        let mut transaction = self.store.write()?;
+        let rows = transaction.rows();
+        rows.drop_snapshots(&doomed)?;
+        for finding in findings {
+            if let (Problem::LayerChanged { counted, .. }, Some(id)) =
+                (&finding.problem, finding.id)
+            {
+                rows.record_content(id, counted)?;
+            }
+        }
+        rows.skip_ids_through(self.highest_entry()?)?;
+        rows.forget_copied()?;
+        transaction.commit()?;
+        drop(transaction);
+        self.recover().context(|| "recover, as at a start")
+    }
+
+    /// The highest number that a directory on either volume has; 0 without any.
+    fn highest_entry(&self) -> Result<u64> {
+        let mut highest = 0;
+        for volume in [Volume::Image, Volume::Writable] {
+            let Ok(dirs) = self.volumes.open(volume) else {
+                continue;
+            };
+            for entry in dirs.entries()? {
+                let id = SnapshotId::from_directory_name(entry.name.to_bytes());
+                highest = highest.max(id.map_or(0, SnapshotId::number));
+            }
+        }
+        Ok(highest)
+    }
+}

@@ -1,0 +1,132 @@
+//! Whether a database file is the latest state of itself.
+//!
+//! SQLite keeps the latest transactions in a log beside the file (`-wal`), and
+//! takes a file whose log is missing for complete. So a database says of itself,
+//! in the file proper, that it is in use: then there is a log with something in
+//! it, whatever happened, until the mark is taken off at a clean end. A copy
+//! (see `copy`) says that it is one.
+
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension};
+
+use super::{FileFormat, probe_format, sql_error};
+use crate::error::{Error, ErrorKind, Result};
+
+const IN_USE: &str = "in_use";
+pub(super) const COPIED: &str = "copied";
+
+/// What is known of a database before it is opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Completeness {
+    /// Nothing speaks against its being complete.
+    Whole,
+    /// It was in use, and its log, with the latest transactions, is not there.
+    LogMissing,
+    /// It is a copy of an earlier state, made at that moment (UTC).
+    Copy(String),
+    /// It is such a copy, with the log of another state beside it.
+    CopyWithLog(String),
+}
+
+/// Tells whether the database at `path` is complete, by the file itself: nothing
+/// is opened that SQLite would create or change.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if it cannot be read. What is damaged is for
+/// [`super::Store::open`] to tell.
+pub fn probe_completeness(path: &Path) -> Result<Completeness> {
+    if probe_format(path)? != FileFormat::Ours {
+        return Ok(Completeness::Whole);
+    }
+    let has_log = match std::fs::metadata(log_path(path)) {
+        Ok(metadata) => metadata.len() > 0,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) => {
+            let what = format!("look at the log of the database {}", path.display());
+            return Err(Error::caused(ErrorKind::Internal, what, error));
+        }
+    };
+    // In the middle of a checkpoint the file by itself may make no sense.
+    let fact = |name| read_without_log(path, name).ok().flatten();
+    Ok(match (fact(COPIED), has_log) {
+        (Some(made), false) => Completeness::Copy(made),
+        (Some(made), true) => Completeness::CopyWithLog(made),
+        (None, false) if fact(IN_USE).is_some() => Completeness::LogMissing,
+        (None, _) => Completeness::Whole,
+    })
+}
+
+fn log_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push("-wal");
+    name.into()
+}
+
+/// `immutable` keeps SQLite from looking for a log, and from locking.
+fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>> {
+    let mut uri = String::from("file:");
+    for byte in path.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'/' => uri.push('/'),
+            _ if byte.is_ascii_alphanumeric() => uri.push(char::from(*byte)),
+            _ => uri.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    uri.push_str("?immutable=1");
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+        | OpenFlags::SQLITE_OPEN_URI
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    Connection::open_with_flags(uri, flags)?
+        .query_row("SELECT value FROM fact WHERE name = ?1", [name], |row| {
+            row.get(0)
+        })
+        .optional()
+}
+
+/// Puts the mark into the file itself. The log keeps what it holds: from now on
+/// an empty one is a damaged one. A database whose log is missing stays an
+/// earlier state of itself, also with a new log, until somebody has mended that.
+pub(super) fn mark_in_use(connection: &Connection, completeness: &Completeness) -> Result<()> {
+    let marking = |error| sql_error(error, "mark the database as in use");
+    if *completeness == Completeness::LogMissing {
+        connection
+            .execute(
+                "INSERT OR REPLACE INTO fact (name, value) VALUES (?1, 'when its log was lost')",
+                [COPIED],
+            )
+            .map_err(marking)?;
+    }
+    let is_new = connection
+        .execute(
+            "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING",
+            [IN_USE],
+        )
+        .map_err(marking)?;
+    if is_new > 0 {
+        connection
+            .query_row("PRAGMA wal_checkpoint(FULL)", [], |_| Ok(()))
+            .map_err(marking)?;
+    }
+    Ok(())
+}
+
+/// Takes the mark off, and moves the log into the file.
+pub(super) fn mark_unused(connection: &Connection) -> Result<()> {
+    connection
+        .execute("DELETE FROM fact WHERE name = ?1", [IN_USE])
+        .and_then(|_| connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())))
+        .map_err(|error| sql_error(error, "close the database"))
+}
+
+/// Makes a copy out of a database: without the mark, and saying what it is.
+pub(super) fn mark_copied(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute("DELETE FROM fact WHERE name = ?1", [IN_USE])?;
+    connection.execute(
+        "INSERT OR REPLACE INTO fact (name, value)
+         VALUES (?1, strftime('%Y-%m-%d %H:%M:%S UTC', 'now'))",
+        [COPIED],
+    )?;
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! What a volume has to be before it is used: mounted, and with room left.
+
+use std::path::Path;
+
+use rustix::fs::{
+    AtFlags, CWD, StatVfs, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx,
+};
+use rustix::io::Errno;
+
+use super::Dirs;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// Whether the directories of the volumes must be mount points themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MountPoints {
+    /// They must: a disk that is not mounted is noticed before anything else.
+    Required,
+    /// They may be directories on any file system.
+    Optional,
+}
+
+/// How long what is on the writable volume is meant to last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lifetime {
+    /// As long as its disk. An empty one is another disk.
+    Lasting,
+    /// Until a reboot at most (tmpfs, zram). An empty one begins anew.
+    UntilReboot,
+}
+
+/// What has to stay free on the writable volume when a snapshot is made there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reserve {
+    /// That many bytes.
+    Bytes(u64),
+    /// That part of the volume's size, in percent.
+    Percent(u8),
+}
+
+impl Reserve {
+    /// In bytes, on that file system.
+    fn bytes(self, of: &StatVfs) -> u64 {
+        match self {
+            Reserve::Bytes(bytes) => bytes,
+            Reserve::Percent(percent) => {
+                let size = u128::from(of.f_blocks) * u128::from(of.f_frsize);
+                u64::try_from(size * u128::from(percent) / 100).unwrap_or(u64::MAX)
+            }
+        }
+    }
+}
+
+impl Dirs {
+    /// Refuses a new snapshot where the volume has less room than `reserve`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::ResourceExhausted`] saying how much is free and how much
+    /// should be, or as of the volume's disk.
+    pub fn require_room(&self, reserve: Reserve) -> Result<()> {
+        if reserve == Reserve::Bytes(0) {
+            return Ok(());
+        }
+        let path = self.path();
+        let state = fstatvfs(self.snapshots_fd()).context(|| format!("look how full {path} is"))?;
+        let free = state.f_bavail.saturating_mul(state.f_frsize);
+        let wanted = reserve.bytes(&state);
+        if free >= wanted {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::ResourceExhausted,
+            format!(
+                "{path} has {} MiB free, less than the reserve of {} MiB (--reserve): remove \
+                 containers, or make the volume larger",
+                free >> 20,
+                wanted >> 20
+            ),
+        ))
+    }
+}
+
+/// Refuses each of these directories, given with the flag that names it, that
+/// is not there or no mount point. Creates nothing.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] naming the directory and what to do.
+pub fn require_mount_points(directories: &[(&str, &str)]) -> Result<()> {
+    for (flag, path) in directories {
+        let why = match is_mount_point(path) {
+            Ok(true) => continue,
+            Ok(false) => "is no mount point",
+            Err(Errno::NOENT | Errno::NOTDIR) => "does not exist",
+            Err(errno) => return Err(errno).context(|| format!("look at {path}")),
+        };
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "{flag} {path} {why}: mount its disk there (--require-mount asks for it before \
+                 anything is written)"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Whether a writable directory that is empty, or not there, can be a volume
+/// that a reboot has emptied, and not the bare mount point of one that is not
+/// mounted: it is a mount point, or on (to be made on) a file system in memory.
+///
+/// # Errors
+///
+/// What the kernel says.
+pub(super) fn is_mounted_anew(path: &str) -> std::result::Result<bool, Errno> {
+    let mut existing = Path::new(path);
+    while !existing.exists() {
+        existing = existing.parent().unwrap_or(Path::new("/"));
+    }
+    if is_in_memory(existing)? {
+        return Ok(true);
+    }
+    Ok(existing == Path::new(path) && is_mount_point(path)?)
+}
+
+fn is_in_memory(path: &Path) -> std::result::Result<bool, Errno> {
+    // linux/magic.h
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    Ok(matches!(file_system_type(path)?, TMPFS | RAMFS))
+}
+
+pub(super) fn file_system_type(path: &Path) -> std::result::Result<u64, Errno> {
+    #[allow(clippy::unnecessary_cast)] // its width differs among architectures
+    statfs(path).map(|state| state.f_type as u64)
+}
+
+fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
+    let told = statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
+    if let Ok(told) = told
+        && told
+            .stx_attributes_mask
+            .contains(StatxAttributes::MOUNT_ROOT)
+    {
+        return Ok(told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
+    }
+    // Before Linux 5.8; a bind mount of the same file system goes unnoticed.
+    let parent = format!("{path}/..");
+    Ok(stat(path)?.st_dev != stat(parent.as_str())?.st_dev)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_told_from_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let plain = dir.path().to_str().unwrap();
+        require_mount_points(&[("--root-dir", "/proc")]).unwrap();
+        let text = require_mount_points(&[("--root-dir", "/proc"), ("--writable-dir", plain)])
+            .unwrap_err()
+            .chain();
+        assert!(
+            text.contains("--writable-dir") && text.contains(plain),
+            "{text}"
+        );
+        let missing = format!("{plain}/missing");
+        let error = require_mount_points(&[("--root-dir", &missing)]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+        assert!(
+            error.chain().contains("does not exist"),
+            "{}",
+            error.chain()
+        );
+    }
+
+    #[test]
+    fn a_bare_mount_point_is_no_emptied_volume() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let bare = dir.path().to_str().unwrap();
+        assert_eq!(is_mounted_anew("/proc"), Ok(true), "a mount point");
+        assert_eq!(is_mounted_anew("/dev/shm/a/b"), Ok(true), "in memory");
+        assert_eq!(is_mounted_anew(bare), Ok(false));
+        assert_eq!(is_mounted_anew(&format!("{bare}/a/b")), Ok(false));
+    }
+
+    #[test]
+    fn a_percentage_is_of_the_volume() {
+        let mut volume = rustix::fs::statvfs("/").unwrap();
+        volume.f_frsize = 4096;
+        volume.f_blocks = 1000;
+        assert_eq!(Reserve::Percent(5).bytes(&volume), 4096 * 50);
+        assert_eq!(Reserve::Bytes(7).bytes(&volume), 7);
+    }
+}
