@@ -66,6 +66,7 @@ pub fn run(config: &Config) -> Result<()> {
     )?;
     let snapshotter = Snapshotter::new(store, volumes, options);
     snapshotter.recover()?;
+    snapshotter.store().begin_use()?;
 
     let snapshotter = Arc::new(snapshotter);
     let pool = Arc::new(Pool::start(config.threads)?);

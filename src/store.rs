@@ -67,7 +67,7 @@ enum Access {
 
 impl Store {
     /// Opens the database at `path`, creating it (mode 0600) if there is none,
-    /// brings its schema up to date, and marks it as in use.
+    /// and brings its schema up to date.
     ///
     /// # Errors
     ///
@@ -103,8 +103,15 @@ impl Store {
             connect(path, Access::ReadWrite).map_err(|error| sql_error(error, opening()))?;
         let prepared = schema::require_sound(&writer)
             .and_then(|()| schema::migrate(&mut writer))
-            .and_then(|()| tail::mark_in_use(&writer, &completeness));
-        prepared.map_err(|error| error.while_doing(opening()))?;
+            .and_then(|()| match completeness {
+                Completeness::LogMissing => tail::note_missing_log(&writer),
+                _ => Ok(()),
+            });
+        if let Err(error) = prepared {
+            // Closed, it would move its log into what may be damaged.
+            std::mem::forget(writer);
+            return Err(error.while_doing(opening()));
+        }
         Ok(Store {
             path: path.to_owned(),
             access: Access::ReadWrite,
@@ -167,18 +174,30 @@ impl Store {
     /// [`ErrorKind::Unavailable`] once it is closed, or was opened to be read
     /// only; [`ErrorKind::Internal`] if SQLite cannot begin.
     pub fn write(&self) -> Result<Transaction<'_>> {
-        let mut transaction = Transaction {
-            writer: lock(&self.writer),
-            changes: &self.changes,
-            finished: true,
-        };
-        transaction
-            .connection()?
+        let writer = lock(&self.writer);
+        let connection = writer.as_ref().ok_or_else(not_writable)?;
+        connection
             .prepare_cached("BEGIN IMMEDIATE")
             .and_then(|mut begin| begin.execute([]))
             .map_err(|error| sql_error(error, "begin a transaction"))?;
-        transaction.finished = false;
-        Ok(transaction)
+        let changes_before = connection.total_changes();
+        Ok(Transaction {
+            writer,
+            changes: &self.changes,
+            changes_before,
+            finished: false,
+        })
+    }
+
+    /// Marks the database as in use, before anything is acknowledged: should its
+    /// log get lost from now on, [`probe_completeness`] tells.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Store::write`], or of the database's disk.
+    pub fn begin_use(&self) -> Result<()> {
+        let writer = lock(&self.writer);
+        tail::mark_in_use(writer.as_ref().ok_or_else(not_writable)?)
     }
 
     /// Gives back the space that was set aside, and has SQLite begin its log
@@ -256,6 +275,7 @@ impl Drop for Reader<'_> {
 pub struct Transaction<'a> {
     writer: MutexGuard<'a, Option<Connection>>,
     changes: &'a Changes,
+    changes_before: u64,
     finished: bool,
 }
 
@@ -266,15 +286,6 @@ impl Transaction<'_> {
         Rows::new(connection.expect("a transaction has begun, and its guard keeps it"))
     }
 
-    fn connection(&self) -> Result<&Connection> {
-        self.writer.as_ref().ok_or_else(|| {
-            Error::new(
-                ErrorKind::Unavailable,
-                "the database is not open for writing",
-            )
-        })
-    }
-
     /// Makes everything done in it durable. The writer's lock is kept until the
     /// value is dropped, so that what a failure leaves on a disk can be undone
     /// before anybody else is given the same id.
@@ -283,12 +294,15 @@ impl Transaction<'_> {
     ///
     /// As of the database's disk; nothing of the transaction remains then.
     pub fn commit(&mut self) -> Result<()> {
-        self.connection()?
+        let connection = self.writer.as_ref().ok_or_else(not_writable)?;
+        connection
             .prepare_cached("COMMIT")
             .and_then(|mut commit| commit.execute([]))
             .map_err(|error| sql_error(error, "commit to the database"))?;
         self.finished = true;
-        self.changes.note();
+        if connection.total_changes() != self.changes_before {
+            self.changes.note();
+        }
         Ok(())
     }
 }
@@ -305,6 +319,13 @@ impl Drop for Transaction<'_> {
             log::error!("cannot roll a database transaction back: {error}");
         }
     }
+}
+
+fn not_writable() -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        "the database is not open for writing",
+    )
 }
 
 fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {

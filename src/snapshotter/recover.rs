@@ -32,6 +32,28 @@ impl Inventory {
         })
     }
 
+    /// Refuses a database that has forgotten snapshots whose directories are there.
+    /// One request at a time enters a snapshot, so a crash leaves none beyond the
+    /// next id.
+    fn require_latest(&self, volume: Volume, dirs: &Dirs) -> Result<()> {
+        let entries = dirs.entries()?;
+        let ids = entries
+            .iter()
+            .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
+        let Some(newest) = ids.max().filter(|id| id.number() > self.highest + 1) else {
+            return Ok(());
+        };
+        Err(Error::new(
+            ErrorKind::DataLoss,
+            format!(
+                "the {volume} volume has snapshots/{newest}, but the database has given out \
+                 numbers up to {} only: it is an older state of itself. Put the latest one back, \
+                 or run `check --repair`, which removes what it does not know",
+                self.highest
+            ),
+        ))
+    }
+
     /// The ids whose name belongs into `snapshots/` of that volume.
     fn known(&self, volume: Volume) -> HashSet<SnapshotId> {
         let belongs = |place: &Place| match volume {
@@ -71,6 +93,11 @@ impl Snapshotter {
         let inventory = Inventory::read(&transaction)?;
 
         let image = self.volumes.open(Volume::Image)?;
+        // Both volumes before anything is taken for a stray.
+        inventory.require_latest(Volume::Image, &image)?;
+        if let Ok(writable) = self.volumes.open(Volume::Writable) {
+            inventory.require_latest(Volume::Writable, &writable)?;
+        }
         self.drop_unfinished_moves(&image)?;
         let on_image = trash_strays(&image, Volume::Image, &inventory)?;
         self.set_links(&inventory, &on_image)?;
@@ -221,34 +248,17 @@ type Found = HashMap<SnapshotId, FileType>;
 ///
 /// # Errors
 ///
-/// [`ErrorKind::DataLoss`], and nothing is moved, if there is a directory that
-/// the database cannot have forgotten: one request at a time enters a snapshot,
-/// so a crash leaves none beyond the next id. Or as of the volume's disk.
+/// [`ErrorKind::DataLoss`], and nothing is moved, if the database is an older
+/// state of itself; or as of the volume's disk.
 pub(super) fn trash_strays(
     dirs: &Arc<Dirs>,
     volume: Volume,
     inventory: &Inventory,
 ) -> Result<Found> {
     let known = inventory.known(volume);
-    let entries = dirs.entries()?;
-    let ids = entries
-        .iter()
-        .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
-    if let Some(newest) = ids.max()
-        && newest.number() > inventory.highest + 1
-    {
-        return Err(Error::new(
-            ErrorKind::DataLoss,
-            format!(
-                "the {volume} volume has snapshots/{newest}, but the database has given out \
-                 numbers up to {} only: it is an older state of itself. Put the latest one back, \
-                 or run `check --repair`, which removes what it does not know",
-                inventory.highest
-            ),
-        ));
-    }
+    inventory.require_latest(volume, dirs)?;
     let mut found = Found::new();
-    for entry in entries {
+    for entry in dirs.entries()? {
         let name = entry.name.to_bytes();
         match SnapshotId::from_directory_name(name) {
             Some(id) if known.contains(&id) => {

@@ -93,16 +93,12 @@ impl Snapshotter {
         self.recover().context(|| "recover, as at a start")
     }
 
-    /// The highest number that a directory on either volume has; 0 without any.
+    /// The highest number that anything on either volume has; 0 without any.
     fn highest_entry(&self) -> Result<u64> {
         let mut highest = 0;
         for volume in [Volume::Image, Volume::Writable] {
-            let Ok(dirs) = self.volumes.open(volume) else {
-                continue;
-            };
-            for entry in dirs.entries()? {
-                let id = SnapshotId::from_directory_name(entry.name.to_bytes());
-                highest = highest.max(id.map_or(0, SnapshotId::number));
+            if let Ok(dirs) = self.volumes.open(volume) {
+                highest = highest.max(dirs.highest_id()?);
             }
         }
         Ok(highest)

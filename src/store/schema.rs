@@ -57,7 +57,7 @@ pub fn require_sound(connection: &Connection) -> Result<()> {
     }
     Err(Error::new(
         ErrorKind::DataLoss,
-        format!("the database is damaged: {said}"),
+        format!("the database is damaged: {}", said.replace('\n', " ")),
     ))
 }
 

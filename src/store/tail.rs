@@ -85,31 +85,30 @@ fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>>
         .optional()
 }
 
-/// Puts the mark into the file itself. The log keeps what it holds: from now on
-/// an empty one is a damaged one. A database whose log is missing stays an
-/// earlier state of itself, also with a new log, until somebody has mended that.
-pub(super) fn mark_in_use(connection: &Connection, completeness: &Completeness) -> Result<()> {
-    let marking = |error| sql_error(error, "mark the database as in use");
-    if *completeness == Completeness::LogMissing {
-        connection
-            .execute(
-                "INSERT OR REPLACE INTO fact (name, value) VALUES (?1, 'when its log was lost')",
-                [COPIED],
-            )
-            .map_err(marking)?;
-    }
-    let is_new = connection
+/// A database whose log is missing stays an earlier state of itself, also with a
+/// new log, until somebody has mended that.
+pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
+    connection
         .execute(
-            "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING",
-            [IN_USE],
+            "INSERT OR REPLACE INTO fact (name, value) VALUES (?1, 'when its log was lost')",
+            [COPIED],
         )
-        .map_err(marking)?;
-    if is_new > 0 {
-        connection
-            .query_row("PRAGMA wal_checkpoint(FULL)", [], |_| Ok(()))
-            .map_err(marking)?;
-    }
-    Ok(())
+        .map(drop)
+        .map_err(|error| sql_error(error, "note that the database's log is missing"))
+}
+
+/// Puts the mark into the file itself, with all that the log holds so far. The
+/// log keeps it too: from now on an empty one is a damaged one.
+pub(super) fn mark_in_use(connection: &Connection) -> Result<()> {
+    let is_new = connection.execute(
+        "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING",
+        [IN_USE],
+    );
+    let mark = || match is_new? {
+        0 => Ok(()),
+        _ => connection.query_row("PRAGMA wal_checkpoint(FULL)", [], |_| Ok(())),
+    };
+    mark().map_err(|error| sql_error(error, "mark the database as in use"))
 }
 
 /// Takes the mark off, and moves the log into the file.

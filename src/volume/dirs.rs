@@ -215,9 +215,30 @@ impl Dirs {
     ///
     /// As of the volume's disk.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        let listing = || format!("list {}/{SNAPSHOTS}", self.path);
+        self.list(&self.snapshots, SNAPSHOTS)
+    }
+
+    /// The highest number that an entry of `snapshots/` or of `trash/` has; 0
+    /// without any.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn highest_id(&self) -> Result<u64> {
+        let mut all = self.entries()?;
+        all.extend(self.list(&self.trash, TRASH)?);
+        let number = |entry: &Entry| {
+            // What was trashed twice has a number of its own behind a dot.
+            let name = entry.name.to_bytes().split(|byte| *byte == b'.').next();
+            SnapshotId::from_directory_name(name?).map(SnapshotId::number)
+        };
+        Ok(all.iter().filter_map(number).max().unwrap_or(0))
+    }
+
+    fn list(&self, fd: &OwnedFd, directory: &str) -> Result<Vec<Entry>> {
+        let listing = || format!("list {}/{directory}", self.path);
         let mut entries = Vec::new();
-        for entry in Dir::read_from(&self.snapshots).context(listing)? {
+        for entry in Dir::read_from(fd).context(listing)? {
             let entry = entry.context(listing)?;
             let name = entry.file_name();
             if !matches!(name.to_bytes(), b"." | b"..") {

@@ -12,6 +12,8 @@ mod check;
 mod connections;
 mod containerd;
 mod content;
+mod damage;
+mod guard;
 mod input;
 mod intruders;
 mod life;
@@ -34,7 +36,7 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 15] = [
+    let modules: [(&str, &[Test]); 17] = [
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("messages", messages::TESTS),
@@ -46,6 +48,8 @@ fn main() {
         ("recovery", recovery::TESTS),
         ("callers", callers::TESTS),
         ("check", check::TESTS),
+        ("damage", damage::TESTS),
+        ("guard", guard::TESTS),
         ("races", races::TESTS),
         ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),

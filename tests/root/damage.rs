@@ -1,0 +1,280 @@
+//! A damaged, incomplete or outdated database is refused at the start, and
+//! there is a way back.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::Test;
+use crate::check::{check, is_clean};
+use crate::content::layer;
+use crate::support::client::Client;
+use crate::support::daemon::{Split, is_empty, refused};
+use crate::support::mounted::Mounted;
+use crate::support::{tree, unchanged};
+
+pub const TESTS: &[Test] = &[
+    ("a_missing_log", a_missing_log),
+    ("a_cut_off_log", a_cut_off_log),
+    ("flipped_bytes", flipped_bytes),
+    ("a_truncated_database", a_truncated_database),
+    ("a_copy_is_the_way_back", a_copy_is_the_way_back),
+    ("an_older_database", an_older_database),
+    ("a_copy_is_made_at_a_stop", a_copy_is_made_at_a_stop),
+];
+
+fn database(split: &Split) -> PathBuf {
+    split.root().join("metadata.db")
+}
+
+fn log_of(split: &Split) -> PathBuf {
+    split.root().join("metadata.db-wal")
+}
+
+fn sample(client: &Client, round: &str) {
+    layer(client, &format!("base-{round}"), "", |top| {
+        fs::write(top.join("file"), round).unwrap();
+    });
+    let key = format!("web-{round}");
+    client.prepare(&key, &format!("base-{round}"), &[]).unwrap();
+}
+
+#[track_caller]
+fn holds(client: &Client, round: &str) {
+    let mounted = Mounted::new(&client.mounts(&format!("web-{round}")).unwrap());
+    assert_eq!(
+        fs::read_to_string(mounted.path().join("file")).unwrap(),
+        round
+    );
+}
+
+/// A refusal that says these words and changes neither volume.
+#[track_caller]
+fn is_refused(split: &Split, words: &[&str]) {
+    let before = [split.root(), split.writable()].map(tree);
+    let line = refused(split.daemon.arguments());
+    for word in words {
+        assert!(line.contains(word), "{word:?} is not in {line:?}");
+    }
+    let is_data = |path: &Path| !path.to_str().unwrap().contains("/metadata.db");
+    for (top, mut before) in [split.root(), split.writable()].iter().zip(before) {
+        let mut after = tree(top);
+        after.retain(|path, _| is_data(path));
+        before.retain(|path, _| is_data(path));
+        assert_eq!(after, before);
+    }
+}
+
+#[track_caller]
+fn repair(split: &mut Split) -> Client {
+    let (code, said, complaint) = check(split, &["--repair", "--yes"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    is_clean(split);
+    split.daemon.restart();
+    split.client()
+}
+
+/// Somebody has copied `metadata.db` alone, or tidied up.
+fn a_missing_log() {
+    let mut split = Split::start(&[]);
+    sample(&split.client(), "first");
+    split.daemon.kill();
+    let kept = split.root().join("kept");
+    fs::rename(log_of(&split), &kept).unwrap();
+    is_refused(
+        &split,
+        &["metadata.db-wal", "put it back", "check --repair"],
+    );
+    fs::write(log_of(&split), "").unwrap();
+    is_refused(&split, &["missing or empty"]);
+    let (code, said, complaint) = check(&split, &[]);
+    assert_eq!(code, 1, "{said}{complaint}");
+    assert!(said.contains("its log"), "{said}");
+
+    fs::rename(&kept, log_of(&split)).unwrap();
+    is_clean(&split);
+    split.daemon.restart();
+    let client = split.client();
+    holds(&client, "first");
+    // For good: what the log had is given up, and its directories with it.
+    split.daemon.kill();
+    fs::remove_file(log_of(&split)).unwrap();
+    is_refused(&split, &["check --repair"]);
+    let client = repair(&mut split);
+    assert!(!client.exists("web-first"));
+    sample(&client, "second");
+    holds(&client, "second");
+    client.cleanup().unwrap();
+    is_clean(&split);
+}
+
+/// A log that ends early, as by a flipped byte: SQLite takes what comes before.
+/// That the directories are further tells.
+fn a_cut_off_log() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    for round in ["first", "second", "third"] {
+        sample(&client, round);
+    }
+    split.daemon.kill();
+    let length = fs::metadata(log_of(&split)).unwrap().len();
+    // The first transaction after the header, and a bit; each frame has a page.
+    let file = fs::File::options()
+        .write(true)
+        .open(log_of(&split))
+        .unwrap();
+    file.write_all_at(&[0xff; 64], 32 + 3 * (24 + 4096) + 100)
+        .unwrap();
+    assert!(length > 10 * 4096);
+    is_refused(&split, &["older state of itself", "check --repair"]);
+    let client = repair(&mut split);
+    sample(&client, "fourth");
+    holds(&client, "fourth");
+}
+
+/// What SQLite can notice it notices at the start, not when containerd asks.
+fn flipped_bytes() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    for number in 0..60 {
+        client
+            .prepare(&format!("key-{number}"), "", &[("label", &"x".repeat(300))])
+            .unwrap();
+    }
+    split.daemon.stop();
+    let sound = fs::read(database(&split)).unwrap();
+    let page = 4096;
+    assert!(sound.len() > 6 * page);
+    let mut refusals = 0;
+    for at in (0..sound.len()).step_by(page) {
+        let mut flipped = sound.clone();
+        // The page's own header and what follows it.
+        for byte in &mut flipped[at..at + 32] {
+            *byte ^= 0x55;
+        }
+        fs::write(database(&split), &flipped).unwrap();
+        let is_header = at == 0;
+        // A page that holds nothing any more may be anything.
+        if is_header || split_is_refused(&split) {
+            is_refused(&split, &["metadata.db"]);
+            refusals += 1;
+        }
+        assert!(refusals > 0);
+    }
+    assert!(refusals * 3 > sound.len() / page * 2, "{refusals} pages");
+    fs::write(database(&split), &sound).unwrap();
+    split.daemon.restart();
+    assert_eq!(split.client().names(&[]).unwrap().len(), 60);
+}
+
+/// Whether a check takes the database for damaged, which starts nothing.
+fn split_is_refused(split: &Split) -> bool {
+    let (code, said, complaint) = check(split, &[]);
+    assert_ne!(code, 1, "{said}");
+    if code == 2 {
+        assert!(complaint.contains("metadata.db.copy"), "{complaint}");
+    }
+    code == 2
+}
+
+fn a_truncated_database() {
+    let mut split = Split::start(&[]);
+    for number in 0..60 {
+        let key = format!("key-{number}");
+        let label = "x".repeat(300);
+        split.client().prepare(&key, "", &[("l", &label)]).unwrap();
+    }
+    split.daemon.stop();
+    let sound = fs::read(database(&split)).unwrap();
+    for part in [1, 50, 99] {
+        let length = sound.len() * part / 100;
+        fs::write(database(&split), &sound[..length]).unwrap();
+        is_refused(&split, &["metadata.db"]);
+        let (code, ..) = check(&split, &[]);
+        assert_eq!(code, 2);
+    }
+    // Nothing left of it: not begun afresh beside what is there.
+    fs::write(database(&split), "").unwrap();
+    is_refused(&split, &["is missing", "restore"]);
+}
+
+fn a_copy_is_the_way_back() {
+    let mut split = Split::start(&[]);
+    sample(&split.client(), "first");
+    split.daemon.stop();
+    let copy = split.root().join("metadata.db.copy");
+    let kept = fs::read(&copy).unwrap();
+    split.daemon.restart();
+    let client = split.client();
+    sample(&client, "later");
+    sample(&client, "latest");
+    client.remove("web-latest").unwrap();
+    split.daemon.kill();
+    fs::write(&copy, kept).unwrap();
+
+    // As the refusal of a damaged one says, but for the log.
+    let sound = fs::read(database(&split)).unwrap();
+    fs::write(database(&split), &sound[..sound.len() / 2]).unwrap();
+    is_refused(&split, &["metadata.db.copy", "check --repair"]);
+    fs::copy(&copy, database(&split)).unwrap();
+    is_refused(&split, &["not its log"]);
+    let (code, ..) = check(&split, &["--repair", "--yes"]);
+    assert_eq!(code, 2);
+    fs::remove_file(log_of(&split)).unwrap();
+    is_refused(&split, &["a copy of an earlier state", "UTC"]);
+
+    let client = repair(&mut split);
+    holds(&client, "first");
+    assert_eq!(client.names(&[]).unwrap(), ["base-first", "web-first"]);
+    // What it does not know any more has kept its number.
+    client.prepare("new", "base-first", &[]).unwrap();
+    let mounts = client.mounts("new").unwrap();
+    let upper = mounts[0]
+        .options
+        .iter()
+        .find(|o| o.starts_with("upperdir="));
+    assert!(upper.unwrap().ends_with("/snapshots/7/fs"), "{upper:?}");
+    client.cleanup().unwrap();
+    assert!(is_empty(split.root().join("trash")));
+    is_clean(&split);
+}
+
+/// A backup of the file itself, put back.
+fn an_older_database() {
+    let mut split = Split::start(&[]);
+    sample(&split.client(), "first");
+    split.daemon.stop();
+    let backup = fs::read(database(&split)).unwrap();
+    split.daemon.restart();
+    sample(&split.client(), "second");
+    split.daemon.stop();
+    fs::write(database(&split), backup).unwrap();
+    is_refused(&split, &["snapshots/4", "numbers up to 2 only"]);
+    // Nothing is taken for a stray before somebody has said so.
+    let upper = split.writable().join("snapshots/4/fs");
+    assert!(upper.is_dir());
+    let client = repair(&mut split);
+    holds(&client, "first");
+    assert!(!upper.exists());
+}
+
+fn a_copy_is_made_at_a_stop() {
+    let mut split = Split::start(&[]);
+    let copy = split.root().join("metadata.db.copy");
+    sample(&split.client(), "first");
+    split.daemon.stop();
+    let first = tree(&copy);
+    split.daemon.restart();
+    split.client().stat("web-first").unwrap();
+    split.daemon.stop();
+    // Nothing has changed, and nothing is written.
+    unchanged(&copy, &first);
+    split.daemon.restart();
+    sample(&split.client(), "second");
+    split.daemon.stop();
+    let database = rusqlite::Connection::open(&copy).unwrap();
+    let names: i64 = database
+        .query_row("SELECT count(*) FROM snapshot", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(names, 4);
+}

@@ -1,0 +1,182 @@
+//! What is asked of the volumes beforehand: that they are mounted, that they
+//! have room, that an empty one is what it should be.
+
+use std::fs;
+use std::path::Path;
+
+use grpcio::RpcStatusCode;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
+
+use crate::Test;
+use crate::check::is_clean;
+use crate::content::layer;
+use crate::support::daemon::{Daemon, Split, command, is_empty, refused};
+use crate::support::disk::Disk;
+use crate::support::mounted::Mounted;
+
+pub const TESTS: &[Test] = &[
+    ("mount_points_are_required", mount_points_are_required),
+    ("a_volume_in_memory", a_volume_in_memory),
+    ("a_reserve_is_kept", a_reserve_is_kept),
+];
+
+/// A file system in memory, as after each reboot; unmounted when dropped.
+struct Memory<'a>(&'a Path);
+
+impl Memory<'_> {
+    fn mount(path: &Path) -> Memory<'_> {
+        mount("tmpfs", path, "tmpfs", MountFlags::empty(), None).unwrap();
+        Memory(path)
+    }
+}
+
+impl Drop for Memory<'_> {
+    fn drop(&mut self) {
+        unmount(self.0, UnmountFlags::DETACH).unwrap();
+    }
+}
+
+fn mount_points_are_required() {
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    // Directories on mounted disks are none.
+    let inside = command(&image, &writable, &["--require-mount"]);
+    let line = refused(&inside);
+    assert!(
+        line.contains("--root-dir") && line.contains("does not exist"),
+        "{line}"
+    );
+    assert!(is_bare(image.path()) && is_bare(writable.path()));
+
+    let arguments: Vec<String> = [
+        "--root-dir",
+        &image.text(),
+        "--writable-dir",
+        &writable.text(),
+        "--require-mount",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    writable.unmount();
+    let line = refused(&arguments);
+    assert!(line.contains("--writable-dir"), "{line}");
+    assert!(is_empty(writable.path()) && is_bare(image.path()));
+    writable.mount();
+    let mut daemon = Daemon::start(&arguments);
+    daemon.client().prepare("web", "", &[]).unwrap();
+    daemon.stop();
+
+    // A bind mount is one.
+    let elsewhere = tempfile::tempdir().unwrap();
+    mount_bind(elsewhere.path(), elsewhere.path()).unwrap();
+    let mut bound = arguments.clone();
+    bound[3] = elsewhere.path().to_str().unwrap().to_owned();
+    let mut daemon = Daemon::start(&bound);
+    daemon.stop();
+    unmount(elsewhere.path(), UnmountFlags::empty()).unwrap();
+    let line = refused(&bound);
+    assert!(line.contains("no mount point"), "{line}");
+}
+
+/// Whether a new ext4 holds nothing but what mkfs makes.
+fn is_bare(path: impl AsRef<Path>) -> bool {
+    let mut names = fs::read_dir(path).unwrap();
+    names.all(|entry| entry.unwrap().file_name() == "lost+found")
+}
+
+fn a_volume_in_memory() {
+    let image = Disk::ext4(64);
+    let writable = tempfile::tempdir().unwrap();
+    let memory = Memory::mount(writable.path());
+    let arguments = |flags: &[&str]| -> Vec<String> {
+        let root = format!("{}/root", image.text());
+        // A directory that a reboot takes away together with what is in it.
+        let writable = format!("{}/a/b", writable.path().display());
+        [&["--root-dir", &root, "--writable-dir", &writable], flags]
+            .concat()
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    };
+    let mut daemon = Daemon::start(&arguments(&["--writable-volatile", "--relocate", "never"]));
+    let client = daemon.client();
+    layer(&client, "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+    });
+    client.prepare("init", "base", &[]).unwrap();
+    client.commit("init", "layer", &[]).unwrap();
+    client.prepare("on-layer", "layer", &[]).unwrap();
+    let mounted = Mounted::new(&client.prepare("web", "base", &[]).unwrap());
+    fs::write(mounted.path().join("own"), "written").unwrap();
+    drop(mounted);
+    daemon.stop();
+
+    // The same disk: nothing is lost by a restart of the daemon alone.
+    daemon.restart();
+    let own = writable.path().join("a/b/snapshots/4/fs/own");
+    assert_eq!(fs::read_to_string(&own).unwrap(), "written");
+    daemon.stop();
+
+    // A reboot without the mount: a bare mount point is waited for.
+    drop(memory);
+    daemon.restart();
+    let (code, text) = daemon.client().mounts("web").unwrap_err();
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{text}");
+    assert!(is_empty(writable.path()));
+    daemon.stop();
+
+    // And with it: containers begin from their images, and what is lost is told.
+    let anew = Memory::mount(writable.path());
+    daemon.restart();
+    let client = daemon.client();
+    let mounted = Mounted::new(&client.mounts("web").unwrap());
+    assert!(mounted.path().join("file").exists() && !mounted.path().join("own").exists());
+    drop(mounted);
+    let (code, text) = client.prepare("new", "layer", &[]).unwrap_err();
+    assert_eq!(code, RpcStatusCode::DATA_LOSS, "{text}");
+    assert!(
+        daemon.log().contains("layer \"layer\" is lost"),
+        "{}",
+        daemon.log()
+    );
+    client.prepare("new", "base", &[]).unwrap();
+    daemon.stop();
+
+    // Without the flag an empty one is another disk.
+    drop(anew);
+    let _memory = Memory::mount(writable.path());
+    daemon.set_arguments(arguments(&["--relocate", "never"]));
+    daemon.restart();
+    let (code, text) = daemon.client().prepare("more", "base", &[]).unwrap_err();
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{text}");
+    assert!(is_empty(writable.path()));
+}
+
+fn a_reserve_is_kept() {
+    for reserve in ["64M", "25%"] {
+        let split = Split::start(&["--reserve", reserve]);
+        let client = split.client();
+        layer(&client, "base", "", |top| {
+            fs::write(top.join("file"), "base").unwrap();
+        });
+        client.prepare("web", "base", &[]).unwrap();
+        let filler = split.writable().join("snapshots/2/fs/filler");
+        // 256 MiB, of which ext4 takes a part itself.
+        fs::write(&filler, vec![1; 190 << 20]).unwrap();
+        let (code, text) = client.prepare("new", "base", &[]).unwrap_err();
+        assert_eq!(code, RpcStatusCode::RESOURCE_EXHAUSTED, "{text}");
+        assert!(
+            text.contains("--reserve") && text.contains("MiB free"),
+            "{text}"
+        );
+        assert!(!client.exists("new"));
+        // Images, views, and what is there go on.
+        layer(&client, "upper", "base", |_| ());
+        client.view("view", "upper", &[]).unwrap();
+        client.mounts("web").unwrap();
+        client.commit("web", "layer", &[]).unwrap();
+        client.remove("layer").unwrap();
+        client.cleanup().unwrap();
+        client.prepare("new", "base", &[]).unwrap();
+        is_clean(&split);
+    }
+}
