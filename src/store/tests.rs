@@ -1,18 +1,20 @@
 //! The rules of the key space, on a real database.
 
+use std::time::Instant;
+
 use super::*;
 use crate::filter::Filters;
 use crate::types::{Content, Kind, Labels, SnapshotId, Usage, Volume};
 
 struct Fixture {
     store: Store,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("metadata.db")).unwrap();
-    Fixture { store, _dir: dir }
+    Fixture { store, dir }
 }
 
 impl Fixture {
@@ -292,4 +294,63 @@ fn files_are_told_apart_by_their_first_bytes() {
     bolt[16..20].copy_from_slice(&0xED0C_DAED_u32.to_le_bytes());
     std::fs::write(path("bolt"), bolt).unwrap();
     assert_eq!(probe_format(&path("bolt")).unwrap(), FileFormat::Bolt);
+}
+
+#[test]
+fn a_copy_follows_changes_and_nothing_else() {
+    let fixture = fixture();
+    let store = &fixture.store;
+    let copy = fixture.dir.path().join("metadata.db.copy");
+    let (now, moment) = (Instant::now(), Duration::from_millis(1));
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| store.await_change(now, moment));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!waiting.is_finished());
+        fixture.prepare("web", "").unwrap();
+        assert!(waiting.join().unwrap());
+    });
+    store.copy().unwrap();
+    let copied = std::fs::read(&copy).unwrap();
+    let names = |store: &Store| {
+        let mut names = Vec::new();
+        let filters = Filters::parse::<&str>(&[]).unwrap();
+        let listed = store.read().unwrap().list(&filters, |snapshot| {
+            names.push(snapshot.info.name);
+            Ok(())
+        });
+        listed.map(|()| names).unwrap()
+    };
+    assert_eq!(names(&Store::open_read_only(&copy).unwrap()), ["web"]);
+    assert!(matches!(
+        probe_completeness(&copy),
+        Ok(Completeness::Copy(_))
+    ));
+
+    // A transaction that changes nothing is no change.
+    store.write().unwrap().commit().unwrap();
+    store.copy().unwrap();
+    assert_eq!(std::fs::read(&copy).unwrap(), copied);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| store.await_change(now, moment));
+        store.end_waiting();
+        assert!(!waiting.join().unwrap());
+    });
+}
+
+#[test]
+fn a_missing_log_is_noticed_between_begin_and_close() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metadata.db");
+    let elsewhere = dir.path().join("copied-alone.db");
+    let store = Store::open(&path).unwrap();
+    store.begin_use().unwrap();
+    std::fs::copy(&path, &elsewhere).unwrap();
+    assert_eq!(
+        probe_completeness(&elsewhere).unwrap(),
+        Completeness::LogMissing
+    );
+    assert_eq!(probe_completeness(&path).unwrap(), Completeness::Whole);
+    store.close().unwrap();
+    assert_eq!(probe_completeness(&path).unwrap(), Completeness::Whole);
+    assert!(store.write().is_err());
 }

@@ -1,6 +1,7 @@
 //! From end to end: a real containerd with the daemon as its snapshotter, an
 //! image of five layers, containers that run.
 
+mod damaged;
 mod killed;
 
 use std::collections::BTreeSet;
@@ -45,6 +46,10 @@ pub const TESTS: &[Test] = &[
     (
         "a_daemon_killed_at_any_moment_goes_on",
         killed::a_daemon_killed_at_any_moment_goes_on,
+    ),
+    (
+        "a_damaged_layer_is_pulled_again",
+        damaged::a_damaged_layer_is_pulled_again,
     ),
 ];
 
