@@ -16,6 +16,7 @@ mod damage;
 mod guard;
 mod input;
 mod intruders;
+mod kills;
 mod life;
 mod messages;
 mod races;
@@ -36,7 +37,7 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: [(&str, &[Test]); 17] = [
+    let modules: &[(&str, &[Test])] = &[
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("messages", messages::TESTS),
@@ -51,12 +52,13 @@ fn main() {
         ("damage", damage::TESTS),
         ("guard", guard::TESTS),
         ("races", races::TESTS),
+        ("kills", kills::TESTS),
         ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),
         ("containerd", containerd::TESTS),
     ];
     let trials = modules
-        .into_iter()
+        .iter()
         .flat_map(|(module, tests)| tests.iter().map(move |test| (module, *test)))
         .map(|(module, (name, test))| {
             let run = move || {

@@ -10,24 +10,13 @@ use crate::Test;
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::{Split, is_empty};
 use crate::support::mounted::Mounted;
+use crate::support::random::Random;
 use crate::support::until;
 
 pub const TESTS: &[Test] = &[
     ("clients_on_the_same_keys", clients_on_the_same_keys),
     ("two_commits_of_one_key", two_commits_of_one_key),
 ];
-
-/// The same numbers in each run; the races differ all the same.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
 
 fn is_expected(refusal: &Refusal) -> bool {
     matches!(
@@ -68,7 +57,8 @@ fn clients_on_the_same_keys() {
         for seed in 1..=6 {
             let client = split.client();
             scope.spawn(move || {
-                let mut random = Random(0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(seed));
+                // The same choices in each run; the races differ all the same.
+                let mut random = Random::new(seed);
                 let mut done = 0;
                 for _ in 0..250 {
                     match random_call(&client, &mut random) {
@@ -93,22 +83,7 @@ fn clients_on_the_same_keys() {
         let mounted = Mounted::new(&client.mounts(key).unwrap());
         fs::write(mounted.path().join("file"), "x").unwrap();
     }
-    // Children first; what has children is refused.
-    until("all is removed", || {
-        for name in client.names(&[]).unwrap() {
-            match client.remove(&name) {
-                Ok(()) | Err((RpcStatusCode::FAILED_PRECONDITION, _)) => {}
-                Err(refusal) => panic!("{refusal:?}"),
-            }
-        }
-        client.names(&[]).unwrap().is_empty()
-    });
-    until("nothing is left", || {
-        client.cleanup().unwrap();
-        ["snapshots", "trash"]
-            .iter()
-            .all(|name| is_empty(split.root().join(name)) && is_empty(split.writable().join(name)))
-    });
+    split.remove_everything();
     let log = split.daemon.log();
     assert!(!log.contains("ERROR"), "{log}");
 }

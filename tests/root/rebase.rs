@@ -11,7 +11,7 @@ use crate::Test;
 use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::Split;
-use crate::support::mounted::Mounted;
+use crate::support::mounted::{Mounted, upper_of};
 use crate::support::trees::files;
 
 pub const TESTS: &[Test] = &[
@@ -81,15 +81,6 @@ fn unpack_in_sequence(client: &Client) {
     });
 }
 
-fn upper_of(mounts: &[overlay_read_write_splitting_snapshotter::proto::mount::Mount]) -> String {
-    assert_eq!(mounts[0].type_, "overlay");
-    let upper = mounts[0]
-        .options
-        .iter()
-        .find_map(|option| option.strip_prefix("upperdir="));
-    upper.unwrap().to_owned()
-}
-
 fn any_order_of_unpacking_gives_the_same_image() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -107,7 +98,8 @@ fn any_order_of_unpacking_gives_the_same_image() {
         let name = |number: usize| format!("rebased-{round}-{number}");
         for number in order {
             let mounts = client.prepare(&key(number), "", &[]).unwrap();
-            apply(number, Path::new(&upper_of(&mounts)));
+            assert_eq!(mounts[0].type_, "overlay");
+            apply(number, &upper_of(&mounts));
         }
         client.commit(&key(1), &name(1), &[]).unwrap();
         client

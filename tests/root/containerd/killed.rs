@@ -6,19 +6,7 @@ use std::time::{Duration, Instant};
 use super::{layers, left};
 use crate::support::containerd::{AtEnd, Containerd, IMAGE, wait_for};
 use crate::support::daemon::Split;
-
-/// The same numbers at each run (Knuth, MMIX).
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-}
+use crate::support::random::Random;
 
 /// What each round of containerd's work came to: how many of its steps were
 /// done, and what was said of the others.
@@ -97,10 +85,10 @@ pub fn a_daemon_killed_at_any_moment_goes_on() {
     let work = std::thread::scope(|scope| {
         let worker = scope.spawn(|| work_until(&is_over, &containerd));
         let end = AtEnd(|| is_over.store(true, Ordering::Relaxed));
-        let mut numbers = Numbers(1);
+        let mut random = Random::new(1);
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(20) && !worker.is_finished() {
-            let percent = u32::try_from(30 + numbers.below(120)).unwrap();
+            let percent = u32::try_from(30 + random.below(120)).unwrap();
             std::thread::sleep(import * percent / 100);
             // After a refused connection containerd tries no other for a
             // second or more, and all that time the daemon would be idle.

@@ -7,10 +7,12 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use grpcio::RpcStatusCode;
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::client::Client;
 use super::disk::Disk;
+use super::until;
 
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_overlay-read-write-splitting-snapshotter");
@@ -56,6 +58,29 @@ impl Split {
     /// A client of the daemon.
     pub fn client(&self) -> Client {
         self.daemon.client()
+    }
+
+    /// Removes every snapshot, and waits until the disks hold nothing of any.
+    pub fn remove_everything(&self) {
+        let client = self.client();
+        // Children first; what has children is refused.
+        until("all is removed", || {
+            for name in client.names(&[]).unwrap() {
+                match client.remove(&name) {
+                    Ok(()) | Err((RpcStatusCode::FAILED_PRECONDITION, _)) => {}
+                    Err(refusal) => panic!("{refusal:?}"),
+                }
+            }
+            client.names(&[]).unwrap().is_empty()
+        });
+        // A move that was going on may add to the trash once more.
+        until("nothing is left", || {
+            client.cleanup().unwrap();
+            let volumes = [self.root(), self.writable()];
+            volumes
+                .iter()
+                .all(|volume| is_empty(volume.join("snapshots")) && is_empty(volume.join("trash")))
+        });
     }
 }
 
@@ -172,8 +197,13 @@ impl Daemon {
 
     /// Starts it again, with the same arguments, after its end.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.command, &self.environment, self.log.as_file(), None);
+        self.begin_restart();
         self.wait_until_serving();
+    }
+
+    /// The same, without waiting until it serves.
+    pub fn begin_restart(&mut self) {
+        self.child = spawn(&self.command, &self.environment, self.log.as_file(), None);
     }
 
     /// Its arguments.

@@ -9,6 +9,7 @@ pub mod containerd;
 pub mod daemon;
 pub mod disk;
 pub mod mounted;
+pub mod random;
 pub mod trees;
 
 use std::collections::BTreeMap;

@@ -40,6 +40,19 @@ impl Mounted {
     }
 }
 
+/// Where what is written into these mounts of an active snapshot goes.
+pub fn upper_of(mounts: &[Mount]) -> PathBuf {
+    let [mount] = mounts else {
+        panic!("one mount is expected: {mounts:?}");
+    };
+    if mount.type_ == "bind" {
+        return PathBuf::from(&mount.source);
+    }
+    let mut options = mount.options.iter();
+    let upper = options.find_map(|option| option.strip_prefix("upperdir="));
+    PathBuf::from(upper.unwrap_or_else(|| panic!("no upper: {mounts:?}")))
+}
+
 /// A page of options is what mount(2) takes: like containerd, long lists are
 /// written relative to the directory that all lowers share.
 fn mount_overlay(options: &[String], target: &Path) {
