@@ -14,6 +14,7 @@ mod containerd;
 mod content;
 mod damage;
 mod guard;
+mod full;
 mod input;
 mod intruders;
 mod kills;
@@ -46,6 +47,7 @@ fn main() {
         ("refusals", refusals::TESTS),
         ("life", life::TESTS),
         ("volumes", volumes::TESTS),
+        ("full", full::TESTS),
         ("recovery", recovery::TESTS),
         ("callers", callers::TESTS),
         ("check", check::TESTS),

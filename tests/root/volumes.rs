@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use grpcio::RpcStatusCode;
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
@@ -20,8 +19,6 @@ pub const TESTS: &[Test] = &[
     ("missing_at_start", missing_at_start),
     ("another_disk_in_its_place", another_disk_in_its_place),
     ("read_only", read_only),
-    ("full", full),
-    ("a_full_volume_at_start", a_full_volume_at_start),
     ("the_root_by_another_name", the_root_by_another_name),
     (
         "what_is_mounted_in_a_removed_snapshot",
@@ -185,59 +182,6 @@ fn read_only() {
     client.cleanup().unwrap();
     let left = fs::read_dir(split.writable().join("snapshots")).unwrap();
     assert_eq!(left.count(), 2, "init and new");
-}
-
-fn full() {
-    let split = Split::start(&["--sync", "none"]);
-    let client = split.client();
-    populate(&client);
-    // Blocks first, then the slack of the directories' own.
-    let filler = split.writable().join("snapshots/3/fs/filler");
-    let mut file = fs::File::create(&filler).unwrap();
-    let block = vec![1; 1 << 16];
-    while std::io::Write::write_all(&mut file, &block).is_ok() {}
-    // Open, it would keep its blocks after its removal.
-    drop(file);
-    split.writable.sync();
-    let mut number = 0;
-    let (code, text) = loop {
-        match client.prepare(&format!("new-{number}"), "base", &[]) {
-            Ok(_) => number += 1,
-            Err(refusal) => break refusal,
-        }
-        assert!(number < 1000, "the disk is full");
-    };
-    assert_eq!(code, RpcStatusCode::RESOURCE_EXHAUSTED, "{text}");
-    assert!(text.contains(split.writable().to_str().unwrap()), "{text}");
-    assert!(!client.exists(&format!("new-{number}")));
-    // Removal works on a full disk and makes room.
-    client.remove("web").unwrap();
-    client.cleanup().unwrap();
-    // ext4 has the blocks free with its journal's next commit.
-    split.writable.sync();
-    client.prepare("web", "init", &[]).unwrap();
-    assert!(!filler.exists());
-}
-
-/// Containers have filled the disk, and the host was started anew.
-fn a_full_volume_at_start() {
-    let mut split = Split::start(&[]);
-    split.client().prepare("web", "", &[]).unwrap();
-    let file = split.writable().join("snapshots/1/fs/file");
-    let written = Command::new("dd")
-        .args(["if=/dev/zero", "bs=1M", "status=none"])
-        .arg(format!("of={}", file.display()))
-        .status();
-    assert!(!written.unwrap().success(), "the disk is full");
-    split.daemon.stop();
-    split.daemon.restart();
-    let client = split.client();
-    let refused = client.prepare("other", "", &[]);
-    assert!(refused.is_ok() || refused.unwrap_err().0 == RpcStatusCode::RESOURCE_EXHAUSTED);
-    client.remove("web").unwrap();
-    client.cleanup().unwrap();
-    assert!(!file.exists());
-    client.prepare("new", "", &[]).unwrap();
 }
 
 fn the_root_by_another_name() {

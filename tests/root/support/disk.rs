@@ -1,6 +1,7 @@
 //! A file system of its own on a loop device.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -92,6 +93,52 @@ impl Disk {
     /// Flushes it.
     pub fn sync(&self) {
         run(Command::new("sync").arg("-f").arg(self.path()));
+    }
+
+    /// Takes every block that is left, by a file beside all others.
+    pub fn fill(&self) {
+        let mut options = OpenOptions::new();
+        options.create(true).append(true);
+        let mut filler = options.open(self.filler()).unwrap();
+        let bytes = vec![1; 1 << 20];
+        loop {
+            let mut taken = 0;
+            // Down to what is left of the last block.
+            for size in [1 << 20, 4096, 1] {
+                while let Ok(written @ 1..) = filler.write(&bytes[..size]) {
+                    taken += written;
+                }
+            }
+            // The file system promises more for what is not on the disk yet
+            // than it takes there.
+            self.sync();
+            if taken == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Gives back what [`Disk::fill`] has taken.
+    pub fn make_room(&self) {
+        fs::remove_file(self.filler()).unwrap();
+        // ext4 has the blocks free with its journal's next commit.
+        self.sync();
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.path().join("filler")
+    }
+
+    /// Takes every inode that is left, by files beside all others.
+    pub fn fill_inodes(&self) {
+        let fillers = subdirectory(&self.path(), "fillers");
+        for number in 0_u64.. {
+            match File::create_new(format!("{fillers}/{number}")) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(_) => return,
+                Ok(_) => {}
+            }
+        }
     }
 
     /// Bytes that are free.

@@ -1,0 +1,291 @@
+//! Disks that are full to the last byte, or have no inode left: each request
+//! is done or refused as a whole, the daemon goes on and can be started, and
+//! removing makes room again.
+//!
+//! What the relocator does on a full image volume is in `relocation`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use grpcio::RpcStatusCode;
+
+use crate::Test;
+use crate::content::layer;
+use crate::support::client::{Client, Refusal};
+use crate::support::daemon::{Daemon, Split, command, is_empty};
+use crate::support::disk::Disk;
+use crate::support::mounted::upper_of;
+use crate::support::{tree, unchanged};
+
+pub const TESTS: &[Test] = &[
+    ("the_image_volume", || {
+        goes_on(Database::WithImages, &[Full::ImageBlocks]);
+    }),
+    ("the_writable_volume", || {
+        goes_on(Database::WithImages, &[Full::WritableBlocks]);
+    }),
+    ("both_volumes", || {
+        let both = [Full::ImageBlocks, Full::WritableBlocks];
+        goes_on(Database::WithImages, &both);
+    }),
+    ("no_inode_on_the_image_volume", || {
+        goes_on(Database::WithImages, &[Full::ImageInodes]);
+    }),
+    ("no_inode_on_the_writable_volume", || {
+        goes_on(Database::WithImages, &[Full::WritableInodes]);
+    }),
+    ("the_image_volume_without_the_database", || {
+        goes_on(Database::Apart, &[Full::ImageBlocks]);
+    }),
+    ("the_writable_volume_with_the_database", || {
+        goes_on(Database::WithWrites, &[Full::WritableBlocks]);
+    }),
+    ("no_inode_on_the_writable_volume_with_the_database", || {
+        goes_on(Database::WithWrites, &[Full::WritableInodes]);
+    }),
+    ("the_disk_of_the_database", || {
+        goes_on(Database::Apart, &[Full::DatabaseBlocks]);
+    }),
+    (
+        "all_can_be_removed_before_a_cleanup",
+        all_can_be_removed_before_a_cleanup,
+    ),
+];
+
+/// What is used up on which disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Full {
+    ImageBlocks,
+    ImageInodes,
+    WritableBlocks,
+    WritableInodes,
+    DatabaseBlocks,
+}
+
+/// Which disk it is on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Database {
+    WithImages,
+    WithWrites,
+    Apart,
+}
+
+/// The daemon and its disks, small ones.
+struct Disks {
+    split: Split,
+    database: Option<Disk>,
+}
+
+impl Disks {
+    fn start(database: Database) -> Disks {
+        let disk = || {
+            let arguments = ["-q", "-F", "-m", "0", "-b", "4096", "-N", "512"];
+            Disk::make(32, "ext4", &arguments)
+        };
+        let (image, writable) = (disk(), disk());
+        let own = (database == Database::Apart).then(disk);
+        let state_dir = match database {
+            Database::WithImages => format!("{}/root", image.text()),
+            Database::WithWrites => format!("{}/state", writable.text()),
+            Database::Apart => own.as_ref().unwrap().text(),
+        };
+        // Nothing moves: what changes on the disks is what the test does.
+        let flags = ["--relocate", "never", "--state-dir", &state_dir];
+        let daemon = Daemon::start(&command(&image, &writable, &flags));
+        let split = Split {
+            image,
+            writable,
+            daemon,
+        };
+        Disks {
+            split,
+            database: own,
+        }
+    }
+
+    fn fill(&self, full: &[Full]) {
+        for full in full {
+            match full {
+                Full::ImageBlocks => self.split.image.fill(),
+                Full::ImageInodes => self.split.image.fill_inodes(),
+                Full::WritableBlocks => self.split.writable.fill(),
+                Full::WritableInodes => self.split.writable.fill_inodes(),
+                Full::DatabaseBlocks => self.database.as_ref().unwrap().fill(),
+            }
+        }
+    }
+
+    fn volumes(&self) -> [PathBuf; 2] {
+        [self.split.root(), self.split.writable()]
+    }
+}
+
+fn goes_on(database: Database, full: &[Full]) {
+    let mut disks = Disks::start(database);
+    populate(&disks.split.client());
+    disks.fill(full);
+    let mut refused = serves(&mut disks, "filled");
+    disks.split.daemon.kill();
+    disks.split.daemon.restart();
+    refused.extend(serves(&mut disks, "killed"));
+    disks.split.daemon.stop();
+    // SQLite has given back what it takes only while it is open, and whatever
+    // fills the disk is quick. The inodes of the image volume stay as they are
+    // now: no socket can be made there without one.
+    if !full.contains(&Full::ImageInodes) {
+        disks.fill(full);
+    }
+    disks.split.daemon.restart();
+    refused.extend(serves(&mut disks, "stopped"));
+
+    let client = disks.split.client();
+    for name in ["old-layer", "old-web"] {
+        client.remove(name).unwrap();
+    }
+    client.cleanup().unwrap();
+    for volume in disks.volumes() {
+        assert!(is_empty(volume.join("trash")), "{}", volume.display());
+    }
+    if full.contains(&Full::DatabaseBlocks) {
+        // No snapshot's bytes are there.
+        disks.database.as_ref().unwrap().make_room();
+    }
+    for request in refused {
+        (request.send)(&client, &request.object).unwrap();
+    }
+    reads_work(&client);
+}
+
+/// Asks a running daemon for everything once, and returns what was refused.
+fn serves(disks: &mut Disks, round: &str) -> Vec<Request> {
+    let pid = disks.split.daemon.pid();
+    let client = disks.split.client();
+    reads_work(&client);
+    let mut refused = requests(round);
+    refused.retain(|request| is_refused(disks, &client, request));
+    assert!(!refused.is_empty(), "no disk is full");
+    reads_work(&client);
+    assert!(disks.split.daemon.is_running() && disks.split.daemon.pid() == pid);
+    refused
+}
+
+/// On both disks there is something to remove, with many files and blocks.
+fn populate(client: &Client) {
+    let fill = |top: &Path| {
+        fs::write(top.join("large"), vec![1; 1 << 20]).unwrap();
+        for number in 0..40 {
+            fs::write(top.join(format!("file-{number}")), "x").unwrap();
+        }
+    };
+    layer(client, "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+    });
+    layer(client, "old-layer", "base", fill);
+    fill(&upper_of(&client.prepare("old-web", "base", &[]).unwrap()));
+    client.prepare("web", "base", &[]).unwrap();
+    client.view("view", "base", &[]).unwrap();
+    for round in ["filled", "killed", "stopped"] {
+        for key in [format!("extract-{round}"), format!("done-{round}")] {
+            let upper = upper_of(&client.prepare(&key, "base", &[]).unwrap());
+            fs::write(upper.join("file"), "x").unwrap();
+        }
+    }
+}
+
+/// What changes nothing needs no room.
+fn reads_work(client: &Client) {
+    let names = client.names(&[]).unwrap();
+    assert!(names.len() >= 9, "{names:?}");
+    for name in &names {
+        client.stat(name).unwrap();
+        client.usage(name).unwrap();
+    }
+    for key in ["web", "view"] {
+        client.mounts(key).unwrap();
+    }
+}
+
+/// A request that changes something.
+struct Request {
+    /// The key that it is about, and that a refusal of it has to tell.
+    object: String,
+    send: fn(&Client, &str) -> Result<(), Refusal>,
+}
+
+/// One for each operation and volume, with keys that no other round has.
+fn requests(round: &str) -> Vec<Request> {
+    let request = |object: &str, send| Request {
+        object: format!("{object}{round}"),
+        send,
+    };
+    let mut requests = vec![
+        request("web-", |client, key| {
+            client.prepare(key, "base", &[]).map(drop)
+        }),
+        request("web-without-parent-", |client, key| {
+            client.prepare(key, "", &[]).map(drop)
+        }),
+        request("extract-new-", |client, key| {
+            client.prepare(key, "base", &[]).map(drop)
+        }),
+        request("view-", |client, key| {
+            client.view(key, "base", &[]).map(drop)
+        }),
+        request("view-without-parent-", |client, key| {
+            client.view(key, "", &[]).map(drop)
+        }),
+    ];
+    // On either volume.
+    for key in ["extract-", "done-"] {
+        requests.push(request(key, |client, key| {
+            client.commit(key, &format!("{key}-layer"), &[])
+        }));
+    }
+    requests.push(Request {
+        object: "web".to_owned(),
+        send: |client, key| {
+            let value = "x".repeat(3000);
+            client.update(key, &[], &[("label", &value)]).map(drop)
+        },
+    });
+    requests
+}
+
+/// Whether it is refused, which may change nothing.
+fn is_refused(disks: &Disks, client: &Client, request: &Request) -> bool {
+    let snapshots = disks.volumes().map(|volume| volume.join("snapshots"));
+    let listed = client.list_pages(&[]).unwrap();
+    let before = snapshots.each_ref().map(tree);
+    let Err((code, text)) = (request.send)(client, &request.object) else {
+        return false;
+    };
+    assert_eq!(code, RpcStatusCode::RESOURCE_EXHAUSTED, "{text}");
+    assert!(text.contains(&request.object), "{text}");
+    assert_eq!(client.list_pages(&[]).unwrap(), listed, "{text}");
+    for (top, before) in snapshots.iter().zip(&before) {
+        unchanged(top, before);
+    }
+    true
+}
+
+/// containerd's garbage collection removes all that it can before it asks for
+/// the space. Each removal adds some pages to the database's log.
+fn all_can_be_removed_before_a_cleanup() {
+    let disks = Disks::start(Database::WithWrites);
+    let client = disks.split.client();
+    populate(&client);
+    let views: Vec<_> = (0..300).map(|number| format!("old-{number}")).collect();
+    for view in &views {
+        client.view(view, "base", &[]).unwrap();
+    }
+    disks.fill(&[Full::WritableBlocks]);
+    for view in &views {
+        client.remove(view).unwrap();
+    }
+    for name in client.names(&["name!=base"]).unwrap() {
+        client.remove(&name).unwrap();
+    }
+    client.cleanup().unwrap();
+    assert_eq!(client.names(&[]).unwrap(), ["base"]);
+    client.prepare("web", "base", &[]).unwrap();
+}
