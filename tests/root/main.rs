@@ -15,6 +15,7 @@ mod content;
 mod damage;
 mod guard;
 mod full;
+mod fuzz;
 mod input;
 mod intruders;
 mod kills;
@@ -42,6 +43,7 @@ fn main() {
         ("content", content::TESTS),
         ("input", input::TESTS),
         ("messages", messages::TESTS),
+        ("fuzz", fuzz::TESTS),
         ("connections", connections::TESTS),
         ("intruders", intruders::TESTS),
         ("refusals", refusals::TESTS),

@@ -13,7 +13,8 @@ pub const TESTS: &[Test] = &[
     ("messages_that_are_too_long", messages_that_are_too_long),
 ];
 
-const METHODS: [&str; 10] = [
+/// All that a snapshotter answers to.
+pub const METHODS: [&str; 10] = [
     "Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "List", "Usage", "Cleanup",
 ];
 
