@@ -46,10 +46,18 @@ pub const TESTS: &[Test] = &[
     ("the_disk_of_the_database", || {
         goes_on(Database::Apart, &[Full::DatabaseBlocks]);
     }),
+    ("all_containers_are_removed_before_a_cleanup", || {
+        all_can_be_removed(Database::WithImages, Full::WritableBlocks, "");
+    }),
     (
-        "all_can_be_removed_before_a_cleanup",
-        all_can_be_removed_before_a_cleanup,
+        "all_beside_the_database_are_removed_before_a_cleanup",
+        || {
+            all_can_be_removed(Database::WithWrites, Full::WritableBlocks, "");
+        },
     ),
+    ("all_unpacks_are_removed_before_a_cleanup", || {
+        all_can_be_removed(Database::Apart, Full::ImageBlocks, "extract-");
+    }),
 ];
 
 /// What is used up on which disk.
@@ -79,7 +87,7 @@ struct Disks {
 impl Disks {
     fn start(database: Database) -> Disks {
         let disk = || {
-            let arguments = ["-q", "-F", "-m", "0", "-b", "4096", "-N", "512"];
+            let arguments = ["-q", "-F", "-m", "0", "-b", "4096", "-N", "2048"];
             Disk::make(32, "ext4", &arguments)
         };
         let (image, writable) = (disk(), disk());
@@ -269,23 +277,33 @@ fn is_refused(disks: &Disks, client: &Client, request: &Request) -> bool {
 }
 
 /// containerd's garbage collection removes all that it can before it asks for
-/// the space. Each removal adds some pages to the database's log.
-fn all_can_be_removed_before_a_cleanup() {
-    let disks = Disks::start(Database::WithWrites);
+/// the space. Each removal adds some pages to the database's log and an entry to
+/// the trash, which itself takes a block more at times. With `prefix` the
+/// snapshots' keys begin.
+fn all_can_be_removed(database: Database, full: Full, prefix: &str) {
+    let mut disks = Disks::start(database);
     let client = disks.split.client();
     populate(&client);
-    let views: Vec<_> = (0..300).map(|number| format!("old-{number}")).collect();
-    for view in &views {
-        client.view(view, "base", &[]).unwrap();
+    for number in 0..400 {
+        let key = format!("{prefix}old-{number}");
+        client.prepare(&key, "base", &[]).unwrap();
     }
-    disks.fill(&[Full::WritableBlocks]);
-    for view in &views {
-        client.remove(view).unwrap();
-    }
+    disks.fill(&[full]);
     for name in client.names(&["name!=base"]).unwrap() {
         client.remove(&name).unwrap();
     }
-    client.cleanup().unwrap();
+    disks.split.daemon.kill();
+    disks.split.daemon.restart();
+    let client = disks.split.client();
     assert_eq!(client.names(&[]).unwrap(), ["base"]);
-    client.prepare("web", "base", &[]).unwrap();
+    client.cleanup().unwrap();
+    for volume in disks.volumes() {
+        assert!(is_empty(volume.join("trash")), "{}", volume.display());
+    }
+    assert!(is_empty(disks.split.writable().join("snapshots")));
+    let layers = fs::read_dir(disks.split.root().join("snapshots")).unwrap();
+    assert_eq!(layers.count(), 1);
+    client
+        .prepare(&format!("{prefix}new"), "base", &[])
+        .unwrap();
 }
