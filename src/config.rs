@@ -242,9 +242,9 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
     let mut normal = Vec::with_capacity(arguments.len() + 4);
     let mut waiting_boolean = false;
     for argument in arguments {
-        let argument = argument.into_string().map_err(|argument| {
-            invalid(format!("the argument {} is not UTF-8", argument.display()))
-        })?;
+        let argument = argument
+            .into_string()
+            .map_err(|argument| invalid(format!("the argument {argument:?} is not UTF-8")))?;
         if waiting_boolean && argument != "true" && argument != "false" {
             normal.push("true".to_owned());
         }

@@ -103,10 +103,11 @@ pub fn run(config: &Config) -> Result<()> {
         if let Err(error) = store.copy() {
             log::warn!("{}", error.chain());
         }
-        store.refill_ballast();
         if let Err(error) = store.close() {
             log::warn!("{}", error.chain());
         }
+        // With what the log has taken until now.
+        store.refill_ballast();
     }
     if is_drained {
         drop(lock);

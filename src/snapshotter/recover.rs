@@ -10,6 +10,7 @@ use super::Snapshotter;
 use super::labels::IdMaps;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Place, Transaction};
+use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::volume::{Dirs, NewDirs, Owner, Shape, moving_id};
 
@@ -146,7 +147,7 @@ impl Snapshotter {
                 continue;
             };
             if entry.file_type == FileType::Symlink || can_ask {
-                image.trash_entry(&entry.name.to_string_lossy())?;
+                trash_entry(image, &entry.name.to_string_lossy())?;
                 log::info!("what a move of layer {id} had left was dropped");
             }
         }
@@ -265,7 +266,7 @@ pub(super) fn trash_strays(
                 found.insert(id, entry.file_type);
             }
             Some(id) => {
-                dirs.trash(id).context(|| "move a stray directory away")?;
+                trash_entry(dirs, &id.to_string()).context(|| "move a stray directory away")?;
                 log::warn!("{volume} volume: snapshots/{id} belongs to no snapshot: trashed");
             }
             // The relocator's, and perhaps in use.
@@ -277,4 +278,17 @@ pub(super) fn trash_strays(
         }
     }
     Ok(found)
+}
+
+/// Moves an entry of `snapshots/` to the trash. On a full disk even a rename may
+/// lack a block, that of a directory that has to grow: what is in the trash
+/// already goes first then.
+fn trash_entry(dirs: &Dirs, name: &str) -> Result<()> {
+    match dirs.trash_entry(name) {
+        Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
+            tree::remove_children(dirs.trash_fd())?;
+            dirs.trash_entry(name).map(drop)
+        }
+        trashed => trashed.map(drop),
+    }
 }

@@ -114,22 +114,12 @@ impl Snapshotter {
     pub(super) fn empty_trash(&self, volume: Volume) -> Result<()> {
         let _cleaning = lock(&self.cleaning);
         let dirs = self.volumes.open(volume)?;
-        let delete = || {
-            tree::remove_children(dirs.trash_fd())
-                .context(|| format!("empty the trash of the {volume} volume"))
-        };
         if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
-            let swept = match self.sweep(&dirs, volume) {
-                // Even a rename may need a block: that of a grown directory.
-                Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
-                    delete()?;
-                    self.sweep(&dirs, volume)
-                }
-                swept => swept,
-            };
-            swept.inspect_err(|_| self.note_stray(volume))?;
+            self.sweep(&dirs, volume)
+                .inspect_err(|_| self.note_stray(volume))?;
         }
-        delete()
+        tree::remove_children(dirs.trash_fd())
+            .context(|| format!("empty the trash of the {volume} volume"))
     }
 
     pub(super) fn note_stray(&self, volume: Volume) {

@@ -1,50 +1,69 @@
 //! Space set aside beside the database, given back when its disk is full: a
-//! removal writes a few pages to the log before it frees anything.
+//! removal writes a few pages to the log before it frees anything, and at a start
+//! the log and its index are two new files.
 
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, fallocate, openat, unlink};
 use rustix::io::Errno;
 
-/// Enough for dozens of removals, of which one is to free more.
-const BYTES: u64 = 1 << 20;
+/// Two files, for their inodes.
+const SUFFIXES: [&str; 2] = [".ballast-1", ".ballast-2"];
+/// Of each; enough for dozens of removals, of which one is to free more.
+const BYTES: u64 = 1 << 19;
 
-/// The file that holds the space.
+/// The files that hold the space.
 pub(super) struct Ballast {
-    path: PathBuf,
+    paths: [PathBuf; 2],
 }
 
 impl Ballast {
     /// That of the database at `path`.
     pub(super) fn of(path: &Path) -> Ballast {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".ballast");
-        Ballast { path: name.into() }
+        let with = |suffix| {
+            let mut name = path.as_os_str().to_owned();
+            name.push(suffix);
+            name.into()
+        };
+        Ballast {
+            paths: SUFFIXES.map(with),
+        }
     }
 
     /// Takes the space, unless it is taken or not there to be had.
     pub(super) fn fill(&self) {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = match openat(CWD, &self.path, flags, Mode::from_raw_mode(0o600)) {
-            Ok(file) => file,
-            Err(Errno::EXIST) => return,
-            Err(errno) => return log::debug!("create {}: {errno}", self.path.display()),
-        };
-        if let Err(errno) = fallocate(&file, FallocateFlags::empty(), 0, BYTES) {
-            log::debug!("set space aside in {}: {errno}", self.path.display());
-            self.release();
+        for path in &self.paths {
+            fill(path);
         }
     }
 
     /// Gives the space back. `false` if none was set aside.
     pub(super) fn release(&self) -> bool {
-        match unlink(&self.path) {
-            Ok(()) => true,
-            Err(Errno::NOENT) => false,
-            Err(errno) => {
-                log::debug!("remove {}: {errno}", self.path.display());
-                false
-            }
+        let released = self.paths.each_ref().map(|path| release(path));
+        released.contains(&true)
+    }
+}
+
+fn fill(path: &Path) {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let file = match openat(CWD, path, flags, Mode::from_raw_mode(0o600)) {
+        Ok(file) => file,
+        Err(Errno::EXIST) => return,
+        Err(errno) => return log::debug!("create {}: {errno}", path.display()),
+    };
+    if let Err(errno) = fallocate(&file, FallocateFlags::empty(), 0, BYTES) {
+        log::debug!("set space aside in {}: {errno}", path.display());
+        release(path);
+    }
+}
+
+fn release(path: &Path) -> bool {
+    match unlink(path) {
+        Ok(()) => true,
+        Err(Errno::NOENT) => false,
+        Err(errno) => {
+            log::debug!("remove {}: {errno}", path.display());
+            false
         }
     }
 }
@@ -62,8 +81,10 @@ mod tests {
         let ballast = Ballast::of(&dir.path().join("metadata.db"));
         ballast.fill();
         ballast.fill();
-        let metadata = fs::metadata(dir.path().join("metadata.db.ballast")).unwrap();
-        assert!(metadata.blocks() * 512 >= BYTES, "{}", metadata.blocks());
+        let sizes = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().blocks() * 512);
+        assert!(sizes.sum::<u64>() >= 2 * BYTES);
         assert!(ballast.release());
         assert!(!ballast.release());
     }
