@@ -23,9 +23,8 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount;
 use crate::service::{self, Pool};
-use crate::snapshotter::{Flusher, Options, Relocator, Snapshotter};
+use crate::snapshotter::{Options, Snapshotter};
 use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
-use keeper::Keeper;
 use server::Server;
 
 /// How long a stop waits for requests under way; with what follows it takes
@@ -72,9 +71,9 @@ pub fn run(config: &Config) -> Result<()> {
     let pool = Arc::new(Pool::start(config.threads)?);
     let mut server = Server::start(&config.address, service::build(&snapshotter, &pool))?;
     // After the socket was made, for which the process's umask changes.
-    let relocator = Relocator::start(&snapshotter)?;
-    let flusher = Flusher::start(&snapshotter)?;
-    let keeper = Keeper::start(&snapshotter)?;
+    let relocator = snapshotter.start_relocator()?;
+    let flusher = snapshotter.start_flusher()?;
+    let keeper = keeper::start(&snapshotter)?;
     log::info!(
         "serving on {} after {} ms: layers in {}, writes in {}",
         config.address,

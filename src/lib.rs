@@ -4,8 +4,9 @@
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree }`;
 //! the command `check` takes the place of daemon and service;
-//! `types`, `error` and `lock` are free to all, `filter` and `idmap` are pure leaves.
+//! `types`, `error`, `lock` and `background` are free to all, `filter` and `idmap` are pure leaves.
 
+mod background;
 pub mod check;
 pub mod config;
 pub mod daemon;

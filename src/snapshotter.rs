@@ -34,11 +34,9 @@ use crate::types::{
 use crate::volume::{Owner, Reserve, Shape, Volumes};
 use crate::{mount, tree};
 pub use finding::{Finding, Problem, Recorded};
-pub use flush::Flusher;
 pub use inspect::Inspection;
 use labels::IdMaps;
 use place::{choose_volume, is_unpack};
-pub use relocate::Relocator;
 
 /// When deleted bytes are given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,11 +7,11 @@
 
 use std::collections::HashSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::{Snapshotter, SyncMode};
-use crate::error::{Error, ErrorKind, Result};
+use crate::background::Background;
+use crate::error::Result;
 use crate::lock::lock;
 use crate::types::SnapshotId;
 use crate::volume::Flush;
@@ -86,44 +86,25 @@ impl Unpacks {
     }
 }
 
-/// The background thread. Stops, after a flush under way, when dropped.
-pub struct Flusher {
-    snapshotter: Arc<Snapshotter>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Flusher {
-    /// Starts it, unless commits do not flush either.
+impl Snapshotter {
+    /// Starts the thread, unless commits do not flush either.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if the system gives no thread, or as of the image
-    /// volume's disk.
-    pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Option<Flusher>> {
-        if snapshotter.options.sync == SyncMode::Never {
+    /// [`crate::error::ErrorKind::Internal`] if the system gives no thread, or as
+    /// of the image volume's disk.
+    pub fn start_flusher(self: &Arc<Snapshotter>) -> Result<Option<Background>> {
+        if self.options.sync == SyncMode::Never {
             return Ok(None);
         }
-        let flush = snapshotter.volumes.image().flush()?;
-        let flushed = Arc::clone(snapshotter);
-        let thread = thread::Builder::new()
-            .name("flusher".to_owned())
-            .spawn(move || run(&flushed.unpacks, &flush))
-            .map_err(|error| Error::caused(ErrorKind::Internal, "start the flusher", error))?;
-        Ok(Some(Flusher {
-            snapshotter: Arc::clone(snapshotter),
-            thread: Some(thread),
-        }))
-    }
-}
-
-impl Drop for Flusher {
-    fn drop(&mut self) {
-        self.snapshotter.unpacks.stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the flusher has ended by a bug; the log says where");
-        }
+        let flush = self.volumes.image().flush()?;
+        let (told, flushed) = (Arc::clone(self), Arc::clone(self));
+        Background::start(
+            "flusher",
+            move || told.unpacks.stop(),
+            move || run(&flushed.unpacks, &flush),
+        )
+        .map(Some)
     }
 }
 

@@ -13,12 +13,12 @@
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 
 use super::{Relocation, Snapshotter};
+use crate::background::Background;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lock::lock;
 use crate::store::{Ancestor, Away, Transaction};
@@ -323,48 +323,26 @@ impl Signal {
     }
 }
 
-/// The background thread. Stops, within a file's chunk, when dropped.
-pub struct Relocator {
-    snapshotter: Arc<Snapshotter>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Relocator {
-    /// Starts it, unless it is switched off.
+impl Snapshotter {
+    /// Starts the thread, unless layers are to stay. Told to end, it does so within
+    /// a file's chunk.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Internal`] if the system gives no thread.
-    pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Option<Relocator>> {
-        let Relocation::Background { after } = snapshotter.options.relocation else {
+    pub fn start_relocator(self: &Arc<Snapshotter>) -> Result<Option<Background>> {
+        let Relocation::Background { after } = self.options.relocation else {
             return Ok(None);
         };
         let mut worker = Worker {
-            snapshotter: Arc::clone(snapshotter),
+            snapshotter: Arc::clone(self),
             after,
             unmovable: HashSet::new(),
             put_off: HashSet::new(),
             is_full: false,
         };
-        let thread = thread::Builder::new()
-            .name("relocator".to_owned())
-            .spawn(move || worker.run())
-            .map_err(|error| Error::caused(ErrorKind::Internal, "start the relocator", error))?;
-        Ok(Some(Relocator {
-            snapshotter: Arc::clone(snapshotter),
-            thread: Some(thread),
-        }))
-    }
-}
-
-impl Drop for Relocator {
-    fn drop(&mut self) {
-        self.snapshotter.begin_stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("the relocator has ended by a bug; the log says where");
-        }
+        let told = Arc::clone(self);
+        Background::start("relocator", move || told.begin_stop(), move || worker.run()).map(Some)
     }
 }
 
