@@ -269,6 +269,29 @@ tools_unpack_busybox() {
     rm -rf "$tools_spare"
 }
 
+# Unpacks the kernel for virtual machines into the target directory: installed,
+# the package would make it the one that this machine boots next.
+tools_unpack_kernel() {
+    tools_kernel=$tools_checkout/target/tools/kernel
+    [ ! -d "$tools_kernel" ] || return 0
+    tools_read_lists
+    # linux-image-cloud-amd64 has no files but depends on the latest that has.
+    tools_package=$(LC_ALL=C apt-cache depends linux-image-cloud-amd64 |
+        sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+    tools_say "unpacking ${tools_package:=linux-image-cloud-amd64} into target/tools"
+    as_builder mkdir -p "$tools_checkout/target/tools"
+    tools_spare=$tools_kernel.new
+    rm -rf "$tools_spare"
+    mkdir "$tools_spare"
+    if ! (cd "$tools_spare" && tools_apt -o APT::Sandbox::User=root download "$tools_package") ||
+        ! dpkg-deb -x "$tools_spare"/*.deb "$tools_spare" ||
+        ! rm "$tools_spare"/*.deb ||
+        ! mv "$tools_spare" "$tools_kernel"; then
+        rm -rf "$tools_spare"
+        tools_die "no kernel for the virtual machines: see above"
+    fi
+}
+
 # rustfmt and clippy for the Rust in use.
 tools_need_lints() {
     tools_lints=
@@ -345,6 +368,8 @@ install_tools() {
         tools_need shellcheck shellcheck
         tools_need pgrep procps
         tools_need nsenter util-linux
+        tools_need qemu-system-x86_64 qemu-system-x86
+        tools_need strip binutils
         [ -z "$tools_rust_version" ] || tools_need_lints
     fi
 
@@ -365,6 +390,7 @@ install_tools() {
             tools_unpack_busybox
         fi
     fi
+    [ "$1" != test ] || tools_unpack_kernel
     BUSYBOX=$(command -v "$BUSYBOX")
     export PATH BUSYBOX
 

@@ -1,0 +1,114 @@
+//! The first process in the machine. What it is to do is in its environment,
+//! where the kernel puts `NAME=value` from its command line.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::FileTypeExt;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{RebootCommand, finit_module, reboot};
+
+use crate::load;
+use crate::machine::{FAILED, PASSED};
+use crate::support::daemon::Daemon;
+use crate::support::until;
+
+/// The machine's disks, as it names them.
+pub const IMAGE_DEVICE: &str = "/dev/vda";
+pub const WRITABLE_DEVICE: &str = "/dev/vdb";
+
+/// The line to the outside: what is written is there when the call returns,
+/// whatever becomes of the machine.
+pub struct Outlet(File);
+
+impl Outlet {
+    fn open() -> Outlet {
+        // The one port of the one virtio console (virtio_console.c).
+        let path = "/dev/vport0p1";
+        until("a port to the outside", || {
+            fs::metadata(path).is_ok_and(|found| found.file_type().is_char_device())
+        });
+        Outlet(File::options().write(true).open(path).unwrap())
+    }
+
+    /// Writes a line, in one piece.
+    pub fn line(&self, text: &str) {
+        (&self.0).write_all(format!("{text}\n").as_bytes()).unwrap();
+    }
+}
+
+/// Does what it was booted for, and turns the machine off.
+pub fn main() -> ! {
+    make_usable();
+    let outlet = Arc::new(Outlet::open());
+    let (to_outside, print) = (Arc::clone(&outlet), take_hook());
+    set_hook(Box::new(move |panic| {
+        print(panic);
+        let text = panic.to_string().replace('\n', " ");
+        to_outside.line(&format!("{FAILED}\t{text}"));
+    }));
+    // The hook has told of a panic, from whatever thread.
+    if catch_unwind(AssertUnwindSafe(|| work(&outlet))).is_ok() {
+        outlet.line(PASSED);
+    }
+    let _ = reboot(RebootCommand::PowerOff);
+    unreachable!("the power is off");
+}
+
+fn work(outlet: &Outlet) {
+    match setting::<String>("VM_WORK").as_str() {
+        "load" => {
+            mount_disks();
+            let daemon = Daemon::start(&arguments());
+            load::run(&daemon, outlet, setting("VM_SEED"), setting("VM_BOOT"));
+        }
+        other => panic!("unknown work {other}"),
+    }
+}
+
+/// A setting from the kernel's command line.
+pub fn setting<T: FromStr>(name: &str) -> T {
+    let text = env::var(name).unwrap_or_else(|_| panic!("{name} is missing"));
+    text.parse()
+        .unwrap_or_else(|_| panic!("{name} cannot be {text}"))
+}
+
+/// The daemon's arguments.
+pub fn arguments() -> Vec<String> {
+    let words = setting::<String>("VM_DAEMON");
+    words.split(',').map(str::to_owned).collect()
+}
+
+/// Mounts both disks where the outside has them, too.
+fn mount_disks() {
+    for (device, setting_name) in [(IMAGE_DEVICE, "VM_IMAGE"), (WRITABLE_DEVICE, "VM_WRITABLE")] {
+        mount_ext4(device, Path::new(&setting::<String>(setting_name)));
+    }
+}
+
+pub fn mount_ext4(device: &str, at: &Path) {
+    fs::create_dir_all(at).unwrap();
+    mount(device, at, "ext4", MountFlags::NOATIME, None)
+        .unwrap_or_else(|errno| panic!("mount {device}: {errno}"));
+}
+
+fn make_usable() {
+    for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+        mount(kind, at, kind, MountFlags::empty(), None).unwrap();
+    }
+    let mut modules: Vec<_> = fs::read_dir("/modules")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    // Their names begin with numbers: what others need comes first.
+    modules.sort();
+    for module in modules {
+        finit_module(File::open(&module).unwrap(), c"", 0)
+            .unwrap_or_else(|errno| panic!("load {}: {errno}", module.display()));
+    }
+}

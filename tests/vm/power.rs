@@ -1,0 +1,174 @@
+//! Power cuts at any moment of a load: whatever the daemon has acknowledged is
+//! there afterwards, whole, and nothing is half there.
+//!
+//! The machine then goes on with the same disks, so that damage adds up, and
+//! from time to time with new ones.
+
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::Options;
+use crate::load::BEGUN;
+use crate::machine::Disks;
+use crate::model::{History, Record};
+use crate::random::Random;
+use crate::support::daemon::{BINARY, Daemon};
+use crate::verify::{Verdict, verify};
+
+/// How many cuts the same disks go through.
+const CUTS_OF_DISKS: u32 = 5;
+const MEBIBYTES: u64 = 2048;
+/// How many cuts without a flush may spare all layers.
+const MOST_CONTROL_CUTS: u32 = 10;
+
+/// With the daemon as it is, nothing is lost.
+pub fn nothing_acknowledged_is_lost(options: Options) {
+    let mut series = Series::new("power", options.seed, "commit");
+    for cut in 0..options.cuts {
+        let verdict = series.cut(cut);
+        assert!(
+            verdict.findings.is_empty(),
+            "cut {cut}, --seed {}:\n{}",
+            options.seed,
+            verdict.findings.join("\n")
+        );
+    }
+    series.tell(options.cuts);
+}
+
+/// The control: with a daemon that flushes no layers, the same cuts damage
+/// some. If they did not, the test above would prove nothing.
+pub fn without_flush_layers_are_lost(options: Options) {
+    let mut series = Series::new("power-control", options.seed, "none");
+    for cut in 0..MOST_CONTROL_CUTS {
+        let verdict = series.cut(cut);
+        if !verdict.damaged.is_empty() {
+            series.tell(cut + 1);
+            println!("power-control: for example {}", verdict.findings[0]);
+            return;
+        }
+    }
+    panic!(
+        "{MOST_CONTROL_CUTS} power cuts without a flush have damaged nothing: these tests prove nothing"
+    );
+}
+
+/// Cuts, one after the other.
+struct Series {
+    name: &'static str,
+    seed: u64,
+    sync: &'static str,
+    random: Random,
+    disks: Option<Disks>,
+    history: History,
+    begun: Instant,
+    acknowledged: usize,
+    verified: usize,
+    damaged: usize,
+}
+
+impl Series {
+    fn new(name: &'static str, seed: u64, sync: &'static str) -> Series {
+        println!("{name}: --seed {seed}");
+        Series {
+            name,
+            seed,
+            sync,
+            random: Random::new(seed),
+            disks: None,
+            history: History::default(),
+            begun: Instant::now(),
+            acknowledged: 0,
+            verified: 0,
+            damaged: 0,
+        }
+    }
+
+    /// Boots, loads, cuts the power and looks at what is left.
+    fn cut(&mut self, cut: u32) -> Verdict {
+        if cut % CUTS_OF_DISKS == 0 {
+            self.disks = None;
+            self.history = History::default();
+        }
+        let disks = self.disks.get_or_insert_with(|| Disks::new(MEBIBYTES));
+        let mut arguments = vec![
+            "--root-dir".to_owned(),
+            format!("{}/root", disks.image().display()),
+            "--writable-dir".to_owned(),
+            format!("{}/writable", disks.writable().display()),
+        ];
+        // The database on either disk: a flush of the database also flushes
+        // the names on its own disk.
+        if cut / CUTS_OF_DISKS % 2 == 1 {
+            arguments.push("--state-dir".to_owned());
+            arguments.push(format!("{}/state", disks.writable().display()));
+        }
+        let places = arguments.clone();
+        arguments.extend(["--sync", self.sync].map(str::to_owned));
+        // Every other time, layers are on their way home.
+        let relocate_after = if cut % 2 == 0 { "1" } else { "600" };
+        arguments.extend(["--relocate-after", relocate_after].map(str::to_owned));
+
+        let mut machine = disks.boot(&[
+            ("VM_WORK", "load".to_owned()),
+            ("VM_SEED", self.seed.to_string()),
+            ("VM_BOOT", cut.to_string()),
+            ("VM_DAEMON", arguments.join(",")),
+        ]);
+        machine.wait_for(BEGUN);
+        sleep(Duration::from_millis(2000 + self.random.below(6000) as u64));
+        let lines = machine.cut();
+        let before = self.history.layers;
+        self.history
+            .read(lines.iter().filter_map(|line| Record::from_line(line)));
+
+        disks.mount();
+        let mut looking = places.clone();
+        // What moves while it is compared would be missed.
+        looking.extend(["--relocate", "never", "--upperdir-label"].map(str::to_owned));
+        let mut daemon = Daemon::start(&looking);
+        let verdict = verify(&daemon.client(), self.seed, &mut self.history);
+        daemon.stop();
+        if verdict.findings.is_empty() {
+            require_sound(&places);
+        }
+        disks.unmount();
+
+        self.acknowledged += self.history.layers - before;
+        self.verified += verdict.layers;
+        self.damaged += verdict.damaged.len();
+        verdict
+    }
+
+    fn tell(&self, cuts: u32) {
+        println!(
+            "{}: {cuts} cuts, {} layers acknowledged, {} verified, {} damaged, {} s",
+            self.name,
+            self.acknowledged,
+            self.verified,
+            self.damaged,
+            self.begun.elapsed().as_secs()
+        );
+    }
+}
+
+/// The daemon's own check of database and disks.
+fn require_sound(places: &[String]) {
+    let help = Command::new(BINARY).arg("--help").output().unwrap();
+    if !String::from_utf8_lossy(&help.stdout).contains("check") {
+        return;
+    }
+    let output = Command::new(BINARY)
+        .arg("check")
+        .args(places)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "check: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

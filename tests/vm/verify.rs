@@ -1,0 +1,150 @@
+//! What is on the disks after a power cut, against what was acknowledged.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use overlay_read_write_splitting_snapshotter::proto::snapshots::Info;
+
+use crate::content;
+use crate::load::{snapshot, upper};
+use crate::model::{History, Request, Snapshot, State};
+use crate::support::client::Client;
+
+/// With `--upperdir-label`: where a layer's files are.
+const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
+
+/// What a look at the disks has found.
+#[derive(Default)]
+pub struct Verdict {
+    /// How many layers were compared.
+    pub layers: usize,
+    /// Those that were acknowledged and are not whole.
+    pub damaged: BTreeSet<String>,
+    /// All that is wrong.
+    pub findings: Vec<String>,
+}
+
+/// Compares, and settles what was under way as it is found.
+pub fn verify(client: &Client, seed: u64, history: &mut History) -> Verdict {
+    let mut look = Look {
+        client,
+        seed,
+        found: found(client),
+        verdict: Verdict::default(),
+    };
+    for request in std::mem::take(&mut history.in_flight) {
+        look.settle(&request, &mut history.state);
+    }
+    for (key, wanted) in &history.state {
+        let problem = look.problem(key, Some(wanted));
+        look.verdict.layers += usize::from(wanted.is_layer);
+        if let Some(problem) = problem {
+            if wanted.is_layer {
+                look.verdict.damaged.insert(key.clone());
+            }
+            look.verdict.findings.push(format!("{key:?} {problem}"));
+        }
+    }
+    let strangers = look
+        .found
+        .keys()
+        .filter(|key| !history.state.contains_key(*key));
+    let strangers = strangers.map(|key| match history.gone.contains(key) {
+        true => format!("{key:?} is there again"),
+        false => format!("{key:?} was never asked for"),
+    });
+    look.verdict.findings.extend(strangers);
+    look.verdict
+}
+
+/// A snapshot as the daemon tells it, and where its files are.
+type Found = BTreeMap<String, (Snapshot, String)>;
+
+fn found(client: &Client) -> Found {
+    let all: Vec<Info> = client.list_pages(&[]).unwrap().concat();
+    let all = all.iter().map(|info| {
+        let mut snapshot = snapshot(info);
+        let path = snapshot.labels.remove(LABEL_UPPERDIR).unwrap_or_default();
+        (info.name.clone(), (snapshot, path))
+    });
+    all.collect()
+}
+
+struct Look<'a> {
+    client: &'a Client,
+    seed: u64,
+    found: Found,
+    verdict: Verdict,
+}
+
+impl Look<'_> {
+    /// A request under way was done wholly, or not at all.
+    fn settle(&mut self, request: &Request, state: &mut State) {
+        let before = state.clone();
+        let mut after = state.clone();
+        request.apply(&mut after);
+        let mut problems = Vec::new();
+        for outcome in [after, before] {
+            let keys = request.keys();
+            let problem = keys.iter().find_map(|key| {
+                let problem = self.problem(key, outcome.get(*key))?;
+                Some(format!("{key:?} {problem}"))
+            });
+            match problem {
+                None => {
+                    *state = outcome;
+                    return;
+                }
+                Some(problem) => problems.push(problem),
+            }
+        }
+        self.verdict.findings.push(format!(
+            "{request:?} was under way: done, but {}; not done, but {}",
+            problems[0], problems[1]
+        ));
+    }
+
+    /// In which way a snapshot is not as it should be, or not gone.
+    fn problem(&self, key: &str, wanted: Option<&Snapshot>) -> Option<String> {
+        let (wanted, (found, path)) = match (wanted, self.found.get(key)) {
+            (None, None) => return None,
+            (None, Some(_)) => return Some("is there".to_owned()),
+            (Some(_), None) => return Some("is missing".to_owned()),
+            (Some(wanted), Some(found)) => (wanted, found),
+        };
+        if wanted != found {
+            return Some(format!("is {found:?}, wanted {wanted:?}"));
+        }
+        match wanted.is_layer {
+            true => self.layer_problem(key, path),
+            false => self.active_problem(key),
+        }
+    }
+
+    fn layer_problem(&self, name: &str, path: &str) -> Option<String> {
+        let found = match content::read(Path::new(path)) {
+            Ok(found) => found,
+            Err(error) => return Some(format!("cannot be read: {path}: {error}")),
+        };
+        let wanted = content::of_layer(self.seed, name);
+        if let Some(difference) = content::difference(&wanted, &found) {
+            return Some(format!("is damaged: {path}: {difference}"));
+        }
+        match self.client.usage(name) {
+            Ok(usage) if usage.inodes == content::inodes(&found) as i64 => None,
+            other => Some(format!(
+                "has {} inodes, but its usage is {other:?}",
+                content::inodes(&found)
+            )),
+        }
+    }
+
+    /// What a container had not flushed itself may be lost; its directory not.
+    fn active_problem(&self, key: &str) -> Option<String> {
+        match self.client.mounts(key) {
+            Err(refusal) => Some(format!("cannot be mounted: {refusal:?}")),
+            Ok(mounts) if !upper(&mounts).is_dir() => Some(format!("has nothing at {mounts:?}")),
+            Ok(_) => None,
+        }
+    }
+}
