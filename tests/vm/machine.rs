@@ -20,7 +20,7 @@ pub const PASSED: &str = "passed";
 /// The first word of what it says when a test in it fails.
 pub const FAILED: &str = "failed";
 
-const MEBIBYTES_OF_MEMORY: u32 = 1024;
+const MEBIBYTES_OF_MEMORY: u32 = 512;
 /// Of emulated processors on a busy machine.
 const LIMIT: Duration = Duration::from_secs(180);
 
@@ -34,7 +34,7 @@ impl Machine {
     /// Boots one with these disks and settings (see [`crate::guest`]).
     pub fn boot(disks: [&Path; 2], settings: &[(&str, String)]) -> Machine {
         let scratch = tempfile::tempdir().unwrap();
-        let mut words = "console=ttyS0 quiet panic=-1".to_owned();
+        let mut words = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
         for (name, value) in settings {
             words.push_str(&format!(" {name}={value}"));
         }
