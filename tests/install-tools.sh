@@ -370,6 +370,9 @@ install_tools() {
         tools_need nsenter util-linux
         tools_need qemu-system-x86_64 qemu-system-x86
         tools_need strip binutils
+        tools_need dmsetup dmsetup
+        tools_need e2fsck e2fsprogs
+        tools_need debugfs e2fsprogs
         [ -z "$tools_rust_version" ] || tools_need_lints
     fi
 

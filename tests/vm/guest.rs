@@ -13,10 +13,10 @@ use std::sync::Arc;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
 
-use crate::load;
 use crate::machine::{FAILED, PASSED};
 use crate::support::daemon::Daemon;
 use crate::support::until;
+use crate::{faults, load};
 
 /// The machine's disks, as it names them.
 pub const IMAGE_DEVICE: &str = "/dev/vda";
@@ -67,7 +67,7 @@ fn work(outlet: &Outlet) {
             let daemon = Daemon::start(&arguments());
             load::run(&daemon, outlet, setting("VM_SEED"), setting("VM_BOOT"));
         }
-        other => panic!("unknown work {other}"),
+        test => faults::run(test),
     }
 }
 

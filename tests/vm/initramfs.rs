@@ -12,7 +12,16 @@ use crate::support::run;
 
 /// What the kernel needs as modules: the disks, the line to the outside, and
 /// what the daemon asks for.
-const MODULES: &[&str] = &["virtio_pci", "virtio_blk", "virtio_console", "overlay"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "overlay",
+    "dm-flakey",
+];
+
+/// Programs that break and mend disks.
+const TOOLS: &[&str] = &["dmsetup", "e2fsck", "debugfs"];
 
 /// Where `tests/install-tools.sh` unpacks Debian's kernel package.
 const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/kernel");
@@ -40,10 +49,13 @@ pub fn make(scratch: &Path) -> PathBuf {
     for (program, place) in [(own.as_path(), "/init"), (Path::new(BINARY), BINARY)] {
         let stripped = scratch.join("stripped");
         run(Command::new("strip").arg("-o").arg(&stripped).arg(program));
-        archive.add(Path::new(place), PROGRAM, &fs::read(&stripped).unwrap());
-        for library in libraries(program) {
-            archive.add(&library, PROGRAM, &fs::read(&library).unwrap());
-        }
+        archive.add_program(Path::new(place), &stripped);
+    }
+    for tool in TOOLS {
+        // Where a program looks that has been given no PATH.
+        let place = Path::new("bin").join(tool);
+        let program = run(Command::new("which").arg(tool));
+        archive.add_program(&place, Path::new(program.trim()));
     }
     for (number, module) in modules().iter().enumerate() {
         let name = module.file_name().unwrap().to_str().unwrap();
@@ -145,6 +157,14 @@ impl Archive {
             self.add(parent, DIRECTORY, &[]);
         }
         self.entry(path.to_str().unwrap(), mode, (0, 0), content);
+    }
+
+    /// Adds a program with its libraries.
+    fn add_program(&mut self, path: &Path, file: &Path) {
+        self.add(path, PROGRAM, &fs::read(file).unwrap());
+        for library in libraries(file) {
+            self.add(&library, PROGRAM, &fs::read(&library).unwrap());
+        }
     }
 
     fn add_device(&mut self, name: &str, mode: u32, number: (u32, u32)) {

@@ -80,21 +80,28 @@ impl Machine {
     /// Waits until the machine has said this.
     pub fn wait_for(&mut self, line: &str) {
         let begun = Instant::now();
-        while !self.lines().iter().any(|said| said == line) {
-            self.require_life(begun);
+        loop {
+            // Asked first: what it says before its end is read all the same.
+            let ended = self.child.try_wait().unwrap();
+            let lines = self.lines();
+            if lines.iter().any(|said| said == line) {
+                return;
+            }
+            assert!(
+                ended.is_none() && begun.elapsed() < LIMIT,
+                "the machine has not said {line:?}, {}, and said last: {:?}\n{}",
+                ended.map_or_else(|| "hangs".to_owned(), |status| format!("ended ({status})")),
+                lines.last(),
+                self.console()
+            );
             sleep(Duration::from_millis(10));
         }
     }
 
-    fn require_life(&mut self, since: Instant) {
-        let ended = self.child.try_wait().unwrap();
-        assert!(
-            ended.is_none() && since.elapsed() < LIMIT,
-            "the machine {}: {:?}\n{}",
-            ended.map_or_else(|| "hangs".to_owned(), |status| format!("ended, {status}")),
-            self.lines().last(),
-            self.console()
-        );
+    /// Waits until its work has gone well.
+    pub fn finish(mut self) {
+        self.wait_for(PASSED);
+        eprintln!("{}", self.console());
     }
 
     /// Cuts its power, and tells what it has said.

@@ -13,6 +13,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod content;
+mod faults;
+mod faulty;
 mod guest;
 mod initramfs;
 mod load;
@@ -49,7 +51,7 @@ fn main() {
         rustix::process::geteuid().is_root(),
         "these tests mount disks of virtual machines: run them as root"
     );
-    let trials = vec![
+    let mut trials = vec![
         trial("power::nothing_acknowledged_is_lost", move || {
             power::nothing_acknowledged_is_lost(options);
         }),
@@ -57,6 +59,11 @@ fn main() {
             power::without_flush_layers_are_lost(options);
         }),
     ];
+    trials.extend(
+        faults::TESTS
+            .iter()
+            .map(|(name, _)| trial(format!("faults::{name}"), || faults::run_in_machine(name))),
+    );
     libtest_mimic::run(&arguments, trials).exit();
 }
 

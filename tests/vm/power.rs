@@ -4,7 +4,6 @@
 //! The machine then goes on with the same disks, so that damage adds up, and
 //! from time to time with new ones.
 
-use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -13,8 +12,8 @@ use crate::load::BEGUN;
 use crate::machine::Disks;
 use crate::model::{History, Record};
 use crate::random::Random;
-use crate::support::daemon::{BINARY, Daemon};
-use crate::verify::{Verdict, verify};
+use crate::support::daemon::Daemon;
+use crate::verify::{Verdict, require_sound, verify};
 
 /// How many cuts the same disks go through.
 const CUTS_OF_DISKS: u32 = 5;
@@ -151,24 +150,4 @@ impl Series {
             self.begun.elapsed().as_secs()
         );
     }
-}
-
-/// The daemon's own check of database and disks.
-fn require_sound(places: &[String]) {
-    let help = Command::new(BINARY).arg("--help").output().unwrap();
-    if !String::from_utf8_lossy(&help.stdout).contains("check") {
-        return;
-    }
-    let output = Command::new(BINARY)
-        .arg("check")
-        .args(places)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "check: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::process::Command;
 
 use overlay_read_write_splitting_snapshotter::proto::snapshots::Info;
 
@@ -9,9 +10,10 @@ use crate::content;
 use crate::load::{snapshot, upper};
 use crate::model::{History, Request, Snapshot, State};
 use crate::support::client::Client;
+use crate::support::daemon::BINARY;
 
 /// With `--upperdir-label`: where a layer's files are.
-const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
+pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
 /// What a look at the disks has found.
 #[derive(Default)]
@@ -147,4 +149,24 @@ impl Look<'_> {
             Ok(_) => None,
         }
     }
+}
+
+/// The daemon's own check of database and disks.
+pub fn require_sound(places: &[String]) {
+    let help = Command::new(BINARY).arg("--help").output().unwrap();
+    if !String::from_utf8_lossy(&help.stdout).contains("check") {
+        return;
+    }
+    let output = Command::new(BINARY)
+        .arg("check")
+        .args(places)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "check: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
