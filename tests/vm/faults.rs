@@ -27,6 +27,8 @@ pub const TESTS: &[Test] = &[
     ("writable_fails", writable_fails),
     ("image_fails", image_fails),
     ("image_with_database_fails", image_with_database_fails),
+    ("writable_gives_up", writable_gives_up),
+    ("image_gives_up", image_gives_up),
     ("writable_loses_data", writable_loses_data),
     ("image_loses_data", image_loses_data),
     ("writable_read_only", writable_read_only),
@@ -391,4 +393,43 @@ fn image_read_only() {
     client.commit("container-one", "one", &[]).unwrap();
     client.commit("extract-two", "two", &[]).unwrap();
     split.is_well(&["one", "two"]);
+}
+
+fn writable_gives_up() {
+    let split = Split::start(Database::WithLayers);
+    let client = split.client();
+    fill(&client, "container-torn", "base", "torn").unwrap();
+    split.writable.give_up();
+    // Nothing was written badly, and nothing will be written at all.
+    is_refused(
+        client.commit("container-torn", "torn", &[]),
+        BROKEN,
+        &split.writable,
+    );
+    is_refused(client.prepare("new", "base", &[]), BROKEN, &split.writable);
+    images_are_served(&client, "during");
+
+    split.writable.unmount();
+    split.writable.repair();
+    split.writable.mount();
+    client.remove("container-torn").unwrap();
+    split.is_well(&["during"]);
+}
+
+fn image_gives_up() {
+    let mut split = Split::start(Database::WithWrites);
+    let client = split.client();
+    fill(&client, "extract-torn", "base", "torn").unwrap();
+    split.image.give_up();
+    is_refused(
+        client.commit("extract-torn", "torn", &[]),
+        BROKEN,
+        &split.image,
+    );
+    is_refused(unpack(&client, "new", "base"), BROKEN, &split.image);
+    containers_are_served(&client);
+
+    mend_image(&mut split);
+    split.client().remove("extract-torn").unwrap();
+    split.is_well(&[]);
 }

@@ -71,6 +71,14 @@ impl FaultyDisk {
         ]);
     }
 
+    /// The file system finds an error in itself, and makes itself read-only
+    /// (admin-guide/ext4.rst, `errors=remount-ro`).
+    pub fn give_up(&self) {
+        mount_remount(&self.at, MountFlags::NOATIME, c"errors=remount-ro").unwrap();
+        let device = self.mapped.trim_start_matches("/dev/");
+        fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
+    }
+
     /// Writes go well again.
     pub fn heal(&self) {
         self.set(&[self.good(0, self.sectors)]);
