@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, Permissions};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -13,7 +14,7 @@ use rustix::buffer::spare_capacity;
 use rustix::fs::{XattrFlags, lgetxattr, setxattr};
 use rustix::io::Errno;
 
-use crate::random::Random;
+use crate::support::random::Random;
 
 const ATTRIBUTE: &str = "user.layer";
 const PAGE: usize = 4096;
@@ -33,49 +34,47 @@ pub struct Node {
     first: PathBuf,
 }
 
+/// The numbers that belong to a name.
+pub fn random(seed: u64, name: &str) -> Random {
+    let mut hasher = DefaultHasher::new();
+    (seed, name).hash(&mut hasher);
+    Random::new(hasher.finish())
+}
+
 /// What belongs into a layer.
 pub fn of_layer(seed: u64, name: &str) -> Tree {
-    let mut random = Random::named(seed, name);
+    let mut random = random(seed, name);
     let mut tree = Tree::new();
     let mut directories = vec![PathBuf::new()];
     for number in 0..1 + random.below(4) {
-        let path = random
-            .pick(&directories)
-            .unwrap()
-            .join(format!("dir{number}"));
-        let mode = [0o755, 0o700, 0o2775, 0o1777][random.below(4)];
+        let path = random.pick(&directories).join(format!("dir{number}"));
+        let mode = [0o755, 0o700, 0o2775, 0o1777][random.index(4)];
         add(&mut tree, &path, 0o040_000 | mode, Vec::new(), None);
         directories.push(path);
     }
     let mut files = Vec::new();
     for number in 0..3 + random.below(6) {
-        let path = random
-            .pick(&directories)
-            .unwrap()
-            .join(format!("file{number}"));
+        let path = random.pick(&directories).join(format!("file{number}"));
         let size = match random.below(8) {
             0 => 0,
-            1..=4 => random.below(2 * PAGE),
-            _ => random.below(LARGEST_FILE + 1),
+            1..=4 => random.index(2 * PAGE),
+            _ => random.index(LARGEST_FILE + 1),
         };
         let bytes = pages(&mut random, size);
-        let attribute = random.chance(30).then(|| pages(&mut random, 20));
-        let mode = [0o644, 0o755, 0o600, 0o4755][random.below(4)];
+        let attribute = random.is_one_in(3).then(|| pages(&mut random, 20));
+        let mode = [0o644, 0o755, 0o600, 0o4755][random.index(4)];
         add(&mut tree, &path, 0o100_000 | mode, bytes, attribute);
         files.push(path);
     }
     for number in 0..random.below(3) {
-        let path = random
-            .pick(&directories)
-            .unwrap()
-            .join(format!("link{number}"));
+        let path = random.pick(&directories).join(format!("link{number}"));
         // Short targets are kept in the inode, long ones in a block.
-        let target = "../somewhere/".repeat(1 + random.below(12));
+        let target = "../somewhere/".repeat(1 + random.index(12));
         add(&mut tree, &path, 0o120_777, target.into_bytes(), None);
     }
-    if random.chance(50) {
+    if random.is_one_in(2) {
         // Behind all others in the order of paths, so that it is the later one.
-        let first = &tree[random.pick(&files).unwrap()];
+        let first = &tree[random.pick(&files)];
         let hard_link = Node {
             bytes: first.bytes.clone(),
             attribute: first.attribute.clone(),
@@ -101,7 +100,7 @@ fn add(tree: &mut Tree, path: &Path, mode: u32, bytes: Vec<u8>, attribute: Optio
 /// another file, is seen.
 fn pages(random: &mut Random, size: usize) -> Vec<u8> {
     let mut page: Vec<u8> = (0..PAGE / 8)
-        .flat_map(|_| random.next().to_ne_bytes())
+        .flat_map(|_| random.number().to_ne_bytes())
         .collect();
     let mut bytes = Vec::with_capacity(size + PAGE);
     while bytes.len() < size {

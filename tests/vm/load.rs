@@ -7,15 +7,15 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::thread;
 
-use overlay_read_write_splitting_snapshotter::proto::mount::Mount;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::{Info, Kind};
 
 use crate::content;
 use crate::guest::Outlet;
 use crate::model::{LABEL_REVISION, Record, Request, Snapshot, State, prepare_labels};
-use crate::random::Random;
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::Daemon;
+use crate::support::mounted::upper_of;
+use crate::support::random::Random;
 
 const THREADS: usize = 3;
 /// What one thread keeps, so that the disks do not fill up.
@@ -46,7 +46,7 @@ pub fn run(daemon: &Daemon, outlet: &Outlet, seed: u64, boot: u32) -> ! {
                     state: mine
                         .map(|info| (info.name.clone(), snapshot(info)))
                         .collect(),
-                    random: Random::named(seed, &format!("{boot} {number}")),
+                    random: content::random(seed, &format!("{boot} {number}")),
                     outlet,
                 };
                 loop {
@@ -126,7 +126,7 @@ impl Worker<'_> {
             .map(|(key, value)| (key.as_str(), value.as_str()))
             .collect();
         let mounts = self.ask(request, |client| client.prepare(key, parent, &labels));
-        upper(&mounts)
+        upper_of(&mounts)
     }
 
     fn commit(&mut self, key: &str, name: &str) {
@@ -174,7 +174,8 @@ impl Worker<'_> {
             .filter(|name| !is_parent(name))
             .cloned()
             .collect();
-        if let Some(key) = self.random.pick(&leaves) {
+        if !leaves.is_empty() {
+            let key = self.random.pick(&leaves);
             let request = Request::Remove { key: key.clone() };
             self.ask(request, |client| client.remove(key));
         }
@@ -182,7 +183,8 @@ impl Worker<'_> {
 
     fn update(&mut self) {
         let names: Vec<_> = self.layers().cloned().collect();
-        if let Some(key) = self.random.pick(&names) {
+        if !names.is_empty() {
+            let key = self.random.pick(&names);
             let revision = self.random.below(1000).to_string();
             let request = Request::Update {
                 key: key.clone(),
@@ -208,11 +210,11 @@ impl Worker<'_> {
     /// A layer to stand on, or none.
     fn some_parent(&mut self) -> String {
         let names = self.layers().filter(|name| self.depth(name) < DEEPEST);
-        let mut names: Vec<_> = names.cloned().collect();
-        if self.random.chance(25) {
-            names.clear();
+        let names: Vec<_> = names.cloned().collect();
+        match names.is_empty() || self.random.is_one_in(4) {
+            true => String::new(),
+            false => self.random.pick(&names).clone(),
         }
-        self.random.pick(&names).cloned().unwrap_or_default()
     }
 
     fn depth(&self, name: &str) -> usize {
@@ -221,11 +223,4 @@ impl Worker<'_> {
             None => 0,
         }
     }
-}
-
-/// Where what is unpacked or written is kept, by a snapshot's mounts.
-pub fn upper(mounts: &[Mount]) -> PathBuf {
-    let option = |option: &String| option.strip_prefix("upperdir=").map(PathBuf::from);
-    let upper = mounts[0].options.iter().find_map(option);
-    upper.unwrap_or_else(|| PathBuf::from(&mounts[0].source))
 }

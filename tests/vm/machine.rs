@@ -101,7 +101,6 @@ impl Machine {
     /// Waits until its work has gone well.
     pub fn finish(mut self) {
         self.wait_for(PASSED);
-        eprintln!("{}", self.console());
     }
 
     /// Cuts its power, and tells what it has said.
@@ -161,7 +160,9 @@ impl Disks {
         for path in disks.files() {
             let file = File::create(&path).unwrap();
             file.set_len(mebibytes << 20).unwrap();
-            run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&path));
+            // The block size of larger disks.
+            let arguments = ["-q", "-F", "-b", "4096"];
+            run(Command::new("mkfs.ext4").args(arguments).arg(&path));
         }
         for path in [disks.image(), disks.writable()] {
             fs::create_dir(path).unwrap();

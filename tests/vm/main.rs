@@ -21,7 +21,6 @@ mod load;
 mod machine;
 mod model;
 mod power;
-mod random;
 #[path = "../root/support/mod.rs"]
 mod support;
 mod verify;

@@ -11,8 +11,8 @@ use crate::Options;
 use crate::load::BEGUN;
 use crate::machine::Disks;
 use crate::model::{History, Record};
-use crate::random::Random;
 use crate::support::daemon::Daemon;
+use crate::support::random::Random;
 use crate::verify::{Verdict, require_sound, verify};
 
 /// How many cuts the same disks go through.
@@ -116,7 +116,7 @@ impl Series {
             ("VM_DAEMON", arguments.join(",")),
         ]);
         machine.wait_for(BEGUN);
-        sleep(Duration::from_millis(2000 + self.random.below(6000) as u64));
+        sleep(Duration::from_millis(2000 + self.random.below(6000)));
         let lines = machine.cut();
         let before = self.history.layers;
         self.history

@@ -7,10 +7,11 @@ use std::process::Command;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::Info;
 
 use crate::content;
-use crate::load::{snapshot, upper};
+use crate::load::snapshot;
 use crate::model::{History, Request, Snapshot, State};
 use crate::support::client::Client;
 use crate::support::daemon::BINARY;
+use crate::support::mounted::upper_of;
 
 /// With `--upperdir-label`: where a layer's files are.
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
@@ -145,7 +146,7 @@ impl Look<'_> {
     fn active_problem(&self, key: &str) -> Option<String> {
         match self.client.mounts(key) {
             Err(refusal) => Some(format!("cannot be mounted: {refusal:?}")),
-            Ok(mounts) if !upper(&mounts).is_dir() => Some(format!("has nothing at {mounts:?}")),
+            Ok(mounts) if !upper_of(&mounts).is_dir() => Some(format!("has nothing at {mounts:?}")),
             Ok(_) => None,
         }
     }
@@ -153,10 +154,6 @@ impl Look<'_> {
 
 /// The daemon's own check of database and disks.
 pub fn require_sound(places: &[String]) {
-    let help = Command::new(BINARY).arg("--help").output().unwrap();
-    if !String::from_utf8_lossy(&help.stdout).contains("check") {
-        return;
-    }
     let output = Command::new(BINARY)
         .arg("check")
         .args(places)
