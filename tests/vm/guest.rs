@@ -79,7 +79,7 @@ pub fn setting<T: FromStr>(name: &str) -> T {
 }
 
 /// The daemon's arguments.
-pub fn arguments() -> Vec<String> {
+fn arguments() -> Vec<String> {
     let words = setting::<String>("VM_DAEMON");
     words.split(',').map(str::to_owned).collect()
 }

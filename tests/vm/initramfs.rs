@@ -10,8 +10,8 @@ use std::process::Command;
 use crate::support::daemon::BINARY;
 use crate::support::run;
 
-/// What the kernel needs as modules: the disks, the line to the outside, and
-/// what the daemon asks for.
+/// What the kernel needs as modules: the disks, the line to the outside, what
+/// the daemon asks for, and disks that fail.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",

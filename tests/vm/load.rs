@@ -4,7 +4,6 @@
 //! system, which would hide what the daemon fails to flush.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::thread;
 
 use overlay_read_write_splitting_snapshotter::proto::snapshots::{Info, Kind};
@@ -30,11 +29,10 @@ pub const BEGUN: &str = "begun";
 /// Loads the daemon until the power goes.
 pub fn run(daemon: &Daemon, outlet: &Outlet, seed: u64, boot: u32) -> ! {
     let all: Vec<Info> = daemon.client().list_pages(&[]).unwrap().concat();
-    let outlet = Mutex::new(outlet);
-    outlet.lock().unwrap().line(BEGUN);
+    outlet.line(BEGUN);
     thread::scope(|scope| {
         for number in 0..THREADS {
-            let (all, outlet) = (&all, &outlet);
+            let all = &all;
             scope.spawn(move || {
                 let mine = all.iter().filter(|info| is_of(&info.name, number));
                 let mut worker = Worker {
@@ -85,7 +83,7 @@ struct Worker<'a> {
     /// Its own snapshots: no other thread stands on them or removes them.
     state: State,
     random: Random,
-    outlet: &'a Mutex<&'a Outlet>,
+    outlet: &'a Outlet,
 }
 
 impl Worker<'_> {
@@ -105,11 +103,11 @@ impl Worker<'_> {
 
     /// Says what is asked for before and after.
     fn ask<T>(&mut self, request: Request, send: impl FnOnce(&Client) -> Result<T, Refusal>) -> T {
-        let say = |record: &Record| self.outlet.lock().unwrap().line(&record.line());
-        say(&Record::Asked(self.number, request.clone()));
+        let asked = Record::Asked(self.number, request.clone());
+        self.outlet.line(&asked.line());
         let answer =
             send(&self.client).unwrap_or_else(|refusal| panic!("{request:?}: {refusal:?}"));
-        say(&Record::Done(self.number));
+        self.outlet.line(&Record::Done(self.number).line());
         request.apply(&mut self.state);
         answer
     }
