@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chmodat, chownat, mkdirat, openat,
-    renameat_with, statat, syncfs,
+    renameat_with, statat, syncfs, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -14,6 +14,8 @@ use crate::types::{SnapshotId, Volume};
 
 const SNAPSHOTS: &str = "snapshots";
 const TRASH: &str = "trash";
+/// In the trash, so that one left by a crash is deleted.
+const PROBE: &str = "probe";
 
 /// What a snapshot's directory holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -255,9 +257,29 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if the disk has failed to take some of it.
+    /// [`ErrorKind::Internal`] if the disk has failed to take some of it,
+    /// [`ErrorKind::FailedPrecondition`] if its file system takes nothing any
+    /// more.
     pub fn sync(&self) -> Result<()> {
-        syncfs(&self.snapshots).context(|| format!("flush the {} volume", self.volume))
+        let flushing = || format!("flush the {} volume {}", self.volume, self.path);
+        syncfs(&self.snapshots).context(flushing)?;
+        self.require_alive().context(flushing)
+    }
+
+    /// A file system that has made itself read-only (ext4 after an error, for
+    /// one) flushes nothing, and `syncfs` says that all is well; nor does
+    /// `statvfs` tell. It only refuses to be changed.
+    fn require_alive(&self) -> std::result::Result<(), Errno> {
+        match mkdirat(&self.trash, PROBE, Mode::from_raw_mode(0o700)) {
+            // Full is alive.
+            Ok(()) | Err(Errno::EXIST | Errno::NOSPC | Errno::DQUOT) => {}
+            Err(errno) => return Err(errno),
+        }
+        match unlinkat(&self.trash, PROBE, AtFlags::REMOVEDIR) {
+            // Cleanup may have been quicker.
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(errno),
+        }
     }
 
     /// The trash, to be emptied.
