@@ -156,14 +156,17 @@ impl Store {
         let pooled = lock(&self.readers).pop();
         let connection = match pooled {
             Some(connection) => connection,
-            None => connect(&self.path, self.access).map_err(|error| {
-                sql_error(error, format!("open the database {}", self.path.display()))
-            })?,
+            None => connect(&self.path, self.access)
+                .map_err(|error| sql_error(error, format!("open {}", self.shown())))?,
         };
         Ok(Reader {
             store: self,
             rows: Some(Rows::new(connection)),
         })
+    }
+
+    fn shown(&self) -> String {
+        format!("the database {}", self.path.display())
     }
 
     /// Begins the one write transaction; waits for the one under way. Dropped
@@ -179,11 +182,11 @@ impl Store {
         connection
             .prepare_cached("BEGIN IMMEDIATE")
             .and_then(|mut begin| begin.execute([]))
-            .map_err(|error| sql_error(error, "begin a transaction"))?;
+            .map_err(|error| sql_error(error, format!("begin to change {}", self.shown())))?;
         let changes_before = connection.total_changes();
         Ok(Transaction {
+            store: self,
             writer,
-            changes: &self.changes,
             changes_before,
             finished: false,
         })
@@ -273,8 +276,8 @@ impl Drop for Reader<'_> {
 
 /// The write transaction; see [`Rows`] for what can be asked and changed.
 pub struct Transaction<'a> {
+    store: &'a Store,
     writer: MutexGuard<'a, Option<Connection>>,
-    changes: &'a Changes,
     changes_before: u64,
     finished: bool,
 }
@@ -298,10 +301,10 @@ impl Transaction<'_> {
         connection
             .prepare_cached("COMMIT")
             .and_then(|mut commit| commit.execute([]))
-            .map_err(|error| sql_error(error, "commit to the database"))?;
+            .map_err(|error| sql_error(error, format!("commit to {}", self.store.shown())))?;
         self.finished = true;
         if connection.total_changes() != self.changes_before {
-            self.changes.note();
+            self.store.changes.note();
         }
         Ok(())
     }
@@ -352,5 +355,12 @@ fn sql_error(error: rusqlite::Error, what: impl Into<String>) -> Error {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => ErrorKind::Unavailable,
         _ => ErrorKind::Internal,
     };
-    Error::caused(kind, what, error)
+    match error {
+        // Its own text has the same words twice.
+        rusqlite::Error::SqliteFailure(failure, Some(said)) => {
+            let cause = format!("{said} (SQLite error {})", failure.extended_code);
+            Error::caused(kind, what, cause)
+        }
+        error => Error::caused(kind, what, error),
+    }
 }

@@ -8,6 +8,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lock::lock;
 use crate::store::Commit;
 use crate::types::{Labels, Quoted, SnapshotId, Volume};
+use crate::volume::Dirs;
 
 impl Snapshotter {
     /// Turns the active snapshot `key` into the layer `name`; with `parent`,
@@ -37,11 +38,8 @@ impl Snapshotter {
 
         let dirs = self.volumes.open(volume)?;
         if self.options.sync == SyncMode::AtCommit {
-            // One after another: who comes second must hear of a failure that
-            // the kernel told the first.
             let begun = Instant::now();
-            let _syncing = lock(&self.syncing[volume as usize]);
-            dirs.sync().inspect_err(|_| self.suspect_all(volume))?;
+            self.flush(&dirs, volume)?;
             tell_wait(volume, begun.elapsed());
         }
         // After the flush: until then some file systems cannot tell blocks.
@@ -80,13 +78,23 @@ impl Snapshotter {
         })
     }
 
-    /// A disk that fails to write says so once, to whoever asks first: the data
-    /// of every snapshot that was there then may be what it has lost.
-    pub(super) fn suspect_all(&self, volume: Volume) {
-        let highest = self.store.read().and_then(|reader| reader.highest_id());
-        let highest = highest.unwrap_or(u64::MAX);
-        self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);
-        log::error!("the {volume} volume has failed to write data: look at its disk");
+    /// Makes everything on a volume durable. A disk that fails to write says so
+    /// once, to whoever asks first: the data of every snapshot that was there then
+    /// may be what it has lost.
+    pub(super) fn flush(&self, dirs: &Dirs, volume: Volume) -> Result<()> {
+        // One after another: who comes second must hear of a failure that the
+        // kernel told the first.
+        let _syncing = lock(&self.syncing[volume as usize]);
+        let flushed = dirs.sync();
+        if let Err(error) = &flushed
+            && error.kind() == ErrorKind::DataLoss
+        {
+            let highest = self.store.read().and_then(|reader| reader.highest_id());
+            let highest = highest.unwrap_or(u64::MAX);
+            self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);
+            log::error!("the {volume} volume has failed to write data: look at its disk");
+        }
+        flushed
     }
 
     fn refuse_suspect(&self, id: SnapshotId, volume: Volume) -> Result<()> {

@@ -492,10 +492,8 @@ impl Worker {
         if has_room && std::mem::take(&mut self.is_full) {
             // ext4 gives the blocks of deleted files back with its next journal
             // commit, and only then are they room for anything else.
-            let synced = self.snapshotter.volumes.open(Volume::Image);
-            if let Err(error) = synced.and_then(|image| image.sync()) {
-                // Told once, and told to us: commits must know of it.
-                self.snapshotter.suspect_all(Volume::Image);
+            let image = self.snapshotter.volumes.image().dirs();
+            if let Err(error) = self.snapshotter.flush(image, Volume::Image) {
                 log::warn!("{}", error.chain());
             }
         }

@@ -4,8 +4,8 @@ use std::ffi::{CStr, CString};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Uid, chmodat, chownat, mkdirat, openat,
-    renameat_with, statat, syncfs, unlinkat,
+    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, StatVfsMountFlags, Uid, chmodat,
+    chownat, fstatvfs, mkdirat, openat, renameat_with, statat, syncfs, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -257,13 +257,19 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if the disk has failed to take some of it,
-    /// [`ErrorKind::FailedPrecondition`] if its file system takes nothing any
-    /// more.
+    /// [`ErrorKind::FailedPrecondition`] if somebody has made it read-only, which
+    /// flushes it; [`ErrorKind::DataLoss`] if the disk has failed to take some of
+    /// it, or its file system takes nothing any more.
     pub fn sync(&self) -> Result<()> {
         let flushing = || format!("flush the {} volume {}", self.volume, self.path);
-        syncfs(&self.snapshots).context(flushing)?;
-        self.require_alive().context(flushing)
+        let failed =
+            |errno| Error::caused(ErrorKind::DataLoss, flushing(), std::io::Error::from(errno));
+        let state = fstatvfs(&self.snapshots).context(flushing)?;
+        if state.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            return Err(Errno::ROFS).context(flushing);
+        }
+        syncfs(&self.snapshots).map_err(failed)?;
+        self.require_alive().map_err(failed)
     }
 
     /// A file system that has made itself read-only (ext4 after an error, for

@@ -180,7 +180,11 @@ fn is_refused_about<T>(result: Result<T, Refusal>, codes: &[RpcStatusCode], abou
     assert!(codes.contains(&code) && says_it, "{code:?} {text}");
 }
 
-const BROKEN: &[RpcStatusCode] = &[RpcStatusCode::INTERNAL, RpcStatusCode::FAILED_PRECONDITION];
+const BROKEN: &[RpcStatusCode] = &[
+    RpcStatusCode::INTERNAL,
+    RpcStatusCode::FAILED_PRECONDITION,
+    RpcStatusCode::DATA_LOSS,
+];
 const DATABASE: &[&str] = &["the database"];
 const READ_ONLY: &[RpcStatusCode] = &[RpcStatusCode::FAILED_PRECONDITION];
 const LOST: &[RpcStatusCode] = &[RpcStatusCode::DATA_LOSS];
