@@ -2,7 +2,7 @@
 //! containers write on another.
 //!
 //! The way of a request, each module calling only those after it:
-//! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree }`;
+//! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
 //! the command `check` takes the place of daemon and service;
 //! `types`, `error`, `lock` and `background` are free to all, `filter` and `idmap` are pure leaves.
 
@@ -14,6 +14,7 @@ pub mod error;
 pub mod filter;
 pub mod idmap;
 mod lock;
+pub mod lowers;
 pub mod mount;
 pub mod overlay;
 pub mod service;

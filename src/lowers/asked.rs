@@ -1,0 +1,199 @@
+//! What a label or a flag asks for, as text. Pure.
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::types::Quoted;
+
+/// The most directories that one snapshot may have. With 128 layers their
+/// options still fit the page that mount(2) takes.
+pub const MAX_PATHS: usize = 64;
+
+/// Reads host directories separated by colons. Empty parts are skipped, `.`
+/// and doubled slashes are dropped; the order stays.
+///
+/// # Errors
+///
+/// [`ErrorKind::InvalidArgument`] for a path that is not absolute, has `..`, or
+/// a character that would mean something in a mount option; and for more than
+/// [`MAX_PATHS`].
+pub fn parse_paths(text: &str) -> Result<Vec<String>> {
+    let parts = || text.split(':').filter(|part| !part.is_empty());
+    let count = parts().count();
+    if count > MAX_PATHS {
+        return Err(invalid(format!(
+            "{count} directories are asked for, at most {MAX_PATHS} are possible"
+        )));
+    }
+    parts().map(parse_path).collect()
+}
+
+fn parse_path(path: &str) -> Result<String> {
+    let refuse = |why: &str| Err(invalid(format!("{} {why}", Quoted(path))));
+    if path.contains(|c: char| matches!(c, ',' | '\\') || c.is_control()) {
+        return refuse(
+            "has a comma, a backslash or a control character, which mean something in mount \
+             options: use a path without them",
+        );
+    }
+    if !path.starts_with('/') {
+        return refuse("is not absolute: begin it with \"/\"");
+    }
+    let mut normal = String::with_capacity(path.len());
+    for name in path.split('/') {
+        match name {
+            "" | "." => {}
+            ".." => return refuse("has \"..\": write it without"),
+            name => {
+                normal.push('/');
+                normal.push_str(name);
+            }
+        }
+    }
+    if normal.is_empty() {
+        return refuse("is the root of all file systems: name a directory in it");
+    }
+    Ok(normal)
+}
+
+/// What comes after `prefix` in `path`, both normalised, if that is the
+/// directory itself (then nothing) or beneath it.
+pub fn strip_prefix<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
+    let rest = path.strip_prefix(prefix)?;
+    if rest.is_empty() || prefix == "/" {
+        return Some(rest);
+    }
+    rest.strip_prefix('/')
+}
+
+/// Directories for the containers of some images.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageRule {
+    pattern: String,
+    paths: Vec<String>,
+}
+
+impl ImageRule {
+    /// Reads `PATTERN=PATH[:PATH…]`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] if one of both is missing, or as of
+    /// [`parse_paths`].
+    pub fn parse(text: &str) -> Result<ImageRule> {
+        // No image's name has a `=` in it.
+        let (pattern, paths) = text.split_once('=').unwrap_or((text, ""));
+        let paths = parse_paths(paths)?;
+        if pattern.is_empty() || paths.is_empty() {
+            return Err(invalid(format!(
+                "{} names no image or no directory: write IMAGE_PATTERN=PATH[:PATH...]",
+                Quoted(text)
+            )));
+        }
+        Ok(ImageRule {
+            pattern: pattern.to_owned(),
+            paths,
+        })
+    }
+
+    /// The directories, the topmost first.
+    pub fn paths(&self) -> &[String] {
+        &self.paths
+    }
+
+    /// Whether the pattern is the whole of that name; `*` stands for any
+    /// characters, also none.
+    pub fn matches(&self, image: &str) -> bool {
+        let mut pieces = self.pattern.split('*');
+        let first = pieces.next().unwrap_or_default();
+        let Some(mut rest) = image.strip_prefix(first) else {
+            return false;
+        };
+        let Some(last) = pieces.next_back() else {
+            return rest.is_empty();
+        };
+        // What is between two stars is best taken where it comes first: that
+        // leaves most to the pieces after it.
+        for piece in pieces {
+            let Some(at) = rest.find(piece) else {
+                return false;
+            };
+            rest = &rest[at + piece.len()..];
+        }
+        rest.ends_with(last)
+    }
+}
+
+fn invalid(what: String) -> Error {
+    Error::new(ErrorKind::InvalidArgument, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_keep_their_order_and_empty_parts_are_skipped() {
+        let paths = parse_paths(":/b//c/:::/a/./d:/with blank/é:").unwrap();
+        assert_eq!(paths, ["/b/c", "/a/d", "/with blank/é"]);
+        assert_eq!(parse_paths("").unwrap(), [""; 0]);
+        assert_eq!(parse_paths(":::").unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn what_could_inject_or_lead_away_is_refused() {
+        for path in [
+            "/a,b", "/a\\b", "/a\\:b", "/a\nb", "/a\0", "/a\u{7f}", "a", "./a", "/a/../b", "/..",
+            "/", "//.", "/ok:b", " /a",
+        ] {
+            let error = parse_paths(path).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{path:?}");
+            assert_eq!(error.chain().lines().count(), 1);
+        }
+        assert!(parse_paths("/..a/b..").is_ok());
+        assert!(parse_paths(&"/a:".repeat(MAX_PATHS)).is_ok());
+        let error = parse_paths(&"/a:".repeat(1000)).unwrap_err();
+        assert!(error.chain().contains("at most 64"), "{}", error.chain());
+    }
+
+    #[test]
+    fn a_prefix_ends_with_a_name() {
+        assert_eq!(strip_prefix("/a/b", "/a"), Some("b"));
+        assert_eq!(strip_prefix("/a", "/a"), Some(""));
+        assert_eq!(strip_prefix("/ab", "/a"), None);
+        assert_eq!(strip_prefix("/b/a", "/a"), None);
+        assert_eq!(strip_prefix("/b/a", "/"), Some("b/a"));
+    }
+
+    #[test]
+    fn a_star_stands_for_any_characters() {
+        for (pattern, image, expected) in [
+            ("*", "", true),
+            ("*", "docker.io/library/a:1", true),
+            ("docker.io/library/a:1", "docker.io/library/a:1", true),
+            ("docker.io/library/a", "docker.io/library/a:1", false),
+            ("docker.io/library/a:*", "docker.io/library/a:1", true),
+            ("docker.io/library/a:*", "docker.io/library/ab:1", false),
+            ("*/a:*", "docker.io/library/a:1", true),
+            ("*/b:*", "docker.io/library/a:1", false),
+            ("*a*b*c", "xaxbxbxc", true),
+            ("*a*b*c", "xaxbxbx", false),
+            ("ab*ba", "aba", false),
+            ("ab*ba", "abba", true),
+            ("a**b", "ab", true),
+            ("?", "a", false),
+        ] {
+            let rule = ImageRule::parse(&format!("{pattern}=/x")).unwrap();
+            assert_eq!(rule.matches(image), expected, "{pattern} {image}");
+        }
+    }
+
+    #[test]
+    fn a_rule_has_an_image_and_directories() {
+        let rule = ImageRule::parse("reg:5000/a:1=/x:/y=z").unwrap();
+        assert_eq!(rule.paths(), ["/x", "/y=z"]);
+        assert!(rule.matches("reg:5000/a:1"));
+        for wrong in ["", "a", "a=", "=/x", "a=x", "a=:", "a=/x,y"] {
+            let error = ImageRule::parse(wrong).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{wrong:?}");
+        }
+    }
+}
