@@ -17,6 +17,7 @@ mod convert;
 mod copy;
 mod format;
 mod labels;
+mod lowers;
 mod mending;
 mod moves;
 mod rows;

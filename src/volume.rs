@@ -4,6 +4,7 @@
 //! <root>/snapshots/<id>/fs            a layer, or one being unpacked (then with work/)
 //! <root>/snapshots/<id>               or: a link to <writable>/snapshots/<id>
 //! <root>/snapshots/.moving-<id>       a layer on its way home, see `moving`
+//! <root>/lowers/<id>.<n>              a link to an extra lower directory, see `lowers`
 //! <root>/empty/                       an empty directory, lower of a layer without parent
 //! <root>/trash/                       removed, waiting to be deleted
 //! <writable>/.volume                  which volume this is
@@ -25,6 +26,7 @@ mod flush;
 mod guard;
 mod identity;
 mod image;
+mod lowers;
 mod moving;
 
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
@@ -33,6 +35,7 @@ pub use flush::Flush;
 pub use guard::{Lifetime, MountPoints, Reserve, require_mount_points};
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
+pub use lowers::NewLinks;
 pub use moving::{Target, moving_id};
 
 use std::path::Path;

@@ -163,15 +163,7 @@ impl Rows<&Connection> {
     pub fn update(&self, name: &str, changes: Vec<LabelChange>) -> Result<Snapshot> {
         let mut snapshot = self.stat(name)?;
         for change in changes {
-            match change {
-                LabelChange::Replace(labels) => snapshot.info.labels = labels,
-                LabelChange::Set(key, value) => {
-                    snapshot.info.labels.insert(key, value);
-                }
-                LabelChange::Delete(key) => {
-                    snapshot.info.labels.remove(&key);
-                }
-            }
+            change.apply(&mut snapshot.info.labels);
         }
         snapshot.info.updated = Timestamp::now();
         self.connection()

@@ -100,6 +100,21 @@ pub enum LabelChange {
     Delete(String),
 }
 
+impl LabelChange {
+    /// Makes the change.
+    pub fn apply(self, labels: &mut Labels) {
+        match self {
+            LabelChange::Replace(all) => *labels = all,
+            LabelChange::Set(key, value) => {
+                labels.insert(key, value);
+            }
+            LabelChange::Delete(key) => {
+                labels.remove(&key);
+            }
+        }
+    }
+}
+
 /// Rows seen through a reader's connection or through a transaction's.
 pub struct Rows<C> {
     connection: C,

@@ -44,6 +44,12 @@ const MIGRATIONS: &[&str] = &[
      CREATE INDEX snapshot_away ON snapshot (created_ns) WHERE kind = 3 AND volume = 1;",
     // 3: what the files of a layer held when it was committed, for `check`.
     "ALTER TABLE snapshot ADD COLUMN data_bytes INTEGER;",
+    // 4: host directories that the daemon itself has chosen for a snapshot,
+    // separated by colons. A table of its own: hardly any snapshot has them.
+    "CREATE TABLE lower (
+         id    INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
+         paths TEXT NOT NULL
+     ) STRICT;",
 ];
 
 /// Looks the whole file through.

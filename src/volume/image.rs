@@ -4,7 +4,7 @@
 use std::fs::DirBuilder;
 use std::io::ErrorKind as IoKind;
 use std::os::unix::fs::DirBuilderExt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, Dir, FileType, fsync, readlinkat, statat, symlinkat, unlinkat};
@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
 use super::identity::open_top;
+use super::lowers::open_lowers;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 
@@ -20,6 +21,8 @@ pub struct Image {
     path: String,
     top: OwnedFd,
     dirs: Arc<Dirs>,
+    /// `lowers/`, once there is one.
+    pub(super) lowers: OnceLock<OwnedFd>,
 }
 
 /// The root directory, before anything in it has been touched.
@@ -134,6 +137,7 @@ impl Image {
         ensure_directory(&root.top, &root.path, "empty")?;
         Ok(Image {
             path: root.path,
+            lowers: open_lowers(&root.top),
             top: root.top,
             dirs: Arc::new(dirs),
         })
@@ -142,6 +146,11 @@ impl Image {
     /// `snapshots/` and `trash/`.
     pub fn dirs(&self) -> &Arc<Dirs> {
         &self.dirs
+    }
+
+    /// `<root>`, as configured.
+    pub(super) fn path(&self) -> &str {
+        &self.path
     }
 
     /// `<root>/snapshots`.
