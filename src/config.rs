@@ -5,6 +5,7 @@
 //! that leave here are absolute, UTF-8 and free of every character that means
 //! something in a mount option.
 
+mod lowers;
 mod paths;
 mod size;
 #[cfg(test)]
@@ -18,6 +19,7 @@ use std::time::Duration;
 use argh::FromArgs;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lowers::ImageRule;
 use crate::snapshotter::{Relocation, RemovalMode, SyncMode, UpperdirLabel};
 use crate::volume::{Lifetime, MountPoints, Reserve};
 use paths::{ROOT_NAMES, WRITABLE_NAMES, check_apart, check_mount_option, check_path};
@@ -83,6 +85,16 @@ struct Flags {
     #[argh(option, arg_name = "option")]
     mount_option: Vec<String>,
 
+    /// host directory; it and all beneath may be shown to containers that ask for
+    /// it by label; may be given several times (default none)
+    #[argh(option, arg_name = "dir")]
+    allow_lower: Vec<String>,
+
+    /// IMAGE_PATTERN=DIR[:DIR...]: host directories for the containers of images
+    /// that CRI has pulled; may be given several times
+    #[argh(option, arg_name = "rule")]
+    lower_for: Vec<String>,
+
     /// commit: a layer's data is on its disk before its commit is answered;
     /// none: when the kernel sees fit (default commit)
     #[argh(option, arg_name = "when", default = "String::from(\"commit\")")]
@@ -147,6 +159,10 @@ pub struct Config {
     pub upperdir_label: UpperdirLabel,
     /// From `--mount-option`.
     pub mount_options: Vec<String>,
+    /// From `--allow-lower`.
+    pub allowed_lowers: Vec<String>,
+    /// From `--lower-for`.
+    pub lower_rules: Vec<ImageRule>,
     /// From `--sync`.
     pub sync: SyncMode,
     /// From `--relocate` and `--relocate-after`.
@@ -379,6 +395,8 @@ fn check(flags: Flags) -> Result<Config> {
             )));
         }
     }
+    let (allowed_lowers, lower_rules) =
+        lowers::check(&flags.allow_lower, &flags.lower_for, &flags.mount_option)?;
     Ok(Config {
         root,
         writable,
@@ -402,6 +420,8 @@ fn check(flags: Flags) -> Result<Config> {
             false => UpperdirLabel::Hidden,
         },
         mount_options: flags.mount_option,
+        allowed_lowers,
+        lower_rules,
         sync: match flags.sync.as_str() {
             "commit" => SyncMode::AtCommit,
             "none" => SyncMode::Never,

@@ -21,6 +21,7 @@ use signal_hook::iterator::Signals;
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
+use crate::lowers::Policy;
 use crate::mount;
 use crate::service::{self, Pool};
 use crate::snapshotter::{Options, Snapshotter};
@@ -128,6 +129,15 @@ pub(crate) fn options(config: &Config) -> Options {
         relocation: config.relocation,
         reserve: config.reserve,
         upperdir_label: config.upperdir_label,
+        lowers: Policy {
+            allowed: config.allowed_lowers.clone(),
+            kept_apart: vec![
+                config.root.clone(),
+                config.writable.clone(),
+                config.state_dir.clone(),
+            ],
+        },
+        lower_rules: config.lower_rules.clone(),
     }
 }
 

@@ -11,9 +11,9 @@ use crate::types::{Kind, Mount, SnapshotId};
 /// Where directories are, and the options every overlay gets.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    /// `<root>/snapshots`: all lower directories are below it, also those whose
-    /// bytes are on the writable volume. Mounting sides shorten long lists by
-    /// their common directory, and id-map that directory as one mount.
+    /// `<root>/snapshots`: all layers are below it, also those whose bytes are
+    /// on the writable volume. Mounting sides shorten long lists by their common
+    /// directory, and id-map that directory as one mount.
     pub lowers: String,
     /// `<root>/empty`.
     pub empty: String,
@@ -30,6 +30,9 @@ pub struct Plan<'a> {
     pub own: &'a str,
     /// The layers below it, nearest first.
     pub lowers: &'a [SnapshotId],
+    /// Directories above those and beneath the snapshot's own, the topmost
+    /// first; below `<root>`, so that a long list is still shortened by that.
+    pub extras: &'a [String],
     /// Without parent: an overlay over an empty directory in place of a bind.
     /// What unpacks a layer writes whiteouts the overlay way only onto an
     /// overlay mount (containerd `core/diff/apply/apply_linux.go`).
@@ -41,9 +44,14 @@ pub struct Plan<'a> {
 /// The mounts of a snapshot: always exactly one.
 pub fn plan_mounts(layout: &Layout, plan: &Plan<'_>) -> Vec<Mount> {
     let is_view = plan.kind == Kind::View;
+    let is_plain = plan.extras.is_empty();
     let mount = match plan.lowers {
-        [] if !plan.over_empty => bind(format!("{}/fs", plan.own), is_view, plan.id_options),
-        [lower] if is_view => bind(lower_path(layout, *lower), is_view, plan.id_options),
+        [] if is_plain && !plan.over_empty => {
+            bind(format!("{}/fs", plan.own), is_view, plan.id_options)
+        }
+        [lower] if is_plain && is_view => {
+            bind(lower_path(layout, *lower), is_view, plan.id_options)
+        }
         lowers => overlay(layout, plan, lowers, is_view),
     };
     vec![mount]
@@ -66,15 +74,13 @@ fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[SnapshotId], is_view: boo
         options.push(format!("workdir={}/work", plan.own));
         options.push(format!("upperdir={}/fs", plan.own));
     }
-    let lowerdir = match lowers {
-        [] => layout.empty.clone(),
-        _ => lowers
-            .iter()
-            .map(|id| lower_path(layout, *id))
-            .collect::<Vec<_>>()
-            .join(":"),
-    };
-    options.push(format!("lowerdir={lowerdir}"));
+    let mut paths = plan.extras.to_vec();
+    paths.extend(lowers.iter().map(|id| lower_path(layout, *id)));
+    // One at least; without an upper two (overlayfs.rst, "Multiple lower layers").
+    if lowers.is_empty() && (paths.is_empty() || is_view) {
+        paths.push(layout.empty.clone());
+    }
+    options.push(format!("lowerdir={}", paths.join(":")));
     options.extend_from_slice(&layout.options);
     Mount {
         fs_type: "overlay",
@@ -105,12 +111,24 @@ mod tests {
         over_empty: bool,
         ids: &[&str],
     ) -> (String, Vec<String>) {
+        planned_with(&[], kind, lowers, over_empty, ids)
+    }
+
+    fn planned_with(
+        extras: &[&str],
+        kind: Kind,
+        lowers: &[u64],
+        over_empty: bool,
+        ids: &[&str],
+    ) -> (String, Vec<String>) {
+        let extras: Vec<_> = extras.iter().map(ToString::to_string).collect();
         let lowers: Vec<_> = lowers.iter().copied().map(SnapshotId::new).collect();
         let id_options: Vec<_> = ids.iter().map(ToString::to_string).collect();
         let plan = Plan {
             kind,
             own: "/fast/snapshots/9",
             lowers: &lowers,
+            extras: &extras,
             over_empty,
             id_options: &id_options,
         };
@@ -173,6 +191,41 @@ mod tests {
         let (what, options) = planned(Kind::Active, &[], true, &[]);
         assert_eq!(what, "overlay overlay");
         assert_eq!(options[2], "lowerdir=/root/empty");
+    }
+
+    #[test]
+    fn extras_are_above_the_layers_in_the_order_given() {
+        let extras = ["/root/lowers/9.0", "/root/lowers/9.1"];
+        let table: [(Kind, &[u64], &str); 5] = [
+            (
+                Kind::Active,
+                &[7, 4],
+                ":/root/snapshots/7/fs:/root/snapshots/4/fs",
+            ),
+            (
+                Kind::View,
+                &[7, 4],
+                ":/root/snapshots/7/fs:/root/snapshots/4/fs",
+            ),
+            // Binds otherwise.
+            (Kind::View, &[4], ":/root/snapshots/4/fs"),
+            (Kind::Active, &[], ""),
+            (Kind::View, &[], ":/root/empty"),
+        ];
+        for (kind, lowers, rest) in table {
+            let (what, options) = planned_with(&extras, kind, lowers, false, &[]);
+            assert_eq!(what, "overlay overlay");
+            let lowerdir = format!("lowerdir=/root/lowers/9.0:/root/lowers/9.1{rest}");
+            let own = [
+                "workdir=/fast/snapshots/9/work",
+                "upperdir=/fast/snapshots/9/fs",
+            ];
+            let own = if kind == Kind::View { &[][..] } else { &own };
+            let expected = [own, &[lowerdir.as_str(), "index=off", "metacopy=on"]].concat();
+            assert_eq!(options, expected, "{kind} on {lowers:?}");
+        }
+        let (_, options) = planned_with(&extras[..1], Kind::View, &[], false, &[]);
+        assert_eq!(options[0], "lowerdir=/root/lowers/9.0:/root/empty");
     }
 
     #[test]

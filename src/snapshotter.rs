@@ -8,6 +8,7 @@
 //! that no row knows, and [`Snapshotter::recover`] trashes it.
 
 mod commit;
+mod extras;
 mod finding;
 mod flush;
 mod inspect;
@@ -26,6 +27,7 @@ use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
+use crate::lowers::{ImageRule, Policy};
 use crate::overlay::{Layout, Plan, plan_mounts};
 use crate::store::{Ancestor, New, Snapshot, Store};
 use crate::types::{
@@ -101,6 +103,10 @@ pub struct Options {
     pub reserve: Reserve,
     /// See [`UpperdirLabel`].
     pub upperdir_label: UpperdirLabel,
+    /// Which host directories may be shown to containers.
+    pub lowers: Policy,
+    /// Which are shown to the containers of some images, in order.
+    pub lower_rules: Vec<ImageRule>,
 }
 
 /// The ten operations of containerd's snapshots API.
@@ -189,7 +195,7 @@ impl Snapshotter {
     /// # Errors
     ///
     /// See [`crate::store::Rows::create`]; [`ErrorKind::InvalidArgument`] for a
-    /// bad key, label or id mapping; [`ErrorKind::FailedPrecondition`] if the
+    /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if the
     /// writable volume is needed and not there; [`ErrorKind::ResourceExhausted`]
     /// if a disk is full, or has less room than the reserve. No trace is left of a refused one.
     pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
@@ -215,6 +221,7 @@ impl Snapshotter {
             maps.root()?;
         }
         let volume = choose_volume(kind, key, &labels)?;
+        let wanted = self.wanted_lowers(kind, key, parent, &labels, id_maps.as_ref())?;
         // A view of a parent is that parent's directories.
         let volume = (kind == Kind::Active || parent.is_empty()).then_some(volume);
         let dirs = volume.map(|volume| self.volumes.open(volume)).transpose()?;
@@ -225,6 +232,8 @@ impl Snapshotter {
         if needs_home && !parent.is_empty() {
             self.bring_home(&self.ancestors_of(parent)?)?;
         }
+        // Before the writer's lock: the disk they are on may be slow, or gone.
+        let lowers = self.ensure_lowers(&wanted)?;
 
         let mut transaction = self.store.write()?;
         let created = transaction.rows().create(&New {
@@ -247,11 +256,19 @@ impl Snapshotter {
                 Some(dirs.create(created.id, shape, owner)?)
             }
         };
+        let image = self.volumes.image();
+        let new_links = image.link_lowers(created.id, lowers.targets())?;
+        transaction
+            .rows()
+            .record_lowers(created.id, &wanted.chosen)?;
         transaction.commit()?;
         if let Some(new_dirs) = new_dirs {
             new_dirs.keep();
         }
+        new_links.keep();
         drop(transaction);
+        let extras = image.lower_links(created.id, lowers.targets().len());
+        lowers.keep();
         let is_unpack = kind == Kind::Active && is_unpack(key, &labels);
         if is_unpack && volume == Some(Volume::Image) {
             self.unpacks.begin(created.id);
@@ -261,6 +278,7 @@ impl Snapshotter {
             id: created.id,
             volume,
             ancestors: &created.ancestors,
+            extras: &extras,
             over_empty: is_unpack,
             id_maps,
         }))
@@ -291,7 +309,8 @@ impl Snapshotter {
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
-    /// committed one, or if the writable volume is needed and not there.
+    /// committed one, or if the writable volume is needed and not there; for its
+    /// host directories as of [`Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
             .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
@@ -318,13 +337,16 @@ impl Snapshotter {
             self.volumes.open(Volume::Writable)?;
         }
         self.require_present(&ancestors)?;
+        let id_maps = IdMaps::from_labels(&info.labels)?;
+        let extras = self.renew_lowers(&snapshot, id_maps.as_ref())?;
         Ok(self.mounts_of(&Mounted {
             kind: info.kind,
             id: snapshot.id,
             volume: snapshot.volume,
             ancestors: &ancestors,
+            extras: &extras,
             over_empty: info.kind == Kind::Active && is_unpack(key, &info.labels),
-            id_maps: IdMaps::from_labels(&info.labels)?,
+            id_maps,
         }))
     }
 
@@ -366,6 +388,7 @@ impl Snapshotter {
                 kind: mounted.kind,
                 own: &format!("{}/{}", self.volumes.snapshots_path(volume), mounted.id),
                 lowers: &lowers,
+                extras: mounted.extras,
                 over_empty: mounted.over_empty,
                 id_options: &id_options,
             },
@@ -391,10 +414,12 @@ impl Snapshotter {
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidArgument`] for a mask that
-    /// names anything but labels, or a bad label.
+    /// names anything but labels, a bad label, or host directories that will not
+    /// do; for these also as of [`Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || {
             let changes = labels::plan_update(mask, given)?;
+            self.check_lowers_after(key, &changes)?;
             let mut transaction = self.store.write()?;
             let snapshot = transaction.rows().update(key, changes)?;
             transaction.commit().map(|()| snapshot)
@@ -479,6 +504,7 @@ struct Mounted<'a> {
     id: SnapshotId,
     volume: Option<Volume>,
     ancestors: &'a [Ancestor],
+    extras: &'a [String],
     over_empty: bool,
     id_maps: Option<IdMaps>,
 }

@@ -23,6 +23,12 @@ pub const LABEL_GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 /// Chooses a snapshot's volume by hand: `image` or `writable`.
 pub const LABEL_VOLUME: &str = "containerd.io/snapshot/overlay-read-write-splitting.volume";
 
+/// Host directories to show beneath a container's writes, separated by colons.
+pub const LABEL_LOWERS: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
+/// On a layer: the image that CRI has pulled it for (containerd
+/// `internal/cri/server/images`, `TargetRefLabel`).
+pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+
 /// The most bytes that a label's key and value may have together (containerd
 /// `pkg/labels/validate.go`).
 pub const MAX_LABEL_BYTES: usize = 4096;

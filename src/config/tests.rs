@@ -135,6 +135,39 @@ fn nonsense_is_refused_in_one_line() {
 }
 
 #[test]
+fn host_directories_are_off_unless_allowed() {
+    let usual = run(&[]).unwrap();
+    assert!(usual.allowed_lowers.is_empty() && usual.lower_rules.is_empty());
+    let config = run(&[
+        "--allow-lower=/srv/cache/",
+        "--allow-lower",
+        "/opt/a b",
+        "--lower-for=reg:5000/x:*=/srv/cache/npm:/opt/a b",
+        "--lower-for",
+        "*=/srv/cache",
+    ])
+    .unwrap();
+    assert_eq!(config.allowed_lowers, ["/srv/cache", "/opt/a b"]);
+    let [first, second] = config.lower_rules.as_slice() else {
+        panic!("{:?}", config.lower_rules);
+    };
+    assert_eq!(first.paths(), ["/srv/cache/npm", "/opt/a b"]);
+    assert!(first.matches("reg:5000/x:1") && second.matches("any"));
+    for wrong in [
+        &["--allow-lower", "/a,b"][..],
+        &["--allow-lower", "/"],
+        &["--allow-lower", "/a/../b"],
+        &["--lower-for", "*=/srv"],
+        &["--allow-lower=/srv", "--lower-for=*=/srvx"],
+        &["--allow-lower=/srv", "--lower-for=/srv"],
+        &["--allow-lower=/srv", "--lower-for=*=/srv/a,b"],
+        &["--allow-lower=/srv", "--mount-option", "metacopy=on"],
+    ] {
+        refused(wrong);
+    }
+}
+
+#[test]
 fn guards_are_off_unless_asked_for() {
     let usual = run(&[]).unwrap();
     assert_eq!(usual.mount_points, MountPoints::Optional);

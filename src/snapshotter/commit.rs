@@ -57,6 +57,7 @@ impl Snapshotter {
             },
         )?;
         self.unpacks.end(snapshot.id);
+        self.drop_lower_links(snapshot.id);
         self.relocator.wake();
         Ok(())
     }
@@ -66,6 +67,7 @@ impl Snapshotter {
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
         let mut transaction = self.store.write()?;
         transaction.rows().commit(commit)?;
+        transaction.rows().forget_lowers(commit.id)?;
         if volume == Volume::Image {
             return transaction.commit();
         }

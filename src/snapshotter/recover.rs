@@ -102,6 +102,7 @@ impl Snapshotter {
         self.drop_unfinished_moves(&image)?;
         let on_image = trash_strays(&image, Volume::Image, &inventory)?;
         self.set_links(&inventory, &on_image)?;
+        self.sweep_lower_links(&inventory)?;
         let mut lost = self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
 
         match self.volumes.open(Volume::Writable) {
@@ -172,6 +173,18 @@ impl Snapshotter {
             }
         }
         Ok(())
+    }
+
+    /// A caller may have been told the mounts of any snapshot that can still be
+    /// mounted, and mount them only now: its links stay.
+    fn sweep_lower_links(&self, inventory: &Inventory) -> Result<()> {
+        let places = inventory.snapshots.iter().map(|(place, _)| place);
+        let mountable: HashSet<_> = places
+            .filter(|place| place.kind != Kind::Committed)
+            .map(|place| place.id)
+            .collect();
+        let image = self.volumes.image();
+        image.sweep_lower_links(|id| mountable.contains(&id))
     }
 
     /// Deals with rows whose directory is missing, or not whole: an active

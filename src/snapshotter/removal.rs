@@ -35,6 +35,7 @@ impl Snapshotter {
         };
 
         self.unpacks.end(removed.id);
+        self.drop_lower_links(removed.id);
 
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
