@@ -20,6 +20,7 @@ mod input;
 mod intruders;
 mod kills;
 mod life;
+mod lowers;
 mod messages;
 mod races;
 mod rebase;
@@ -57,6 +58,7 @@ fn main() {
         ("guard", guard::TESTS),
         ("races", races::TESTS),
         ("kills", kills::TESTS),
+        ("lowers", lowers::TESTS),
         ("rebase", rebase::TESTS),
         ("relocation", relocation::TESTS),
         ("containerd", containerd::TESTS),
