@@ -3,9 +3,9 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::Quoted;
 
-/// The most directories that one snapshot may have. With 128 layers their
-/// options still fit the page that mount(2) takes.
-pub const MAX_PATHS: usize = 64;
+/// The most directories that one snapshot may have. Together with 128 layers,
+/// shortened, and ids of seven digits they fit the page that mount(2) takes.
+pub const MAX_PATHS: usize = 32;
 
 /// Reads host directories separated by colons. Empty parts are skipped, `.`
 /// and doubled slashes are dropped; the order stays.
@@ -151,7 +151,7 @@ mod tests {
         assert!(parse_paths("/..a/b..").is_ok());
         assert!(parse_paths(&"/a:".repeat(MAX_PATHS)).is_ok());
         let error = parse_paths(&"/a:".repeat(1000)).unwrap_err();
-        assert!(error.chain().contains("at most 64"), "{}", error.chain());
+        assert!(error.chain().contains("at most 32"), "{}", error.chain());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 mod damaged;
 mod killed;
+mod lowers;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -46,6 +47,14 @@ pub const TESTS: &[Test] = &[
     (
         "a_daemon_killed_at_any_moment_goes_on",
         killed::a_daemon_killed_at_any_moment_goes_on,
+    ),
+    (
+        "containers_see_host_directories",
+        lowers::containers_see_host_directories,
+    ),
+    (
+        "containers_of_an_image_see_host_directories",
+        lowers::containers_of_an_image_see_host_directories,
     ),
     (
         "a_damaged_layer_is_pulled_again",

@@ -126,7 +126,7 @@ pub fn what_could_inject_or_lead_out_is_refused() {
         &format!("{good}/new:{good}/new/in"),
         "holds the other",
     );
-    refused(&scene, &"/a:".repeat(1000), "at most 64");
+    refused(&scene, &"/a:".repeat(1000), "at most 32");
     refused(&scene, &"/".repeat(5000), "at most 4096");
     // The good among the bad is not made either.
     refused(

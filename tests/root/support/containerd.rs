@@ -220,8 +220,14 @@ path = "{path}/opt"
 
     /// Runs a container of the image, removes it, and tells what it printed.
     pub fn try_run(&self, id: &str, script: &str) -> Result<String, String> {
+        self.try_run_with(&[], id, script)
+    }
+
+    /// The same, with further flags for `ctr run`.
+    pub fn try_run_with(&self, flags: &[&str], id: &str, script: &str) -> Result<String, String> {
+        let runc = self.path("runc");
         self.try_ctr_in_container(
-            &["run", "--rm", "--runc-root", &self.path("runc")],
+            &[&["run", "--rm", "--runc-root", &runc], flags].concat(),
             &[IMAGE, id, "sh", "-ec", script],
         )
     }
