@@ -25,8 +25,8 @@ pub const LABEL_VOLUME: &str = "containerd.io/snapshot/overlay-read-write-splitt
 
 /// Host directories to show beneath a container's writes, separated by colons.
 pub const LABEL_LOWERS: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
-/// On a layer: the image that CRI has pulled it for (containerd
-/// `internal/cri/server/images`, `TargetRefLabel`).
+/// On a layer: the image that it was pulled for, where CRI or another client
+/// says so (containerd `pkg/snapshotters/annotations.go`, `TargetRefLabel`).
 pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 
 /// The most bytes that a label's key and value may have together (containerd
