@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::layers;
 use crate::check::is_clean;
-use crate::support::containerd::{Containerd, IMAGE};
+use crate::support::containerd::{Containerd, IMAGE, wait_for};
 use crate::support::daemon::Split;
 use crate::support::{tree, unchanged};
 
@@ -154,6 +154,10 @@ pub fn containers_of_an_image_see_host_directories() {
     split.daemon.kill();
     split.daemon.restart();
     assert_eq!(containerd.exec("stays", script), "motd of the host\n");
+    // containerd tries to connect at growing intervals.
+    wait_for("answer of the daemon", || {
+        containerd.try_ctr(&["snapshot", "info", "stays"])
+    });
     containerd.stop("stays");
     containerd.remove("stays");
     containerd.collect_garbage();
