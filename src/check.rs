@@ -16,6 +16,7 @@ use crate::daemon::{self, database, lock, writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Snapshot, Store};
+use crate::types::LABEL_IMAGE_REF;
 use crate::volume::{Image, Lifetime, Volumes};
 use report::Report;
 
@@ -184,10 +185,6 @@ fn split_key(key: &str) -> (Option<&str>, &str) {
     }
 }
 
-/// The label in which CRI names the image of a layer (containerd
-/// `pkg/snapshotters/annotations.go`, `TargetRefLabel`).
-const IMAGE_LABEL: &str = "containerd.io/snapshot/cri.image-ref";
-
 fn image_of(snapshot: &Snapshot) -> Option<&str> {
-    snapshot.info.labels.get(IMAGE_LABEL).map(String::as_str)
+    snapshot.info.labels.get(LABEL_IMAGE_REF).map(String::as_str)
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 
 use super::{layers, left};
 use crate::check::{check, is_clean};
-use crate::support::containerd::{Containerd, IMAGE};
+use crate::support::containerd::{Containerd, IMAGE, wait_for};
 use crate::support::daemon::Split;
 
 /// The zero-byte files of the field: a layer that a power cut has emptied,
@@ -41,6 +41,10 @@ pub fn a_damaged_layer_is_pulled_again() {
     assert!(said.contains("pull them again"), "{said}");
 
     split.daemon.restart();
+    // containerd finds it again within a moment.
+    wait_for("answer of the daemon", || {
+        containerd.try_ctr(&["snapshot", "ls"])
+    });
     assert!(containerd.try_run("broken", "echo broken").is_err());
     containerd.ctr(&["images", "rm", "--sync", IMAGE]);
     containerd.import();
