@@ -186,5 +186,9 @@ fn split_key(key: &str) -> (Option<&str>, &str) {
 }
 
 fn image_of(snapshot: &Snapshot) -> Option<&str> {
-    snapshot.info.labels.get(LABEL_IMAGE_REF).map(String::as_str)
+    snapshot
+        .info
+        .labels
+        .get(LABEL_IMAGE_REF)
+        .map(String::as_str)
 }

@@ -13,6 +13,7 @@ mod finding;
 mod flush;
 mod inspect;
 mod labels;
+mod options;
 mod place;
 mod recover;
 mod relocate;
@@ -23,61 +24,21 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock};
-use std::time::Duration;
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
-use crate::lowers::{ImageRule, Policy};
 use crate::overlay::{Layout, Plan, plan_mounts};
 use crate::store::{Ancestor, New, Snapshot, Store};
 use crate::types::{
     Content, Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Usage, Volume,
 };
-use crate::volume::{Owner, Reserve, Shape, Volumes};
+use crate::volume::{Owner, Shape, Volumes};
 use crate::{mount, tree};
 pub use finding::{Finding, Problem, Recorded};
 pub use inspect::Inspection;
 use labels::IdMaps;
+pub use options::{Options, Relocation, RemovalMode, SyncMode, UpperdirLabel};
 use place::{choose_volume, is_unpack};
-
-/// When deleted bytes are given back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RemovalMode {
-    /// By Cleanup; Remove only moves to the trash.
-    OnCleanup,
-    /// Before Remove answers.
-    AtOnce,
-}
-
-/// When a layer's data is made durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SyncMode {
-    /// Before its Commit is answered.
-    AtCommit,
-    /// When the kernel sees fit.
-    Never,
-}
-
-/// What becomes of layers that were committed on the writable volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Relocation {
-    /// They move to the image volume, that long after their commit or later.
-    Background {
-        /// How long most layers of a build or of Docker's are kept.
-        after: Duration,
-    },
-    /// They stay.
-    Never,
-}
-
-/// Whether answers carry [`LABEL_UPPERDIR`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UpperdirLabel {
-    /// They do.
-    Shown,
-    /// They do not.
-    Hidden,
-}
 
 /// What the kernel does with mounts whose ids are to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,27 +47,6 @@ enum IdMappedMounts {
     Supported,
     /// It cannot; only a snapshot's own top directory is given its owner.
     Unsupported,
-}
-
-/// How a [`Snapshotter`] is to behave.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Options of every overlay mount, in order.
-    pub mount_options: Vec<String>,
-    /// See [`RemovalMode`].
-    pub removal: RemovalMode,
-    /// See [`SyncMode`].
-    pub sync: SyncMode,
-    /// See [`Relocation`].
-    pub relocation: Relocation,
-    /// What has to stay free on the writable volume.
-    pub reserve: Reserve,
-    /// See [`UpperdirLabel`].
-    pub upperdir_label: UpperdirLabel,
-    /// Which host directories may be shown to containers.
-    pub lowers: Policy,
-    /// Which are shown to the containers of some images, in order.
-    pub lower_rules: Vec<ImageRule>,
 }
 
 /// The ten operations of containerd's snapshots API.
@@ -310,7 +250,7 @@ impl Snapshotter {
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
     /// committed one, or if the writable volume is needed and not there; for its
-    /// host directories as of [`Policy::ensure`].
+    /// host directories as of [`crate::lowers::Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
             .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
@@ -415,7 +355,7 @@ impl Snapshotter {
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidArgument`] for a mask that
     /// names anything but labels, a bad label, or host directories that will not
-    /// do; for these also as of [`Policy::ensure`].
+    /// do; for these also as of [`crate::lowers::Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || {
             let changes = labels::plan_update(mask, given)?;
