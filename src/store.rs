@@ -109,8 +109,10 @@ impl Store {
                 _ => Ok(()),
             });
         if let Err(error) = prepared {
-            // Closed, it would move its log into what may be damaged.
-            std::mem::forget(writer);
+            if error.kind() == ErrorKind::DataLoss {
+                // Closed, it would move its log into what is damaged.
+                std::mem::forget(writer);
+            }
             return Err(error.while_doing(opening()));
         }
         Ok(Store {
