@@ -114,6 +114,11 @@ struct Flags {
     #[argh(option, arg_name = "number")]
     threads: Option<NonZeroUsize>,
 
+    /// write figures there, for the textfile collector of Prometheus' node
+    /// exporter (default none)
+    #[argh(option, arg_name = "path")]
+    metrics_file: Option<String>,
+
     /// check: answer in JSON
     #[argh(switch)]
     json: bool,
@@ -169,6 +174,8 @@ pub struct Config {
     pub relocation: Relocation,
     /// How many workers.
     pub threads: usize,
+    /// From `--metrics-file`.
+    pub metrics_file: Option<String>,
 }
 
 /// How `check` tells what it found.
@@ -397,6 +404,15 @@ fn check(flags: Flags) -> Result<Config> {
     }
     let (allowed_lowers, lower_rules) =
         lowers::check(&flags.allow_lower, &flags.lower_for, &flags.mount_option)?;
+    let metrics_file = flags
+        .metrics_file
+        .map(|path| check_path("--metrics-file", &path))
+        .transpose()?;
+    if let Some(path) = &metrics_file {
+        let file = ("--metrics-file", path.as_str());
+        check_apart(("--root-dir", &root), ROOT_NAMES, file)?;
+        check_apart(("--writable-dir", &writable), WRITABLE_NAMES, file)?;
+    }
     Ok(Config {
         root,
         writable,
@@ -445,6 +461,7 @@ fn check(flags: Flags) -> Result<Config> {
         threads: flags
             .threads
             .map_or_else(default_threads, NonZeroUsize::get),
+        metrics_file,
     })
 }
 

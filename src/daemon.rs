@@ -7,6 +7,7 @@
 pub(crate) mod database;
 mod keeper;
 pub(crate) mod lock;
+mod metrics_file;
 mod server;
 pub(crate) mod writable;
 
@@ -23,7 +24,7 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lowers::Policy;
 use crate::mount;
-use crate::service::{self, Pool};
+use crate::service::{self, Desk, Metrics, Pool};
 use crate::snapshotter::{Options, Snapshotter};
 use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
 use server::Server;
@@ -69,12 +70,17 @@ pub fn run(config: &Config) -> Result<()> {
     snapshotter.store().begin_use()?;
 
     let snapshotter = Arc::new(snapshotter);
-    let pool = Arc::new(Pool::start(config.threads)?);
-    let mut server = Server::start(&config.address, service::build(&snapshotter, &pool))?;
+    let desk = Arc::new(Desk {
+        snapshotter: Arc::clone(&snapshotter),
+        pool: Pool::start(config.threads)?,
+        metrics: Metrics::default(),
+    });
+    let mut server = Server::start(&config.address, service::build(&desk))?;
     // After the socket was made, for which the process's umask changes.
     let relocator = snapshotter.start_relocator()?;
     let flusher = snapshotter.start_flusher()?;
     let keeper = keeper::start(&snapshotter)?;
+    let metrics_file = metrics_file::start(&desk, config.metrics_file.as_deref())?;
     log::info!(
         "serving on {} after {} ms: layers in {}, writes in {}",
         config.address,
@@ -89,11 +95,12 @@ pub fn run(config: &Config) -> Result<()> {
     notify(NotifyState::Stopping);
     let deadline = Instant::now() + DRAIN;
     snapshotter.begin_stop();
-    let is_drained = pool.close(DRAIN);
+    let is_drained = desk.pool.close(DRAIN);
     if !is_drained {
         log::warn!("requests are still running after {DRAIN:?}: they are cut off");
     }
     server.stop(deadline);
+    drop(metrics_file);
     drop(relocator);
     drop(flusher);
     drop(keeper);

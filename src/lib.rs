@@ -17,6 +17,7 @@ mod lock;
 pub mod lowers;
 pub mod mount;
 pub mod overlay;
+pub mod prometheus;
 pub mod service;
 pub mod snapshotter;
 pub mod store;

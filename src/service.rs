@@ -11,6 +11,7 @@
 //! panic, wherever in a request, is answered Internal and ends nothing.
 
 mod convert;
+mod metrics;
 mod pool;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +30,7 @@ use protobuf::well_known_types::empty::Empty;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::snapshots as api;
 use crate::snapshotter::Snapshotter;
+pub use metrics::Metrics;
 pub use pool::Pool;
 
 const PREPARE: &str = "/containerd.services.snapshots.v1.Snapshots/Prepare";
@@ -42,9 +44,19 @@ const LIST: &str = "/containerd.services.snapshots.v1.Snapshots/List";
 const USAGE: &str = "/containerd.services.snapshots.v1.Snapshots/Usage";
 const CLEANUP: &str = "/containerd.services.snapshots.v1.Snapshots/Cleanup";
 
+/// What requests are answered with.
+pub struct Desk {
+    /// Does what they ask for.
+    pub snapshotter: Arc<Snapshotter>,
+    /// Where they wait for disks.
+    pub pool: Pool,
+    /// Counts them.
+    pub metrics: Metrics,
+}
+
 /// The service, to be registered with a gRPC server.
-pub fn build(snapshotter: &Arc<Snapshotter>, pool: &Arc<Pool>) -> grpcio::Service {
-    let unary = Unary { snapshotter, pool };
+pub fn build(desk: &Arc<Desk>) -> grpcio::Service {
+    let unary = Unary { desk };
     let mut builder = ServiceBuilder::new();
     builder = unary.on_worker(builder, PREPARE, prepare);
     builder = unary.on_worker(builder, VIEW, view);
@@ -55,12 +67,12 @@ pub fn build(snapshotter: &Arc<Snapshotter>, pool: &Arc<Pool>) -> grpcio::Servic
     builder = unary.on_worker(builder, UPDATE, update);
     builder = unary.on_worker(builder, USAGE, usage);
     builder = unary.on_worker(builder, CLEANUP, cleanup);
-    let (snapshotter, pool) = (Arc::clone(snapshotter), Arc::clone(pool));
+    let desk = Arc::clone(desk);
     builder
         .add_server_streaming_handler(
             &raw_method(LIST, MethodType::ServerStreaming),
             move |context, request, sink| {
-                stream_list(&context, request, sink, &snapshotter, &pool);
+                stream_list(&context, request, sink, &desk);
             },
         )
         .build()
@@ -178,13 +190,13 @@ fn stream_list(
     context: &RpcContext<'_>,
     request: Vec<u8>,
     mut sink: ServerStreamingSink<Vec<u8>>,
-    snapshotter: &Arc<Snapshotter>,
-    pool: &Arc<Pool>,
+    desk: &Arc<Desk>,
 ) {
     let (sender, receiver) = oneshot::channel();
-    let snapshotter = Arc::clone(snapshotter);
-    let submitted = pool.submit(move || {
-        let _ = sender.send(answer(LIST, || list_pages(&snapshotter, &request)));
+    let answering = Arc::clone(desk);
+    let submitted = desk.pool.submit(move || {
+        let pages = || list_pages(&answering.snapshotter, &request);
+        let _ = sender.send(answer(&answering.metrics, LIST, pages));
     });
     context.spawn(async move {
         let pages = match submitted {
@@ -208,8 +220,7 @@ fn stream_list(
 
 /// What the unary methods are registered with.
 struct Unary<'a> {
-    snapshotter: &'a Arc<Snapshotter>,
-    pool: &'a Arc<Pool>,
+    desk: &'a Arc<Desk>,
 }
 
 impl Unary<'_> {
@@ -219,13 +230,13 @@ impl Unary<'_> {
         name: &'static str,
         operation: fn(&Snapshotter, Q) -> Result<A>,
     ) -> ServiceBuilder {
-        let (snapshotter, pool) = (Arc::clone(self.snapshotter), Arc::clone(self.pool));
+        let desk = Arc::clone(self.desk);
         let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
             let (sender, receiver) = oneshot::channel();
-            let snapshotter = Arc::clone(&snapshotter);
-            let submitted = pool.submit(move || {
-                let result = answer(name, || {
-                    encode(&operation(&snapshotter, decode(&request)?)?)
+            let answering = Arc::clone(&desk);
+            let submitted = desk.pool.submit(move || {
+                let result = answer(&answering.metrics, name, || {
+                    encode(&operation(&answering.snapshotter, decode(&request)?)?)
                 });
                 let _ = sender.send(result);
             });
@@ -246,11 +257,11 @@ impl Unary<'_> {
         name: &'static str,
         operation: fn(&Snapshotter, Q) -> Result<A>,
     ) -> ServiceBuilder {
-        let (snapshotter, pool) = (Arc::clone(self.snapshotter), Arc::clone(self.pool));
+        let desk = Arc::clone(self.desk);
         let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
-            let result = pool.admit().and_then(|_running| {
-                answer(name, || {
-                    encode(&operation(&snapshotter, decode(&request)?)?)
+            let result = desk.pool.admit().and_then(|_running| {
+                answer(&desk.metrics, name, || {
+                    encode(&operation(&desk.snapshotter, decode(&request)?)?)
                 })
             });
             context.spawn(respond(sink, result));
@@ -267,9 +278,10 @@ async fn respond(sink: UnarySink<Vec<u8>>, result: std::result::Result<Vec<u8>, 
     };
 }
 
-/// Runs one request to its end: times it, logs it, turns an error or a panic
+/// Runs one request to its end: times, counts and logs it, turns an error or a panic
 /// into the status that the client gets.
 fn answer<T>(
+    metrics: &Metrics,
     method: &'static str,
     operation: impl FnOnce() -> Result<T>,
 ) -> std::result::Result<T, RpcStatus> {
@@ -284,6 +296,8 @@ fn answer<T>(
             format!("{name} failed by a bug in this program; its log says where"),
         ))
     });
+    let failure = result.as_ref().err().map(Error::kind);
+    metrics.record(name, failure, begun.elapsed());
     let error = match result {
         Ok(response) => {
             log::debug!("{name}: done in {:?}", begun.elapsed());
@@ -382,15 +396,16 @@ mod tests {
 
     #[test]
     fn a_panic_is_an_internal_error_and_nothing_more() {
-        let status = answer::<()>(STAT, || panic!("a bug")).unwrap_err();
+        let metrics = Metrics::default();
+        let status = answer::<()>(&metrics, STAT, || panic!("a bug")).unwrap_err();
         assert_eq!(status.code(), RpcStatusCode::INTERNAL);
         assert!(status.message().contains("Stat"), "{}", status.message());
-        assert_eq!(answer(STAT, || Ok(7)).unwrap(), 7);
+        assert_eq!(answer(&metrics, STAT, || Ok(7)).unwrap(), 7);
     }
 
     #[test]
     fn an_error_reaches_the_client_whole() {
-        let status = answer::<()>(PREPARE, || {
+        let status = answer::<()>(&Metrics::default(), PREPARE, || {
             Err(
                 Error::new(ErrorKind::NotFound, "parent \"p\" does not exist")
                     .while_doing("prepare snapshot \"k\""),

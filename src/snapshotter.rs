@@ -9,6 +9,7 @@
 
 mod commit;
 mod extras;
+mod figures;
 mod finding;
 mod flush;
 mod inspect;
@@ -34,6 +35,7 @@ use crate::types::{
 };
 use crate::volume::{Owner, Shape, Volumes};
 use crate::{mount, tree};
+pub use figures::{Figures, VolumeFigures};
 pub use finding::{Finding, Problem, Recorded};
 pub use inspect::Inspection;
 use labels::IdMaps;
@@ -72,6 +74,7 @@ pub struct Snapshotter {
     /// One layer moves at a time.
     relocating: Mutex<()>,
     relocator: relocate::Signal,
+    relocated: figures::Relocated,
     /// Layers that the start has missed. Ids are never given out again.
     lost: OnceLock<HashSet<SnapshotId>>,
     /// Asked of the kernel when it is first needed: few need it, and the answer
@@ -100,6 +103,7 @@ impl Snapshotter {
             stopping: AtomicBool::new(false),
             relocating: Mutex::new(()),
             relocator: relocate::Signal::default(),
+            relocated: figures::Relocated::default(),
             lost: OnceLock::new(),
             id_mapped_mounts: OnceLock::new(),
         }

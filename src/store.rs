@@ -40,7 +40,7 @@ use crate::lock::lock;
 
 pub use format::{FileFormat, probe_format};
 pub use moves::{Away, Retired};
-pub use rows::{Ancestor, Commit, Created, LabelChange, New, Place, Rows, Snapshot};
+pub use rows::{Ancestor, Commit, Created, Held, LabelChange, New, Place, Rows, Snapshot};
 pub use tail::{Completeness, probe_completeness};
 
 use ballast::Ballast;

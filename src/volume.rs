@@ -32,7 +32,7 @@ mod moving;
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
 pub use file::replace_file;
 pub use flush::Flush;
-pub use guard::{Lifetime, MountPoints, Reserve, require_mount_points};
+pub use guard::{Lifetime, MountPoints, Reserve, Room, require_mount_points};
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use lowers::NewLinks;

@@ -424,6 +424,7 @@ impl Worker {
         let moved = self.snapshotter.relocate(layer.id);
         match &moved {
             Ok(Moved::Home(bytes)) => {
+                self.snapshotter.relocated.count(*bytes);
                 log::info!(
                     "layer {name} is home: {bytes} bytes copied in {:.1} s",
                     begun.elapsed().as_secs_f64()
@@ -438,6 +439,7 @@ impl Worker {
             Err(error) => match error.kind() {
                 ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
                 ErrorKind::ResourceExhausted => {
+                    self.snapshotter.relocated.count_failure();
                     self.is_full = true;
                     log::warn!(
                         "layer {name} stays on the writable volume until something on the image \
@@ -446,6 +448,7 @@ impl Worker {
                     );
                 }
                 _ => {
+                    self.snapshotter.relocated.count_failure();
                     self.unmovable.insert(layer.id);
                     log::error!(
                         "layer {name} stays on the writable volume until the next start: {}",

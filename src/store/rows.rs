@@ -5,7 +5,8 @@ use std::borrow::Borrow;
 use rusqlite::{Connection, OptionalExtension};
 
 use super::convert::{
-    RawSnapshot, damaged, id_from_sql, place_from_sql, raw_snapshot, sql_id, volume_from_sql,
+    RawSnapshot, damaged, id_from_sql, kind_from_sql, place_from_sql, raw_snapshot, sql_id,
+    volume_from_sql,
 };
 use super::sql_error;
 use crate::error::{Error, ErrorKind, Result};
@@ -87,6 +88,19 @@ pub struct Place {
     pub kind: Kind,
     /// Where its directory is, if it has one.
     pub volume: Option<Volume>,
+}
+
+/// Snapshots of one kind, with their directories in one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// What they are.
+    pub kind: Kind,
+    /// Where, if they have directories.
+    pub volume: Option<Volume>,
+    /// How many.
+    pub count: u64,
+    /// What the layers among them took at their commits.
+    pub bytes: u64,
 }
 
 /// One step of an update of labels.
@@ -264,6 +278,38 @@ impl<C: Borrow<Connection>> Rows<C> {
             inventory.push((place_from_sql(id, kind, volume)?, name));
         }
         Ok(inventory)
+    }
+
+    /// How many snapshots there are, by kind and place.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn tally(&self) -> Result<Vec<Held>> {
+        let doing = |error| sql_error(error, "count the snapshots");
+        let mut query = self
+            .connection()
+            .prepare_cached(
+                "SELECT kind, volume, count(*), sum(size_bytes) FROM snapshot
+                 GROUP BY kind, volume ORDER BY kind, volume",
+            )
+            .map_err(doing)?;
+        let rows = query
+            .query_map([], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+            })
+            .map_err(doing)?;
+        let mut tally = Vec::new();
+        for row in rows {
+            let (kind, volume, count, bytes): (i64, _, i64, i64) = row.map_err(doing)?;
+            tally.push(Held {
+                kind: kind_from_sql(kind)?,
+                volume: volume_from_sql(volume)?,
+                count: count.try_into().unwrap_or(0),
+                bytes: bytes.try_into().unwrap_or(0),
+            });
+        }
+        Ok(tally)
     }
 
     /// Whether no snapshot has ever been entered.

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use rustix::fs::{
-    AtFlags, CWD, StatVfs, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx,
-};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx};
 use rustix::io::Errno;
 
 use super::Dirs;
@@ -38,19 +36,42 @@ pub enum Reserve {
 }
 
 impl Reserve {
-    /// In bytes, on that file system.
-    fn bytes(self, of: &StatVfs) -> u64 {
+    /// In bytes, on a volume of that size.
+    fn bytes(self, size_bytes: u64) -> u64 {
         match self {
             Reserve::Bytes(bytes) => bytes,
             Reserve::Percent(percent) => {
-                let size = u128::from(of.f_blocks) * u128::from(of.f_frsize);
-                u64::try_from(size * u128::from(percent) / 100).unwrap_or(u64::MAX)
+                let part = u128::from(size_bytes) * u128::from(percent) / 100;
+                u64::try_from(part).expect("a part is no more than the whole")
             }
         }
     }
 }
 
+/// How large a volume is, and how much of it is free to be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// The size of its file system.
+    pub size_bytes: u64,
+    /// What is free of that.
+    pub free_bytes: u64,
+}
+
 impl Dirs {
+    /// Tells how full the volume is. Asks no disk.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume.
+    pub fn room(&self) -> Result<Room> {
+        let state = fstatvfs(self.snapshots_fd())
+            .context(|| format!("look how full {} is", self.path()))?;
+        Ok(Room {
+            size_bytes: state.f_blocks.saturating_mul(state.f_frsize),
+            free_bytes: state.f_bavail.saturating_mul(state.f_frsize),
+        })
+    }
+
     /// Refuses a new snapshot where the volume has less room than `reserve`.
     ///
     /// # Errors
@@ -61,18 +82,17 @@ impl Dirs {
         if reserve == Reserve::Bytes(0) {
             return Ok(());
         }
-        let path = self.path();
-        let state = fstatvfs(self.snapshots_fd()).context(|| format!("look how full {path} is"))?;
-        let free = state.f_bavail.saturating_mul(state.f_frsize);
-        let wanted = reserve.bytes(&state);
+        let room = self.room()?;
+        let (free, wanted) = (room.free_bytes, reserve.bytes(room.size_bytes));
         if free >= wanted {
             return Ok(());
         }
         Err(Error::new(
             ErrorKind::ResourceExhausted,
             format!(
-                "{path} has {} MiB free, less than the reserve of {} MiB (--reserve): remove \
+                "{} has {} MiB free, less than the reserve of {} MiB (--reserve): remove \
                  containers, or make the volume larger",
+                self.path(),
                 free >> 20,
                 wanted >> 20
             ),
@@ -187,10 +207,7 @@ mod tests {
 
     #[test]
     fn a_percentage_is_of_the_volume() {
-        let mut volume = rustix::fs::statvfs("/").unwrap();
-        volume.f_frsize = 4096;
-        volume.f_blocks = 1000;
-        assert_eq!(Reserve::Percent(5).bytes(&volume), 4096 * 50);
-        assert_eq!(Reserve::Bytes(7).bytes(&volume), 7);
+        assert_eq!(Reserve::Percent(5).bytes(4096 * 1000), 4096 * 50);
+        assert_eq!(Reserve::Bytes(7).bytes(4096), 7);
     }
 }

@@ -13,6 +13,7 @@ mod connections;
 mod containerd;
 mod content;
 mod damage;
+mod figures;
 mod full;
 mod fuzz;
 mod guard;
@@ -56,6 +57,7 @@ fn main() {
         ("check", check::TESTS),
         ("damage", damage::TESTS),
         ("guard", guard::TESTS),
+        ("figures", figures::TESTS),
         ("races", races::TESTS),
         ("kills", kills::TESTS),
         ("lowers", lowers::TESTS),

@@ -1,0 +1,181 @@
+//! Figures for Prometheus, in a file that the textfile collector of its node
+//! exporter reads.
+//!
+//! What is told of the volumes is asked of the kernel's memory: no disk is woken
+//! for it. The file is replaced whole, so a reader sees the old one or the new
+//! one; it need not outlive a crash.
+
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::background::Background;
+use crate::error::{Error, ErrorKind, Result};
+use crate::lock::lock;
+use crate::prometheus::{Kind, head, line};
+use crate::service::Desk;
+use crate::snapshotter::{Figures, VolumeFigures};
+
+/// Prometheus asks once a minute by default.
+const INTERVAL: Duration = Duration::from_secs(15);
+
+/// Starts the thread that writes the file, if one is asked for, and writes it
+/// once: an unusable path is told at the start.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if the file cannot be written,
+/// [`ErrorKind::Internal`] if the system gives no thread.
+pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>> {
+    let Some(path) = path else {
+        return Ok(None);
+    };
+    write(desk, path).map_err(|error| {
+        Error::caused(
+            ErrorKind::FailedPrecondition,
+            format!("write the figures to {path} (--metrics-file)"),
+            error,
+        )
+    })?;
+    let (desk, path) = (Arc::clone(desk), path.to_owned());
+    let stop = Arc::new(Stop::default());
+    let told = Arc::clone(&stop);
+    Background::start(
+        "metrics writer",
+        move || told.tell(),
+        move || {
+            let mut is_broken = false;
+            while stop.wait(INTERVAL) {
+                let written = write(&desk, &path);
+                // Once for each time that it breaks.
+                if let Err(error) = &written
+                    && !is_broken
+                {
+                    log::warn!("write the figures to {path}: {error}");
+                }
+                is_broken = written.is_err();
+            }
+        },
+    )
+    .map(Some)
+}
+
+#[derive(Default)]
+struct Stop {
+    is_told: Mutex<bool>,
+    told: Condvar,
+}
+
+impl Stop {
+    fn tell(&self) {
+        *lock(&self.is_told) = true;
+        self.told.notify_all();
+    }
+
+    /// `false` as soon as it is told.
+    fn wait(&self, limit: Duration) -> bool {
+        let due = Instant::now() + limit;
+        let mut is_told = lock(&self.is_told);
+        while !*is_told {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            let waited = self.told.wait_timeout(is_told, left);
+            is_told = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        false
+    }
+}
+
+fn write(desk: &Desk, path: &str) -> std::io::Result<()> {
+    let mut text = String::new();
+    desk.metrics.render(&mut text);
+    match desk.snapshotter.figures() {
+        Ok(figures) => render(&figures, &mut text),
+        Err(error) => log::warn!("{}", error.chain()),
+    }
+    // The collector reads names that end in .prom.
+    let new = format!("{path}.new");
+    std::fs::write(Path::new(&new), text)?;
+    std::fs::rename(new, path)
+}
+
+fn render(figures: &Figures, out: &mut String) {
+    let name = "snapshotter_snapshots";
+    let help = "Snapshots, by kind and by the volume of their directory.";
+    head(out, Kind::Gauge, name, help);
+    for held in &figures.snapshots {
+        let volume = held
+            .volume
+            .map_or_else(|| "none".to_owned(), |volume| volume.to_string());
+        let labels = [("kind", held.kind.word()), ("volume", &volume)];
+        line(out, name, &labels, held.count);
+    }
+    type Figure = fn(&VolumeFigures) -> u64;
+    let of_volumes: [(&str, &str, Figure); 3] = [
+        (
+            "snapshotter_volume_size_bytes",
+            "Size of a volume's file system.",
+            |volume| volume.size_bytes,
+        ),
+        (
+            "snapshotter_volume_free_bytes",
+            "Bytes free on a volume.",
+            |volume| volume.free_bytes,
+        ),
+        (
+            "snapshotter_volume_usable",
+            "Whether a volume is there and its disk has not failed.",
+            |volume| volume.is_usable.into(),
+        ),
+    ];
+    for (name, help, figure) in of_volumes {
+        head(out, Kind::Gauge, name, help);
+        for volume in &figures.volumes {
+            let label = volume.volume.to_string();
+            line(out, name, &[("volume", &label)], figure(volume));
+        }
+    }
+    for (kind, name, help, value) in [
+        (
+            Kind::Gauge,
+            "snapshotter_away_bytes",
+            "Bytes of layers that are not home on the image volume yet.",
+            figures.away_bytes,
+        ),
+        (
+            Kind::Gauge,
+            "snapshotter_lost_layers",
+            "Layers that the last start has missed.",
+            figures.lost_layers,
+        ),
+        (
+            Kind::Gauge,
+            "snapshotter_degraded",
+            "Whether a volume cannot be used, or a layer is lost.",
+            figures.is_degraded().into(),
+        ),
+        (
+            Kind::Counter,
+            "snapshotter_relocations_total",
+            "Layers moved home since the start.",
+            figures.relocations,
+        ),
+        (
+            Kind::Counter,
+            "snapshotter_relocated_bytes_total",
+            "Bytes copied for that.",
+            figures.relocated_bytes,
+        ),
+        (
+            Kind::Counter,
+            "snapshotter_relocation_failures_total",
+            "Moves that have failed.",
+            figures.relocation_failures,
+        ),
+    ] {
+        head(out, kind, name, help);
+        line(out, name, &[], value);
+    }
+}

@@ -1,0 +1,132 @@
+//! How many requests there were, how they ended and how long they took.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::error::ErrorKind;
+use crate::prometheus::{Kind, head, line};
+
+/// The methods by the names that they have in the figures.
+const METHODS: [&str; 10] = [
+    "Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "List", "Usage", "Cleanup",
+];
+
+/// How a request can end, by gRPC's names for it.
+const CODES: [(&str, Option<ErrorKind>); 9] = [
+    ("OK", None),
+    ("NOT_FOUND", Some(ErrorKind::NotFound)),
+    ("ALREADY_EXISTS", Some(ErrorKind::AlreadyExists)),
+    ("INVALID_ARGUMENT", Some(ErrorKind::InvalidArgument)),
+    ("FAILED_PRECONDITION", Some(ErrorKind::FailedPrecondition)),
+    ("RESOURCE_EXHAUSTED", Some(ErrorKind::ResourceExhausted)),
+    ("UNAVAILABLE", Some(ErrorKind::Unavailable)),
+    ("DATA_LOSS", Some(ErrorKind::DataLoss)),
+    ("INTERNAL", Some(ErrorKind::Internal)),
+];
+
+/// Upper bounds of the buckets of durations, in microseconds; a last one has no
+/// bound. From a read of the database to a flush of a slow disk.
+const BOUNDS: [u64; 11] = [
+    100, 250, 1_000, 2_500, 10_000, 25_000, 100_000, 250_000, 1_000_000, 5_000_000, 30_000_000,
+];
+
+/// Counters of all methods, since the start.
+#[derive(Default)]
+pub struct Metrics {
+    methods: [Method; METHODS.len()],
+}
+
+#[derive(Default)]
+struct Method {
+    ended: [AtomicU64; CODES.len()],
+    /// Not cumulative yet.
+    lasted: [AtomicU64; BOUNDS.len() + 1],
+    microseconds: AtomicU64,
+}
+
+impl Metrics {
+    /// Counts a request of the method of that name; an unknown one is left out.
+    pub(super) fn record(&self, method: &str, failure: Option<ErrorKind>, lasted: Duration) {
+        let Some(number) = METHODS.iter().position(|name| *name == method) else {
+            return;
+        };
+        let method = &self.methods[number];
+        let code = CODES.iter().position(|(_, kind)| *kind == failure);
+        let code = code.expect("every kind of error is in the list");
+        let microseconds = u64::try_from(lasted.as_micros()).unwrap_or(u64::MAX);
+        let bucket = BOUNDS.partition_point(|bound| *bound < microseconds);
+        method.ended[code].fetch_add(1, Ordering::Relaxed);
+        method.lasted[bucket].fetch_add(1, Ordering::Relaxed);
+        method
+            .microseconds
+            .fetch_add(microseconds, Ordering::Relaxed);
+    }
+
+    /// Writes them down; outcomes that have not happened are left out.
+    pub fn render(&self, out: &mut String) {
+        let name = "snapshotter_requests_total";
+        let help = "Requests answered, by method and gRPC code.";
+        head(out, Kind::Counter, name, help);
+        for (method, label) in self.methods.iter().zip(METHODS) {
+            for (count, (code, _)) in method.ended.iter().zip(CODES) {
+                let count = count.load(Ordering::Relaxed);
+                if count > 0 {
+                    line(out, name, &[("method", label), ("code", code)], count);
+                }
+            }
+        }
+        let name = "snapshotter_request_seconds";
+        head(out, Kind::Histogram, name, "How long requests took.");
+        for (method, label) in self.methods.iter().zip(METHODS) {
+            method.render_durations(out, name, label);
+        }
+    }
+}
+
+impl Method {
+    fn render_durations(&self, out: &mut String, name: &str, label: &str) {
+        let bucket = format!("{name}_bucket");
+        let mut count = 0;
+        for (number, lasted) in self.lasted.iter().enumerate() {
+            count += lasted.load(Ordering::Relaxed);
+            let bound = match BOUNDS.get(number) {
+                Some(bound) => (*bound as f64 / 1e6).to_string(),
+                None => "+Inf".to_owned(),
+            };
+            line(out, &bucket, &[("method", label), ("le", &bound)], count);
+        }
+        let seconds = self.microseconds.load(Ordering::Relaxed) as f64 / 1e6;
+        line(out, &format!("{name}_sum"), &[("method", label)], seconds);
+        line(out, &format!("{name}_count"), &[("method", label)], count);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_counted_by_method_code_and_duration() {
+        let metrics = Metrics::default();
+        metrics.record("Stat", None, Duration::from_micros(100));
+        metrics.record("Stat", None, Duration::from_micros(101));
+        metrics.record("Stat", Some(ErrorKind::NotFound), Duration::from_secs(60));
+        metrics.record("Unknown", None, Duration::ZERO);
+        let mut text = String::new();
+        metrics.render(&mut text);
+        for line in [
+            "snapshotter_requests_total{method=\"Stat\",code=\"OK\"} 2",
+            "snapshotter_requests_total{method=\"Stat\",code=\"NOT_FOUND\"} 1",
+            "snapshotter_request_seconds_bucket{method=\"Stat\",le=\"0.0001\"} 1",
+            "snapshotter_request_seconds_bucket{method=\"Stat\",le=\"0.00025\"} 2",
+            "snapshotter_request_seconds_bucket{method=\"Stat\",le=\"30\"} 2",
+            "snapshotter_request_seconds_bucket{method=\"Stat\",le=\"+Inf\"} 3",
+            "snapshotter_request_seconds_sum{method=\"Stat\"} 60.000201",
+            "snapshotter_request_seconds_count{method=\"Stat\"} 3",
+            "snapshotter_request_seconds_count{method=\"List\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}: {text}");
+        }
+        assert!(!text.contains("Unknown"));
+    }
+}

@@ -1,0 +1,108 @@
+//! How things stand, in numbers.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::Snapshotter;
+use crate::error::Result;
+use crate::store::Held;
+use crate::types::{Kind, Volume};
+
+/// Everything that is counted.
+#[derive(Debug)]
+pub struct Figures {
+    /// Snapshots by kind and place.
+    pub snapshots: Vec<Held>,
+    /// Bytes of layers that are not home yet, as counted at their commits.
+    pub away_bytes: u64,
+    /// Both volumes, the image volume first.
+    pub volumes: [VolumeFigures; 2],
+    /// Layers that the last start has missed.
+    pub lost_layers: u64,
+    /// Layers moved home since the start.
+    pub relocations: u64,
+    /// Bytes copied for that.
+    pub relocated_bytes: u64,
+    /// Moves that have failed.
+    pub relocation_failures: u64,
+}
+
+/// One volume. Sizes are zero where it cannot be asked.
+#[derive(Clone, Copy, Debug)]
+pub struct VolumeFigures {
+    /// Which one.
+    pub volume: Volume,
+    /// It is there, and has not failed to write since the start.
+    pub is_usable: bool,
+    /// The size of its file system.
+    pub size_bytes: u64,
+    /// What is free of that.
+    pub free_bytes: u64,
+}
+
+impl Figures {
+    /// Whether a volume cannot be used, or a layer is lost.
+    pub fn is_degraded(&self) -> bool {
+        self.lost_layers > 0 || self.volumes.iter().any(|volume| !volume.is_usable)
+    }
+}
+
+/// What the relocator has done since the start.
+#[derive(Default)]
+pub(super) struct Relocated {
+    layers: AtomicU64,
+    bytes: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Relocated {
+    pub(super) fn count(&self, bytes: u64) {
+        self.layers.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_failure(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Snapshotter {
+    /// Counts. Waits for no disk, as long as the database is in memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn figures(&self) -> Result<Figures> {
+        let snapshots = self.store.read()?.tally()?;
+        let is_away =
+            |held: &&Held| held.kind == Kind::Committed && held.volume == Some(Volume::Writable);
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Ok(Figures {
+            away_bytes: snapshots
+                .iter()
+                .filter(is_away)
+                .map(|held| held.bytes)
+                .sum(),
+            snapshots,
+            volumes: [Volume::Image, Volume::Writable].map(|volume| self.volume_figures(volume)),
+            lost_layers: self.lost.get().map_or(0, |lost| lost.len() as u64),
+            relocations: load(&self.relocated.layers),
+            relocated_bytes: load(&self.relocated.bytes),
+            relocation_failures: load(&self.relocated.failures),
+        })
+    }
+
+    fn volume_figures(&self, volume: Volume) -> VolumeFigures {
+        let room = self.volumes.open(volume).and_then(|dirs| dirs.room());
+        let has_failed = self.suspect_up_to[volume as usize].load(Ordering::Acquire) > 0;
+        let (size_bytes, free_bytes) = match &room {
+            Ok(room) => (room.size_bytes, room.free_bytes),
+            Err(_) => (0, 0),
+        };
+        VolumeFigures {
+            volume,
+            is_usable: room.is_ok() && !has_failed,
+            size_bytes,
+            free_bytes,
+        }
+    }
+}
