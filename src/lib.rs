@@ -4,7 +4,8 @@
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
 //! the command `check` takes the place of daemon and service;
-//! `types`, `error`, `lock` and `background` are free to all, `filter` and `idmap` are pure leaves.
+//! `types`, `error`, `lock`, `background` and `mountinfo` are free to all,
+//! `filter` and `idmap` are pure leaves.
 
 mod background;
 pub mod check;
@@ -16,6 +17,7 @@ pub mod idmap;
 mod lock;
 pub mod lowers;
 pub mod mount;
+pub mod mountinfo;
 pub mod overlay;
 pub mod prometheus;
 pub mod service;

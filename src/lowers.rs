@@ -21,8 +21,9 @@ use rustix::fs::{AtFlags, fstat, unlinkat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mountinfo::{self, Mounted};
 use crate::types::Quoted;
-use apart::{Mounts, Place, Position, open_kept};
+use apart::{Place, Position, open_kept};
 pub use asked::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
 use walk::{Made, Reached, Start, path_of};
 
@@ -267,13 +268,13 @@ enum Extent {
 
 /// The snapshotter's own directories, as they are mounted now.
 struct Surroundings {
-    mounts: Mounts,
+    mounts: Vec<Mounted>,
     kept: Vec<(Position, String)>,
 }
 
 impl Surroundings {
     fn look(kept_apart: &[String]) -> Result<Surroundings> {
-        let mounts = Mounts::read()?;
+        let mounts = mountinfo::read()?;
         let mut kept = Vec::new();
         for path in kept_apart {
             if let Some(fd) = open_kept(path)? {

@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags, mount, open_tree, unmount};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::sys;
+use crate::{mountinfo, sys};
 
 /// A mounted overlay; unmounted when dropped.
 struct Overlay {
@@ -196,53 +196,23 @@ pub fn probe_index_option() -> bool {
 }
 
 /// The upper directories of all overlays that are mounted in this mount
-/// namespace, as they were given to mount(2) (proc_pid_mountinfo(5)).
+/// namespace, as they were given to mount(2).
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
 pub fn upper_directories() -> Result<Vec<String>> {
-    let path = "/proc/self/mountinfo";
-    let mounts = fs::read(path)
-        .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))?;
-    Ok(uppers_in(&String::from_utf8_lossy(&mounts)))
-}
-
-fn uppers_in(mountinfo: &str) -> Vec<String> {
-    mountinfo
-        .lines()
-        .filter_map(|line| {
-            let (_, rest) = line.split_once(" - overlay ")?;
-            let options = rest.split(' ').nth(1)?;
-            let upper = options
-                .split(',')
-                .find_map(|option| option.strip_prefix("upperdir="))?;
-            Some(unescape(upper))
+    let mounts = mountinfo::read()?;
+    let overlays = mounts
+        .iter()
+        .filter(|mounted| mounted.file_system == "overlay");
+    Ok(overlays
+        .filter_map(|overlay| {
+            let mut options = overlay.options.split(',');
+            options.find_map(|option| option.strip_prefix("upperdir="))
         })
-        .collect()
-}
-
-/// The kernel writes blanks and backslashes as three octal digits.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let code = (*first == b'\\')
-            .then(|| std::str::from_utf8(after.get(..3)?).ok())
-            .flatten()
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+        .map(str::to_owned)
+        .collect())
 }
 
 /// Whether this process is in a user namespace of its own, where overlayfs may
@@ -363,17 +333,6 @@ mod tests {
         assert_eq!(kernel_version("4.4.302+"), Some((4, 4)));
         assert!(kernel_version("5.4.0") < Some((5, 19)));
         assert!(kernel_version("nonsense") < Some((5, 19)));
-    }
-
-    #[test]
-    fn upper_directories_are_found_among_all_mounts() {
-        let mountinfo = "\
-            29 1 253:0 / / rw - ext4 /dev/vda rw\n\
-            50 29 0:40 / /run/c/rootfs rw,relatime shared:7 - overlay overlay \
-            rw,lowerdir=/r/1/fs:/r/2/fs,upperdir=/w/a\\040b/3/fs,workdir=/w/3/work,index=off\n\
-            51 29 0:41 / /view ro - overlay overlay ro,lowerdir=/r/1/fs:/r/2/fs\n";
-        assert_eq!(uppers_in(mountinfo), ["/w/a b/3/fs"]);
-        assert_eq!(unescape("a\\134b\\"), "a\\b\\");
     }
 
     #[test]

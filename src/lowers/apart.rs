@@ -1,17 +1,17 @@
 //! Keeping extra directories apart from what the snapshotter itself keeps, and
 //! from each other, by what they are and not by how they are called.
 
-use std::ffi::{OsStr, OsString};
-use std::fs;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, fstat, open, openat};
 use rustix::io::Errno;
 
 use super::walk::{DIRECTORY, path_of};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mountinfo::{Mounted, mount_of};
 
 /// A device and an inode.
 type Inode = (u64, u64);
@@ -39,11 +39,11 @@ impl Place {
 }
 
 impl Position {
-    pub fn of(fd: impl AsFd, mounts: &Mounts) -> Result<Position> {
+    pub fn of(fd: impl AsFd, mounts: &[Mounted]) -> Result<Position> {
         let path = path_of(&fd)?;
         Ok(Position {
             way_up: way_up(&fd, &path)?,
-            place: mounts.place_of(&fd, &path)?,
+            place: place_of(&fd, &path, mounts)?,
         })
     }
 
@@ -91,93 +91,25 @@ fn way_up(fd: impl AsFd, path: &[u8]) -> Result<Vec<Inode>> {
     Ok(way)
 }
 
-/// The mounts of this process's namespace (proc_pid_mountinfo(5)).
-pub(super) struct Mounts(Vec<Mounted>);
-
-struct Mounted {
-    id: Vec<u8>,
-    device: String,
-    root: PathBuf,
-    point: PathBuf,
-}
-
-impl Mounts {
-    pub fn read() -> Result<Mounts> {
-        let text = fs::read("/proc/self/mountinfo").map_err(|error| {
-            Error::caused(ErrorKind::Internal, "read /proc/self/mountinfo", error)
-        })?;
-        Ok(Mounts::parse(&text))
-    }
-
-    fn parse(text: &[u8]) -> Mounts {
-        let parse = |line: &[u8]| {
-            let mut fields = line.split(|byte| *byte == b' ');
-            let id = fields.next()?.to_vec();
-            let device = String::from_utf8_lossy(fields.nth(1)?).into_owned();
-            Some(Mounted {
-                id,
-                device,
-                root: unescape(fields.next()?),
-                point: unescape(fields.next()?),
-            })
-        };
-        Mounts(
-            text.split(|byte| *byte == b'\n')
-                .filter_map(parse)
-                .collect(),
-        )
-    }
-
-    fn place_of(&self, fd: impl AsFd, path: &[u8]) -> Result<Place> {
-        let number = fd.as_fd().as_raw_fd();
-        let told = fs::read(format!("/proc/self/fdinfo/{number}")).map_err(|error| {
-            Error::caused(ErrorKind::Internal, "ask on which mount it is", error)
-        })?;
-        let id = told
-            .split(|byte| *byte == b'\n')
-            .find_map(|line| line.strip_prefix(b"mnt_id:"))
-            .map(<[u8]>::trim_ascii);
-        let path = Path::new(OsStr::from_bytes(path));
-        self.0
-            .iter()
-            .find(|mounted| Some(&*mounted.id) == id)
-            .and_then(|mounted| mounted.place(path))
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Unavailable,
-                    "the mount it is on has changed meanwhile: try again",
-                )
-            })
-    }
-}
-
-impl Mounted {
-    fn place(&self, path: &Path) -> Option<Place> {
-        let below = path.strip_prefix(&self.point).ok()?;
-        Some(Place {
-            device: self.device.clone(),
-            path: self.root.join(below),
+/// Where on its file system an opened directory is.
+fn place_of(fd: impl AsFd, path: &[u8], mounts: &[Mounted]) -> Result<Place> {
+    let path = Path::new(OsStr::from_bytes(path));
+    mount_of(fd, mounts)?
+        .and_then(|mounted| place_on(mounted, path))
+        .ok_or_else(|| {
+            Error::new(
+                ErrorKind::Unavailable,
+                "the mount it is on has changed meanwhile: try again",
+            )
         })
-    }
 }
 
-/// The kernel writes blanks and backslashes as three octal digits.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let [first, after @ ..] = rest {
-        match after {
-            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', left @ ..] if *first == b'\\' => {
-                bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
-                rest = left;
-            }
-            _ => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    PathBuf::from(OsString::from_vec(bytes))
+fn place_on(mounted: &Mounted, path: &Path) -> Option<Place> {
+    let below = path.strip_prefix(&mounted.point).ok()?;
+    Some(Place {
+        device: mounted.device.clone(),
+        path: mounted.root.join(below),
+    })
 }
 
 /// Opens a directory that is to be kept apart; `None` if it is not there.
@@ -190,23 +122,31 @@ pub(super) fn open_kept(path: &str) -> Result<Option<OwnedFd>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::mountinfo;
 
     #[test]
     fn a_place_is_told_through_bind_mounts() {
-        let mounts = Mounts::parse(
-            b"22 1 8:1 / / rw - ext4 /dev/a rw\n\
-              35 22 8:2 /snap\\040shots/5 /cache\\134x rw shared:1 - ext4 /dev/b rw\n",
-        );
-        assert_eq!(mounts.0.len(), 2);
-        let place = |mount: usize, path: &str| mounts.0[mount].place(Path::new(path));
+        let mounted = |device: &str, root: &str, point: &str| Mounted {
+            device: device.to_owned(),
+            root: root.into(),
+            point: point.into(),
+            ..Mounted::default()
+        };
+        let mounts = [
+            mounted("8:1", "/", "/"),
+            mounted("8:2", "/snapshots/5", "/cache"),
+        ];
+        let place = |mount: usize, path: &str| place_on(&mounts[mount], Path::new(path));
         let on = |device: &str, path: &str| {
             Some(Place {
                 device: device.to_owned(),
                 path: PathBuf::from(path),
             })
         };
-        assert_eq!(place(1, "/cache\\x/fs"), on("8:2", "/snap shots/5/fs"));
+        assert_eq!(place(1, "/cache/fs"), on("8:2", "/snapshots/5/fs"));
         assert_eq!(place(1, "/other"), None);
         assert_eq!(place(0, "/"), on("8:1", "/"));
     }
@@ -214,7 +154,7 @@ mod tests {
     #[test]
     fn directories_overlap_those_above_and_beneath() {
         let dir = tempfile::tempdir().unwrap();
-        let mounts = Mounts::read().unwrap();
+        let mounts = mountinfo::read().unwrap();
         let position = |name: &str| {
             let path = dir.path().join(name);
             fs::create_dir_all(&path).unwrap();
