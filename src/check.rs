@@ -12,7 +12,8 @@ use std::thread;
 use std::time::Duration;
 
 use crate::config::{CheckOptions, Config, Format, Mending, MissingVolume};
-use crate::daemon::{self, database, lock, writable};
+use crate::daemon::lock::{self, Acquired};
+use crate::daemon::{self, database, writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Snapshot, Store};
@@ -42,10 +43,9 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
     let root = Image::open_existing_root(&config.root)?;
     // Held to the end: no daemon starts on what is being looked at.
-    let lock = match lock::acquire(&root, &config.root) {
-        Ok(lock) => Some(lock),
-        Err(error) if error.kind() == ErrorKind::FailedPrecondition => None,
-        Err(error) => return Err(error),
+    let lock = match lock::acquire(&root)? {
+        Acquired::Lock(lock) => Some(lock),
+        Acquired::Held(_) => None,
     };
     let mends = options.mending != Mending::Never;
     if mends && lock.is_none() {
@@ -106,6 +106,12 @@ fn inspect(
             .retain(|seen| again.findings.contains(seen));
         looks += 1;
     }
+    // A repair that was cut short may have given it a log, which then says so.
+    let copied = snapshotter.store().read()?.copied()?;
+    let completeness = match (completeness, copied) {
+        (Completeness::Whole, Some(made)) => &Completeness::Copy(made),
+        _ => completeness,
+    };
     if let Some(what) = incomplete(completeness) {
         let finding = Finding {
             problem: Problem::DatabaseIncomplete { what },
@@ -146,10 +152,10 @@ fn give_up(
     if !asked(options, &question)? {
         return Err(refused("nothing was changed".to_owned()));
     }
-    writable::give_up(&volumes, store)?;
+    let mount_options = daemon::options(config).mount_options;
+    writable::give_up(&volumes, store, &mount_options)?;
     let root = Image::open_existing_root(&config.root)?;
     let anew = Volumes::new(Image::open(root)?, config.writable.clone());
-    let mount_options = daemon::options(config).mount_options;
     writable::set_up(&anew, store, Lifetime::Lasting, &mount_options)?;
     Ok(anew)
 }

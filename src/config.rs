@@ -412,6 +412,8 @@ fn check(flags: Flags) -> Result<Config> {
         let file = ("--metrics-file", path.as_str());
         check_apart(("--root-dir", &root), ROOT_NAMES, file)?;
         check_apart(("--writable-dir", &writable), WRITABLE_NAMES, file)?;
+        check_apart(("--state-dir", &state_dir), ROOT_NAMES, file)?;
+        check_apart(("--address", &address), &[], file)?;
     }
     Ok(Config {
         root,

@@ -30,7 +30,8 @@ use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
 use server::Server;
 
 /// How long a stop waits for requests under way; with what follows it takes
-/// less than ten seconds, unless a disk takes longer for a flush under way.
+/// less than ten seconds, unless a disk takes longer for a flush under way or for
+/// the old directory of a large layer.
 const DRAIN: Duration = Duration::from_secs(9);
 
 /// Serves until SIGTERM or SIGINT.
@@ -54,7 +55,7 @@ pub fn run(config: &Config) -> Result<()> {
         ])?;
     }
     let root = Image::open_root(&config.root)?;
-    let lock = lock::acquire(&root, &config.root)?;
+    let lock = lock::require(&root)?;
     root.require_entry_types()?;
     let store = database::open(&root, config)?;
     let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
@@ -66,8 +67,19 @@ pub fn run(config: &Config) -> Result<()> {
         &options.mount_options,
     )?;
     let snapshotter = Snapshotter::new(store, volumes, options);
-    snapshotter.recover()?;
-    snapshotter.store().begin_use()?;
+    let begin = || {
+        snapshotter.recover()?;
+        snapshotter.store().begin_use()
+    };
+    match begin() {
+        // With the space set aside, removals can make more.
+        Err(error)
+            if error.kind() == ErrorKind::ResourceExhausted && snapshotter.store().make_room() =>
+        {
+            begin()?;
+        }
+        begun => begun?,
+    }
 
     let snapshotter = Arc::new(snapshotter);
     let desk = Arc::new(Desk {
@@ -107,7 +119,9 @@ pub fn run(config: &Config) -> Result<()> {
     // What is cut off may hold the database; the next start reads the log.
     if is_drained {
         let store = snapshotter.store();
-        if let Err(error) = store.copy() {
+        if Instant::now() < deadline
+            && let Err(error) = store.copy()
+        {
             log::warn!("{}", error.chain());
         }
         if let Err(error) = store.close() {
@@ -157,8 +171,16 @@ fn mount_options(config: &Config) -> Vec<String> {
             .iter()
             .any(|option| option.split('=').next() == Some(name))
     };
-    if !configured("index") && mount::probe_index_option() {
+    if !configured("index") && mount::probe_parameter("index").is_some() {
         options.push("index=off".to_owned());
+    }
+    // With these, an upper directory holds parts of what is beneath it; the
+    // host's directories change. Some kernels have them on by default.
+    for name in ["metacopy", "redirect_dir"] {
+        let is_on = || mount::probe_parameter(name).is_some_and(|value| value != "N");
+        if !config.allowed_lowers.is_empty() && !configured(name) && is_on() {
+            options.push(format!("{name}=off"));
+        }
     }
     if !configured("userxattr") && mount::probe_user_namespace() {
         options.push("userxattr".to_owned());

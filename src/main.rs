@@ -8,11 +8,15 @@ use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
 use overlay_read_write_splitting_snapshotter::error::Error;
 use overlay_read_write_splitting_snapshotter::{check, daemon, mount};
 
+/// 1 says that there are findings.
+const COULD_NOT_CHECK: u8 = 2;
+
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     if arguments == [mount::USER_NAMESPACE_CHILD] {
         return finish(mount::hold_user_namespace());
     }
+    let is_check = arguments.iter().any(|argument| argument == "check");
     match parse(arguments) {
         Ok(Parsed::Run(config)) => {
             start_log();
@@ -25,7 +29,7 @@ fn main() -> ExitCode {
                 Ok(check::Outcome::Findings) => ExitCode::from(1),
                 Err(error) => {
                     complain(&error);
-                    ExitCode::from(2)
+                    ExitCode::from(COULD_NOT_CHECK)
                 }
             }
         }
@@ -33,6 +37,10 @@ fn main() -> ExitCode {
             // A closed pipe (`--help | head`) is no failure.
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
+        }
+        Err(error) if is_check => {
+            complain(&error);
+            ExitCode::from(COULD_NOT_CHECK)
         }
         Err(error) => finish(Err(error)),
     }

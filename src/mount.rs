@@ -188,11 +188,13 @@ fn unsuitable(what: String, errno: Errno) -> Error {
     )
 }
 
-/// Whether overlayfs here knows the option `index`; then `index=off` keeps a
-/// layer from being refused as the lower of two mounts (containerd
-/// `supportsIndex`).
-pub fn probe_index_option() -> bool {
-    Path::new("/sys/module/overlay/parameters/index").exists()
+/// A parameter of the overlay module, as of now: the default for mounts that do
+/// not say otherwise. `None` where the kernel does not know it, or has not loaded
+/// the module yet.
+pub fn probe_parameter(name: &str) -> Option<String> {
+    let path = Path::new("/sys/module/overlay/parameters").join(name);
+    let text = fs::read_to_string(path).ok()?;
+    Some(text.trim_end().to_owned())
 }
 
 /// The upper directories of all overlays that are mounted in this mount

@@ -40,8 +40,10 @@ use crate::lock::lock;
 
 pub use format::{FileFormat, probe_format};
 pub use moves::{Away, Retired};
-pub use rows::{Ancestor, Commit, Created, Held, LabelChange, New, Place, Rows, Snapshot};
-pub use tail::{Completeness, probe_completeness};
+pub use rows::{
+    Ancestor, Commit, Created, DataBytes, Held, LabelChange, New, Place, Rows, Snapshot,
+};
+pub use tail::{Completeness, IN_USE, peek_fact, probe_completeness};
 
 use ballast::Ballast;
 use copy::Changes;
@@ -204,6 +206,17 @@ impl Store {
     pub fn begin_use(&self) -> Result<()> {
         let writer = lock(&self.writer);
         tail::mark_in_use(writer.as_ref().ok_or_else(not_writable)?)
+    }
+
+    /// Moves all that the log holds into the file itself; the log keeps it.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Store::begin_use`]; [`ErrorKind::Unavailable`] if a reader of
+    /// another process is in the way.
+    pub fn settle(&self) -> Result<()> {
+        let writer = lock(&self.writer);
+        tail::settle(writer.as_ref().ok_or_else(not_writable)?)
     }
 
     /// Gives back the space that was set aside, and has SQLite begin its log

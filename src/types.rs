@@ -33,6 +33,10 @@ pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 /// `pkg/labels/validate.go`).
 pub const MAX_LABEL_BYTES: usize = 4096;
 
+/// No id is ever higher: at a million a second that is after 285 years. What has
+/// a higher number for a name was made by somebody else.
+const MAX_ID: u64 = 1 << 53;
+
 /// The number under which a snapshot's directories are found. Starts at 1,
 /// only grows, and stays the same when the snapshot is committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,7 +61,8 @@ impl SnapshotId {
         if !canonical {
             return None;
         }
-        std::str::from_utf8(name).ok()?.parse().ok().map(SnapshotId)
+        let number = std::str::from_utf8(name).ok()?.parse().ok()?;
+        (number <= MAX_ID).then_some(SnapshotId(number))
     }
 }
 
@@ -231,7 +236,7 @@ mod tests {
     fn directory_names_are_canonical_decimals() {
         let id = |name: &str| SnapshotId::from_directory_name(name.as_bytes());
         assert_eq!(id("1"), Some(SnapshotId::new(1)));
-        assert_eq!(id("18446744073709551615"), Some(SnapshotId::new(u64::MAX)));
+        assert_eq!(id("9007199254740992"), Some(SnapshotId::new(1 << 53)));
         for strange in [
             "",
             "0",
@@ -240,6 +245,7 @@ mod tests {
             "+1",
             "1 ",
             "1a",
+            "9007199254740993",
             "18446744073709551616",
             ".moving-1",
         ] {

@@ -32,7 +32,7 @@ mod moving;
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
 pub use file::replace_file;
 pub use flush::Flush;
-pub use guard::{Lifetime, MountPoints, Reserve, Room, require_mount_points};
+pub use guard::{Holding, Lifetime, MountPoints, Reserve, Room, require_mount_points};
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use lowers::NewLinks;
@@ -169,6 +169,18 @@ impl Volumes {
             ));
         }
         Ok(Some(ids))
+    }
+
+    /// What there is in the writable directory, beside a mark.
+    ///
+    /// # Errors
+    ///
+    /// As of its disk.
+    pub fn writable_holding(&self) -> Result<Holding> {
+        let path = &self.writable_path;
+        identity::open_top(path)
+            .and_then(guard::holding)
+            .context(|| format!("look into the writable directory {path}"))
     }
 
     fn expected_writable(&self) -> Result<&Identity> {

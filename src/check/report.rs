@@ -108,10 +108,11 @@ impl Report {
     fn tell_losses(&self, text: &mut String, dropped: &str) {
         for (namespace, loss) in self.losses() {
             text.push_str(&format!(
-                "\n{dropped} in containerd's namespace {namespace}:\n"
+                "\n{dropped} in containerd's namespace {}:\n",
+                Quoted(namespace)
             ));
             for layer in &loss.layers {
-                text.push_str(&format!("  layer {layer}\n"));
+                text.push_str(&format!("  layer {}\n", Quoted(layer)));
             }
             for container in &loss.containers {
                 text.push_str(&format!("  snapshot {}\n", Quoted(container)));
@@ -120,9 +121,9 @@ impl Report {
                 "afterwards, remove the images that use these layers and pull them again",
             );
             if loss.images.is_empty() {
-                text.push_str(&format!(
-                    ";\n`ctr -n {namespace} images check` tells which are no longer unpacked\n"
-                ));
+                text.push_str(
+                    ";\n`ctr -n NAMESPACE images check` tells which are no longer unpacked\n",
+                );
                 continue;
             }
             text.push_str(", among them:\n");

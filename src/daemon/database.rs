@@ -13,7 +13,9 @@ use rustix::io::{Errno, read};
 
 use crate::config::Config;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{Completeness, FileFormat, Store, probe_completeness, probe_format};
+use crate::store::{
+    Completeness, FileFormat, IN_USE, Store, peek_fact, probe_completeness, probe_format,
+};
 use crate::volume::{Identity, Image, Root, replace_file};
 
 const FILE: &str = "metadata.db";
@@ -31,12 +33,13 @@ const IDENTITY: &str = "identity";
 pub fn open(root: &Root, config: &Config) -> Result<Store> {
     let path = Path::new(&config.state_dir).join(FILE);
     let in_root = Path::new(&config.root).join(FILE);
-    let format = require_ours(&path)?;
+    let state = read_state(root, config)?;
+    let format = require_ours(&path, state.as_ref())?;
     if in_root != path {
-        require_ours(&in_root)?;
+        require_ours(&in_root, None)?;
     }
     require_latest(&path)?;
-    let opened = match (read_state(root, config)?, format) {
+    let opened = match (state, format) {
         (Some(state), FileFormat::Absent) => Err(missing(&state, &path)),
         (None, FileFormat::Absent) => create(root, config, &path),
         (Some(state), _) => open_known(root, config, &path, &state),
@@ -65,8 +68,9 @@ pub fn open_existing(
     open: fn(&Path) -> Result<Store>,
 ) -> Result<(Store, Completeness)> {
     let path = Path::new(&config.state_dir).join(FILE);
-    let format = require_ours(&path)?;
-    let Some(state) = read_state(root, config)? else {
+    let state = read_state(root, config)?;
+    let format = require_ours(&path, state.as_ref())?;
+    let Some(state) = state else {
         return Err(refused(format!(
             "{} has no file \"state\": no snapshotter has ever served it; give the --root-dir \
              of one that has",
@@ -74,12 +78,13 @@ pub fn open_existing(
         )));
     };
     if format == FileFormat::Absent {
-        return Err(missing(&state, &path));
+        return Err(with_way_back(missing(&state, &path), &path));
     }
     let completeness = probe_completeness(&path)?;
     if let Completeness::CopyWithLog(_) = completeness {
         require_latest(&path)?;
     }
+    refuse_other(root, &path, &state)?;
     let store = open(&path).map_err(|error| with_way_back(error, &path))?;
     require_identity(&store, root, &path, &state)?;
     Ok((store, completeness))
@@ -133,7 +138,9 @@ fn outdated(path: &Path, made: &str) -> Error {
     )
 }
 
-fn require_ours(path: &Path) -> Result<FileFormat> {
+/// What is there, if it can be ours. With a `state` that names the path, what is
+/// not ours any more is damaged.
+fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
     let shown = path.display();
     let why = match probe_format(path)? {
         format @ (FileFormat::Absent | FileFormat::Ours) => return Ok(format),
@@ -141,6 +148,10 @@ fn require_ours(path: &Path) -> Result<FileFormat> {
             "is the database of a Go snapshotter (bbolt), whose snapshots this program cannot \
              take over: give another --root-dir, or remove its images and containers and then \
              this directory's content"
+        }
+        _ if state.is_some_and(|state| state.database == path) => {
+            let error = Error::new(ErrorKind::DataLoss, "its first bytes are damaged");
+            return Err(with_way_back(error, path));
         }
         FileFormat::OtherSqlite => "is the database of another program: give another --root-dir",
         FileFormat::Unknown => "is no database of this program: give another --root-dir",
@@ -150,6 +161,9 @@ fn require_ours(path: &Path) -> Result<FileFormat> {
 
 fn missing(state: &State, path: &Path) -> Error {
     let shown = path.display();
+    if state.database == path && path.exists() {
+        return Error::new(ErrorKind::DataLoss, "it is empty");
+    }
     if state.database == path {
         return refused(format!(
             "the database {shown} is missing, but it was there before: mount the disk it is on \
@@ -191,14 +205,21 @@ fn require_no_snapshots(root: &Root, config: &Config, path: &Path) -> Result<()>
 }
 
 fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
-    let store = Store::open(path)?;
-    if !store.read()?.is_untouched()? {
-        return Err(refused(format!(
-            "the database {} has snapshots, but {} has no file \"state\": mount the image disk \
-             there, or give the --root-dir that belongs to this database",
+    let of_another = || {
+        refused(format!(
+            "the database {} has been in use, but {} has no file \"state\": mount the image \
+             disk there, or give the --root-dir that belongs to this database",
             path.display(),
             config.root
-        )));
+        ))
+    };
+    // It may be in use by its own daemon at this moment.
+    if peek_fact(path, IN_USE).is_some() {
+        return Err(of_another());
+    }
+    let store = Store::open(path)?;
+    if !store.read()?.is_untouched()? {
+        return Err(of_another());
     }
     require_no_snapshots(root, config, path)?;
     record(root, config, path, &store)?;
@@ -224,6 +245,7 @@ fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()
 }
 
 fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Result<Store> {
+    refuse_other(root, path, state)?;
     let store = Store::open(path)?;
     require_identity(&store, root, path, state)?;
     if state.database != path {
@@ -241,8 +263,20 @@ fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Resul
     Ok(store)
 }
 
+/// Before it is opened, which changes it: it may be another daemon's.
+fn refuse_other(root: &Root, path: &Path, state: &State) -> Result<()> {
+    match peek_fact(path, IDENTITY) {
+        // Damaged, or not written into the file yet: told once it is open.
+        None => Ok(()),
+        found => compare_identity(found, root, path, state),
+    }
+}
+
 fn require_identity(store: &Store, root: &Root, path: &Path, state: &State) -> Result<()> {
-    let found = store.read()?.fact(IDENTITY)?;
+    compare_identity(store.read()?.fact(IDENTITY)?, root, path, state)
+}
+
+fn compare_identity(found: Option<String>, root: &Root, path: &Path, state: &State) -> Result<()> {
     if found == Some(state.identity.to_string()) {
         return Ok(());
     }

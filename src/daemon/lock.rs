@@ -13,33 +13,60 @@ pub struct Lock {
     _file: OwnedFd,
 }
 
-/// Takes the lock of a root.
+/// What trying to take a lock comes to.
+pub enum Acquired {
+    /// It is ours.
+    Lock(Lock),
+    /// The process of that number has it.
+    Held(String),
+}
+
+/// Takes the lock of a root, if nobody has it.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] naming the daemon that has it.
-pub fn acquire(root: &Root, path: &str) -> Result<Lock> {
-    let locking = || format!("lock {path}/lock");
+/// As of the root's disk.
+pub fn acquire(root: &Root) -> Result<Acquired> {
+    let locking = || format!("lock {}/lock", root.path());
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file = openat(root.fd(), "lock", flags, Mode::from_raw_mode(0o600)).context(locking)?;
+    let open = |flags| openat(root.fd(), "lock", flags, Mode::from_raw_mode(0o600));
+    let file = match open(flags) {
+        // To look at what is there, no writing is needed.
+        Err(Errno::ROFS) => open(OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC),
+        file => file,
+    }
+    .context(locking)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => {
             let mut holder = [0_u8; 16];
             let length = read(&file, &mut holder).unwrap_or(0);
             let holder = String::from_utf8_lossy(&holder[..length]);
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "another snapshotter (process {}) serves the root {path}: \
-                     stop that one, or give this one another --root-dir",
-                    holder.trim_end()
-                ),
-            ));
+            return Ok(Acquired::Held(holder.trim_end().to_owned()));
         }
         locked => locked.context(locking)?,
     }
-    // For the message above; that the file can be written is no condition.
+    // Who has it; that the file can be written is no condition.
     let text = format!("{}\n", std::process::id());
     let _ = ftruncate(&file, 0).and_then(|()| write(&file, text.as_bytes()));
-    Ok(Lock { _file: file })
+    Ok(Acquired::Lock(Lock { _file: file }))
+}
+
+/// Takes the lock of a root.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] naming the process that has it; as of the
+/// root's disk.
+pub fn require(root: &Root) -> Result<Lock> {
+    match acquire(root)? {
+        Acquired::Lock(lock) => Ok(lock),
+        Acquired::Held(holder) => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "another snapshotter (process {holder}) serves the root {path}, or checks it: \
+                 stop that one, or give this one another --root-dir",
+                path = root.path()
+            ),
+        )),
+    }
 }

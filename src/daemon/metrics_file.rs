@@ -1,16 +1,17 @@
 //! Figures for Prometheus, in a file that the textfile collector of its node
 //! exporter reads.
 //!
-//! What is told of the volumes is asked of the kernel's memory: no disk is woken
-//! for it. The file is replaced whole, so a reader sees the old one or the new
+//! What is told of the volumes the kernel has in its memory. The file is replaced whole, so a reader sees the old one or the new
 //! one; it need not outlive a crash.
 
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::background::Background;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::lock::lock;
 use crate::prometheus::{Kind, head, line};
 use crate::service::Desk;
@@ -19,24 +20,16 @@ use crate::snapshotter::{Figures, VolumeFigures};
 /// Prometheus asks once a minute by default.
 const INTERVAL: Duration = Duration::from_secs(15);
 
-/// Starts the thread that writes the file, if one is asked for, and writes it
-/// once: an unusable path is told at the start.
+/// Starts the thread that writes the file, if one is asked for. That it cannot be
+/// written is a line in the log: containers matter more.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if the file cannot be written,
-/// [`ErrorKind::Internal`] if the system gives no thread.
+/// [`crate::error::ErrorKind::Internal`] if the system gives no thread.
 pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>> {
     let Some(path) = path else {
         return Ok(None);
     };
-    write(desk, path).map_err(|error| {
-        Error::caused(
-            ErrorKind::FailedPrecondition,
-            format!("write the figures to {path} (--metrics-file)"),
-            error,
-        )
-    })?;
     let (desk, path) = (Arc::clone(desk), path.to_owned());
     let stop = Arc::new(Stop::default());
     let told = Arc::clone(&stop);
@@ -45,15 +38,18 @@ pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>>
         move || told.tell(),
         move || {
             let mut is_broken = false;
-            while stop.wait(INTERVAL) {
+            loop {
                 let written = write(&desk, &path);
                 // Once for each time that it breaks.
                 if let Err(error) = &written
                     && !is_broken
                 {
-                    log::warn!("write the figures to {path}: {error}");
+                    log::warn!("write the figures to {path} (--metrics-file): {error}");
                 }
                 is_broken = written.is_err();
+                if !stop.wait(INTERVAL) {
+                    return;
+                }
             }
         },
     )
@@ -95,9 +91,19 @@ fn write(desk: &Desk, path: &str) -> std::io::Result<()> {
         Ok(figures) => render(&figures, &mut text),
         Err(error) => log::warn!("{}", error.chain()),
     }
-    // The collector reads names that end in .prom.
+    // The collector reads names that end in .prom. Its directory may be open to
+    // others: what has the name is neither followed nor written to.
     let new = format!("{path}.new");
-    std::fs::write(Path::new(&new), text)?;
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(&new)?
+        .write_all(text.as_bytes())?;
     std::fs::rename(new, path)
 }
 

@@ -7,7 +7,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount;
 use crate::store::Store;
 use crate::types::Volume;
-use crate::volume::{Claim, Identity, Lifetime, Volumes};
+use crate::volume::{Claim, Holding, Identity, Lifetime, Volumes};
 
 /// Facts in the database: the volume's identity, and whether its mark is known
 /// to be on the disk. The first is recorded before the mark is written, so
@@ -97,27 +97,60 @@ pub fn expect_recorded(volumes: &Volumes, store: &Store) -> Result<()> {
 }
 
 /// Has the database expect a new volume, which [`set_up`] then marks: the one
-/// that it knows is not coming back.
+/// that it knows is not coming back. Looks first whether the writable directory
+/// will do, so that a refusal leaves everything as it was.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if that one is there; those of the database.
-pub fn give_up(volumes: &Volumes, store: &Store) -> Result<()> {
-    if volumes.open(Volume::Writable).is_ok() {
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "the writable volume is at {}, where it belongs: there is nothing to reset",
-                volumes.writable_path()
-            ),
-        ));
+/// [`ErrorKind::FailedPrecondition`] if the volume is there, if the directory is
+/// another root's volume, holds snapshots or cannot hold upper directories; as of
+/// its disk; those of the database.
+pub fn give_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
+    let path = volumes.writable_path();
+    match volumes.open(Volume::Writable) {
+        Ok(_) => {
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "the writable volume is at {path}, where it belongs: there is nothing to reset"
+                ),
+            ));
+        }
+        Err(error) if error.kind() == ErrorKind::FailedPrecondition => {}
+        // Its own disk may have failed: that is no missing volume.
+        Err(error) => return Err(error),
     }
+    let identity = Identity::random()?;
+    require_free(volumes, &identity)?;
+    probe(volumes, mount_options)?;
     let mut transaction = store.write()?;
     transaction.rows().forget_fact(CLAIMED)?;
     transaction
         .rows()
-        .record_fact(IDENTITY, &Identity::random()?.to_string())?;
+        .record_fact(IDENTITY, &identity.to_string())?;
     transaction.commit()
+}
+
+/// Refuses a directory that is marked as another volume, or that has something
+/// where snapshots and trash would be: that would be taken for strays.
+fn require_free(volumes: &Volumes, identity: &Identity) -> Result<()> {
+    let path = volumes.writable_path();
+    let why = match volumes.look_at_writable(identity)? {
+        Claim::Ours => return Ok(()),
+        Claim::Foreign(other) => format!(
+            "is the volume {other} of another root: give another --writable-dir, or, if nothing \
+             else uses it, empty it and remove {path}/.volume"
+        ),
+        Claim::Free if volumes.writable_holding()? == Holding::OurNames => format!(
+            "has no mark, and something in {path}/snapshots or {path}/trash: give another \
+             --writable-dir, or move that away"
+        ),
+        Claim::Free => return Ok(()),
+    };
+    Err(Error::new(
+        ErrorKind::FailedPrecondition,
+        format!("the writable directory {path} {why}"),
+    ))
 }
 
 fn parse(text: &str) -> Result<Identity> {
@@ -129,11 +162,13 @@ fn parse(text: &str) -> Result<Identity> {
     })
 }
 
-/// Whether the writable directory is a volume in memory that has been made
-/// anew. Where nothing is mounted it is waited for as any other.
+/// Whether the writable directory is a volume that has been made anew: mounted,
+/// and nothing in it. Anything else is waited for as any other volume is.
 fn is_emptied(volumes: &Volumes, identity: &Identity) -> Result<bool> {
     // In this order: the look creates the directory.
-    Ok(volumes.is_writable_mounted_anew()? && volumes.look_at_writable(identity)? == Claim::Free)
+    Ok(volumes.is_writable_mounted_anew()?
+        && volumes.look_at_writable(identity)? == Claim::Free
+        && volumes.writable_holding()? == Holding::Nothing)
 }
 
 /// Probed before it is marked: a directory that turns out to be unsuitable is
@@ -144,17 +179,7 @@ fn claim(
     identity: &Identity,
     mount_options: &[String],
 ) -> Result<()> {
-    if let Claim::Foreign(other) = volumes.look_at_writable(identity)? {
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "the writable directory {path} is the volume {other} of another root: give \
-                 another --writable-dir, or, if nothing else uses it, empty it and remove \
-                 {path}/.volume",
-                path = volumes.writable_path()
-            ),
-        ));
-    }
+    require_free(volumes, identity)?;
     probe(volumes, mount_options)?;
     volumes.claim_writable(identity)?;
     let mut transaction = store.write()?;

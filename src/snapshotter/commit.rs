@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{Snapshotter, SyncMode, labels};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lock::lock;
-use crate::store::Commit;
+use crate::store::{Commit, DataBytes};
 use crate::types::{Labels, Quoted, SnapshotId, Volume};
 use crate::volume::Dirs;
 
@@ -32,9 +32,12 @@ impl Snapshotter {
         labels::check_key("name", name)?;
         let labels = labels::check_labels(labels)?;
         let (snapshot, _) = self.store.read()?.committable(key, name, parent)?;
-        let volume = snapshot
-            .volume
-            .expect("an active snapshot has a directory, by the schema of create");
+        let volume = snapshot.volume.ok_or_else(|| {
+            Error::new(
+                ErrorKind::DataLoss,
+                "the database is damaged: the active snapshot is on no volume",
+            )
+        })?;
 
         let dirs = self.volumes.open(volume)?;
         if self.options.sync == SyncMode::AtCommit {
@@ -54,6 +57,10 @@ impl Snapshotter {
                 parent,
                 labels: &labels,
                 content,
+                data_bytes: match self.is_mounted(snapshot.id, volume)? {
+                    true => DataBytes::WasMounted,
+                    false => DataBytes::Counted(content.data_bytes),
+                },
             },
         )?;
         self.unpacks.end(snapshot.id);

@@ -146,7 +146,8 @@ impl Snapshotter {
             return Ok(());
         }
         wanted.require_plain_ids(IdMaps::from_labels(&labels)?.as_ref())?;
-        self.options.lowers.check(&wanted.all())
+        // Those chosen may not be allowed any more: no reason to keep a label.
+        self.options.lowers.check(&wanted.labelled)
     }
 
     /// Removes the links of a snapshot that is gone, or is a layer now.

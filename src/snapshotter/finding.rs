@@ -43,6 +43,8 @@ pub enum Problem {
         /// Now.
         counted: Content,
     },
+    /// A layer has moved home, and the database does not say so yet.
+    MoveNotRecorded,
     /// A layer's directory cannot be read.
     LayerUnreadable {
         /// What the disk says.
@@ -82,7 +84,7 @@ pub enum Problem {
 pub struct Recorded {
     /// Inodes.
     pub inodes: u64,
-    /// [`Content::data_bytes`], unless the layer is older than that record.
+    /// [`Content::data_bytes`], if it is known.
     pub data_bytes: Option<u64>,
 }
 
@@ -95,6 +97,7 @@ impl Problem {
             Problem::LayerMissing => "layer-missing",
             Problem::LayerDamaged { .. } => "layer-damaged",
             Problem::LayerChanged { .. } => "layer-changed",
+            Problem::MoveNotRecorded => "move-not-recorded",
             Problem::LayerUnreadable { .. } => "layer-unreadable",
             Problem::WrongLink { .. } => "wrong-link",
             Problem::BadParent { .. } => "bad-parent",
@@ -114,6 +117,7 @@ impl Problem {
                 Some("drops it and everything that stands on it")
             }
             Problem::LayerChanged { .. } => Some("records what it holds now"),
+            Problem::MoveNotRecorded => Some("records it, as the next start does"),
             Problem::WrongLink { .. } => Some("makes the link, as the next start does"),
             Problem::MarkMissing => Some("marks it anew"),
             Problem::DatabaseOlder { .. } | Problem::DatabaseIncomplete { .. } => {
@@ -159,6 +163,10 @@ impl fmt::Display for Finding {
                 "layer {name} on the {volume} volume has changed since its commit: it holds {}, \
                  and held {recorded}",
                 Recorded::from(*counted)
+            ),
+            Problem::MoveNotRecorded => write!(
+                out,
+                "layer {name} has moved to the image volume, which was not recorded"
             ),
             Problem::LayerUnreadable { why } => {
                 write!(

@@ -9,7 +9,7 @@ use super::Snapshotter;
 use super::finding::{Finding, Problem, Recorded};
 use crate::error::{Error, ErrorKind, Result};
 use crate::filter::Filters;
-use crate::store::Snapshot;
+use crate::store::{DataBytes, Snapshot};
 use crate::tree;
 use crate::types::{Content, Kind, Quoted, SnapshotId, Volume};
 use crate::volume::{Dirs, Shape, moving_id};
@@ -50,7 +50,7 @@ impl Snapshotter {
 
         let mut findings = Vec::new();
         if let Err(error) = writable {
-            findings.push(self.missing_volume(&rows, error)?);
+            findings.push(self.missing_volume(&rows, error));
         }
         let found = on_image
             .keys()
@@ -66,19 +66,28 @@ impl Snapshotter {
             if let Some(why) = rows.bad_parent(snapshot) {
                 findings.push(about(snapshot, Problem::BadParent { why }));
             }
-            let there = match snapshot.volume {
-                None => continue,
-                Some(Volume::Image) => &on_image,
-                Some(Volume::Writable) => match &on_writable {
-                    None => continue,
-                    Some(entries) => entries,
-                },
+            let Some(volume) = snapshot.volume else {
+                continue;
             };
-            let is_there = there.get(&snapshot.id) == Some(&FileType::Directory);
+            let on = |entries: &Entries| entries.get(&snapshot.id) == Some(&FileType::Directory);
             let is_held = held.contains(&snapshot.id);
-            findings.extend(self.inspect_directory(snapshot, is_there, is_held)?);
-            let is_away =
-                snapshot.volume == Some(Volume::Writable) && snapshot.info.kind == Kind::Committed;
+            let is_away = volume == Volume::Writable && snapshot.info.kind == Kind::Committed;
+            if is_away && on(&on_image) {
+                findings.push(about(snapshot, Problem::MoveNotRecorded));
+                findings.extend(self.inspect_directory(snapshot, Volume::Image, true, is_held)?);
+                continue;
+            }
+            let is_there = match (volume, &on_writable) {
+                (Volume::Image, _) => on(&on_image),
+                (Volume::Writable, Some(entries)) => on(entries),
+                (Volume::Writable, None) => continue,
+            };
+            // Between the two renames of a move within one file system.
+            if is_away && !is_there && self.volumes.image().is_renamed_layer(snapshot.id)? {
+                findings.push(about(snapshot, Problem::MoveNotRecorded));
+                continue;
+            }
+            findings.extend(self.inspect_directory(snapshot, volume, is_there, is_held)?);
             if is_away && !self.is_linked(snapshot.id)? {
                 let target = self.volumes.link_target(snapshot.id);
                 findings.push(about(snapshot, Problem::WrongLink { target }));
@@ -110,25 +119,25 @@ impl Snapshotter {
     }
 
     /// A volume that is not there, or one that has only lost its mark.
-    fn missing_volume(&self, rows: &Rows, error: Error) -> Result<Finding> {
+    fn missing_volume(&self, rows: &Rows, error: Error) -> Finding {
         let belongs = |id: &SnapshotId| {
             let snapshot = rows.by_id.get(id);
             snapshot.is_some_and(|snapshot| snapshot.volume == Some(Volume::Writable))
         };
-        let problem = match self.volumes.unmarked_snapshots()? {
-            Some(ids) if ids.iter().any(belongs) => Problem::MarkMissing,
+        // What cannot be looked at either is told by the error itself.
+        about_all(match self.volumes.unmarked_snapshots() {
+            Ok(Some(ids)) if ids.iter().any(belongs) => Problem::MarkMissing,
             _ => Problem::VolumeMissing { why: error.chain() },
-        };
-        Ok(about_all(problem))
+        })
     }
 
     fn inspect_directory(
         &self,
         snapshot: &Snapshot,
+        volume: Volume,
         is_there: bool,
         is_held: bool,
     ) -> Result<Option<Finding>> {
-        let volume = snapshot.volume.unwrap_or(Volume::Image);
         let dirs = self.volumes.open(volume)?;
         let shape = match snapshot.info.kind {
             Kind::Committed => {
@@ -172,7 +181,12 @@ fn inspect_layer(
     };
     let recorded = Recorded {
         inodes: snapshot.usage.inodes,
-        data_bytes: snapshot.data_bytes,
+        data_bytes: match snapshot.data_bytes {
+            DataBytes::Counted(bytes) => Some(bytes),
+            DataBytes::Unknown => None,
+            // It went on changing after its commit.
+            DataBytes::WasMounted => return Ok(None),
+        },
     };
     Ok(match compare(recorded, counted) {
         _ if is_held => None,

@@ -48,8 +48,9 @@ impl Inventory {
             ErrorKind::DataLoss,
             format!(
                 "the {volume} volume has snapshots/{newest}, but the database has given out \
-                 numbers up to {} only: it is an older state of itself. Put the latest one back, \
-                 or run `check --repair`, which removes what it does not know",
+                 numbers up to {} only: it is an older state of itself, unless somebody has made \
+                 that directory by hand. Put the latest one back, or run `check --repair`, which \
+                 removes what it does not know",
                 self.highest
             ),
         ))

@@ -125,6 +125,26 @@ impl Snapshotter {
         Ok(Moved::Home(bytes))
     }
 
+    /// Whether something may still write into a snapshot: it is mounted.
+    ///
+    /// # Errors
+    ///
+    /// As of the kernel's list of mounts.
+    pub(super) fn is_mounted(&self, id: SnapshotId, volume: Volume) -> Result<bool> {
+        // What unpacks a layer has unmounted it before the commit.
+        Ok(volume == Volume::Writable && self.mounted_on(volume)?.contains(&id))
+    }
+
+    fn mounted_on(&self, volume: Volume) -> Result<Vec<SnapshotId>> {
+        let prefix = format!("{}/", self.volumes.snapshots_path(volume));
+        let uppers = mount::upper_directories()?;
+        let ids = uppers.iter().filter_map(|upper| {
+            let name = upper.strip_prefix(&prefix)?.split('/').next()?;
+            SnapshotId::from_directory_name(name.as_bytes())
+        });
+        Ok(ids.collect())
+    }
+
     /// The layers, below and including themselves, of snapshots that were
     /// committed while they were mounted, and still are. containerd asks that
     /// nobody uses a snapshot after its commit, but `ctr snapshot commit` lets
@@ -134,16 +154,9 @@ impl Snapshotter {
     ///
     /// As of the kernel's list of mounts, or the database.
     pub(super) fn held_layers(&self) -> Result<HashSet<SnapshotId>> {
-        let prefix = format!("{}/", self.volumes.snapshots_path(Volume::Writable));
         let reader = self.store.read()?;
         let mut held = HashSet::new();
-        for upper in mount::upper_directories()? {
-            let id = upper.strip_prefix(&prefix).and_then(|rest| {
-                SnapshotId::from_directory_name(rest.split('/').next()?.as_bytes())
-            });
-            let Some(id) = id else {
-                continue;
-            };
+        for id in self.mounted_on(Volume::Writable)? {
             let place = reader.place(id)?;
             if place.is_some_and(|place| place.kind == Kind::Committed) {
                 held.extend(reader.chain(id)?.into_iter().map(|layer| layer.id));

@@ -90,6 +90,8 @@ impl Snapshotter {
         rows.forget_copied()?;
         transaction.commit()?;
         drop(transaction);
+        // Into the file itself: a copy with a log looks like one with another's.
+        self.store.settle()?;
         self.recover().context(|| "recover, as at a start")
     }
 

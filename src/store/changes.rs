@@ -6,7 +6,7 @@ use std::borrow::Borrow;
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::convert::{id_from_sql, sql_id, sql_kind, sql_number, sql_volume};
+use super::convert::{id_from_sql, sql_data_bytes, sql_id, sql_kind, sql_number, sql_volume};
 use super::rows::{Commit, Created, LabelChange, New, Place, Rows, Snapshot};
 use super::{labels, sql_error};
 use crate::error::{Error, ErrorKind, Result};
@@ -108,7 +108,7 @@ impl Rows<&Connection> {
                     now,
                     sql_number(commit.content.usage.size_bytes),
                     sql_number(commit.content.usage.inodes),
-                    sql_number(commit.content.data_bytes),
+                    sql_data_bytes(commit.data_bytes),
                     labels::encode(commit.labels),
                 ])
             })

@@ -4,7 +4,7 @@
 use rusqlite::Row;
 
 use super::labels;
-use super::rows::{Place, Snapshot};
+use super::rows::{DataBytes, Place, Snapshot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::{Info, Kind, Labels, SnapshotId, Timestamp, Usage, Volume};
 
@@ -54,7 +54,11 @@ impl RawSnapshot {
                 size_bytes: self.size_bytes.try_into().unwrap_or(0),
                 inodes: self.inodes.try_into().unwrap_or(0),
             },
-            data_bytes: self.data_bytes.and_then(|bytes| bytes.try_into().ok()),
+            data_bytes: match self.data_bytes.map(u64::try_from) {
+                None => DataBytes::Unknown,
+                Some(Ok(bytes)) => DataBytes::Counted(bytes),
+                Some(Err(_)) => DataBytes::WasMounted,
+            },
             info: Info {
                 name: self.name,
                 parent: self.parent.unwrap_or_default(),
@@ -76,6 +80,15 @@ pub(super) fn damaged(what: String) -> Error {
 
 pub(super) fn sql_number(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// A negative number is none that was counted.
+pub(super) fn sql_data_bytes(data_bytes: DataBytes) -> Option<i64> {
+    match data_bytes {
+        DataBytes::Counted(bytes) => Some(sql_number(bytes)),
+        DataBytes::WasMounted => Some(-1),
+        DataBytes::Unknown => None,
+    }
 }
 
 pub(super) fn sql_id(id: SnapshotId) -> i64 {

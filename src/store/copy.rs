@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
-use rusqlite::backup::Backup;
+use rusqlite::backup::{Backup, StepResult};
 
 use super::{Store, schema, sql_error, tail};
 use crate::error::{Error, ErrorKind, Result};
@@ -117,12 +117,14 @@ impl Store {
 
         let reader = self.read()?;
         let mut copy = Connection::open(new).map_err(|error| sql_error(error, "open it"))?;
-        let copied = Backup::new(reader.connection(), &mut copy)
-            .and_then(|backup| backup.step(-1).map(drop));
+        let copied = Backup::new(reader.connection(), &mut copy).and_then(|backup| backup.step(-1));
         drop(reader);
-        copied
-            // Without a log of its own: one file is all there is to put back.
-            .and_then(|()| copy.pragma_update(None, "journal_mode", "DELETE"))
+        let is_done = copied.map_err(|error| sql_error(error, "read it"))? == StepResult::Done;
+        if !is_done {
+            return Err(Error::new(ErrorKind::Unavailable, "it is busy"));
+        }
+        copy.pragma_update(None, "journal_mode", "DELETE")
+            // One file is all there is to put back, without a log of its own.
             .and_then(|()| tail::mark_copied(&copy))
             .map_err(|error| sql_error(error, "write it"))?;
         schema::require_sound(&copy)?;

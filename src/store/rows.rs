@@ -26,9 +26,20 @@ pub struct Snapshot {
     pub info: Info,
     /// As counted at commit; zero before.
     pub usage: Usage,
-    /// [`Content::data_bytes`] as counted at commit; `None` before, and for
-    /// layers older than that count.
-    pub data_bytes: Option<u64>,
+    /// What is known of [`Content::data_bytes`].
+    pub data_bytes: DataBytes,
+}
+
+/// What is known of the length of all of a layer's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataBytes {
+    /// It was counted at the commit.
+    Counted(u64),
+    /// It was counted at a commit after which a container could still write: the
+    /// layer is what it came to be.
+    WasMounted,
+    /// It was not counted: no layer, or one older than this count.
+    Unknown,
 }
 
 /// One layer below a snapshot.
@@ -77,6 +88,8 @@ pub struct Commit<'a> {
     pub labels: &'a Labels,
     /// What it holds.
     pub content: Content,
+    /// [`DataBytes::Counted`], unless it is mounted.
+    pub data_bytes: DataBytes,
 }
 
 /// What a snapshot is, and where its directory.

@@ -13,7 +13,8 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension};
 use super::{FileFormat, probe_format, sql_error};
 use crate::error::{Error, ErrorKind, Result};
 
-const IN_USE: &str = "in_use";
+/// The fact that marks a database in use.
+pub const IN_USE: &str = "in_use";
 pub(super) const COPIED: &str = "copied";
 
 /// What is known of a database before it is opened.
@@ -64,6 +65,12 @@ fn log_path(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// A fact as the file by itself has it: for a look at a database that may be
+/// another daemon's, of which nothing may be changed.
+pub fn peek_fact(path: &Path, name: &str) -> Option<String> {
+    read_without_log(path, name).ok().flatten()
+}
+
 /// `immutable` keeps SQLite from looking for a log, and from locking.
 fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>> {
     let mut uri = String::from("file:");
@@ -100,23 +107,49 @@ pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
 /// Puts the mark into the file itself, with all that the log holds so far. The
 /// log keeps it too: from now on an empty one is a damaged one.
 pub(super) fn mark_in_use(connection: &Connection) -> Result<()> {
-    let is_new = connection.execute(
-        "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING",
-        [IN_USE],
-    );
-    let mark = || match is_new? {
-        0 => Ok(()),
-        _ => connection.query_row("PRAGMA wal_checkpoint(FULL)", [], |_| Ok(())),
-    };
-    mark().map_err(|error| sql_error(error, "mark the database as in use"))
+    connection
+        .execute(
+            "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING",
+            [IN_USE],
+        )
+        .map_err(|error| sql_error(error, "mark the database as in use"))?;
+    match settle(connection) {
+        // Only the mark's purpose suffers: that a lost log is noticed.
+        Err(error) if error.kind() == ErrorKind::Unavailable => {
+            log::warn!("{}", error.chain());
+            Ok(())
+        }
+        settled => settled,
+    }
+}
+
+/// Moves all that the log holds into the file itself.
+pub(super) fn settle(connection: &Connection) -> Result<()> {
+    checkpoint(connection, "FULL")
 }
 
 /// Takes the mark off, and moves the log into the file.
 pub(super) fn mark_unused(connection: &Connection) -> Result<()> {
     connection
         .execute("DELETE FROM fact WHERE name = ?1", [IN_USE])
-        .and_then(|_| connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())))
-        .map_err(|error| sql_error(error, "close the database"))
+        .map_err(|error| sql_error(error, "close the database"))?;
+    checkpoint(connection, "TRUNCATE")
+}
+
+/// Waits for readers in the way as long as the connection waits for anything.
+fn checkpoint(connection: &Connection, mode: &str) -> Result<()> {
+    let is_busy: bool = connection
+        .query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| {
+            row.get(0)
+        })
+        .map_err(|error| sql_error(error, "move the database's log into it"))?;
+    match is_busy {
+        false => Ok(()),
+        true => Err(Error::new(
+            ErrorKind::Unavailable,
+            "the database's log cannot be moved into it: something else reads it",
+        )),
+    }
 }
 
 /// Makes a copy out of a database: without the mark, and saying what it is.

@@ -1,11 +1,15 @@
 //! What a volume has to be before it is used: mounted, and with room left.
 
+use std::ffi::CStr;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx};
+use rustix::fd::OwnedFd;
+
+use rustix::fs::{AtFlags, CWD, Dir, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx};
 use rustix::io::Errno;
 
 use super::Dirs;
+use super::dirs::open_to_list;
 use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Whether the directories of the volumes must be mount points themselves.
@@ -24,6 +28,17 @@ pub enum Lifetime {
     Lasting,
     /// Until a reboot at most (tmpfs, zram). An empty one begins anew.
     UntilReboot,
+}
+
+/// What a directory holds that is to become a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holding {
+    /// Nothing, or what a file system has by itself, or empty directories of ours.
+    Nothing,
+    /// Something of somebody else's.
+    OtherFiles,
+    /// Something where snapshots and trash would be.
+    OurNames,
 }
 
 /// What has to stay free on the writable volume when a snapshot is made there.
@@ -125,6 +140,42 @@ pub fn require_mount_points(directories: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
+/// Tells what an opened directory holds, beside a mark.
+pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
+    for name in ["snapshots", "trash"] {
+        match open_to_list(&top, name) {
+            Ok(fd) => {
+                let mut entries = Dir::new(fd)?;
+                if entries.any(|entry| entry.is_ok_and(|entry| !is_dot(entry.file_name()))) {
+                    return Ok(Holding::OurNames);
+                }
+            }
+            Err(Errno::NOENT) => {}
+            Err(Errno::NOTDIR | Errno::LOOP) => return Ok(Holding::OurNames),
+            Err(errno) => return Err(errno),
+        }
+    }
+    let usual: [&CStr; 7] = [
+        c".",
+        c"..",
+        c"lost+found",
+        c"snapshots",
+        c"trash",
+        c".probe",
+        c".volume.new",
+    ];
+    for entry in Dir::new(top)? {
+        if !usual.contains(&entry?.file_name()) {
+            return Ok(Holding::OtherFiles);
+        }
+    }
+    Ok(Holding::Nothing)
+}
+
+fn is_dot(name: &CStr) -> bool {
+    matches!(name.to_bytes(), b"." | b"..")
+}
+
 /// Whether a writable directory that is empty, or not there, can be a volume
 /// that a reboot has emptied, and not the bare mount point of one that is not
 /// mounted: it is a mount point, or on (to be made on) a file system in memory.
@@ -203,6 +254,25 @@ mod tests {
         assert_eq!(is_mounted_anew("/dev/shm/a/b"), Ok(true), "in memory");
         assert_eq!(is_mounted_anew(bare), Ok(false));
         assert_eq!(is_mounted_anew(&format!("{bare}/a/b")), Ok(false));
+    }
+
+    #[test]
+    fn what_a_directory_holds_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path();
+        let held = || holding(open_to_list(CWD, top.to_str().unwrap()).unwrap()).unwrap();
+        assert_eq!(held(), Holding::Nothing);
+        for name in ["lost+found", "snapshots", "trash"] {
+            std::fs::create_dir(top.join(name)).unwrap();
+        }
+        assert_eq!(held(), Holding::Nothing);
+        std::fs::write(top.join("photo"), "x").unwrap();
+        assert_eq!(held(), Holding::OtherFiles);
+        std::fs::create_dir(top.join("trash/7")).unwrap();
+        assert_eq!(held(), Holding::OurNames);
+        std::fs::remove_dir_all(top.join("trash")).unwrap();
+        std::fs::write(top.join("trash"), "x").unwrap();
+        assert_eq!(held(), Holding::OurNames);
     }
 
     #[test]

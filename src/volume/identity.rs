@@ -146,7 +146,10 @@ fn read_mark(top: impl AsFd, path: &str) -> Result<Option<Identity>> {
     identity.map(Some).ok_or_else(|| {
         Error::new(
             ErrorKind::FailedPrecondition,
-            format!("{path}/{FILE} is not the mark of a writable volume: choose another directory"),
+            format!(
+                "{path}/{FILE} is not the mark of a writable volume: choose another directory, or, \
+                 if this is the one that was marked, remove that file and run `check --repair`"
+            ),
         )
     })
 }

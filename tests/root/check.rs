@@ -25,6 +25,19 @@ pub const TESTS: &[Test] = &[
     ("a_lost_volume_is_given_up", a_lost_volume_is_given_up),
     ("a_lost_mark_is_made_again", a_lost_mark_is_made_again),
     ("what_cannot_be_checked", what_cannot_be_checked),
+    ("a_move_that_was_cut_short", a_move_that_was_cut_short),
+    (
+        "a_reset_that_is_refused_changes_nothing",
+        a_reset_that_is_refused_changes_nothing,
+    ),
+    (
+        "what_changed_after_its_commit_is_kept",
+        what_changed_after_its_commit_is_kept,
+    ),
+    (
+        "hostile_names_are_told_tamely",
+        hostile_names_are_told_tamely,
+    ),
 ];
 
 /// Exit code, standard output and standard error of a check.
@@ -189,8 +202,8 @@ fn each_finding_is_named() {
         "snapshots/77",
         "snapshots/78",
         "held 3 inodes and 32 bytes",
-        "namespace default",
-        "layer above",
+        "namespace \"default\"",
+        "layer \"above\"",
         "snapshot \"lost\"",
         "pull them again",
     ] {
@@ -304,7 +317,7 @@ fn a_lost_volume_is_given_up() {
     split.daemon.set_arguments(arguments);
     let (code, said, complaint) = check(&split, &["--reset-writable", "--yes"]);
     assert_eq!(code, 0, "{said}{complaint}");
-    assert!(said.contains("layer away"), "{said}");
+    assert!(said.contains("layer \"away\""), "{said}");
     is_clean(&split);
     split.daemon.restart();
     let client = split.client();
@@ -361,4 +374,128 @@ fn what_cannot_be_checked() {
     assert!(!database.exists());
     fs::rename(&away, &database).unwrap();
     is_clean(&split);
+}
+
+/// The bytes are home, and the database does not say so yet: nothing is lost.
+fn a_move_that_was_cut_short() {
+    for (disks, step) in [
+        (2, "copied"),
+        (2, "exchanged"),
+        (2, "recorded"),
+        (1, "renamed"),
+        (1, "rename-exchanged"),
+        (1, "rename-recorded"),
+    ] {
+        let mut split = Split::start(&["--relocate", "never"]);
+        if disks == 1 {
+            split.daemon.stop();
+            let root = split.root().display().to_string();
+            split.daemon.set_arguments(
+                ["--root-dir", &root, "--relocate", "never"]
+                    .map(str::to_owned)
+                    .to_vec(),
+            );
+            fs::remove_dir_all(&root).unwrap();
+            split.daemon.restart();
+        }
+        let client = split.client();
+        let mounts = client.prepare("init", "", &[]).unwrap();
+        // Large enough to move while something stands on it.
+        let upper = Path::new(&mounts[0].source);
+        fs::write(upper.join("file"), vec![7; 2 << 20]).unwrap();
+        client.commit("init", "layer", &[]).unwrap();
+        client.prepare("web", "layer", &[]).unwrap();
+        split.daemon.stop();
+        let mut arguments = split.daemon.arguments().to_vec();
+        let last = arguments.len() - 1;
+        arguments[last - 1] = "--relocate-after".to_owned();
+        arguments[last] = "0".to_owned();
+        split.daemon.set_arguments(arguments);
+        split.daemon.restart_to_die_at(step);
+        split.daemon.wait();
+
+        let (code, said, complaint) = check(&split, &[]);
+        let is_recorded = matches!(step, "copied" | "recorded" | "rename-recorded");
+        assert_eq!(code, i32::from(!is_recorded), "{step}: {said}{complaint}");
+        assert_eq!(
+            said.contains("was not recorded"),
+            !is_recorded,
+            "{step}: {said}"
+        );
+        let (code, said, complaint) = check(&split, &["--repair", "--yes"]);
+        assert_eq!(code, 0, "{step}: {said}{complaint}");
+        is_clean(&split);
+        split.daemon.restart();
+        let client = split.client();
+        let mounted = Mounted::new(&client.mounts("web").unwrap());
+        assert_eq!(
+            fs::read(mounted.path().join("file")).unwrap(),
+            vec![7; 2 << 20],
+            "{step}"
+        );
+    }
+}
+
+fn a_reset_that_is_refused_changes_nothing() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    sample(&client);
+    split.daemon.stop();
+    // Another root's volume, one with something in it, and one that is no use.
+    let other = Split::start(&[]);
+    let (filled, vfat) = (Disk::ext4(64), Disk::ext4(64));
+    fs::create_dir_all(filled.path().join("writable/snapshots/7")).unwrap();
+    fs::create_dir_all(vfat.path().join("writable")).unwrap();
+    vfat.remount("ro");
+    for disk in [&other.writable, &filled, &vfat] {
+        split.writable.unmount();
+        rustix::mount::mount_bind(disk.path(), split.writable.path()).unwrap();
+        let before = tree(disk.path());
+        let (code, said, complaint) = check(&split, &["--reset-writable", "--yes"]);
+        assert_eq!(code, 2, "{said}{complaint}");
+        unchanged(disk.path(), &before);
+        rustix::mount::unmount(split.writable.path(), rustix::mount::UnmountFlags::empty())
+            .unwrap();
+        split.writable.mount();
+        is_clean(&split);
+    }
+    split.daemon.restart();
+    split.client().mounts("default/7/web").unwrap();
+}
+
+/// `ctr snapshot commit` of a running container, which goes on.
+fn what_changed_after_its_commit_is_kept() {
+    let mut split = Split::start(&["--relocate", "never"]);
+    let client = split.client();
+    layer(&client, "base", "", |_| ());
+    let mounted = Mounted::new(&client.prepare("web", "base", &[]).unwrap());
+    fs::write(mounted.path().join("pid"), "1").unwrap();
+    client.commit("web", "layer", &[]).unwrap();
+    fs::remove_file(mounted.path().join("pid")).unwrap();
+    drop(mounted);
+    split.daemon.stop();
+    is_clean(&split);
+    let (code, said, complaint) = check(&split, &["--repair", "--yes"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    split.daemon.restart();
+    assert!(split.client().exists("layer"));
+}
+
+fn hostile_names_are_told_tamely() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    let hostile = "x; rm -rf /;/1/\u{1b}[2Jlayer";
+    layer(&client, hostile, "", |top| {
+        fs::write(top.join("file"), "x").unwrap();
+    });
+    split.daemon.stop();
+    let [image, _] = own(&split, hostile);
+    fs::remove_dir_all(image).unwrap();
+    let (code, said, _) = check(&split, &[]);
+    assert_eq!(code, 1);
+    assert!(
+        !said.contains('\u{1b}') && !said.contains("ctr -n x"),
+        "{said}"
+    );
+    assert!(said.contains("\"x; rm -rf \""), "{said}");
 }

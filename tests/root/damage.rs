@@ -97,11 +97,13 @@ fn a_missing_log() {
     let client = split.client();
     holds(&client, "first");
     // For good: what the log had is given up, and its directories with it.
+    sample(&client, "lost");
     split.daemon.kill();
     fs::remove_file(log_of(&split)).unwrap();
     is_refused(&split, &["check --repair"]);
     let client = repair(&mut split);
-    assert!(!client.exists("web-first"));
+    assert!(!client.exists("web-lost"));
+    holds(&client, "first");
     sample(&client, "second");
     holds(&client, "second");
     client.cleanup().unwrap();
@@ -195,7 +197,7 @@ fn a_truncated_database() {
     }
     // Nothing left of it: not begun afresh beside what is there.
     fs::write(database(&split), "").unwrap();
-    is_refused(&split, &["is missing", "restore"]);
+    is_refused(&split, &["is empty", "metadata.db.copy"]);
 }
 
 fn a_copy_is_the_way_back() {

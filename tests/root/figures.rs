@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use crate::Test;
@@ -12,10 +13,7 @@ use crate::support::until;
 
 pub const TESTS: &[Test] = &[
     ("figures_follow_what_happens", figures_follow_what_happens),
-    (
-        "an_unusable_file_is_told_at_start",
-        an_unusable_file_is_told_at_start,
-    ),
+    ("an_unusable_file_is_told", an_unusable_file_is_told),
 ];
 
 /// Each figure by its name and labels. Fails on a line that is none.
@@ -100,15 +98,23 @@ fn figures_follow_what_happens() {
     assert!(names.count() <= 2);
 }
 
-fn an_unusable_file_is_told_at_start() {
+fn an_unusable_file_is_told() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     for path in ["/proc/figures.prom", "/nowhere/at/all.prom"] {
-        let line = refused(&command(&image, &writable, &["--metrics-file", path]));
-        assert!(
-            line.contains("--metrics-file") && line.contains(path),
-            "{line}"
-        );
+        let daemon = Daemon::start(&command(&image, &writable, &["--metrics-file", path]));
+        until("told", || daemon.log().contains("--metrics-file"));
+        daemon.client().prepare(path, "", &[]).unwrap();
     }
+    // Who may write in its directory gets nobody else's file written.
+    let dir = tempfile::tempdir().unwrap();
+    let (precious, path) = (dir.path().join("precious"), dir.path().join("figures.prom"));
+    fs::write(&precious, "x").unwrap();
+    symlink(&precious, dir.path().join("figures.prom.new")).unwrap();
+    let flags = ["--metrics-file", path.to_str().unwrap()];
+    let daemon = Daemon::start(&command(&image, &writable, &flags));
+    until("written", || path.exists());
+    assert_eq!(fs::read_to_string(&precious).unwrap(), "x");
+    drop(daemon);
     let own = format!("{}/root/snapshots/x.prom", image.text());
     let line = refused(&command(&image, &writable, &["--metrics-file", &own]));
     assert!(line.contains("--metrics-file"), "{line}");

@@ -141,8 +141,21 @@ fn a_volume_in_memory() {
     client.prepare("new", "base", &[]).unwrap();
     daemon.stop();
 
-    // Without the flag an empty one is another disk.
+    daemon.restart();
+    daemon.stop();
+
+    // A disk with something on it is not what a reboot leaves.
     drop(anew);
+    let other = Memory::mount(writable.path());
+    fs::create_dir_all(writable.path().join("a/b/snapshots/2")).unwrap();
+    daemon.restart();
+    let (code, text) = daemon.client().prepare("more", "base", &[]).unwrap_err();
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{text}");
+    assert!(writable.path().join("a/b/snapshots/2").exists());
+    daemon.stop();
+
+    // Without the flag an empty one is another disk.
+    drop(other);
     let _memory = Memory::mount(writable.path());
     daemon.set_arguments(arguments(&["--relocate", "never"]));
     daemon.restart();
