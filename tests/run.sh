@@ -33,23 +33,33 @@ trap 'exit 143' TERM
 passed=0
 failed=0
 
+# begin NAME, and at its end took: what is under way, and how long it took.
+begin() {
+    part=$1
+    part_began=$(date +%s)
+    echo "== $part"
+}
+took() {
+    echo "== $part: $(($(date +%s) - part_began)) s"
+}
+
 # step NAME COMMAND...: runs a step, shows what it says, counts it as one test.
 step() {
-    name=$1
+    begin "$1"
     shift
-    echo "== $name"
     if "$@"; then
         passed=$((passed + 1))
     else
-        echo "== $name FAILED"
+        echo "== $part FAILED"
         failed=$((failed + 1))
     fi
+    took
 }
 
 # rust_tests ARGUMENT...: cargo's tests, with these arguments for it. Adds up the
 # closing lines of its test binaries.
 rust_tests() {
-    echo "== cargo test $*"
+    begin "cargo test $*"
     status=0
     failed_before=$failed
     cargo test --locked "$@" >"$scratch/cargo" 2>&1 || status=$?
@@ -66,12 +76,13 @@ rust_tests() {
     if [ "$status" != 0 ] && [ "$failed" = "$failed_before" ]; then
         failed=$((failed + 1))
     fi
+    took
 }
 
 # suite NAME: containerd's own cases; the environment says with which daemon.
 # The suite itself leaves out one case; any other that is missing is a failure.
 suite() {
-    echo "== containerd's snapshotter suite, $1"
+    begin "containerd's snapshotter suite, $1"
     status=0
     (cd "$scratch" && ./suite -test.v -test.root) >"$scratch/cases" 2>&1 || status=$?
     sed -n 's/^ *--- \([A-Z]*: TestSnapshotter\/.*\)/\1/p' "$scratch/cases" | sort -k2
@@ -83,6 +94,7 @@ suite() {
         echo "== $cases cases passed, left out: $skipped, exit code $status: FAILED"
         failed=$((failed + 1))
     fi
+    took
 }
 
 build_suite() {
