@@ -45,15 +45,12 @@ impl Ballast {
 }
 
 fn fill(path: &Path) {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let file = match openat(CWD, path, flags, Mode::from_raw_mode(0o600)) {
-        Ok(file) => file,
-        Err(Errno::EXIST) => return,
-        Err(errno) => return log::debug!("create {}: {errno}", path.display()),
-    };
-    if let Err(errno) = fallocate(&file, FallocateFlags::empty(), 0, BYTES) {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let filled = openat(CWD, path, flags, Mode::from_raw_mode(0o600))
+        .and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, BYTES));
+    // On a full disk it has taken what there was, and takes the rest another time.
+    if let Err(errno) = filled {
         log::debug!("set space aside in {}: {errno}", path.display());
-        release(path);
     }
 }
 

@@ -115,7 +115,12 @@ pub(super) fn mark_in_use(connection: &Connection) -> Result<()> {
         .map_err(|error| sql_error(error, "mark the database as in use"))?;
     match settle(connection) {
         // Only the mark's purpose suffers: that a lost log is noticed.
-        Err(error) if error.kind() == ErrorKind::Unavailable => {
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::Unavailable | ErrorKind::ResourceExhausted
+            ) =>
+        {
             log::warn!("{}", error.chain());
             Ok(())
         }

@@ -312,10 +312,13 @@ fn a_missing_database() {
     daemon.client().stat("base").unwrap();
     daemon.stop();
 
-    // Truncated to nothing, as by a full disk, is missing too.
+    // Truncated to nothing, as by a full disk.
     let kept = fs::read(&database).unwrap();
     fs::write(&database, "").unwrap();
-    says(&refused_untouched(&arguments, &trees), &["missing"]);
+    says(
+        &refused_untouched(&arguments, &trees),
+        &["is empty", "metadata.db.copy"],
+    );
     fs::write(&database, kept).unwrap();
 
     // Layers, and nothing that tells where their database is.
@@ -328,7 +331,7 @@ fn a_missing_database() {
     );
     state.mount();
     let line = refused_untouched(&arguments, &trees);
-    says(&line, &["has snapshots", "mount the image disk"]);
+    says(&line, &["has been in use", "mount the image disk"]);
 }
 
 fn a_state_directory_that_moved() {
