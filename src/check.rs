@@ -12,8 +12,8 @@ use std::thread;
 use std::time::Duration;
 
 use crate::config::{CheckOptions, Config, Format, Mending, MissingVolume};
-use crate::daemon::lock::{self, Acquired};
-use crate::daemon::{self, database, writable};
+use crate::daemon::visit::{Purpose, Visit, visit};
+use crate::daemon::{self, writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Snapshot, Store};
@@ -41,27 +41,19 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 ///
 /// Whatever keeps it from looking or from mending, in one line.
 pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
-    let root = Image::open_existing_root(&config.root)?;
-    // Held to the end: no daemon starts on what is being looked at.
-    let lock = match lock::acquire(&root)? {
-        Acquired::Lock(lock) => Some(lock),
-        Acquired::Held(_) => None,
-    };
     let mends = options.mending != Mending::Never;
-    if mends && lock.is_none() {
-        return Err(refused(format!(
-            "the daemon that serves {} is running: stop it before a repair",
-            config.root
-        )));
-    }
-    let open = if mends {
-        Store::open
+    let purpose = if mends {
+        Purpose::Change
     } else {
-        Store::open_read_only
+        Purpose::Look
     };
-    let (store, completeness) = database::open_existing(&root, config, open)?;
-    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
-    writable::expect_recorded(&volumes, &store)?;
+    let Visit {
+        // Held to the end: no daemon starts on what is being looked at.
+        lock,
+        completeness,
+        store,
+        volumes,
+    } = visit(config, purpose)?;
     let volumes = match options.missing {
         MissingVolume::AwaitIt => volumes,
         MissingVolume::GiveItUp => give_up(config, options, volumes, &store)?,

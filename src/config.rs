@@ -30,10 +30,10 @@ pub const DEFAULT_ROOT: &str =
 
 /// Serve containerd a snapshotter that keeps image layers on one disk and what
 /// containers write on another. With the word `check`, look whether database
-/// and disks agree instead.
+/// and disks agree instead; with `status`, tell how things stand.
 #[derive(FromArgs)]
 struct Flags {
-    /// nothing, to serve; or `check`
+    /// nothing, to serve; `check` or `status`
     #[argh(positional)]
     command: Vec<String>,
 
@@ -119,7 +119,7 @@ struct Flags {
     #[argh(option, arg_name = "path")]
     metrics_file: Option<String>,
 
-    /// check: answer in JSON
+    /// check and status: answer in JSON
     #[argh(switch)]
     json: bool,
 
@@ -178,7 +178,7 @@ pub struct Config {
     pub metrics_file: Option<String>,
 }
 
-/// How `check` tells what it found.
+/// How a command tells what it found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// In sentences.
@@ -225,6 +225,8 @@ pub enum Parsed {
     Run(Config),
     /// To look whether database and disks agree.
     Check(Config, CheckOptions),
+    /// To tell how things stand.
+    Status(Config, Format),
     /// To print this and be done.
     Print(String),
 }
@@ -244,11 +246,12 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             env!("CARGO_PKG_VERSION")
         ))),
         Ok(flags) => {
-            let options = check_command(&flags)?;
+            let command = command(&flags)?;
             let config = check(flags)?;
-            Ok(match options {
-                None => Parsed::Run(config),
-                Some(options) => Parsed::Check(config, options),
+            Ok(match command {
+                Command::Serve => Parsed::Run(config),
+                Command::Check(options) => Parsed::Check(config, options),
+                Command::Status(format) => Parsed::Status(config, format),
             })
         }
         Err(exit) if exit.status.is_ok() => Ok(Parsed::Print(exit.output)),
@@ -288,32 +291,54 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
     Ok(normal)
 }
 
-/// The options of `check`, if that is the command.
-fn check_command(flags: &Flags) -> Result<Option<CheckOptions>> {
-    let is_check = match flags.command.as_slice() {
-        [] => false,
-        [word] if word == "check" => true,
-        [word, extra, ..] if word == "check" => {
-            return Err(invalid(format!("check takes no {extra:?}")));
-        }
-        [word, ..] => {
-            return Err(invalid(format!(
-                "{word:?} is no command of this program: it knows \"check\", and serves without one"
-            )));
-        }
-    };
-    let given = [
-        ("--json", flags.json),
+enum Command {
+    Serve,
+    Check(CheckOptions),
+    Status(Format),
+}
+
+/// What the words ask for, with the flags that belong to it.
+fn command(flags: &Flags) -> Result<Command> {
+    let words: Vec<&str> = flags.command.iter().map(String::as_str).collect();
+    let for_check = [
         ("--repair", flags.repair),
         ("--yes", flags.yes),
         ("--reset-writable", flags.reset_writable),
     ];
-    if !is_check {
-        return match given.iter().find(|(_, is_given)| *is_given) {
-            None => Ok(None),
-            Some((flag, _)) => Err(invalid(format!("{flag} goes with the command \"check\""))),
-        };
+    let for_commands = [("--json", flags.json)];
+    let refuse = |given: &[(&str, bool)]| match given.iter().find(|(_, is_given)| *is_given) {
+        None => Ok(()),
+        Some((flag, _)) => Err(invalid(format!("{flag} goes with the command \"check\""))),
+    };
+    match words.as_slice() {
+        [] => {
+            refuse(&for_check)?;
+            refuse(&for_commands)?;
+            Ok(Command::Serve)
+        }
+        ["check"] => check_options(flags).map(Command::Check),
+        ["status"] => {
+            refuse(&for_check)?;
+            Ok(Command::Status(format(flags)))
+        }
+        [word @ ("check" | "status"), extra, ..] => {
+            Err(invalid(format!("{word} takes no {extra:?}")))
+        }
+        [word, ..] => Err(invalid(format!(
+            "{word:?} is no command of this program: it knows \"check\" and \"status\", and \
+             serves without one"
+        ))),
     }
+}
+
+fn format(flags: &Flags) -> Format {
+    match flags.json {
+        true => Format::Json,
+        false => Format::Human,
+    }
+}
+
+fn check_options(flags: &Flags) -> Result<CheckOptions> {
     let mends = flags.repair || flags.reset_writable;
     if flags.yes && !mends {
         return Err(invalid("--yes goes with --repair".to_owned()));
@@ -323,11 +348,8 @@ fn check_command(flags: &Flags) -> Result<Option<CheckOptions>> {
             "--json leaves no room for questions: give --yes with --repair".to_owned(),
         ));
     }
-    Ok(Some(CheckOptions {
-        format: match flags.json {
-            true => Format::Json,
-            false => Format::Human,
-        },
+    Ok(CheckOptions {
+        format: format(flags),
         mending: match (mends, flags.yes) {
             (false, _) => Mending::Never,
             (true, false) => Mending::AfterAsking,
@@ -337,7 +359,7 @@ fn check_command(flags: &Flags) -> Result<Option<CheckOptions>> {
             true => MissingVolume::GiveItUp,
             false => MissingVolume::AwaitIt,
         },
-    }))
+    })
 }
 
 /// sockaddr_un's `sun_path` has 108 bytes with the final NUL (unix(7)).

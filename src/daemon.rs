@@ -4,11 +4,12 @@
 //! a request. Killed at any moment, the next start finds what was
 //! acknowledged; see [`crate::store`] and [`crate::volume`].
 
-pub(crate) mod database;
+mod database;
 mod keeper;
-pub(crate) mod lock;
+mod lock;
 mod metrics_file;
 mod server;
+pub(crate) mod visit;
 pub(crate) mod writable;
 
 use std::sync::Arc;

@@ -65,6 +65,14 @@ pub struct Filters {
 }
 
 impl Filters {
+    /// Those that let everything through.
+    #[must_use]
+    pub fn all() -> Filters {
+        Filters {
+            alternatives: Vec::new(),
+        }
+    }
+
     /// Parses the filters of a request, each of which is one alternative.
     ///
     /// # Errors

@@ -3,7 +3,7 @@
 //!
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
-//! the command `check` takes the place of daemon and service;
+//! the commands `check` and `status` take the place of the service;
 //! `types`, `error`, `lock`, `background` and `mountinfo` are free to all,
 //! `filter` and `idmap` are pure leaves.
 
@@ -22,6 +22,7 @@ pub mod overlay;
 pub mod prometheus;
 pub mod service;
 pub mod snapshotter;
+pub mod status;
 pub mod store;
 mod sys;
 pub mod tree;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
 use overlay_read_write_splitting_snapshotter::error::Error;
-use overlay_read_write_splitting_snapshotter::{check, daemon, mount};
+use overlay_read_write_splitting_snapshotter::{check, daemon, mount, status};
 
 /// 1 says that there are findings.
 const COULD_NOT_CHECK: u8 = 2;
@@ -32,6 +32,10 @@ fn main() -> ExitCode {
                     ExitCode::from(COULD_NOT_CHECK)
                 }
             }
+        }
+        Ok(Parsed::Status(config, format)) => {
+            start_log();
+            finish(status::run(&config, format))
         }
         Ok(Parsed::Print(text)) => {
             // A closed pipe (`--help | head`) is no failure.

@@ -35,7 +35,7 @@ use crate::types::{
 };
 use crate::volume::{Owner, Shape, Volumes};
 use crate::{mount, tree};
-pub use figures::{Figures, VolumeFigures};
+pub use figures::{Figures, VolumeFigures, Written};
 pub use finding::{Finding, Problem, Recorded};
 pub use inspect::Inspection;
 use labels::IdMaps;

@@ -208,9 +208,24 @@ fn check_takes_the_daemons_flags_in_any_order() {
         &["--reset-writable"],
         &["check", "--yes"],
         &["check", "--json", "--repair"],
+        &["status", "--repair"],
+        &["status", "check"],
     ] {
         refused(mistake);
     }
+}
+
+#[test]
+fn status_is_a_command() {
+    let parsed = |arguments: &[&str]| parse(arguments.iter().map(OsString::from).collect());
+    assert!(matches!(
+        parsed(&["--root-dir=/a", "status"]),
+        Ok(Parsed::Status(_, Format::Human))
+    ));
+    assert!(matches!(
+        parsed(&["status", "--json"]),
+        Ok(Parsed::Status(_, Format::Json))
+    ));
 }
 
 #[test]

@@ -9,9 +9,9 @@
 //! is not shown any more.
 
 use super::Snapshotter;
-use super::labels::IdMaps;
+use super::labels::{IdMaps, invalid};
 use super::place::is_unpack;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Result};
 use crate::lowers::{ImageRule, Lowers, parse_paths};
 use crate::store::{LabelChange, Snapshot};
 use crate::types::{
@@ -171,21 +171,12 @@ fn chosen_by(rules: &[ImageRule], labels: &Labels) -> Vec<String> {
         .collect()
 }
 
-fn invalid(what: String) -> Error {
-    Error::new(ErrorKind::InvalidArgument, what)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::labels::tests::labels;
     use super::*;
+    use crate::error::ErrorKind;
     use crate::types::LABEL_SNAPSHOT_REF;
-
-    fn labels(pairs: &[(&str, &str)]) -> Labels {
-        pairs
-            .iter()
-            .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-            .collect()
-    }
 
     #[test]
     fn an_unpack_gets_none() {

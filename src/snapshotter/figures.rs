@@ -3,8 +3,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::Snapshotter;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::filter::Filters;
 use crate::store::Held;
+use crate::tree;
 use crate::types::{Kind, Volume};
 
 /// Everything that is counted.
@@ -37,6 +39,17 @@ pub struct VolumeFigures {
     pub size_bytes: u64,
     /// What is free of that.
     pub free_bytes: u64,
+}
+
+/// What a container has written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The snapshot's key.
+    pub key: String,
+    /// Allocated bytes.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
 }
 
 impl Figures {
@@ -89,6 +102,44 @@ impl Snapshotter {
             relocated_bytes: load(&self.relocated.bytes),
             relocation_failures: load(&self.relocated.failures),
         })
+    }
+
+    /// The active snapshots on the writable volume that take most of it, the
+    /// largest first, at most `limit`. Walks each; one that is removed meanwhile,
+    /// or cannot be read, is left out. None if the volume is not there.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn largest_writable(&self, limit: usize) -> Result<Vec<Written>> {
+        let Ok(dirs) = self.volumes.open(Volume::Writable) else {
+            return Ok(Vec::new());
+        };
+        let mut active = Vec::new();
+        self.store.read()?.list(&Filters::all(), |snapshot| {
+            if snapshot.info.kind == Kind::Active && snapshot.volume == Some(Volume::Writable) {
+                active.push((snapshot.id, snapshot.info.name));
+            }
+            Ok(())
+        })?;
+        let mut written = Vec::new();
+        for (id, key) in active {
+            if let Ok(content) = dirs.open_upper(id).and_then(tree::count) {
+                written.push(Written {
+                    key,
+                    bytes: content.usage.size_bytes,
+                    inodes: content.usage.inodes,
+                });
+            }
+        }
+        written.sort_by_key(|written| std::cmp::Reverse(written.bytes));
+        written.truncate(limit);
+        Ok(written)
+    }
+
+    /// Why a volume cannot be used, if so.
+    pub fn problem_of(&self, volume: Volume) -> Option<Error> {
+        self.volumes.open(volume).err()
     }
 
     fn volume_figures(&self, volume: Volume) -> VolumeFigures {

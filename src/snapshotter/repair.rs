@@ -23,8 +23,7 @@ impl Snapshotter {
             return Ok(Vec::new());
         }
         let mut all = Vec::new();
-        let filters = Filters::parse::<&str>(&[]).expect("no filter is no error");
-        self.store.read()?.list(&filters, |snapshot| {
+        self.store.read()?.list(&Filters::all(), |snapshot| {
             all.push(snapshot);
             Ok(())
         })?;

@@ -28,6 +28,7 @@ mod rebase;
 mod recovery;
 mod refusals;
 mod relocation;
+mod status;
 mod support;
 mod volumes;
 
@@ -55,6 +56,7 @@ fn main() {
         ("recovery", recovery::TESTS),
         ("callers", callers::TESTS),
         ("check", check::TESTS),
+        ("status", status::TESTS),
         ("damage", damage::TESTS),
         ("guard", guard::TESTS),
         ("figures", figures::TESTS),

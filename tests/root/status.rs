@@ -1,0 +1,90 @@
+//! The command `status`.
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::Test;
+use crate::content::layer;
+use crate::support::daemon::{BINARY, Split};
+use crate::support::{tree, unchanged};
+
+pub const TESTS: &[Test] = &[("how_things_stand_is_told", how_things_stand_is_told)];
+
+fn status(split: &Split, flags: &[&str]) -> String {
+    let output = Command::new(BINARY)
+        .arg("status")
+        .args(split.daemon.arguments())
+        .args(flags)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    said
+}
+
+fn told(split: &Split) -> Value {
+    serde_json::from_str(&status(split, &["--json"])).unwrap()
+}
+
+fn how_things_stand_is_told() {
+    let mut split = Split::start(&["--relocate", "never"]);
+    let client = split.client();
+    layer(&client, "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+    });
+    client.prepare("init", "base", &[]).unwrap();
+    client.commit("init", "layer", &[]).unwrap();
+    client.view("view", "base", &[]).unwrap();
+    for number in 0..12_usize {
+        let key = format!("default/{number}/web");
+        client.prepare(&key, "layer", &[]).unwrap();
+        let upper = split
+            .writable()
+            .join(format!("snapshots/{}/fs", number + 4));
+        fs::write(upper.join("own"), vec![1; number << 16]).unwrap();
+    }
+    let running = told(&split);
+    assert_eq!(running["daemon"], "running");
+    let volumes = running["volumes"].as_array().unwrap();
+    let roots = [split.root(), split.writable()];
+    for (volume, path) in volumes.iter().zip(roots) {
+        assert_eq!(volume["path"], path.to_str().unwrap());
+        assert_eq!(volume["file_system"], "ext4");
+        assert!(volume["device"].as_str().unwrap().starts_with("/dev/loop"));
+        assert!(volume["free_bytes"].as_u64().unwrap() > 1 << 20);
+        assert_eq!(volume["problem"], Value::Null);
+    }
+    assert!(running["away_bytes"].as_u64().unwrap() > 0);
+    let largest = running["largest"].as_array().unwrap();
+    let keys: Vec<_> = largest
+        .iter()
+        .map(|written| written["key"].as_str().unwrap())
+        .collect();
+    assert_eq!(keys.len(), 10);
+    assert_eq!(keys[..2], ["default/11/web", "default/10/web"]);
+
+    let said = status(&split, &[]);
+    for words in [
+        "daemon     running",
+        "2 committed, 12 active, 1 views",
+        "708K  \"default/11/web\"",
+        "ext4",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+
+    split.daemon.stop();
+    split.writable.unmount();
+    // SQLite makes an empty log and its index for a reader.
+    told(&split);
+    let before = tree(split.root());
+    let stopped = told(&split);
+    unchanged(split.root(), &before);
+    assert_eq!(stopped["daemon"], "stopped");
+    let problem = stopped["volumes"][1]["problem"].as_str().unwrap();
+    assert!(problem.contains("mount the disk"), "{problem}");
+    assert!(status(&split, &[]).contains("cannot be used"));
+    split.writable.mount();
+}
