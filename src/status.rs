@@ -42,6 +42,8 @@ struct Status {
 pub fn run(config: &Config, format: Format) -> Result<()> {
     let visit = visit(config, Purpose::Look)?;
     let is_running = visit.lock.is_none();
+    // Counting may take long, and a daemon may start meanwhile.
+    drop(visit.lock);
     let snapshotter = Snapshotter::new(visit.store, visit.volumes, daemon::options(config));
     let place = |path: &str, volume| -> Result<Place> {
         Ok(Place {
