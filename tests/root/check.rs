@@ -411,8 +411,7 @@ fn a_move_that_was_cut_short() {
         arguments[last - 1] = "--relocate-after".to_owned();
         arguments[last] = "0".to_owned();
         split.daemon.set_arguments(arguments);
-        split.daemon.restart_to_die_at(step);
-        split.daemon.wait();
+        split.daemon.restart_until_dead_at(step);
 
         let (code, said, complaint) = check(&split, &[]);
         let is_recorded = matches!(step, "copied" | "recorded" | "rename-recorded");

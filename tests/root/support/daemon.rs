@@ -172,6 +172,18 @@ impl Daemon {
         self.wait_until_serving();
     }
 
+    /// Starts it again, after its end, and waits until it is killed at a step
+    /// that it comes to by itself, be it before anybody has seen it serve.
+    pub fn restart_until_dead_at(&mut self, step: &str) {
+        self.child = spawn(
+            &self.command,
+            &self.environment,
+            self.log.as_file(),
+            Some(step),
+        );
+        assert!(!self.wait().success());
+    }
+
     /// Changes the arguments for the next start.
     pub fn set_arguments(&mut self, arguments: Vec<String>) {
         let before = self.command.len() - self.arguments.len();
