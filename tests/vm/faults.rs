@@ -329,6 +329,10 @@ fn loses_data(
         fill(&client, &key, "base", name).unwrap();
         fill(&client, &neighbour, "base", "neighbour").unwrap();
         disk.fail_data();
+        // What came before may be on the disk already: the daemon flushes while
+        // layers are unpacked.
+        let late = upper_of(&client.mounts(&key).unwrap()).join("late");
+        fs::write(late, vec![1; 1 << 20]).unwrap();
         if name == "before" {
             // The kernel writes by itself; all is well again when it is asked.
             rustix::fs::sync();
