@@ -340,6 +340,13 @@ impl Drop for Transaction<'_> {
     }
 }
 
+/// The file beside a database that has its name and that suffix.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
 fn not_writable() -> Error {
     Error::new(
         ErrorKind::Unavailable,

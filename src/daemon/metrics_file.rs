@@ -1,14 +1,14 @@
 //! Figures for Prometheus, in a file that the textfile collector of its node
 //! exporter reads.
 //!
-//! What is told of the volumes the kernel has in its memory. The file is replaced whole, so a reader sees the old one or the new
-//! one; it need not outlive a crash.
+//! What is told of the volumes the kernel has in its memory. The file is replaced
+//! whole, so a reader sees the old one or the new one; it need not outlive a crash.
 
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::background::Background;
 use crate::error::Result;
@@ -70,17 +70,10 @@ impl Stop {
 
     /// `false` as soon as it is told.
     fn wait(&self, limit: Duration) -> bool {
-        let due = Instant::now() + limit;
-        let mut is_told = lock(&self.is_told);
-        while !*is_told {
-            let left = due.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return true;
-            }
-            let waited = self.told.wait_timeout(is_told, left);
-            is_told = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        false
+        let waited = self
+            .told
+            .wait_timeout_while(lock(&self.is_told), limit, |is_told| !*is_told);
+        !*waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 

@@ -6,7 +6,7 @@
 //! for again.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Snapshotter, SyncMode};
@@ -62,27 +62,18 @@ impl Unpacks {
 
     /// Waits while nothing is unpacked. `false` at the stop.
     fn await_any(&self) -> bool {
-        let mut state = lock(&self.state);
-        while state.ids.is_empty() && !state.is_stopping {
-            let waited = self.changed.wait(state);
-            state = waited.unwrap_or_else(PoisonError::into_inner);
-        }
-        !state.is_stopping
+        let waited = self.changed.wait_while(lock(&self.state), |state| {
+            state.ids.is_empty() && !state.is_stopping
+        });
+        !waited.unwrap_or_else(PoisonError::into_inner).is_stopping
     }
 
     /// `false` at the stop.
     fn pause(&self) -> bool {
-        let due = Instant::now() + INTERVAL;
-        let mut state: MutexGuard<'_, State> = lock(&self.state);
-        while !state.is_stopping {
-            let left = due.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return true;
-            }
-            let waited = self.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        false
+        let waited = self
+            .changed
+            .wait_timeout_while(lock(&self.state), INTERVAL, |state| !state.is_stopping);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.is_stopping
     }
 }
 

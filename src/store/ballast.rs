@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, fallocate, openat, unlink};
 use rustix::io::Errno;
 
+use super::beside;
+
 /// Two files, for their inodes.
 const SUFFIXES: [&str; 2] = [".ballast-1", ".ballast-2"];
 /// Of each; enough for dozens of removals, of which one is to free more.
@@ -20,13 +22,8 @@ pub(super) struct Ballast {
 impl Ballast {
     /// That of the database at `path`.
     pub(super) fn of(path: &Path) -> Ballast {
-        let with = |suffix| {
-            let mut name = path.as_os_str().to_owned();
-            name.push(suffix);
-            name.into()
-        };
         Ballast {
-            paths: SUFFIXES.map(with),
+            paths: SUFFIXES.map(|suffix| beside(path, suffix)),
         }
     }
 

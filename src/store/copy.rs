@@ -2,14 +2,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
 
-use super::{Store, schema, sql_error, tail};
+use super::{Store, beside, schema, sql_error, tail};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::lock;
 
@@ -45,24 +45,18 @@ impl Store {
     /// at least `settling`, for the changes that come together. `false` if the
     /// store was closed meanwhile.
     pub fn await_change(&self, not_before: Instant, settling: Duration) -> bool {
-        let mut state = lock(&self.changes.state);
-        while !state.is_changed && !state.is_stopped {
-            state = self
-                .changes
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        let due = not_before.max(Instant::now() + settling);
-        while !state.is_stopped {
-            let left = due.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return true;
-            }
-            let waited = self.changes.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        false
+        let state = lock(&self.changes.state);
+        let waited = self
+            .changes
+            .changed
+            .wait_while(state, |state| !state.is_changed && !state.is_stopped);
+        let state = waited.unwrap_or_else(PoisonError::into_inner);
+        let left = settling.max(not_before.saturating_duration_since(Instant::now()));
+        let waited = self
+            .changes
+            .changed
+            .wait_timeout_while(state, left, |state| !state.is_stopped);
+        !waited.unwrap_or_else(PoisonError::into_inner).0.is_stopped
     }
 
     /// Wakes whoever waits in [`Store::await_change`], for good.
@@ -83,8 +77,8 @@ impl Store {
         if !std::mem::replace(&mut lock(&self.changes.state).is_changed, false) {
             return Ok(());
         }
-        let target = with_suffix(&self.path, ".copy");
-        let new = with_suffix(&self.path, ".copy.new");
+        let target = beside(&self.path, ".copy");
+        let new = beside(&self.path, ".copy.new");
         self.copy_to(&new, &target).map_err(|error| {
             lock(&self.changes.state).is_changed = true;
             let _ = fs::remove_file(&new);
@@ -100,7 +94,7 @@ impl Store {
             };
             Error::caused(kind, format!("write {}", new.display()), error)
         };
-        for stale in [new.to_owned(), with_suffix(new, "-journal")] {
+        for stale in [new.to_owned(), beside(new, "-journal")] {
             match fs::remove_file(stale) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(file_error(error));
@@ -136,10 +130,4 @@ impl Store {
             .and_then(|()| File::open(directory)?.sync_all())
             .map_err(file_error)
     }
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
 }

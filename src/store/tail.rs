@@ -6,11 +6,11 @@
 //! it, whatever happened, until the mark is taken off at a clean end. A copy
 //! (see `copy`) says that it is one.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
-use super::{FileFormat, probe_format, sql_error};
+use super::{FileFormat, beside, probe_format, sql_error};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The fact that marks a database in use.
@@ -41,7 +41,7 @@ pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     if probe_format(path)? != FileFormat::Ours {
         return Ok(Completeness::Whole);
     }
-    let has_log = match std::fs::metadata(log_path(path)) {
+    let has_log = match std::fs::metadata(beside(path, "-wal")) {
         Ok(metadata) => metadata.len() > 0,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
         Err(error) => {
@@ -50,19 +50,13 @@ pub fn probe_completeness(path: &Path) -> Result<Completeness> {
         }
     };
     // In the middle of a checkpoint the file by itself may make no sense.
-    let fact = |name| read_without_log(path, name).ok().flatten();
+    let fact = |name| peek_fact(path, name);
     Ok(match (fact(COPIED), has_log) {
         (Some(made), false) => Completeness::Copy(made),
         (Some(made), true) => Completeness::CopyWithLog(made),
         (None, false) if fact(IN_USE).is_some() => Completeness::LogMissing,
         (None, _) => Completeness::Whole,
     })
-}
-
-fn log_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push("-wal");
-    name.into()
 }
 
 /// A fact as the file by itself has it: for a look at a database that may be
