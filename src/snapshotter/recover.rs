@@ -36,7 +36,7 @@ impl Inventory {
     /// Refuses a database that has forgotten snapshots whose directories are there.
     /// One request at a time enters a snapshot, so a crash leaves none beyond the
     /// next id.
-    fn require_latest(&self, volume: Volume, dirs: &Dirs) -> Result<()> {
+    pub(super) fn require_latest(&self, volume: Volume, dirs: &Dirs) -> Result<()> {
         let entries = dirs.entries()?;
         let ids = entries
             .iter()
@@ -97,8 +97,9 @@ impl Snapshotter {
         let image = self.volumes.open(Volume::Image)?;
         // Both volumes before anything is taken for a stray.
         inventory.require_latest(Volume::Image, &image)?;
-        if let Ok(writable) = self.volumes.open(Volume::Writable) {
-            inventory.require_latest(Volume::Writable, &writable)?;
+        let writable = self.volumes.open(Volume::Writable);
+        if let Ok(writable) = &writable {
+            inventory.require_latest(Volume::Writable, writable)?;
         }
         self.drop_unfinished_moves(&image)?;
         let on_image = trash_strays(&image, Volume::Image, &inventory)?;
@@ -106,7 +107,7 @@ impl Snapshotter {
         self.sweep_lower_links(&inventory)?;
         let mut lost = self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
 
-        match self.volumes.open(Volume::Writable) {
+        match writable {
             Ok(writable) => match trash_strays(&writable, Volume::Writable, &inventory) {
                 Ok(found) => lost.extend(self.heal(
                     &transaction,
@@ -115,7 +116,6 @@ impl Snapshotter {
                     &inventory,
                     &found,
                 )),
-                Err(error) if error.kind() == ErrorKind::DataLoss => return Err(error),
                 // A disk that has become read-only, for one.
                 Err(error) => {
                     self.note_stray(Volume::Writable);
@@ -259,19 +259,18 @@ impl Snapshotter {
 type Found = HashMap<SnapshotId, FileType>;
 
 /// Moves to the trash what no row places on that volume, and returns the rest.
-/// Names that are no ids are left alone: this program did not make them.
+/// Names that are no ids are left alone: this program did not make them. Comes
+/// after [`Inventory::require_latest`].
 ///
 /// # Errors
 ///
-/// [`ErrorKind::DataLoss`], and nothing is moved, if the database is an older
-/// state of itself; or as of the volume's disk.
+/// As of the volume's disk.
 pub(super) fn trash_strays(
     dirs: &Arc<Dirs>,
     volume: Volume,
     inventory: &Inventory,
 ) -> Result<Found> {
     let known = inventory.known(volume);
-    inventory.require_latest(volume, dirs)?;
     let mut found = Found::new();
     for entry in dirs.entries()? {
         let name = entry.name.to_bytes();

@@ -130,6 +130,7 @@ impl Snapshotter {
     fn sweep(&self, dirs: &Arc<Dirs>, volume: Volume) -> Result<()> {
         let transaction = self.store.write()?;
         let inventory = recover::Inventory::read(&transaction)?;
+        inventory.require_latest(volume, dirs)?;
         recover::trash_strays(dirs, volume, &inventory).map(drop)
     }
 }
