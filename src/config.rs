@@ -5,6 +5,7 @@
 //! that leave here are absolute, UTF-8 and free of every character that means
 //! something in a mount option.
 
+mod commands;
 mod lowers;
 mod paths;
 mod size;
@@ -22,6 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lowers::ImageRule;
 use crate::snapshotter::{Relocation, RemovalMode, SyncMode, UpperdirLabel};
 use crate::volume::{Lifetime, MountPoints, Reserve};
+use commands::Command;
 use paths::{ROOT_NAMES, WRITABLE_NAMES, check_apart, check_mount_option, check_path};
 
 /// The original's root, so that a drop-in replacement finds its place.
@@ -29,11 +31,13 @@ pub const DEFAULT_ROOT: &str =
     "/var/lib/containerd/tech.imvictor.containerd.overlay-read-write-splitting-snapshotter";
 
 /// Serve containerd a snapshotter that keeps image layers on one disk and what
-/// containers write on another. With the word `check`, look whether database
-/// and disks agree instead; with `status`, tell how things stand.
+/// containers write on another. With a command, do that instead: `status` tells
+/// how things stand, `check` whether database and disks agree, `doctor` whether
+/// this machine will do; `mount KEY DIR` mounts a snapshot to look into or to
+/// rescue from, `umount DIR` ends that.
 #[derive(FromArgs)]
 struct Flags {
-    /// nothing, to serve; `check` or `status`
+    /// nothing, to serve; or a command with its words
     #[argh(positional)]
     command: Vec<String>,
 
@@ -119,9 +123,17 @@ struct Flags {
     #[argh(option, arg_name = "path")]
     metrics_file: Option<String>,
 
-    /// check and status: answer in JSON
+    /// check, status and doctor: answer in JSON
     #[argh(switch)]
     json: bool,
+
+    /// mount: without writing, which a running container's snapshot needs
+    #[argh(switch)]
+    read_only: bool,
+
+    /// doctor: containerd's configuration file (default containerd's default)
+    #[argh(option, arg_name = "path")]
+    containerd_config: Option<String>,
 
     /// check: put right what can be, after asking; the daemon has to be stopped
     #[argh(switch)]
@@ -218,6 +230,35 @@ pub struct CheckOptions {
     pub missing: MissingVolume,
 }
 
+/// How to look at a machine.
+#[derive(Debug, PartialEq, Eq)]
+pub struct DoctorOptions {
+    /// From `--json`.
+    pub format: Format,
+    /// From `--containerd-config`.
+    pub containerd_config: Option<String>,
+}
+
+/// Whether a person's mount may change a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only what is read-only by its kind stays so.
+    AsTheKindAllows,
+    /// It may not.
+    ReadOnly,
+}
+
+/// What to mount.
+#[derive(Debug, PartialEq, Eq)]
+pub struct MountOptions {
+    /// The snapshot, by its key or the last part of it.
+    pub key: String,
+    /// Where: a directory.
+    pub target: String,
+    /// From `--read-only`.
+    pub access: Access,
+}
+
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {
@@ -227,6 +268,12 @@ pub enum Parsed {
     Check(Config, CheckOptions),
     /// To tell how things stand.
     Status(Config, Format),
+    /// To look whether this machine and its containerd will do.
+    Doctor(Config, DoctorOptions),
+    /// To mount a snapshot for a person.
+    Mount(Config, MountOptions),
+    /// To end such a mount, on this directory.
+    Unmount(String),
     /// To print this and be done.
     Print(String),
 }
@@ -246,12 +293,15 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
             env!("CARGO_PKG_VERSION")
         ))),
         Ok(flags) => {
-            let command = command(&flags)?;
+            let command = commands::parse(&flags)?;
             let config = check(flags)?;
             Ok(match command {
                 Command::Serve => Parsed::Run(config),
                 Command::Check(options) => Parsed::Check(config, options),
                 Command::Status(format) => Parsed::Status(config, format),
+                Command::Doctor(options) => Parsed::Doctor(config, options),
+                Command::Mount(options) => Parsed::Mount(config, options),
+                Command::Unmount(target) => Parsed::Unmount(target),
             })
         }
         Err(exit) if exit.status.is_ok() => Ok(Parsed::Print(exit.output)),
@@ -289,77 +339,6 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
         normal.push("true".to_owned());
     }
     Ok(normal)
-}
-
-enum Command {
-    Serve,
-    Check(CheckOptions),
-    Status(Format),
-}
-
-/// What the words ask for, with the flags that belong to it.
-fn command(flags: &Flags) -> Result<Command> {
-    let words: Vec<&str> = flags.command.iter().map(String::as_str).collect();
-    let for_check = [
-        ("--repair", flags.repair),
-        ("--yes", flags.yes),
-        ("--reset-writable", flags.reset_writable),
-    ];
-    let for_commands = [("--json", flags.json)];
-    let refuse = |given: &[(&str, bool)]| match given.iter().find(|(_, is_given)| *is_given) {
-        None => Ok(()),
-        Some((flag, _)) => Err(invalid(format!("{flag} goes with the command \"check\""))),
-    };
-    match words.as_slice() {
-        [] => {
-            refuse(&for_check)?;
-            refuse(&for_commands)?;
-            Ok(Command::Serve)
-        }
-        ["check"] => check_options(flags).map(Command::Check),
-        ["status"] => {
-            refuse(&for_check)?;
-            Ok(Command::Status(format(flags)))
-        }
-        [word @ ("check" | "status"), extra, ..] => {
-            Err(invalid(format!("{word} takes no {extra:?}")))
-        }
-        [word, ..] => Err(invalid(format!(
-            "{word:?} is no command of this program: it knows \"check\" and \"status\", and \
-             serves without one"
-        ))),
-    }
-}
-
-fn format(flags: &Flags) -> Format {
-    match flags.json {
-        true => Format::Json,
-        false => Format::Human,
-    }
-}
-
-fn check_options(flags: &Flags) -> Result<CheckOptions> {
-    let mends = flags.repair || flags.reset_writable;
-    if flags.yes && !mends {
-        return Err(invalid("--yes goes with --repair".to_owned()));
-    }
-    if flags.json && mends && !flags.yes {
-        return Err(invalid(
-            "--json leaves no room for questions: give --yes with --repair".to_owned(),
-        ));
-    }
-    Ok(CheckOptions {
-        format: format(flags),
-        mending: match (mends, flags.yes) {
-            (false, _) => Mending::Never,
-            (true, false) => Mending::AfterAsking,
-            (true, true) => Mending::AtOnce,
-        },
-        missing: match flags.reset_writable {
-            true => MissingVolume::GiveItUp,
-            false => MissingVolume::AwaitIt,
-        },
-    })
 }
 
 /// sockaddr_un's `sun_path` has 108 bytes with the final NUL (unix(7)).

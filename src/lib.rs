@@ -3,14 +3,15 @@
 //!
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
-//! the commands `check` and `status` take the place of the service;
-//! `types`, `error`, `lock`, `background` and `mountinfo` are free to all,
+//! the commands `check`, `status`, `doctor` and `rescue` take the place of the service;
+//! `types`, `error`, `lock`, `background`, `mountinfo` and `plain` are free to all,
 //! `filter` and `idmap` are pure leaves.
 
 mod background;
 pub mod check;
 pub mod config;
 pub mod daemon;
+pub mod doctor;
 pub mod error;
 pub mod filter;
 pub mod idmap;
@@ -19,7 +20,9 @@ pub mod lowers;
 pub mod mount;
 pub mod mountinfo;
 pub mod overlay;
+mod plain;
 pub mod prometheus;
+pub mod rescue;
 pub mod service;
 pub mod snapshotter;
 pub mod status;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
 use overlay_read_write_splitting_snapshotter::error::Error;
-use overlay_read_write_splitting_snapshotter::{check, daemon, mount, status};
+use overlay_read_write_splitting_snapshotter::{check, daemon, doctor, mount, rescue, status};
 
 /// 1 says that there are findings.
 const COULD_NOT_CHECK: u8 = 2;
@@ -37,6 +37,22 @@ fn main() -> ExitCode {
             start_log();
             finish(status::run(&config, format))
         }
+        Ok(Parsed::Doctor(config, options)) => {
+            start_log();
+            match doctor::run(&config, &options) {
+                Ok(doctor::Outcome::Fit) => ExitCode::SUCCESS,
+                Ok(doctor::Outcome::Unfit) => ExitCode::from(1),
+                Err(error) => {
+                    complain(&error);
+                    ExitCode::from(COULD_NOT_CHECK)
+                }
+            }
+        }
+        Ok(Parsed::Mount(config, options)) => {
+            start_log();
+            finish(rescue::mount(&config, &options))
+        }
+        Ok(Parsed::Unmount(target)) => finish(rescue::umount(&target)),
         Ok(Parsed::Print(text)) => {
             // A closed pipe (`--help | head`) is no failure.
             let _ = std::io::stdout().write_all(text.as_bytes());

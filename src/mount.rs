@@ -4,6 +4,10 @@
 //! what a missing feature means is for the caller to say. A mount made here
 //! ends with the value that stands for it.
 
+mod stack;
+
+pub use stack::Stack;
+
 use std::ffi::CString;
 use std::fs;
 use std::io::{Read, Write};

@@ -11,7 +11,7 @@ use rustix::fd::{AsFd, AsRawFd};
 use crate::error::{Error, ErrorKind, Result};
 
 /// One mount.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mounted {
     /// Its number.
     pub id: Vec<u8>,
@@ -57,6 +57,24 @@ pub fn mount_of(fd: impl AsFd, mounts: &[Mounted]) -> Result<Option<&Mounted>> {
         .find_map(|line| line.strip_prefix(b"mnt_id:"))
         .map(<[u8]>::trim_ascii);
     Ok(mounts.iter().find(|mounted| Some(&*mounted.id) == id))
+}
+
+/// The mount that a path is on; `None` if there is nothing of that name.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if it cannot be opened, or the kernel does not tell.
+pub fn of_path(path: &str) -> Result<Option<Mounted>> {
+    let file = match fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => {
+            let what = format!("open {path}");
+            return Err(Error::caused(ErrorKind::Internal, what, error));
+        }
+    };
+    let mounts = read()?;
+    Ok(mount_of(&file, &mounts)?.cloned())
 }
 
 fn parse(text: &[u8]) -> Vec<Mounted> {

@@ -20,6 +20,7 @@ mod recover;
 mod relocate;
 mod removal;
 mod repair;
+mod rescue;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -41,6 +42,7 @@ pub use inspect::Inspection;
 use labels::IdMaps;
 pub use options::{Options, Relocation, RemovalMode, SyncMode, UpperdirLabel};
 use place::{choose_volume, is_unpack};
+pub use rescue::Rescue;
 
 /// What the kernel does with mounts whose ids are to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,6 @@
 //!
 //! Owns: what is told and how. Changes nothing; works beside a running daemon.
 
-use std::fs::File;
 use std::io::Write;
 
 use serde_json::{Value, json};
@@ -10,8 +9,9 @@ use serde_json::{Value, json};
 use crate::config::{Config, Format};
 use crate::daemon;
 use crate::daemon::visit::{Purpose, visit};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::mountinfo;
+use crate::plain::{bytes, paragraph};
 use crate::snapshotter::{Figures, Snapshotter, VolumeFigures, Written};
 use crate::types::{Kind, Quoted, Volume};
 
@@ -48,7 +48,7 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
     let place = |path: &str, volume| -> Result<Place> {
         Ok(Place {
             path: path.to_owned(),
-            mounted: mounted_at(path)?,
+            mounted: mountinfo::of_path(path)?.map(|mounted| (mounted.source, mounted.file_system)),
             problem: snapshotter
                 .problem_of(volume)
                 .map(|error: Error| error.chain()),
@@ -72,26 +72,15 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
     Ok(())
 }
 
-/// The device and the file system that a directory is on.
-fn mounted_at(path: &str) -> Result<Option<(String, String)>> {
-    let directory = match File::open(path) {
-        Ok(directory) => directory,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => {
-            let what = format!("open {path}");
-            return Err(Error::caused(ErrorKind::Internal, what, error));
-        }
-    };
-    let mounts = mountinfo::read()?;
-    let mounted = mountinfo::mount_of(&directory, &mounts)?;
-    Ok(mounted.map(|mounted| (mounted.source.clone(), mounted.file_system.clone())))
-}
-
 impl Status {
     fn sentences(&self) -> String {
         let mut text = String::new();
-        let mut row = |name: &str, what: &str| text.push_str(&format!("{name:<10} {what}\n"));
+        let head = |name: &str| format!("{name:<10} ");
+        let row = |text: &mut String, name: &str, what: &str| {
+            text.push_str(&format!("{}{what}\n", head(name)));
+        };
         row(
+            &mut text,
             "daemon",
             if self.is_running {
                 "running"
@@ -100,12 +89,17 @@ impl Status {
             },
         );
         for (place, figures) in self.places.iter().zip(&self.figures.volumes) {
-            row(&figures.volume.to_string(), &place.path);
+            row(&mut text, &figures.volume.to_string(), &place.path);
             if let Some((source, file_system)) = &place.mounted {
-                row("", &format!("{source}, {file_system}{}", room(figures)));
+                row(
+                    &mut text,
+                    "",
+                    &format!("{source}, {file_system}{}", room(figures)),
+                );
             }
             if let Some(problem) = &place.problem {
-                row("", &format!("cannot be used: {problem}"));
+                let problem = format!("cannot be used: {problem}");
+                text.push_str(&paragraph(&head(""), &problem));
             }
         }
         let count = |kind| {
@@ -117,6 +111,7 @@ impl Status {
             of_kind.map(|held| held.count).sum::<u64>()
         };
         row(
+            &mut text,
             "snapshots",
             &format!(
                 "{} committed, {} active, {} views",
@@ -126,11 +121,19 @@ impl Status {
             ),
         );
         let away = bytes(self.figures.away_bytes);
-        row("away", &format!("{away} in layers that are not home yet"));
+        row(
+            &mut text,
+            "away",
+            &format!("{away} in layers that are not home yet"),
+        );
         for (number, written) in self.largest.iter().enumerate() {
             let name = if number == 0 { "largest" } else { "" };
             let key = Quoted(&written.key);
-            row(name, &format!("{:>7}  {key}", bytes(written.bytes)));
+            row(
+                &mut text,
+                name,
+                &format!("{:>7}  {key}", bytes(written.bytes)),
+            );
         }
         text
     }
@@ -172,37 +175,5 @@ fn room(figures: &VolumeFigures) -> String {
         // It cannot be asked.
         0 => String::new(),
         size => format!(", {}, {} free", bytes(size), bytes(figures.free_bytes)),
-    }
-}
-
-/// In powers of 1024, as `df -h` and `du -h` tell them.
-fn bytes(bytes: u64) -> String {
-    let mut size = bytes as f64;
-    for unit in ["B", "K", "M", "G", "T"] {
-        if size < 1024.0 {
-            let digits = usize::from(unit != "B" && size < 10.0);
-            return format!("{size:.digits$}{unit}");
-        }
-        size /= 1024.0;
-    }
-    format!("{size:.0}P")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_short() {
-        for (number, text) in [
-            (0, "0B"),
-            (1023, "1023B"),
-            (1024, "1.0K"),
-            (10 << 10, "10K"),
-            (3 << 29, "1.5G"),
-            (u64::MAX, "16384P"),
-        ] {
-            assert_eq!(bytes(number), text);
-        }
     }
 }

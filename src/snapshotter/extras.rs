@@ -120,6 +120,22 @@ impl Snapshotter {
         Ok(links)
     }
 
+    /// The host directories of a snapshot themselves, for a mount that nobody
+    /// shortens the names of.
+    pub(super) fn host_directories(&self, snapshot: &Snapshot) -> Result<Vec<String>> {
+        let info = &snapshot.info;
+        let mut wanted = Wanted::by_label(info.kind, &info.name, &info.labels)?;
+        wanted.chosen = self.chosen_lowers(snapshot.id)?;
+        let lowers = self.ensure_lowers(&wanted)?;
+        let paths = lowers
+            .targets()
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect();
+        lowers.keep();
+        Ok(paths)
+    }
+
     fn chosen_lowers(&self, id: SnapshotId) -> Result<Vec<String>> {
         let recorded = self.store.read()?.chosen_lowers(id)?;
         recorded.map_or(Ok(Vec::new()), |paths| parse_paths(&paths))

@@ -13,6 +13,7 @@ mod connections;
 mod containerd;
 mod content;
 mod damage;
+mod doctor;
 mod figures;
 mod full;
 mod fuzz;
@@ -28,6 +29,7 @@ mod rebase;
 mod recovery;
 mod refusals;
 mod relocation;
+mod rescue;
 mod status;
 mod support;
 mod volumes;
@@ -57,6 +59,8 @@ fn main() {
         ("callers", callers::TESTS),
         ("check", check::TESTS),
         ("status", status::TESTS),
+        ("doctor", doctor::TESTS),
+        ("rescue", rescue::TESTS),
         ("damage", damage::TESTS),
         ("guard", guard::TESTS),
         ("figures", figures::TESTS),

@@ -1,0 +1,175 @@
+//! The directories of both volumes, or where they will be made: what they are
+//! on, and whether overlayfs can write there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, access, statvfs};
+
+use super::{Finding, Verdict};
+use crate::config::Config;
+use crate::daemon;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mount::{MERGED, probe_idmapped_mounts, probe_upper, unmount_stale};
+use crate::mountinfo::{self, Mounted};
+use crate::plain::bytes;
+use crate::volume::{Lifetime, MountPoints, require_mount_points};
+
+/// A directory, or the nearest one above it that is there.
+struct Place {
+    there: PathBuf,
+    is_whole: bool,
+    mounted: Mounted,
+}
+
+pub(super) fn look(config: &Config) -> Vec<Finding> {
+    let options = daemon::options(config).mount_options;
+    let mut findings = Vec::new();
+    let mut look_at = |topic, flag, path: &str| match find(path) {
+        Err(error) => {
+            let text = format!("{}: give another {flag}", error.chain());
+            findings.push(Finding::new(topic, Verdict::Bad, text));
+            None
+        }
+        Ok(place) => {
+            findings.push(describe(topic, path, &place));
+            findings.push(try_overlay(topic, &place, &options));
+            Some(place)
+        }
+    };
+    let image = look_at("image", "--root-dir", &config.root);
+    let writable = look_at("writable", "--writable-dir", &config.writable);
+    let (Some(image), Some(writable)) = (image, writable) else {
+        return findings;
+    };
+    let is_one = image.mounted.device == writable.mounted.device;
+    findings.push(match is_one {
+        false => Finding::new("split", Verdict::Good, "two file systems"),
+        true => Finding::new(
+            "split",
+            Verdict::Note,
+            format!(
+                "both volumes are on one file system ({}), so nothing is split: mount the small, \
+                 fast disk on the writable directory, or name another with --writable-dir",
+                image.mounted.source
+            ),
+        ),
+    });
+    findings.extend(lasting(config, &writable));
+    if config.mount_points == MountPoints::Required {
+        let directories = [
+            ("--root-dir", &*config.root),
+            ("--writable-dir", &*config.writable),
+        ];
+        if let Err(error) = require_mount_points(&directories) {
+            findings.push(Finding::new("mounts", Verdict::Bad, error.chain()));
+        }
+    }
+    findings.push(match probe_idmapped_mounts(&image.there) {
+        Ok(()) => Finding::new("mapped ids", Verdict::Good, "layers can be id-mapped"),
+        Err(error) => Finding::new(
+            "mapped ids",
+            Verdict::Note,
+            format!(
+                "{}: leave \"remap-ids\" out of the capabilities of the proxy plugin",
+                error.chain()
+            ),
+        ),
+    });
+    findings
+}
+
+/// Memory forgets, and the daemon then takes the volume for a missing one.
+fn lasting(config: &Config, writable: &Place) -> Option<Finding> {
+    let is_memory = matches!(&*writable.mounted.file_system, "tmpfs" | "ramfs");
+    (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
+        Finding::new(
+            "writable",
+            Verdict::Note,
+            "what is in memory is gone after a reboot: if that is meant, give --writable-volatile",
+        )
+    })
+}
+
+fn find(path: &str) -> Result<Place> {
+    let cannot = |error| {
+        let what = format!("look at {path}");
+        Error::caused(ErrorKind::FailedPrecondition, what, error)
+    };
+    let mut there = PathBuf::from(path);
+    // A link to nowhere is there, and no place to make a directory.
+    while fs::symlink_metadata(&there).is_err() && there.pop() {}
+    let meta = fs::metadata(&there).map_err(cannot)?;
+    if !meta.is_dir() {
+        let what = format!("{} is no directory", there.display());
+        return Err(Error::new(ErrorKind::FailedPrecondition, what));
+    }
+    let text = there.to_str().unwrap_or(path);
+    let mounted = mountinfo::of_path(text)?.ok_or_else(|| {
+        let what = format!("the kernel does not tell what {text} is on");
+        Error::new(ErrorKind::FailedPrecondition, what)
+    })?;
+    Ok(Place {
+        is_whole: there == Path::new(path),
+        there,
+        mounted,
+    })
+}
+
+fn describe(topic: &'static str, path: &str, place: &Place) -> Finding {
+    let mounted = &place.mounted;
+    let room = statvfs(&place.there).map_or(String::new(), |state| {
+        let size = state.f_blocks.saturating_mul(state.f_frsize);
+        let free = state.f_bavail.saturating_mul(state.f_frsize);
+        format!(", {}, {} free", bytes(size), bytes(free))
+    });
+    let on = format!("{}, {}{room}", mounted.source, mounted.file_system);
+    let where_to = match (place.is_whole, mounted.point == place.there) {
+        (true, true) => String::new(),
+        (true, false) => format!(" in {}", mounted.point.display()),
+        (false, _) => format!(
+            " is not there and would be made in {}",
+            place.there.display()
+        ),
+    };
+    Finding::new(topic, Verdict::Good, format!("{path}{where_to}: {on}"))
+}
+
+/// Really mounts one there: in a directory of its own, which goes again.
+fn try_overlay(topic: &'static str, place: &Place, options: &[String]) -> Finding {
+    let scratch = place.there.join(format!(".doctor-{}", std::process::id()));
+    let probed = fs::create_dir(&scratch)
+        .map_err(|error| {
+            let what = format!("create {}", scratch.display());
+            Error::caused(ErrorKind::FailedPrecondition, what, error)
+        })
+        .and_then(|()| {
+            let probed = probe_upper(&scratch, options);
+            unmount_stale(&scratch.join(MERGED));
+            // Made here, and nobody else's: what is left would only be in the way.
+            let removed = fs::remove_dir_all(&scratch).map_err(|error| {
+                let what = format!("remove {}", scratch.display());
+                Error::caused(ErrorKind::Internal, what, error)
+            });
+            probed.and(removed)
+        });
+    match probed {
+        Ok(()) => Finding::new(
+            topic,
+            Verdict::Good,
+            "overlayfs writes there, directory entries have types",
+        ),
+        Err(error) => {
+            let path = place.there.display();
+            let hint = match access(&place.there, Access::WRITE_OK) {
+                Ok(()) => "use ext4, XFS or btrfs",
+                Err(_) => "make it writable",
+            };
+            Finding::new(
+                topic,
+                Verdict::Bad,
+                format!("no overlay on {path}: {}: {hint}", error.chain()),
+            )
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Mounting a whole overlay, whatever the number of its layers.
+//!
+//! mount(2) takes all options as one string of at most a page, which the paths
+//! of many layers do not fit into. Linux 6.7 takes layers one by one (`lowerdir+`,
+//! Documentation/filesystems/overlayfs.rst); before it, names relative to the
+//! working directory are short enough.
+
+use std::ffi::CString;
+use std::path::Path;
+
+use rustix::fd::OwnedFd;
+use rustix::fs::CWD;
+use rustix::io::{Errno, read};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
+    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, move_mount,
+};
+use rustix::param::page_size;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The longest value that fsconfig(2) takes.
+const MAX_VALUE_BYTES: usize = 255;
+
+/// An overlay to be mounted. All paths are absolute, and free of what means
+/// something in a mount option.
+#[derive(Debug)]
+pub struct Stack<'a> {
+    /// What mountinfo and df(1) are to show as its device.
+    pub source: &'a str,
+    /// The directory that most layers are below.
+    pub base: &'a str,
+    /// The lower directories, the topmost first: at least one, two without an
+    /// upper directory.
+    pub lowers: &'a [String],
+    /// The directory that has the upper and the work directory, `fs` and `work`;
+    /// without one the mount is read-only.
+    pub own: Option<&'a str>,
+    /// Further options, as for mount(8).
+    pub options: &'a [String],
+}
+
+impl Stack<'_> {
+    /// Mounts it on `target`, an absolute path. May change the working directory
+    /// of the process, so it is for programs that do nothing else.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] with what the kernel says.
+    pub fn mount(&self, target: &Path) -> Result<()> {
+        match self.mount_by_layers(target)? {
+            Taken::Yes => Ok(()),
+            Taken::No => self.mount_by_string(target),
+        }
+    }
+
+    /// Hands the layers over one by one, if the kernel and the paths allow it.
+    fn mount_by_layers(&self, target: &Path) -> Result<Taken> {
+        let is_long = |path: &String| path.len() > MAX_VALUE_BYTES;
+        let own = self.own_paths();
+        if self.lowers.iter().chain(&own).any(is_long) {
+            return Ok(Taken::No);
+        }
+        let context = match fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
+            Err(Errno::NOSYS | Errno::PERM) => return Ok(Taken::No),
+            context => context.map_err(|errno| refused(target, errno, ""))?,
+        };
+        for (number, lower) in self.lowers.iter().enumerate() {
+            match fsconfig_set_string(&context, "lowerdir+", lower.as_str()) {
+                // Not known to the kernel.
+                Err(Errno::INVAL) if number == 0 => return Ok(Taken::No),
+                set => set.map_err(|errno| failed(target, errno, &context))?,
+            }
+        }
+        let configured = self.configure(&context, &own);
+        configured.map_err(|errno| failed(target, errno, &context))?;
+        let attributes = match self.own {
+            Some(_) => MountAttrFlags::empty(),
+            None => MountAttrFlags::MOUNT_ATTR_RDONLY,
+        };
+        let mounted = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+            .map_err(|errno| failed(target, errno, &context))?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&mounted, "", CWD, target, flags)
+            .map_err(|errno| failed(target, errno, &context))?;
+        Ok(Taken::Yes)
+    }
+
+    fn configure(&self, context: &OwnedFd, own: &[String]) -> std::result::Result<(), Errno> {
+        fsconfig_set_string(context, "source", self.source)?;
+        match own {
+            [upper, work] => {
+                fsconfig_set_string(context, "upperdir", upper.as_str())?;
+                fsconfig_set_string(context, "workdir", work.as_str())?;
+            }
+            _ => fsconfig_set_flag(context, "ro")?,
+        }
+        for option in self.options {
+            match option.split_once('=') {
+                Some((name, value)) => fsconfig_set_string(context, name, value)?,
+                None => fsconfig_set_flag(context, option.as_str())?,
+            }
+        }
+        fsconfig_create(context)
+    }
+
+    /// Hands all over as one string, the names of layers relative to `base`.
+    fn mount_by_string(&self, target: &Path) -> Result<()> {
+        let mut data = String::from("lowerdir=");
+        for (number, lower) in self.lowers.iter().enumerate() {
+            if number > 0 {
+                data.push(':');
+            }
+            let below = lower.strip_prefix(self.base);
+            let below = below.and_then(|below| below.strip_prefix('/'));
+            data.push_str(below.unwrap_or(lower));
+        }
+        if let [upper, work] = self.own_paths().as_slice() {
+            data.push_str(&format!(",upperdir={upper},workdir={work}"));
+        }
+        for option in self.options {
+            data.push(',');
+            data.push_str(option);
+        }
+        let most = page_size() - 1;
+        if data.len() > most {
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "the options of {} layers have {} bytes, of which mount(2) takes {most}: Linux \
+                     6.7 and later mount them, if no directory's path is longer than \
+                     {MAX_VALUE_BYTES} bytes",
+                    self.lowers.len(),
+                    data.len()
+                ),
+            ));
+        }
+        let data = CString::new(data).map_err(|_| refused(target, Errno::INVAL, ""))?;
+        let flags = match self.own {
+            Some(_) => MountFlags::empty(),
+            None => MountFlags::RDONLY,
+        };
+        std::env::set_current_dir(self.base)
+            .map_err(|error| {
+                let what = format!("enter {}", self.base);
+                Error::caused(ErrorKind::FailedPrecondition, what, error)
+            })
+            .and_then(|()| {
+                mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
+                    .map_err(|errno| refused(target, errno, ""))
+            })
+    }
+
+    /// The upper and the work directory, or nothing.
+    fn own_paths(&self) -> Vec<String> {
+        let own = self
+            .own
+            .map(|own| [format!("{own}/fs"), format!("{own}/work")]);
+        own.into_iter().flatten().collect()
+    }
+}
+
+/// Whether a way to mount was open.
+enum Taken {
+    Yes,
+    No,
+}
+
+/// With what the kernel has to say about it (`Documentation/filesystems/mount_api.rst`):
+/// lines that begin with a letter for how grave they are.
+fn failed(target: &Path, errno: Errno, context: &OwnedFd) -> Error {
+    let mut said = String::new();
+    let mut line = [0_u8; 1024];
+    while let Ok(bytes @ 1..) = read(context, &mut line) {
+        let text = String::from_utf8_lossy(line.get(..bytes).unwrap_or_default()).into_owned();
+        let text = text.trim_end();
+        said.push_str(": ");
+        said.push_str(text.get(2..).unwrap_or(text));
+    }
+    refused(target, errno, &said)
+}
+
+fn refused(target: &Path, errno: Errno, said: &str) -> Error {
+    Error::caused(
+        ErrorKind::FailedPrecondition,
+        format!("mount an overlay on {}{said}", target.display()),
+        std::io::Error::from(errno),
+    )
+}

@@ -1,0 +1,107 @@
+//! What a person reads on a terminal: sizes, lines that fit, a little colour.
+
+use std::io::IsTerminal;
+
+/// How many columns lines have at most, apart from words that are longer.
+const COLUMNS: usize = 80;
+
+/// In powers of 1024, as `df -h` and `du -h` tell them.
+pub fn bytes(bytes: u64) -> String {
+    let mut size = bytes as f64;
+    for unit in ["B", "K", "M", "G", "T"] {
+        if size < 1024.0 {
+            let digits = usize::from(unit != "B" && size < 10.0);
+            return format!("{size:.digits$}{unit}");
+        }
+        size /= 1024.0;
+    }
+    format!("{size:.0}P")
+}
+
+/// `text` behind `head`, in lines that fit; the second and all further ones begin
+/// below the text of the first.
+pub fn paragraph(head: &str, text: &str) -> String {
+    let indent = head.chars().count();
+    let mut lines = head.to_owned();
+    let mut column = indent;
+    for word in text.split_whitespace() {
+        let length = word.chars().count();
+        if column > indent && column + 1 + length > COLUMNS {
+            lines.push('\n');
+            lines.push_str(&" ".repeat(indent));
+            column = indent;
+        }
+        if column > indent {
+            lines.push(' ');
+            column += 1;
+        }
+        lines.push_str(word);
+        column += length;
+    }
+    lines.push('\n');
+    lines
+}
+
+/// How a word is to stand out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Colour {
+    /// All is well.
+    Green,
+    /// Worth a look.
+    Yellow,
+    /// Something is wrong.
+    Red,
+}
+
+/// The word in that colour, if standard output is a terminal that may have some
+/// (<https://no-color.org>).
+pub fn coloured(colour: Colour, word: &str) -> String {
+    let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let is_dumb = std::env::var_os("TERM").is_some_and(|terminal| terminal == "dumb");
+    if !std::io::stdout().is_terminal() || is_set("NO_COLOR") || is_dumb {
+        return word.to_owned();
+    }
+    let code = match colour {
+        Colour::Green => 32,
+        Colour::Yellow => 33,
+        Colour::Red => 31,
+    };
+    format!("\x1b[{code}m{word}\x1b[0m")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        for (number, text) in [
+            (0, "0B"),
+            (1023, "1023B"),
+            (1024, "1.0K"),
+            (10 << 10, "10K"),
+            (3 << 29, "1.5G"),
+            (u64::MAX, "16384P"),
+        ] {
+            assert_eq!(bytes(number), text);
+        }
+    }
+
+    #[test]
+    fn paragraphs_fit() {
+        let text = "word ".repeat(40);
+        let told = paragraph("head  ", &text);
+        assert!(told.lines().all(|line| line.len() <= COLUMNS), "{told}");
+        assert!(
+            told.lines()
+                .skip(1)
+                .all(|line| line.starts_with("      word"))
+        );
+        assert_eq!(told.split_whitespace().count(), 41);
+        let long = "x".repeat(100);
+        assert_eq!(
+            paragraph("a ", &format!("b {long} c")),
+            format!("a b\n  {long}\n  c\n")
+        );
+    }
+}

@@ -1,0 +1,226 @@
+//! The command `doctor`, with Debian's containerd.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::Test;
+use crate::support::daemon::BINARY;
+use crate::support::disk::Disk;
+use crate::support::{tree, unchanged};
+
+pub const TESTS: &[Test] = &[
+    (
+        "two_disks_and_a_right_configuration_are_fit",
+        two_disks_and_a_right_configuration_are_fit,
+    ),
+    ("what_is_wrong_is_said", what_is_wrong_is_said),
+    (
+        "disks_that_will_not_do_are_named",
+        disks_that_will_not_do_are_named,
+    ),
+];
+
+/// What doctor comes to, and what it says, in JSON and in lines.
+fn doctor(arguments: &[String]) -> (Option<i32>, Value, String) {
+    let run = |more: &[&str]| {
+        Command::new(BINARY)
+            .arg("doctor")
+            .args(arguments)
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    let (human, json) = (run(&[]), run(&["--json"]));
+    assert_eq!(human.status, json.status);
+    let value = serde_json::from_slice(&json.stdout).unwrap_or(Value::Null);
+    let text = [human.stdout, human.stderr].concat();
+    (human.status.code(), value, String::from_utf8(text).unwrap())
+}
+
+fn arguments(image: &Disk, writable: &Disk, configuration: &Path) -> Vec<String> {
+    vec![
+        format!("--root-dir={}/root", image.text()),
+        format!("--writable-dir={}", writable.text()),
+        format!("--containerd-config={}", configuration.display()),
+    ]
+}
+
+/// The verdicts on a topic, and all their words.
+fn told(value: &Value, topic: &str) -> (Vec<String>, String) {
+    let findings = value["findings"].as_array().unwrap().iter();
+    let about: Vec<_> = findings
+        .filter(|finding| finding["topic"] == topic)
+        .collect();
+    let verdicts = about
+        .iter()
+        .map(|it| it["verdict"].as_str().unwrap().to_owned());
+    let words: Vec<_> = about
+        .iter()
+        .map(|it| {
+            format!(
+                "{}\n{}",
+                it["text"].as_str().unwrap(),
+                it["stanza"].as_str().unwrap_or("")
+            )
+        })
+        .collect();
+    (verdicts.collect(), words.join("\n"))
+}
+
+fn two_disks_and_a_right_configuration_are_fit() {
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let scratch = tempfile::tempdir().unwrap();
+    let configuration = scratch.path().join("config.toml");
+    // A dump as Kubernetes' containerd has it, and the stanza of a first run.
+    fs::write(&configuration, "version = 2\n").unwrap();
+    let arguments = arguments(&image, &writable, &configuration);
+    let before = (tree(image.path()), tree(writable.path()));
+    let (code, value, text) = doctor(&arguments);
+    assert_eq!(code, Some(1), "{text}");
+    let (verdicts, stanza) = told(&value, "plugin");
+    assert_eq!(verdicts, ["bad"], "{text}");
+    let stanza = stanza.split_once('\n').unwrap().1.to_owned();
+
+    let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"rwsplit\"\n";
+    fs::write(&configuration, format!("version = 2\n{stanza}\n{cri}")).unwrap();
+    let (code, value, text) = doctor(&arguments);
+    assert_eq!(code, Some(0), "{text}");
+    for (topic, verdicts, words) in [
+        ("kernel", &["ok"][..], "Linux "),
+        (
+            "image",
+            &["ok", "ok"],
+            "/root is not there and would be made in",
+        ),
+        ("image", &["ok", "ok"], "overlayfs writes there"),
+        ("writable", &["ok", "ok"], "ext4"),
+        ("split", &["ok"], "two file systems"),
+        ("containerd", &["ok"], "1."),
+        ("plugin", &["ok"], "\"rwsplit\" leads here"),
+        ("Kubernetes", &["ok"], "pods get this snapshotter"),
+    ] {
+        let (found, said) = told(&value, topic);
+        assert_eq!(found, verdicts, "{topic}: {text}");
+        assert!(said.contains(words), "{topic}: {said}");
+        assert!(text.contains(words), "{topic}: {text}");
+    }
+    unchanged(image.path(), &before.0);
+    unchanged(writable.path(), &before.1);
+}
+
+fn what_is_wrong_is_said() {
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let scratch = tempfile::tempdir().unwrap();
+    let configuration = scratch.path().join("config.toml");
+    let socket = format!("{}/root/grpc.socks", image.text());
+    let arguments = arguments(&image, &writable, &configuration);
+    let rule = ["--allow-lower=/srv", "--lower-for=*=/srv/cache"].map(str::to_owned);
+    let with_rule = [&*arguments, &rule].concat();
+    let proxy = |name: &str, kind: &str, address: &str| {
+        format!("[proxy_plugins.{name}]\n type = \"{kind}\"\n address = \"{address}\"\n")
+    };
+    let ours = proxy("rwsplit", "snapshot", &socket);
+    let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n snapshotter = \"rwsplit\"\n";
+    for (arguments, text, topic, verdict, words) in [
+        (
+            &arguments,
+            proxy("rwsplit", "snapshot", "/run/x"),
+            "plugin",
+            "bad",
+            "\"rwsplit\" has /run/x",
+        ),
+        (
+            &arguments,
+            proxy("rwsplit", "content", &socket),
+            "plugin",
+            "bad",
+            "has to be \"snapshot\"",
+        ),
+        (
+            &arguments,
+            proxy("overlayfs", "snapshot", &socket),
+            "plugin",
+            "bad",
+            "has the name of one of containerd's own",
+        ),
+        (
+            &arguments,
+            "= nonsense".to_owned(),
+            "plugin",
+            "bad",
+            "cannot be read",
+        ),
+        (
+            &arguments,
+            ours.clone(),
+            "Kubernetes",
+            "note",
+            "pods get the snapshotter \"overlayfs\"",
+        ),
+        (
+            &with_rule,
+            format!("{ours}{cri} disable_snapshot_annotations = true\n"),
+            "Kubernetes",
+            "bad",
+            "--lower-for is in vain",
+        ),
+    ] {
+        fs::write(&configuration, format!("version = 2\n{text}")).unwrap();
+        let (code, value, said) = doctor(arguments);
+        assert_eq!(code, Some(i32::from(verdict == "bad")), "{words}: {said}");
+        let (verdicts, told) = told(&value, topic);
+        assert_eq!(verdicts, [verdict], "{said}");
+        assert!(told.contains(words), "{words}: {told}");
+    }
+}
+
+fn disks_that_will_not_do_are_named() {
+    let image = Disk::ext4(64);
+    let scratch = tempfile::tempdir().unwrap();
+    let configuration = scratch.path().join("config.toml");
+    fs::write(&configuration, "version = 2\n").unwrap();
+    let told_of = |writable: &str, flags: &[&str]| {
+        let mut arguments = vec![
+            format!("--root-dir={}", image.text()),
+            format!("--writable-dir={writable}"),
+            format!("--containerd-config={}", configuration.display()),
+        ];
+        arguments.extend(flags.iter().map(ToString::to_string));
+        doctor(&arguments).1
+    };
+    // One disk for both.
+    let within = format!("{}/writable", image.text());
+    let (verdicts, said) = told(&told_of(&within, &[]), "split");
+    assert_eq!(verdicts, ["note"], "{said}");
+    // No mount points, where they are asked for.
+    let (verdicts, said) = told(&told_of(&within, &["--require-mount"]), "mounts");
+    assert_eq!(verdicts, ["bad"], "{said}");
+
+    // Memory.
+    let memory = Disk::ext4(16);
+    let point = format!("{}/memory", memory.text());
+    fs::create_dir(&point).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", point.as_str(), "tmpfs", flags, None).unwrap();
+    let (verdicts, said) = told(&told_of(&point, &[]), "writable");
+    assert_eq!(verdicts, ["ok", "ok", "note"], "{said}");
+    assert!(said.contains("--writable-volatile"), "{said}");
+    let (verdicts, _) = told(&told_of(&point, &["--writable-volatile"]), "writable");
+    assert_eq!(verdicts, ["ok", "ok"]);
+    rustix::mount::unmount(point.as_str(), rustix::mount::UnmountFlags::empty()).unwrap();
+
+    // A disk that cannot be written to, and a file.
+    memory.remount("ro");
+    let (verdicts, said) = told(&told_of(&memory.text(), &[]), "writable");
+    assert_eq!(verdicts, ["ok", "bad"], "{said}");
+    assert!(said.contains("make it writable"), "{said}");
+    let (verdicts, said) = told(&told_of(configuration.to_str().unwrap(), &[]), "writable");
+    assert_eq!(verdicts, ["bad"], "{said}");
+    assert!(
+        said.contains("is no directory: give another --writable-dir"),
+        "{said}"
+    );
+}

@@ -1,0 +1,381 @@
+//! The commands `mount` and `umount`.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use rustix::mount::{UnmountFlags, unmount};
+use tempfile::TempDir;
+
+use crate::Test;
+use crate::content::layer;
+use crate::support::daemon::{BINARY, Daemon, Split};
+use crate::support::disk::{Disk, subdirectory};
+use crate::support::mounted::Mounted;
+use crate::support::{tree, unchanged};
+
+pub const TESTS: &[Test] = &[
+    (
+        "every_kind_is_mounted_as_it_allows",
+        every_kind_is_mounted_as_it_allows,
+    ),
+    (
+        "what_is_mounted_already_is_only_looked_at",
+        what_is_mounted_already_is_only_looked_at,
+    ),
+    ("a_name_is_a_key_or_its_end", a_name_is_a_key_or_its_end),
+    (
+        "directories_that_will_not_do_are_refused",
+        directories_that_will_not_do_are_refused,
+    ),
+    (
+        "only_its_own_mounts_are_unmounted",
+        only_its_own_mounts_are_unmounted,
+    ),
+    ("four_hundred_layers_mount", four_hundred_layers_mount),
+    (
+        "long_paths_mount_in_one_string",
+        long_paths_mount_in_one_string,
+    ),
+    ("host_directories_are_shown", host_directories_are_shown),
+    ("what_is_missing_is_named", what_is_missing_is_named),
+];
+
+/// A command's target, unmounted at the end whatever happens.
+struct Target(TempDir);
+
+impl Target {
+    fn new() -> Target {
+        Target(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn text(&self) -> &str {
+        self.path().to_str().unwrap()
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = unmount(self.path(), UnmountFlags::DETACH);
+    }
+}
+
+fn command(daemon: &Daemon, words: &[&str]) -> Output {
+    Command::new(BINARY)
+        .args(words)
+        .args(daemon.arguments())
+        .output()
+        .unwrap()
+}
+
+fn done(daemon: &Daemon, words: &[&str]) -> String {
+    let output = command(daemon, words);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {complaint}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a refused command says.
+fn refused(daemon: &Daemon, words: &[&str]) -> String {
+    let output = command(daemon, words);
+    assert_eq!(output.status.code(), Some(1), "{words:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Two layers, and on them an active snapshot and a view.
+fn fill(split: &Split) {
+    let client = split.client();
+    layer(&client, "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+        fs::write(top.join("deleted"), "base").unwrap();
+    });
+    layer(&client, "top", "base", |top| {
+        fs::write(top.join("file"), "top").unwrap();
+        fs::remove_file(top.join("deleted")).unwrap();
+    });
+    let mounts = client.prepare("default/7/web", "top", &[]).unwrap();
+    let mounted = Mounted::new(&mounts);
+    fs::write(mounted.path().join("own"), "written").unwrap();
+    client.view("default/8/view", "top", &[]).unwrap();
+}
+
+fn every_kind_is_mounted_as_it_allows() {
+    let mut split = Split::start(&[]);
+    fill(&split);
+    let client = split.client();
+    client.view("default/9/lowest", "base", &[]).unwrap();
+    client.prepare("default/10/alone", "", &[]).unwrap();
+    for is_running in [true, false] {
+        if !is_running {
+            split.daemon.stop();
+        }
+        let target = Target::new();
+        let at = |name: &str| target.path().join(name);
+
+        let said = done(&split.daemon, &["mount", "web", target.text()]);
+        assert!(said.contains("\"default/7/web\""), "{said}");
+        assert_eq!(read(&at("file")), "top");
+        assert_eq!(read(&at("own")), "written");
+        assert!(!at("deleted").exists());
+        let name = format!("rescued-{is_running}");
+        fs::write(at(&name), "rescued").unwrap();
+        done(&split.daemon, &["umount", target.text()]);
+        assert!(!at("file").exists(), "it is still mounted");
+        let upper = split.writable().join("snapshots/3/fs");
+        assert_eq!(read(&upper.join(&name)), "rescued");
+
+        // Without parent.
+        done(&split.daemon, &["mount", "alone", target.text()]);
+        fs::write(at("first"), "x").unwrap();
+        done(&split.daemon, &["umount", target.text()]);
+
+        // A view, a layer in the middle of a chain and one at its end.
+        for (key, content, is_deleted) in [
+            ("view", "top", true),
+            ("lowest", "base", false),
+            ("top", "top", true),
+            ("base", "base", false),
+        ] {
+            let said = done(&split.daemon, &["mount", key, target.text()]);
+            assert!(said.contains("read-only"), "{key}: {said}");
+            assert_eq!(read(&at("file")), content, "{key}");
+            assert_eq!(at("deleted").exists(), !is_deleted, "{key}");
+            let written = fs::write(at("new"), "x").unwrap_err();
+            assert_eq!(
+                written.kind(),
+                std::io::ErrorKind::ReadOnlyFilesystem,
+                "{key}"
+            );
+            done(&split.daemon, &["umount", target.text()]);
+        }
+    }
+}
+
+fn what_is_mounted_already_is_only_looked_at() {
+    let split = Split::start(&[]);
+    fill(&split);
+    let container = Mounted::new(&split.client().mounts("default/7/web").unwrap());
+    let target = Target::new();
+    let said = refused(&split.daemon, &["mount", "web", target.text()]);
+    assert!(
+        said.contains("mounted already") && said.contains("--read-only"),
+        "{said}"
+    );
+    done(
+        &split.daemon,
+        &["mount", "--read-only", "web", target.text()],
+    );
+    assert_eq!(read(&target.path().join("own")), "written");
+    assert!(fs::write(target.path().join("own"), "x").is_err());
+    assert_eq!(read(&container.path().join("own")), "written");
+    done(&split.daemon, &["umount", target.text()]);
+    drop(container);
+    // And a mount by hand keeps the next one away.
+    done(&split.daemon, &["mount", "web", target.text()]);
+    let second = Target::new();
+    let said = refused(&split.daemon, &["mount", "web", second.text()]);
+    assert!(said.contains("mounted already"), "{said}");
+}
+
+fn a_name_is_a_key_or_its_end() {
+    let split = Split::start(&[]);
+    let client = split.client();
+    for key in ["default/1/web", "k8s.io/2/web", "web2", "odd \"key\"/\n"] {
+        client.prepare(key, "", &[]).unwrap();
+    }
+    let target = Target::new();
+    let said = refused(&split.daemon, &["mount", "web", target.text()]);
+    for words in ["2 snapshots", "\"default/1/web\"", "\"k8s.io/2/web\""] {
+        assert!(said.contains(words), "{said}");
+    }
+    for unknown in ["we", "eb2", "", "default/1", "nothing"] {
+        let said = refused(&split.daemon, &["mount", unknown, target.text()]);
+        assert!(said.contains("no snapshot's key is"), "{unknown:?}: {said}");
+    }
+    for known in ["k8s.io/2/web", "2/web", "web2", "odd \"key\"/\n"] {
+        done(&split.daemon, &["mount", known, target.text()]);
+        done(&split.daemon, &["umount", target.text()]);
+    }
+    for (words, expected) in [
+        (&["mount"][..], "two words"),
+        (&["mount", "web"][..], "two words"),
+        (&["mount", "a", "b", "c"][..], "two words"),
+        (&["umount"][..], "one word"),
+        (&["umount", "a", "b"][..], "one word"),
+        (
+            &["status", "--read-only"][..],
+            "goes with the command \"mount\"",
+        ),
+    ] {
+        let said = refused(&split.daemon, words);
+        assert!(said.contains(expected), "{words:?}: {said}");
+    }
+}
+
+fn directories_that_will_not_do_are_refused() {
+    let split = Split::start(&[]);
+    fill(&split);
+    let outside = tempfile::tempdir().unwrap();
+    let file = outside.path().join("file");
+    fs::write(&file, "x").unwrap();
+    let inside = split.root().join("mine");
+    fs::create_dir(&inside).unwrap();
+    let link = outside.path().join("link");
+    std::os::unix::fs::symlink(&inside, &link).unwrap();
+    let beside = split.writable().join("mine");
+    fs::create_dir(&beside).unwrap();
+    let before = tree(outside.path());
+    for (directory, expected) in [
+        (outside.path().to_owned(), "is not empty"),
+        (file, "look into the directory"),
+        (outside.path().join("missing"), "find the directory"),
+        (inside, "where snapshots are kept"),
+        (link, "where snapshots are kept"),
+        (beside, "where snapshots are kept"),
+    ] {
+        let said = refused(
+            &split.daemon,
+            &["mount", "web", directory.to_str().unwrap()],
+        );
+        assert!(said.contains(expected), "{}: {said}", directory.display());
+    }
+    unchanged(outside.path(), &before);
+}
+
+fn only_its_own_mounts_are_unmounted() {
+    let split = Split::start(&[]);
+    fill(&split);
+    let container = Mounted::new(&split.client().mounts("default/7/web").unwrap());
+    let empty = Target::new();
+    for other in [
+        container.path(),
+        split.image.path(),
+        empty.path().to_owned(),
+    ] {
+        let said = refused(&split.daemon, &["umount", other.to_str().unwrap()]);
+        assert!(said.contains("no snapshot was mounted there"), "{said}");
+    }
+    assert_eq!(read(&container.path().join("own")), "written");
+
+    done(&split.daemon, &["mount", "view", empty.text()]);
+    let held = fs::File::open(empty.path().join("file")).unwrap();
+    let said = refused(&split.daemon, &["umount", empty.text()]);
+    assert!(said.contains("in use"), "{said}");
+    drop(held);
+    done(&split.daemon, &["umount", empty.text()]);
+}
+
+fn four_hundred_layers_mount() {
+    let split = Split::start(&["--sync", "none"]);
+    let client = split.client();
+    let mut parent = String::new();
+    for number in 1..=400 {
+        let name = format!("layer-{number}");
+        layer(&client, &name, &parent, |top| {
+            fs::write(top.join(format!("file-{number}")), "x").unwrap();
+        });
+        parent = name;
+    }
+    client.prepare("default/1/web", &parent, &[]).unwrap();
+    let target = Target::new();
+    done(&split.daemon, &["mount", "web", target.text()]);
+    assert_eq!(fs::read_dir(target.path()).unwrap().count(), 400);
+    fs::write(target.path().join("own"), "x").unwrap();
+    done(&split.daemon, &["umount", target.text()]);
+}
+
+/// What older kernels get, and fsconfig(2) has no room for.
+fn long_paths_mount_in_one_string() {
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let long = subdirectory(&writable.path(), &"w".repeat(240));
+    let arguments = [
+        "--root-dir",
+        &subdirectory(&image.path(), "root"),
+        "--writable-dir",
+        &subdirectory(Path::new(&long), "writable"),
+    ];
+    let daemon = Daemon::start(&arguments.map(str::to_owned));
+    let client = daemon.client();
+    let mut parent = String::new();
+    for number in 1..=150 {
+        let name = format!("layer-{number}");
+        layer(&client, &name, &parent, |top| {
+            fs::write(top.join(format!("file-{number}")), "x").unwrap();
+        });
+        parent = name;
+    }
+    client.prepare("web", &parent, &[]).unwrap();
+    let target = Target::new();
+    done(&daemon, &["mount", "web", target.text()]);
+    assert_eq!(fs::read_dir(target.path()).unwrap().count(), 150);
+    fs::write(target.path().join("own"), "x").unwrap();
+    let said = refused(&daemon, &["mount", "web", Target::new().text()]);
+    assert!(said.contains("mounted already"), "{said}");
+    done(&daemon, &["umount", target.text()]);
+    let upper = Path::new(&long).join("writable/snapshots/151/fs");
+    assert_eq!(read(&upper.join("own")), "x");
+}
+
+fn host_directories_are_shown() {
+    const LABEL: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
+    let host = tempfile::tempdir().unwrap();
+    fs::write(host.path().join("cache"), "host").unwrap();
+    let path = host.path().to_str().unwrap();
+    let split = Split::start(&["--allow-lower", path]);
+    let client = split.client();
+    layer(&client, "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+    });
+    client.prepare("web", "base", &[(LABEL, path)]).unwrap();
+    let target = Target::new();
+    for flags in [&[][..], &["--read-only"][..]] {
+        done(
+            &split.daemon,
+            &[&["mount", "web", target.text()], flags].concat(),
+        );
+        assert_eq!(read(&target.path().join("cache")), "host");
+        assert_eq!(read(&target.path().join("file")), "base");
+        done(&split.daemon, &["umount", target.text()]);
+    }
+}
+
+fn what_is_missing_is_named() {
+    let mut split = Split::start(&[]);
+    fill(&split);
+    split.daemon.stop();
+    let target = Target::new();
+    fs::rename(
+        split.root().join("snapshots/1"),
+        split.root().join("snapshots/gone"),
+    )
+    .unwrap();
+    let said = refused(&split.daemon, &["mount", "web", target.text()]);
+    assert!(said.contains("snapshots/1/fs, which is missing"), "{said}");
+    fs::rename(
+        split.root().join("snapshots/gone"),
+        split.root().join("snapshots/1"),
+    )
+    .unwrap();
+
+    split.writable.unmount();
+    let said = refused(&split.daemon, &["mount", "web", target.text()]);
+    assert!(said.contains("writable"), "{said}");
+    // Layers need no writable volume.
+    done(&split.daemon, &["mount", "top", target.text()]);
+    assert_eq!(read(&target.path().join("file")), "top");
+    done(&split.daemon, &["umount", target.text()]);
+    split.writable.mount();
+    done(&split.daemon, &["mount", "web", target.text()]);
+    done(&split.daemon, &["umount", target.text()]);
+}
