@@ -4,6 +4,7 @@
 #
 #     sudo sh tests/install-tools.sh run     to run the daemon with a containerd
 #     sudo sh tests/install-tools.sh demo    the same, and to build the daemon
+#     sudo sh tests/install-tools.sh dist    the same, and to make releases of it
 #     sudo sh tests/install-tools.sh test    the same, and to test it
 #
 # A script in this directory can also read it with `.` and call
@@ -319,8 +320,8 @@ tools_need_lints() {
 
 install_tools() {
     case ${1-} in
-    run | demo | test) ;;
-    *) tools_die "usage: install-tools.sh run|demo|test" ;;
+    run | demo | dist | test) ;;
+    *) tools_die "usage: install-tools.sh run|demo|dist|test" ;;
     esac
     tools_missing=
     tools_find_user
@@ -357,10 +358,23 @@ install_tools() {
         tools_find_rust || tools_need_debian_rust
     fi
 
-    if [ "$1" = test ]; then
+    # dist: what packages and checks; tests/dist/cross.sh brings the compilers.
+    if [ "$1" = dist ] || [ "$1" = test ]; then
         tools_need go golang-go
         tools_need_path /usr/share/gocode/src/github.com/containerd/containerd/snapshots/testsuite \
             golang-github-containerd-containerd-dev
+        tools_installed python3-venv || tools_miss python3-venv
+        tools_need curl curl
+        tools_need lowdown lowdown
+        tools_need groff groff-base
+        tools_need qemu-aarch64-static qemu-user-static
+        tools_need readelf binutils
+        tools_need setcap libcap2-bin
+        tools_need setfattr attr
+        tools_need systemd-analyze systemd
+    fi
+
+    if [ "$1" = test ]; then
         tools_need shellcheck shellcheck
         tools_need strace strace
         tools_need getfattr attr
