@@ -1,0 +1,249 @@
+#!/bin/sh
+# Installs overlay-read-write-splitting-snapshotter from the unpacked release
+# archive that this file is in, upgrades it, or removes it. Run by root:
+#
+#     ./install.sh [options]      installs or upgrades, and starts it
+#     ./install.sh uninstall      removes it; data and changed settings stay
+#
+# Running containers are not touched by either. Options:
+#
+#     --service systemd|openrc    instead of finding out which one runs here
+#     --no-start                  neither starts nor restarts anything
+#     --image-device DEV ...      sets up disks as well: see disks.sh
+#
+# Environment:
+#
+#     PREFIX    where the program goes, instead of /usr/local
+#     DESTDIR   goes before every path that is written, for packages and tests;
+#               nothing is started then
+
+set -eu
+
+program=overlay-read-write-splitting-snapshotter
+here=$(cd "$(dirname "$0")" && pwd)
+prefix=${PREFIX:-/usr/local}
+destdir=${DESTDIR-}
+
+bin=$prefix/bin
+share=$prefix/share/$program
+# systemd looks here for what is neither a distribution's nor the
+# administrator's. What is changed with `systemctl edit` is kept elsewhere.
+units=$prefix/lib/systemd/system
+man=$prefix/share/man/man8
+
+say() {
+    echo "install.sh: $*"
+}
+
+die() {
+    echo "install.sh: $*" >&2
+    exit 1
+}
+
+# put MODE SOURCE PATH: a whole file appears in one step, also in the place of a
+# program that runs.
+put() {
+    mkdir -p "$destdir${3%/*}"
+    cp "$2" "$destdir$3.new"
+    chmod "$1" "$destdir$3.new"
+    mv -f "$destdir$3.new" "$destdir$3"
+}
+
+# put_program MODE SOURCE PATH: the same for a file that names the program.
+put_program() {
+    mkdir -p "$destdir${3%/*}"
+    sed "s#/usr/local/bin/$program#$bin/$program#" "$2" >"$destdir$3.new"
+    chmod "$1" "$destdir$3.new"
+    mv -f "$destdir$3.new" "$destdir$3"
+}
+
+# put_config SOURCE PATH: settings that were changed stay. What was installed
+# last is in $share, to tell.
+put_config() {
+    installed=$share/${2##*/}.${1##*.}
+    if [ ! -e "$destdir$2" ] || cmp -s "$destdir$installed" "$destdir$2"; then
+        put 644 "$1" "$2"
+    elif ! cmp -s "$1" "$destdir$2"; then
+        say "$2 was changed and stays; the one of this version is $installed"
+    fi
+    put 644 "$1" "$installed"
+}
+
+# drop_config KIND PATH
+drop_config() {
+    [ -e "$destdir$2" ] || return 0
+    if cmp -s "$destdir$share/${2##*/}.$1" "$destdir$2"; then
+        rm "$destdir$2"
+    else
+        say "$2 was changed and stays"
+    fi
+}
+
+find_service() {
+    # systemd's own way to tell whether it is in charge.
+    if [ -d /run/systemd/system ]; then
+        service=systemd
+    elif [ -x /sbin/openrc-run ] || [ -x /usr/sbin/openrc-run ]; then
+        service=openrc
+    elif command -v systemctl >/dev/null 2>&1; then
+        service=systemd
+    else
+        die "neither systemd nor OpenRC is here; choose with --service"
+    fi
+}
+
+install_files() {
+    put 755 "$here/$program" "$bin/$program"
+    put 644 "$here/$program.8" "$man/$program.8"
+    put 755 "$here/disks.sh" "$share/disks.sh"
+    for file in README.md CHANGELOG.md LICENSE; do
+        put 644 "$here/$file" "$share/$file"
+    done
+}
+
+install_systemd() {
+    if [ -e "$destdir/etc/systemd/system/$program.service" ] &&
+        [ ! -L "$destdir/etc/systemd/system/$program.service" ]; then
+        say "/etc/systemd/system/$program.service hides the unit of this version: remove it" \
+            "if you have not changed it on purpose"
+    fi
+    new=yes
+    [ ! -e "$destdir$units/$program.service" ] || new=no
+    put_program 644 "$here/systemd/$program.service" "$units/$program.service"
+    put_config "$here/systemd/$program.default" "/etc/default/$program"
+    if [ -n "$destdir" ]; then
+        [ "$new" = no ] || systemctl --root="$destdir" --quiet enable "$program.service"
+        return 0
+    fi
+    if [ ! -d /run/systemd/system ]; then
+        # In an image that will be booted later.
+        [ "$new" = no ] || systemctl --quiet enable "$program.service"
+        return 0
+    fi
+    systemctl daemon-reload
+    [ "$new" = no ] || systemctl --quiet enable "$program.service"
+}
+
+start_systemd() {
+    [ -d /run/systemd/system ] || return 0
+    if [ "$new" = yes ]; then
+        systemctl restart "$program.service" ||
+            die "it does not start: see 'journalctl -u $program'"
+    else
+        # One that was stopped on purpose stays so.
+        systemctl try-restart "$program.service" ||
+            die "it does not start again: see 'journalctl -u $program'"
+    fi
+}
+
+remove_systemd() {
+    if [ -z "$destdir" ] && [ -d /run/systemd/system ]; then
+        systemctl --quiet stop "$program.service" 2>/dev/null || :
+    fi
+    if [ -e "$destdir$units/$program.service" ]; then
+        systemctl ${destdir:+--root="$destdir"} --quiet disable "$program.service" || :
+    fi
+    rm -f "$destdir$units/$program.service" \
+        "$destdir/etc/systemd/system/$program.service.d/10-mounts.conf"
+    rmdir "$destdir/etc/systemd/system/$program.service.d" 2>/dev/null || :
+    drop_config default "/etc/default/$program"
+    [ -n "$destdir" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+}
+
+install_openrc() {
+    new=yes
+    [ ! -e "$destdir/etc/init.d/$program" ] || new=no
+    put_program 755 "$here/openrc/$program.initd" "/etc/init.d/$program"
+    put_config "$here/openrc/$program.confd" "/etc/conf.d/$program"
+    [ "$new" = yes ] || return 0
+    if [ -n "$destdir" ]; then
+        mkdir -p "$destdir/etc/runlevels/default"
+        ln -sfn "/etc/init.d/$program" "$destdir/etc/runlevels/default/$program"
+    else
+        rc-update --quiet add "$program" default
+    fi
+}
+
+start_openrc() {
+    # Not in an image that will be booted later.
+    [ -d /run/openrc ] || return 0
+    if [ "$new" = yes ]; then
+        rc-service "$program" start || die "it does not start: see /var/log/$program.log"
+    elif rc-service --quiet "$program" status >/dev/null 2>&1; then
+        # --nodeps: what needs it (containerd, say) goes on meanwhile. In two
+        # steps: after a restart with --nodeps OpenRC takes it for stopped.
+        rc-service --nodeps "$program" stop
+        rc-service --nodeps "$program" start ||
+            die "it does not start again: see /var/log/$program.log"
+    fi
+}
+
+remove_openrc() {
+    if [ -z "$destdir" ]; then
+        [ ! -d /run/openrc ] || rc-service --quiet --nodeps "$program" stop >/dev/null 2>&1 || :
+        rc-update --quiet del "$program" default 2>/dev/null || :
+    fi
+    rm -f "$destdir/etc/runlevels/default/$program" "$destdir/etc/init.d/$program"
+    drop_config confd "/etc/conf.d/$program"
+}
+
+uninstall() {
+    [ -e "$destdir$bin/$program" ] || say "$bin/$program is not there; removing what else is"
+    [ "$service" != systemd ] || remove_systemd
+    [ "$service" != openrc ] || remove_openrc
+    rm -f "$destdir$bin/$program" "$destdir$man/$program.8"
+    rm -rf "$destdir$share"
+    say "removed. Images and containers are where they were, and so are mounts that were set up;" \
+        "containerd's configuration still names the snapshotter"
+}
+
+action=install
+service=
+start=yes
+disks=
+while [ $# -gt 0 ]; do
+    case $1 in
+    install | uninstall) action=$1 ;;
+    --service)
+        [ $# -ge 2 ] || die "--service needs systemd or openrc"
+        service=$2
+        shift
+        ;;
+    --no-start) start=no ;;
+    -h | --help)
+        sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+    # What else there is, is for disks.sh; words of its own have no blanks.
+    *) disks="$disks $1" ;;
+    esac
+    shift
+done
+case $service in
+systemd | openrc) ;;
+'') find_service ;;
+*) die "--service is '$service', it has to be systemd or openrc" ;;
+esac
+[ -n "$destdir" ] || [ "$(id -u)" = 0 ] || die "has to be run by root"
+[ -z "$destdir" ] || start=no
+
+if [ "$action" = uninstall ]; then
+    [ -z "$disks" ] || die "uninstall takes no$disks"
+    uninstall
+    exit 0
+fi
+
+[ -f "$here/$program" ] || die "$here is no unpacked release archive: $program is not in it"
+# Before anything is changed: a binary for another machine would not start.
+[ -n "$destdir" ] || "$here/$program" --version >/dev/null ||
+    die "this archive's program does not run here: is the archive for a machine like this" \
+        "($(uname -m))?"
+# $disks is a list.
+# shellcheck disable=SC2086
+[ -z "$disks" ] || DESTDIR=$destdir sh "$here/disks.sh" --check --service "$service" $disks
+install_files
+"install_$service"
+# shellcheck disable=SC2086
+DESTDIR=$destdir sh "$here/disks.sh" --service "$service" $disks
+[ "$start" = no ] || "start_$service"
+say "$program is installed for $service; what to tell containerd is in $share/README.md"

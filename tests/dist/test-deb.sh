@@ -1,0 +1,61 @@
+#!/bin/sh
+# The Debian package for this machine, in the sandbox: installing, upgrading
+# with a changed configuration file, removing, purging.
+#
+#     sandbox.sh test-deb.sh
+set -eu
+
+program=overlay-read-write-splitting-snapshotter
+machine=$(dpkg --print-architecture)
+default=/etc/default/$program
+wants=/etc/systemd/system/multi-user.target.wants/$program.service
+
+fail() {
+    echo "test-deb.sh: $*" >&2
+    exit 1
+}
+
+quiet() {
+    said=$("$@" 2>&1 </dev/null) || fail "'$*' failed: $said"
+}
+
+deb=$(echo /sandbox/dist/${program}_*_"$machine".deb)
+quiet dpkg -i "$deb"
+[ "$($program --version)" = "$program $(dpkg-query -W -f '${Version}' $program)" ] ||
+    fail "the package's version is not the program's: $($program --version)"
+[ -L "$wants" ] || fail "the unit is not enabled"
+said=$(systemd-analyze verify "/usr/lib/systemd/system/$program.service" 2>&1) || fail "$said"
+[ -z "$said" ] || fail "systemd-analyze verify: $said"
+quiet dpkg --verify "$program"
+[ -z "$said" ] || fail "dpkg --verify: $said"
+man -w "$program" >/dev/null || fail "there is no man page"
+
+# Where snapshots may be.
+mkdir -p /var/lib/containerd/tech.imvictor.containerd.$program/snapshots
+
+# A later version, which also changes the configuration file.
+dpkg-deb -R "$deb" /tmp/next
+sed -i 's/^Version: .*/Version: 9999/' /tmp/next/DEBIAN/control
+echo '# of the next version' >>"/tmp/next$default"
+dpkg-deb --root-owner-group -b /tmp/next /tmp/next.deb >/dev/null
+echo 'OPTIONS="--reserve 1G"' >>"$default"
+systemctl --quiet disable "$program"
+quiet dpkg --force-confdef -i /tmp/next.deb
+grep -q 'reserve 1G' "$default" || fail "an upgrade has overwritten what was changed"
+[ -e "$default.dpkg-dist" ] || fail "an upgrade has not left the new configuration beside the changed one"
+[ ! -L "$wants" ] || fail "an upgrade enables the unit that was disabled"
+# What was not changed is replaced.
+quiet dpkg --force-confnew -i "$deb"
+quiet dpkg -i /tmp/next.deb
+grep -q 'next version' "$default" || fail "an upgrade has kept an old configuration"
+
+quiet dpkg -r "$program"
+[ ! -e "/usr/bin/$program" ] || fail "it was not removed"
+[ -e "$default" ] || fail "removing has taken the configuration"
+quiet dpkg -i "$deb"
+quiet dpkg -P "$program"
+left=$(find /etc /usr /var/lib/systemd -name "*$program*" -not -path '/usr/src/*' -not -path '/usr/local/*')
+[ -z "$left" ] || fail "purging leaves: $left"
+[ -d /var/lib/containerd/tech.imvictor.containerd.$program/snapshots ] ||
+    fail "purging has touched data"
+echo "the Debian package installs, upgrades and goes"
