@@ -106,11 +106,11 @@ build_suite() {
 }
 
 step "formatting" cargo fmt --check
-step "scripts" shellcheck .ci/run tests/*.sh
+step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* openrc/*d
 step "lints" cargo clippy --quiet --locked --all-targets -- -D warnings
 RUSTDOCFLAGS='-D warnings' step "documentation" \
     cargo doc --quiet --locked --no-deps --document-private-items
-step "suite's formatting" test -z "$(gofmt -l tests/suite)"
+step "formatting of Go" test -z "$(gofmt -l tests)"
 rust_tests
 rust_tests --test vm
 
@@ -125,6 +125,15 @@ mount "$disk" "$scratch/disk"
 SNAPSHOTTER_WRITABLE="$scratch/disk" suite "writable volume on another file system"
 SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
     suite "--async-remove false"
+
+
+# The release; its parts build on one another.
+step "static binaries and packages" sh tests/dist.sh all
+step "packages, once more" sh tests/dist/test-same.sh
+step "systemd unit" sh tests/dist/test-units.sh "dist/overlay-read-write-splitting-snapshotter-$(uname -m)"
+step "archive" sh tests/dist/sandbox.sh test-install.sh
+step "Debian package" sh tests/dist/sandbox.sh test-deb.sh
+step "disks" sh tests/dist/sandbox.sh test-disks.sh
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]
