@@ -129,6 +129,9 @@ SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
 
 # The release; its parts build on one another.
 step "static binaries and packages" sh tests/dist.sh all
+# The binary that is released, with musl's memory and threads.
+SNAPSHOTTER="$PWD/dist/overlay-read-write-splitting-snapshotter-$(uname -m)" \
+    SNAPSHOTTER_WRITABLE="$scratch/disk" suite "static binary"
 step "packages, once more" sh tests/dist/test-same.sh
 step "systemd unit" sh tests/dist/test-units.sh "dist/overlay-read-write-splitting-snapshotter-$(uname -m)"
 step "archive" sh tests/dist/sandbox.sh test-install.sh

@@ -94,6 +94,9 @@ if [ -z "$emulator" ]; then
     at_most "when idle" "$most_idle_kib"
 fi
 "$scratch/client" "$scratch/root/grpc.socks" once || fail "it does not serve"
+# For this it starts itself as a child, and does without where it cannot have
+# what it needs, such as mount_setattr(2) in an emulator.
+"$scratch/client" "$scratch/root/grpc.socks" mapped || fail "it does not serve mapped ids"
 if [ -z "$emulator" ]; then
     "$scratch/client" "$scratch/root/grpc.socks" many "$requests" || fail "it does not serve"
     at_most "after $requests requests" "$most_used_kib"
@@ -105,9 +108,6 @@ wait "$daemon" || status=$?
 daemon=
 [ "$status" = 0 ] || fail "it ended with status $status"
 # What it could not do, it has logged.
-if grep -E ' (WARN|ERROR) ' "$scratch/log"; then
-    # Under an emulator that knows not every system call, it may have to do
-    # without some.
-    [ -n "$emulator" ] || fail "it has warned"
-fi
+grep 'layers cannot be id-mapped' "$scratch/log" || :
+! grep -E ' (WARN|ERROR) ' "$scratch/log" | grep -v 'asks for mapped ids' || fail "it has warned"
 echo "$machine: serves"

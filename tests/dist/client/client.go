@@ -6,6 +6,7 @@
 //
 // These leave the daemon with no snapshots, and say nothing unless they fail.
 //
+//	client SOCKET mapped                  a container with ids of its own
 //	client SOCKET prepare KEY [PARENT]    prints the directory to write to
 //	client SOCKET commit NAME KEY
 //	client SOCKET remove KEY              and cleans up
@@ -67,6 +68,8 @@ func run(args []string) error {
 	case args[1] == "once":
 		_, err = round(ctx, client, "once")
 		return err
+	case args[1] == "mapped":
+		return mapped(ctx, client)
 	case args[1] == "many" && len(args) == 3:
 		requests, err := strconv.Atoi(args[2])
 		if err != nil {
@@ -90,6 +93,30 @@ func run(args []string) error {
 		return client.(snapshots.Cleaner).Cleanup(ctx)
 	}
 	return fmt.Errorf("no such command: %s", strings.Join(args[1:], " "))
+}
+
+// mapped makes a container whose user namespace shares the image's layers: the
+// daemon first tries whether the kernel can do that.
+func mapped(ctx context.Context, client snapshots.Snapshotter) error {
+	if _, err := client.Prepare(ctx, "extract-mapped", ""); err != nil {
+		return err
+	}
+	if err := client.Commit(ctx, "layer-mapped", "extract-mapped"); err != nil {
+		return err
+	}
+	_, prepared := client.Prepare(ctx, "mapped", "layer-mapped", snapshots.WithLabels(map[string]string{
+		"containerd.io/snapshot/uidmapping": "0:100000:65536",
+		"containerd.io/snapshot/gidmapping": "0:100000:65536",
+	}))
+	if prepared == nil {
+		if err := client.Remove(ctx, "mapped"); err != nil {
+			return err
+		}
+	}
+	if err := client.Remove(ctx, "layer-mapped"); err != nil {
+		return err
+	}
+	return prepared
 }
 
 // many shares the requests out.
