@@ -110,6 +110,11 @@ mount_units() {
 # defaults.
 write_drop_in() {
     [ "$service" = systemd ] || return 0
+    put_drop_in
+    [ -n "$destdir" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+}
+
+put_drop_in() {
     drop_in=/etc/systemd/system/$program.service.d/10-mounts.conf
     moved_root=$(option root-dir)
     moved_writable=$(option writable-dir)

@@ -141,7 +141,7 @@ until pid >/dev/null && [ "$(pid)" != "$second" ] && /tmp/client "$socket" once;
     sleep 0.1
 done 2>/dev/null
 
-expect "removed" "$archive/install.sh" uninstall --service openrc
+expect "removed" "/usr/local/share/$program/install.sh" uninstall --service openrc
 ! pid >/dev/null || fail "uninstall leaves the daemon running"
 for path in "/etc/init.d/$program" "/etc/conf.d/$program" "/usr/local/bin/$program"; do
     [ ! -e "$path" ] || fail "uninstall leaves $path"

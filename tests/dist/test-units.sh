@@ -21,6 +21,7 @@ scratch=$(mktemp -d)
 daemon=
 clean_up() {
     [ -z "$daemon" ] || kill "$daemon" 2>/dev/null || :
+    [ -z "$daemon" ] || wait "$daemon" 2>/dev/null || :
     ! mountpoint -q "$scratch/writable" || umount -l "$scratch/writable"
     ! [ -e "$scratch/root" ] || chattr -f -R -i "$scratch/root" || :
     rm -rf "$scratch"
