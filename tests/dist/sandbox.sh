@@ -9,10 +9,13 @@ cd "$(dirname "$0")/../.."
 
 if [ "${1-}" != --inside ]; then
     scratch=$(mktemp -d)
+    # All that is mounted on it goes with the namespace.
+    trap 'rmdir "$scratch"' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
     status=0
     unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
         sh tests/dist/sandbox.sh --inside "$scratch" "$@" || status=$?
-    rmdir "$scratch"
     exit "$status"
 fi
 

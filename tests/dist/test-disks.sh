@@ -75,7 +75,7 @@ refused "is mounted at /tmp/other" --format --image-device "$image"
 umount /tmp/other
 mkswap "$image" >/dev/null 2>&1
 refused "belongs to something else (swap)" --format --image-device "$image"
-wipefs -q -a "$image" 2>/dev/null
+wipefs -q -a "$image" >/dev/null 2>&1
 # What cryptsetup puts at the beginning; LVM and RAID are told in the same way.
 printf 'LUKS\272\276\0\1' | dd of="$image" conv=notrunc status=none
 refused "belongs to something else (crypto_LUKS)" --format --image-device "$image"
@@ -84,7 +84,7 @@ dd if=/dev/zero of="$image" bs=1k count=64 conv=notrunc status=none
 printf '\0\0\0\0\203\0\0\0\0\10\0\0\0\140\0\0' | dd of="$image" bs=1 seek=446 conv=notrunc status=none
 printf '\125\252' | dd of="$image" bs=1 seek=510 conv=notrunc status=none
 refused "has a partition table" --format --image-device "$image"
-wipefs -q -a "$image" 2>/dev/null
+wipefs -q -a "$image" >/dev/null 2>&1
 blockdev --setro "$image"
 refused "is read-only" --image-device "$image"
 blockdev --setrw "$image"
