@@ -61,6 +61,7 @@ said=$($emulator "$binary" --version) || fail "--version fails"
 
 sh tests/dist/build-client.sh "$scratch/client"
 
+: >"$scratch/log"
 # shellcheck disable=SC2086
 $emulator "$binary" --root-dir "$scratch/root" >"$scratch/log" 2>&1 &
 daemon=$!

@@ -66,6 +66,7 @@ done
 
 mkdir "$scratch/root" "$scratch/writable"
 mount -t tmpfs tmpfs "$scratch/writable"
+: >"$scratch/log"
 setpriv --no-new-privs --bounding-set "$capabilities" --inh-caps=-all \
     "$binary" --root-dir "$scratch/root" --writable-dir "$scratch/writable" \
     --relocate-after 0 >"$scratch/log" 2>&1 &
