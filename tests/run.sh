@@ -2,7 +2,7 @@
 # Runs every test there is, as root, after installing what is missing:
 # formatting, lints, documentation, scripts, unit tests, tests on real disks
 # and with real containerd, power cuts and failing disks in virtual machines,
-# and containerd's own snapshotter suite.
+# containerd's own snapshotter suite, and a release that is made and installed.
 # Leaves nothing out: a missing tool, kernel feature or root is a failure.
 set -eu
 
@@ -19,7 +19,10 @@ install_tools test
 
 scratch=$(mktemp -d)
 disk=
+release=
 clean_up() {
+    # A group of its own: with all its compilers.
+    [ -z "$release" ] || kill -- "-$release" 2>/dev/null || true
     if [ -n "$disk" ]; then
         umount -l "$scratch/disk" || true
         losetup -d "$disk" || true
@@ -97,6 +100,20 @@ suite() {
     took
 }
 
+# The release takes as long to compile as all tests together take to run, many of
+# which wait for disks: it gets what time they leave.
+begin_release() {
+    setsid nice -n 19 sh tests/dist.sh all >"$scratch/release" 2>&1 &
+    release=$!
+}
+finish_release() {
+    status=0
+    wait "$release" || status=$?
+    release=
+    cat "$scratch/release"
+    return "$status"
+}
+
 build_suite() {
     mkdir -p "$scratch/go/src"
     ln -s "$PWD/tests/suite" "$scratch/go/src/suite"
@@ -111,6 +128,7 @@ step "lints" cargo clippy --quiet --locked --all-targets -- -D warnings
 RUSTDOCFLAGS='-D warnings' step "documentation" \
     cargo doc --quiet --locked --no-deps --document-private-items
 step "formatting of Go" test -z "$(gofmt -l tests)"
+begin_release
 rust_tests
 rust_tests --test vm
 
@@ -126,9 +144,8 @@ SNAPSHOTTER_WRITABLE="$scratch/disk" suite "writable volume on another file syst
 SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
     suite "--async-remove false"
 
-
 # The release; its parts build on one another.
-step "static binaries and packages" sh tests/dist.sh all
+step "static binaries and packages" finish_release
 # The binary that is released, with musl's memory and threads.
 SNAPSHOTTER="$PWD/dist/overlay-read-write-splitting-snapshotter-$(uname -m)" \
     SNAPSHOTTER_WRITABLE="$scratch/disk" suite "static binary"

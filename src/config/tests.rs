@@ -240,3 +240,33 @@ fn version_and_help_are_printed() {
         }
     }
 }
+
+/// The flags that `--help` lists.
+fn flags() -> Vec<String> {
+    let Parsed::Print(help) = parse(vec!["--help".into()]).unwrap() else {
+        panic!("--help prints");
+    };
+    let words = help.split_whitespace();
+    let mut flags: Vec<_> = words
+        .filter(|word| word.starts_with("--") && word.len() > 2)
+        .map(|word| word.trim_end_matches([',', ']']).to_owned())
+        .collect();
+    flags.sort();
+    flags.dedup();
+    flags
+}
+
+#[test]
+fn every_flag_is_in_the_manual_and_in_the_readme() {
+    const MANUAL: &str =
+        include_str!("../../tests/dist/overlay-read-write-splitting-snapshotter.8.md");
+    const README: &str = include_str!("../../README.md");
+    let flags = flags();
+    assert!(flags.len() > 20, "{flags:?}");
+    for flag in flags {
+        let entry = format!("**{flag}**");
+        let mut entries = MANUAL.lines().filter(|line| line.starts_with("**--"));
+        assert!(entries.any(|line| line.contains(&entry)), "{flag}");
+        assert!(README.contains(&flag), "{flag}");
+    }
+}
