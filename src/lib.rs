@@ -4,7 +4,7 @@
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
 //! the commands `check`, `status`, `doctor` and `rescue` take the place of the service;
-//! `types`, `error`, `lock`, `background`, `mountinfo` and `plain` are free to all,
+//! `types`, `error`, `lock`, `background`, `fault`, `mountinfo` and `plain` are free to all,
 //! `filter` and `idmap` are pure leaves.
 
 mod background;
@@ -13,6 +13,7 @@ pub mod config;
 pub mod daemon;
 pub mod doctor;
 pub mod error;
+mod fault;
 pub mod filter;
 pub mod idmap;
 mod lock;

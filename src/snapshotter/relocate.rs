@@ -20,6 +20,7 @@ use rustix::fs::FileType;
 use super::{Relocation, Snapshotter};
 use crate::background::Background;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault::fault_point;
 use crate::lock::lock;
 use crate::store::{Ancestor, Away, Transaction};
 use crate::types::{Kind, Quoted, SnapshotId, Timestamp, Volume};
@@ -36,15 +37,6 @@ fn boot_id() -> Result<String> {
     std::fs::read_to_string(path)
         .map(|text| text.trim_end().to_owned())
         .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
-}
-
-/// A step at which a test can have the daemon killed; not in release builds.
-fn fault_point(step: &str) {
-    if cfg!(debug_assertions) && std::env::var("SNAPSHOTTER_FAULT").is_ok_and(|at| at == step) {
-        log::error!("killed at the fault point {step}");
-        let _ =
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-    }
 }
 
 /// What moving a layer came to.
