@@ -4,10 +4,11 @@
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
 //! the commands `check`, `status`, `doctor` and `rescue` take the place of the service;
-//! `types`, `error`, `lock`, `background`, `fault`, `mountinfo` and `plain` are free to all,
-//! `filter` and `idmap` are pure leaves.
+//! `types`, `error`, `lock`, `background`, `fault`, `mountinfo`, `plain` and `fnv` are free to all,
+//! `filter` and `idmap` are pure leaves, and so is `bolt` but for reading its one file.
 
 mod background;
+pub mod bolt;
 pub mod check;
 pub mod config;
 pub mod daemon;
@@ -15,6 +16,7 @@ pub mod doctor;
 pub mod error;
 mod fault;
 pub mod filter;
+mod fnv;
 pub mod idmap;
 mod lock;
 pub mod lowers;

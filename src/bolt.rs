@@ -1,0 +1,251 @@
+//! bbolt files (go.etcd.io/bbolt), read only: the database of containerd's Go
+//! snapshotters.
+//!
+//! Owns: the file format. Never: writes, locks, or knows what the buckets are
+//! good for; [`snapshots`] knows that of one kind.
+//!
+//! A file is a row of pages. Pages 0 and 1 are metas: each says where the root
+//! bucket begins, the one with the higher transaction number counts. A bucket is
+//! a tree: branch pages lead to leaf pages, those hold keys in order, each with
+//! a value or a bucket below. A page too full for its size goes on over the pages
+//! behind it. A small bucket has its one leaf page in its own value. Which pages
+//! are free is of no interest to a reader.
+//!
+//! Nothing in a file is believed: every place is checked against the file's
+//! length, no page is read twice (in a sound file none is named twice), nothing
+//! recurses, and what is handed out has a limit.
+
+mod meta;
+mod page;
+pub mod snapshots;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use crate::error::{Error, ErrorKind, Result};
+use meta::Meta;
+use page::{Content, Element, HEADER_BYTES};
+
+/// What one page with those that continue it may take. A label can have no more
+/// than containerd takes in one message, 16 MiB.
+const MAX_RUN_BYTES: u64 = 32 << 20;
+/// What all keys and values together may take: a hundred thousand snapshots.
+const MAX_HANDED_OUT_BYTES: usize = 256 << 20;
+
+/// An open file, as of its last complete transaction.
+pub struct Database {
+    file: File,
+    meta: Meta,
+    /// Pages that have been read.
+    seen: HashSet<u64>,
+    handed_out_bytes: usize,
+}
+
+/// A bucket, as its value tells it: where its pages are, or the page itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bucket {
+    root: u64,
+    sequence: u64,
+    /// The page of a bucket that has no pages of its own.
+    inline: Vec<u8>,
+}
+
+/// What stands under a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// Bytes.
+    Data(Vec<u8>),
+    /// A bucket.
+    Bucket(Bucket),
+}
+
+/// A key with what stands under it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The key, never empty.
+    pub key: Vec<u8>,
+    /// What stands under it.
+    pub value: Value,
+}
+
+impl Bucket {
+    /// From a value: the number of its root page, its sequence, and, if that
+    /// number is 0, the page.
+    fn read(value: &[u8]) -> Result<Bucket> {
+        let (root, rest) = value
+            .split_first_chunk()
+            .ok_or_else(|| damaged("a bucket is cut short"))?;
+        let (sequence, inline) = rest
+            .split_first_chunk()
+            .ok_or_else(|| damaged("a bucket is cut short"))?;
+        Ok(Bucket {
+            root: u64::from_le_bytes(*root),
+            sequence: u64::from_le_bytes(*sequence),
+            inline: inline.to_vec(),
+        })
+    }
+
+    /// The last number that the bucket has given out (bbolt's `NextSequence`).
+    pub fn sequence(&self) -> u64 {
+        self.sequence
+    }
+}
+
+impl Database {
+    /// Reads a file's metas. Whoever may write to it has to be kept out.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if neither meta is whole, or the file is shorter
+    /// than its meta says; [`ErrorKind::FailedPrecondition`] for another version
+    /// of the format, or if a machine with the other byte order wrote it;
+    /// [`ErrorKind::Internal`] if it cannot be read.
+    pub fn open(file: File) -> Result<Database> {
+        let length = file
+            .metadata()
+            .map_err(|error| unreadable(error, "look at its length"))?
+            .len();
+        let meta = meta::newest(&file, length)?;
+        let pages = length / meta.page_size;
+        if pages < meta.page_count {
+            return Err(damaged(format!(
+                "it has been cut short: {pages} pages of {} are there",
+                meta.page_count
+            )));
+        }
+        Ok(Database {
+            file,
+            meta,
+            seen: HashSet::new(),
+            handed_out_bytes: 0,
+        })
+    }
+
+    /// The number of the last complete transaction.
+    pub fn transaction(&self) -> u64 {
+        self.meta.transaction
+    }
+
+    /// The bucket that all others are in.
+    pub fn root(&self) -> Bucket {
+        Bucket {
+            root: self.meta.root,
+            sequence: 0,
+            inline: Vec::new(),
+        }
+    }
+
+    /// All that is in a bucket, in order of key. A bucket can be read once.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if something there makes no sense;
+    /// [`ErrorKind::Internal`] if the file cannot be read.
+    pub fn entries(&mut self, bucket: &Bucket) -> Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        if bucket.root == 0 {
+            match page::read(&bucket.inline, 0)? {
+                Content::Leaf(elements) => self.hand_out(&mut entries, elements)?,
+                Content::Branch(_) => return Err(damaged("a bucket within a page has branches")),
+            }
+            return Ok(entries);
+        }
+        let mut ahead = vec![bucket.root];
+        while let Some(number) = ahead.pop() {
+            let run = self.read_run(number)?;
+            match page::read(&run, number)? {
+                // Only a bucket that is one page can be empty.
+                Content::Leaf(elements) if elements.is_empty() && number != bucket.root => {
+                    return Err(damaged(format!("page {number} is empty")));
+                }
+                Content::Leaf(elements) => self.hand_out(&mut entries, elements)?,
+                Content::Branch(children) => ahead.extend(children.into_iter().rev()),
+            }
+        }
+        Ok(entries)
+    }
+
+    /// A page and those that continue it. Each page belongs to one run, so that a
+    /// circle ends, and reading takes no longer than the file is long.
+    fn read_run(&mut self, number: u64) -> Result<Vec<u8>> {
+        self.enter(number)?;
+        let size = self.meta.page_size;
+        let mut head = [0; HEADER_BYTES];
+        self.read_at(&mut head, number * size)?;
+        let more = page::overflow(&head);
+        if (more + 1) * size > MAX_RUN_BYTES {
+            return Err(damaged(format!("page {number} goes on over {more} others")));
+        }
+        for following in number + 1..=number + more {
+            self.enter(following)?;
+        }
+        let length = usize::try_from((more + 1) * size).expect("it is at most MAX_RUN_BYTES");
+        let mut run = vec![0; length];
+        self.read_at(&mut run, number * size)?;
+        Ok(run)
+    }
+
+    fn enter(&mut self, number: u64) -> Result<()> {
+        if number < meta::COUNT || number >= self.meta.page_count {
+            return Err(damaged(format!(
+                "it names page {number}, which is none of its {}",
+                self.meta.page_count
+            )));
+        }
+        match self.seen.insert(number) {
+            true => Ok(()),
+            false => Err(damaged(format!("page {number} is named twice"))),
+        }
+    }
+
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> Result<()> {
+        self.file
+            .read_exact_at(buffer, at)
+            .map_err(|error| unreadable(error, format!("read it at byte {at}")))
+    }
+
+    fn hand_out(&mut self, entries: &mut Vec<Entry>, elements: Vec<Element<'_>>) -> Result<()> {
+        for element in elements {
+            if entries
+                .last()
+                .is_some_and(|last| last.key.as_slice() >= element.key)
+            {
+                return Err(damaged("keys are out of order"));
+            }
+            self.handed_out_bytes += element.key.len() + element.value.len();
+            if self.handed_out_bytes > MAX_HANDED_OUT_BYTES {
+                return Err(damaged(format!(
+                    "it holds more than {} MiB",
+                    MAX_HANDED_OUT_BYTES >> 20
+                )));
+            }
+            entries.push(Entry {
+                key: element.key.to_vec(),
+                value: match element.is_bucket {
+                    true => Value::Bucket(Bucket::read(element.value)?),
+                    false => Value::Data(element.value.to_vec()),
+                },
+            });
+        }
+        Ok(())
+    }
+}
+
+fn damaged(what: impl Into<String>) -> Error {
+    let what = what.into();
+    Error::new(
+        ErrorKind::DataLoss,
+        format!("the bbolt database is damaged: {what}"),
+    )
+}
+
+fn unreadable(error: std::io::Error, doing: impl Into<String>) -> Error {
+    let kind = match error.kind() {
+        std::io::ErrorKind::UnexpectedEof => ErrorKind::DataLoss,
+        _ => ErrorKind::Internal,
+    };
+    Error::caused(kind, doing, error)
+}

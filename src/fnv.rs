@@ -1,0 +1,45 @@
+//! FNV-1a with 64 bits (RFC 9923): tells whether something is what it was. No
+//! defence against anybody who means to deceive.
+
+const OFFSET_BASIS: u64 = 0xCBF2_9CE4_8422_2325;
+const PRIME: u64 = 0x0000_0100_0000_01B3;
+
+/// A sum over all bytes added so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fnv(u64);
+
+impl Fnv {
+    /// That of nothing.
+    pub fn new() -> Fnv {
+        Fnv(OFFSET_BASIS)
+    }
+
+    /// Adds bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(PRIME);
+        }
+    }
+
+    /// The sum.
+    pub fn sum(self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_are_those_of_the_specification() {
+        let sum = |text: &str| {
+            let mut fnv = Fnv::new();
+            fnv.add(text.as_bytes());
+            fnv.sum()
+        };
+        assert_eq!(sum(""), 0xCBF2_9CE4_8422_2325);
+        assert_eq!(sum("a"), 0xAF63_DC4C_8601_EC8C);
+        assert_eq!(sum("foobar"), 0x8594_4171_F739_67E8);
+    }
+}
