@@ -175,7 +175,7 @@ fn refused(what: String) -> Error {
 }
 
 /// The parts of a key as containerd makes them: `<namespace>/<number>/<name>`.
-fn split_key(key: &str) -> (Option<&str>, &str) {
+pub(crate) fn split_key(key: &str) -> (Option<&str>, &str) {
     let mut parts = key.splitn(3, '/');
     match (parts.next(), parts.next(), parts.next()) {
         (Some(namespace), Some(_), Some(name)) => (Some(namespace), name),

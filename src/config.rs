@@ -24,6 +24,10 @@ use crate::lowers::ImageRule;
 use crate::snapshotter::{Relocation, RemovalMode, SyncMode, UpperdirLabel};
 use crate::volume::{Lifetime, MountPoints, Reserve};
 use commands::Command;
+pub use commands::{
+    Access, CheckOptions, DoctorOptions, Format, ImportOptions, ImportTask, Mending, MissingVolume,
+    MountOptions,
+};
 use paths::{ROOT_NAMES, WRITABLE_NAMES, check_apart, check_mount_option, check_path};
 
 /// The original's root, so that a drop-in replacement finds its place.
@@ -33,7 +37,8 @@ pub const DEFAULT_ROOT: &str =
 /// Serve containerd a snapshotter that keeps image layers on one disk and what
 /// containers write on another. With a command, do that instead: `status` tells
 /// how things stand, `check` whether database and disks agree, `doctor` whether
-/// this machine will do; `mount KEY DIR` mounts a snapshot to look into or to
+/// this machine will do; `import` takes over the
+/// snapshots of the Go original; `mount KEY DIR` mounts a snapshot to look into or to
 /// rescue from, `umount DIR` ends that.
 #[derive(FromArgs)]
 struct Flags {
@@ -123,7 +128,7 @@ struct Flags {
     #[argh(option, arg_name = "path")]
     metrics_file: Option<String>,
 
-    /// check, status and doctor: answer in JSON
+    /// check, status, doctor and import: answer in JSON
     #[argh(switch)]
     json: bool,
 
@@ -147,6 +152,14 @@ struct Flags {
     /// directory as a new one, and repair
     #[argh(switch)]
     reset_writable: bool,
+
+    /// import: tell what would be imported, and do nothing
+    #[argh(switch)]
+    dry_run: bool,
+
+    /// import: put the original's database back, if nothing was written since
+    #[argh(switch)]
+    undo: bool,
 
     /// print the version
     #[argh(switch)]
@@ -190,75 +203,6 @@ pub struct Config {
     pub metrics_file: Option<String>,
 }
 
-/// How a command tells what it found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// In sentences.
-    Human,
-    /// As one JSON object.
-    Json,
-}
-
-/// What `check` is to do about what it finds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mending {
-    /// Nothing.
-    Never,
-    /// Put it right if the user says so.
-    AfterAsking,
-    /// Put it right.
-    AtOnce,
-}
-
-/// What becomes of a writable volume that is not there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MissingVolume {
-    /// It is waited for.
-    AwaitIt,
-    /// It is given up for the one at the writable directory.
-    GiveItUp,
-}
-
-/// How to check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CheckOptions {
-    /// From `--json`.
-    pub format: Format,
-    /// From `--repair` and `--yes`.
-    pub mending: Mending,
-    /// From `--reset-writable`.
-    pub missing: MissingVolume,
-}
-
-/// How to look at a machine.
-#[derive(Debug, PartialEq, Eq)]
-pub struct DoctorOptions {
-    /// From `--json`.
-    pub format: Format,
-    /// From `--containerd-config`.
-    pub containerd_config: Option<String>,
-}
-
-/// Whether a person's mount may change a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Only what is read-only by its kind stays so.
-    AsTheKindAllows,
-    /// It may not.
-    ReadOnly,
-}
-
-/// What to mount.
-#[derive(Debug, PartialEq, Eq)]
-pub struct MountOptions {
-    /// The snapshot, by its key or the last part of it.
-    pub key: String,
-    /// Where: a directory.
-    pub target: String,
-    /// From `--read-only`.
-    pub access: Access,
-}
-
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {
@@ -274,6 +218,8 @@ pub enum Parsed {
     Mount(Config, MountOptions),
     /// To end such a mount, on this directory.
     Unmount(String),
+    /// To take over what the Go original has left.
+    Import(Config, ImportOptions),
     /// To print this and be done.
     Print(String),
 }
@@ -302,6 +248,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
                 Command::Doctor(options) => Parsed::Doctor(config, options),
                 Command::Mount(options) => Parsed::Mount(config, options),
                 Command::Unmount(target) => Parsed::Unmount(target),
+                Command::Import(options) => Parsed::Import(config, options),
             })
         }
         Err(exit) if exit.status.is_ok() => Ok(Parsed::Print(exit.output)),

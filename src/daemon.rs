@@ -4,9 +4,9 @@
 //! a request. Killed at any moment, the next start finds what was
 //! acknowledged; see [`crate::store`] and [`crate::volume`].
 
-mod database;
+pub(crate) mod database;
 mod keeper;
-mod lock;
+pub(crate) mod lock;
 mod metrics_file;
 mod server;
 pub(crate) mod visit;

@@ -3,7 +3,7 @@
 //!
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
-//! the commands `check`, `status`, `doctor` and `rescue` take the place of the service;
+//! the commands `check`, `status`, `doctor`, `import` and `rescue` take the place of the service;
 //! `types`, `error`, `lock`, `background`, `fault`, `mountinfo`, `plain` and `fnv` are free to all,
 //! `filter` and `idmap` are pure leaves, and so is `bolt` but for reading its one file.
 
@@ -18,6 +18,7 @@ mod fault;
 pub mod filter;
 mod fnv;
 pub mod idmap;
+pub mod import;
 mod lock;
 pub mod lowers;
 pub mod mount;

@@ -6,17 +6,23 @@ use std::process::ExitCode;
 
 use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
 use overlay_read_write_splitting_snapshotter::error::Error;
-use overlay_read_write_splitting_snapshotter::{check, daemon, doctor, mount, rescue, status};
+use overlay_read_write_splitting_snapshotter::{
+    check, daemon, doctor, import, mount, rescue, status,
+};
 
-/// 1 says that there are findings.
-const COULD_NOT_CHECK: u8 = 2;
+/// The commands whose exit code 1 says that not all is well.
+const FINDING: [&str; 3] = ["check", "doctor", "import"];
+/// What theirs is where they could not look.
+const COULD_NOT: u8 = 2;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     if arguments == [mount::USER_NAMESPACE_CHILD] {
         return finish(mount::hold_user_namespace());
     }
-    let is_check = arguments.iter().any(|argument| argument == "check");
+    let is_finding = arguments
+        .iter()
+        .any(|argument| FINDING.iter().any(|command| argument == command));
     match parse(arguments) {
         Ok(Parsed::Run(config)) => {
             start_log();
@@ -24,14 +30,7 @@ fn main() -> ExitCode {
         }
         Ok(Parsed::Check(config, options)) => {
             start_log();
-            match check::run(&config, options) {
-                Ok(check::Outcome::Clean) => ExitCode::SUCCESS,
-                Ok(check::Outcome::Findings) => ExitCode::from(1),
-                Err(error) => {
-                    complain(&error);
-                    ExitCode::from(COULD_NOT_CHECK)
-                }
-            }
+            found(check::run(&config, options).map(|outcome| outcome == check::Outcome::Clean))
         }
         Ok(Parsed::Status(config, format)) => {
             start_log();
@@ -39,14 +38,11 @@ fn main() -> ExitCode {
         }
         Ok(Parsed::Doctor(config, options)) => {
             start_log();
-            match doctor::run(&config, &options) {
-                Ok(doctor::Outcome::Fit) => ExitCode::SUCCESS,
-                Ok(doctor::Outcome::Unfit) => ExitCode::from(1),
-                Err(error) => {
-                    complain(&error);
-                    ExitCode::from(COULD_NOT_CHECK)
-                }
-            }
+            found(doctor::run(&config, &options).map(|outcome| outcome == doctor::Outcome::Fit))
+        }
+        Ok(Parsed::Import(config, options)) => {
+            start_log();
+            found(import::run(&config, options).map(|outcome| outcome == import::Outcome::Whole))
         }
         Ok(Parsed::Mount(config, options)) => {
             start_log();
@@ -58,10 +54,7 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             ExitCode::SUCCESS
         }
-        Err(error) if is_check => {
-            complain(&error);
-            ExitCode::from(COULD_NOT_CHECK)
-        }
+        Err(error) if is_finding => found(Err(error)),
         Err(error) => finish(Err(error)),
     }
 }
@@ -72,6 +65,18 @@ fn finish(result: Result<(), Error>) -> ExitCode {
         Err(error) => {
             complain(&error);
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// For a command that tells whether all is well.
+fn found(is_well: Result<bool, Error>) -> ExitCode {
+    match is_well {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(COULD_NOT)
         }
     }
 }

@@ -16,6 +16,7 @@ mod changes;
 mod convert;
 mod copy;
 mod format;
+mod import;
 mod labels;
 mod lowers;
 mod mending;
@@ -39,6 +40,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::lock;
 
 pub use format::{FileFormat, probe_format};
+pub use import::remove_companions;
 pub use moves::{Away, Retired};
 pub use rows::{
     Ancestor, Commit, Created, DataBytes, Held, LabelChange, New, Place, Rows, Snapshot,

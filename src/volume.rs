@@ -7,9 +7,11 @@
 //! <root>/lowers/<id>.<n>              a link to an extra lower directory, see `lowers`
 //! <root>/empty/                       an empty directory, lower of a layer without parent
 //! <root>/trash/                       removed, waiting to be deleted
+//! <root>/left-out/<id>               what an import could not take over
 //! <writable>/.volume                  which volume this is
 //! <writable>/snapshots/<id>/{fs,work} what containers write
 //! <writable>/trash/
+//! <writable>/left-out/<id>
 //! ```
 //!
 //! Owns: these names, creating, trashing and linking below them, the writable
@@ -20,6 +22,7 @@
 //! After a crash there may be a directory that no row knows: whoever is given
 //! its id next, or the next start, moves it to the trash; it is never used.
 
+mod adopt;
 mod dirs;
 mod file;
 mod flush;
@@ -29,6 +32,7 @@ mod image;
 mod lowers;
 mod moving;
 
+pub use adopt::Filled;
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
 pub use file::replace_file;
 pub use flush::Flush;

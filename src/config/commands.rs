@@ -1,11 +1,96 @@
-//! The words after the program's name: which command, and the flags that are for
-//! some commands only.
+//! The words of the command line, and the flags that belong to them.
 
-use super::{
-    Access, CheckOptions, DoctorOptions, Flags, Format, Mending, MissingVolume, MountOptions,
-    invalid,
-};
+use super::{Flags, invalid};
 use crate::error::Result;
+
+/// How a command tells what it found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// In sentences.
+    Human,
+    /// As one JSON object.
+    Json,
+}
+
+/// What `check` is to do about what it finds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mending {
+    /// Nothing.
+    Never,
+    /// Put it right if the user says so.
+    AfterAsking,
+    /// Put it right.
+    AtOnce,
+}
+
+/// What becomes of a writable volume that is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingVolume {
+    /// It is waited for.
+    AwaitIt,
+    /// It is given up for the one at the writable directory.
+    GiveItUp,
+}
+
+/// How to check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckOptions {
+    /// From `--json`.
+    pub format: Format,
+    /// From `--repair` and `--yes`.
+    pub mending: Mending,
+    /// From `--reset-writable`.
+    pub missing: MissingVolume,
+}
+
+/// How to look at a machine.
+#[derive(Debug, PartialEq, Eq)]
+pub struct DoctorOptions {
+    /// From `--json`.
+    pub format: Format,
+    /// From `--containerd-config`.
+    pub containerd_config: Option<String>,
+}
+
+/// Whether a person's mount may change a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Only what is read-only by its kind stays so.
+    AsTheKindAllows,
+    /// It may not.
+    ReadOnly,
+}
+
+/// What to mount.
+#[derive(Debug, PartialEq, Eq)]
+pub struct MountOptions {
+    /// The snapshot, by its key or the last part of it.
+    pub key: String,
+    /// Where: a directory.
+    pub target: String,
+    /// From `--read-only`.
+    pub access: Access,
+}
+
+/// What `import` is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImportTask {
+    /// To take over what the Go original has left.
+    Import,
+    /// To tell what that would be.
+    Look,
+    /// To put things back as they were.
+    Undo,
+}
+
+/// How to import.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ImportOptions {
+    /// From `--json`.
+    pub format: Format,
+    /// From `--dry-run` and `--undo`.
+    pub task: ImportTask,
+}
 
 /// What the words ask for.
 pub(super) enum Command {
@@ -15,10 +100,12 @@ pub(super) enum Command {
     Doctor(DoctorOptions),
     Mount(MountOptions),
     Unmount(String),
+    Import(ImportOptions),
 }
 
 /// The commands, for messages.
-const COMMANDS: &str = "\"status\", \"check\", \"doctor\", \"mount KEY DIR\" and \"umount DIR\"";
+const COMMANDS: &str =
+    "\"status\", \"check\", \"doctor\", \"import\", \"mount KEY DIR\" and \"umount DIR\"";
 
 /// Reads the words, with the flags that belong to them.
 ///
@@ -38,6 +125,7 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
             format: format(flags),
             containerd_config: flags.containerd_config.clone(),
         })),
+        ["import"] => import_options(flags).map(Command::Import),
         ["mount", key, target] => Ok(Command::Mount(MountOptions {
             key: (*key).to_owned(),
             target: (*target).to_owned(),
@@ -55,7 +143,7 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
             "umount takes one word, DIR, not {}",
             words.len() - 1
         ))),
-        [word @ ("check" | "status" | "doctor"), extra, ..] => {
+        [word @ ("check" | "status" | "doctor" | "import"), extra, ..] => {
             Err(invalid(format!("{word} takes no {extra:?}")))
         }
         [word, ..] => Err(invalid(format!(
@@ -66,11 +154,17 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
 
 /// Refuses a flag that the command would not heed.
 fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
-    let given: [(&str, bool, &[&str]); 6] = [
+    let given: [(&str, bool, &[&str]); 8] = [
         ("--repair", flags.repair, &["check"]),
         ("--yes", flags.yes, &["check"]),
         ("--reset-writable", flags.reset_writable, &["check"]),
-        ("--json", flags.json, &["check", "status", "doctor"]),
+        (
+            "--json",
+            flags.json,
+            &["check", "status", "doctor", "import"],
+        ),
+        ("--dry-run", flags.dry_run, &["import"]),
+        ("--undo", flags.undo, &["import"]),
         (
             "--containerd-config",
             flags.containerd_config.is_some(),
@@ -118,5 +212,20 @@ fn check_options(flags: &Flags) -> Result<CheckOptions> {
             true => MissingVolume::GiveItUp,
             false => MissingVolume::AwaitIt,
         },
+    })
+}
+
+fn import_options(flags: &Flags) -> Result<ImportOptions> {
+    let task = match (flags.dry_run, flags.undo) {
+        (false, false) => ImportTask::Import,
+        (true, false) => ImportTask::Look,
+        (false, true) => ImportTask::Undo,
+        (true, true) => {
+            return Err(invalid("--undo has no --dry-run".to_owned()));
+        }
+    };
+    Ok(ImportOptions {
+        format: format(flags),
+        task,
     })
 }

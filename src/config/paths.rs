@@ -14,6 +14,8 @@ pub(super) const ROOT_NAMES: &[&str] = &[
     "metadata.db-shm",
     "metadata.db.ballast-1",
     "metadata.db.ballast-2",
+    "metadata.db.bbolt",
+    "metadata.db.import",
     "metadata.db.copy",
     "metadata.db.copy.new",
     "metadata.db.copy.new-journal",
@@ -25,10 +27,17 @@ pub(super) const ROOT_NAMES: &[&str] = &[
     "lowers",
     "empty",
     "trash",
+    "left-out",
 ];
 /// The same for `<writable>`.
-pub(super) const WRITABLE_NAMES: &[&str] =
-    &[".volume", ".volume.new", ".probe", "snapshots", "trash"];
+pub(super) const WRITABLE_NAMES: &[&str] = &[
+    ".volume",
+    ".volume.new",
+    ".probe",
+    "snapshots",
+    "trash",
+    "left-out",
+];
 
 /// Makes a path absolute and refuses what could not be written into a mount
 /// option: a comma ends an option, a colon a lower directory, a backslash

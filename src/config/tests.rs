@@ -270,3 +270,32 @@ fn every_flag_is_in_the_manual_and_in_the_readme() {
         assert!(README.contains(&flag), "{flag}");
     }
 }
+
+#[test]
+fn import_takes_the_daemons_flags_and_its_own() {
+    let imported = |arguments: &[&str]| {
+        let arguments = arguments.iter().map(Into::into).collect();
+        match parse(arguments).unwrap() {
+            Parsed::Import(config, options) => (config.root, options),
+            other => panic!("{other:?}"),
+        }
+    };
+    let (root, plain) = imported(&["import", "--root-dir", "/a", "--sync=none"]);
+    assert_eq!(root, "/a");
+    assert_eq!(plain.format, Format::Human);
+    assert_eq!(plain.task, ImportTask::Import);
+    assert_eq!(imported(&["--dry-run", "import"]).1.task, ImportTask::Look);
+    let (_, undo) = imported(&["import", "--undo", "--json"]);
+    assert_eq!((undo.task, undo.format), (ImportTask::Undo, Format::Json));
+    for mistake in [
+        &["import", "check"][..],
+        &["import", "--repair"],
+        &["import", "--yes"],
+        &["import", "--undo", "--dry-run"],
+        &["--undo"],
+        &["check", "--undo"],
+        &["check", "--dry-run"],
+    ] {
+        refused(mistake);
+    }
+}

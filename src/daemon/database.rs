@@ -8,7 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{AtFlags, Mode, OFlags, openat, unlinkat};
 use rustix::io::{Errno, read};
 
 use crate::config::Config;
@@ -18,7 +18,8 @@ use crate::store::{
 };
 use crate::volume::{Identity, Image, Root, replace_file};
 
-const FILE: &str = "metadata.db";
+/// What every database is called, the Go original's as well.
+pub(crate) const FILE: &str = "metadata.db";
 /// The fact under which a database keeps its own identity.
 const IDENTITY: &str = "identity";
 
@@ -145,9 +146,8 @@ fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
     let why = match probe_format(path)? {
         format @ (FileFormat::Absent | FileFormat::Ours) => return Ok(format),
         FileFormat::Bolt => {
-            "is the database of a Go snapshotter (bbolt), whose snapshots this program cannot \
-             take over: give another --root-dir, or remove its images and containers and then \
-             this directory's content"
+            "is the database of a Go snapshotter (bbolt): take its snapshots over with the \
+             command `import`, or give another --root-dir"
         }
         _ if state.is_some_and(|state| state.database == path) => {
             let error = Error::new(ErrorKind::DataLoss, "its first bytes are damaged");
@@ -226,8 +226,13 @@ fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
     Ok(store)
 }
 
-/// Gives the database its identity and writes it down in the root.
-fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
+/// Gives the database its identity and writes it down in the root, as of the
+/// database that is, or will be, at `path`.
+///
+/// # Errors
+///
+/// Those of the database and of the root's disk.
+pub(crate) fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
     let mut transaction = store.write()?;
     let identity = match transaction.rows().fact(IDENTITY)? {
         Some(text) => parse_identity(&text)?,
@@ -242,6 +247,42 @@ fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()
         identity,
     };
     write_state(root, config, &state)
+}
+
+/// Forgets that the root has a database.
+///
+/// # Errors
+///
+/// As of its disk.
+pub(crate) fn forget(root: &Root) -> Result<()> {
+    match unlinkat(root.fd(), STATE, AtFlags::empty()) {
+        Err(Errno::NOENT) => Ok(()),
+        removed => removed.context(|| format!("remove {}/{STATE}", root.path())),
+    }
+}
+
+/// Where the root's database is, if it knows of one.
+///
+/// # Errors
+///
+/// As of its disk; [`ErrorKind::FailedPrecondition`] if what it says makes no
+/// sense.
+pub(crate) fn recorded(root: &Root, config: &Config) -> Result<Option<PathBuf>> {
+    read_state(root, config).map(|state| state.map(|state| state.database))
+}
+
+/// Whether the database at `path` is the one that the root knows of, and at rest.
+/// Looks only at the file by itself.
+///
+/// # Errors
+///
+/// As of [`recorded`].
+pub(crate) fn is_at_rest(root: &Root, config: &Config, path: &Path) -> Result<bool> {
+    let state = read_state(root, config)?;
+    let is_known = state.is_some_and(|state| {
+        state.database == path && peek_fact(path, IDENTITY) == Some(state.identity.to_string())
+    });
+    Ok(is_known && peek_fact(path, IN_USE).is_none())
 }
 
 fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Result<Store> {

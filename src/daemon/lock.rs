@@ -36,19 +36,31 @@ pub fn acquire(root: &Root) -> Result<Acquired> {
         file => file,
     }
     .context(locking)?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => {
-            let mut holder = [0_u8; 16];
-            let length = read(&file, &mut holder).unwrap_or(0);
-            let holder = String::from_utf8_lossy(&holder[..length]);
-            return Ok(Acquired::Held(holder.trim_end().to_owned()));
-        }
-        locked => locked.context(locking)?,
+    if let Some(holder) = holder_of(&file, root)? {
+        return Ok(Acquired::Held(holder));
     }
     // Who has it; that the file can be written is no condition.
     let text = format!("{}\n", std::process::id());
     let _ = ftruncate(&file, 0).and_then(|()| write(&file, text.as_bytes()));
     Ok(Acquired::Lock(Lock { _file: file }))
+}
+
+/// Refuses a root whose lock somebody has. Changes nothing, so that a daemon may
+/// start at any moment after.
+///
+/// # Errors
+///
+/// As of [`require`].
+pub fn require_free(root: &Root) -> Result<()> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = match openat(root.fd(), "lock", flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(()),
+        file => file.context(|| format!("look at {}/lock", root.path()))?,
+    };
+    match holder_of(&file, root)? {
+        Some(holder) => Err(held(root, &holder)),
+        None => Ok(()),
+    }
 }
 
 /// Takes the lock of a root.
@@ -60,13 +72,32 @@ pub fn acquire(root: &Root) -> Result<Acquired> {
 pub fn require(root: &Root) -> Result<Lock> {
     match acquire(root)? {
         Acquired::Lock(lock) => Ok(lock),
-        Acquired::Held(holder) => Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "another snapshotter (process {holder}) serves the root {path}, or checks it: \
-                 stop that one, or give this one another --root-dir",
-                path = root.path()
-            ),
-        )),
+        Acquired::Held(holder) => Err(held(root, &holder)),
     }
+}
+
+/// Locks the file as long as it is open, or tells which process has done so.
+fn holder_of(file: &OwnedFd, root: &Root) -> Result<Option<String>> {
+    match flock(file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => {
+            let mut holder = [0_u8; 16];
+            let length = read(file, &mut holder).unwrap_or(0);
+            let holder = String::from_utf8_lossy(&holder[..length]);
+            Ok(Some(holder.trim_end().to_owned()))
+        }
+        locked => locked
+            .context(|| format!("lock {}/lock", root.path()))
+            .map(|()| None),
+    }
+}
+
+fn held(root: &Root, holder: &str) -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        format!(
+            "another snapshotter (process {holder}) serves the root {path}, or checks it: \
+             stop that one, or give this one another --root-dir",
+            path = root.path()
+        ),
+    )
 }

@@ -53,6 +53,22 @@ pub fn set_up(
     Ok(())
 }
 
+/// Makes the writable directory the volume that the database knows, with the
+/// snapshots that are there already, which the database is going to have.
+///
+/// # Errors
+///
+/// As of [`set_up`].
+pub fn adopt(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
+    let (identity, _) = recorded(store)?;
+    if let Claim::Foreign(other) = volumes.look_at_writable(&identity)? {
+        return Err(foreign(volumes.writable_path(), &other));
+    }
+    mark(volumes, store, &identity, mount_options)?;
+    volumes.expect_writable(identity);
+    Ok(())
+}
+
 /// Under what a probe has been passed: with another kernel, on another file
 /// system or with other options it is worth another.
 fn circumstances(volumes: &Volumes, mount_options: &[String]) -> Result<String> {
@@ -96,6 +112,19 @@ pub fn expect_recorded(volumes: &Volumes, store: &Store) -> Result<()> {
     Ok(())
 }
 
+/// Which writable volume the database knows, and whether it is known to carry its
+/// mark; `None` if it knows none.
+///
+/// # Errors
+///
+/// As of [`expect_recorded`].
+pub fn known(store: &Store) -> Result<Option<(Identity, bool)>> {
+    let rows = store.read()?;
+    let is_claimed = rows.fact(CLAIMED)?.is_some();
+    let identity = rows.fact(IDENTITY)?.map(|text| parse(&text)).transpose()?;
+    Ok(identity.map(|identity| (identity, is_claimed)))
+}
+
 /// Has the database expect a new volume, which [`set_up`] then marks: the one
 /// that it knows is not coming back. Looks first whether the writable directory
 /// will do, so that a refusal leaves everything as it was.
@@ -135,22 +164,27 @@ pub fn give_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Re
 /// where snapshots and trash would be: that would be taken for strays.
 fn require_free(volumes: &Volumes, identity: &Identity) -> Result<()> {
     let path = volumes.writable_path();
-    let why = match volumes.look_at_writable(identity)? {
-        Claim::Ours => return Ok(()),
-        Claim::Foreign(other) => format!(
-            "is the volume {other} of another root: give another --writable-dir, or, if nothing \
-             else uses it, empty it and remove {path}/.volume"
-        ),
-        Claim::Free if volumes.writable_holding()? == Holding::OurNames => format!(
-            "has no mark, and something in {path}/snapshots or {path}/trash: give another \
-             --writable-dir, or move that away"
-        ),
-        Claim::Free => return Ok(()),
-    };
-    Err(Error::new(
+    match volumes.look_at_writable(identity)? {
+        Claim::Foreign(other) => Err(foreign(path, &other)),
+        Claim::Free if volumes.writable_holding()? == Holding::OurNames => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "the writable directory {path} has no mark, and something in {path}/snapshots or \
+                 {path}/trash: give another --writable-dir, or move that away"
+            ),
+        )),
+        Claim::Ours | Claim::Free => Ok(()),
+    }
+}
+
+fn foreign(path: &str, other: &Identity) -> Error {
+    Error::new(
         ErrorKind::FailedPrecondition,
-        format!("the writable directory {path} {why}"),
-    ))
+        format!(
+            "the writable directory {path} is the volume {other} of another root: give another \
+             --writable-dir, or, if nothing else uses it, empty it and remove {path}/.volume"
+        ),
+    )
 }
 
 fn parse(text: &str) -> Result<Identity> {
@@ -171,8 +205,6 @@ fn is_emptied(volumes: &Volumes, identity: &Identity) -> Result<bool> {
         && volumes.writable_holding()? == Holding::Nothing)
 }
 
-/// Probed before it is marked: a directory that turns out to be unsuitable is
-/// left as it was, and the next start may take another.
 fn claim(
     volumes: &Volumes,
     store: &Store,
@@ -180,6 +212,17 @@ fn claim(
     mount_options: &[String],
 ) -> Result<()> {
     require_free(volumes, identity)?;
+    mark(volumes, store, identity, mount_options)
+}
+
+/// Probed before it is marked: a directory that turns out to be unsuitable is
+/// left as it was, and the next start may take another.
+fn mark(
+    volumes: &Volumes,
+    store: &Store,
+    identity: &Identity,
+    mount_options: &[String],
+) -> Result<()> {
     probe(volumes, mount_options)?;
     volumes.claim_writable(identity)?;
     let mut transaction = store.write()?;

@@ -12,8 +12,8 @@ use rustix::io::Errno;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 
-const SNAPSHOTS: &str = "snapshots";
-const TRASH: &str = "trash";
+pub(super) const SNAPSHOTS: &str = "snapshots";
+pub(super) const TRASH: &str = "trash";
 /// In the trash, so that one left by a crash is deleted.
 const PROBE: &str = "probe";
 
@@ -120,12 +120,8 @@ impl Dirs {
 
     /// Whether a snapshot's directory holds all that [`Dirs::create`] makes.
     pub fn is_whole(&self, id: SnapshotId, shape: Shape) -> bool {
-        let is_directory = |name: &str| {
-            let path = format!("{id}/{name}");
-            statat(&self.snapshots, path, AtFlags::SYMLINK_NOFOLLOW)
-                .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
-        };
-        is_directory("fs") && (shape == Shape::UpperOnly || is_directory("work"))
+        let has = |name: &str| is_directory(&self.snapshots, &format!("{id}/{name}"));
+        has("fs") && (shape == Shape::UpperOnly || has("work"))
     }
 
     /// Makes what a snapshot's directory lacks, as after a power cut between
@@ -195,20 +191,7 @@ impl Dirs {
     ///
     /// [`ErrorKind::DataLoss`] if it is not there.
     pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
-        let opening = || format!("open {}/fs", self.snapshot_path(id));
-        let name = id.to_string();
-        let upper = open_path(&self.snapshots, name.as_str()).and_then(|top| {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            openat(top, c"fs", flags, Mode::empty())
-        });
-        match upper {
-            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
-                ErrorKind::DataLoss,
-                opening(),
-                std::io::Error::from(errno),
-            )),
-            upper => upper.context(opening),
-        }
+        open_upper(&self.snapshots, &self.path, id)
     }
 
     /// Everything in `snapshots/`, in the order of the directory.
@@ -217,7 +200,7 @@ impl Dirs {
     ///
     /// As of the volume's disk.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        self.list(&self.snapshots, SNAPSHOTS)
+        list(&self.snapshots, &self.path, SNAPSHOTS)
     }
 
     /// The highest number that an entry of `snapshots/` or of `trash/` has; 0
@@ -228,29 +211,13 @@ impl Dirs {
     /// As of the volume's disk.
     pub fn highest_id(&self) -> Result<u64> {
         let mut all = self.entries()?;
-        all.extend(self.list(&self.trash, TRASH)?);
+        all.extend(list(&self.trash, &self.path, TRASH)?);
         let number = |entry: &Entry| {
             // What was trashed twice has a number of its own behind a dot.
             let name = entry.name.to_bytes().split(|byte| *byte == b'.').next();
             SnapshotId::from_directory_name(name?).map(SnapshotId::number)
         };
         Ok(all.iter().filter_map(number).max().unwrap_or(0))
-    }
-
-    fn list(&self, fd: &OwnedFd, directory: &str) -> Result<Vec<Entry>> {
-        let listing = || format!("list {}/{directory}", self.path);
-        let mut entries = Vec::new();
-        for entry in Dir::read_from(fd).context(listing)? {
-            let entry = entry.context(listing)?;
-            let name = entry.file_name();
-            if !matches!(name.to_bytes(), b"." | b"..") {
-                entries.push(Entry {
-                    name: name.to_owned(),
-                    file_type: entry.file_type(),
-                });
-            }
-        }
-        Ok(entries)
     }
 
     /// Makes everything written on the volume so far durable (`syncfs(2)`).
@@ -336,7 +303,7 @@ impl Drop for NewDirs<'_> {
 
 /// A rename that replaces nothing, also where the file system cannot promise
 /// that by itself (`RENAME_NOREPLACE` came to some after Linux 3.15).
-fn move_aside(
+pub(super) fn move_aside(
     from: impl AsFd,
     name: &str,
     to: impl AsFd,
@@ -350,6 +317,44 @@ fn move_aside(
         },
         renamed => renamed,
     }
+}
+
+/// Whether there is a directory at a path below `parent`; no link is followed at
+/// its end.
+pub(super) fn is_directory(parent: impl AsFd, path: &str) -> bool {
+    statat(parent, path, AtFlags::SYMLINK_NOFOLLOW)
+        .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
+}
+
+/// Opens a snapshot's `fs` below the `snapshots` of the volume at `volume`.
+pub(super) fn open_upper(snapshots: impl AsFd, volume: &str, id: SnapshotId) -> Result<OwnedFd> {
+    let opening = || format!("open {volume}/{SNAPSHOTS}/{id}/fs");
+    let upper = open_path(snapshots, &id.to_string()).and_then(|top| open_to_list(top, "fs"));
+    match upper {
+        Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
+            ErrorKind::DataLoss,
+            opening(),
+            std::io::Error::from(errno),
+        )),
+        upper => upper.context(opening),
+    }
+}
+
+/// Everything in the opened `directory` of the volume at `volume`.
+pub(super) fn list(fd: impl AsFd, volume: &str, directory: &str) -> Result<Vec<Entry>> {
+    let listing = || format!("list {volume}/{directory}");
+    let mut entries = Vec::new();
+    for entry in Dir::read_from(fd).context(listing)? {
+        let entry = entry.context(listing)?;
+        let name = entry.file_name();
+        if !matches!(name.to_bytes(), b"." | b"..") {
+            entries.push(Entry {
+                name: name.to_owned(),
+                file_type: entry.file_type(),
+            });
+        }
+    }
+    Ok(entries)
 }
 
 pub(super) fn open_path(parent: impl AsFd, name: &str) -> std::result::Result<OwnedFd, Errno> {

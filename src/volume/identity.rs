@@ -5,7 +5,7 @@
 use std::fmt;
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{FileType, Mode, OFlags, fstat, open, openat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, fsync, open, openat, unlinkat};
 use rustix::io::{Errno, read};
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -93,6 +93,20 @@ impl Identity {
             }
             claim => Ok(claim),
         }
+    }
+
+    /// Takes this mark from the directory `top`, durably; any other stays.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Identity::look`].
+    pub fn unmark(&self, top: impl AsFd, path: &str) -> Result<()> {
+        if self.look(&top, path)? != Claim::Ours {
+            return Ok(());
+        }
+        unlinkat(&top, FILE, AtFlags::empty())
+            .and_then(|()| fsync(&top))
+            .context(|| format!("remove {path}/{FILE}"))
     }
 }
 

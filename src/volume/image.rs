@@ -57,14 +57,7 @@ impl Root {
             let entry = entry.context(looking)?;
             let is_own = !matches!(entry.file_name().to_bytes(), b"." | b"..");
             if is_own && entry.file_type() == FileType::Unknown {
-                return Err(Error::new(
-                    ErrorKind::FailedPrecondition,
-                    format!(
-                        "the file system of {path} does not tell the types of directory entries \
-                         (d_type), which overlayfs needs: make it anew with them \
-                         (mkfs.xfs -n ftype=1, mkfs.ext4 -O filetype) or use another disk"
-                    ),
-                ));
+                return Err(no_entry_types(path));
             }
         }
         Ok(())
@@ -72,6 +65,8 @@ impl Root {
 }
 
 impl Image {
+    pub(super) const EMPTY: &str = "empty";
+
     /// Opens the root directory, an absolute path that `config` has checked,
     /// creating it (0700, with its parents) if it is missing.
     ///
@@ -134,7 +129,7 @@ impl Image {
     /// taken by something else.
     pub fn open(root: Root) -> Result<Image> {
         let dirs = Dirs::open(Volume::Image, &root.path, &root.top)?;
-        ensure_directory(&root.top, &root.path, "empty")?;
+        ensure_directory(&root.top, &root.path, Image::EMPTY)?;
         Ok(Image {
             path: root.path,
             lowers: open_lowers(&root.top),
@@ -160,7 +155,7 @@ impl Image {
 
     /// `<root>/empty`.
     pub fn empty_path(&self) -> String {
-        format!("{}/empty", self.path)
+        format!("{}/{}", self.path, Image::EMPTY)
     }
 
     /// The owner of a layer's top directory, wherever its bytes are.
@@ -238,6 +233,17 @@ impl Image {
     pub fn top(&self) -> BorrowedFd<'_> {
         self.top.as_fd()
     }
+}
+
+pub(super) fn no_entry_types(path: &str) -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        format!(
+            "the file system of {path} does not tell the types of directory entries (d_type), \
+             which overlayfs needs: make it anew with them (mkfs.xfs -n ftype=1, mkfs.ext4 -O \
+             filetype) or use another disk"
+        ),
+    )
 }
 
 /// Creates a directory (0700, with its parents) unless it is there. `what` and

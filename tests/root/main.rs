@@ -18,12 +18,15 @@ mod figures;
 mod full;
 mod fuzz;
 mod guard;
+mod import;
 mod input;
 mod intruders;
 mod kills;
 mod life;
 mod lowers;
 mod messages;
+#[path = "../bolt/program.rs"]
+mod program;
 mod races;
 mod rebase;
 mod recovery;
@@ -62,6 +65,7 @@ fn main() {
         ("doctor", doctor::TESTS),
         ("rescue", rescue::TESTS),
         ("damage", damage::TESTS),
+        ("import", import::TESTS),
         ("guard", guard::TESTS),
         ("figures", figures::TESTS),
         ("races", races::TESTS),

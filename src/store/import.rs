@@ -1,0 +1,258 @@
+//! A database filled at once with the snapshots of another program, and whether
+//! it is still as it was then.
+
+use std::path::Path;
+
+use rusqlite::types::ValueRef;
+use rusqlite::{Connection, params};
+
+use super::convert::{sql_data_bytes, sql_id, sql_kind, sql_number, sql_volume};
+use super::rows::{Rows, Snapshot};
+use super::{beside, labels, sql_error};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fnv::Fnv;
+use crate::types::Quoted;
+
+/// The sum over all that an import has entered.
+const IMPORTED: &str = "imported";
+
+impl Rows<&Connection> {
+    /// Makes these all the snapshots there are, with no id up to `highest_id`
+    /// ever to be given out again, and remembers that they were imported.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; [`ErrorKind::Internal`] if a parent is not among
+    /// them.
+    pub fn import(&self, snapshots: &[Snapshot], highest_id: u64) -> Result<()> {
+        self.connection()
+            .execute_batch(
+                // Children may come before their parents; the commit checks.
+                "PRAGMA defer_foreign_keys = ON;
+                 DELETE FROM retired;
+                 DELETE FROM snapshot;
+                 DELETE FROM sqlite_sequence WHERE name = 'snapshot';",
+            )
+            .map_err(|error| sql_error(error, "begin with an empty database"))?;
+        for snapshot in snapshots {
+            self.enter(snapshot)?;
+        }
+        if highest_id > 0 {
+            self.skip_ids_through(highest_id)?;
+        }
+        let sum = self.sum()?;
+        self.record_fact(IMPORTED, &sum)
+    }
+
+    fn enter(&self, snapshot: &Snapshot) -> Result<()> {
+        let info = &snapshot.info;
+        self.connection()
+            .prepare_cached(
+                "INSERT INTO snapshot (id, name, parent_id, kind, volume, created_ns, updated_ns,
+                     size_bytes, inodes, data_bytes, labels)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+            )
+            .and_then(|mut insert| {
+                insert.execute(params![
+                    sql_id(snapshot.id),
+                    info.name,
+                    snapshot.parent_id.map(sql_id),
+                    sql_kind(info.kind),
+                    snapshot.volume.map(sql_volume),
+                    info.created.nanos(),
+                    info.updated.nanos(),
+                    sql_number(snapshot.usage.size_bytes),
+                    sql_number(snapshot.usage.inodes),
+                    sql_data_bytes(snapshot.data_bytes),
+                    labels::encode(&info.labels),
+                ])
+            })
+            .map_err(|error| sql_error(error, format!("enter snapshot {}", Quoted(&info.name))))?;
+        Ok(())
+    }
+}
+
+impl<C: std::borrow::Borrow<Connection>> Rows<C> {
+    /// Whether nothing was entered, changed, removed or moved since the import
+    /// that made this database; `None` if none has made it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn is_as_imported(&self) -> Result<Option<bool>> {
+        let sum = self.fact(IMPORTED)?;
+        sum.map(|sum| Ok(sum == self.sum()?)).transpose()
+    }
+
+    /// Over every row that a request or a move of a layer changes: whatever was
+    /// done, and undone again, leaves a trace in the times or in the ids given out.
+    fn sum(&self) -> Result<String> {
+        let summing = |error| sql_error(error, "look through all rows");
+        let mut sum = Fnv::new();
+        for statement in [
+            "SELECT id, name, parent_id, kind, volume, created_ns, updated_ns, size_bytes, inodes,
+                 data_bytes, labels FROM snapshot ORDER BY id",
+            "SELECT id, highest_id, boot_id FROM retired ORDER BY id",
+            "SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'",
+        ] {
+            let mut query = self.connection().prepare(statement).map_err(summing)?;
+            let columns = query.column_count();
+            let mut rows = query.query([]).map_err(summing)?;
+            while let Some(row) = rows.next().map_err(summing)? {
+                for column in 0..columns {
+                    add(&mut sum, row.get_ref(column).map_err(summing)?);
+                }
+            }
+            sum.add(b"\n");
+        }
+        Ok(format!("{:016x}", sum.sum()))
+    }
+}
+
+/// With its length, so that no two rows look the same for where one value ends.
+fn add(sum: &mut Fnv, value: ValueRef<'_>) {
+    let number;
+    let (kind, bytes): (u8, &[u8]) = match value {
+        ValueRef::Null => (0, &[]),
+        ValueRef::Integer(integer) => {
+            number = integer.to_le_bytes();
+            (1, &number)
+        }
+        ValueRef::Real(real) => {
+            number = real.to_le_bytes();
+            (2, &number)
+        }
+        ValueRef::Text(text) => (3, text),
+        ValueRef::Blob(blob) => (4, blob),
+    };
+    sum.add(&[kind]);
+    sum.add(&(bytes.len() as u64).to_le_bytes());
+    sum.add(bytes);
+}
+
+/// What may be beside a database of ours, and is worth nothing without it.
+const COMPANIONS: &[&str] = &[
+    "-wal",
+    "-shm",
+    "-journal",
+    ".copy",
+    ".copy.new",
+    ".copy.new-journal",
+    ".ballast-1",
+    ".ballast-2",
+];
+
+/// Removes the files that belong to a closed database at `path`, but not the
+/// database itself.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if one cannot be removed.
+pub fn remove_companions(path: &Path) -> Result<()> {
+    for suffix in COMPANIONS {
+        let companion = beside(path, suffix);
+        match std::fs::remove_file(&companion) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let what = format!("remove {}", companion.display());
+                return Err(Error::caused(ErrorKind::Internal, what, error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{DataBytes, LabelChange, New, Store};
+    use crate::types::{Info, Kind, Labels, SnapshotId, Timestamp, Usage, Volume};
+
+    fn snapshot(id: u64, parent_id: Option<u64>) -> Snapshot {
+        Snapshot {
+            id: SnapshotId::new(id),
+            parent_id: parent_id.map(SnapshotId::new),
+            volume: Some(Volume::Image),
+            info: Info {
+                name: format!("layer-{id}"),
+                parent: parent_id.map_or(String::new(), |id| format!("layer-{id}")),
+                kind: Kind::Committed,
+                created: Timestamp::from_nanos(-5),
+                updated: Timestamp::from_nanos(7),
+                labels: [("a".to_owned(), "b".to_owned())].into(),
+            },
+            usage: Usage {
+                size_bytes: 4096,
+                inodes: 3,
+            },
+            data_bytes: DataBytes::Counted(17),
+        }
+    }
+
+    fn import(store: &Store, snapshots: &[Snapshot], highest_id: u64) -> Result<()> {
+        let mut transaction = store.write()?;
+        transaction.rows().import(snapshots, highest_id)?;
+        transaction.commit()
+    }
+
+    #[test]
+    fn rows_are_entered_as_they_are_and_ids_go_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("metadata.db")).unwrap();
+        assert_eq!(store.read().unwrap().is_as_imported().unwrap(), None);
+        // A child before its parent.
+        let snapshots = [snapshot(3, Some(9)), snapshot(9, None)];
+        import(&store, &snapshots, 40).unwrap();
+        // Once more, with less: an import that was cut short begins anew.
+        import(&store, &[snapshot(3, Some(9)), snapshot(9, None)], 20).unwrap();
+        for snapshot in &snapshots {
+            let found = store.read().unwrap().stat(&snapshot.info.name).unwrap();
+            assert_eq!(found, *snapshot);
+        }
+        assert_eq!(store.read().unwrap().highest_id().unwrap(), 20);
+        import(&store, &[snapshot(3, Some(8))], 20).unwrap_err();
+        assert_eq!(store.read().unwrap().is_as_imported().unwrap(), Some(true));
+    }
+
+    #[test]
+    fn every_change_is_noticed() {
+        let changes: [fn(&Rows<&Connection>); 4] = [
+            |rows| {
+                let new = New {
+                    kind: Kind::Active,
+                    key: "new",
+                    parent: "",
+                    labels: &Labels::new(),
+                    volume: None,
+                };
+                rows.create(&new).unwrap();
+                rows.remove("new").unwrap();
+            },
+            |rows| {
+                rows.remove("layer-3").unwrap();
+            },
+            |rows| {
+                let change = LabelChange::Delete("none".to_owned());
+                rows.update("layer-3", vec![change]).unwrap();
+            },
+            |rows| {
+                let layer = SnapshotId::new(9);
+                let held = [layer].into();
+                rows.move_home(layer, &held, "boot").unwrap();
+            },
+        ];
+        for change in changes {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(&dir.path().join("metadata.db")).unwrap();
+            import(&store, &[snapshot(3, Some(9)), snapshot(9, None)], 9).unwrap();
+            store.begin_use().unwrap();
+            store.copy().unwrap();
+            assert_eq!(store.read().unwrap().is_as_imported().unwrap(), Some(true));
+            let mut transaction = store.write().unwrap();
+            change(&transaction.rows());
+            transaction.commit().unwrap();
+            drop(transaction);
+            assert_eq!(store.read().unwrap().is_as_imported().unwrap(), Some(false));
+        }
+    }
+}

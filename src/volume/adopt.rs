@@ -1,0 +1,287 @@
+//! Taking over volumes that another program has filled, and giving them back.
+//!
+//! Nothing is made in such a volume by looking at it. What is not taken over is
+//! set aside in `<volume>/left-out/<id>`, where no start takes it for a stray.
+//! After a crash part of it may be there; to put all of it back is to begin anew.
+
+use std::collections::HashMap;
+
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{AtFlags, FileType, Stat, fstat, fsync, statat, syncfs, unlinkat};
+use rustix::io::Errno;
+
+use super::dirs::{
+    SNAPSHOTS, TRASH, ensure_directory, is_directory, list, move_aside, open_to_list, open_upper,
+};
+use super::image::no_entry_types;
+use super::{Image, identity};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::types::{SnapshotId, Volume};
+
+const LEFT_OUT: &str = "left-out";
+
+/// A volume as another program has filled it.
+pub struct Filled {
+    volume: Volume,
+    path: String,
+    top: OwnedFd,
+    snapshots: OwnedFd,
+}
+
+impl Filled {
+    /// Opens it; `None` if it is not there or has no `snapshots`, as a bare mount
+    /// point.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots` is no directory, or as of
+    /// its disk.
+    pub fn open(volume: Volume, path: &str) -> Result<Option<Filled>> {
+        let top = match identity::open_top(path) {
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            top => top.context(|| format!("open the {volume} volume {path}"))?,
+        };
+        match open_to_list(&top, SNAPSHOTS) {
+            Err(Errno::NOENT) => Ok(None),
+            Err(Errno::NOTDIR | Errno::LOOP) => Err(no_directory(path, SNAPSHOTS)),
+            snapshots => Ok(Some(Filled {
+                volume,
+                path: path.to_owned(),
+                top,
+                snapshots: snapshots.context(|| format!("open {path}/{SNAPSHOTS}"))?,
+            })),
+        }
+    }
+
+    /// Which volume it is.
+    pub fn volume(&self) -> Volume {
+        self.volume
+    }
+
+    /// Where it is, as configured.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The volume's directory itself.
+    pub fn top(&self) -> impl AsFd {
+        &self.top
+    }
+
+    /// The numbered entries of `snapshots/`, and the names of all others.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the file system does not tell what is a
+    /// directory, or as of the volume's disk.
+    pub fn numbered(&self) -> Result<(HashMap<SnapshotId, FileType>, Vec<String>)> {
+        let mut numbered = HashMap::new();
+        let mut others = Vec::new();
+        for entry in list(&self.snapshots, &self.path, SNAPSHOTS)? {
+            if entry.file_type == FileType::Unknown {
+                return Err(no_entry_types(&self.path));
+            }
+            match SnapshotId::from_directory_name(entry.name.to_bytes()) {
+                Some(id) => drop(numbered.insert(id, entry.file_type)),
+                None => others.push(entry.name.to_string_lossy().into_owned()),
+            }
+        }
+        others.sort();
+        Ok((numbered, others))
+    }
+
+    /// Whether a snapshot has `fs` here.
+    pub fn has_upper(&self, id: SnapshotId) -> bool {
+        // A link in the place of its own directory is followed by no opening.
+        is_directory(&self.snapshots, &id.to_string())
+            && is_directory(&self.snapshots, &format!("{id}/fs"))
+    }
+
+    /// Opens a snapshot's `fs`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if it is not there, or as of the volume's disk.
+    pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
+        open_upper(&self.snapshots, &self.path, id)
+    }
+
+    /// The directory that holds all snapshots.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn stat_snapshots(&self) -> Result<Stat> {
+        fstat(&self.snapshots).context(|| format!("look at {}/{SNAPSHOTS}", self.path))
+    }
+
+    /// A snapshot's `fs`, if it is there.
+    pub fn stat_upper(&self, id: &str) -> Option<Stat> {
+        let path = format!("{id}/fs");
+        statat(&self.snapshots, path, AtFlags::SYMLINK_NOFOLLOW).ok()
+    }
+
+    /// The numbers that are set aside.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if `left-out` is no directory, or as of
+    /// the volume's disk.
+    pub fn left_out(&self) -> Result<Vec<SnapshotId>> {
+        Ok(self.open_left_out()?.map_or(Vec::new(), |(_, ids)| ids))
+    }
+
+    fn open_left_out(&self) -> Result<Option<(OwnedFd, Vec<SnapshotId>)>> {
+        let path = &self.path;
+        let fd = match open_to_list(&self.top, LEFT_OUT) {
+            Err(Errno::NOENT) => return Ok(None),
+            Err(Errno::NOTDIR | Errno::LOOP) => return Err(no_directory(path, LEFT_OUT)),
+            fd => fd.context(|| format!("open {path}/{LEFT_OUT}"))?,
+        };
+        let entries = list(&fd, path, LEFT_OUT)?;
+        let ids = entries
+            .iter()
+            .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
+        let mut ids: Vec<_> = ids.collect();
+        ids.sort();
+        Ok(Some((fd, ids)))
+    }
+
+    /// Moves what has these numbers to `left-out/`, durably.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk; some may have been moved then.
+    pub fn set_aside(&self, ids: &[SnapshotId]) -> Result<()> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let path = &self.path;
+        let left_out = ensure_directory(&self.top, path, LEFT_OUT)?;
+        for id in ids {
+            let name = id.to_string();
+            move_aside(&self.snapshots, &name, &left_out, &name)
+                .context(|| format!("move {path}/{SNAPSHOTS}/{id} to {path}/{LEFT_OUT}"))?;
+        }
+        self.flush([&left_out, &self.snapshots, &self.top])
+    }
+
+    /// Moves everything from `left-out/` back to `snapshots/`, durably.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if a name there has been taken
+    /// meanwhile, or as of the volume's disk.
+    pub fn put_back(&self) -> Result<()> {
+        let path = &self.path;
+        let Some((left_out, ids)) = self.open_left_out()? else {
+            return Ok(());
+        };
+        for id in ids {
+            let name = id.to_string();
+            match move_aside(&left_out, &name, &self.snapshots, &name) {
+                Err(Errno::EXIST | Errno::NOTEMPTY) => {
+                    return Err(Error::new(
+                        ErrorKind::FailedPrecondition,
+                        format!(
+                            "{path}/{SNAPSHOTS}/{id} and {path}/{LEFT_OUT}/{id} are both there: \
+                             move one of them away, and run the command again"
+                        ),
+                    ));
+                }
+                moved => moved.context(|| {
+                    format!("move {path}/{LEFT_OUT}/{id} back to {path}/{SNAPSHOTS}")
+                })?,
+            }
+        }
+        // What else somebody has put there keeps it.
+        let _ = unlinkat(&self.top, LEFT_OUT, AtFlags::REMOVEDIR);
+        self.flush([&self.snapshots, &left_out, &self.top])
+    }
+
+    /// Makes everything written on the volume so far durable.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
+    pub fn sync(&self) -> Result<()> {
+        syncfs(&self.snapshots).map_err(|errno| {
+            let what = format!("flush the {} volume {}", self.volume, self.path);
+            Error::caused(ErrorKind::DataLoss, what, std::io::Error::from(errno))
+        })
+    }
+
+    /// Removes the directories that taking the volume into use has made, unless
+    /// there is something in them.
+    pub fn leave(&self) {
+        let made: &[&str] = match self.volume {
+            Volume::Image => &[TRASH, Image::EMPTY],
+            Volume::Writable => &[TRASH],
+        };
+        for name in made {
+            let _ = unlinkat(&self.top, *name, AtFlags::REMOVEDIR);
+        }
+    }
+
+    fn flush(&self, directories: [&OwnedFd; 3]) -> Result<()> {
+        let mut flushed = directories.into_iter().map(fsync);
+        flushed
+            .try_for_each(|flushed| flushed)
+            .context(|| format!("flush the directories of {}", self.path))
+    }
+}
+
+fn no_directory(path: &str, name: &str) -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        format!("{path}/{name} is not a directory: move it away"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn what_is_set_aside_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+        assert!(Filled::open(Volume::Image, path).unwrap().is_none());
+        for number in ["1", "2", "new-3"] {
+            fs::create_dir_all(dir.path().join(format!("snapshots/{number}/fs"))).unwrap();
+        }
+        symlink("1", dir.path().join("snapshots/4")).unwrap();
+        let filled = Filled::open(Volume::Image, path).unwrap().unwrap();
+        let (numbered, others) = filled.numbered().unwrap();
+        assert_eq!((numbered.len(), others), (3, vec!["new-3".to_owned()]));
+        assert!(filled.has_upper(SnapshotId::new(1)) && !filled.has_upper(SnapshotId::new(4)));
+        let ids = [SnapshotId::new(2), SnapshotId::new(4)];
+        assert_eq!(filled.left_out().unwrap(), []);
+        filled.put_back().unwrap();
+        filled.set_aside(&ids).unwrap();
+        assert_eq!(filled.left_out().unwrap(), ids);
+        assert!(dir.path().join("left-out/2/fs").is_dir());
+        assert!(!dir.path().join("snapshots/2").exists());
+        filled.put_back().unwrap();
+        assert!(dir.path().join("snapshots/2/fs").is_dir());
+        assert!(dir.path().join("snapshots/4").is_symlink());
+        filled.leave();
+        let left: Vec<_> = fs::read_dir(path)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        assert_eq!(left, ["snapshots"]);
+
+        filled.set_aside(&ids).unwrap();
+        fs::create_dir(dir.path().join("snapshots/2")).unwrap();
+        let error = filled.put_back().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+        fs::rename(dir.path().join("left-out"), dir.path().join("away")).unwrap();
+        symlink("away", dir.path().join("left-out")).unwrap();
+        filled.left_out().unwrap_err();
+        filled.set_aside(&ids).unwrap_err();
+    }
+}

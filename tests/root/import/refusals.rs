@@ -1,0 +1,318 @@
+//! Imports that are refused, and leave everything as it was.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::process::Command;
+
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
+
+use super::original::Original;
+use super::{reads, sample, sample_works};
+use crate::check::is_clean;
+use crate::program;
+use crate::support::daemon::is_empty;
+use crate::support::disk::Disk;
+use crate::support::mounted::Mounted;
+use crate::support::run;
+
+pub fn what_is_refused() {
+    let mut original = sample();
+    original.is_refused(&[], &["no metadata.db of the Go original"]);
+    original.is_refused(&["--undo"], &["nothing has been imported"]);
+    original.finish();
+    let holder = program::hold(&original.database());
+    original.is_refused(&[], &["in use", "stop the Go snapshotter"]);
+    original.is_refused(&["--dry-run"], &["in use"]);
+    drop(holder);
+    let socket = original.root().join("grpc.socks");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let (code, _, complaint) = original.import(&[]);
+    assert_eq!(code, 2);
+    assert!(complaint.contains("answers on"), "{complaint}");
+    drop(listener);
+    fs::remove_file(&socket).unwrap();
+
+    let whole = fs::read(original.database()).unwrap();
+    fs::write(original.database(), &whole[..whole.len() / 2]).unwrap();
+    original.is_refused(&[], &["metadata.db", "damaged", "cut short"]);
+    fs::write(original.database(), "some notes").unwrap();
+    original.is_refused(&[], &["no database of the Go original"]);
+    fs::write(original.database(), &whole).unwrap();
+    let kept = original.root().join("metadata.db.bbolt");
+    fs::write(&kept, "older").unwrap();
+    original.is_refused(&[], &["metadata.db.bbolt", "move it away"]);
+    fs::remove_file(&kept).unwrap();
+    // Another root's volume: found out late, and everything is taken back.
+    let mark = original.writable().join(".volume");
+    fs::write(&mark, "0123456789abcdef0123456789abcdef\n").unwrap();
+    original.is_refused(&[], &["of another root"]);
+    fs::remove_file(&mark).unwrap();
+    original.import_all();
+    original.is_refused(&[], &["already"]);
+    fs::rename(&kept, original.root().join("away")).unwrap();
+    original.is_refused(&["--undo"], &["metadata.db.bbolt is not there"]);
+    fs::rename(original.root().join("away"), &kept).unwrap();
+
+    let mut split = original.serve();
+    split.client().prepare("own", "", &[]).unwrap();
+    let refused = |flags: &[&str]| {
+        let output = Command::new(crate::support::daemon::BINARY)
+            .arg("import")
+            .args(split.daemon.arguments())
+            .args(flags)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(refused(&[]).contains("another snapshotter"));
+    assert!(refused(&["--dry-run"]).contains("another snapshotter"));
+    assert!(refused(&["--undo"]).contains("another snapshotter"));
+    split.daemon.stop();
+
+    // A database of our own, that was never another's.
+    let fresh = Original::new();
+    let mut split = fresh.serve();
+    split.daemon.stop();
+    let fresh = Original::again(split);
+    fresh.is_refused(&[], &["already"]);
+    fresh.is_refused(
+        &["--undo"],
+        &["no database of the Go original to go back to"],
+    );
+    fs::write(fresh.root().join("metadata.db.bbolt"), &whole).unwrap();
+    fresh.is_refused(&["--undo"], &["not made by an import"]);
+}
+
+pub fn disks_that_are_not_there() {
+    let mut original = sample();
+    original.finish();
+    let before = original.trees();
+    original.writable.unmount();
+    let (code, _, complaint) = original.import(&[]);
+    assert_eq!(code, 2);
+    for words in [
+        "mount its disk",
+        "none of the 2 snapshots",
+        "--writable-volatile",
+    ] {
+        assert!(complaint.contains(words), "{complaint}");
+    }
+    assert!(
+        is_empty(original.writable.path()),
+        "the mount point is bare"
+    );
+    // The original makes directories on a bare mount point.
+    fs::create_dir_all(original.writable().join("snapshots")).unwrap();
+    let (code, _, complaint) = original.import(&[]);
+    assert_eq!(code, 2, "{complaint}");
+    assert!(is_empty(original.writable().join("snapshots")));
+    assert!(!original.writable().join(".volume").exists());
+    fs::remove_dir_all(original.writable()).unwrap();
+    original.writable.mount();
+    original.is_as(&before);
+
+    // What a bare mount point in the place of `snapshots` looks like.
+    let (snapshots, away) = (
+        original.root().join("snapshots"),
+        original.root().join("away"),
+    );
+    fs::rename(&snapshots, &away).unwrap();
+    fs::create_dir(&snapshots).unwrap();
+    original.is_refused(&[], &["none of the 3 snapshots", "mount its disk"]);
+    fs::remove_dir(&snapshots).unwrap();
+    fs::rename(&away, &snapshots).unwrap();
+
+    original.import_all();
+    original.writable.unmount();
+    let (code, _, complaint) = original.import(&["--undo"]);
+    assert_eq!(code, 2);
+    assert!(complaint.contains("mount the disk"), "{complaint}");
+    original.writable.mount();
+    original.undo();
+    original.is_as(&before);
+
+    // Gone for good.
+    fs::remove_dir_all(original.writable().join("snapshots")).unwrap();
+    original.flags = vec!["--writable-volatile".to_owned()];
+    original.import_all();
+    let split = original.serve();
+    let client = split.client();
+    reads(&client, "default/4/web", "top", "upper");
+    let mounted = Mounted::new(&client.mounts("default/4/web").unwrap());
+    assert!(!mounted.path().join("own").exists());
+    is_clean(&split);
+}
+
+/// The bytes of layers that the original had committed where they were written
+/// are on a disk that is not mounted; no container would miss it.
+pub fn layers_on_a_disk_that_is_not_there() {
+    for has_other_layers in [true, false] {
+        let mut original = Original::new();
+        let parent = match has_other_layers {
+            true => "default/1/base",
+            false => "",
+        };
+        if has_other_layers {
+            original.layer("default/1/base", "", "base");
+        }
+        original.broken("default/2/built", parent, "built");
+        original.finish();
+        let before = original.trees();
+        original.writable.unmount();
+        let is_refused = || {
+            let (code, _, complaint) = original.import(&[]);
+            assert_eq!(code, 2, "{complaint}");
+            for words in [
+                "writable/snapshots has none",
+                "1 snapshots",
+                "mount its disk",
+            ] {
+                assert!(complaint.contains(words), "{words}: {complaint}");
+            }
+        };
+        is_refused();
+        fs::create_dir_all(original.writable().join("snapshots")).unwrap();
+        is_refused();
+        fs::remove_dir_all(original.writable()).unwrap();
+        original.writable.mount();
+        original.is_as(&before);
+        original.import_all();
+        let split = original.serve();
+        let client = split.client();
+        client
+            .prepare("default/3/run", "default/2/built", &[])
+            .unwrap();
+        reads(&client, "default/3/run", "own", "built");
+        is_clean(&split);
+    }
+}
+
+/// An older state of the database, or that of other disks.
+pub fn a_wrong_database() {
+    let mut original = sample();
+    original.finish();
+    let older = fs::read(original.database()).unwrap();
+    for number in 9..12 {
+        let name = format!("default/{number}/late");
+        original.container(&name, "default/1/base", "late");
+    }
+    original.finish();
+    let latest = fs::read(original.database()).unwrap();
+    fs::write(original.database(), &older).unwrap();
+    for flags in [&["--dry-run"][..], &[]] {
+        original.is_refused(flags, &["snapshots/11", "numbers up to 8 only"]);
+    }
+    fs::write(original.database(), &latest).unwrap();
+    // A directory comes before its snapshot is entered.
+    fs::create_dir_all(original.root().join("snapshots/12/fs")).unwrap();
+    original.import_all();
+    original.undo();
+    fs::rename(
+        original.root().join("snapshots/12"),
+        original.root().join("snapshots/13"),
+    )
+    .unwrap();
+    original.is_refused(&[], &["snapshots/13", "numbers up to 11 only"]);
+    fs::remove_dir_all(original.root().join("snapshots/13")).unwrap();
+
+    // What an earlier import has left out, of numbers that are given out anew.
+    fs::create_dir_all(original.writable().join("left-out/5")).unwrap();
+    original.is_refused(&[], &["left-out/5", "move"]);
+    fs::remove_dir_all(original.writable().join("left-out")).unwrap();
+    // Another database of ours was there.
+    fs::write(
+        original.root().join("state"),
+        "database /nowhere/metadata.db\nidentity 0123456789abcdef0123456789abcdef\n",
+    )
+    .unwrap();
+    original.is_refused(&[], &["/state", "/nowhere/metadata.db"]);
+    fs::remove_file(original.root().join("state")).unwrap();
+    // One directory by two names.
+    fs::remove_dir_all(original.writable().join("snapshots")).unwrap();
+    mount_bind(original.root(), original.writable()).unwrap();
+    original.is_refused(&["--dry-run"], &["by another name"]);
+    unmount(original.writable(), UnmountFlags::empty()).unwrap();
+}
+
+pub fn what_is_in_use() {
+    let mut original = sample();
+    original.container("default/9/alone", "", "alone");
+    original.finish();
+    original.import_all();
+    let mut split = original.serve();
+    let client = split.client();
+    let mounts = ["default/4/web", "default/9/alone", "default/6/look"]
+        .map(|key| client.mounts(key).unwrap());
+    split.daemon.stop();
+    let original = Original::again(split);
+    for mounts in &mounts {
+        let mounted = Mounted::new(mounts);
+        let at = mounted.path();
+        original.is_refused(&["--undo"], &["stop the containers", at.to_str().unwrap()]);
+    }
+    original.undo();
+    for mounts in &mounts {
+        let _mounted = Mounted::new(mounts);
+        original.is_refused(&[], &["is mounted at", "stop the containers"]);
+        original.is_refused(&["--dry-run"], &["stop the containers"]);
+    }
+    original.import_all();
+    sample_works(&original.serve().client());
+}
+
+pub fn what_is_no_undoing_is_refused() {
+    let mut original = sample();
+    original.broken("default/7/broken", "default/1/base", "small");
+    let state = original.writable.path().join("state");
+    original.flags = vec!["--state-dir".to_owned(), state.to_str().unwrap().to_owned()];
+    original.finish();
+    let before = original.trees();
+    original.import_all();
+    // In the place of the original's database is nobody's.
+    for (content, words) in [
+        (
+            "some notes, and nothing else",
+            "no database of this program",
+        ),
+        ("SQLite format 3\0", "no database of this program"),
+    ] {
+        fs::write(original.database(), content).unwrap();
+        original.is_refused(&["--undo"], &[words, "move it away"]);
+        assert_eq!(fs::read_to_string(original.database()).unwrap(), content);
+    }
+    fs::copy(state.join("metadata.db"), original.database()).unwrap();
+    original.is_refused(&["--undo"], &["--state-dir"]);
+    fs::remove_file(original.database()).unwrap();
+
+    // A copy of an earlier state may have forgotten what was written.
+    let change = |statement: &str| {
+        let database = rusqlite::Connection::open(state.join("metadata.db")).unwrap();
+        database.execute(statement, []).unwrap();
+    };
+    change("INSERT INTO fact (name, value) VALUES ('copied', 'yesterday')");
+    original.is_refused(&["--undo"], &["not the latest state of itself"]);
+    change("DELETE FROM fact WHERE name = 'copied'");
+
+    // A volume that has lost its mark is none that is being given back.
+    let mark = original.writable().join(".volume");
+    let marked = fs::read(&mark).unwrap();
+    fs::remove_file(&mark).unwrap();
+    original.is_refused(&["--undo"], &["not the writable volume of this import"]);
+    fs::write(&mark, &marked).unwrap();
+    original.undo();
+    original.is_as(&before);
+}
+
+pub fn a_disk_that_does_not_tell_what_is_a_directory() {
+    let mut original = sample();
+    original.finish();
+    let arguments = ["-q", "-F", "-m", "0", "-b", "4096", "-O", "^filetype"];
+    let untelling = Disk::make(256, "ext4", &arguments);
+    run(Command::new("cp")
+        .arg("-a")
+        .arg(original.writable())
+        .arg(untelling.path()));
+    original.writable = untelling;
+    original.is_refused(&[], &["d_type", original.writable().to_str().unwrap()]);
+}
