@@ -260,19 +260,28 @@ add_mount_unit() {
         case $1 in
         /dev/*) echo "WantedBy=$(systemd-escape --path --suffix=device "$1")" ;;
         esac
+        # One in the image volume fails with it, and is mounted with it.
+        case ${image_device:+$2} in
+        "$root"/*) echo "WantedBy=$(systemd-escape --path --suffix=mount "$root")" ;;
+        esac
     } >"$destdir/etc/systemd/system/$unit"
     systemctl ${destdir:+--root="$destdir"} --quiet enable "$unit"
-    # And the daemon started, which waits for none of its requirements.
-    [ "$2" != "$root" ] || {
-        mkdir -p "$destdir/etc/systemd/system/$unit.wants"
-        service_unit=/usr/local/lib/systemd/system/$program.service
-        [ -e "$destdir$service_unit" ] || service_unit=/lib/systemd/system/$program.service
-        ln -sfn "$service_unit" "$destdir/etc/systemd/system/$unit.wants/$program.service"
-    }
     [ -n "$destdir" ] || [ ! -d /run/systemd/system ] || {
         systemctl daemon-reload
         systemctl start "$unit" || die "$2 could not be mounted: see 'systemctl status $unit'"
     }
+}
+
+# The image volume's mount starts the daemon, which gives up without it. Written
+# after both volumes are mounted: a daemon that was started between the two would
+# take the bare mount point for the writable volume.
+start_with_image_volume() {
+    [ "$service" = systemd ] || return 0
+    wants=/etc/systemd/system/$(systemd-escape --path --suffix=mount "$root").wants
+    mkdir -p "$destdir$wants"
+    service_unit=/usr/local/lib/systemd/system/$program.service
+    [ -e "$destdir$service_unit" ] || service_unit=/lib/systemd/system/$program.service
+    ln -sfn "$service_unit" "$destdir$wants/$program.service"
 }
 
 add_fstab_line() {
@@ -416,5 +425,6 @@ fi
 [ -z "$writable_device" ] || set_up "$writable_device" "$writable" rwsplit-writable "Writable volume"
 [ -z "$writable_tmpfs" ] ||
     add_mount tmpfs "$writable" tmpfs "size=$writable_tmpfs,mode=700,nofail" "Writable volume"
+[ -z "$image_device" ] || start_with_image_volume
 [ "$now" = "$wanted" ] || write_options "$wanted"
 write_drop_in
