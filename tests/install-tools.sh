@@ -387,6 +387,7 @@ install_tools() {
         tools_need dmsetup dmsetup
         tools_need e2fsck e2fsprogs
         tools_need debugfs e2fsprogs
+        tools_need mmdebstrap mmdebstrap
         [ -z "$tools_rust_version" ] || tools_need_lints
     fi
 

@@ -2,7 +2,8 @@
 # Runs every test there is, as root, after installing what is missing:
 # formatting, lints, documentation, scripts, unit tests, tests on real disks
 # and with real containerd, power cuts and failing disks in virtual machines,
-# containerd's own snapshotter suite, and a release that is made and installed.
+# containerd's own snapshotter suite, and a release that is made, installed and
+# booted.
 # Leaves nothing out: a missing tool, kernel feature or root is a failure.
 set -eu
 
@@ -126,7 +127,8 @@ build_suite() {
 }
 
 step "formatting" cargo fmt --check
-step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* openrc/*d
+step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* tests/boot/*.sh \
+    tests/boot/*.initd openrc/*d
 step "lints" cargo clippy --quiet --locked --all-targets -- -D warnings
 RUSTDOCFLAGS='-D warnings' step "documentation" \
     cargo doc --quiet --locked --no-deps --document-private-items
@@ -157,6 +159,8 @@ step "systemd unit" sh tests/dist/test-units.sh "dist/overlay-read-write-splitti
 step "archive" sh tests/dist/sandbox.sh test-install.sh
 step "Debian package" sh tests/dist/sandbox.sh test-deb.sh
 step "disks" sh tests/dist/sandbox.sh test-disks.sh
+step "boots under systemd" sh tests/boot.sh systemd
+step "boots under OpenRC" sh tests/boot.sh openrc
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -1,0 +1,406 @@
+#!/bin/sh
+# In the test machine, as root, after it has booted: does what the kernel's
+# parameter boot-test= names, tells about it on the second serial line, and turns
+# the machine off. Lines for the host:
+#
+#     ok: WHAT         for people
+#     plug DISK        the disk is to be plugged in (image, writable)
+#     failed: WHAT     the end; the console has the logs
+#     done             the end
+#
+# The disks have their names as serial numbers.
+set -eu
+
+exec </dev/null >/dev/console 2>&1
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
+program=overlay-read-write-splitting-snapshotter
+root=/var/lib/containerd/tech.imvictor.containerd.$program
+writable=$root/writable
+share=/usr/local/share/$program
+disk_image=/dev/disk/by-id/virtio-image
+disk_writable=/dev/disk/by-id/virtio-writable
+image=docker.io/library/split-test:latest
+phase=$(sed -n 's/.*boot-test=\([^ ]*\).*/\1/p' /proc/cmdline)
+[ -d /run/systemd/system ] && manager=systemd || manager=openrc
+
+# Lines as they are.
+stty -F /dev/ttyS1 raw -echo
+report() {
+    echo "$*" >/dev/ttyS1
+    echo "boot-test: $*"
+}
+
+fail() {
+    set +e
+    echo "--- boot-test: $*"
+    grep -E ' / | /test |containerd' /proc/self/mountinfo
+    case $manager in
+    systemd)
+        systemctl --no-pager --full status "$program" containerd "$(unit_of image)"
+        systemctl --no-pager list-jobs
+        # containerd lists its plugins.
+        journalctl --no-pager -b -n 100 | grep -v 'loading plugin'
+        ;;
+    openrc)
+        rc-status --all
+        tail -n 30 "/var/log/$program.log" /var/log/containerd.log
+        ;;
+    esac
+    # The console is read when this line comes.
+    sync
+    sleep 2
+    report "failed: $*"
+    # The host ends it.
+    sleep 1000
+}
+# Of `set -e`.
+trap '[ $? = 0 ] || fail "a command in this test has failed, see the console"' EXIT
+set -x
+
+# wait_for WHAT COMMAND...: until the command succeeds.
+wait_for() {
+    what=$1
+    shift
+    tries=600
+    until "$@"; do
+        tries=$((tries - 1))
+        [ "$tries" -gt 0 ] || fail "waited in vain: $what"
+        sleep 0.5
+    done >/dev/null 2>&1
+}
+
+#
+# Services.
+#
+
+daemon_pid() {
+    pgrep -x -f "/usr/local/bin/$program( .*)?"
+}
+
+# The unit that disks.sh has made for a volume.
+unit_of() {
+    case $1 in
+    image) systemd-escape --path --suffix=mount "$root" ;;
+    writable) systemd-escape --path --suffix=mount "$writable" ;;
+    esac
+}
+
+containerd_runs() {
+    ctr version >/dev/null 2>&1
+}
+
+restart_containerd() {
+    case $manager in
+    systemd) systemctl restart containerd ;;
+    openrc) rc-service containerd restart ;;
+    esac
+    wait_for "containerd" containerd_runs
+}
+
+# The daemon answers: containerd has got a list from it.
+serves() {
+    daemon_pid >/dev/null && ctr snapshots --snapshotter rwsplit ls >/dev/null 2>&1
+}
+
+# In the next boots systemd waits for this disk alone, and not for long.
+give_up_soon() {
+    rm -rf /etc/systemd/system/dev-*.device.d
+    uuid=$(blkid -s UUID -o value "/dev/disk/by-id/virtio-$1")
+    drop_in=/etc/systemd/system/$(systemd-escape --path --suffix=device \
+        "/dev/disk/by-uuid/$uuid").d
+    mkdir "$drop_in"
+    printf '[Unit]\nJobRunningTimeoutSec=15\n' >"$drop_in/timeout.conf"
+}
+
+# All that is started at boot has been, or has failed.
+wait_for_boot() {
+    case $manager in
+    systemd) wait_for "the end of the boot" systemctl is-active multi-user.target ;;
+    # This script is started then.
+    openrc) ;;
+    esac
+    wait_for "containerd" containerd_runs
+}
+
+# Without a disk that it needs, the service does not serve, however long.
+is_not_served() {
+    case $manager in
+    systemd) ! daemon_pid || fail "the daemon runs" ;;
+    openrc)
+        grep -q 'is no mount point' "/var/log/$program.log" || fail "the log does not say why"
+        # It is tried every five seconds.
+        for _ in 1 2 3 4 5 6 7; do
+            ! serves || fail "it serves"
+            sleep 1
+        done
+        ;;
+    esac
+    [ ! -e "$root/grpc.socks" ] || fail "there is a socket"
+}
+
+# When a process was started, in ticks since the boot.
+started() {
+    sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20
+}
+
+#
+# Disks and containers.
+#
+
+# on DISK PATH: the path's file system is on this disk.
+on() {
+    source=$(df --output=source "$2" | tail -n 1)
+    [ "$(readlink -f "$source")" = "$(readlink -f "/dev/disk/by-id/virtio-$1")" ] ||
+        fail "$2 is on $source, not on the $1 disk"
+}
+
+# KiB used on the file system of a path, once all is on it.
+used() {
+    sync -f "$1"
+    df --output=used "$1" | tail -n 1
+}
+
+# mounts_of ID: $upper and $lowers, the directories of a container.
+mounts_of() {
+    options=$(ctr snapshots --snapshotter rwsplit mounts /nowhere "$1" | tr -s ', ' '\n')
+    upper=$(echo "$options" | sed -n 's/^upperdir=//p')
+    lowers=$(echo "$options" | sed -n 's/^lowerdir=//p' | tr : ' ')
+    case $upper:$lowers in
+    :* | *:) fail "the snapshotter does not know container $1" ;;
+    esac
+}
+
+# run ID: a new container writes 4 MiB, and they are on the writable disk; its
+# image is on the image disk. It stays.
+run() {
+    image_before=$(used "$root")
+    writable_before=$(used "$writable")
+    ctr run --snapshotter rwsplit "$image" "$1" /bin/sh -c \
+        "dd if=/dev/urandom of=/data bs=1M count=4 && echo $1 >/etc/motd" ||
+        fail "container $1 does not run"
+    mounts_of "$1"
+    [ "$(stat -c %s "$upper/data")" = 4194304 ] || fail "$upper/data is not what was written"
+    [ "$(cat "$upper/etc/motd")" = "$1" ] || fail "$upper/etc/motd is not what was written"
+    on writable "$upper/data"
+    for lower in $lowers; do
+        on image "$lower"
+    done
+    [ $(($(used "$writable") - writable_before)) -ge 4096 ] ||
+        fail "the writable disk has not got what the container wrote"
+    [ $(($(used "$root") - image_before)) -lt 1024 ] ||
+        fail "the image disk has got what the container wrote"
+    report "ok: container $1 has its writes on the second disk, its image on the first"
+}
+
+# grows FILE SIZE: the file is larger, by more than one line under way.
+grows() {
+    [ "$(stat -c %s "$1")" -gt $(($2 + 10)) ]
+}
+
+# The sums of all that images and containers have stored, but for what grows.
+data() {
+    find "$root/snapshots" "$writable/snapshots" -type f ! -name lines -exec cksum {} + | sort -k 3
+}
+
+# is_bare DISK: nothing is mounted where the disk belongs, and nothing was written
+# there.
+is_bare() {
+    case $1 in
+    image) where=$root ;;
+    writable) where=$writable ;;
+    esac
+    ! mountpoint "$where" || fail "there is something mounted at $where"
+    [ -d "$where" ] || fail "the mount point $where is gone"
+    found=$(find "$where" -mindepth 1)
+    [ -z "$found" ] || fail "the bare mount point has: $found"
+}
+
+# The disk is there some time after the host was asked for it.
+plug() {
+    report "plug $1"
+    wait_for "the $1 disk" test -e "/dev/disk/by-id/virtio-$1"
+}
+
+no_container_runs() {
+    ! ctr run --snapshotter rwsplit "$image" refused true >/tmp/said 2>&1 ||
+        fail "a container runs although there is no writable disk"
+    grep -q "$writable" /tmp/said || fail "what refuses a container does not name $writable"
+}
+
+#
+# The phases.
+#
+
+phase_install() {
+    mkdir /root/first /root/next
+    cd /root/first
+    # As in the README, "Install" and "Set up the disks".
+    tar xzf /test/first/$program-*-x86_64.tar.gz
+    cd $program-*/
+    printf '%s\n%s\n' "$disk_image" "$disk_writable" |
+        ./install.sh --image-device "$disk_image" --writable-device "$disk_writable" ||
+        fail "install.sh"
+    on image "$root"
+    on writable "$writable"
+    # "Configure containerd": what the README says to write.
+    awk -v root="$root" '
+        /^\*\*containerd 1.6 and 1.7\*\*/ { there = 1; next }
+        there && /^[^ ]/ { exit }
+        there { sub(/^    /, ""); gsub(/ROOT/, root); print }
+    ' "$share/README.md" >>/etc/containerd/config.toml
+    grep -q "$root/grpc.socks" /etc/containerd/config.toml || fail "the README has no stanza"
+    restart_containerd
+    ctr images import --snapshotter rwsplit /test/image.tar || fail "an image is not imported"
+    run first
+    report "ok: from the archive to a container"
+
+    ctr run --detach --snapshotter rwsplit "$image" lasting /bin/sh -c \
+        'while sleep 0.2; do echo line >>/lines; done'
+    mounts_of lasting
+    lines=$upper/lines
+    wait_for "what the container writes" test -s "$lines"
+    before=$(daemon_pid)
+    cd /root/next
+    tar xzf /test/next/$program-*-x86_64.tar.gz
+    cd $program-*/
+    ./install.sh || fail "install.sh of the next version"
+    grep -q 'of the next version' "$share/CHANGELOG.md" || fail "it is not upgraded"
+    after=$(daemon_pid) || fail "no daemon runs after the upgrade"
+    [ "$before" != "$after" ] || fail "the daemon is still the old one"
+    ctr tasks ls | grep -q '^lasting .*RUNNING' || fail "the container has ended"
+    size=$(stat -c %s "$lines")
+    wait_for "what the container writes after the upgrade" grows "$lines" "$size"
+    serves || fail "it does not serve after the upgrade"
+    run upgraded
+    report "ok: upgraded while a container ran"
+}
+
+phase_again() {
+    wait_for "containerd" containerd_runs
+    serves || fail "the service is not there after a reboot"
+    [ "$(started "$(daemon_pid)")" -lt "$(started "$(pgrep -x containerd)")" ] ||
+        fail "containerd was started before the service"
+    on image "$root"
+    on writable "$writable"
+    mounts_of first
+    [ "$(cat "$upper/etc/motd")" = first ] || fail "what a container wrote is lost"
+    ctr tasks start --detach lasting || fail "a container does not start again"
+    ctr tasks exec --exec-id look lasting grep -q line /lines ||
+        fail "a container does not see what it wrote"
+    run second
+    report "ok: after a reboot"
+}
+
+# Under systemd: what is started waits for a disk that is a little late.
+phase_late() {
+    wait_for "a login prompt" systemctl is-active "serial-getty@ttyS0"
+    wait_for "the image disk" mountpoint "$root"
+    sleep 5
+    for unit in "$program" containerd; do
+        state=$(systemctl is-active "$unit") || :
+        [ "$state" = inactive ] || fail "$unit is $state, not waiting for the disk"
+    done
+    is_bare writable
+    plug writable
+    wait_for "containerd" containerd_runs
+    on writable "$writable"
+    ! journalctl -b -u "$program" | grep -E 'WARN|ERROR' || fail "it has not waited for the disk"
+    run late
+    report "ok: waited for a disk"
+
+    give_up_soon writable
+}
+
+phase_no_writable() {
+    wait_for_boot
+    on image "$root"
+    case $manager in
+    systemd)
+        # What does not need the disk is served.
+        wait_for "the service" serves
+        no_container_runs
+        parent=$(ctr snapshots --snapshotter rwsplit info first | sed -n 's/.*"Parent": "\(.*\)".*/\1/p')
+        ctr snapshots --snapshotter rwsplit view look "$parent"
+        ctr snapshots --snapshotter rwsplit mounts /mnt look >/tmp/mounts
+        sh -e /tmp/mounts
+        [ "$(cat /mnt/etc/motd)" = 'motd of layer 5' ] || fail "the layers are not as they were"
+        umount /mnt
+        # In another namespace nothing of it is there yet.
+        ctr -n other images import --snapshotter rwsplit /test/image.tar || fail "no import"
+        ;;
+    openrc)
+        is_not_served
+        ;;
+    esac
+    is_bare writable
+    report "ok: without the writable disk"
+
+    before=$(daemon_pid) || :
+    plug writable
+    [ "$manager" = systemd ] || mount "$writable"
+    wait_for "the writable disk's mount" mountpoint "$writable"
+    wait_for "the service" serves
+    [ "$manager" = openrc ] || [ "$(daemon_pid)" = "$before" ] || fail "it was started again"
+    mounts_of first
+    [ "$(cat "$upper/etc/motd")" = first ] || fail "what a container wrote is lost"
+    run after-writable
+    report "ok: the writable disk came at last"
+    [ "$manager" = openrc ] || give_up_soon image
+}
+
+phase_no_image() {
+    wait_for_boot
+    is_not_served
+    is_bare image
+    report "ok: without the image disk"
+
+    plug image
+    [ "$manager" = systemd ] || {
+        mount "$root"
+        mount "$writable"
+    }
+    wait_for "the service" serves
+    wait_for "the writable disk's mount" mountpoint "$writable"
+    on image "$root"
+    run after-image
+    report "ok: the image disk came at last"
+
+    ctr tasks start --detach lasting || fail "a container does not start again"
+    mounts_of lasting
+    lines=$upper/lines
+    data >/tmp/before
+    "$share/install.sh" uninstall || fail "uninstall"
+    ! daemon_pid || fail "uninstall leaves the daemon running"
+    for path in "/usr/local/bin/$program" "$share" "/etc/init.d/$program" \
+        "/usr/local/lib/systemd/system/$program.service"; do
+        [ ! -e "$path" ] || fail "uninstall leaves $path"
+    done
+    case $manager in
+    systemd) ! systemctl cat "$program" || fail "systemd still knows the service" ;;
+    openrc) ! rc-service --exists "$program" || fail "OpenRC still knows the service" ;;
+    esac
+    data >/tmp/after
+    cmp /tmp/before /tmp/after || fail "uninstall has touched data"
+    size=$(stat -c %s "$lines")
+    wait_for "what the container writes without the daemon" grows "$lines" "$size"
+    report "ok: uninstalled"
+
+    cd /root/next/$program-*/
+    ./install.sh || fail "install.sh"
+    serves || fail "it does not serve after it was installed again"
+    data >/tmp/after
+    cmp /tmp/before /tmp/after || fail "data has changed"
+    run again
+    report "ok: installed again"
+}
+
+case $phase in
+install | again) "phase_$phase" ;;
+late | no-writable | no-image) "phase_$(echo "$phase" | tr - _)" ;;
+*) fail "no such test" ;;
+esac
+trap - EXIT
+sync
+report "done"
+poweroff

@@ -1,0 +1,78 @@
+#!/bin/sh
+# root.sh MANAGER KERNEL OUT: makes the root disk of a virtual machine, an ext4
+# file system in the file OUT: a small Debian under MANAGER (systemd, openrc) with
+# containerd, and the modules of the kernel unpacked in KERNEL. Run by root.
+#
+# The snapshotter is not in it. At the end of each boot it runs /test/guest.sh,
+# from a disk with the label "test".
+set -eu
+
+manager=$1
+kernel=$2
+out=$3
+here=$(cd "$(dirname "$0")" && pwd)
+bytes=1G
+
+scratch=$(mktemp -d)
+trap 'rm -rf --one-file-system "$scratch"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+root=$scratch/root
+
+case $manager in
+systemd) packages=systemd-sysv,dbus ;;
+openrc) packages=openrc,sysvinit-core,initscripts ;;
+*)
+    echo "root.sh: neither systemd nor openrc: $manager" >&2
+    exit 2
+    ;;
+esac
+packages=$packages,containerd,runc,udev,kmod,mount,e2fsprogs,procps
+
+# From where this machine's apt has its packages, and by the same proxy.
+# The words in parentheses are apt's.
+# shellcheck disable=SC2016
+apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' \
+    'Created-By: Packages' 'Origin: Debian' | sort -u >"$scratch/sources"
+apt-config dump | { grep '^Acquire::https\{0,1\}::Proxy' || :; } >"$scratch/options"
+# shellcheck source=/dev/null
+release=$(. /etc/os-release && echo "$VERSION_CODENAME")
+if ! mmdebstrap --mode=root --variant=essential --include="$packages" \
+    --aptopt="$scratch/options" --dpkgopt=force-unsafe-io \
+    --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' \
+    "$release" "$root" "$scratch/sources" >"$scratch/log" 2>&1 </dev/null; then
+    tail -n 40 "$scratch/log" >&2
+    exit 1
+fi
+
+cp -a "$kernel/lib/modules" "$root/lib/"
+for version in "$root/lib/modules/"*; do
+    chroot "$root" depmod "${version##*/}"
+done
+# So that no boot is the first one.
+echo 0123456789abcdef0123456789abcdef >"$root/etc/machine-id"
+echo boot-test >"$root/etc/hostname"
+mkdir "$root/test"
+# The kernel has a driver of its own for this one, others come as modules.
+cat >"$root/etc/fstab" <<'END'
+/dev/nvme0n1  /      ext4  noatime  0 1
+LABEL=test    /test  ext4  ro       0 0
+END
+case $manager in
+systemd)
+    cp "$here/boot-test.service" "$root/etc/systemd/system/"
+    chroot "$root" systemctl --quiet enable boot-test.service
+    ;;
+openrc)
+    # Debian's containerd has no script for OpenRC.
+    cp "$here/containerd.initd" "$root/etc/init.d/containerd"
+    chmod 755 "$root/etc/init.d/containerd"
+    ln -s /etc/init.d/containerd "$root/etc/runlevels/default/containerd"
+    # When login prompts appear, and not before.
+    echo 'bt:2345:once:/bin/sh /test/guest.sh' >>"$root/etc/inittab"
+    ;;
+esac
+rm -f "$out"
+truncate -s "$bytes" "$out"
+mkfs.ext4 -q -F -d "$root" "$out"
