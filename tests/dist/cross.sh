@@ -141,13 +141,15 @@ cross_build() {
     cross_sqlite="-USQLITE_ENABLE_FTS3 -USQLITE_ENABLE_FTS3_PARENTHESIS -USQLITE_ENABLE_FTS5"
     cross_sqlite="$cross_sqlite -USQLITE_ENABLE_RTREE -USQLITE_ENABLE_DBSTAT_VTAB"
     cross_suffix=$(echo "$1" | tr - _)
+    # SOURCE_DATE_EPOCH: no time is in a binary, and one that changed with each
+    # commit would have gRPC built anew each time.
     # PKG_CONFIG_LIBDIR: so that the build does not find this machine's
     # libraries, which are not for musl.
     as_builder env PATH="$PATH" ${RUSTUP_HOME:+"RUSTUP_HOME=$RUSTUP_HOME"} \
         PKG_CONFIG_LIBDIR=/nonexistent \
         ZIG_GLOBAL_CACHE_DIR="$cross_dir/zig-cache" \
         ZIG_LOCAL_CACHE_DIR="$cross_dir/zig-cache" \
-        SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-0}" \
+        SOURCE_DATE_EPOCH=0 \
         RUSTFLAGS="$cross_rust_flags" LIBSQLITE3_FLAGS="$cross_sqlite" \
         "CFLAGS_$cross_suffix=$cross_c_flags" \
         "CXXFLAGS_$cross_suffix=$cross_c_flags -fno-exceptions -Wno-missing-template-arg-list-after-template-kw" \
