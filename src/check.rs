@@ -15,6 +15,7 @@ use crate::config::{CheckOptions, Config, Format, Mending, MissingVolume};
 use crate::daemon::visit::{Purpose, Visit, visit};
 use crate::daemon::{self, writable};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mount;
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Snapshot, Store};
 use crate::types::LABEL_IMAGE_REF;
@@ -54,6 +55,12 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
         store,
         volumes,
     } = visit(config, purpose)?;
+    if mends && let Some((id, point)) = mount::mounted_by_hand()?.first() {
+        return Err(refused(format!(
+            "snapshot {id} is mounted by hand at {}, and a repair may remove it: unmount it first",
+            point.display()
+        )));
+    }
     let volumes = match options.missing {
         MissingVolume::AwaitIt => volumes,
         MissingVolume::GiveItUp => give_up(config, options, volumes, &store)?,

@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::config::{Config, DoctorOptions, Format};
 use crate::error::{Error, ErrorKind, Result};
+use crate::mount;
 use crate::plain::{Colour, coloured, paragraph};
 
 /// What the looking came to.
@@ -64,7 +65,8 @@ impl Finding {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] without root.
+/// [`ErrorKind::FailedPrecondition`] without root, or as of
+/// [`mount::enter_mount_namespace`].
 pub fn run(config: &Config, options: &DoctorOptions) -> Result<Outcome> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::new(
@@ -72,6 +74,8 @@ pub fn run(config: &Config, options: &DoctorOptions) -> Result<Outcome> {
             "doctor mounts overlays to try the disks: run it as root",
         ));
     }
+    // What is mounted to try is nobody else's, and gone with this process.
+    mount::enter_mount_namespace()?;
     let release = rustix::system::uname();
     let kernel = format!("Linux {}", release.release().to_string_lossy());
     let mut findings = vec![Finding::new("kernel", Verdict::Good, kernel)];

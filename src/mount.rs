@@ -15,12 +15,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::fd::AsFd;
-use rustix::fs::{Dir, FileType, Mode, OFlags, fgetxattr, open, stat};
+use rustix::fs::{Dir, FileType, Mode, OFlags, fgetxattr, fstat, open, stat};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags, mount, open_tree, unmount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount, mount_change, open_tree,
+    unmount,
+};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::{mountinfo, sys};
+use crate::mountinfo::{self, Mounted};
+use crate::sys;
+use crate::types::SnapshotId;
 
 /// A mounted overlay; unmounted when dropped.
 struct Overlay {
@@ -209,16 +214,68 @@ pub fn probe_parameter(name: &str) -> Option<String> {
 /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
 pub fn upper_directories() -> Result<Vec<String>> {
     let mounts = mountinfo::read()?;
-    let overlays = mounts
+    Ok(mounts
         .iter()
-        .filter(|mounted| mounted.file_system == "overlay");
-    Ok(overlays
-        .filter_map(|overlay| {
-            let mut options = overlay.options.split(',');
-            options.find_map(|option| option.strip_prefix("upperdir="))
-        })
+        .filter_map(upper_of)
         .map(str::to_owned)
         .collect())
+}
+
+fn upper_of(mounted: &Mounted) -> Option<&str> {
+    if mounted.file_system != "overlay" {
+        return None;
+    }
+    let mut options = mounted.options.split(',');
+    options.find_map(|option| option.strip_prefix("upperdir="))
+}
+
+/// Where an upper directory is mounted in this mount namespace, by an overlay that
+/// writes into it, or as it is; `None` if it is not. By its inode: a disk may have
+/// several paths.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if the directory or the kernel's list cannot be read.
+pub fn mounted_at(upper: impl AsFd) -> Result<Option<PathBuf>> {
+    let looking = || "look where an upper directory is mounted";
+    let stat = fstat(upper).context(looking)?;
+    let is_it = |path: &Path| {
+        rustix::fs::stat(path)
+            .is_ok_and(|found| (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino))
+    };
+    let mounts = mountinfo::read()?;
+    let found = mounts.iter().find(|mounted| match upper_of(mounted) {
+        Some(path) => is_it(Path::new(path)),
+        // A bind of a snapshot's own directory; others are not asked for, one of
+        // them may be a disk that does not answer.
+        None => mounted.root.ends_with("fs") && is_it(&mounted.point),
+    });
+    Ok(found.map(|mounted| mounted.point.clone()))
+}
+
+/// What the overlays of [`Stack`] have for a device, before a colon and the
+/// snapshot's number.
+const BY_HAND: &str = env!("CARGO_PKG_NAME");
+
+/// What to call the device of a snapshot's overlay that a person mounts.
+pub fn source_by_hand(id: SnapshotId) -> String {
+    format!("{BY_HAND}:{id}")
+}
+
+/// The snapshots that are mounted under [`source_by_hand`] in this mount namespace,
+/// and where.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if the kernel's list cannot be read.
+pub fn mounted_by_hand() -> Result<Vec<(SnapshotId, PathBuf)>> {
+    let mounts = mountinfo::read()?;
+    let by_hand = mounts.into_iter().filter_map(|mounted| {
+        let id = mounted.source.strip_prefix(BY_HAND)?.strip_prefix(':')?;
+        let id = SnapshotId::from_directory_name(id.as_bytes())?;
+        (mounted.file_system == "overlay").then_some((id, mounted.point))
+    });
+    Ok(by_hand.collect())
 }
 
 /// Whether this process is in a user namespace of its own, where overlayfs may
@@ -255,6 +312,21 @@ pub fn hold_user_namespace() -> Result<()> {
         .map_err(|error| Error::caused(ErrorKind::Internal, "talk to the parent process", error))
 }
 
+/// Gives this process, which must have one thread only, mounts of its own: what it
+/// mounts is seen by nobody else, and what others mount or unmount by it no more.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] with what the kernel says.
+pub fn enter_mount_namespace() -> Result<()> {
+    sys::unshare_mount_namespace()
+        .and_then(|()| {
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            mount_change("/", private)
+        })
+        .map_err(|errno| unsuitable("have mounts of its own".to_owned(), errno))
+}
+
 /// Asks whether layers in `directory` can be id-mapped: whether the kernel can
 /// map overlayfs's layers (Linux 5.19) and the file system its mounts, by
 /// really mapping one that nobody else sees.
@@ -263,10 +335,7 @@ pub fn hold_user_namespace() -> Result<()> {
 ///
 /// [`ErrorKind::FailedPrecondition`] saying what is missing.
 pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
-    let release = rustix::system::uname()
-        .release()
-        .to_string_lossy()
-        .into_owned();
+    let release = kernel_release();
     if kernel_version(&release) < Some((5, 19)) {
         return Err(Error::new(
             ErrorKind::FailedPrecondition,
@@ -278,6 +347,11 @@ pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
     open_tree(rustix::fs::CWD, directory, flags)
         .and_then(|tree| sys::idmap_mount(tree.as_fd(), &namespace))
         .map_err(|errno| unsuitable(format!("id-map a mount of {}", directory.display()), errno))
+}
+
+fn kernel_release() -> String {
+    let name = rustix::system::uname();
+    name.release().to_string_lossy().into_owned()
 }
 
 fn kernel_version(release: &str) -> Option<(u32, u32)> {

@@ -1,13 +1,16 @@
 //! The commands `mount` and `umount`: a snapshot's files for a person, when
 //! containerd is down or a container does not start.
 //!
-//! Owns: where it may be mounted, and how such a mount is known again. Works
-//! beside a running daemon and without one, and changes nothing else.
+//! Owns: where it may be mounted. Works beside a running daemon and without one,
+//! and changes nothing else.
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{Dir, Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
@@ -15,13 +18,12 @@ use crate::config::{Access, Config, MountOptions};
 use crate::daemon;
 use crate::daemon::visit::{Purpose, Visit, visit};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mount::Stack;
-use crate::mountinfo::{self, Mounted};
+use crate::mount::{self, Stack};
+use crate::mountinfo;
 use crate::snapshotter::Snapshotter;
 use crate::types::{Kind, Quoted};
 
-/// What such mounts have for a device, before a colon and the snapshot's id.
-const SOURCE: &str = env!("CARGO_PKG_NAME");
+const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
 /// Mounts a snapshot, and tells so on standard output.
 ///
@@ -30,9 +32,9 @@ const SOURCE: &str = env!("CARGO_PKG_NAME");
 /// [`ErrorKind::FailedPrecondition`] for a directory that will not do; as of
 /// [`Snapshotter::rescue`]; or what the kernel says.
 pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
-    let target = empty_directory(&options.target)?;
+    let (target, path) = empty_directory(&options.target)?;
     for volume in [&config.root, &config.writable] {
-        refuse_within(&target, volume)?;
+        refuse_within(&path, volume)?;
     }
     let Visit {
         // Held until it is mounted: no daemon starts, and moves layers, meanwhile.
@@ -41,30 +43,44 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
         volumes,
         ..
     } = visit(config, Purpose::Look)?;
+    if lock.is_none() && UnixStream::connect(&config.address).is_err() {
+        return Err(refused(format!(
+            "somebody works on {} who serves nobody on {}: wait until a check, an import or the \
+             start of a daemon is done",
+            config.root, config.address
+        )));
+    }
     let snapshotter = Snapshotter::new(store, volumes, daemon::options(config));
     let rescue = snapshotter.rescue(&options.key, options.access == Access::ReadOnly)?;
     let stack = Stack {
-        source: &format!("{SOURCE}:{}", rescue.id),
+        source: &mount::source_by_hand(rescue.id),
         base: &format!("{}/snapshots", config.root),
         lowers: &rescue.lowers,
         own: rescue.own.as_deref(),
         options: &daemon::options(config).mount_options,
     };
-    stack.mount(&target)?;
+    stack.mount(&target, &path)?;
     drop(lock);
-    let key = Quoted(&rescue.key);
-    let access = match rescue.own {
-        Some(_) => "what is changed there stays",
-        None => "read-only",
-    };
     let kind = match rescue.kind {
         Kind::Committed => "layer",
         Kind::Active => "snapshot",
         Kind::View => "view",
     };
+    let (access, duty) = match rescue.own {
+        Some(_) => (
+            "what is changed there stays",
+            "Its container does not start before it is unmounted",
+        ),
+        None => ("read-only", "To unmount it"),
+    };
+    let left_out = match rescue.has_host_directories {
+        true => "The host directories that its container is shown are left out.\n",
+        false => "",
+    };
     say(&format!(
-        "{kind} {key}\nis mounted on {}, {access}.\nUnmount it before its container is started: {SOURCE} umount DIR\n",
-        target.display()
+        "{kind} {}\nis mounted on {}, {access}.\n{left_out}{duty}: {PROGRAM} umount DIR\n",
+        Quoted(&rescue.key),
+        path.display()
     ));
     Ok(())
 }
@@ -75,47 +91,49 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
 ///
 /// [`ErrorKind::FailedPrecondition`] if there is none, or if it is in use.
 pub fn umount(target: &str) -> Result<()> {
-    let refused = |why: &str| {
-        let what = format!("unmount {target}: {why}");
-        Err(Error::new(ErrorKind::FailedPrecondition, what))
-    };
-    let path = canonical(target)?;
-    let mounts = mountinfo::read()?;
+    let path = fs::canonicalize(target).map_err(|error| cannot("find", target, error))?;
     // The last one hides the others.
-    let mounted = mounts.iter().rev().find(|mounted| mounted.point == path);
-    if !mounted.is_some_and(is_ours) {
-        return refused("no snapshot was mounted there by \"mount\"");
+    let mounts = mountinfo::read()?;
+    let topmost = mounts.iter().rev().find(|mounted| mounted.point == path);
+    let by_hand = mount::mounted_by_hand()?;
+    let is_by_hand = topmost.is_some_and(|mounted| {
+        let sources = by_hand.iter().map(|(id, _)| mount::source_by_hand(*id));
+        sources.into_iter().any(|source| source == mounted.source)
+    });
+    if !is_by_hand {
+        return Err(refused(format!(
+            "unmount {target}: no snapshot was mounted there by \"mount\""
+        )));
     }
     match unmount(&path, UnmountFlags::NOFOLLOW) {
         Ok(()) => Ok(()),
-        Err(Errno::BUSY) => refused("it is in use: a shell is in it, or a file is open"),
-        Err(errno) => Err(Error::caused(
-            ErrorKind::FailedPrecondition,
-            format!("unmount {target}"),
-            std::io::Error::from(errno),
-        )),
+        Err(Errno::BUSY) => Err(refused(format!(
+            "unmount {target}: it is in use: a shell is in it, or a file is open"
+        ))),
+        Err(errno) => Err(cannot("unmount", target, errno.into())),
     }
 }
 
-fn is_ours(mounted: &Mounted) -> bool {
-    let id = mounted.source.strip_prefix(SOURCE);
-    mounted.file_system == "overlay" && id.is_some_and(|id| id.starts_with(':'))
-}
-
-fn empty_directory(target: &str) -> Result<PathBuf> {
-    let path = canonical(target)?;
-    let mut entries = fs::read_dir(&path).map_err(|error| cannot("look into", target, error))?;
-    match entries.next() {
-        None => Ok(path),
-        Some(_) => Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!("{target} is not empty, and what is in it would be hidden: give an empty one"),
-        )),
+/// Opens the directory to mount on, and tells where it is by now.
+fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
+    let opening = |errno: Errno| cannot("open", target, errno.into());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = open(target, flags, Mode::empty()).map_err(opening)?;
+    for entry in Dir::read_from(&directory).map_err(opening)? {
+        let entry = entry.map_err(opening)?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            return Err(refused(format!(
+                "{target} is not empty, and what is in it would be hidden: give an empty one"
+            )));
+        }
     }
+    let link = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
+    let path = fs::read_link(link).map_err(|error| cannot("find", target, error))?;
+    Ok((directory, path))
 }
 
-fn canonical(target: &str) -> Result<PathBuf> {
-    fs::canonicalize(target).map_err(|error| cannot("find", target, error))
+fn refused(what: String) -> Error {
+    Error::new(ErrorKind::FailedPrecondition, what)
 }
 
 fn cannot(what: &str, target: &str, error: std::io::Error) -> Error {

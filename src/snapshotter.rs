@@ -255,8 +255,8 @@ impl Snapshotter {
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
-    /// committed one, or if the writable volume is needed and not there; for its
-    /// host directories as of [`crate::lowers::Policy::ensure`].
+    /// committed one, for one that a person has mounted to write to it, or if the
+    /// writable volume is needed and not there; for its host directories as of [`crate::lowers::Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
             .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
@@ -282,6 +282,7 @@ impl Snapshotter {
         if snapshot.volume == Some(Volume::Writable) {
             self.volumes.open(Volume::Writable)?;
         }
+        self.require_not_by_hand(snapshot.id)?;
         self.require_present(&ancestors)?;
         let id_maps = IdMaps::from_labels(&info.labels)?;
         let extras = self.renew_lowers(&snapshot, id_maps.as_ref())?;

@@ -22,6 +22,19 @@ pub fn unshare_user_namespace() -> Result<(), Errno> {
     unsafe { unshare_unsafe(UnshareFlags::NEWUSER) }
 }
 
+/// Puts the calling process, which must have one thread only, into a new mount
+/// namespace (`unshare(2)`).
+///
+/// # Errors
+///
+/// What the kernel says: `EPERM` without `CAP_SYS_ADMIN`.
+pub fn unshare_mount_namespace() -> Result<(), Errno> {
+    // SAFETY: as above; a mount namespace is not shared between threads unless
+    // there are several, and then also their working directory, which Rust does
+    // not rely on.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
+}
+
 /// Id-maps the detached mount `mount` by a user namespace's descriptor
 /// (`mount_setattr(2)`, `MOUNT_ATTR_IDMAP`, Linux 5.12).
 ///

@@ -5,6 +5,7 @@
 //! <root>/snapshots/<id>               or: a link to <writable>/snapshots/<id>
 //! <root>/snapshots/.moving-<id>       a layer on its way home, see `moving`
 //! <root>/lowers/<id>.<n>              a link to an extra lower directory, see `lowers`
+//! <root>/mounted/<id>                 says that a person may have mounted it
 //! <root>/empty/                       an empty directory, lower of a layer without parent
 //! <root>/trash/                       removed, waiting to be deleted
 //! <root>/left-out/<id>               what an import could not take over

@@ -25,6 +25,7 @@ pub(super) const ROOT_NAMES: &[&str] = &[
     "grpc.socks",
     "snapshots",
     "lowers",
+    "mounted",
     "empty",
     "trash",
     "left-out",

@@ -2,9 +2,10 @@
 //! on, and whether overlayfs can write there.
 
 use std::fs;
+use std::io::ErrorKind as IoKind;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, access, statvfs};
+use rustix::fs::statvfs;
 
 use super::{Finding, Verdict};
 use crate::config::Config;
@@ -97,8 +98,12 @@ fn find(path: &str) -> Result<Place> {
         Error::caused(ErrorKind::FailedPrecondition, what, error)
     };
     let mut there = PathBuf::from(path);
-    // A link to nowhere is there, and no place to make a directory.
-    while fs::symlink_metadata(&there).is_err() && there.pop() {}
+    // A link to nowhere is there, and no place to make a directory; a disk that has
+    // failed answers otherwise.
+    let is_missing = |path: &Path| {
+        fs::symlink_metadata(path).is_err_and(|error| error.kind() == IoKind::NotFound)
+    };
+    while is_missing(&there) && there.pop() {}
     let meta = fs::metadata(&there).map_err(cannot)?;
     if !meta.is_dir() {
         let what = format!("{} is no directory", there.display());
@@ -135,24 +140,34 @@ fn describe(topic: &'static str, path: &str, place: &Place) -> Finding {
     Finding::new(topic, Verdict::Good, format!("{path}{where_to}: {on}"))
 }
 
-/// Really mounts one there: in a directory of its own, which goes again.
+/// The directory that is tried in; nobody else's, and if one was left by a doctor
+/// that was killed, the next one removes it. What was mounted in it has gone with
+/// that one's mount namespace.
+const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
+
+/// Really mounts one there.
 fn try_overlay(topic: &'static str, place: &Place, options: &[String]) -> Finding {
-    let scratch = place.there.join(format!(".doctor-{}", std::process::id()));
-    let probed = fs::create_dir(&scratch)
-        .map_err(|error| {
-            let what = format!("create {}", scratch.display());
-            Error::caused(ErrorKind::FailedPrecondition, what, error)
-        })
-        .and_then(|()| {
-            let probed = probe_upper(&scratch, options);
-            unmount_stale(&scratch.join(MERGED));
-            // Made here, and nobody else's: what is left would only be in the way.
-            let removed = fs::remove_dir_all(&scratch).map_err(|error| {
-                let what = format!("remove {}", scratch.display());
-                Error::caused(ErrorKind::Internal, what, error)
-            });
-            probed.and(removed)
-        });
+    let scratch = place.there.join(SCRATCH);
+    let remove = || match fs::remove_dir_all(&scratch) {
+        Err(error) if error.kind() != IoKind::NotFound => Err(("remove", error)),
+        _ => Ok(()),
+    };
+    let made = remove().and_then(|()| fs::create_dir(&scratch).map_err(|error| ("create", error)));
+    if let Err((what, error)) = made {
+        let hint = match error.kind() {
+            IoKind::ReadOnlyFilesystem => "make it writable",
+            IoKind::StorageFull => "make room there",
+            _ => "another directory may do",
+        };
+        let text = format!("cannot {what} {}: {error}: {hint}", scratch.display());
+        return Finding::new(topic, Verdict::Bad, text);
+    }
+    let probed = probe_upper(&scratch, options);
+    unmount_stale(&scratch.join(MERGED));
+    if let Err((what, error)) = remove() {
+        let text = format!("cannot {what} {}: {error}", scratch.display());
+        return Finding::new(topic, Verdict::Note, text);
+    }
     match probed {
         Ok(()) => Finding::new(
             topic,
@@ -160,16 +175,19 @@ fn try_overlay(topic: &'static str, place: &Place, options: &[String]) -> Findin
             "overlayfs writes there, directory entries have types",
         ),
         Err(error) => {
-            let path = place.there.display();
-            let hint = match access(&place.there, Access::WRITE_OK) {
-                Ok(()) => "use ext4, XFS or btrfs",
-                Err(_) => "make it writable",
+            let hint = match options {
+                _ if !has_overlay() => "this kernel has no overlayfs: load the module \"overlay\"",
+                [] => "ext4, XFS or btrfs will do",
+                _ => "ext4, XFS or btrfs will do, and so may other --mount-option",
             };
-            Finding::new(
-                topic,
-                Verdict::Bad,
-                format!("no overlay on {path}: {}: {hint}", error.chain()),
-            )
+            let path = place.there.display();
+            let text = format!("no overlay on {path}: {}: {hint}", error.chain());
+            Finding::new(topic, Verdict::Bad, text)
         }
     }
+}
+
+fn has_overlay() -> bool {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    known.split_whitespace().any(|name| name == "overlay")
 }

@@ -3,13 +3,17 @@
 //! mount(2) takes all options as one string of at most a page, which the paths
 //! of many layers do not fit into. Linux 6.7 takes layers one by one (`lowerdir+`,
 //! Documentation/filesystems/overlayfs.rst); before it, names relative to the
-//! working directory are short enough.
+//! working directory are short enough. Older kernels do not say that they do not
+//! know `lowerdir+` until all is set (`legacy_parse_param` in fs/fs_context.c), so
+//! the version is asked.
+//!
+//! Programs with set-user-ID and devices in there are for containers, not for
+//! whoever may look into a directory of the host: nosuid and nodev.
 
 use std::ffi::CString;
 use std::path::Path;
 
-use rustix::fd::OwnedFd;
-use rustix::fs::CWD;
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, read};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
@@ -17,7 +21,11 @@ use rustix::mount::{
 };
 use rustix::param::page_size;
 
+use super::{kernel_release, kernel_version};
 use crate::error::{Error, ErrorKind, Result};
+
+/// The first that takes layers one by one.
+const LAYERS_ONE_BY_ONE: (u32, u32) = (6, 7);
 
 /// The longest value that fsconfig(2) takes.
 const MAX_VALUE_BYTES: usize = 255;
@@ -41,54 +49,49 @@ pub struct Stack<'a> {
 }
 
 impl Stack<'_> {
-    /// Mounts it on `target`, an absolute path. May change the working directory
-    /// of the process, so it is for programs that do nothing else.
+    /// Mounts it on the directory `target`, which `path` is for messages. May change
+    /// the working directory of the process, so it is for programs that do nothing
+    /// else.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`] with what the kernel says.
-    pub fn mount(&self, target: &Path) -> Result<()> {
-        match self.mount_by_layers(target)? {
-            Taken::Yes => Ok(()),
-            Taken::No => self.mount_by_string(target),
-        }
-    }
-
-    /// Hands the layers over one by one, if the kernel and the paths allow it.
-    fn mount_by_layers(&self, target: &Path) -> Result<Taken> {
+    pub fn mount(&self, target: impl AsFd, path: &Path) -> Result<()> {
         let is_long = |path: &String| path.len() > MAX_VALUE_BYTES;
         let own = self.own_paths();
-        if self.lowers.iter().chain(&own).any(is_long) {
-            return Ok(Taken::No);
+        let is_new = kernel_version(&kernel_release()) >= Some(LAYERS_ONE_BY_ONE);
+        if is_new && !self.lowers.iter().chain(&own).any(is_long) {
+            self.mount_by_layers(target.as_fd(), path)
+        } else {
+            self.mount_by_string(target.as_fd(), path)
         }
-        let context = match fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
-            Err(Errno::NOSYS | Errno::PERM) => return Ok(Taken::No),
-            context => context.map_err(|errno| refused(target, errno, ""))?,
-        };
-        for (number, lower) in self.lowers.iter().enumerate() {
-            match fsconfig_set_string(&context, "lowerdir+", lower.as_str()) {
-                // Not known to the kernel.
-                Err(Errno::INVAL) if number == 0 => return Ok(Taken::No),
-                set => set.map_err(|errno| failed(target, errno, &context))?,
-            }
-        }
-        let configured = self.configure(&context, &own);
-        configured.map_err(|errno| failed(target, errno, &context))?;
-        let attributes = match self.own {
-            Some(_) => MountAttrFlags::empty(),
-            None => MountAttrFlags::MOUNT_ATTR_RDONLY,
-        };
-        let mounted = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-            .map_err(|errno| failed(target, errno, &context))?;
-        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-        move_mount(&mounted, "", CWD, target, flags)
-            .map_err(|errno| failed(target, errno, &context))?;
-        Ok(Taken::Yes)
     }
 
-    fn configure(&self, context: &OwnedFd, own: &[String]) -> std::result::Result<(), Errno> {
+    fn mount_by_layers(&self, target: BorrowedFd<'_>, path: &Path) -> Result<()> {
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
+            .map_err(|errno| refused(path, errno, ""))?;
+        let mounted = self
+            .configure(&context)
+            .and_then(|()| {
+                let mut attributes =
+                    MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+                if self.own.is_none() {
+                    attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+                }
+                fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+            })
+            .map_err(|errno| refused(path, errno, &said(&context)))?;
+        let flags =
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+        move_mount(&mounted, "", target, "", flags).map_err(|errno| refused(path, errno, ""))
+    }
+
+    fn configure(&self, context: &OwnedFd) -> std::result::Result<(), Errno> {
         fsconfig_set_string(context, "source", self.source)?;
-        match own {
+        for lower in self.lowers {
+            fsconfig_set_string(context, "lowerdir+", lower.as_str())?;
+        }
+        match self.own_paths().as_slice() {
             [upper, work] => {
                 fsconfig_set_string(context, "upperdir", upper.as_str())?;
                 fsconfig_set_string(context, "workdir", work.as_str())?;
@@ -105,7 +108,7 @@ impl Stack<'_> {
     }
 
     /// Hands all over as one string, the names of layers relative to `base`.
-    fn mount_by_string(&self, target: &Path) -> Result<()> {
+    fn mount_by_string(&self, target: BorrowedFd<'_>, path: &Path) -> Result<()> {
         let mut data = String::from("lowerdir=");
         for (number, lower) in self.lowers.iter().enumerate() {
             if number > 0 {
@@ -135,20 +138,19 @@ impl Stack<'_> {
                 ),
             ));
         }
-        let data = CString::new(data).map_err(|_| refused(target, Errno::INVAL, ""))?;
-        let flags = match self.own {
-            Some(_) => MountFlags::empty(),
-            None => MountFlags::RDONLY,
-        };
-        std::env::set_current_dir(self.base)
-            .map_err(|error| {
-                let what = format!("enter {}", self.base);
-                Error::caused(ErrorKind::FailedPrecondition, what, error)
-            })
-            .and_then(|()| {
-                mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
-                    .map_err(|errno| refused(target, errno, ""))
-            })
+        let data = CString::new(data).map_err(|_| refused(path, Errno::INVAL, ""))?;
+        let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+        if self.own.is_none() {
+            flags |= MountFlags::RDONLY;
+        }
+        std::env::set_current_dir(self.base).map_err(|error| {
+            let what = format!("enter {}", self.base);
+            Error::caused(ErrorKind::FailedPrecondition, what, error)
+        })?;
+        // The directory that was looked at, whatever has its name by now.
+        let target = format!("/proc/self/fd/{}", target.as_raw_fd());
+        mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
+            .map_err(|errno| refused(path, errno, ""))
     }
 
     /// The upper and the work directory, or nothing.
@@ -160,15 +162,9 @@ impl Stack<'_> {
     }
 }
 
-/// Whether a way to mount was open.
-enum Taken {
-    Yes,
-    No,
-}
-
-/// With what the kernel has to say about it (`Documentation/filesystems/mount_api.rst`):
+/// What the kernel has to say about it (`Documentation/filesystems/mount_api.rst`):
 /// lines that begin with a letter for how grave they are.
-fn failed(target: &Path, errno: Errno, context: &OwnedFd) -> Error {
+fn said(context: &OwnedFd) -> String {
     let mut said = String::new();
     let mut line = [0_u8; 1024];
     while let Ok(bytes @ 1..) = read(context, &mut line) {
@@ -177,13 +173,13 @@ fn failed(target: &Path, errno: Errno, context: &OwnedFd) -> Error {
         said.push_str(": ");
         said.push_str(text.get(2..).unwrap_or(text));
     }
-    refused(target, errno, &said)
+    said
 }
 
-fn refused(target: &Path, errno: Errno, said: &str) -> Error {
+fn refused(path: &Path, errno: Errno, said: &str) -> Error {
     Error::caused(
         ErrorKind::FailedPrecondition,
-        format!("mount an overlay on {}{said}", target.display()),
+        format!("mount an overlay on {}{said}", path.display()),
         std::io::Error::from(errno),
     )
 }

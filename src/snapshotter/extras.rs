@@ -120,20 +120,11 @@ impl Snapshotter {
         Ok(links)
     }
 
-    /// The host directories of a snapshot themselves, for a mount that nobody
-    /// shortens the names of.
-    pub(super) fn host_directories(&self, snapshot: &Snapshot) -> Result<Vec<String>> {
-        let info = &snapshot.info;
-        let mut wanted = Wanted::by_label(info.kind, &info.name, &info.labels)?;
-        wanted.chosen = self.chosen_lowers(snapshot.id)?;
-        let lowers = self.ensure_lowers(&wanted)?;
-        let paths = lowers
-            .targets()
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect();
-        lowers.keep();
-        Ok(paths)
+    /// Whether a container on the snapshot is shown any.
+    pub(super) fn has_host_directories(&self, snapshot: &Snapshot) -> Result<bool> {
+        let labelled = snapshot.info.labels.get(LABEL_LOWERS);
+        let is_labelled = labelled.is_some_and(|text| !text.is_empty());
+        Ok(is_labelled || !self.chosen_lowers(snapshot.id)?.is_empty())
     }
 
     fn chosen_lowers(&self, id: SnapshotId) -> Result<Vec<String>> {

@@ -134,7 +134,9 @@ impl Snapshotter {
             let name = upper.strip_prefix(&prefix)?.split('/').next()?;
             SnapshotId::from_directory_name(name.as_bytes())
         });
-        Ok(ids.collect())
+        // Whoever looks into a layer wants to read it to its end.
+        let by_hand = mount::mounted_by_hand()?;
+        Ok(ids.chain(by_hand.into_iter().map(|(id, _)| id)).collect())
     }
 
     /// The layers, below and including themselves, of snapshots that were

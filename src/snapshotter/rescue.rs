@@ -1,6 +1,8 @@
 //! A snapshot as a person mounts it, without containerd: to look into, or to
 //! rescue from.
 
+use rustix::fd::AsFd;
+
 use super::Snapshotter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
@@ -20,6 +22,8 @@ pub struct Rescue {
     pub id: SnapshotId,
     /// Its kind.
     pub kind: Kind,
+    /// Whether it has host directories for containers, which are left out.
+    pub has_host_directories: bool,
     /// The directory with its `fs` and `work`, if it may be written to.
     pub own: Option<String>,
     /// The lower directories, the topmost first; two at least without `own`.
@@ -29,8 +33,9 @@ pub struct Rescue {
 impl Snapshotter {
     /// Tells how to mount a snapshot of any kind. Only an active one can be
     /// written to, and not if `is_read_only`; a layer shows its image up to there.
-    /// Ids are not mapped. Changes nothing, apart from creating host directories
-    /// that are asked for by label.
+    /// Ids are not mapped, and host directories left out. For one to be written to,
+    /// [`Snapshotter::mounts`] refuses from here on for as long as it is mounted
+    /// under [`mount::source_by_hand`].
     ///
     /// # Errors
     ///
@@ -63,8 +68,13 @@ impl Snapshotter {
             let snapshots = self.volumes.snapshots_path(volume);
             format!("{snapshots}/{}", snapshot.id)
         });
+        let is_written_to = is_active && !is_read_only;
         if let (true, Some(volume)) = (is_active, volume) {
-            self.volumes.open(volume)?.open_upper(snapshot.id)?;
+            let upper = self.volumes.open(volume)?.open_upper(snapshot.id)?;
+            if is_written_to {
+                self.volumes.image().mark_mounted_by_hand(snapshot.id)?;
+                require_unmounted(upper, snapshot.id)?;
+            }
         }
         for layer in &ancestors {
             self.require_volume(layer.volume)?;
@@ -72,12 +82,8 @@ impl Snapshotter {
         }
 
         let mut lowers = Vec::new();
-        let is_written_to = is_active && !is_read_only;
         if let (false, Some(own)) = (is_written_to, &own) {
             lowers.push(format!("{own}/fs"));
-        }
-        if info.kind != Kind::Committed {
-            lowers.extend(self.host_directories(&snapshot)?);
         }
         let snapshots = self.volumes.snapshots_path(Volume::Image);
         lowers.extend(
@@ -89,17 +95,35 @@ impl Snapshotter {
         if lowers.len() < least {
             lowers.push(self.volumes.image().empty_path());
         }
-        let own = own.filter(|_| is_written_to);
-        if let Some(own) = &own {
-            require_unmounted(own)?;
-        }
         Ok(Rescue {
             id: snapshot.id,
             kind: info.kind,
-            own,
+            own: own.filter(|_| is_written_to),
+            has_host_directories: info.kind != Kind::Committed
+                && self.has_host_directories(&snapshot)?,
             lowers,
             key: snapshot.info.name,
         })
+    }
+
+    /// Refuses the mounts of a snapshot that a person has mounted to write to it.
+    pub(super) fn require_not_by_hand(&self, id: SnapshotId) -> Result<()> {
+        let image = self.volumes.image();
+        // The mark is cheap to look for, and may be an old one.
+        if !image.is_marked_mounted_by_hand(id) {
+            return Ok(());
+        }
+        let mut mounted = mount::mounted_by_hand()?.into_iter();
+        match mounted.find(|(by_hand, _)| *by_hand == id) {
+            None => image.unmark_mounted_by_hand(id),
+            Some((_, point)) => Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "snapshot {id} is mounted by hand at {}: unmount it there first",
+                    point.display()
+                ),
+            )),
+        }
     }
 
     fn require_volume(&self, volume: Volume) -> Result<()> {
@@ -149,13 +173,15 @@ impl Snapshotter {
 
 /// Two overlays on one upper directory damage what is in it
 /// (Documentation/filesystems/overlayfs.rst, "Sharing and copying layers").
-fn require_unmounted(own: &str) -> Result<()> {
-    let upper = format!("{own}/fs");
-    if !mount::upper_directories()?.contains(&upper) {
-        return Ok(());
+fn require_unmounted(upper: impl AsFd, id: SnapshotId) -> Result<()> {
+    match mount::mounted_at(upper)? {
+        None => Ok(()),
+        Some(point) => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "snapshot {id} is mounted already, at {}: stop its container, or give --read-only",
+                point.display()
+            ),
+        )),
     }
-    Err(Error::new(
-        ErrorKind::FailedPrecondition,
-        format!("{upper} is mounted already: stop its container, or give --read-only"),
-    ))
 }

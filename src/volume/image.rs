@@ -7,7 +7,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, Dir, FileType, fsync, readlinkat, statat, symlinkat, unlinkat};
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, fsync, openat, readlinkat, statat, symlinkat, unlinkat,
+};
 use rustix::io::Errno;
 
 use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
@@ -15,6 +17,9 @@ use super::identity::open_top;
 use super::lowers::open_lowers;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
+
+/// Where marks for snapshots are that may be mounted by hand.
+const BY_HAND: &str = "mounted";
 
 /// The opened image volume.
 pub struct Image {
@@ -226,6 +231,44 @@ impl Image {
             Err(errno) => {
                 Err(errno).context(|| format!("remove the link {}/{id}", self.snapshots_path()))
             }
+        }
+    }
+
+    /// Says that a person may have mounted the snapshot to write to it. Only a hint:
+    /// nobody takes it away at a reboot, and a root that cannot be written to gets
+    /// none.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
+        let marking = || format!("write {}/{BY_HAND}/{id}", self.path);
+        let marked = ensure_directory(&self.top, &self.path, BY_HAND).and_then(|directory| {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            openat(directory, id.to_string(), flags, Mode::from_raw_mode(0o600)).context(marking)
+        });
+        match marked {
+            Err(error) if error.kind() != ErrorKind::FailedPrecondition => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether that has been said.
+    pub fn is_marked_mounted_by_hand(&self, id: SnapshotId) -> bool {
+        let mark = format!("{BY_HAND}/{id}");
+        statat(&self.top, mark, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
+    /// Takes it back.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn unmark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
+        let mark = format!("{BY_HAND}/{id}");
+        match unlinkat(&self.top, &*mark, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(errno) => Err(errno).context(|| format!("remove {}/{mark}", self.path)),
         }
     }
 

@@ -285,6 +285,14 @@ phase_again() {
     on writable "$writable"
     mounts_of first
     [ "$(cat "$upper/etc/motd")" = first ] || fail "what a container wrote is lost"
+    # Without containerd, by a kernel that takes layers in one string only.
+    mkdir /root/rescued
+    "$program" mount first /root/rescued || fail "a snapshot is not mounted by hand"
+    [ "$(cat /root/rescued/etc/motd)" = first ] || fail "by hand it is not what was written"
+    echo by-hand >/root/rescued/by-hand
+    "$program" umount /root/rescued || fail "a snapshot is not unmounted by hand"
+    [ "$(cat "$upper/by-hand")" = by-hand ] || fail "what was written by hand is lost"
+
     ctr tasks start --detach lasting || fail "a container does not start again"
     ctr tasks exec --exec-id look lasting grep -q line /lines ||
         fail "a container does not see what it wrote"

@@ -212,6 +212,26 @@ fn disks_that_will_not_do_are_named() {
     assert_eq!(verdicts, ["ok", "ok"]);
     rustix::mount::unmount(point.as_str(), rustix::mount::UnmountFlags::empty()).unwrap();
 
+    // What a doctor that was killed has left is in nobody's way, and goes.
+    let left = ".overlay-read-write-splitting-snapshotter-doctor/lower/deep";
+    fs::create_dir_all(memory.path().join(left)).unwrap();
+    let (verdicts, said) = told(&told_of(&memory.text(), &[]), "writable");
+    assert_eq!(verdicts, ["ok", "ok"], "{said}");
+    assert!(!memory.path().join(left).exists());
+    // Nothing that it mounts is seen here.
+    let is_overlay = |line: &str| line.contains(" overlay ") && line.contains("-doctor");
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.lines().any(is_overlay), "{mounts}");
+    // No room, and an option that no overlay takes.
+    memory.fill();
+    let (verdicts, said) = told(&told_of(&memory.text(), &[]), "writable");
+    assert_eq!(verdicts, ["ok", "bad"], "{said}");
+    memory.make_room();
+    let option = ["--mount-option", "redirect_dir=nonsense"];
+    let (verdicts, said) = told(&told_of(&memory.text(), &option), "writable");
+    assert_eq!(verdicts, ["ok", "bad"], "{said}");
+    assert!(said.contains("--mount-option"), "{said}");
+
     // A disk that cannot be written to, and a file.
     memory.remount("ro");
     let (verdicts, said) = told(&told_of(&memory.text(), &[]), "writable");

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use grpcio::RpcStatusCode;
+use rustix::fs::StatVfsMountFlags;
 use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 
@@ -11,10 +13,23 @@ use crate::Test;
 use crate::content::layer;
 use crate::support::daemon::{BINARY, Daemon, Split};
 use crate::support::disk::{Disk, subdirectory};
-use crate::support::mounted::Mounted;
-use crate::support::{tree, unchanged};
+use crate::support::mounted::{Mounted, upper_of};
+use crate::support::{tree, unchanged, until};
 
 pub const TESTS: &[Test] = &[
+    (
+        "host_directories_are_left_out",
+        host_directories_are_left_out,
+    ),
+    ("nobody_else_writes_meanwhile", nobody_else_writes_meanwhile),
+    (
+        "programs_and_devices_are_for_containers",
+        programs_and_devices_are_for_containers,
+    ),
+    (
+        "a_layer_that_is_looked_at_stays",
+        a_layer_that_is_looked_at_stays,
+    ),
     (
         "every_kind_is_mounted_as_it_allows",
         every_kind_is_mounted_as_it_allows,
@@ -37,7 +52,6 @@ pub const TESTS: &[Test] = &[
         "long_paths_mount_in_one_string",
         long_paths_mount_in_one_string,
     ),
-    ("host_directories_are_shown", host_directories_are_shown),
     ("what_is_missing_is_named", what_is_missing_is_named),
 ];
 
@@ -238,8 +252,8 @@ fn directories_that_will_not_do_are_refused() {
     let before = tree(outside.path());
     for (directory, expected) in [
         (outside.path().to_owned(), "is not empty"),
-        (file, "look into the directory"),
-        (outside.path().join("missing"), "find the directory"),
+        (file, "open the directory"),
+        (outside.path().join("missing"), "open the directory"),
         (inside, "where snapshots are kept"),
         (link, "where snapshots are kept"),
         (beside, "where snapshots are kept"),
@@ -327,27 +341,124 @@ fn long_paths_mount_in_one_string() {
     assert_eq!(read(&upper.join("own")), "x");
 }
 
-fn host_directories_are_shown() {
+fn host_directories_are_left_out() {
     const LABEL: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
     let host = tempfile::tempdir().unwrap();
     fs::write(host.path().join("cache"), "host").unwrap();
     let path = host.path().to_str().unwrap();
-    let split = Split::start(&["--allow-lower", path]);
+    let mut split = Split::start(&["--allow-lower", path]);
     let client = split.client();
     layer(&client, "base", "", |top| {
         fs::write(top.join("file"), "base").unwrap();
     });
-    client.prepare("web", "base", &[(LABEL, path)]).unwrap();
+    let mounts = client.prepare("web", "base", &[(LABEL, path)]).unwrap();
+    let mounted = Mounted::new(&mounts);
+    assert_eq!(read(&mounted.path().join("cache")), "host");
+    fs::write(mounted.path().join("cache"), "changed").unwrap();
+    drop(mounted);
+    // Nothing of it has to be there, or allowed.
+    let arguments = split.daemon.arguments()[..4].to_vec();
+    split.daemon.set_arguments(arguments);
+    fs::remove_dir_all(host.path()).unwrap();
     let target = Target::new();
-    for flags in [&[][..], &["--read-only"][..]] {
-        done(
-            &split.daemon,
-            &[&["mount", "web", target.text()], flags].concat(),
-        );
-        assert_eq!(read(&target.path().join("cache")), "host");
-        assert_eq!(read(&target.path().join("file")), "base");
+    let said = done(&split.daemon, &["mount", "web", target.text()]);
+    assert!(said.contains("host directories"), "{said}");
+    assert_eq!(read(&target.path().join("cache")), "changed");
+    assert_eq!(read(&target.path().join("file")), "base");
+    done(&split.daemon, &["umount", target.text()]);
+    assert!(!host.path().exists(), "a look has made a directory");
+}
+
+fn nobody_else_writes_meanwhile() {
+    let mut split = Split::start(&[]);
+    fill(&split);
+    let client = split.client();
+    let target = Target::new();
+    done(&split.daemon, &["mount", "web", target.text()]);
+    let (code, said) = client.mounts("default/7/web").unwrap_err();
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION);
+    assert!(said.contains(target.text()), "{said}");
+    // Others are served.
+    client.mounts("default/8/view").unwrap();
+    split.daemon.kill();
+    split.daemon.restart();
+    client.mounts("default/7/web").unwrap_err();
+    split.daemon.stop();
+    let said = Command::new(BINARY)
+        .args(["check", "--repair", "--yes"])
+        .args(split.daemon.arguments())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&said.stderr);
+    assert_eq!(said.status.code(), Some(2), "{text}");
+    assert!(text.contains("is mounted by hand at"), "{text}");
+    split.daemon.restart();
+    done(&split.daemon, &["umount", target.text()]);
+    let mounts = client.mounts("default/7/web").unwrap();
+    let container = Mounted::new(&mounts);
+    assert_eq!(read(&container.path().join("own")), "written");
+
+    // The same disk by another name.
+    let alias = tempfile::tempdir().unwrap();
+    let link = alias.path().join("link");
+    std::os::unix::fs::symlink(split.writable.path(), &link).unwrap();
+    let mut arguments = split.daemon.arguments().to_vec();
+    let writable = arguments.iter_mut().nth(3).unwrap();
+    *writable = link.join("writable").to_str().unwrap().to_owned();
+    let output = Command::new(BINARY)
+        .args(["mount", "web", target.text()])
+        .args(&arguments)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("is mounted already"), "{text}");
+    drop(container);
+
+    // One that stands on nothing is bound, not overlaid.
+    let bound = Mounted::new(&client.prepare("alone", "", &[]).unwrap());
+    let said = refused(&split.daemon, &["mount", "alone", target.text()]);
+    assert!(said.contains("is mounted already"), "{said}");
+    drop(bound);
+    done(&split.daemon, &["mount", "alone", target.text()]);
+}
+
+fn programs_and_devices_are_for_containers() {
+    let split = Split::start(&[]);
+    fill(&split);
+    let target = Target::new();
+    for key in ["web", "top"] {
+        done(&split.daemon, &["mount", key, target.text()]);
+        let flags = rustix::fs::statvfs(target.path()).unwrap().f_flag;
+        let wanted = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV;
+        assert!(flags.contains(wanted), "{key}: {flags:?}");
         done(&split.daemon, &["umount", target.text()]);
     }
+}
+
+fn a_layer_that_is_looked_at_stays() {
+    let split = Split::start(&["--relocate-after", "0"]);
+    let client = split.client();
+    let mounts = client.prepare("init", "", &[]).unwrap();
+    // A small one would wait for its containers.
+    fs::write(upper_of(&mounts).join("large"), vec![1; 2 << 20]).unwrap();
+    client.prepare("holder", "", &[]).unwrap();
+    let home = split.root().join("snapshots/1");
+    let target = Target::new();
+    // Known by its number, whatever its kind is by now.
+    done(
+        &split.daemon,
+        &["mount", "--read-only", "init", target.text()],
+    );
+    client.commit("init", "layer", &[]).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert!(home.is_symlink(), "it has moved");
+    assert_eq!(
+        fs::read(target.path().join("large")).unwrap().len(),
+        2 << 20
+    );
+    done(&split.daemon, &["umount", target.text()]);
+    client.remove("holder").unwrap();
+    until("the layer is home", || !home.is_symlink() && home.is_dir());
 }
 
 fn what_is_missing_is_named() {
