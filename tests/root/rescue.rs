@@ -403,7 +403,7 @@ fn nobody_else_writes_meanwhile() {
     let link = alias.path().join("link");
     std::os::unix::fs::symlink(split.writable.path(), &link).unwrap();
     let mut arguments = split.daemon.arguments().to_vec();
-    let writable = arguments.iter_mut().nth(3).unwrap();
+    let writable = arguments.get_mut(3).unwrap();
     *writable = link.join("writable").to_str().unwrap().to_owned();
     let output = Command::new(BINARY)
         .args(["mount", "web", target.text()])
