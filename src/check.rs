@@ -42,6 +42,7 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 ///
 /// Whatever keeps it from looking or from mending, in one line.
 pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
+    daemon::raise_descriptor_limit();
     let mends = options.mending != Mending::Never;
     let purpose = if mends {
         Purpose::Change

@@ -25,8 +25,8 @@ use crate::snapshotter::{Relocation, RemovalMode, SyncMode, UpperdirLabel};
 use crate::volume::{Lifetime, MountPoints, Reserve};
 use commands::Command;
 pub use commands::{
-    Access, CheckOptions, DoctorOptions, Format, ImportOptions, ImportTask, Mending, MissingVolume,
-    MountOptions,
+    Access, CheckOptions, DoctorOptions, Format, ImportOptions, ImportTask, Mending,
+    MissingSnapshots, MissingVolume, MountOptions,
 };
 use paths::{ROOT_NAMES, WRITABLE_NAMES, check_apart, check_mount_option, check_path};
 
@@ -160,6 +160,11 @@ struct Flags {
     /// import: put the original's database back, if nothing was written since
     #[argh(switch)]
     undo: bool,
+
+    /// import: leave out the snapshots that have no directory on either volume,
+    /// instead of refusing
+    #[argh(switch)]
+    leave_out_missing: bool,
 
     /// print the version
     #[argh(switch)]

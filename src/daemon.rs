@@ -190,9 +190,10 @@ fn mount_options(config: &Config) -> Vec<String> {
     options
 }
 
-/// Each connection is a descriptor, and service managers start with a soft
-/// limit of 1024 for the sake of programs that use select(2).
-fn raise_descriptor_limit() {
+/// As far as it goes: service managers and shells start with a soft limit of 1024
+/// for the sake of programs that use select(2). Each connection is a descriptor,
+/// and so is each level of a tree that is walked.
+pub(crate) fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,

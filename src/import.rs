@@ -29,8 +29,8 @@ mod report;
 mod undo;
 
 use crate::bolt::snapshots::{Contents, read};
-use crate::config::{Config, ImportOptions, ImportTask};
-use crate::daemon::lock;
+use crate::config::{Config, ImportOptions, ImportTask, MissingSnapshots};
+use crate::daemon::{self, lock};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{FileFormat, Snapshot, probe_format};
 use crate::types::{Kind, Volume};
@@ -60,6 +60,7 @@ pub enum Outcome {
 /// Whatever keeps it from that, in one line; nothing was done then, or the command
 /// can be run again.
 pub fn run(config: &Config, options: ImportOptions) -> Result<Outcome> {
+    daemon::raise_descriptor_limit();
     let root = Image::open_existing_root(&config.root)?;
     // Held to the end: no daemon starts on what is half done.
     let _lock = match options.task {
@@ -79,14 +80,15 @@ pub fn run(config: &Config, options: ImportOptions) -> Result<Outcome> {
             Ok(Outcome::Whole)
         }
         ImportTask::Import | ImportTask::Look => {
-            let report = import(&root, config, options.task)?;
+            let report = import(&root, config, options)?;
             report.print(options.format);
             Ok(report.outcome())
         }
     }
 }
 
-fn import(root: &Root, config: &Config, task: ImportTask) -> Result<Report> {
+fn import(root: &Root, config: &Config, options: ImportOptions) -> Result<Report> {
+    let task = options.task;
     let paths = Paths::new(config);
     if task == ImportTask::Look {
         guard::require_nothing_half_done(&paths)?;
@@ -112,7 +114,7 @@ fn import(root: &Root, config: &Config, task: ImportTask) -> Result<Report> {
         disks = look()?;
     }
     guard::require_disks(&contents, &disks)?;
-    let plan = plan(config, contents, &disks)?;
+    let plan = plan(config, contents, &disks, options.missing)?;
     if task == ImportTask::Import {
         draft::carry_out(config, &paths, &plan, &disks).inspect_err(|_| {
             take_back_failed(root, config, &paths);
@@ -121,14 +123,22 @@ fn import(root: &Root, config: &Config, task: ImportTask) -> Result<Report> {
     Ok(Report::new(plan, config, task))
 }
 
-fn plan(config: &Config, contents: Contents, disks: &Disks) -> Result<Plan> {
+fn plan(
+    config: &Config,
+    contents: Contents,
+    disks: &Disks,
+    missing: MissingSnapshots,
+) -> Result<Plan> {
     let are_there = [Volume::Image, Volume::Writable]
         .into_iter()
         .filter(|volume| disks.has_any(*volume, &contents))
         .collect::<Vec<_>>();
     let is_volatile = config.writable_lifetime == Lifetime::UntilReboot;
-    let plan = plan::plan(contents, disks, is_volatile);
+    let plan = plan::plan(contents, disks, is_volatile)?;
     guard::require_volumes(&plan, |volume| are_there.contains(&volume), config)?;
+    if missing == MissingSnapshots::Refuse && !is_volatile {
+        guard::require_directories(&plan, config)?;
+    }
     Ok(plan)
 }
 

@@ -83,6 +83,15 @@ pub enum ImportTask {
     Undo,
 }
 
+/// What becomes of an import if a snapshot's directory is on neither volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingSnapshots {
+    /// It is refused: a disk that is not mounted looks like that.
+    Refuse,
+    /// It goes on without them.
+    LeaveOut,
+}
+
 /// How to import.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImportOptions {
@@ -90,6 +99,8 @@ pub struct ImportOptions {
     pub format: Format,
     /// From `--dry-run` and `--undo`.
     pub task: ImportTask,
+    /// From `--leave-out-missing`.
+    pub missing: MissingSnapshots,
 }
 
 /// What the words ask for.
@@ -154,7 +165,7 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
 
 /// Refuses a flag that the command would not heed.
 fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
-    let given: [(&str, bool, &[&str]); 8] = [
+    let given: [(&str, bool, &[&str]); 9] = [
         ("--repair", flags.repair, &["check"]),
         ("--yes", flags.yes, &["check"]),
         ("--reset-writable", flags.reset_writable, &["check"]),
@@ -165,6 +176,7 @@ fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
         ),
         ("--dry-run", flags.dry_run, &["import"]),
         ("--undo", flags.undo, &["import"]),
+        ("--leave-out-missing", flags.leave_out_missing, &["import"]),
         (
             "--containerd-config",
             flags.containerd_config.is_some(),
@@ -224,8 +236,17 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
             return Err(invalid("--undo has no --dry-run".to_owned()));
         }
     };
+    if task == ImportTask::Undo && flags.leave_out_missing {
+        return Err(invalid(
+            "--undo leaves nothing out: give no --leave-out-missing".to_owned(),
+        ));
+    }
     Ok(ImportOptions {
         format: format(flags),
         task,
+        missing: match flags.leave_out_missing {
+            true => MissingSnapshots::LeaveOut,
+            false => MissingSnapshots::Refuse,
+        },
     })
 }

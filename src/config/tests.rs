@@ -287,11 +287,16 @@ fn import_takes_the_daemons_flags_and_its_own() {
     assert_eq!(imported(&["--dry-run", "import"]).1.task, ImportTask::Look);
     let (_, undo) = imported(&["import", "--undo", "--json"]);
     assert_eq!((undo.task, undo.format), (ImportTask::Undo, Format::Json));
+    assert_eq!(plain.missing, MissingSnapshots::Refuse);
+    let (_, without) = imported(&["import", "--leave-out-missing"]);
+    assert_eq!(without.missing, MissingSnapshots::LeaveOut);
     for mistake in [
         &["import", "check"][..],
         &["import", "--repair"],
         &["import", "--yes"],
         &["import", "--undo", "--dry-run"],
+        &["import", "--undo", "--leave-out-missing"],
+        &["check", "--leave-out-missing"],
         &["--undo"],
         &["check", "--undo"],
         &["check", "--dry-run"],

@@ -20,7 +20,7 @@ use crate::daemon::database;
 use crate::error::{Context, Result};
 use crate::mountinfo::{self, Mounted};
 use crate::store::{FileFormat, Store, probe_format};
-use crate::types::Volume;
+use crate::types::{Quoted, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
 /// Refuses to look at what is half done: it would have to be taken back first.
@@ -310,4 +310,27 @@ pub(super) fn require_volumes(
         )));
     }
     Ok(())
+}
+
+/// Having some of the directories is no proof that a disk is mounted: on a bare
+/// mount point the original makes those of whatever it is asked for.
+pub(super) fn require_directories(plan: &Plan, config: &Config) -> Result<()> {
+    let left_out = plan.left_out.iter();
+    let mut missing = left_out.filter(|found| found.why == Reason::Missing);
+    let Some(first) = missing.next() else {
+        return Ok(());
+    };
+    let others = match missing.count() {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
+    };
+    Err(refused(format!(
+        "neither {root}/snapshots nor {writable}/snapshots has {id}/fs of the snapshot \
+         {name}{others}: mount both disks, or give the directories that the original had; if it \
+         is gone for good, --leave-out-missing goes on without what is missing",
+        root = config.root,
+        writable = config.writable,
+        id = first.snapshot.id,
+        name = Quoted(&first.snapshot.info.name),
+    )))
 }

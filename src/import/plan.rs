@@ -10,7 +10,7 @@ use std::fmt;
 use rustix::fs::FileType;
 
 use crate::bolt::snapshots::{Contents, Snapshot as Original};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Context, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
 use crate::tree;
 use crate::types::{Content, Kind, Quoted, SnapshotId, Usage, Volume};
@@ -74,8 +74,6 @@ pub(super) enum Reason {
     Missing,
     /// Of a layer's inodes some are gone.
     Incomplete { recorded: u64, counted: u64 },
-    /// Its directory cannot be read.
-    Unreadable(String),
     /// What it stands on is no layer of this database.
     BadParent(String),
     /// What it stands on is left out.
@@ -182,7 +180,11 @@ struct Judged {
 
 /// Decides. `volatile` says that what containers wrote is meant to be lost at a
 /// reboot: then they begin anew without their directories.
-pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Plan {
+///
+/// # Errors
+///
+/// As of the disks, naming the snapshot that cannot be looked at.
+pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<Plan> {
     let newest = disks.present().filter_map(Found::newest).max();
     let highest_id = newest
         .map_or(0, SnapshotId::number)
@@ -190,7 +192,10 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Plan {
     let mut reasons: HashMap<String, Reason> = HashMap::new();
     let mut judged = HashMap::new();
     for snapshot in &contents.snapshots {
-        match judge(snapshot, disks, volatile) {
+        let name = &snapshot.info.name;
+        let found = judge(snapshot, disks, volatile)
+            .context(|| format!("look at the snapshot {}", Quoted(name)))?;
+        match found {
             Ok(found) => drop(judged.insert(snapshot.id, found)),
             Err(why) => drop(reasons.insert(snapshot.info.name.clone(), why)),
         }
@@ -230,14 +235,14 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Plan {
     }
     kept.sort_by_key(|snapshot| snapshot.id);
     left_out.sort_by_key(|left_out| left_out.snapshot.id);
-    Plan {
+    Ok(Plan {
         aside: aside(&kept, disks),
         others: others(disks),
         kept,
         left_out,
         highest_id,
         shrunk,
-    }
+    })
 }
 
 /// As the original recorded it at the commit. One that has more inodes by now
@@ -250,60 +255,75 @@ fn usage(recorded: Option<Usage>, counted: Option<Content>) -> Usage {
     }
 }
 
-fn judge(
-    snapshot: &Original,
-    disks: &Disks,
-    volatile: bool,
-) -> std::result::Result<Judged, Reason> {
-    let has_fs = |volume: &&Volume| {
-        let found = disks.on(**volume);
-        found.is_some_and(|found| found.filled.has_upper(snapshot.id))
-    };
-    let places = disks.places(snapshot);
-    let volume = places.iter().find(has_fs).copied();
-    match (snapshot.info.kind, volume) {
-        (Kind::Committed, Some(volume)) => judge_layer(snapshot, disks, volume),
-        // What it shows is its parent's; some have no directory.
-        (Kind::View, _) if !snapshot.info.parent.is_empty() => Ok(Judged {
-            volume,
-            content: None,
-        }),
-        (Kind::Active | Kind::View, Some(_)) => Ok(Judged {
-            volume,
-            content: None,
-        }),
-        (Kind::Active, None) if volatile && belongs_to(snapshot) == Volume::Writable => {
-            Ok(Judged {
-                volume: Some(Volume::Writable),
-                content: None,
-            })
+/// `Err` within `Ok` if it cannot be taken over.
+type Judgement = Result<std::result::Result<Judged, Reason>>;
+
+fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
+    let mut places = Vec::new();
+    for volume in disks.places(snapshot) {
+        let found = disks.on(volume).expect("it was found there");
+        if found.filled.has_upper(snapshot.id)? {
+            places.push(found);
         }
-        (_, None) => Err(Reason::Missing),
     }
+    let volume = places.first().map(|found| found.filled.volume());
+    let by_name = |volume| {
+        Ok(Judged {
+            volume,
+            content: None,
+        })
+    };
+    Ok(match (snapshot.info.kind, volume) {
+        (Kind::Committed, _) => return judge_layer(snapshot, &places),
+        // What it shows is its parent's; some have no directory.
+        (Kind::View, _) if !snapshot.info.parent.is_empty() => by_name(volume),
+        (Kind::Active | Kind::View, Some(_)) => by_name(volume),
+        (Kind::Active, None) if volatile && belongs_to(snapshot) == Volume::Writable => {
+            by_name(Some(Volume::Writable))
+        }
+        (Kind::Active | Kind::View, None) => Err(Reason::Missing),
+    })
 }
 
-fn judge_layer(
-    snapshot: &Original,
-    disks: &Disks,
-    volume: Volume,
-) -> std::result::Result<Judged, Reason> {
-    let found = disks.on(volume).expect("it was found there");
-    let content = match found.filled.open_upper(snapshot.id).and_then(tree::count) {
+/// Takes the first place where all of it is; otherwise tells what is wrong with
+/// the one where it belongs.
+fn judge_layer(snapshot: &Original, places: &[&Found]) -> Judgement {
+    let mut why = None;
+    for found in places {
+        match judge_layer_in(snapshot, found)? {
+            Ok(judged) => return Ok(Ok(judged)),
+            Err(reason) => drop(why.get_or_insert(reason)),
+        }
+    }
+    Ok(Err(why.unwrap_or(Reason::Missing)))
+}
+
+/// What cannot be read at the moment may be whole, and is no reason to go on
+/// without it.
+fn judge_layer_in(snapshot: &Original, found: &Found) -> Judgement {
+    let filled = &found.filled;
+    let content = match filled.open_upper(snapshot.id).and_then(tree::count) {
         Ok(content) => content,
-        Err(error) if error.kind() == ErrorKind::DataLoss => return Err(Reason::Missing),
-        Err(error) => return Err(Reason::Unreadable(error.chain())),
+        Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(Err(Reason::Missing)),
+        Err(error) => {
+            let (path, id) = (filled.path(), snapshot.id);
+            return Err(error.while_doing(format!(
+                "look through {path}/snapshots/{id}/fs (if that disk has lost it for good, move \
+                 {path}/snapshots/{id} away and give --leave-out-missing)"
+            )));
+        }
     };
     let counted = content.usage.inodes;
-    match snapshot.usage {
+    Ok(match snapshot.usage {
         Some(usage) if counted < usage.inodes => Err(Reason::Incomplete {
             recorded: usage.inodes,
             counted,
         }),
         _ => Ok(Judged {
-            volume: Some(volume),
+            volume: Some(filled.volume()),
             content: Some(content),
         }),
-    }
+    })
 }
 
 /// Adds what stands on nothing sound.
@@ -387,7 +407,6 @@ impl Reason {
         match self {
             Reason::Missing => "missing",
             Reason::Incomplete { .. } => "incomplete",
-            Reason::Unreadable(_) => "unreadable",
             Reason::BadParent(_) => "bad-parent",
             Reason::StandsOn(_) => "parent-left-out",
         }
@@ -407,7 +426,6 @@ impl fmt::Display for LeftOut {
                 "snapshots/{id} is damaged: it holds {counted} inodes, and held {recorded} when \
                  it was committed"
             ),
-            Reason::Unreadable(why) => write!(out, "it cannot be read: {why}"),
             Reason::BadParent(parent) => {
                 write!(out, "it stands on {}, which is no layer", Quoted(parent))
             }

@@ -10,9 +10,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Stat, fstat, fsync, statat, syncfs, unlinkat};
 use rustix::io::Errno;
 
-use super::dirs::{
-    SNAPSHOTS, TRASH, ensure_directory, is_directory, list, move_aside, open_to_list, open_upper,
-};
+use super::dirs::{SNAPSHOTS, TRASH, ensure_directory, list, move_aside, open_to_list, open_upper};
 use super::image::no_entry_types;
 use super::{Image, identity};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -91,10 +89,22 @@ impl Filled {
     }
 
     /// Whether a snapshot has `fs` here.
-    pub fn has_upper(&self, id: SnapshotId) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk: what cannot be looked at may be there.
+    pub fn has_upper(&self, id: SnapshotId) -> Result<bool> {
         // A link in the place of its own directory is followed by no opening.
-        is_directory(&self.snapshots, &id.to_string())
-            && is_directory(&self.snapshots, &format!("{id}/fs"))
+        Ok(self.is_directory(&id.to_string())? && self.is_directory(&format!("{id}/fs"))?)
+    }
+
+    fn is_directory(&self, name: &str) -> Result<bool> {
+        match statat(&self.snapshots, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
+            found => found
+                .map(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
+                .context(|| format!("look at {}/{SNAPSHOTS}/{name}", self.path)),
+        }
     }
 
     /// Opens a snapshot's `fs`.
@@ -257,7 +267,8 @@ mod tests {
         let filled = Filled::open(Volume::Image, path).unwrap().unwrap();
         let (numbered, others) = filled.numbered().unwrap();
         assert_eq!((numbered.len(), others), (3, vec!["new-3".to_owned()]));
-        assert!(filled.has_upper(SnapshotId::new(1)) && !filled.has_upper(SnapshotId::new(4)));
+        let has_upper = |id| filled.has_upper(SnapshotId::new(id)).unwrap();
+        assert!(has_upper(1) && !has_upper(4) && !has_upper(5));
         let ids = [SnapshotId::new(2), SnapshotId::new(4)];
         assert_eq!(filled.left_out().unwrap(), []);
         filled.put_back().unwrap();

@@ -321,7 +321,7 @@ pub(super) fn move_aside(
 
 /// Whether there is a directory at a path below `parent`; no link is followed at
 /// its end.
-pub(super) fn is_directory(parent: impl AsFd, path: &str) -> bool {
+fn is_directory(parent: impl AsFd, path: &str) -> bool {
     statat(parent, path, AtFlags::SYMLINK_NOFOLLOW)
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }

@@ -24,6 +24,7 @@ pub const TESTS: &[Test] = &[
     ("a_look_changes_nothing", a_look_changes_nothing),
     ("broken_commits_become_layers", broken_commits_become_layers),
     ("what_is_missing_is_left_out", what_is_missing_is_left_out),
+    ("a_layer_on_both_volumes", a_layer_on_both_volumes),
     ("undone_it_is_as_it_was", undo::undone_it_is_as_it_was),
     (
         "written_it_cannot_be_undone",
@@ -51,6 +52,14 @@ pub const TESTS: &[Test] = &[
     (
         "disks_that_are_not_there",
         refusals::disks_that_are_not_there,
+    ),
+    (
+        "a_mount_point_that_is_not_quite_bare",
+        refusals::a_mount_point_that_is_not_quite_bare,
+    ),
+    (
+        "layers_that_cannot_be_read_now",
+        refusals::layers_that_cannot_be_read_now,
     ),
     (
         "layers_on_a_disk_that_is_not_there",
@@ -198,7 +207,11 @@ fn a_look_changes_nothing() {
     fs::remove_dir_all(original.last_on_image().parent().unwrap()).unwrap();
     original.finish();
     let before = original.trees();
-    let (code, said, complaint) = original.import(&["--dry-run"]);
+    original.is_refused(
+        &["--dry-run"],
+        &["\"default/8/gone\"", "--leave-out-missing"],
+    );
+    let (code, said, complaint) = original.import(&["--dry-run", "--leave-out-missing"]);
     assert_eq!(code, 1, "{said}{complaint}");
     for words in [
         "would import 7",
@@ -210,7 +223,7 @@ fn a_look_changes_nothing() {
     }
     original.is_as(&before);
     assert!(!original.root().join("lock").exists());
-    let (code, said, _) = original.import(&["--dry-run", "--json"]);
+    let (code, said, _) = original.import(&["--dry-run", "--json", "--leave-out-missing"]);
     assert_eq!(code, 1);
     let told: Value = serde_json::from_str(&said).unwrap();
     assert_eq!(told["dry_run"], true);
@@ -275,6 +288,40 @@ fn broken_commits_become_layers() {
     is_clean(&split);
 }
 
+/// The whole one is taken, wherever it is.
+fn a_layer_on_both_volumes() {
+    let mut original = sample();
+    original.broken("default/7/built", "default/1/base", "built");
+    let half = original.root().join("snapshots/9");
+    original.layer("default/8/pulled", "default/1/base", "pulled");
+    let other_half = original.writable().join("snapshots/10");
+    original.finish();
+    for half in [&half, &other_half] {
+        fs::create_dir_all(half.join("fs")).unwrap();
+        fs::write(half.join("half"), "half").unwrap();
+    }
+    let before = original.trees();
+    original.import_all();
+    original.undo();
+    original.is_as(&before);
+    original.import_all();
+    for half in [&half, &other_half] {
+        let volume = half.parent().unwrap().with_file_name("left-out");
+        let kept = volume.join(half.file_name().unwrap()).join("half");
+        assert_eq!(fs::read_to_string(kept).unwrap(), "half");
+    }
+    let split = original.serve();
+    let client = split.client();
+    for (key, parent, file, content) in [
+        ("default/9/a", "default/7/built", "own", "built"),
+        ("default/10/b", "default/8/pulled", "top", "pulled"),
+    ] {
+        client.prepare(key, parent, &[]).unwrap();
+        reads(&client, key, file, content);
+    }
+    is_clean(&split);
+}
+
 fn what_is_missing_is_left_out() {
     let mut original = sample();
     let mut ids = BTreeMap::new();
@@ -308,7 +355,11 @@ fn what_is_missing_is_left_out() {
     }
     let before = original.trees();
 
-    let (code, said, complaint) = original.import(&[]);
+    original.is_refused(
+        &[],
+        &["9/fs of the snapshot \"default/7/lost\" (and 1 more)"],
+    );
+    let (code, said, complaint) = original.import(&["--leave-out-missing"]);
     assert_eq!(code, 1, "{said}{complaint}");
     for words in [
         "imported 8 snapshots",
@@ -335,7 +386,7 @@ fn what_is_missing_is_left_out() {
     // Undone, all of it is back.
     original.undo();
     original.is_as(&before);
-    let (code, said, _) = original.import(&["--json"]);
+    let (code, said, _) = original.import(&["--json", "--leave-out-missing"]);
     assert_eq!(code, 1);
     let told: Value = serde_json::from_str(&said).unwrap();
     let codes: Vec<_> = told["left_out"]

@@ -39,7 +39,7 @@ fn mixed() -> (Original, [Tree; 2]) {
     let mut original = sample();
     original.broken("default/7/broken", "default/1/base", "small");
     original.layer("default/8/lost", "", "lost");
-    fs::remove_dir_all(original.last_on_image().parent().unwrap()).unwrap();
+    fs::remove_file(original.last_on_image().join("top")).unwrap();
     original.layer("default/9/upon", "default/8/lost", "upon");
     original.container("default/10/stuck", "default/9/upon", "stuck");
     original.finish();

@@ -144,6 +144,65 @@ pub fn disks_that_are_not_there() {
     is_clean(&split);
 }
 
+/// The original has run without its disk: what it was asked for then is on the
+/// mount point, and nothing else.
+pub fn a_mount_point_that_is_not_quite_bare() {
+    let mut original = sample();
+    original.finish();
+    let before = original.trees();
+    original.writable.unmount();
+    let bare = original.writable().join("snapshots");
+    fs::create_dir_all(bare.join("6/fs")).unwrap();
+    for flags in [&[][..], &["--dry-run"]] {
+        original.is_refused(
+            flags,
+            &["5/fs of the snapshot \"default/4/web\"", "mount both disks"],
+        );
+    }
+    assert!(!original.writable().join(".volume").exists());
+    fs::remove_dir_all(original.writable()).unwrap();
+    original.writable.mount();
+    original.is_as(&before);
+    original.import_all();
+    sample_works(&original.serve().client());
+}
+
+/// Too few descriptors for a deep layer: it is whole, and so nothing is imported
+/// without it.
+pub fn layers_that_cannot_be_read_now() {
+    let mut original = sample();
+    original.layer("default/9/deep", "", "deep");
+    let deep = original.last_on_image().join("d/".repeat(300));
+    original.finish();
+    fs::create_dir_all(deep).unwrap();
+    let with_limit = |limit: &str| {
+        let output = Command::new("sh")
+            .args(["-c", &format!("ulimit {limit}; exec \"$@\""), "sh"])
+            .args([crate::support::daemon::BINARY, "import"])
+            .args(original.arguments())
+            .output()
+            .unwrap();
+        let complaint = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), complaint)
+    };
+    let before = original.trees();
+    let (code, complaint) = with_limit("-n 100");
+    assert_eq!(code, Some(2), "{complaint}");
+    for words in [
+        "\"default/9/deep\"",
+        "snapshots/9/fs",
+        "Too many open files",
+    ] {
+        assert!(complaint.contains(words), "{words}: {complaint}");
+    }
+    original.is_as(&before);
+    // What a shell or a service manager begins with is raised.
+    let (code, complaint) = with_limit("-S -n 100");
+    assert_eq!(code, Some(0), "{complaint}");
+    let split = original.serve();
+    is_clean(&split);
+}
+
 /// The bytes of layers that the original had committed where they were written
 /// are on a disk that is not mounted; no container would miss it.
 pub fn layers_on_a_disk_that_is_not_there() {
