@@ -43,6 +43,11 @@ use report::Report;
 /// with another one it would be finished on the wrong disk.
 const WRITABLE_DIR: &str = "import_writable_dir";
 
+/// The fact that tells the last transaction of the original's database. An original
+/// that was started during the import has waited for that file, and goes on with
+/// it under its second name.
+const TRANSACTION: &str = "import_transaction";
+
 /// What an import came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {

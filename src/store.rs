@@ -40,7 +40,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lock::lock;
 
 pub use format::{FileFormat, probe_format};
-pub use import::remove_companions;
+pub use import::{find_remains, remove_companions};
 pub use moves::{Away, Retired};
 pub use rows::{
     Ancestor, Commit, Created, DataBytes, Held, LabelChange, New, Place, Rows, Snapshot,

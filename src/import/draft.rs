@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::files::{self, Paths};
 use super::plan::{Disks, Plan};
-use super::{WRITABLE_DIR, is_away};
+use super::{TRANSACTION, WRITABLE_DIR, is_away};
 use crate::config::Config;
 use crate::daemon::{self, database, writable};
 use crate::error::Result;
@@ -28,6 +28,9 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     transaction
         .rows()
         .record_fact(WRITABLE_DIR, &config.writable)?;
+    transaction
+        .rows()
+        .record_fact(TRANSACTION, &plan.transaction.to_string())?;
     transaction.commit()?;
     drop(transaction);
     fault_point("import-drafted");

@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::daemon::database;
 use crate::error::{Context, Result};
 use crate::mountinfo::{self, Mounted};
-use crate::store::{FileFormat, Store, probe_format};
+use crate::store::{FileFormat, Store, find_remains, probe_format};
 use crate::types::{Quoted, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
@@ -73,9 +73,23 @@ pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) ->
         )));
     }
     match has_draft {
+        // What is beside our database is its own.
         true => Ok(()),
-        false => require_unknown(root, config),
+        false => require_unknown(root, config).and_then(|()| require_no_remains(paths)),
     }
+}
+
+/// Refuses to make a database where files of another one of ours are: they would
+/// have to go.
+fn require_no_remains(paths: &Paths) -> Result<()> {
+    let Some(remains) = find_remains(&paths.target)? else {
+        return Ok(());
+    };
+    Err(refused(format!(
+        "{} is there without the database of this program that it belongs to: move it away, it \
+         may be all that is left of that database",
+        remains.display()
+    )))
 }
 
 /// Refuses a root that knows of a database of ours: it may be elsewhere, or on a

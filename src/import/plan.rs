@@ -23,6 +23,8 @@ pub(super) struct Plan {
     pub(super) kept: Vec<Snapshot>,
     /// In order of id.
     pub(super) left_out: Vec<LeftOut>,
+    /// The last transaction of the original's database.
+    pub(super) transaction: u64,
     /// No id up to this one may be given out.
     pub(super) highest_id: u64,
     /// Whatever has a number on a volume without being where a snapshot that is
@@ -242,6 +244,7 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<
         left_out,
         highest_id,
         shrunk,
+        transaction: contents.transaction,
     })
 }
 

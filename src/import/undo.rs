@@ -6,11 +6,14 @@
 //! what there is to be taken back. Running `import` or `import --undo` again does
 //! that, as it does for an import that was cut short.
 
+use std::fs::File;
+
 use super::draft::take_for_draft;
 use super::files::{self, Paths, is_one_file};
 use super::guard::{is_half_placed, open_source, require_unknown, require_unmounted};
 use super::report::print_undone;
-use super::{WRITABLE_DIR, refused};
+use super::{TRANSACTION, WRITABLE_DIR, refused};
+use crate::bolt;
 use crate::config::{Config, Format};
 use crate::daemon::{database, writable};
 use crate::error::{Context, Result};
@@ -43,6 +46,7 @@ pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
     ];
     require_unmounted(volumes.iter().flatten())?;
     if let Some(store) = imported {
+        require_unchanged(&lock, &paths, &store)?;
         require_writable(config, &store)?;
         exchange(config, &paths, store)?;
     }
@@ -122,6 +126,26 @@ fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
         None => Err(refused(
             "the database was not made by an import: there is nothing to undo".to_owned(),
         )),
+    }
+}
+
+/// Refuses the original's database if somebody has written to it since.
+fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
+    let shown = paths.kept.display();
+    let now = kept
+        .try_clone()
+        .map_err(|error| files::file_error(error, "open the file once more"))
+        .and_then(bolt::Database::open)
+        .context(|| format!("read {shown}"))?
+        .transaction();
+    let imported = store.read()?.fact(TRANSACTION)?;
+    match imported {
+        Some(imported) if imported != now.to_string() => Err(refused(format!(
+            "{shown} was written to after the import (its last transaction is {now}, and was \
+             {imported}): a Go snapshotter that was started during the import has served from it, \
+             and it does not describe the disks any more"
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! A database filled at once with the snapshots of another program, and whether
 //! it is still as it was then.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, params};
@@ -130,7 +130,7 @@ fn add(sum: &mut Fnv, value: ValueRef<'_>) {
     sum.add(bytes);
 }
 
-/// What may be beside a database of ours, and is worth nothing without it.
+/// What may be beside a database of ours, and is of no use beside another.
 const COMPANIONS: &[&str] = &[
     "-wal",
     "-shm",
@@ -141,6 +141,31 @@ const COMPANIONS: &[&str] = &[
     ".ballast-1",
     ".ballast-2",
 ];
+
+/// Those of them in which there may be all that is left of a lost database.
+const REMAINS: &[&str] = &["-wal", ".copy"];
+
+/// A file at `path` with something in it that may be what is left of a database of
+/// ours; `None` if there is no such file.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if it cannot be looked for.
+pub fn find_remains(path: &Path) -> Result<Option<PathBuf>> {
+    for suffix in REMAINS {
+        let companion = beside(path, suffix);
+        match std::fs::symlink_metadata(&companion) {
+            Ok(found) if found.is_file() && found.len() == 0 => {}
+            Ok(_) => return Ok(Some(companion)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => {
+                let what = format!("look at {}", companion.display());
+                return Err(Error::caused(ErrorKind::Internal, what, error));
+            }
+        }
+    }
+    Ok(None)
+}
 
 /// Removes the files that belong to a closed database at `path`, but not the
 /// database itself.

@@ -30,6 +30,7 @@ pub const TESTS: &[Test] = &[
         "written_it_cannot_be_undone",
         undo::written_it_cannot_be_undone,
     ),
+    ("the_original_went_on", undo::the_original_went_on),
     ("killed_at_every_step", crashes::killed_at_every_step),
     (
         "undoing_killed_at_every_step",
@@ -473,17 +474,24 @@ fn an_old_log_is_not_taken_for_ours() {
         let name = format!("metadata.db{suffix}");
         fs::copy(other.root().join(&name), original.root().join(&name)).unwrap();
     }
-    let stale = ["-journal", ".copy", ".copy.new"].map(|suffix| {
+    fs::write(original.root().join("metadata.db.copy"), "a copy").unwrap();
+    let away = original.image.path().join("away");
+    fs::create_dir(&away).unwrap();
+    // Each may be all that is left of what it belongs to.
+    for name in ["metadata.db-wal", "metadata.db.copy"] {
+        let remains = original.root().join(name);
+        assert!(fs::metadata(&remains).unwrap().len() > 0);
+        for flags in [&[][..], &["--dry-run"]] {
+            original.is_refused(flags, &[remains.to_str().unwrap(), "move it away"]);
+        }
+        fs::rename(&remains, away.join(name)).unwrap();
+    }
+    let stale = ["-wal", "-journal", ".copy.new"].map(|suffix| {
         let path = original.root().join(format!("metadata.db{suffix}"));
-        fs::write(&path, "stale").unwrap();
+        let content = if suffix == "-wal" { "" } else { "stale" };
+        fs::write(&path, content).unwrap();
         path
     });
-    assert!(
-        fs::metadata(original.root().join("metadata.db-wal"))
-            .unwrap()
-            .len()
-            > 0
-    );
     original.import_all();
     for path in stale {
         assert!(!path.exists(), "{}", path.display());

@@ -96,6 +96,28 @@ pub fn written_it_cannot_be_undone() {
     }
 }
 
+/// One that was started during the import has the old file open, by whatever name.
+pub fn the_original_went_on() {
+    let mut original = sample();
+    original.finish();
+    original.import_all();
+    let kept = original.root().join("metadata.db.bbolt");
+    let whole = fs::read(&kept).unwrap();
+    let holder = program::hold(&kept);
+    original.is_refused(&["--undo"], &["metadata.db.bbolt is in use"]);
+    drop(holder);
+    let steps = [program::prepare("default/9/late", "", json!({}))];
+    program::write(&kept, &steps, &[]);
+    original.is_refused(
+        &["--undo"],
+        &["metadata.db.bbolt was written to after the import"],
+    );
+    fs::write(&kept, &whole).unwrap();
+    original.undo();
+    original.import_all();
+    sample_works(&original.serve().client());
+}
+
 pub fn a_state_directory_elsewhere() {
     let mut original = sample();
     let state = original.writable.path().join("state");
