@@ -14,7 +14,9 @@
 //! As long as the draft's directory is there, something is half done, and what it
 //! holds says what: running the command again begins by taking that back. A
 //! killed import leaves the original's database in use until the one rename, and
-//! ours after it; so does a killed undoing, the other way round.
+//! ours after it; so does a killed undoing, the other way round. A draft's directory
+//! without a database, beside ours in use, is of an import that has done everything
+//! else.
 //!
 //! A layer that the original made out of a container's snapshot is on the
 //! writable volume, where the original never finds it: nothing could be made to
@@ -82,6 +84,11 @@ pub fn run(config: &Config, options: ImportOptions) -> Result<Outcome> {
     match options.task {
         ImportTask::Undo => {
             undo::run(&root, config, options.format)?;
+            Ok(Outcome::Whole)
+        }
+        ImportTask::Import if draft::is_all_but_cleared(&Paths::new(config))? => {
+            Paths::new(config).remove_draft()?;
+            report::print_finished(options.format, config);
             Ok(Outcome::Whole)
         }
         ImportTask::Import | ImportTask::Look => {

@@ -23,6 +23,7 @@ use rustix::mount::{
 };
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault::fault_point;
 use crate::mountinfo::{self, Mounted};
 use crate::sys;
 use crate::types::SnapshotId;
@@ -110,6 +111,7 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
     let merged = scratch.join(MERGED);
     let mounted = Overlay::mount(&merged, &data)
         .map_err(|errno| unsuitable(format!("mount an overlay with the options {data}"), errno))?;
+    fault_point("probe-mounted");
     exercise(&merged, &scratch.join(UPPER), options)?;
     drop(mounted);
     Ok(())

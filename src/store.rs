@@ -48,6 +48,7 @@ pub use rows::{
 pub use tail::{Completeness, IN_USE, peek_fact, probe_completeness};
 
 use ballast::Ballast;
+pub use ballast::set_space_aside;
 use copy::Changes;
 
 /// The database.

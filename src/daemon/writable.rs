@@ -16,6 +16,8 @@ const IDENTITY: &str = "writable_volume";
 const CLAIMED: &str = "writable_volume_claimed";
 /// Under what the volume was found fit for overlayfs's upper directories.
 const PROBED: &str = "writable_volume_probed";
+/// The directory in which it is probed.
+const PROBE: &str = ".probe";
 
 /// Makes the writable directory the volume that the database knows. One that
 /// is missing at a later start is no error: what does not need it is served.
@@ -251,19 +253,8 @@ fn recorded(store: &Store) -> Result<(Identity, bool)> {
 
 /// In a directory of its own, which the next start removes if a crash left it.
 fn probe(volumes: &Volumes, mount_options: &[String]) -> Result<()> {
-    let scratch = Path::new(volumes.writable_path()).join(".probe");
-    let clear = || {
-        mount::unmount_stale(&scratch.join(mount::MERGED));
-        match std::fs::remove_dir_all(&scratch) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::caused(
-                ErrorKind::Internal,
-                format!("remove {}", scratch.display()),
-                error,
-            )),
-            _ => Ok(()),
-        }
-    };
-    clear()?;
+    let scratch = Path::new(volumes.writable_path()).join(PROBE);
+    clear_probe(volumes.writable_path())?;
     let probed = mount::probe_upper(&scratch, mount_options).context(|| {
         format!(
             "the file system of {} cannot hold what containers write (overlayfs's upper \
@@ -271,5 +262,23 @@ fn probe(volumes: &Volumes, mount_options: &[String]) -> Result<()> {
             volumes.writable_path()
         )
     });
-    probed.and(clear())
+    probed.and_then(|()| clear_probe(volumes.writable_path()))
+}
+
+/// Removes what a probe that was cut short has left in the writable directory.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if it cannot be removed.
+pub fn clear_probe(writable: &str) -> Result<()> {
+    let scratch = Path::new(writable).join(PROBE);
+    mount::unmount_stale(&scratch.join(mount::MERGED));
+    match std::fs::remove_dir_all(&scratch) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::caused(
+            ErrorKind::Internal,
+            format!("remove {}", scratch.display()),
+            error,
+        )),
+        _ => Ok(()),
+    }
 }

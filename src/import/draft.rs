@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::daemon::{self, database, writable};
 use crate::error::Result;
 use crate::fault::fault_point;
-use crate::store::{FileFormat, Store, probe_format, remove_companions};
+use crate::store::{FileFormat, Store, probe_format, remove_companions, set_space_aside};
 use crate::types::SnapshotId;
 use crate::volume::{Image, Volumes};
 
@@ -97,7 +97,21 @@ fn exchange(paths: &Paths) -> Result<()> {
     if let Err(error) = paths.remove_draft() {
         log::warn!("{}", error.chain());
     }
+    set_space_aside(&paths.target);
     Ok(())
+}
+
+/// Whether an import has been cut short when all that was left to do was to remove
+/// the draft's directory.
+///
+/// # Errors
+///
+/// As of the disk.
+pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
+    Ok(paths.has_draft()?
+        && probe_format(&paths.draft_database())? == FileFormat::Absent
+        && probe_format(&paths.target)? == FileFormat::Ours
+        && (paths.is_one_place() || probe_format(&paths.source)? == FileFormat::Absent))
 }
 
 /// Where the databases have places of their own, ours may be in its place

@@ -251,6 +251,18 @@ fn left_out_json(found: &LeftOut) -> Value {
     })
 }
 
+/// Tells that an earlier import has been brought to its end.
+pub(super) fn print_finished(format: Format, config: &Config) {
+    say(&match format {
+        Format::Human => format!(
+            "an import that was cut short had done everything already, and is finished now; what \
+             it has\nleft out, if anything, is in {}/left-out and {}/left-out\n",
+            config.root, config.writable
+        ),
+        Format::Json => format!("{:#}\n", json!({"finished": true})),
+    });
+}
+
 /// Tells that an import was undone.
 pub(super) fn print_undone(format: Format, database: &Path) {
     say(&match format {

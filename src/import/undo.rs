@@ -16,7 +16,7 @@ use super::{TRANSACTION, WRITABLE_DIR, refused};
 use crate::bolt;
 use crate::config::{Config, Format};
 use crate::daemon::{database, writable};
-use crate::error::{Context, Result};
+use crate::error::{Context, ErrorKind, Result};
 use crate::fault::fault_point;
 use crate::store::{Completeness, FileFormat, Store, probe_format, remove_companions};
 use crate::types::{Kind, Volume};
@@ -30,11 +30,22 @@ const UNDOING: &str = "undoing";
 ///
 /// # Errors
 ///
-/// [`crate::error::ErrorKind::FailedPrecondition`] if there is nothing to undo, if
+/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if
 /// it is too late, or if a disk is not there; as of the disks.
 pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
     let paths = Paths::new(config);
-    let imported = look(root, config, &paths)?;
+    undo(root, config, &paths).map_err(|error| match error.kind() {
+        ErrorKind::ResourceExhausted => error.while_doing(
+            "undo the import (make a few MiB of room on that disk, and run `import --undo` again)",
+        ),
+        _ => error,
+    })?;
+    print_undone(format, &paths.source);
+    Ok(())
+}
+
+fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
+    let imported = look(root, config, paths)?;
     // Locked to the end: the original would find half of it.
     let lock = open_source(match imported {
         Some(_) => &paths.kept,
@@ -46,14 +57,11 @@ pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
     ];
     require_unmounted(volumes.iter().flatten())?;
     if let Some(store) = imported {
-        require_unchanged(&lock, &paths, &store)?;
+        require_unchanged(&lock, paths, &store)?;
         require_writable(config, &store)?;
-        exchange(config, &paths, store)?;
+        exchange(config, paths, store)?;
     }
-    take_back(root, config, &paths)?;
-    drop(lock);
-    print_undone(format, &paths.source);
-    Ok(())
+    take_back(root, config, paths)
 }
 
 /// The database of a complete import; `None` for something that was cut short
@@ -151,6 +159,8 @@ fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
 
 /// Puts the original's database into its place; ours becomes a draft again.
 fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
+    // The disk may be full.
+    store.make_room();
     let mut transaction = store.write()?;
     transaction.rows().forget_fact(UNDOING)?;
     transaction
@@ -178,10 +188,12 @@ fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`crate::error::ErrorKind::FailedPrecondition`] if the writable directory is
+/// [`ErrorKind::FailedPrecondition`] if the writable directory is
 /// not the one that the draft was made with, or as of the disks.
 pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     take_for_draft(paths)?;
+    // The space that is set aside there is needed, if the disk is full.
+    remove_companions(&paths.target)?;
     match probe_format(&paths.draft_database())? {
         FileFormat::Ours => give_back(config, paths)?,
         // Killed before there was anything in it.
@@ -201,7 +213,6 @@ pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<(
     if has_two_names {
         files::remove_file(&paths.target)?;
     }
-    remove_companions(&paths.target)?;
     database::forget(root)?;
     paths.flush()?;
     fault_point("undo-forgotten");
@@ -220,7 +231,13 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
             paths.draft.display()
         )
     })?;
+    store.make_room();
     let writable = require_writable(config, &store)?;
+    let known = writable::known(&store)?;
+    // It is known before the directory is probed.
+    if known.is_some() {
+        writable::clear_probe(&config.writable)?;
+    }
     let image = Filled::open(Volume::Image, &config.root)?.ok_or_else(|| {
         refused(format!(
             "{}/snapshots is not there: mount its disk",
@@ -243,7 +260,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
         transaction.commit()?;
         drop(transaction);
         fault_point("undo-noted");
-        if let Some((identity, _)) = writable::known(&store)? {
+        if let Some((identity, _)) = known {
             identity.unmark(writable.top(), writable.path())?;
         }
     }

@@ -9,6 +9,12 @@ use rustix::io::Errno;
 
 use super::beside;
 
+/// Sets space aside beside the closed database at `path`, if there is some: its next
+/// opening may find the disk full.
+pub fn set_space_aside(path: &Path) {
+    Ballast::of(path).fill();
+}
+
 /// Two files, for their inodes.
 const SUFFIXES: [&str; 2] = [".ballast-1", ".ballast-2"];
 /// Of each; enough for dozens of removals, of which one is to free more.

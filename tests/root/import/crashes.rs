@@ -1,6 +1,7 @@
 //! Imports and undoings that are cut short.
 
 use std::fs;
+use std::path::Path;
 
 use super::original::Original;
 use super::{sample, sample_works};
@@ -9,10 +10,11 @@ use crate::support::Tree;
 use crate::support::daemon::{is_empty, refused};
 
 /// The steps of an import, and whether the new database is in use then.
-const STEPS: [(&str, bool); 10] = [
+const STEPS: [(&str, bool); 11] = [
     ("import-begun", false),
     ("import-drafted", false),
     ("import-recorded", false),
+    ("probe-mounted", false),
     ("import-marked", false),
     ("import-set-aside", false),
     ("import-entered", false),
@@ -60,6 +62,20 @@ fn imports(original: &Original) {
     assert!(said.contains("left out 3"), "{said}");
 }
 
+/// All but the draft was done: once more it is removed, and nothing else.
+#[track_caller]
+fn finishes(original: &Original) {
+    original.is_refused(&["--dry-run"], &["already"]);
+    let [mut image, mut writable] = original.trees();
+    let said = original.import_all();
+    assert!(said.contains("is finished now"), "{said}");
+    let drafts = |path: &Path| path.iter().any(|part| part == "metadata.db.import");
+    image.retain(|path, _| !drafts(path));
+    writable.retain(|path, _| !drafts(path));
+    original.is_as(&[image, writable]);
+    original.is_refused(&[], &["already"]);
+}
+
 /// Whether the original finds its database, whole.
 fn is_originals(original: &Original, before: &[Tree; 2]) -> bool {
     fs::read(original.database()).is_ok_and(|now| now == before[0][&original.database()].2)
@@ -80,7 +96,7 @@ pub fn killed_at_every_step() {
     for (step, is_done) in STEPS {
         dies(&original, &[], step);
         if is_done {
-            original.is_refused(&[], &["already"]);
+            finishes(&original);
         } else {
             assert!(is_originals(&original, &before), "{step}");
             assert!(
@@ -173,7 +189,7 @@ pub fn killed_with_databases_in_two_places() {
             );
             imports(&original);
         } else {
-            original.is_refused(&[], &["already"]);
+            finishes(&original);
         }
         assert!(target.exists(), "{step}");
         back(step);
@@ -296,6 +312,20 @@ pub fn a_full_disk() {
     original.is_refused(&[], &["No space left"]);
     original.image.make_room();
     imports(&original);
+    original.image.fill();
+    original.undo();
+    original.image.make_room();
+    original.is_as(&before);
+    // Also where there is nothing that could be given back, but then with help.
+    imports(&original);
+    original.image.fill();
+    for number in [1, 2] {
+        let ballast = format!("metadata.db.ballast-{number}");
+        fs::remove_file(original.root().join(ballast)).unwrap();
+    }
+    original.image.fill();
+    original.is_refused(&["--undo"], &["No space left", "make a few MiB of room"]);
+    original.image.make_room();
     original.undo();
     original.is_as(&before);
     let state = original.writable.path().join("state");
