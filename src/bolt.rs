@@ -34,6 +34,9 @@ use page::{Content, Element, HEADER_BYTES};
 const MAX_RUN_BYTES: u64 = 32 << 20;
 /// What all keys and values together may take: a hundred thousand snapshots.
 const MAX_HANDED_OUT_BYTES: usize = 256 << 20;
+/// What a key with its value takes in memory besides their bytes, at least: many
+/// small ones fill it as well as a few large ones.
+const ELEMENT_COST_BYTES: usize = 128;
 
 /// An open file, as of its last complete transaction.
 pub struct Database {
@@ -215,7 +218,7 @@ impl Database {
             {
                 return Err(damaged("keys are out of order"));
             }
-            self.handed_out_bytes += element.key.len() + element.value.len();
+            self.handed_out_bytes += ELEMENT_COST_BYTES + element.key.len() + element.value.len();
             if self.handed_out_bytes > MAX_HANDED_OUT_BYTES {
                 return Err(damaged(format!(
                     "it holds more than {} MiB",

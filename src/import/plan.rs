@@ -433,7 +433,11 @@ impl fmt::Display for LeftOut {
                 write!(out, "it stands on {}, which is no layer", Quoted(parent))
             }
             Reason::StandsOn(parent) => {
-                write!(out, "it stands on {}, which is left out", Quoted(parent))
+                write!(
+                    out,
+                    "it stands on {}, which cannot be taken over",
+                    Quoted(parent)
+                )
             }
         }
     }

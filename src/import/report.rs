@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::plan::{LeftOut, Plan};
+use super::plan::{LeftOut, Plan, belongs_to};
 use super::{Outcome, is_away};
 use crate::check::split_key;
 use crate::config::{Config, Format, ImportTask};
@@ -54,29 +54,36 @@ impl Report {
         self.plan.kept.iter().filter(|snapshot| is_away(snapshot))
     }
 
+    /// What has been done, or would be.
+    fn by_task(&self, done: &'static str, would_be: &'static str) -> &'static str {
+        match self.task {
+            ImportTask::Look => would_be,
+            ImportTask::Import | ImportTask::Undo => done,
+        }
+    }
+
     fn sentences(&self) -> String {
-        let did = match self.task {
-            ImportTask::Look => "would import",
-            ImportTask::Import | ImportTask::Undo => "imported",
-        };
         let mut text = format!(
-            "{did} {} snapshots: {} layers, {} active, {} views\n",
+            "{} {} snapshots: {} layers, {} active, {} views\n",
+            self.by_task("imported", "would import"),
             self.plan.kept.len(),
             self.count(Kind::Committed),
             self.count(Kind::Active),
             self.count(Kind::View),
         );
         if self.away().next().is_some() {
-            text.push_str(
+            text.push_str(&format!(
                 "\nlayers that the original could not use after their commit; they are whole, and \
-                 move\nto the image volume while the daemon runs:\n",
-            );
+                 {}\nto the image volume while the daemon runs:\n",
+                self.by_task("move", "would move")
+            ));
             for layer in self.away() {
                 text.push_str(&format!("  {}\n", Quoted(&layer.info.name)));
             }
         }
         self.tell_shrunk(&mut text);
         self.tell_left_out(&mut text);
+        self.tell_containers_data(&mut text);
         self.tell_strays(&mut text);
         self.tell_others(&mut text);
         match self.task {
@@ -114,7 +121,11 @@ impl Report {
         if left_out.is_empty() {
             return;
         }
-        text.push_str(&format!("\nleft out {}:\n", left_out.len()));
+        text.push_str(&format!(
+            "\n{} {}:\n",
+            self.by_task("left out", "would leave out"),
+            left_out.len()
+        ));
         for found in left_out {
             let info = &found.snapshot.info;
             let kind = match info.kind {
@@ -124,7 +135,10 @@ impl Report {
             text.push_str(&format!("  {kind} {}:\n    {found}\n", Quoted(&info.name)));
         }
         for (namespace, loss) in self.losses() {
-            text.push_str(&format!("\nin containerd's namespace {namespace}:\n"));
+            text.push_str(&format!(
+                "\n{} in containerd's namespace {namespace}:\n",
+                self.by_task("to be done", "to be done afterwards")
+            ));
             if loss.has_layers {
                 text.push_str("  remove the images that use these layers and pull them again");
                 match loss.images.is_empty() {
@@ -146,6 +160,42 @@ impl Report {
         }
     }
 
+    /// Where there is something of a snapshot that is left out.
+    fn kept_at(&self, found: &LeftOut) -> Vec<String> {
+        let top = |volume: &Volume| match volume {
+            Volume::Image => &self.root,
+            Volume::Writable => &self.writable,
+        };
+        let id = found.snapshot.id;
+        let volumes = found.volumes.iter();
+        volumes
+            .map(|volume| format!("{}/left-out/{id}", top(volume)))
+            .collect()
+    }
+
+    /// Layers are pulled again; this is nowhere else.
+    fn tell_containers_data(&self, text: &mut String) {
+        let left_out = self.plan.left_out.iter().filter(|found| {
+            found.snapshot.info.kind == Kind::Active
+                && belongs_to(&found.snapshot) == Volume::Writable
+        });
+        let mut is_first = true;
+        for found in left_out {
+            for path in self.kept_at(found) {
+                if std::mem::take(&mut is_first) {
+                    text.push_str(&format!(
+                        "\nwhat containers that {} left out have written is nowhere else; copy \
+                         out what you need:\n",
+                        self.by_task("are", "would be")
+                    ));
+                }
+                let name = Quoted(&found.snapshot.info.name);
+                let is = self.by_task("in", "would be in");
+                text.push_str(&format!("  {name}: {is} {path}/fs\n"));
+            }
+        }
+    }
+
     /// Those that belong to no snapshot that has been named as left out.
     fn strays(&self) -> impl Iterator<Item = &(Volume, SnapshotId)> {
         let named: HashSet<_> = self
@@ -160,16 +210,21 @@ impl Report {
 
     fn tell_strays(&self, text: &mut String) {
         if self.strays().next().is_some() {
-            text.push_str("\ntaken from where no snapshot has them:\n");
+            text.push_str(&format!(
+                "\n{} from where no snapshot has them:\n",
+                self.by_task("taken", "would be taken")
+            ));
             for (volume, id) in self.strays() {
                 text.push_str(&format!("  {volume} volume: snapshots/{id}\n"));
             }
         }
         if !self.plan.aside.is_empty() {
             text.push_str(&format!(
-                "\nwhat there is of all that is kept in {}/left-out and {}/left-out:\ndelete it \
-                 when nobody needs it\n",
-                self.root, self.writable
+                "\nwhat there is of all that {} kept in {}/left-out and {}/left-out;\nno snapshot \
+                 uses it: delete it once you have copied out what you need\n",
+                self.by_task("is", "would be"),
+                self.root,
+                self.writable
             ));
         }
     }
@@ -178,7 +233,10 @@ impl Report {
         if self.plan.others.is_empty() {
             return;
         }
-        text.push_str("\nof no snapshot, and left where it is:\n");
+        text.push_str(&format!(
+            "\nof no snapshot, and {} where it is:\n",
+            self.by_task("left", "would be left")
+        ));
         for (volume, name) in &self.plan.others {
             text.push_str(&format!(
                 "  {volume} volume: {}\n",
@@ -217,7 +275,7 @@ impl Report {
                 "recorded_bytes": found.recorded_bytes,
                 "counted_bytes": found.counted_bytes,
             })).collect::<Vec<_>>(),
-            "left_out": self.plan.left_out.iter().map(left_out_json).collect::<Vec<_>>(),
+            "left_out": self.plan.left_out.iter().map(|found| self.left_out_json(found)).collect::<Vec<_>>(),
             "strays": self.strays().map(|(volume, id)| json!({
                 "volume": volume.to_string(),
                 "directory": format!("snapshots/{id}"),
@@ -228,6 +286,20 @@ impl Report {
             })).collect::<Vec<_>>(),
         })
     }
+
+    fn left_out_json(&self, found: &LeftOut) -> Value {
+        let info = &found.snapshot.info;
+        json!({
+            "key": info.name,
+            "kind": info.kind.word(),
+            "id": found.snapshot.id.number(),
+            "code": found.why.code(),
+            "text": found.to_string(),
+            "image": info.labels.get(LABEL_IMAGE_REF),
+            "kept_on": found.volumes.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "kept_at": self.kept_at(found),
+        })
+    }
 }
 
 /// What is lost to one of containerd's namespaces.
@@ -236,19 +308,6 @@ struct Loss<'a> {
     has_layers: bool,
     images: BTreeSet<&'a str>,
     containers: BTreeSet<&'a str>,
-}
-
-fn left_out_json(found: &LeftOut) -> Value {
-    let info = &found.snapshot.info;
-    json!({
-        "key": info.name,
-        "kind": info.kind.word(),
-        "id": found.snapshot.id.number(),
-        "code": found.why.code(),
-        "text": found.to_string(),
-        "image": info.labels.get(LABEL_IMAGE_REF),
-        "kept_on": found.volumes.iter().map(ToString::to_string).collect::<Vec<_>>(),
-    })
 }
 
 /// Tells that an earlier import has been brought to its end.

@@ -206,6 +206,8 @@ fn a_look_changes_nothing() {
     original.broken("default/7/broken", "default/1/base", "broken");
     original.layer("default/8/gone", "", "gone");
     fs::remove_dir_all(original.last_on_image().parent().unwrap()).unwrap();
+    original.layer("default/9/upon", "default/8/gone", "upon");
+    original.container("default/10/stuck", "default/9/upon", "stuck");
     original.finish();
     let before = original.trees();
     original.is_refused(
@@ -216,6 +218,14 @@ fn a_look_changes_nothing() {
     assert_eq!(code, 1, "{said}{complaint}");
     for words in [
         "would import 7",
+        "would move",
+        "would leave out 3:",
+        "to be done afterwards in",
+        &format!(
+            "\"default/10/stuck\": would be in {}/left-out/12/fs",
+            original.writable().display()
+        ),
+        "all that would be kept in",
         "default/7/broken",
         "default/8/gone",
         "nothing was changed",
@@ -367,7 +377,7 @@ fn what_is_missing_is_left_out() {
         "\"default/13/emptied\": 4 KiB of 84",
         "left out 5",
         "image volume has no snapshots/9/fs",
-        "stands on \"default/7/lost\", which is left out",
+        "stands on \"default/7/lost\", which cannot be taken over",
         "holds 2 inodes, and held 3",
         "writable volume has no snapshots/13/fs",
         "namespace default",
@@ -382,6 +392,16 @@ fn what_is_missing_is_left_out() {
         assert!(said.contains(words), "{words}: {said}");
     }
     let precious = original.writable().join("left-out/11/fs/own");
+    let data = precious.parent().unwrap().to_str().unwrap();
+    assert!(said.contains("copy out what you need:\n"), "{said}");
+    assert!(
+        said.contains(&format!("  \"default/9/stuck\": in {data}\n")),
+        "{said}"
+    );
+    assert!(
+        !said.contains("left-out/13"),
+        "nothing of it is there: {said}"
+    );
     assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
 
     // Undone, all of it is back.
