@@ -8,6 +8,7 @@
 mod commands;
 mod lowers;
 mod paths;
+mod quota;
 mod size;
 #[cfg(test)]
 mod tests;
@@ -21,7 +22,7 @@ use argh::FromArgs;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::lowers::ImageRule;
-use crate::snapshotter::{Relocation, RemovalMode, SyncMode, UpperdirLabel};
+use crate::snapshotter::{QuotaOptions, Relocation, RemovalMode, SyncMode, UpperdirLabel};
 use crate::volume::{Lifetime, MountPoints, Reserve};
 use commands::Command;
 pub use commands::{
@@ -118,6 +119,31 @@ struct Flags {
     #[argh(option, arg_name = "seconds", default = "60")]
     relocate_after: u32,
 
+    /// auto: containers on the writable volume get project quotas where its file
+    /// system has them; require: nothing is written there without; off (default
+    /// auto)
+    #[argh(option, arg_name = "mode", default = "String::from(\"auto\")")]
+    quota: String,
+
+    /// FIRST-LAST: project ids to give out; other users of the same file system
+    /// need others (default 1000000000-1999999999)
+    #[argh(option, arg_name = "range")]
+    quota_ids: Option<String>,
+
+    /// how much a container may write if its labels do not say: bytes, with K, M,
+    /// G or T (default no limit)
+    #[argh(option, arg_name = "size")]
+    default_max_size: Option<String>,
+
+    /// how many files and directories, likewise (default no limit)
+    #[argh(option, arg_name = "number")]
+    default_max_inodes: Option<String>,
+
+    /// without quotas: how many seconds a usage that was counted may be told
+    /// again (default 0)
+    #[argh(option, arg_name = "seconds", default = "0")]
+    usage_max_age: u32,
+
     /// how many requests may wait for a disk at once (default: one for each
     /// processor, at least 4, at most 16)
     #[argh(option, arg_name = "number")]
@@ -202,6 +228,9 @@ pub struct Config {
     pub sync: SyncMode,
     /// From `--relocate` and `--relocate-after`.
     pub relocation: Relocation,
+    /// From `--quota`, `--quota-ids`, `--default-max-size`, `--default-max-inodes`
+    /// and `--usage-max-age`.
+    pub quota: QuotaOptions,
     /// How many workers.
     pub threads: usize,
     /// From `--metrics-file`.
@@ -368,6 +397,13 @@ fn check(flags: Flags) -> Result<Config> {
         check_apart(("--state-dir", &state_dir), ROOT_NAMES, file)?;
         check_apart(("--address", &address), &[], file)?;
     }
+    let quota = quota::check(&quota::Given {
+        mode: &flags.quota,
+        ids: flags.quota_ids.as_deref(),
+        max_size: flags.default_max_size.as_deref(),
+        max_inodes: flags.default_max_inodes.as_deref(),
+        usage_max_age: flags.usage_max_age,
+    })?;
     Ok(Config {
         root,
         writable,
@@ -413,6 +449,7 @@ fn check(flags: Flags) -> Result<Config> {
                 )));
             }
         },
+        quota,
         threads: flags
             .threads
             .map_or_else(default_threads, NonZeroUsize::get),

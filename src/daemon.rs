@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lowers::Policy;
 use crate::mount;
+use crate::quota::{Limits, Support};
 use crate::service::{self, Desk, Metrics, Pool};
 use crate::snapshotter::{Options, Snapshotter};
 use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
@@ -101,6 +102,7 @@ pub fn run(config: &Config) -> Result<()> {
         config.root,
         config.writable
     );
+    tell_quotas(&snapshotter, config);
     notify(NotifyState::Ready);
 
     let signal = signals.forever().next();
@@ -142,6 +144,25 @@ pub fn run(config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// What containers will be refused for is told before the first one is.
+fn tell_quotas(snapshotter: &Snapshotter, config: &Config) {
+    let wants_limits = config.quota.default != Limits::NONE;
+    match snapshotter.quota_support() {
+        Ok(Support::Limits) => log::info!("project quotas: limits are kept"),
+        Ok(Support::Counts) if !wants_limits => log::info!("project quotas: usage is counted"),
+        Ok(Support::Counts) => log::warn!(
+            "no container can be made: --default-max-size and --default-max-inodes need limits, \
+             and the writable volume only counts"
+        ),
+        Err(error) if wants_limits => log::warn!(
+            "no container can be made: --default-max-size and --default-max-inodes need project \
+             quotas: {}",
+            error.chain()
+        ),
+        Err(error) => log::debug!("project quotas: {}", error.chain()),
+    }
+}
+
 /// How the snapshotter is to behave on this machine.
 pub(crate) fn options(config: &Config) -> Options {
     Options {
@@ -151,6 +172,7 @@ pub(crate) fn options(config: &Config) -> Options {
         relocation: config.relocation,
         reserve: config.reserve,
         upperdir_label: config.upperdir_label,
+        quota: config.quota,
         lowers: Policy {
             allowed: config.allowed_lowers.clone(),
             kept_apart: vec![

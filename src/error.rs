@@ -28,6 +28,8 @@ pub enum ErrorKind {
     ResourceExhausted,
     /// Not now: starting, stopping or busy.
     Unavailable,
+    /// The caller has gone, or does not wait any longer.
+    Cancelled,
     /// What should be on a disk is not there, or is damaged.
     DataLoss,
     /// A bug, or a fault of the machine.

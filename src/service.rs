@@ -14,12 +14,15 @@ mod convert;
 mod metrics;
 mod pool;
 
+use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Instant;
 
 use futures_channel::oneshot;
-use futures_util::SinkExt;
+use futures_util::{Sink, SinkExt};
 use grpcio::{
     GrpcSlice, Marshaller, MessageReader, Method, MethodType, RpcContext, RpcStatus, RpcStatusCode,
     ServerStreamingSink, ServiceBuilder, UnarySink, WriteFlags,
@@ -29,7 +32,7 @@ use protobuf::well_known_types::empty::Empty;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::snapshots as api;
-use crate::snapshotter::Snapshotter;
+use crate::snapshotter::{Caller, Snapshotter};
 pub use metrics::Metrics;
 pub use pool::Pool;
 
@@ -65,10 +68,17 @@ pub fn build(desk: &Arc<Desk>) -> grpcio::Service {
     builder = unary.on_worker(builder, REMOVE, remove);
     builder = unary.in_place(builder, STAT, stat);
     builder = unary.on_worker(builder, UPDATE, update);
-    builder = unary.on_worker(builder, USAGE, usage);
     builder = unary.on_worker(builder, CLEANUP, cleanup);
-    let desk = Arc::clone(desk);
+    let (desk, counting) = (Arc::clone(desk), Arc::clone(desk));
     builder
+        // On the wire the same as a unary one; only a stream's sink tells when
+        // the client has gone.
+        .add_server_streaming_handler(
+            &raw_method(USAGE, MethodType::ServerStreaming),
+            move |context, request, sink| {
+                respond_while_wanted(&context, request, sink, &counting);
+            },
+        )
         .add_server_streaming_handler(
             &raw_method(LIST, MethodType::ServerStreaming),
             move |context, request, sink| {
@@ -144,8 +154,12 @@ fn update(
     })
 }
 
-fn usage(snapshotter: &Snapshotter, request: api::UsageRequest) -> Result<api::UsageResponse> {
-    let usage = snapshotter.usage(&request.key)?;
+fn usage(
+    snapshotter: &Snapshotter,
+    request: &api::UsageRequest,
+    caller: &Caller,
+) -> Result<api::UsageResponse> {
+    let usage = snapshotter.usage(&request.key, caller)?;
     Ok(api::UsageResponse {
         size: i64::try_from(usage.size_bytes).unwrap_or(i64::MAX),
         inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
@@ -214,6 +228,57 @@ fn stream_list(
                 }
                 sink.close().await
             }
+        };
+    });
+}
+
+/// Answers Usage, which may walk for long: given up when the client has gone, or
+/// its deadline has passed.
+fn respond_while_wanted(
+    context: &RpcContext<'_>,
+    request: Vec<u8>,
+    mut sink: ServerStreamingSink<Vec<u8>>,
+    desk: &Arc<Desk>,
+) {
+    let caller = Caller::default();
+    let (sender, mut receiver) = oneshot::channel();
+    let (answering, asking) = (Arc::clone(desk), caller.clone());
+    let submitted = desk.pool.submit(move || {
+        let result = answer(&answering.metrics, USAGE, || {
+            encode(&usage(&answering.snapshotter, &decode(&request)?, &asking)?)
+        });
+        let _ = sender.send(result);
+    });
+    context.spawn(async move {
+        let result = match submitted {
+            Err(status) => Err(status),
+            Ok(()) => {
+                let ended = poll_fn(|context| {
+                    if let Poll::Ready(result) = Pin::new(&mut receiver).poll(context) {
+                        return Poll::Ready(Some(result));
+                    }
+                    // A sink that has sent nothing is always ready, or over.
+                    match Pin::new(&mut sink).poll_ready(context) {
+                        Poll::Ready(Err(_)) => Poll::Ready(None),
+                        Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+                    }
+                });
+                match ended.await {
+                    Some(result) => result.unwrap_or_else(|_| Err(dropped())),
+                    None => {
+                        caller.leave();
+                        return;
+                    }
+                }
+            }
+        };
+        // A client that has hung up is no concern of ours.
+        let _ = match result {
+            Err(status) => sink.fail(status).await,
+            Ok(response) => match sink.send((response, WriteFlags::default())).await {
+                Ok(()) => sink.close().await,
+                Err(error) => Err(error),
+            },
         };
     });
 }
@@ -309,7 +374,7 @@ fn answer<T>(
     match error.kind() {
         // The caller's own business, and common: containerd asks for what it
         // then makes, and makes what is there.
-        ErrorKind::NotFound | ErrorKind::AlreadyExists => {
+        ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => {
             log::debug!("{name}: {chain} ({:?})", begun.elapsed());
         }
         ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
@@ -332,6 +397,7 @@ fn code_of(kind: ErrorKind) -> RpcStatusCode {
         ErrorKind::FailedPrecondition => RpcStatusCode::FAILED_PRECONDITION,
         ErrorKind::ResourceExhausted => RpcStatusCode::RESOURCE_EXHAUSTED,
         ErrorKind::Unavailable => RpcStatusCode::UNAVAILABLE,
+        ErrorKind::Cancelled => RpcStatusCode::CANCELLED,
         ErrorKind::DataLoss => RpcStatusCode::DATA_LOSS,
         ErrorKind::Internal => RpcStatusCode::INTERNAL,
     }

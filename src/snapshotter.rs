@@ -14,13 +14,16 @@ mod finding;
 mod flush;
 mod inspect;
 mod labels;
+pub mod limits;
 mod options;
 mod place;
+mod projects;
 mod recover;
 mod relocate;
 mod removal;
 mod repair;
 mod rescue;
+mod usage;
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -29,20 +32,22 @@ use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
+use crate::mount;
 use crate::overlay::{Layout, Plan, plan_mounts};
+use crate::quota::ProjectId;
 use crate::store::{Ancestor, New, Snapshot, Store};
-use crate::types::{
-    Content, Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Usage, Volume,
-};
+use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Volume};
 use crate::volume::{Owner, Shape, Volumes};
-use crate::{mount, tree};
 pub use figures::{Figures, VolumeFigures, Written};
 pub use finding::{Finding, Problem, Recorded};
 pub use inspect::Inspection;
 use labels::IdMaps;
-pub use options::{Options, Relocation, RemovalMode, SyncMode, UpperdirLabel};
+pub use options::{
+    Options, QuotaMode, QuotaOptions, Relocation, RemovalMode, SyncMode, UpperdirLabel,
+};
 use place::{choose_volume, is_unpack};
 pub use rescue::Rescue;
+pub use usage::{Caller, UsageFigures};
 
 /// What the kernel does with mounts whose ids are to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +87,9 @@ pub struct Snapshotter {
     /// Asked of the kernel when it is first needed: few need it, and the answer
     /// takes longer than everything else at a start.
     id_mapped_mounts: OnceLock<IdMappedMounts>,
+    /// The project id given out last, of which the next is looked for.
+    last_project: Mutex<Option<ProjectId>>,
+    walks: usage::Walks,
 }
 
 impl Snapshotter {
@@ -108,6 +116,8 @@ impl Snapshotter {
             relocated: figures::Relocated::default(),
             lost: OnceLock::new(),
             id_mapped_mounts: OnceLock::new(),
+            last_project: Mutex::new(None),
+            walks: usage::Walks::default(),
         }
     }
 
@@ -142,8 +152,8 @@ impl Snapshotter {
     ///
     /// See [`crate::store::Rows::create`]; [`ErrorKind::InvalidArgument`] for a
     /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if the
-    /// writable volume is needed and not there; [`ErrorKind::ResourceExhausted`]
-    /// if a disk is full, or has less room than the reserve. No trace is left of a refused one.
+    /// writable volume is needed and not there, or cannot keep the limit that is
+    /// asked for; [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the reserve. No trace is left of a refused one.
     pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
         self.create(Kind::Active, key, parent, labels)
             .context(|| format!("prepare snapshot {}", Quoted(key)))
@@ -167,6 +177,8 @@ impl Snapshotter {
             maps.root()?;
         }
         let volume = choose_volume(kind, key, &labels)?;
+        let default = self.options.quota.default;
+        let limits = projects::plan_limits(kind, key, &labels, Some(volume), default)?;
         let wanted = self.wanted_lowers(kind, key, parent, &labels, id_maps.as_ref())?;
         // A view of a parent is that parent's directories.
         let volume = (kind == Kind::Active || parent.is_empty()).then_some(volume);
@@ -174,6 +186,10 @@ impl Snapshotter {
         if let (Some(Volume::Writable), Some(dirs)) = (volume, &dirs) {
             dirs.require_room(self.options.reserve)?;
         }
+        let quotas = match (limits, &dirs) {
+            (Some(limits), Some(dirs)) => self.quotas_for(dirs, limits)?,
+            _ => None,
+        };
         let needs_home = id_maps.is_some() && self.id_mapped_mounts() == IdMappedMounts::Supported;
         if needs_home && !parent.is_empty() {
             self.bring_home(&self.ancestors_of(parent)?)?;
@@ -202,6 +218,13 @@ impl Snapshotter {
                 Some(dirs.create(created.id, shape, owner)?)
             }
         };
+        let new_project = match (&quotas, &dirs, limits) {
+            (Some(quotas), Some(dirs), Some(limits)) => {
+                let rows = transaction.rows();
+                Some(self.give_project(&rows, quotas, dirs, created.id, limits)?)
+            }
+            _ => None,
+        };
         let image = self.volumes.image();
         let new_links = image.link_lowers(created.id, lowers.targets())?;
         transaction
@@ -210,6 +233,9 @@ impl Snapshotter {
         transaction.commit()?;
         if let Some(new_dirs) = new_dirs {
             new_dirs.keep();
+        }
+        if let Some(new_project) = new_project {
+            new_project.keep();
         }
         new_links.keep();
         drop(transaction);
@@ -362,14 +388,21 @@ impl Snapshotter {
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidArgument`] for a mask that
     /// names anything but labels, a bad label, or host directories that will not
-    /// do; for these also as of [`crate::lowers::Policy::ensure`].
+    /// do; [`ErrorKind::FailedPrecondition`] for a limit that cannot be kept; for
+    /// host directories also as of [`crate::lowers::Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
-        let update = || {
+        let update = || -> Result<Snapshot> {
             let changes = labels::plan_update(mask, given)?;
             self.check_lowers_after(key, &changes)?;
             let mut transaction = self.store.write()?;
-            let snapshot = transaction.rows().update(key, changes)?;
-            transaction.commit().map(|()| snapshot)
+            let before = transaction.rows().stat(key)?;
+            let after = transaction.rows().update(key, changes)?;
+            let change = self.plan_limit_change(&transaction.rows(), &before, &after)?;
+            match change {
+                Some(change) => self.change_limits(&change, || transaction.commit())?,
+                None => transaction.commit()?,
+            }
+            Ok(after)
         };
         let snapshot = update().context(|| format!("update snapshot {}", Quoted(key)))?;
         Ok(self.shown(snapshot))
@@ -404,44 +437,6 @@ impl Snapshotter {
             info.labels.insert(LABEL_UPPERDIR.to_owned(), path);
         }
         info
-    }
-
-    /// What a snapshot itself takes: counted now for an active one, as recorded
-    /// by Commit for a layer, nothing for a view.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if the
-    /// writable volume is needed and not there.
-    pub fn usage(&self, key: &str) -> Result<Usage> {
-        let usage = || -> Result<Usage> {
-            let snapshot = self.store.read()?.stat(key)?;
-            match (snapshot.info.kind, snapshot.volume) {
-                (Kind::Active, Some(volume)) => {
-                    let content = self.count_upper(key, &snapshot, volume)?;
-                    Ok(content.usage)
-                }
-                _ => Ok(snapshot.usage),
-            }
-        };
-        usage().context(|| format!("count the usage of snapshot {}", Quoted(key)))
-    }
-
-    /// What an active snapshot holds. If it is removed meanwhile, its missing
-    /// directory is no loss: it is not found.
-    fn count_upper(&self, key: &str, snapshot: &Snapshot, volume: Volume) -> Result<Content> {
-        let upper = self.volumes.open(volume)?.open_upper(snapshot.id);
-        let upper = upper.or_else(|error| {
-            let now = self.store.read()?.stat(key)?;
-            if now.id == snapshot.id {
-                return Err(error);
-            }
-            Err(Error::new(
-                ErrorKind::NotFound,
-                format!("snapshot {} was removed meanwhile", Quoted(key)),
-            ))
-        })?;
-        tree::count(upper)
     }
 }
 

@@ -12,6 +12,7 @@ use crate::daemon::visit::{Purpose, visit};
 use crate::error::{Error, Result};
 use crate::mountinfo;
 use crate::plain::{bytes, paragraph};
+use crate::quota::{Limits, Support};
 use crate::snapshotter::{Figures, Snapshotter, VolumeFigures, Written};
 use crate::types::{Kind, Quoted, Volume};
 
@@ -31,6 +32,8 @@ struct Status {
     is_running: bool,
     places: [Place; 2],
     figures: Figures,
+    /// Why quotas do nothing, if so.
+    no_quotas: Option<String>,
     largest: Vec<Written>,
 }
 
@@ -61,6 +64,7 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
             place(&config.writable, Volume::Writable)?,
         ],
         figures: snapshotter.figures()?,
+        no_quotas: snapshotter.quota_support().err().map(|error| error.chain()),
         largest: snapshotter.largest_writable(LARGEST)?,
     };
     let text = match format {
@@ -102,6 +106,7 @@ impl Status {
                 text.push_str(&paragraph(&head(""), &problem));
             }
         }
+        row(&mut text, "quotas", &self.quotas());
         let count = |kind| {
             let of_kind = self
                 .figures
@@ -129,13 +134,28 @@ impl Status {
         for (number, written) in self.largest.iter().enumerate() {
             let name = if number == 0 { "largest" } else { "" };
             let key = Quoted(&written.key);
+            let of = limits(&written.limits);
             row(
                 &mut text,
                 name,
-                &format!("{:>7}  {key}", bytes(written.bytes)),
+                &format!("{:>7}  {key}{of}", bytes(written.bytes)),
             );
         }
         text
+    }
+
+    fn quotas(&self) -> String {
+        let given = match self.figures.projects {
+            1 => "1 project id given out".to_owned(),
+            projects => format!("{projects} project ids given out"),
+        };
+        match (self.figures.quotas, &self.no_quotas) {
+            (Some(Support::Limits), _) => format!("limits are kept, {given}"),
+            (Some(Support::Counts), _) => {
+                format!("usage is counted, but limits are not kept, {given}")
+            }
+            (None, why) => format!("none: {}", why.as_deref().unwrap_or_default()),
+        }
     }
 
     fn json(&self) -> Value {
@@ -155,6 +175,15 @@ impl Status {
         json!({
             "daemon": if self.is_running { "running" } else { "stopped" },
             "volumes": [volume(image, image_figures), volume(writable, writable_figures)],
+            "quotas": {
+                "state": match self.figures.quotas {
+                    Some(Support::Limits) => "limits",
+                    Some(Support::Counts) => "counts",
+                    None => "none",
+                },
+                "problem": self.no_quotas,
+                "projects": self.figures.projects,
+            },
             "snapshots": self.figures.snapshots.iter().map(|held| json!({
                 "kind": held.kind.word(),
                 "volume": held.volume.map(|volume| volume.to_string()),
@@ -165,6 +194,8 @@ impl Status {
                 "key": written.key,
                 "bytes": written.bytes,
                 "inodes": written.inodes,
+                "max_bytes": written.limits.max_bytes,
+                "max_inodes": written.limits.max_inodes,
             })).collect::<Vec<_>>(),
         })
     }
@@ -175,5 +206,34 @@ fn room(figures: &VolumeFigures) -> String {
         // It cannot be asked.
         0 => String::new(),
         size => format!(", {}, {} free", bytes(size), bytes(figures.free_bytes)),
+    }
+}
+
+/// What a container may take, if that is limited.
+fn limits(limits: &Limits) -> String {
+    let mut parts = Vec::new();
+    parts.extend(limits.max_bytes.map(bytes));
+    parts.extend(limits.max_inodes.map(|inodes| format!("{inodes} inodes")));
+    match parts.is_empty() {
+        true => String::new(),
+        false => format!("  of {}", parts.join(" and ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_told_if_there_are_any() {
+        let of = |max_bytes, max_inodes| {
+            limits(&Limits {
+                max_bytes,
+                max_inodes,
+            })
+        };
+        assert_eq!(of(None, None), "");
+        assert_eq!(of(Some(10 << 30), None), "  of 10G");
+        assert_eq!(of(Some(1 << 20), Some(50)), "  of 1.0M and 50 inodes");
     }
 }

@@ -21,6 +21,7 @@ mod labels;
 mod lowers;
 mod mending;
 mod moves;
+mod projects;
 mod rows;
 mod schema;
 mod tail;
@@ -42,6 +43,7 @@ use crate::lock::lock;
 pub use format::{FileFormat, probe_format};
 pub use import::{find_remains, remove_companions};
 pub use moves::{Away, Retired};
+pub use projects::Project;
 pub use rows::{
     Ancestor, Commit, Created, DataBytes, Held, LabelChange, New, Place, Rows, Snapshot,
 };

@@ -5,6 +5,8 @@
 
 #![allow(unsafe_code)]
 
+pub mod quota;
+
 use rustix::fd::{AsFd, AsRawFd};
 use rustix::io::Errno;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -64,7 +66,7 @@ pub fn idmap_mount(mount: impl AsFd, user_namespace: impl AsFd) -> Result<(), Er
     if result == 0 {
         return Ok(());
     }
-    Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL))
+    Err(last_errno())
 }
 
 /// Gives the calling thread the idle I/O priority (`ioprio_set(2)`): its reads
@@ -90,5 +92,10 @@ pub fn lower_io_priority() -> Result<(), Errno> {
     if result == 0 {
         return Ok(());
     }
-    Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL))
+    Err(last_errno())
+}
+
+/// Of the C library's last failed call in this thread.
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)
 }

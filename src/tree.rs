@@ -9,6 +9,7 @@
 mod copy;
 mod remove;
 mod usage;
+mod visit;
 
 use std::ffi::CStr;
 
@@ -20,7 +21,8 @@ use crate::error::{Error, ErrorKind};
 
 pub use copy::copy_tree;
 pub use remove::remove_children;
-pub use usage::count;
+pub use usage::{count, count_unless};
+pub use visit::visit_open;
 
 /// Opens a directory to read it: without following a link in its last part,
 /// without entering what somebody has mounted there, and, where the kernel lets

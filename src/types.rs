@@ -28,6 +28,13 @@ pub const LABEL_LOWERS: &str = "containerd.io/snapshot/overlay-custom-add-lower.
 /// On a layer: the image that it was pulled for, where CRI or another client
 /// says so (containerd `pkg/snapshotters/annotations.go`, `TargetRefLabel`).
 pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+/// How many bytes an active snapshot may take, in decimal (containerd 2.4
+/// `core/snapshots/snapshotter.go`, `LabelSnapshotMaxSize`).
+pub const LABEL_MAX_SIZE: &str = "containerd.io/snapshot/max-size";
+/// The same, with a unit if one likes.
+pub const LABEL_OWN_MAX_SIZE: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
+/// How many inodes an active snapshot may take.
+pub const LABEL_MAX_INODES: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-inodes";
 
 /// The most bytes that a label's key and value may have together (containerd
 /// `pkg/labels/validate.go`).

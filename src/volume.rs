@@ -32,6 +32,7 @@ mod identity;
 mod image;
 mod lowers;
 mod moving;
+mod parts;
 
 pub use adopt::Filled;
 pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
@@ -42,6 +43,7 @@ pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use lowers::NewLinks;
 pub use moving::{Target, moving_id};
+pub use parts::Parts;
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};

@@ -1,14 +1,15 @@
-//! Sizes as people write them.
+//! What has to stay free, as people write it.
 
 use super::invalid;
 use crate::error::Result;
+use crate::size::{parse_bytes, parse_number};
 use crate::volume::Reserve;
 
 /// Reads bytes, with or without a unit (K, M, G, T: powers of 1024; `iB` may
 /// follow), or a percentage from 0% to 99%.
 pub(super) fn parse_reserve(flag: &str, text: &str) -> Result<Reserve> {
     let parsed = match text.strip_suffix('%') {
-        Some(number) => digits(number)
+        Some(number) => parse_number(number)
             .and_then(|percent| u8::try_from(percent).ok())
             .filter(|percent| *percent < 100)
             .map(Reserve::Percent),
@@ -20,29 +21,6 @@ pub(super) fn parse_reserve(flag: &str, text: &str) -> Result<Reserve> {
              0% to 99%"
         ))
     })
-}
-
-fn parse_bytes(text: &str) -> Option<u64> {
-    let text = text.strip_suffix("iB").unwrap_or(text);
-    let unit_at = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(unit_at);
-    let shift = match unit {
-        "" => 0,
-        "K" | "k" => 10,
-        "M" | "m" => 20,
-        "G" | "g" => 30,
-        "T" | "t" => 40,
-        _ => return None,
-    };
-    digits(number)?.checked_mul(1 << shift)
-}
-
-/// Decimal digits only: no sign, which `parse` would take.
-fn digits(text: &str) -> Option<u64> {
-    let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
-    is_number.then(|| text.parse().ok()).flatten()
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::background::Background;
 use crate::error::Result;
 use crate::lock::lock;
 use crate::prometheus::{Kind, head, line};
+use crate::quota::Support;
 use crate::service::Desk;
 use crate::snapshotter::{Figures, VolumeFigures};
 
@@ -136,7 +137,31 @@ fn render(figures: &Figures, out: &mut String) {
             line(out, name, &[("volume", &label)], figure(volume));
         }
     }
+    let name = "snapshotter_usages_total";
+    let help = "Usages of active snapshots told, by where the figure came from.";
+    head(out, Kind::Counter, name, help);
+    let usages = &figures.usages;
+    for (by, count) in [
+        ("quota", usages.by_quota),
+        ("walk", usages.by_walk),
+        ("shared-walk", usages.by_shared_walk),
+        ("earlier-walk", usages.by_earlier_walk),
+    ] {
+        line(out, name, &[("by", by)], count);
+    }
     for (kind, name, help, value) in [
+        (
+            Kind::Gauge,
+            "snapshotter_quota_enforced",
+            "Whether project quotas keep limits on the writable volume.",
+            (figures.quotas == Some(Support::Limits)).into(),
+        ),
+        (
+            Kind::Gauge,
+            "snapshotter_projects",
+            "Project ids given out.",
+            figures.projects,
+        ),
         (
             Kind::Gauge,
             "snapshotter_away_bytes",

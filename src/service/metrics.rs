@@ -12,7 +12,7 @@ const METHODS: [&str; 10] = [
 ];
 
 /// How a request can end, by gRPC's names for it.
-const CODES: [(&str, Option<ErrorKind>); 9] = [
+const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("OK", None),
     ("NOT_FOUND", Some(ErrorKind::NotFound)),
     ("ALREADY_EXISTS", Some(ErrorKind::AlreadyExists)),
@@ -20,6 +20,7 @@ const CODES: [(&str, Option<ErrorKind>); 9] = [
     ("FAILED_PRECONDITION", Some(ErrorKind::FailedPrecondition)),
     ("RESOURCE_EXHAUSTED", Some(ErrorKind::ResourceExhausted)),
     ("UNAVAILABLE", Some(ErrorKind::Unavailable)),
+    ("CANCELLED", Some(ErrorKind::Cancelled)),
     ("DATA_LOSS", Some(ErrorKind::DataLoss)),
     ("INTERNAL", Some(ErrorKind::Internal)),
 ];

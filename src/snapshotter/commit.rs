@@ -7,6 +7,7 @@ use super::{Snapshotter, SyncMode, labels};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::lock::lock;
 use crate::store::{Commit, DataBytes};
+use crate::tree;
 use crate::types::{Labels, Quoted, SnapshotId, Volume};
 use crate::volume::Dirs;
 
@@ -46,7 +47,7 @@ impl Snapshotter {
             tell_wait(volume, begun.elapsed());
         }
         // After the flush: until then some file systems cannot tell blocks.
-        let content = self.count_upper(key, &snapshot, volume)?;
+        let content = tree::count(self.open_upper(key, &snapshot, &dirs)?)?;
         self.refuse_suspect(snapshot.id, volume)?;
         self.enter_layer(
             volume,
@@ -64,6 +65,7 @@ impl Snapshotter {
             },
         )?;
         self.unpacks.end(snapshot.id);
+        self.walks.forget(snapshot.id);
         self.drop_lower_links(snapshot.id);
         self.relocator.wake();
         Ok(())

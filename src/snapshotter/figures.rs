@@ -1,10 +1,12 @@
 //! How things stand, in numbers.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::Snapshotter;
+use super::{Snapshotter, UsageFigures};
 use crate::error::{Error, Result};
 use crate::filter::Filters;
+use crate::quota::{Limits, Support};
 use crate::store::Held;
 use crate::tree;
 use crate::types::{Kind, Volume};
@@ -26,6 +28,13 @@ pub struct Figures {
     pub relocated_bytes: u64,
     /// Moves that have failed.
     pub relocation_failures: u64,
+    /// What project quotas do on the writable volume: `None` if nothing, or if it
+    /// cannot be asked.
+    pub quotas: Option<Support>,
+    /// Project ids that are given out.
+    pub projects: u64,
+    /// How usages have been told.
+    pub usages: UsageFigures,
 }
 
 /// One volume. Sizes are zero where it cannot be asked.
@@ -50,6 +59,8 @@ pub struct Written {
     pub bytes: u64,
     /// Inodes.
     pub inodes: u64,
+    /// How much of both it may take.
+    pub limits: Limits,
 }
 
 impl Figures {
@@ -85,7 +96,8 @@ impl Snapshotter {
     ///
     /// Those of the database.
     pub fn figures(&self) -> Result<Figures> {
-        let snapshots = self.store.read()?.tally()?;
+        let reader = self.store.read()?;
+        let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
         let is_away =
             |held: &&Held| held.kind == Kind::Committed && held.volume == Some(Volume::Writable);
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -101,12 +113,16 @@ impl Snapshotter {
             relocations: load(&self.relocated.layers),
             relocated_bytes: load(&self.relocated.bytes),
             relocation_failures: load(&self.relocated.failures),
+            quotas: self.quota_support().ok(),
+            projects,
+            usages: self.walks.figures(),
         })
     }
 
     /// The active snapshots on the writable volume that take most of it, the
-    /// largest first, at most `limit`. Walks each; one that is removed meanwhile,
-    /// or cannot be read, is left out. None if the volume is not there.
+    /// largest first, at most `limit`. Walks each that has no project quota; one
+    /// that is removed meanwhile, or cannot be read, is left out. None if the
+    /// volume is not there.
     ///
     /// # Errors
     ///
@@ -115,8 +131,11 @@ impl Snapshotter {
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(Vec::new());
         };
+        let reader = self.store.read()?;
+        let given = reader.projects()?.into_iter();
+        let limits: HashMap<_, _> = given.map(|given| (given.snapshot, given.limits)).collect();
         let mut active = Vec::new();
-        self.store.read()?.list(&Filters::all(), |snapshot| {
+        reader.list(&Filters::all(), |snapshot| {
             if snapshot.info.kind == Kind::Active && snapshot.volume == Some(Volume::Writable) {
                 active.push((snapshot.id, snapshot.info.name));
             }
@@ -124,11 +143,18 @@ impl Snapshotter {
         })?;
         let mut written = Vec::new();
         for (id, key) in active {
-            if let Ok(content) = dirs.open_upper(id).and_then(tree::count) {
+            let counted = dirs.open_upper(id).and_then(|upper| {
+                match self.usage_by_quota(&dirs, id, &upper)? {
+                    Some(usage) => Ok(usage),
+                    None => tree::count(upper).map(|content| content.usage),
+                }
+            });
+            if let Ok(usage) = counted {
                 written.push(Written {
                     key,
-                    bytes: content.usage.size_bytes,
-                    inodes: content.usage.inodes,
+                    bytes: usage.size_bytes,
+                    inodes: usage.inodes,
+                    limits: limits.get(&Some(id)).copied().unwrap_or_default(),
                 });
             }
         }

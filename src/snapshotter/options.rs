@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::lowers::{ImageRule, Policy};
+use crate::quota::{Limits, ProjectRange};
 #[cfg(doc)]
 use crate::snapshotter::Snapshotter;
 #[cfg(doc)]
@@ -39,6 +40,32 @@ pub enum Relocation {
     Never,
 }
 
+/// Whether snapshots on the writable volume get projects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuotaMode {
+    /// Where its file system can; one that should be limited is refused where it
+    /// cannot.
+    Auto,
+    /// Always: without, nothing is written there.
+    Require,
+    /// Never.
+    Off,
+}
+
+/// How snapshots are limited and counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuotaOptions {
+    /// See [`QuotaMode`].
+    pub mode: QuotaMode,
+    /// Ids to give out. On one file system, each daemon has its own.
+    pub ids: ProjectRange,
+    /// Of each snapshot that is written to and not unpacked, where its labels do
+    /// not say.
+    pub default: Limits,
+    /// How old a walk's figure may be when it is told again.
+    pub usage_max_age: Duration,
+}
+
 /// Whether answers carry [`LABEL_UPPERDIR`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UpperdirLabel {
@@ -63,6 +90,8 @@ pub struct Options {
     pub reserve: Reserve,
     /// See [`UpperdirLabel`].
     pub upperdir_label: UpperdirLabel,
+    /// See [`QuotaOptions`].
+    pub quota: QuotaOptions,
     /// Which host directories may be shown to containers.
     pub lowers: Policy,
     /// Which are shown to the containers of some images, in order.

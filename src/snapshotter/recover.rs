@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use rustix::fs::FileType;
 
-use super::Snapshotter;
 use super::labels::IdMaps;
+use super::{QuotaMode, Snapshotter};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Place, Transaction};
 use crate::tree;
@@ -80,12 +80,14 @@ impl Inventory {
 
 impl Snapshotter {
     /// After a start: finishes or drops moves, trashes directories that no row
-    /// knows, makes missing uppers anew, sets links right, and reports layers
-    /// that are missing.
+    /// knows, makes missing uppers anew, sets links and project quotas right, and
+    /// reports layers that are missing.
     ///
     /// # Errors
     ///
-    /// As of the image volume's disk or the database. The writable volume may
+    /// As of the image volume's disk or the database;
+    /// [`crate::error::ErrorKind::FailedPrecondition`] without quotas that have to
+    /// be there. The writable volume may
     /// be missing: what concerns it is then left as it is.
     pub fn recover(&self) -> Result<()> {
         // Nobody is served yet; the transaction is for the rule that
@@ -109,13 +111,16 @@ impl Snapshotter {
 
         match writable {
             Ok(writable) => match trash_strays(&writable, Volume::Writable, &inventory) {
-                Ok(found) => lost.extend(self.heal(
-                    &transaction,
-                    &writable,
-                    Volume::Writable,
-                    &inventory,
-                    &found,
-                )),
+                Ok(found) => {
+                    lost.extend(self.heal(
+                        &transaction,
+                        &writable,
+                        Volume::Writable,
+                        &inventory,
+                        &found,
+                    ));
+                    self.recover_quotas(&transaction, &writable)?;
+                }
                 // A disk that has become read-only, for one.
                 Err(error) => {
                     self.note_stray(Volume::Writable);
@@ -137,6 +142,19 @@ impl Snapshotter {
         // A start recovers once.
         let _ = self.lost.set(lost);
         transaction.commit()
+    }
+
+    /// Without quotas that have to be there nothing is served; for anything else
+    /// about them the next Cleanup tries again.
+    fn recover_quotas(&self, transaction: &Transaction<'_>, writable: &Arc<Dirs>) -> Result<()> {
+        match self.recover_projects(transaction, writable) {
+            Err(error) if self.options.quota.mode != QuotaMode::Require => {
+                self.note_stray(Volume::Writable);
+                log::warn!("look at the project quotas: {}", error.chain());
+                Ok(())
+            }
+            recovered => recovered,
+        }
     }
 
     /// What moves have left under their own names is not needed any more: copies

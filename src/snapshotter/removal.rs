@@ -35,6 +35,7 @@ impl Snapshotter {
         };
 
         self.unpacks.end(removed.id);
+        self.walks.forget(removed.id);
         self.drop_lower_links(removed.id);
 
         // The snapshot is gone by now, so what fails here must not be told as
@@ -119,8 +120,14 @@ impl Snapshotter {
             self.sweep(&dirs, volume)
                 .inspect_err(|_| self.note_stray(volume))?;
         }
-        tree::remove_children(dirs.trash_fd())
-            .context(|| format!("empty the trash of the {volume} volume"))
+        let emptied = tree::remove_children(dirs.trash_fd())
+            .context(|| format!("empty the trash of the {volume} volume"));
+        // What could be deleted may have been the last of a project; where both
+        // volumes are one file system, on either.
+        if let Err(error) = self.free_projects() {
+            log::warn!("give project ids back: {}", error.chain());
+        }
+        emptied
     }
 
     pub(super) fn note_stray(&self, volume: Volume) {
@@ -128,9 +135,13 @@ impl Snapshotter {
     }
 
     fn sweep(&self, dirs: &Arc<Dirs>, volume: Volume) -> Result<()> {
-        let transaction = self.store.write()?;
+        let mut transaction = self.store.write()?;
         let inventory = recover::Inventory::read(&transaction)?;
         inventory.require_latest(volume, dirs)?;
-        recover::trash_strays(dirs, volume, &inventory).map(drop)
+        recover::trash_strays(dirs, volume, &inventory)?;
+        if volume == Volume::Writable {
+            self.recover_projects(&transaction, dirs)?;
+        }
+        transaction.commit()
     }
 }

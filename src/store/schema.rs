@@ -50,6 +50,15 @@ const MIGRATIONS: &[&str] = &[
          id    INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
          paths TEXT NOT NULL
      ) STRICT;",
+    // 5: project ids on the writable volume. A row outlives its snapshot until
+    // nothing is charged to the id any more. Without a snapshot: what a start has
+    // found in use by a directory of a request that was cut off.
+    "CREATE TABLE project (
+         project     INTEGER PRIMARY KEY,
+         snapshot_id INTEGER UNIQUE,
+         max_bytes   INTEGER,
+         max_inodes  INTEGER
+     ) STRICT;",
 ];
 
 /// Looks the whole file through.

@@ -7,7 +7,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Stat, fstat, statat};
 use rustix::io::Errno;
 
 use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::Content;
 
 /// What the tree below `top` holds, `top` itself included: allocated blocks of
@@ -19,6 +19,19 @@ use crate::types::Content;
 ///
 /// [`crate::error::ErrorKind::Internal`] if something there cannot be read.
 pub fn count(top: impl AsFd) -> Result<Content> {
+    count_unless(top, || false)
+}
+
+/// The same, unless `is_given_up` says that nobody waits for it any more; asked
+/// now and then.
+///
+/// # Errors
+///
+/// As of [`count`]; [`ErrorKind::Cancelled`] if it was given up.
+pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Content> {
+    /// Between two questions.
+    const ENTRIES: u64 = 256;
+    let mut entries: u64 = 0;
     let mut content = Content::default();
     // Only inodes with several names can be met twice.
     let mut linked = HashSet::new();
@@ -53,6 +66,13 @@ pub fn count(top: impl AsFd) -> Result<Content> {
         let name = entry.file_name();
         if is_dot(name) {
             continue;
+        }
+        entries += 1;
+        if entries.is_multiple_of(ENTRIES) && is_given_up() {
+            return Err(Error::new(
+                ErrorKind::Cancelled,
+                "nobody waits for the count any more",
+            ));
         }
         let parent = dir.fd().context(counting)?;
         let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -100,6 +120,21 @@ mod tests {
         assert_eq!(content.usage.inodes, 5);
         assert_eq!(content.usage.size_bytes, blocks * 512);
         assert_eq!(content.data_bytes, 100_000);
+    }
+
+    #[test]
+    fn a_count_that_nobody_waits_for_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        for number in 0..1000 {
+            fs::write(dir.path().join(number.to_string()), "").unwrap();
+        }
+        let asked = std::cell::Cell::new(0);
+        let error = count_unless(File::open(dir.path()).unwrap(), || {
+            asked.set(asked.get() + 1);
+            asked.get() == 2
+        })
+        .unwrap_err();
+        assert_eq!((error.kind(), asked.get()), (ErrorKind::Cancelled, 2));
     }
 
     #[test]

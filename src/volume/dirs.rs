@@ -211,13 +211,18 @@ impl Dirs {
     /// As of the volume's disk.
     pub fn highest_id(&self) -> Result<u64> {
         let mut all = self.entries()?;
-        all.extend(list(&self.trash, &self.path, TRASH)?);
+        all.extend(self.trashed()?);
         let number = |entry: &Entry| {
             // What was trashed twice has a number of its own behind a dot.
             let name = entry.name.to_bytes().split(|byte| *byte == b'.').next();
             SnapshotId::from_directory_name(name?).map(SnapshotId::number)
         };
         Ok(all.iter().filter_map(number).max().unwrap_or(0))
+    }
+
+    /// What is in `trash/`.
+    pub(super) fn trashed(&self) -> Result<Vec<Entry>> {
+        list(&self.trash, &self.path, TRASH)
     }
 
     /// Makes everything written on the volume so far durable (`syncfs(2)`).
@@ -261,11 +266,12 @@ impl Dirs {
     }
 
     /// Where the volume is, as configured.
-    pub(super) fn path(&self) -> &str {
+    pub fn path(&self) -> &str {
         &self.path
     }
 
-    pub(super) fn snapshots_fd(&self) -> BorrowedFd<'_> {
+    /// `snapshots/`, which stands for the volume's file system as well.
+    pub fn snapshots_fd(&self) -> BorrowedFd<'_> {
         self.snapshots.as_fd()
     }
 

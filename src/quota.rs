@@ -1,0 +1,458 @@
+//! Project quotas: what a project may take of a file system, and what it takes.
+//!
+//! A project is a number that inodes carry. A directory with the inherit flag
+//! gives its number to what is made in it, and the file system counts blocks and
+//! inodes of each number, and keeps limits (quotactl(2); xfs_quota(8), "PROJECT
+//! QUOTA"). No external program is asked, and none has to be installed.
+//!
+//! Owns: numbers, limits, what a file system can do and what it lacks. Never:
+//! walks a tree, knows what a directory is for, remembers which number is whose.
+//! After a crash, numbers and limits are what the file system's journal has.
+
+use std::ffi::CString;
+use std::fmt;
+use std::sync::OnceLock;
+
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::fs::{FileType, fstat, major, minor, stat};
+use rustix::io::Errno;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mountinfo;
+use crate::sys::quota::{self as sys, Target};
+use crate::types::Usage;
+
+/// The number of a project.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProjectId(u32);
+
+impl ProjectId {
+    /// The project of all that belongs to none.
+    pub const NONE: ProjectId = ProjectId(0);
+
+    /// From its number.
+    pub fn new(number: u32) -> ProjectId {
+        ProjectId(number)
+    }
+
+    /// The number itself.
+    pub fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for ProjectId {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(out)
+    }
+}
+
+/// Project ids that are ours to give out, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProjectRange {
+    first: u32,
+    last: u32,
+}
+
+impl ProjectRange {
+    /// Far from those that a kubelet gives to volumes (1048577 and up), and from
+    /// those that people write into /etc/projid.
+    pub const DEFAULT: ProjectRange = ProjectRange {
+        first: 1_000_000_000,
+        last: 1_999_999_999,
+    };
+
+    /// The ids from `first` to `last`; `None` if there is none among them, or one
+    /// that is no project: 0, and the highest, which stands for "no id".
+    pub fn new(first: u32, last: u32) -> Option<ProjectRange> {
+        (first > 0 && first <= last && last < u32::MAX).then_some(ProjectRange { first, last })
+    }
+
+    /// The first of them.
+    pub fn first(self) -> ProjectId {
+        ProjectId(self.first)
+    }
+
+    /// Whether it is one of them.
+    pub fn contains(self, project: ProjectId) -> bool {
+        (self.first..=self.last).contains(&project.0)
+    }
+
+    /// The one after that; the first after the last, and after any other.
+    pub fn after(self, project: ProjectId) -> ProjectId {
+        match project.0 >= self.first && project.0 < self.last {
+            true => ProjectId(project.0 + 1),
+            false => self.first(),
+        }
+    }
+}
+
+impl fmt::Display for ProjectRange {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}-{}", self.first, self.last)
+    }
+}
+
+/// What a project may take at most; `None` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes, in whole KiB.
+    pub max_bytes: Option<u64>,
+    /// Inodes.
+    pub max_inodes: Option<u64>,
+}
+
+impl Limits {
+    /// No limit at all.
+    pub const NONE: Limits = Limits {
+        max_bytes: None,
+        max_inodes: None,
+    };
+
+    /// Whether these limits are what a file system has been told, which it may
+    /// have rounded up to its blocks.
+    pub fn are_kept_by(self, held: Limits) -> bool {
+        const MOST_BLOCK: u64 = 64 << 10;
+        let bytes = match (self.max_bytes, held.max_bytes) {
+            (None, None) => true,
+            (Some(told), Some(kept)) => kept.abs_diff(told) < MOST_BLOCK,
+            _ => false,
+        };
+        bytes && self.max_inodes == held.max_inodes
+    }
+}
+
+/// What the file system has of a project.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// What it takes.
+    pub usage: Usage,
+    /// What it may take.
+    pub limits: Limits,
+}
+
+impl Held {
+    /// Whether nothing is charged to it.
+    pub fn is_unused(&self) -> bool {
+        self.usage == Usage::default()
+    }
+
+    fn new(quota: &sys::Quota) -> Held {
+        let limit = |number: u64| (number > 0).then_some(number);
+        Held {
+            usage: Usage {
+                size_bytes: quota.used_bytes,
+                inodes: quota.used_inodes,
+            },
+            limits: Limits {
+                max_bytes: limit(quota.hard_limit_kib.saturating_mul(1024)),
+                max_inodes: limit(quota.inode_hard_limit),
+            },
+        }
+    }
+}
+
+/// What a file system does for projects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Support {
+    /// It counts and limits.
+    Limits,
+    /// It counts.
+    Counts,
+}
+
+/// The project quotas of one file system, for as long as a directory of it is
+/// open.
+pub struct Quotas<'a> {
+    directory: BorrowedFd<'a>,
+    /// Where the kernel is older than Linux 5.14.
+    device: Option<CString>,
+    support: Support,
+}
+
+impl<'a> Quotas<'a> {
+    /// Asks what the file system of an open directory does; `None` if it does not
+    /// even count.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if this process may not ask;
+    /// [`ErrorKind::Internal`] for what else the kernel says.
+    pub fn probe(directory: BorrowedFd<'a>) -> Result<Option<Quotas<'a>>> {
+        let device = match has_quotactl_fd() {
+            true => None,
+            false => match device_of(directory) {
+                Some(device) => Some(device),
+                // No disk, so no quotas.
+                None => return Ok(None),
+            },
+        };
+        let mut quotas = Quotas {
+            directory,
+            device,
+            support: Support::Counts,
+        };
+        match sys::quota_flags(quotas.target()) {
+            Ok(flags) if flags & sys::LIMITS_PROJECTS != 0 => quotas.support = Support::Limits,
+            Ok(flags) if flags & sys::COUNTS_PROJECTS != 0 => {}
+            Ok(_) | Err(Errno::NOSYS | Errno::INVAL | Errno::OPNOTSUPP | Errno::SRCH) => {
+                return Ok(None);
+            }
+            Err(Errno::PERM | Errno::ACCESS) => {
+                return Err(Error::new(
+                    ErrorKind::FailedPrecondition,
+                    "this process may not use quotas (quotactl(2) says EPERM): it has to be root, \
+                     and a service manager's filter of system calls has to let quotactl and \
+                     quotactl_fd through",
+                ));
+            }
+            Err(errno) => return Err(errno).context(|| "ask for project quotas"),
+        }
+        Ok(Some(quotas))
+    }
+
+    /// What it does.
+    pub fn support(&self) -> Support {
+        self.support
+    }
+
+    /// What a project takes and may take.
+    ///
+    /// # Errors
+    ///
+    /// As of the file system.
+    pub fn held(&self, project: ProjectId) -> Result<Held> {
+        match sys::quota(self.target(), project.0) {
+            // Nothing was ever charged to it.
+            Err(Errno::NOENT) => Ok(Held::default()),
+            quota => quota
+                .map(|quota| Held::new(&quota))
+                .context(|| format!("ask for the quota of project {project}")),
+        }
+    }
+
+    /// Limits a project. Durable when the file system's journal is.
+    ///
+    /// # Errors
+    ///
+    /// As of the file system.
+    pub fn set_limits(&self, project: ProjectId, limits: Limits) -> Result<()> {
+        let kib = limits.max_bytes.map_or(0, |bytes| (bytes / 1024).max(1));
+        sys::set_quota(
+            self.target(),
+            project.0,
+            kib,
+            limits.max_inodes.unwrap_or(0),
+        )
+        .context(|| format!("set the limits of project {project}"))
+    }
+
+    /// The projects of a range that take something or are limited, in order.
+    ///
+    /// # Errors
+    ///
+    /// As of the file system; the kernel is Linux 4.6 or later.
+    pub fn in_use(&self, range: ProjectRange) -> Result<Vec<(ProjectId, Held)>> {
+        self.settle();
+        let mut found = Vec::new();
+        let mut from = range.first;
+        loop {
+            let quota = match sys::next_quota(self.target(), from) {
+                Err(Errno::NOENT | Errno::SRCH) => return Ok(found),
+                quota => quota.context(|| format!("list the projects {range}"))?,
+            };
+            if quota.id < from || quota.id > range.last {
+                return Ok(found);
+            }
+            let held = Held::new(&quota);
+            if held != Held::default() {
+                found.push((ProjectId(quota.id), held));
+            }
+            from = quota.id + 1;
+        }
+    }
+
+    /// XFS gives deleted files back in the background; it catches up when somebody
+    /// asks for the quota of project 0 (Linux 5.14, `xfs_qm_scall_getquota`).
+    pub fn settle(&self) {
+        // Only for what is told after it.
+        let _ = sys::quota(self.target(), 0);
+    }
+
+    fn target(&self) -> Target<'_> {
+        match &self.device {
+            Some(device) => Target::Device(device),
+            None => Target::Directory(self.directory),
+        }
+    }
+}
+
+/// What a file system lacks to keep limits, where [`Quotas::probe`] has found
+/// that much support, and how to come by it. `path` is where it was looked for.
+pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        lack_in_words(directory, path, support),
+    )
+}
+
+/// The project that an open directory's new entries are charged to:
+/// [`ProjectId::NONE`] if it hands none on.
+///
+/// # Errors
+///
+/// As of the file system.
+pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
+    match sys::file_attributes(directory) {
+        Ok(attributes) if attributes.flags & sys::INHERIT != 0 => Ok(ProjectId(attributes.project)),
+        // Neither do file systems that know no projects.
+        Ok(_) | Err(Errno::NOTTY | Errno::OPNOTSUPP) => Ok(ProjectId::NONE),
+        Err(errno) => Err(errno).context(|| "ask for the project of a directory"),
+    }
+}
+
+/// Charges an open directory, and what will be made in it, to a project, or to
+/// none. What is in it already stays where it is.
+///
+/// # Errors
+///
+/// As of the file system.
+pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
+    let setting = || format!("charge a directory to project {project}");
+    let mut attributes = sys::file_attributes(&directory).context(setting)?;
+    attributes.project = project.0;
+    match project {
+        ProjectId::NONE => attributes.flags &= !sys::INHERIT,
+        _ => attributes.flags |= sys::INHERIT,
+    }
+    sys::set_file_attributes(directory, attributes).context(setting)
+}
+
+/// Charges an open regular file to a project.
+///
+/// # Errors
+///
+/// As of the file system.
+pub fn charge_file(file: impl AsFd, project: ProjectId) -> Result<()> {
+    let charging = || format!("charge a file to project {project}");
+    let mut attributes = sys::file_attributes(&file).context(charging)?;
+    attributes.project = project.0;
+    sys::set_file_attributes(file, attributes).context(charging)
+}
+
+/// Whether the kernel has quotactl_fd(2), Linux 5.14: it has an opinion on a
+/// descriptor that is none, then.
+fn has_quotactl_fd() -> bool {
+    static HAS: OnceLock<bool> = OnceLock::new();
+    // For a test of the older call on a newer kernel; not in release builds.
+    let is_hidden =
+        cfg!(debug_assertions) && std::env::var_os("SNAPSHOTTER_NO_QUOTACTL_FD").is_some();
+    *HAS.get_or_init(|| !is_hidden && sys::has_quotactl_fd())
+}
+
+/// The block device of a directory's file system, by a path that is that device.
+fn device_of(directory: BorrowedFd<'_>) -> Option<CString> {
+    let device = fstat(directory).ok()?.st_dev;
+    let source = mounted(directory).map(|mounted| mounted.source);
+    let by_number = format!("/dev/block/{}:{}", major(device), minor(device));
+    let is_it = |path: &String| {
+        stat(path.as_str()).is_ok_and(|found| {
+            FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice
+                && found.st_rdev == device
+        })
+    };
+    let path = source.into_iter().chain([by_number]).find(is_it)?;
+    CString::new(path).ok()
+}
+
+fn mounted(directory: BorrowedFd<'_>) -> Option<mountinfo::Mounted> {
+    let mut mounts = mountinfo::read().ok()?;
+    let id = mountinfo::mount_of(directory, &mounts).ok()??.id.clone();
+    let at = mounts.iter().position(|mounted| mounted.id == id)?;
+    Some(mounts.swap_remove(at))
+}
+
+fn lack_in_words(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> String {
+    let Some(mounted) = mounted(directory) else {
+        return format!("the file system of {path} has no project quotas");
+    };
+    let (device, point) = (&mounted.source, mounted.point.display());
+    let again = |option: &str| {
+        format!(
+            "umount {point} && mount -o {option} {device} {point} (and {option} in /etc/fstab; \
+             a remount is not enough)"
+        )
+    };
+    match (mounted.file_system.as_str(), support) {
+        ("ext4", Some(_)) => format!(
+            "the ext4 of {path} counts for projects but keeps no limits, because it is mounted \
+             without the option prjquota: {}",
+            again("prjquota")
+        ),
+        ("ext4", None) => format!(
+            "the ext4 of {path} lacks the features quota and project: umount {point} && tune2fs \
+             -O quota,project -Q prjquota {device} && mount -o prjquota {device} {point} (and \
+             prjquota in /etc/fstab)"
+        ),
+        ("xfs", _) => format!(
+            "the XFS of {path} is mounted without the option pquota: {}",
+            again("pquota")
+        ),
+        (other, _) => format!(
+            "{path} is on {other}, which has no project quotas here: use ext4 (mkfs.ext4 -O \
+             quota,project -E quotatype=prjquota, mounted with prjquota) or XFS (mounted with \
+             pquota)"
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn a_range_has_at_least_one_project() {
+        let range = |first, last| ProjectRange::new(first, last).is_some();
+        assert!(range(1, 1) && range(1, u32::MAX - 1));
+        assert!(!range(0, 5) && !range(5, 4) && !range(1, u32::MAX));
+    }
+
+    #[test]
+    fn ids_go_round() {
+        let range = ProjectRange::new(7, 9).unwrap();
+        let ids: Vec<u32> = [0, 6, 7, 8, 9, 10, u32::MAX]
+            .map(|number| range.after(ProjectId(number)).0)
+            .into();
+        assert_eq!(ids, [7, 7, 8, 9, 7, 7, 7]);
+        assert!(range.contains(ProjectId(9)) && !range.contains(ProjectId(10)));
+        assert!(!ProjectRange::DEFAULT.contains(ProjectId(1_048_577)));
+    }
+
+    #[test]
+    fn a_limit_may_be_rounded_to_blocks() {
+        let limits = |max_bytes, max_inodes| Limits {
+            max_bytes,
+            max_inodes,
+        };
+        let told = limits(Some((1 << 20) + 1), Some(100));
+        assert!(told.are_kept_by(limits(Some(1 << 20), Some(100))));
+        assert!(told.are_kept_by(limits(Some((1 << 20) + 4096), Some(100))));
+        assert!(!told.are_kept_by(limits(Some(2 << 20), Some(100))));
+        assert!(!told.are_kept_by(limits(None, Some(100))));
+        assert!(!told.are_kept_by(limits(Some(1 << 20), None)));
+        assert!(Limits::NONE.are_kept_by(Limits::NONE));
+    }
+
+    #[test]
+    fn what_a_file_system_lacks_is_named() {
+        let proc = File::open("/proc").unwrap();
+        assert!(Quotas::probe(proc.as_fd()).unwrap().is_none());
+        let error = lack(proc.as_fd(), "/proc", None);
+        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+        let text = error.chain();
+        assert!(text.contains("/proc is on proc"), "{text}");
+        assert_eq!(project_of(&proc).unwrap(), ProjectId::NONE);
+    }
+}

@@ -1,0 +1,187 @@
+//! How much a snapshot may take, as its labels and the configuration say. Pure.
+
+use super::labels::invalid;
+use crate::error::Result;
+use crate::quota::Limits;
+use crate::size::{parse_bytes, parse_number};
+use crate::types::{LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Quoted};
+
+/// Below this no overlay can even be mounted: its own directories take a block
+/// each, of up to 4 KiB.
+pub const LEAST_BYTES: u64 = 64 << 10;
+/// The snapshot's directories and those that overlayfs makes, and a few.
+pub const LEAST_INODES: u64 = 16;
+
+/// What labels ask for; `Some(0)` is no limit, whatever the default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    max_bytes: Option<u64>,
+    max_inodes: Option<u64>,
+}
+
+impl Asked {
+    /// Reads the labels; containerd's own counts before ours.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::error::ErrorKind::InvalidArgument`] for a text that is no size or
+    /// number, or for less than any snapshot takes. All three are looked at.
+    pub fn read(labels: &Labels) -> Result<Asked> {
+        let by_containerd = read(labels, LABEL_MAX_SIZE, |text| {
+            // Bytes, as an int64.
+            let bytes = parse_number(text).filter(|bytes| i64::try_from(*bytes).is_ok());
+            match bytes {
+                Some(bytes) if bytes >= LEAST_BYTES => Ok(bytes),
+                _ => Err(format!(
+                    "a decimal number of bytes, at least {LEAST_BYTES}, without a unit \
+                     ({LABEL_OWN_MAX_SIZE} takes units)"
+                )),
+            }
+        })?;
+        let own = read(labels, LABEL_OWN_MAX_SIZE, |text| {
+            parse_size(text).ok_or_else(size_wanted)
+        })?;
+        Ok(Asked {
+            max_bytes: by_containerd.or(own),
+            max_inodes: read(labels, LABEL_MAX_INODES, |text| {
+                parse_inodes(text).ok_or_else(inodes_wanted)
+            })?,
+        })
+    }
+
+    /// Whether they ask for any limit.
+    pub fn is_limit(self) -> bool {
+        let is_limit = |number: Option<u64>| number.is_some_and(|number| number > 0);
+        is_limit(self.max_bytes) || is_limit(self.max_inodes)
+    }
+
+    /// What counts: the labels, and the default for what they do not say.
+    pub fn or(self, default: Limits) -> Limits {
+        let pick = |asked: Option<u64>, default| match asked {
+            None => default,
+            Some(0) => None,
+            Some(number) => Some(number),
+        };
+        Limits {
+            max_bytes: pick(self.max_bytes, default.max_bytes),
+            max_inodes: pick(self.max_inodes, default.max_inodes),
+        }
+    }
+}
+
+/// A size that a limit can have, 0 for none, in whole KiB as the kernel keeps it;
+/// `None` for any other text.
+pub fn parse_size(text: &str) -> Option<u64> {
+    // The kernel adds up in 63 bits.
+    let bytes = parse_bytes(text).filter(|bytes| i64::try_from(*bytes).is_ok())?;
+    (bytes == 0 || bytes >= LEAST_BYTES).then_some(bytes)
+}
+
+/// A number of inodes that a limit can have, 0 for none; `None` for any other
+/// text.
+pub fn parse_inodes(text: &str) -> Option<u64> {
+    let inodes = parse_number(text).filter(|inodes| i64::try_from(*inodes).is_ok())?;
+    (inodes == 0 || inodes >= LEAST_INODES).then_some(inodes)
+}
+
+/// What [`parse_size`] takes, in words.
+pub fn size_wanted() -> String {
+    format!(
+        "a size such as 512Mi or 10G, at least {}K, or 0 for no limit",
+        LEAST_BYTES >> 10
+    )
+}
+
+/// What [`parse_inodes`] takes, in words.
+pub fn inodes_wanted() -> String {
+    format!("a number of files and directories, at least {LEAST_INODES}, or 0 for no limit")
+}
+
+fn read(
+    labels: &Labels,
+    label: &str,
+    parse: impl Fn(&str) -> std::result::Result<u64, String>,
+) -> Result<Option<u64>> {
+    let Some(text) = labels.get(label) else {
+        return Ok(None);
+    };
+    parse(text).map(Some).map_err(|wanted| {
+        invalid(format!(
+            "label {label} is {}, it has to be {wanted}",
+            Quoted(text)
+        ))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::labels::tests::labels;
+    use super::*;
+    use crate::error::ErrorKind;
+
+    const DEFAULT: Limits = Limits {
+        max_bytes: Some(7 << 20),
+        max_inodes: None,
+    };
+
+    fn limits(pairs: &[(&str, &str)]) -> (Option<u64>, Option<u64>) {
+        let limits = Asked::read(&labels(pairs)).unwrap().or(DEFAULT);
+        (limits.max_bytes, limits.max_inodes)
+    }
+
+    #[test]
+    fn the_most_specific_one_counts() {
+        let containerd = (LABEL_MAX_SIZE, "1048576");
+        let own = (LABEL_OWN_MAX_SIZE, "2Mi");
+        assert_eq!(limits(&[]), (Some(7 << 20), None));
+        assert_eq!(limits(&[own]), (Some(2 << 20), None));
+        assert_eq!(limits(&[own, containerd]), (Some(1 << 20), None));
+        assert_eq!(
+            limits(&[containerd, (LABEL_MAX_INODES, "100")]),
+            (Some(1 << 20), Some(100))
+        );
+        assert_eq!(limits(&[(LABEL_OWN_MAX_SIZE, "0")]), (None, None));
+        let asks = |pairs| Asked::read(&labels(pairs)).unwrap().is_limit();
+        assert!(asks(&[own]) && asks(&[(LABEL_MAX_INODES, "16")]));
+        assert!(!asks(&[]) && !asks(&[(LABEL_OWN_MAX_SIZE, "0"), (LABEL_MAX_INODES, "0")]));
+    }
+
+    #[test]
+    fn what_is_no_limit_is_refused() {
+        let table: &[(&str, &[&str])] = &[
+            (
+                LABEL_MAX_SIZE,
+                &[
+                    "10G",
+                    "0",
+                    "-1",
+                    "65535",
+                    "1e9",
+                    " 1048576",
+                    "9223372036854775808",
+                    "99999999999999999999",
+                ],
+            ),
+            (
+                LABEL_OWN_MAX_SIZE,
+                &["ten", "1K", "-5G", "8388608T", "1.5G"],
+            ),
+            (
+                LABEL_MAX_INODES,
+                &["15", "1K", "many", "18446744073709551615"],
+            ),
+        ];
+        for (label, texts) in table {
+            for text in *texts {
+                // Also beside one that would do.
+                let given = labels(&[(label, text)]);
+                let error = Asked::read(&given).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{label} {text}");
+                let said = error.chain();
+                assert!(said.contains(label) && said.contains(text.trim()), "{said}");
+            }
+        }
+        let hidden = labels(&[(LABEL_MAX_SIZE, "1048576"), (LABEL_OWN_MAX_SIZE, "x")]);
+        Asked::read(&hidden).unwrap_err();
+    }
+}

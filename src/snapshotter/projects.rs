@@ -1,0 +1,518 @@
+//! Project ids of the snapshots on the writable volume: given out, limited,
+//! counted by, and given back.
+//!
+//! An id is recorded in the transaction that enters its snapshot, and set on the
+//! empty directories before that ends. It stays taken until the last inode that
+//! was charged to it is gone, wherever that was: the kernel is asked, not the
+//! database. Then its limit is cleared, then it is struck out. Whatever the
+//! database says, an id to which the kernel has anything charged is not given
+//! out.
+//!
+//! A layer keeps its id and limit as long as its directory is on the writable
+//! volume's file system: nobody writes to it, or if somebody does (`ctr snapshot
+//! commit` of a running container), within the limit. What is copied gets none.
+//!
+//! After a crash a directory may have an id that is not recorded, or an id a limit
+//! that belongs to nobody: the next start deals with both.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use rusqlite::Connection;
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::FileType;
+
+use super::limits::Asked;
+use super::place::is_unpack;
+use super::{QuotaMode, Snapshotter};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault::fault_point;
+use crate::lock::lock;
+use crate::quota::{self, Limits, ProjectId, Quotas, Support};
+use crate::store::{Project, Rows, Snapshot, Transaction};
+use crate::tree;
+use crate::types::{
+    Kind, LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_VOLUME, Labels, SnapshotId,
+    Usage, Volume,
+};
+use crate::volume::{Dirs, Parts};
+
+/// How many ids that something is charged to are passed over. Only others than
+/// this program charge anything to ids that are not recorded.
+const MOST_TRIES: u32 = 4096;
+
+/// What limits of a running snapshot are to become.
+pub(super) struct LimitChange {
+    project: ProjectId,
+    from: Limits,
+    to: Limits,
+}
+
+/// A project just given to new directories; dropped without
+/// [`NewProject::keep`], it is taken from them.
+pub(super) struct NewProject<'a> {
+    quotas: &'a Quotas<'a>,
+    project: ProjectId,
+    parts: Parts,
+    keep: bool,
+}
+
+impl NewProject<'_> {
+    /// The snapshot is entered.
+    pub(super) fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for NewProject<'_> {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        // They are empty, and go to the trash next.
+        let taken = self
+            .parts
+            .all()
+            .try_for_each(|part| quota::set_project(part, ProjectId::NONE))
+            .and_then(|()| self.quotas.set_limits(self.project, Limits::NONE));
+        if let Err(error) = taken {
+            log::warn!("undo a refused request: {}", error.chain());
+        }
+    }
+}
+
+/// How much a new snapshot may take; `None` if it is not to have a project.
+///
+/// # Errors
+///
+/// [`ErrorKind::InvalidArgument`] as of [`Asked::read`];
+/// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
+pub(super) fn plan_limits(
+    kind: Kind,
+    key: &str,
+    labels: &Labels,
+    volume: Option<Volume>,
+    default: Limits,
+) -> Result<Option<Limits>> {
+    let asked = Asked::read(labels)?;
+    // Nothing is written to a view, and how large a layer gets is its image's
+    // affair; containerd's label is a hint, and inherited by what unpacks.
+    if kind != Kind::Active {
+        return Ok(None);
+    }
+    let is_unpack = is_unpack(key, labels);
+    match volume {
+        Some(Volume::Writable) if is_unpack => Ok(Some(Limits::NONE)),
+        Some(Volume::Writable) => Ok(Some(asked.or(default))),
+        _ if asked.is_limit() && !is_unpack => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "its labels ask for a limit, which is kept on the writable volume only, and \
+                 {LABEL_VOLUME} puts it on the image volume: leave one of them out"
+            ),
+        )),
+        _ => Ok(None),
+    }
+}
+
+impl Snapshotter {
+    /// What project quotas do on the writable volume.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if they do nothing: why, and what would
+    /// change that; or as of the volume.
+    pub fn quota_support(&self) -> Result<Support> {
+        if self.options.quota.mode == QuotaMode::Off {
+            return Err(switched_off());
+        }
+        let dirs = self.volumes.open(Volume::Writable)?;
+        match Quotas::probe(dirs.snapshots_fd())? {
+            Some(quotas) => Ok(quotas.support()),
+            None => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), None)),
+        }
+    }
+
+    /// The quotas for a new snapshot that may take so much; `None` if it gets no
+    /// project.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if they are needed and not there: what is
+    /// missing, and how to come by it.
+    pub(super) fn quotas_for<'a>(
+        &self,
+        dirs: &'a Dirs,
+        limits: Limits,
+    ) -> Result<Option<Quotas<'a>>> {
+        let mode = self.options.quota.mode;
+        let are_needed = limits != Limits::NONE || mode == QuotaMode::Require;
+        if are_needed {
+            return require_limits(mode, dirs).map(Some);
+        }
+        if mode == QuotaMode::Off {
+            return Ok(None);
+        }
+        Quotas::probe(dirs.snapshots_fd()).or_else(|error| match error.kind() {
+            ErrorKind::FailedPrecondition => Ok(None),
+            _ => Err(error),
+        })
+    }
+
+    /// Gives a new snapshot's directories, which are empty, a project.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::ResourceExhausted`] if no id is free; as of the volume's disk
+    /// and the database.
+    pub(super) fn give_project<'a>(
+        &self,
+        rows: &Rows<&Connection>,
+        quotas: &'a Quotas<'a>,
+        dirs: &Dirs,
+        id: SnapshotId,
+        limits: Limits,
+    ) -> Result<NewProject<'a>> {
+        let project = self.pick_project(rows, quotas)?;
+        rows.record_project(&Project {
+            project,
+            snapshot: Some(id),
+            limits,
+        })?;
+        let new = NewProject {
+            quotas,
+            project,
+            parts: dirs.open_parts(id)?,
+            keep: false,
+        };
+        for part in new.parts.all() {
+            quota::set_project(part, project)?;
+        }
+        // Also where there is none: who knows what the id was used for.
+        quotas.set_limits(project, limits)?;
+        fault_point("project-given");
+        Ok(new)
+    }
+
+    /// An id that nobody has, and that nothing is charged to.
+    fn pick_project(&self, rows: &Rows<&Connection>, quotas: &Quotas<'_>) -> Result<ProjectId> {
+        let range = self.options.quota.ids;
+        let mut last = lock(&self.last_project);
+        if last.is_none() {
+            let given = rows.projects()?;
+            let mut ids = given.iter().map(|given| given.project);
+            *last = ids.rfind(|project| range.contains(*project));
+        }
+        // An id given back rests until all others had their turn.
+        let mut candidate = last.unwrap_or(ProjectId::NONE);
+        for _ in 0..MOST_TRIES {
+            candidate = range.after(candidate);
+            if rows.is_project_taken(candidate)? {
+                continue;
+            }
+            if quotas.held(candidate)?.is_unused() {
+                *last = Some(candidate);
+                return Ok(candidate);
+            }
+            log::debug!("project {candidate} is somebody else's: passed over");
+        }
+        *last = Some(candidate);
+        Err(Error::new(
+            ErrorKind::ResourceExhausted,
+            format!(
+                "none of {MOST_TRIES} project ids up to {candidate} is free: remove containers, \
+                 or give --quota-ids other ids than {range}"
+            ),
+        ))
+    }
+
+    /// What an update of labels asks of the limits of a running snapshot.
+    ///
+    /// # Errors
+    ///
+    /// As of [`plan_limits`]; [`ErrorKind::FailedPrecondition`] if the snapshot
+    /// has no project.
+    pub(super) fn plan_limit_change(
+        &self,
+        rows: &Rows<&Connection>,
+        before: &Snapshot,
+        after: &Snapshot,
+    ) -> Result<Option<LimitChange>> {
+        let labels = [LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_MAX_INODES];
+        let info = &after.info;
+        // Only when one changes: the default may be another by now.
+        if labels
+            .iter()
+            .all(|label| before.info.labels.get(*label) == info.labels.get(*label))
+        {
+            return Ok(None);
+        }
+        let default = self.options.quota.default;
+        let limits = plan_limits(info.kind, &info.name, &info.labels, after.volume, default)?;
+        let Some(to) = limits else {
+            return Ok(None);
+        };
+        if let Some(given) = rows.project_of(after.id)? {
+            rows.record_limits(given.project, to)?;
+            return Ok(Some(LimitChange {
+                project: given.project,
+                from: given.limits,
+                to,
+            }));
+        }
+        if Asked::read(&info.labels)?.is_limit() {
+            // What a file system lacks comes before what the snapshot does.
+            let dirs = self.volumes.open(Volume::Writable)?;
+            require_limits(self.options.quota.mode, &dirs)?;
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                "it was made while the writable volume had no project quotas, so it has no \
+                 project that could be limited: make the container anew",
+            ));
+        }
+        Ok(None)
+    }
+
+    /// Changes limits before `record` makes the change durable; back again if that
+    /// fails. A start sets what is recorded.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the volume or its quotas are not there;
+    /// as of its disk; those of `record`.
+    pub(super) fn change_limits(
+        &self,
+        change: &LimitChange,
+        record: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let dirs = self.volumes.open(Volume::Writable)?;
+        let quotas = require_limits(self.options.quota.mode, &dirs)?;
+        quotas
+            .set_limits(change.project, change.to)
+            .and_then(|()| {
+                fault_point("limits-changed");
+                record()
+            })
+            .inspect_err(|_| {
+                if let Err(error) = quotas.set_limits(change.project, change.from) {
+                    log::warn!("undo a refused update: {}", error.chain());
+                }
+            })
+    }
+
+    /// What a snapshot takes by its quota, in constant time; `None` if it has no
+    /// project, or its directory is not charged to it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(super) fn usage_by_quota(
+        &self,
+        dirs: &Dirs,
+        id: SnapshotId,
+        upper: &OwnedFd,
+    ) -> Result<Option<Usage>> {
+        if self.options.quota.mode == QuotaMode::Off {
+            return Ok(None);
+        }
+        let Some(given) = self.store.read()?.project_of(id)? else {
+            return Ok(None);
+        };
+        if quota::project_of(upper)? != given.project {
+            return Ok(None);
+        }
+        // Who may not ask can still walk.
+        match Quotas::probe(dirs.snapshots_fd()) {
+            Ok(Some(quotas)) => Ok(Some(quotas.held(given.project)?.usage)),
+            Ok(None) | Err(_) => Ok(None),
+        }
+    }
+
+    /// Gives the ids back to which nothing is charged any more.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(super) fn free_projects(&self) -> Result<()> {
+        let loose = self.store.read()?.loose_projects()?;
+        if loose.is_empty() || self.options.quota.mode == QuotaMode::Off {
+            return Ok(());
+        }
+        // Without the volume nobody can tell, and it is told elsewhere.
+        let Ok(dirs) = self.volumes.open(Volume::Writable) else {
+            return Ok(());
+        };
+        let Some(quotas) = Quotas::probe(dirs.snapshots_fd())? else {
+            return Ok(());
+        };
+        quotas.settle();
+        let mut unused = Vec::new();
+        for given in loose {
+            let held = quotas.held(given.project)?;
+            if held.is_unused() {
+                // First this: struck out, nobody would know of the limit.
+                quotas.set_limits(given.project, Limits::NONE)?;
+                unused.push(given.project);
+            }
+        }
+        if unused.is_empty() {
+            return Ok(());
+        }
+        fault_point("unlimited");
+        let mut transaction = self.store.write()?;
+        for project in unused {
+            transaction.rows().forget_project(project)?;
+        }
+        transaction.commit()
+    }
+
+    /// At a start, after strays have gone to the trash: what the database has of
+    /// projects, and what the file system has, are made one.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(super) fn recover_projects(
+        &self,
+        transaction: &Transaction<'_>,
+        dirs: &Arc<Dirs>,
+    ) -> Result<()> {
+        let rows = transaction.rows();
+        let mode = self.options.quota.mode;
+        let given = rows.projects()?;
+        let loose: HashSet<_> = rows
+            .loose_projects()?
+            .into_iter()
+            .map(|given| given.project)
+            .collect();
+        let quotas = match mode {
+            QuotaMode::Off => None,
+            QuotaMode::Auto => Quotas::probe(dirs.snapshots_fd())?,
+            QuotaMode::Require => Some(require_limits(mode, dirs)?),
+        };
+        let Some(quotas) = quotas else {
+            if given.iter().any(|given| !loose.contains(&given.project)) {
+                log::warn!(
+                    "containers that have limits or are counted by quotas are no longer: {}",
+                    match mode {
+                        QuotaMode::Off => "--quota off".to_owned(),
+                        _ => quota::lack(dirs.snapshots_fd(), dirs.path(), None).chain(),
+                    }
+                );
+            }
+            return Ok(());
+        };
+        // A directory of another project cannot be moved into one that hands its
+        // own on (rename(2), EXDEV).
+        for directory in [dirs.snapshots_fd(), dirs.trash_fd()] {
+            if quota::project_of(directory)? != ProjectId::NONE {
+                quota::set_project(directory, ProjectId::NONE)?;
+                log::warn!("a directory of {} is no longer in a project", dirs.path());
+            }
+        }
+        for given in given.iter().filter(|given| !loose.contains(&given.project)) {
+            if let Some(id) = given.snapshot
+                && let Err(error) = self.restore_project(&quotas, dirs, id, given)
+            {
+                log::error!(
+                    "project {} of snapshot {id}: {}",
+                    given.project,
+                    error.chain()
+                );
+            }
+        }
+        let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
+        self.adopt_trashed(&rows, dirs, &mut known)?;
+        for (project, held) in quotas.in_use(self.options.quota.ids)? {
+            if held.is_unused() && !known.contains(&project) {
+                quotas.set_limits(project, Limits::NONE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A snapshot's directories and limits are what is recorded, also when they
+    /// were made anew, or copied by somebody who knows no projects.
+    fn restore_project(
+        &self,
+        quotas: &Quotas<'_>,
+        dirs: &Dirs,
+        id: SnapshotId,
+        given: &Project,
+    ) -> Result<()> {
+        let project = given.project;
+        let parts = match dirs.open_parts(id) {
+            // Reported by who looks for layers.
+            Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(()),
+            parts => parts?,
+        };
+        let mut is_charged = true;
+        for part in parts.all() {
+            is_charged &= quota::project_of(part)? == project;
+        }
+        if !is_charged {
+            charge_tree(&parts.top, project)?;
+            log::warn!("snapshot {id} was not charged to project {project}, and is now");
+        }
+        if quotas.support() == Support::Limits
+            && !given.limits.are_kept_by(quotas.held(project)?.limits)
+        {
+            quotas.set_limits(project, given.limits)?;
+            log::warn!("project {project} of snapshot {id} has its limits again");
+        }
+        Ok(())
+    }
+
+    /// Records the ids of directories in the trash that are not recorded: a
+    /// request was cut off after it had set one.
+    fn adopt_trashed(
+        &self,
+        rows: &Rows<&Connection>,
+        dirs: &Dirs,
+        known: &mut HashSet<ProjectId>,
+    ) -> Result<()> {
+        dirs.each_trashed(|directory| {
+            let project = quota::project_of(&directory)?;
+            if self.options.quota.ids.contains(project) && known.insert(project) {
+                rows.record_project(&Project {
+                    project,
+                    snapshot: None,
+                    limits: Limits::NONE,
+                })?;
+                log::info!("project {project} is taken by what is in the trash");
+            }
+            Ok(())
+        })
+    }
+}
+
+fn switched_off() -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        "project quotas are switched off by --quota off",
+    )
+}
+
+/// The quotas of a volume that has to have them.
+fn require_limits(mode: QuotaMode, dirs: &Dirs) -> Result<Quotas<'_>> {
+    if mode == QuotaMode::Off {
+        return Err(switched_off());
+    }
+    let needing = || "limit what is written on the writable volume";
+    match Quotas::probe(dirs.snapshots_fd()).context(needing)? {
+        Some(quotas) if quotas.support() == Support::Limits => Ok(quotas),
+        other => {
+            let support = other.map(|quotas| quotas.support());
+            Err(quota::lack(dirs.snapshots_fd(), dirs.path(), support)).context(needing)
+        }
+    }
+}
+
+/// Charges a tree to a project, whatever it was charged to. What cannot be opened,
+/// such as links and nodes, stays where it is: it takes inodes, and hardly a block.
+fn charge_tree(top: impl AsFd, project: ProjectId) -> Result<()> {
+    tree::visit_open(top, |fd, file_type| match file_type {
+        FileType::Directory => quota::set_project(fd, project),
+        _ => quota::charge_file(fd, project),
+    })
+}

@@ -1,0 +1,72 @@
+//! A snapshot's directories as open ones, for what is asked of and set on the
+//! directory itself and has no call that takes a path.
+
+use rustix::fd::OwnedFd;
+use rustix::fs::FileType;
+use rustix::io::Errno;
+
+use super::Dirs;
+use super::dirs::open_to_list;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::types::SnapshotId;
+
+/// A snapshot's directories.
+pub struct Parts {
+    /// `<id>`.
+    pub top: OwnedFd,
+    /// `<id>/fs`.
+    pub upper: OwnedFd,
+    /// `<id>/work`, which a view of nothing lacks.
+    pub work: Option<OwnedFd>,
+}
+
+impl Parts {
+    /// All of them, the one above the others first.
+    pub fn all(&self) -> impl Iterator<Item = &OwnedFd> {
+        [&self.top, &self.upper].into_iter().chain(&self.work)
+    }
+}
+
+impl Dirs {
+    /// Opens a snapshot's directories; no link is followed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if `<id>` or `fs` is not there.
+    pub fn open_parts(&self, id: SnapshotId) -> Result<Parts> {
+        let opening = || format!("open the directories of {}/snapshots/{id}", self.path());
+        let open = |parent: &dyn Fn() -> std::result::Result<OwnedFd, Errno>| match parent() {
+            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
+                ErrorKind::DataLoss,
+                opening(),
+                std::io::Error::from(errno),
+            )),
+            opened => opened.context(opening),
+        };
+        let top = open(&|| open_to_list(self.snapshots_fd(), &id.to_string()))?;
+        let upper = open(&|| open_to_list(&top, "fs"))?;
+        let work = match open_to_list(&top, "work") {
+            Err(Errno::NOENT) => None,
+            work => Some(work.context(opening)?),
+        };
+        Ok(Parts { top, upper, work })
+    }
+
+    /// Shows `each` directory in the trash, as an open one. What is not one, or is
+    /// gone by then, is left out.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk, and the first one of `each`.
+    pub fn each_trashed(&self, mut each: impl FnMut(OwnedFd) -> Result<()>) -> Result<()> {
+        for entry in self.trashed()? {
+            // The type may be unknown to the file system.
+            if matches!(entry.file_type, FileType::Directory | FileType::Unknown)
+                && let Ok(directory) = open_to_list(self.trash_fd(), &entry.name.to_string_lossy())
+            {
+                each(directory)?;
+            }
+        }
+        Ok(())
+    }
+}
