@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::quota::ProjectId;
 use crate::types::{Content, Kind, Quoted, SnapshotId, Volume};
 
 /// One thing that is wrong.
@@ -67,6 +68,21 @@ pub enum Problem {
     },
     /// The writable directory has snapshots of this database, but not the mark.
     MarkMissing,
+    /// A snapshot's directories are not charged to its project.
+    NotCharged {
+        /// The project.
+        project: ProjectId,
+    },
+    /// The limits of a snapshot's project are others than those recorded.
+    LimitsDiffer {
+        /// The project.
+        project: ProjectId,
+    },
+    /// A project that no snapshot has is limited, and takes nothing.
+    StrayLimits {
+        /// The project.
+        project: ProjectId,
+    },
     /// There are directories of snapshots that the database has not come to yet.
     DatabaseOlder {
         /// The highest number it has given out.
@@ -103,6 +119,9 @@ impl Problem {
             Problem::BadParent { .. } => "bad-parent",
             Problem::VolumeMissing { .. } => "volume-missing",
             Problem::MarkMissing => "mark-missing",
+            Problem::NotCharged { .. } => "not-charged",
+            Problem::LimitsDiffer { .. } => "limits-differ",
+            Problem::StrayLimits { .. } => "stray-limits",
             Problem::DatabaseOlder { .. } => "database-older",
             Problem::DatabaseIncomplete { .. } => "database-incomplete",
         }
@@ -120,6 +139,11 @@ impl Problem {
             Problem::MoveNotRecorded => Some("records it, as the next start does"),
             Problem::WrongLink { .. } => Some("makes the link, as the next start does"),
             Problem::MarkMissing => Some("marks it anew"),
+            Problem::NotCharged { .. } => {
+                Some("charges them, and what is in them, as the next start does")
+            }
+            Problem::LimitsDiffer { .. } => Some("sets those recorded, as the next start does"),
+            Problem::StrayLimits { .. } => Some("clears them, as the next start does"),
             Problem::DatabaseOlder { .. } | Problem::DatabaseIncomplete { .. } => {
                 Some("goes on with it as it is")
             }
@@ -184,6 +208,18 @@ impl fmt::Display for Finding {
                 out,
                 "the writable directory has snapshots of this database, but no file .volume that \
                  says so"
+            ),
+            Problem::NotCharged { project } => write!(
+                out,
+                "the directories of snapshot {name} are not charged to its project {project}"
+            ),
+            Problem::LimitsDiffer { project } => write!(
+                out,
+                "project {project} of snapshot {name} has other limits than those recorded"
+            ),
+            Problem::StrayLimits { project } => write!(
+                out,
+                "project {project} belongs to no snapshot and still has limits"
             ),
             Problem::DatabaseOlder { highest } => write!(
                 out,

@@ -97,6 +97,7 @@ impl Snapshotter {
         if let Some(on_writable) = &on_writable {
             findings.extend(rows.orphans(Volume::Writable, on_writable));
         }
+        findings.extend(self.inspect_projects(&rows.by_id)?);
         Ok(Inspection {
             snapshots: rows.by_id.len(),
             findings,

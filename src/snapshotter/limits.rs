@@ -141,7 +141,7 @@ mod tests {
             (Some(1 << 20), Some(100))
         );
         assert_eq!(limits(&[(LABEL_OWN_MAX_SIZE, "0")]), (None, None));
-        let asks = |pairs| Asked::read(&labels(pairs)).unwrap().is_limit();
+        let asks = |pairs: &[(&str, &str)]| Asked::read(&labels(pairs)).unwrap().is_limit();
         assert!(asks(&[own]) && asks(&[(LABEL_MAX_INODES, "16")]));
         assert!(!asks(&[]) && !asks(&[(LABEL_OWN_MAX_SIZE, "0"), (LABEL_MAX_INODES, "0")]));
     }

@@ -351,13 +351,14 @@ mod tests {
         let (first, second) = (Caller::default(), Caller::default());
         let (tell, told) = channel();
         thread::scope(|scope| {
-            let walk = |is_given_up: &dyn Fn() -> bool| {
-                tell.send(()).unwrap();
-                until(is_given_up);
-                Err(left())
-            };
-            let leader =
-                scope.spawn(|| walks.tell(SnapshotId::new(1), Duration::ZERO, &first, walk));
+            let leader = scope.spawn(|| {
+                let caller = &first;
+                walks.tell(SnapshotId::new(1), Duration::ZERO, caller, |is_given_up| {
+                    tell.send(()).unwrap();
+                    until(is_given_up);
+                    Err(left())
+                })
+            });
             told.recv().unwrap();
             let follower = scope.spawn(|| {
                 let never = |_: &dyn Fn() -> bool| panic!("it has to join");

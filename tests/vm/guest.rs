@@ -16,7 +16,7 @@ use rustix::system::{RebootCommand, finit_module, reboot};
 use crate::machine::{FAILED, PASSED};
 use crate::support::daemon::Daemon;
 use crate::support::until;
-use crate::{faults, load};
+use crate::{faults, load, quotas};
 
 /// The machine's disks, as it names them.
 pub const IMAGE_DEVICE: &str = "/dev/vda";
@@ -67,6 +67,7 @@ fn work(outlet: &Outlet) {
             let daemon = Daemon::start(&arguments());
             load::run(&daemon, outlet, setting("VM_SEED"), setting("VM_BOOT"));
         }
+        "quotas" => quotas::run(),
         test => faults::run(test),
     }
 }

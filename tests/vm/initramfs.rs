@@ -11,17 +11,20 @@ use crate::support::daemon::BINARY;
 use crate::support::run;
 
 /// What the kernel needs as modules: the disks, the line to the outside, what
-/// the daemon asks for, and disks that fail.
+/// the daemon asks for, disks that fail, and those with quotas.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
     "virtio_console",
     "overlay",
     "dm-flakey",
+    "quota_v2",
+    "xfs",
+    "loop",
 ];
 
-/// Programs that break and mend disks.
-const TOOLS: &[&str] = &["dmsetup", "e2fsck", "debugfs"];
+/// Programs that make, break and mend disks.
+const TOOLS: &[&str] = &["dmsetup", "e2fsck", "debugfs", "mkfs.ext4", "losetup"];
 
 /// Where `tests/install-tools.sh` unpacks Debian's kernel package.
 const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/kernel");

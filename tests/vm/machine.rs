@@ -146,23 +146,50 @@ fn archive() -> PathBuf {
     ARCHIVE.get_or_init(make).clone()
 }
 
-/// The two disks of a machine: ext4 in files, mounted here while it is off, at
+/// The two disks of a machine: in files, mounted here while it is off, at
 /// the same paths as in the machine.
 pub struct Disks {
     dir: tempfile::TempDir,
 }
 
+/// What is on a disk.
+#[derive(Clone, Copy)]
+pub enum Format {
+    Ext4,
+    /// With the features for project quotas.
+    Ext4WithQuotas,
+    Xfs,
+}
+
+impl Format {
+    fn make(self, path: &Path) {
+        // The block size of larger disks.
+        let ext4 = ["-q", "-F", "-b", "4096"];
+        let quotas = ["-O", "quota,project", "-E", "quotatype=prjquota"];
+        match self {
+            Format::Ext4 => run(Command::new("mkfs.ext4").args(ext4).arg(path)),
+            Format::Ext4WithQuotas => {
+                run(Command::new("mkfs.ext4").args(ext4).args(quotas).arg(path))
+            }
+            Format::Xfs => run(Command::new("mkfs.xfs").args(["-q", "-f"]).arg(path)),
+        };
+    }
+}
+
 impl Disks {
-    /// Two empty disks, not mounted.
+    /// Two empty disks with ext4, not mounted.
     pub fn new(mebibytes: u64) -> Disks {
+        Disks::formatted(mebibytes, Format::Ext4)
+    }
+
+    /// Two empty disks, not mounted.
+    pub fn formatted(mebibytes: u64, format: Format) -> Disks {
         let dir = tempfile::tempdir().unwrap();
         let disks = Disks { dir };
         for path in disks.files() {
             let file = File::create(&path).unwrap();
             file.set_len(mebibytes << 20).unwrap();
-            // The block size of larger disks.
-            let arguments = ["-q", "-F", "-b", "4096"];
-            run(Command::new("mkfs.ext4").args(arguments).arg(&path));
+            format.make(&path);
         }
         for path in [disks.image(), disks.writable()] {
             fs::create_dir(path).unwrap();

@@ -21,6 +21,7 @@ mod load;
 mod machine;
 mod model;
 mod power;
+mod quotas;
 #[path = "../root/support/mod.rs"]
 mod support;
 mod verify;
@@ -63,6 +64,10 @@ fn main() {
             .iter()
             .map(|(name, _)| trial(format!("faults::{name}"), || faults::run_in_machine(name))),
     );
+    trials.extend(quotas::all().map(|(file_system, topic)| {
+        let run = move || quotas::run_in_machine(file_system, topic);
+        trial(format!("quotas::{file_system}::{topic}"), run)
+    }));
     libtest_mimic::run(&arguments, trials).exit();
 }
 

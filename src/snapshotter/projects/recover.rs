@@ -1,0 +1,214 @@
+//! Making what the database has of projects and what the file system has one:
+//! at a start, and told by `check`.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use rusqlite::Connection;
+use rustix::fd::AsFd;
+use rustix::fs::FileType;
+
+use super::require_limits;
+use crate::error::{ErrorKind, Result};
+use crate::quota::{self, Limits, ProjectId, Quotas, Support};
+use crate::snapshotter::finding::{Finding, Problem};
+use crate::snapshotter::{QuotaMode, Snapshotter};
+use crate::store::{Project, Rows, Snapshot, Transaction};
+use crate::tree;
+use crate::types::{SnapshotId, Volume};
+use crate::volume::{Dirs, Parts};
+
+impl Snapshotter {
+    /// At a start, after strays have gone to the trash: what the database has of
+    /// projects, and what the file system has, are made one.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(in crate::snapshotter) fn recover_projects(
+        &self,
+        transaction: &Transaction<'_>,
+        dirs: &Arc<Dirs>,
+    ) -> Result<()> {
+        let rows = transaction.rows();
+        let mode = self.options.quota.mode;
+        let given = rows.projects()?;
+        let loose: HashSet<_> = rows
+            .loose_projects()?
+            .into_iter()
+            .map(|given| given.project)
+            .collect();
+        let quotas = match mode {
+            QuotaMode::Off => None,
+            QuotaMode::Auto => Quotas::probe(dirs.snapshots_fd())?,
+            QuotaMode::Require => Some(require_limits(mode, dirs)?),
+        };
+        let Some(quotas) = quotas else {
+            if given.iter().any(|given| !loose.contains(&given.project)) {
+                log::warn!(
+                    "containers that have limits or are counted by quotas are no longer: {}",
+                    match mode {
+                        QuotaMode::Off => "--quota off".to_owned(),
+                        _ => quota::lack(dirs.snapshots_fd(), dirs.path(), None).chain(),
+                    }
+                );
+            }
+            return Ok(());
+        };
+        // A directory of another project cannot be moved into one that hands its
+        // own on (rename(2), EXDEV).
+        for directory in [dirs.snapshots_fd(), dirs.trash_fd()] {
+            if quota::project_of(directory)? != ProjectId::NONE {
+                quota::set_project(directory, ProjectId::NONE)?;
+                log::warn!("a directory of {} is no longer in a project", dirs.path());
+            }
+        }
+        for given in given.iter().filter(|given| !loose.contains(&given.project)) {
+            if let Some(id) = given.snapshot
+                && let Err(error) = self.restore_project(&quotas, dirs, id, given)
+            {
+                log::error!(
+                    "project {} of snapshot {id}: {}",
+                    given.project,
+                    error.chain()
+                );
+            }
+        }
+        let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
+        self.adopt_trashed(&rows, dirs, &mut known)?;
+        for (project, held) in quotas.in_use(self.options.quota.ids)? {
+            if held.is_unused() && !known.contains(&project) {
+                quotas.set_limits(project, Limits::NONE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A snapshot's directories and limits are what is recorded, also when they
+    /// were made anew, or copied by somebody who knows no projects.
+    fn restore_project(
+        &self,
+        quotas: &Quotas<'_>,
+        dirs: &Dirs,
+        id: SnapshotId,
+        given: &Project,
+    ) -> Result<()> {
+        let project = given.project;
+        let parts = match dirs.open_parts(id) {
+            // Reported by who looks for layers.
+            Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(()),
+            parts => parts?,
+        };
+        if !is_charged(&parts, project)? {
+            charge_tree(&parts.top, project)?;
+            log::warn!("snapshot {id} was not charged to project {project}, and is now");
+        }
+        if quotas.support() == Support::Limits
+            && !given.limits.are_kept_by(quotas.held(project)?.limits)
+        {
+            quotas.set_limits(project, given.limits)?;
+            log::warn!("project {project} of snapshot {id} has its limits again");
+        }
+        Ok(())
+    }
+
+    /// What is not as recorded, in order of the ids; nothing where no quotas are.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(in crate::snapshotter) fn inspect_projects(
+        &self,
+        snapshots: &HashMap<SnapshotId, Snapshot>,
+    ) -> Result<Vec<Finding>> {
+        let mut findings = Vec::new();
+        let Ok(dirs) = self.volumes.open(Volume::Writable) else {
+            return Ok(findings);
+        };
+        if self.options.quota.mode == QuotaMode::Off {
+            return Ok(findings);
+        }
+        let Ok(Some(quotas)) = Quotas::probe(dirs.snapshots_fd()) else {
+            return Ok(findings);
+        };
+        // The file system first: a project is recorded before a limit is set.
+        let in_use = quotas.in_use(self.options.quota.ids)?;
+        let given = self.store.read()?.projects()?;
+        for given in &given {
+            let snapshot = given.snapshot.and_then(|id| snapshots.get(&id));
+            let is_there = |snapshot: &&Snapshot| snapshot.volume == Some(Volume::Writable);
+            let Some(snapshot) = snapshot.filter(is_there) else {
+                continue;
+            };
+            let project = given.project;
+            let about = |problem| Finding {
+                problem,
+                name: Some(snapshot.info.name.clone()),
+                id: Some(snapshot.id),
+                volume: Some(Volume::Writable),
+            };
+            // A missing directory is a finding of its own.
+            if let Ok(parts) = dirs.open_parts(snapshot.id)
+                && !is_charged(&parts, project)?
+            {
+                findings.push(about(Problem::NotCharged { project }));
+            }
+            let kept = quotas.held(project)?.limits;
+            if quotas.support() == Support::Limits && !given.limits.are_kept_by(kept) {
+                findings.push(about(Problem::LimitsDiffer { project }));
+            }
+        }
+        let known: HashSet<_> = given.iter().map(|given| given.project).collect();
+        for (project, held) in in_use {
+            if held.is_unused() && !known.contains(&project) {
+                findings.push(Finding {
+                    problem: Problem::StrayLimits { project },
+                    name: None,
+                    id: None,
+                    volume: Some(Volume::Writable),
+                });
+            }
+        }
+        Ok(findings)
+    }
+
+    /// Records the ids of directories in the trash that are not recorded: a
+    /// request was cut off after it had set one.
+    fn adopt_trashed(
+        &self,
+        rows: &Rows<&Connection>,
+        dirs: &Dirs,
+        known: &mut HashSet<ProjectId>,
+    ) -> Result<()> {
+        dirs.each_trashed(|directory| {
+            let project = quota::project_of(&directory)?;
+            if self.options.quota.ids.contains(project) && known.insert(project) {
+                rows.record_project(&Project {
+                    project,
+                    snapshot: None,
+                    limits: Limits::NONE,
+                })?;
+                log::info!("project {project} is taken by what is in the trash");
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Whether all of a snapshot's directories hand a project on.
+fn is_charged(parts: &Parts, project: ProjectId) -> Result<bool> {
+    let mut is_charged = true;
+    for part in parts.all() {
+        is_charged &= quota::project_of(part)? == project;
+    }
+    Ok(is_charged)
+}
+
+/// Charges a tree to a project, whatever it was charged to. What cannot be opened,
+/// such as links and nodes, stays where it is: it takes inodes, and hardly a block.
+fn charge_tree(top: impl AsFd, project: ProjectId) -> Result<()> {
+    tree::visit_open(top, |fd, file_type| match file_type {
+        FileType::Directory => quota::set_project(fd, project),
+        _ => quota::charge_file(fd, project),
+    })
+}

@@ -1,0 +1,287 @@
+//! Project quotas, which need a kernel that has them: on ext4 and on XFS, limits
+//! are kept, usage is what a walk finds, and no project is left behind.
+//!
+//! The tests of one topic on one file system run in one machine, one after the
+//! other, each with new directories on the same disks and project ids of its own.
+
+mod crashes;
+mod lacking;
+mod life;
+mod limits;
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use grpcio::RpcStatusCode;
+use overlay_read_write_splitting_snapshotter::quota::{
+    Held, ProjectId, ProjectRange, Quotas, project_of,
+};
+use rustix::fd::AsFd;
+use rustix::fs::StatVfs;
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::guest::{IMAGE_DEVICE, WRITABLE_DEVICE, setting};
+use crate::machine::{Disks, Format};
+use crate::support::client::{Client, Refusal};
+use crate::support::daemon::Daemon;
+use crate::support::mounted::{Mounted, upper_of};
+
+/// Every file system that is tested, as it is mounted.
+const FILE_SYSTEMS: &[&str] = &["ext4", "xfs"];
+
+type Test = (&'static str, fn(&mut Rig));
+
+const TOPICS: &[(&str, &[Test])] = &[
+    ("limits", limits::TESTS),
+    ("life", life::TESTS),
+    ("crashes", crashes::TESTS),
+    ("lacking", lacking::TESTS),
+];
+
+/// Each file system with each topic.
+pub fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let topics = || TOPICS.iter().map(|(topic, _)| *topic);
+    let systems = FILE_SYSTEMS.iter();
+    systems.flat_map(move |file_system| topics().map(|topic| (*file_system, topic)))
+}
+
+/// The least that mkfs.xfs makes.
+const MEBIBYTES: u64 = 320;
+
+pub const MIB: u64 = 1 << 20;
+/// The labels.
+pub const MAX_SIZE: &str = "containerd.io/snapshot/max-size";
+pub const OWN_MAX_SIZE: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
+pub const MAX_INODES: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-inodes";
+
+/// Outside: runs the tests of a topic in a machine.
+pub fn run_in_machine(file_system: &str, topic: &str) {
+    let format = match file_system {
+        "ext4" => Format::Ext4WithQuotas,
+        _ => Format::Xfs,
+    };
+    let disks = Disks::formatted(MEBIBYTES, format);
+    let settings = [
+        ("VM_WORK", "quotas".to_owned()),
+        ("VM_FILE_SYSTEM", file_system.to_owned()),
+        ("VM_TOPIC", topic.to_owned()),
+    ];
+    disks.boot(&settings).finish();
+}
+
+/// In the machine.
+pub fn run() {
+    let at = |name| PathBuf::from(setting::<String>(name));
+    let mut rig = Rig {
+        file_system: setting("VM_FILE_SYSTEM"),
+        image: at("VM_IMAGE"),
+        writable: at("VM_WRITABLE"),
+        number: 0,
+    };
+    rig.mount(IMAGE_DEVICE, &rig.image, rig.option());
+    rig.mount(WRITABLE_DEVICE, &rig.writable, rig.option());
+    let wanted: String = setting("VM_TOPIC");
+    let (_, tests) = TOPICS.iter().find(|(topic, _)| *topic == wanted).unwrap();
+    for (name, test) in *tests {
+        let begun = Instant::now();
+        rig.number += 1;
+        test(&mut rig);
+        // For whoever looks at the console.
+        println!(
+            "{} {name}: {:.1} s",
+            rig.file_system,
+            begun.elapsed().as_secs_f64()
+        );
+    }
+}
+
+/// The disks, and directories on them that are another test's each time.
+pub struct Rig {
+    file_system: String,
+    image: PathBuf,
+    writable: PathBuf,
+    number: u32,
+}
+
+impl Rig {
+    pub fn is_xfs(&self) -> bool {
+        self.file_system == "xfs"
+    }
+
+    /// What it is to be mounted with.
+    pub fn option(&self) -> &'static str {
+        if self.is_xfs() { "pquota" } else { "prjquota" }
+    }
+
+    pub fn mount(&self, device: &str, at: &Path, options: &str) {
+        fs::create_dir_all(at).unwrap();
+        let options = std::ffi::CString::new(options).unwrap();
+        mount(
+            device,
+            at,
+            self.file_system.as_str(),
+            MountFlags::NOATIME,
+            options.as_c_str(),
+        )
+        .unwrap_or_else(|errno| panic!("mount {device} with {options:?}: {errno}"));
+    }
+
+    /// Mounts the writable volume with other options.
+    pub fn remount_writable(&self, options: &str) {
+        unmount(&self.writable, UnmountFlags::empty()).unwrap();
+        self.mount(WRITABLE_DEVICE, &self.writable, options);
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.image.join(self.number.to_string())
+    }
+
+    pub fn writable(&self) -> PathBuf {
+        self.writable.join(self.number.to_string())
+    }
+
+    /// This test's.
+    pub fn ids(&self) -> ProjectRange {
+        let first = 2_000_000_000 + self.number * 1_000_000;
+        ProjectRange::new(first, first + 999_999).unwrap()
+    }
+
+    pub fn arguments(&self, flags: &[&str]) -> Vec<String> {
+        let mut arguments = vec![
+            "--root-dir".to_owned(),
+            self.root().display().to_string(),
+            "--writable-dir".to_owned(),
+            self.writable().display().to_string(),
+            "--quota-ids".to_owned(),
+            self.ids().to_string(),
+        ];
+        arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        arguments
+    }
+
+    pub fn start(&self, flags: &[&str]) -> Daemon {
+        let daemon = Daemon::start(&self.arguments(flags));
+        let client = daemon.client();
+        client
+            .prepare(
+                "extract-base",
+                "",
+                &[("containerd.io/snapshot.ref", "base")],
+            )
+            .unwrap();
+        client.commit("extract-base", "base", &[]).unwrap();
+        daemon
+    }
+
+    /// The projects of this test that the file system knows, as repquota(8) lists
+    /// them.
+    pub fn projects(&self) -> Vec<(ProjectId, Held)> {
+        let directory = File::open(&self.writable).unwrap();
+        let quotas = Quotas::probe(directory.as_fd()).unwrap().unwrap();
+        quotas.in_use(self.ids()).unwrap()
+    }
+
+    /// Of the directories of the snapshot made last.
+    pub fn newest(&self) -> PathBuf {
+        let entries = fs::read_dir(self.writable().join("snapshots")).unwrap();
+        let number = |path: &PathBuf| -> u64 {
+            path.file_name().unwrap().to_str().unwrap().parse().unwrap()
+        };
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths.max_by_key(number).unwrap()
+    }
+
+    /// Removes all that this test has made, and fails unless no project is left.
+    #[track_caller]
+    pub fn clear(&self, client: &Client) {
+        while let names = client.names(&["kind!=committed"]).unwrap()
+            && !names.is_empty()
+        {
+            names.iter().for_each(|name| client.remove(name).unwrap());
+        }
+        client.cleanup().unwrap();
+        assert_eq!(self.projects(), []);
+    }
+}
+
+/// The project that a directory hands on; 0 for none.
+pub fn project(path: &Path) -> u32 {
+    project_of(File::open(path).unwrap()).unwrap().number()
+}
+
+#[track_caller]
+pub fn is_refused<T: std::fmt::Debug>(
+    result: Result<T, Refusal>,
+    code: RpcStatusCode,
+    words: &[&str],
+) {
+    let (found, text) = result.unwrap_err();
+    assert_eq!(found, code, "{text}");
+    for word in words {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}
+
+pub fn prepare(client: &Client, key: &str, labels: &[(&str, &str)]) -> Mounted {
+    Mounted::new(&client.prepare(key, "base", labels).unwrap())
+}
+
+pub fn disk(mounted: &Mounted) -> StatVfs {
+    rustix::fs::statvfs(mounted.path()).unwrap()
+}
+
+pub fn size_of_disk(mounted: &Mounted) -> u64 {
+    let disk = disk(mounted);
+    disk.f_blocks * disk.f_frsize
+}
+
+/// Writes a file as large as it may become, at most so large; tells how large it
+/// is and whether a quota was the end of it.
+pub fn fill(path: &Path, most: u64) -> (u64, bool) {
+    let file = File::create(path).unwrap();
+    let block = vec![7; 64 << 10];
+    let mut written = 0;
+    while written < most {
+        match rustix::io::write(&file, &block) {
+            Ok(count) => written += count as u64,
+            Err(errno) => {
+                assert_eq!(errno, Errno::DQUOT);
+                return (written, true);
+            }
+        }
+    }
+    (written, false)
+}
+
+/// What a walk over a directory finds, as `du` counts: bytes and inodes.
+pub fn walk(path: &Path) -> (u64, u64) {
+    let mut seen = std::collections::BTreeMap::new();
+    let mut ahead = vec![path.to_owned()];
+    while let Some(path) = ahead.pop() {
+        let found = fs::symlink_metadata(&path).unwrap();
+        seen.insert(found.ino(), found.blocks() * 512);
+        if found.is_dir() {
+            ahead.extend(
+                fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path()),
+            );
+        }
+    }
+    (seen.values().sum(), seen.len() as u64)
+}
+
+pub fn upper(client: &Client, key: &str) -> PathBuf {
+    upper_of(&client.mounts(key).unwrap())
+}
+
+pub fn usage(client: &Client, key: &str) -> (u64, u64) {
+    let usage = client.usage(key).unwrap();
+    (
+        usage.size.try_into().unwrap(),
+        usage.inodes.try_into().unwrap(),
+    )
+}

@@ -1,0 +1,181 @@
+//! Where quotas are missing, and what is there from before they were.
+
+use std::fs;
+use std::process::Command;
+
+use grpcio::RpcStatusCode;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use super::{
+    MIB, OWN_MAX_SIZE, Rig, Test, fill, is_refused, prepare, size_of_disk, upper, usage, walk,
+};
+use crate::support::client::Client;
+use crate::support::daemon::{Daemon, refused};
+
+pub const TESTS: &[Test] = &[
+    ("the_older_call_does_as_well", the_older_call_does_as_well),
+    (
+        "what_is_older_than_quotas_is_walked",
+        what_is_older_than_quotas_is_walked,
+    ),
+    (
+        "a_missing_mount_option_is_named",
+        a_missing_mount_option_is_named,
+    ),
+    ("a_missing_feature_is_named", a_missing_feature_is_named),
+    ("another_file_system_has_none", another_file_system_has_none),
+];
+
+const LIMITED: &[(&str, &str)] = &[(OWN_MAX_SIZE, "8M")];
+
+/// quotactl(2) by the device's path, as before Linux 5.14.
+fn the_older_call_does_as_well(rig: &mut Rig) {
+    let arguments = rig.arguments(&[]);
+    let daemon = Daemon::start_in(&arguments, &[("SNAPSHOTTER_NO_QUOTACTL_FD", "1")]);
+    let client = daemon.client();
+    let mounts = client.prepare("web", "", LIMITED).unwrap();
+    let web = super::Mounted::new(&mounts);
+    assert_eq!(size_of_disk(&web), 8 * MIB);
+    fill(&web.path().join("file"), MIB);
+    assert_eq!(usage(&client, "web"), walk(&rig.newest()));
+    drop(web);
+    rig.clear(&client);
+}
+
+fn what_is_older_than_quotas_is_walked(rig: &mut Rig) {
+    let mut daemon = rig.start(&["--quota", "off"]);
+    let client = daemon.client();
+    client.prepare("old", "base", &[]).unwrap();
+    is_refused(
+        client.prepare("limited", "base", LIMITED),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &["--quota off"],
+    );
+    fs::write(upper(&client, "old").join("file"), vec![1; 100_000]).unwrap();
+    daemon.stop();
+    daemon.set_arguments(rig.arguments(&[]));
+    daemon.restart();
+    let client = daemon.client();
+    assert_eq!(usage(&client, "old"), walk(&upper(&client, "old")));
+    let field = format!("labels.{OWN_MAX_SIZE}");
+    is_refused(
+        client.update("old", &[&field], LIMITED),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &["make the container anew"],
+    );
+    assert!(client.stat("old").unwrap().labels.is_empty());
+    let new = prepare(&client, "new", LIMITED);
+    assert_eq!(size_of_disk(&new), 8 * MIB);
+
+    // Switched off again: the limits stay, the files are walked.
+    daemon.stop();
+    daemon.set_arguments(rig.arguments(&["--quota", "off"]));
+    daemon.restart();
+    let client = daemon.client();
+    assert_eq!(size_of_disk(&new), 8 * MIB);
+    assert_eq!(usage(&client, "new"), walk(&upper(&client, "new")));
+    drop(new);
+    client.remove("new").unwrap();
+    client.cleanup().unwrap();
+    daemon.stop();
+    daemon.set_arguments(rig.arguments(&[]));
+    daemon.restart();
+    rig.clear(&daemon.client());
+}
+
+fn a_missing_mount_option_is_named(rig: &mut Rig) {
+    let option = rig.option();
+    let mut daemon = rig.start(&[]);
+    daemon.stop();
+    rig.remount_writable("");
+    daemon.restart();
+    let client = daemon.client();
+    client.prepare("free", "base", &[]).unwrap();
+    fs::write(upper(&client, "free").join("file"), vec![1; 100_000]).unwrap();
+    is_refused(
+        client.prepare("web", "base", LIMITED),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &[option, "mount -o", "/dev/vdb"],
+    );
+    assert_eq!(client.names(&["kind==active"]).unwrap(), ["free"]);
+    if !rig.is_xfs() {
+        // ext4 counts all the same.
+        assert_eq!(usage(&client, "free"), walk(&rig.newest()));
+        assert!(status(rig).contains("limits are not kept"));
+    }
+    client.remove("free").unwrap();
+    client.cleanup().unwrap();
+    daemon.stop();
+    let said = refused(&rig.arguments(&["--quota", "require"]));
+    assert!(said.contains(option), "{said}");
+    daemon.set_arguments(rig.arguments(&["--default-max-size", "8M"]));
+    daemon.restart();
+    assert!(daemon.log().contains("no container can be made"));
+    let client: Client = daemon.client();
+    is_refused(
+        client.prepare("web", "base", &[]),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &[option],
+    );
+    client
+        .prepare("web", "base", &[(OWN_MAX_SIZE, "0")])
+        .unwrap();
+    client.remove("web").unwrap();
+    daemon.stop();
+
+    rig.remount_writable(option);
+    daemon.set_arguments(rig.arguments(&["--quota", "require"]));
+    daemon.restart();
+    let client = daemon.client();
+    drop(prepare(&client, "web", LIMITED));
+    let said = status(rig);
+    assert!(
+        said.contains("limits are kept") && said.contains("of 8.0M"),
+        "{said}"
+    );
+    rig.clear(&client);
+}
+
+fn status(rig: &Rig) -> String {
+    let mut status = Command::new(crate::support::daemon::BINARY);
+    crate::support::run(status.arg("status").args(rig.arguments(&[])))
+}
+
+fn a_missing_feature_is_named(rig: &mut Rig) {
+    if rig.is_xfs() {
+        return;
+    }
+    // The image volume's disk has the feature; one without is a file on it.
+    let file = rig.image.join("without");
+    fs::File::create(&file).unwrap().set_len(16 * MIB).unwrap();
+    crate::support::run(Command::new("mkfs.ext4").arg("-q").arg(&file));
+    let device = crate::support::run(Command::new("losetup").args(["-f", "--show"]).arg(&file));
+    fs::create_dir(rig.writable()).unwrap();
+    rig.mount(device.trim(), &rig.writable(), "");
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    client.prepare("free", "base", &[]).unwrap();
+    is_refused(
+        client.prepare("web", "base", LIMITED),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &["tune2fs -O quota,project", device.trim(), "prjquota"],
+    );
+    drop(daemon);
+    unmount(rig.writable(), UnmountFlags::DETACH).unwrap();
+}
+
+fn another_file_system_has_none(rig: &mut Rig) {
+    fs::create_dir(rig.writable()).unwrap();
+    mount("none", rig.writable(), "tmpfs", MountFlags::empty(), None).unwrap();
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    client.prepare("free", "base", &[]).unwrap();
+    assert_eq!(usage(&client, "free"), walk(&upper(&client, "free")));
+    is_refused(
+        client.prepare("web", "base", LIMITED),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &["tmpfs", "ext4", "XFS"],
+    );
+    drop(daemon);
+    unmount(rig.writable(), UnmountFlags::DETACH).unwrap();
+}

@@ -1,0 +1,307 @@
+//! Projects from the first day of a snapshot to the last.
+
+use std::fs::{self, File};
+use std::thread;
+
+use overlay_read_write_splitting_snapshotter::quota::{ProjectId, charge_file, set_project};
+
+use super::{
+    MIB, OWN_MAX_SIZE, Rig, Test, fill, prepare, project, size_of_disk, upper, usage, walk,
+};
+use crate::support::until;
+
+pub const TESTS: &[Test] = &[
+    (
+        "directories_are_in_one_project",
+        directories_are_in_one_project,
+    ),
+    (
+        "a_layer_that_leaves_gives_its_project_back",
+        a_layer_that_leaves_gives_its_project_back,
+    ),
+    (
+        "a_layer_in_use_keeps_its_project",
+        a_layer_in_use_keeps_its_project,
+    ),
+    (
+        "a_layer_moves_within_one_file_system",
+        a_layer_moves_within_one_file_system,
+    ),
+    (
+        "a_thousand_snapshots_leave_no_project",
+        a_thousand_snapshots_leave_no_project,
+    ),
+    (
+        "a_removed_container_keeps_its_project",
+        a_removed_container_keeps_its_project,
+    ),
+    (
+        "projects_of_others_around_it_do_no_harm",
+        projects_of_others_around_it_do_no_harm,
+    ),
+    (
+        "a_restored_directory_is_charged_again",
+        a_restored_directory_is_charged_again,
+    ),
+    (
+        "check_finds_what_is_not_as_recorded",
+        check_finds_what_is_not_as_recorded,
+    ),
+];
+
+fn directories_are_in_one_project(rig: &mut Rig) {
+    let mut daemon = rig.start(&[]);
+    let client = daemon.client();
+    let mounted = prepare(&client, "web", &[]);
+    let web = rig.newest();
+    let first = rig.ids().first().number();
+    client.prepare("other", "base", &[]).unwrap();
+    let other = rig.newest();
+    for part in ["", "fs", "work", "work/work"] {
+        assert_eq!(project(&web.join(part)), first, "{part}");
+    }
+    assert_eq!(project(&other.join("fs")), first + 1);
+    for (name, expected) in [("snapshots", 0), ("trash", 0)] {
+        assert_eq!(project(&rig.writable().join(name)), expected);
+    }
+    // Files of a container, and what it changes of its image.
+    fs::create_dir(mounted.path().join("new")).unwrap();
+    assert_eq!(project(&web.join("fs/new")), first);
+    drop(mounted);
+
+    daemon.stop();
+    daemon.restart();
+    let client = daemon.client();
+    assert_eq!(project(&web.join("fs")), first);
+    client.prepare("third", "base", &[]).unwrap();
+    assert_eq!(project(&rig.newest()), first + 2);
+    rig.clear(&client);
+}
+
+fn a_layer_that_leaves_gives_its_project_back(rig: &mut Rig) {
+    let daemon = rig.start(&["--relocate-after", "0", "--default-max-size", "16M"]);
+    let client = daemon.client();
+    for name in ["one", "two"] {
+        let mounted = prepare(&client, "web", &[]);
+        fs::create_dir_all(mounted.path().join("a/b")).unwrap();
+        fs::write(mounted.path().join("a/b/file"), vec![1; 2 << 20]).unwrap();
+        drop(mounted);
+        let id = rig.newest();
+        client.commit("web", name, &[]).unwrap();
+        let home = rig.root().join("snapshots").join(id.file_name().unwrap());
+        until("the layer is home", || !home.is_symlink());
+        for part in ["", "fs", "fs/a", "fs/a/b"] {
+            assert_eq!(project(&home.join(part)), 0, "{part}");
+        }
+        until("its project is given back", || {
+            client.cleanup().unwrap();
+            rig.projects().is_empty()
+        });
+    }
+    let on = |name: &str| super::Mounted::new(&client.prepare("on", name, &[]).unwrap());
+    assert_eq!(size_of_disk(&on("two")), 16 * MIB);
+    rig.clear(&client);
+}
+
+fn a_layer_in_use_keeps_its_project(rig: &mut Rig) {
+    let daemon = rig.start(&["--relocate-after", "0"]);
+    let client = daemon.client();
+    // As `ctr snapshot commit` of a running container.
+    let mounted = prepare(&client, "web", &[(OWN_MAX_SIZE, "8M")]);
+    fill(&mounted.path().join("file"), 4 * MIB);
+    client.commit("web", "layer", &[]).unwrap();
+    let (written, is_full) = fill(&mounted.path().join("more"), 64 * MIB);
+    assert!(is_full && written < 4 * MIB, "{written}");
+    client.cleanup().unwrap();
+    assert_eq!(rig.projects().len(), 1);
+    drop(mounted);
+    client.remove("layer").unwrap();
+    rig.clear(&client);
+}
+
+/// One directory: the move is a rename, and the project goes with the layer.
+fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
+    let root = rig.writable();
+    let inner = root.join("writable");
+    let places = [("--root-dir", &root), ("--writable-dir", &inner)];
+    let mut arguments: Vec<String> = places
+        .iter()
+        .flat_map(|(flag, path)| [(*flag).to_owned(), path.display().to_string()])
+        .collect();
+    let ids = rig.ids().to_string();
+    let flags = ["--quota-ids", &ids, "--relocate-after", "0"];
+    arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
+    let mut daemon = super::Daemon::start(&arguments);
+    let client = daemon.client();
+    let mounts = client.prepare("web", "", &[(OWN_MAX_SIZE, "8M")]).unwrap();
+    let upper = super::upper_of(&mounts);
+    fs::write(upper.join("file"), vec![1; 2 << 20]).unwrap();
+    client.commit("web", "layer", &[]).unwrap();
+    let home = root.join("snapshots/1");
+    until("the layer is home", || !home.is_symlink());
+    assert_eq!(rig.projects().len(), 1);
+    client.cleanup().unwrap();
+    daemon.stop();
+    daemon.restart();
+    let client = daemon.client();
+    client.cleanup().unwrap();
+    // Taken as long as the layer is there.
+    assert_eq!(rig.projects().len(), 1);
+    client.prepare("on", "layer", &[]).unwrap();
+    assert_eq!(
+        project(&inner.join("snapshots/2/fs")),
+        rig.ids().first().number() + 1
+    );
+    client.remove("on").unwrap();
+    client.remove("layer").unwrap();
+    client.cleanup().unwrap();
+    assert_eq!(rig.projects(), []);
+}
+
+fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
+    let daemon = rig.start(&["--default-max-size", "1M"]);
+    thread::scope(|scope| {
+        for number in 0..4 {
+            let client = daemon.client();
+            scope.spawn(move || {
+                for count in 0..250 {
+                    let key = format!("{number}-{count}");
+                    client.prepare(&key, "base", &[]).unwrap();
+                    client.remove(&key).unwrap();
+                    if count % 50 == 0 {
+                        client.cleanup().unwrap();
+                    }
+                }
+            });
+        }
+    });
+    assert!(!rig.projects().is_empty());
+    let client = daemon.client();
+    client.cleanup().unwrap();
+    assert_eq!(rig.projects(), []);
+    assert_eq!(client.names(&[]).unwrap(), ["base"]);
+}
+
+/// It runs on in the trash, and so its id is taken.
+fn a_removed_container_keeps_its_project(rig: &mut Rig) {
+    let daemon = rig.start(&["--quota-ids", &format!("{}-{}", 7, 8)]);
+    let client = daemon.client();
+    let ids = overlay_read_write_splitting_snapshotter::quota::ProjectRange::new(7, 8).unwrap();
+    client.prepare("web", "base", &[]).unwrap();
+    let file = File::create(upper(&client, "web").join("open")).unwrap();
+    rustix::io::write(&file, &[1; 100_000]).unwrap();
+    client.remove("web").unwrap();
+    client.cleanup().unwrap();
+    let (other, third) = ("other", "third");
+    client.prepare(other, "base", &[]).unwrap();
+    super::is_refused(
+        client.prepare(third, "base", &[]),
+        super::RpcStatusCode::RESOURCE_EXHAUSTED,
+        &["--quota-ids", &ids.to_string()],
+    );
+    assert_eq!(client.names(&["kind==active"]).unwrap(), [other]);
+    drop(file);
+    client.cleanup().unwrap();
+    client.prepare(third, "base", &[]).unwrap();
+    assert_eq!(usage(&client, third).1, 3, "nothing of the one before");
+    rig.clear(&client);
+}
+
+/// An administrator has put the whole directory into a project of its own.
+fn projects_of_others_around_it_do_no_harm(rig: &mut Rig) {
+    let mut daemon = rig.start(&[]);
+    let client = daemon.client();
+    client.prepare("before", "base", &[]).unwrap();
+    for name in ["snapshots", "trash"] {
+        let directory = File::open(rig.writable().join(name)).unwrap();
+        set_project(&directory, ProjectId::new(4711)).unwrap();
+    }
+    daemon.stop();
+    daemon.restart();
+    let client = daemon.client();
+    client.prepare("after", "base", &[]).unwrap();
+    client.remove("before").unwrap();
+    client.remove("after").unwrap();
+    rig.clear(&client);
+    let snapshots = rig.writable().join("snapshots");
+    assert_eq!(fs::read_dir(snapshots).unwrap().count(), 0);
+}
+
+fn a_restored_directory_is_charged_again(rig: &mut Rig) {
+    let mut daemon = rig.start(&[]);
+    let client = daemon.client();
+    let limited = [(OWN_MAX_SIZE, "8M")];
+    client.prepare("web", "base", &limited).unwrap();
+    let top = rig.newest();
+    fs::create_dir(top.join("fs/below")).unwrap();
+    fs::write(top.join("fs/below/file"), vec![1; 3 << 20]).unwrap();
+    daemon.stop();
+    // As from a backup that knows no projects.
+    for part in ["", "fs", "work", "fs/below"] {
+        set_project(File::open(top.join(part)).unwrap(), ProjectId::NONE).unwrap();
+    }
+    let file = File::open(top.join("fs/below/file")).unwrap();
+    charge_file(&file, ProjectId::NONE).unwrap();
+    daemon.restart();
+    let client = daemon.client();
+    let (bytes, inodes) = usage(&client, "web");
+    let (walked_bytes, walked_inodes) = walk(&top);
+    assert_eq!((bytes, inodes), (walked_bytes, walked_inodes));
+    assert_eq!(rig.projects().len(), 1);
+    rig.clear(&client);
+}
+
+fn check_finds_what_is_not_as_recorded(rig: &mut Rig) {
+    let mut daemon = rig.start(&[]);
+    let client = daemon.client();
+    client
+        .prepare("web", "base", &[(OWN_MAX_SIZE, "8M")])
+        .unwrap();
+    client.prepare("sound", "base", &[]).unwrap();
+    let check = |flags: &[&str]| {
+        let output = std::process::Command::new(crate::support::daemon::BINARY)
+            .arg("check")
+            .args(rig.arguments(&["--json"]))
+            .args(flags)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        (output.status.code().unwrap(), text)
+    };
+    let (code, text) = check(&[]);
+    assert_eq!(code, 0, "{text}");
+
+    let id = client
+        .mounts("web")
+        .map(|mounts| super::upper_of(&mounts))
+        .unwrap();
+    let directory = File::open(&rig.writable).unwrap();
+    let quotas = super::Quotas::probe(super::AsFd::as_fd(&directory))
+        .unwrap()
+        .unwrap();
+    let (web, sound) = (rig.ids().first(), rig.projects()[1].0);
+    quotas
+        .set_limits(
+            web,
+            overlay_read_write_splitting_snapshotter::quota::Limits::NONE,
+        )
+        .unwrap();
+    drop(directory);
+    let (code, text) = check(&[]);
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains("limits-differ") && !text.contains("not-charged"),
+        "{text}"
+    );
+    set_project(File::open(&id).unwrap(), sound).unwrap();
+    let (code, text) = check(&[]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("not-charged"), "{text}");
+
+    daemon.stop();
+    let (code, text) = check(&["--repair", "--yes"]);
+    assert_eq!(code, 0, "{text}");
+    assert_eq!(project(&id), web.number());
+    daemon.restart();
+    rig.clear(&daemon.client());
+}

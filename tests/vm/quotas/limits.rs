@@ -1,0 +1,278 @@
+//! Limits: where they come from, and that they are kept.
+
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+
+use grpcio::RpcStatusCode;
+use overlay_read_write_splitting_snapshotter::quota::Limits;
+
+use super::{
+    MAX_INODES, MAX_SIZE, MIB, OWN_MAX_SIZE, Rig, Test, disk, fill, is_refused, prepare, project,
+    size_of_disk, upper, usage, walk,
+};
+
+pub const TESTS: &[Test] = &[
+    ("one_file_reaches_the_limit", one_file_reaches_the_limit),
+    ("many_files_reach_the_limit", many_files_reach_the_limit),
+    ("inodes_reach_the_limit", inodes_reach_the_limit),
+    (
+        "labels_come_before_the_default",
+        labels_come_before_the_default,
+    ),
+    ("wrong_labels_leave_no_trace", wrong_labels_leave_no_trace),
+    ("an_update_counts_at_once", an_update_counts_at_once),
+    ("usage_is_what_a_walk_finds", usage_is_what_a_walk_finds),
+    (
+        "a_project_of_others_is_passed_over",
+        a_project_of_others_is_passed_over,
+    ),
+];
+
+const NEARLY: u64 = 9 * MIB;
+
+fn one_file_reaches_the_limit(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    let web = prepare(&client, "web", &[(OWN_MAX_SIZE, "10Mi")]);
+    let other = prepare(&client, "other", &[]);
+    assert_eq!(size_of_disk(&web), 10 * MIB, "df in the container");
+    assert!(size_of_disk(&other) > 100 * MIB);
+
+    let (written, is_full) = fill(&web.path().join("file"), 64 * MIB);
+    assert!(
+        is_full && (NEARLY..=10 * MIB).contains(&written),
+        "{written}"
+    );
+    let (bytes, inodes) = usage(&client, "web");
+    assert!((NEARLY..=10 * MIB).contains(&bytes), "{bytes}");
+    assert!((4..=6).contains(&inodes), "{inodes}");
+    assert!(disk(&web).f_bfree * disk(&web).f_frsize < MIB);
+    // The disk itself is not full, for whoever has more.
+    assert_eq!(
+        fill(&other.path().join("file"), 32 * MIB),
+        (32 * MIB, false)
+    );
+
+    fs::remove_file(web.path().join("file")).unwrap();
+    let (written, is_full) = fill(&web.path().join("again"), 64 * MIB);
+    assert!(is_full && written >= NEARLY, "{written}");
+    drop((web, other));
+    rig.clear(&client);
+}
+
+fn many_files_reach_the_limit(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    let web = prepare(&client, "web", &[(MAX_SIZE, "10485760")]);
+    fs::create_dir_all(web.path().join("a/b")).unwrap();
+    let mut total = 0;
+    let mut is_full = false;
+    for number in 0..400 {
+        let path = web.path().join(format!("a/b/{number}"));
+        if rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::RegularFile,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .is_err()
+        {
+            is_full = true;
+            break;
+        }
+        let (written, ended) = fill(&path, 64 << 10);
+        total += written;
+        is_full |= ended;
+        if ended {
+            break;
+        }
+    }
+    assert!(is_full && (NEARLY..=10 * MIB).contains(&total), "{total}");
+    drop(web);
+    rig.clear(&client);
+}
+
+fn inodes_reach_the_limit(rig: &mut Rig) {
+    let daemon = rig.start(&["--default-max-inodes", "200"]);
+    let client = daemon.client();
+    let (few, many) = (
+        prepare(&client, "few", &[(MAX_INODES, "50")]),
+        prepare(&client, "many", &[]),
+    );
+    for (mounted, limit) in [(&few, 50), (&many, 200)] {
+        assert_eq!(disk(mounted).f_files, limit);
+        let mut count = 0;
+        while File::create(mounted.path().join(count.to_string())).is_ok() {
+            count += 1;
+            assert!(count <= limit, "{count}");
+        }
+        // Three directories of the snapshotter's, and one or two of overlayfs's.
+        assert!(count >= limit - 6, "{count}");
+    }
+    drop((few, many));
+    rig.clear(&client);
+}
+
+fn labels_come_before_the_default(rig: &mut Rig) {
+    let daemon = rig.start(&["--default-max-size", "20M"]);
+    let client = daemon.client();
+    let table: &[(&[(&str, &str)], u64)] = &[
+        (&[], 20 * MIB),
+        (&[(OWN_MAX_SIZE, "12M")], 12 * MIB),
+        (&[(OWN_MAX_SIZE, "12M"), (MAX_SIZE, "8388608")], 8 * MIB),
+    ];
+    for (number, (labels, size)) in table.iter().enumerate() {
+        let mounted = prepare(&client, &number.to_string(), labels);
+        assert_eq!(size_of_disk(&mounted), *size, "{labels:?}");
+    }
+    let free = prepare(&client, "free", &[(OWN_MAX_SIZE, "0")]);
+    assert!(size_of_disk(&free) > 100 * MIB);
+    drop(free);
+    // What is unpacked has no limit, whatever the label; on neither volume.
+    let volume = "containerd.io/snapshot/overlay-read-write-splitting.volume";
+    for place in ["image", "writable"] {
+        let key = format!("extract-{place}");
+        let labels = [(volume, place), (MAX_SIZE, "1048576")];
+        let unpack = super::Mounted::new(&client.prepare(&key, "base", &labels).unwrap());
+        assert!(size_of_disk(&unpack) > 100 * MIB, "{place}");
+    }
+    // A view takes nothing; a container on the image volume has no limit.
+    client
+        .view("view", "base", &[(OWN_MAX_SIZE, "1M")])
+        .unwrap();
+    is_refused(
+        client.prepare(
+            "on-image",
+            "base",
+            &[(volume, "image"), (OWN_MAX_SIZE, "1M")],
+        ),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &["image volume"],
+    );
+    rig.clear(&client);
+}
+
+fn wrong_labels_leave_no_trace(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    for labels in [
+        [(MAX_SIZE, "10G")],
+        [(MAX_SIZE, "-1")],
+        [(OWN_MAX_SIZE, "ten")],
+        [(OWN_MAX_SIZE, "1K")],
+        [(MAX_INODES, "1.5")],
+    ] {
+        let words = [labels[0].0, labels[0].1, "has to be"];
+        let invalid = RpcStatusCode::INVALID_ARGUMENT;
+        is_refused(client.prepare("web", "base", &labels), invalid, &words);
+        is_refused(client.view("web", "base", &labels), invalid, &words);
+    }
+    let limited = [(OWN_MAX_SIZE, "1M")];
+    is_refused(
+        client.prepare("web", "missing", &limited),
+        RpcStatusCode::NOT_FOUND,
+        &[],
+    );
+    // Refused when the project has been given already: a link's place is taken.
+    assert_eq!(client.names(&[]).unwrap(), ["base"]);
+    assert_eq!(rig.projects(), []);
+}
+
+fn an_update_counts_at_once(rig: &mut Rig) {
+    let mut daemon = rig.start(&["--default-max-size", "8M"]);
+    let client = daemon.client();
+    let web = prepare(&client, "web", &[]);
+    let file = web.path().join("file");
+    let (written, is_full) = fill(&file, 64 * MIB);
+    assert!(is_full && written <= 8 * MIB, "{written}");
+
+    let field = format!("labels.{OWN_MAX_SIZE}");
+    let set = |size: &str| client.update("web", &[&field], &[(OWN_MAX_SIZE, size)]);
+    set("16Mi").unwrap();
+    assert_eq!(size_of_disk(&web), 16 * MIB);
+    let (written, is_full) = fill(&file, 64 * MIB);
+    assert!(
+        is_full && (15 * MIB..=16 * MIB).contains(&written),
+        "{written}"
+    );
+
+    // Below what is there: nothing is lost, and nothing can be added.
+    set("4M").unwrap();
+    assert_eq!(file.metadata().unwrap().len(), written);
+    assert_eq!(fill(&web.path().join("more"), MIB), (0, true));
+    is_refused(set("4X"), RpcStatusCode::INVALID_ARGUMENT, &["4X"]);
+    assert_eq!(client.stat("web").unwrap().labels[OWN_MAX_SIZE], "4M");
+    assert_eq!(size_of_disk(&web), 4 * MIB);
+
+    // Other labels change nothing, a missing one makes it the default.
+    client
+        .update("web", &["labels.other"], &[("other", "x")])
+        .unwrap();
+    assert_eq!(size_of_disk(&web), 4 * MIB);
+    set("").unwrap();
+    assert_eq!(size_of_disk(&web), 8 * MIB);
+    set("6M").unwrap();
+
+    daemon.stop();
+    daemon.set_arguments(rig.arguments(&["--default-max-size", "9M"]));
+    daemon.restart();
+    let client = daemon.client();
+    assert_eq!(size_of_disk(&web), 6 * MIB);
+    // Another default counts for those that are made from now on.
+    client
+        .update("web", &["labels.other"], &[("other", "y")])
+        .unwrap();
+    assert_eq!(size_of_disk(&web), 6 * MIB);
+    drop(web);
+    rig.clear(&client);
+}
+
+fn usage_is_what_a_walk_finds(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    let web = prepare(&client, "web", &[]);
+    let top = web.path();
+    for directory in 0..20 {
+        let below = top.join(format!("{directory}/a/b"));
+        fs::create_dir_all(&below).unwrap();
+        for file in 0..20_usize {
+            fs::write(below.join(file.to_string()), vec![1; file * 3000]).unwrap();
+        }
+        fs::hard_link(below.join("7"), below.join("same")).unwrap();
+        symlink("/nowhere", below.join("link")).unwrap();
+        let sparse = File::create(below.join("sparse")).unwrap();
+        sparse.set_len(1 << 30).unwrap();
+    }
+    drop(web);
+    rustix::fs::sync();
+    let (bytes, inodes) = usage(&client, "web");
+    let (walked_bytes, walked_inodes) = walk(&upper(&client, "web"));
+    // `<id>`, `work`, and what overlayfs has made in it.
+    assert!(
+        (2..=4).contains(&(inodes - walked_inodes)),
+        "{inodes} {walked_inodes}"
+    );
+    assert!(bytes - walked_bytes <= 4 * 4096, "{bytes} {walked_bytes}");
+    rig.clear(&client);
+}
+
+fn a_project_of_others_is_passed_over(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    let theirs = rig.writable().join("theirs");
+    fs::create_dir(&theirs).unwrap();
+    let directory = File::open(&theirs).unwrap();
+    let first = rig.ids().first();
+    overlay_read_write_splitting_snapshotter::quota::set_project(&directory, first).unwrap();
+    client
+        .prepare("web", "base", &[(OWN_MAX_SIZE, "1M")])
+        .unwrap();
+    assert_eq!(project(&rig.newest()), first.number() + 1);
+    client.remove("web").unwrap();
+    client.cleanup().unwrap();
+    let held = rig.projects();
+    assert_eq!(held.len(), 1, "{held:?}");
+    assert_eq!((held[0].0, held[0].1.limits), (first, Limits::NONE));
+    fs::remove_dir(&theirs).unwrap();
+}
