@@ -25,9 +25,10 @@ use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lowers::Policy;
 use crate::mount;
-use crate::quota::{Limits, Support};
+use crate::quota::Support;
 use crate::service::{self, Desk, Metrics, Pool};
-use crate::snapshotter::{Options, Snapshotter};
+use crate::snapshotter::{Options, QuotaMode, QuotaOptions, Snapshotter};
+use crate::types::Limits;
 use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
 use server::Server;
 
@@ -83,6 +84,8 @@ pub fn run(config: &Config) -> Result<()> {
         begun => begun?,
     }
 
+    tell_quotas(&snapshotter, config);
+
     let snapshotter = Arc::new(snapshotter);
     let desk = Arc::new(Desk {
         snapshotter: Arc::clone(&snapshotter),
@@ -102,7 +105,6 @@ pub fn run(config: &Config) -> Result<()> {
         config.root,
         config.writable
     );
-    tell_quotas(&snapshotter, config);
     notify(NotifyState::Ready);
 
     let signal = signals.forever().next();
@@ -172,7 +174,7 @@ pub(crate) fn options(config: &Config) -> Options {
         relocation: config.relocation,
         reserve: config.reserve,
         upperdir_label: config.upperdir_label,
-        quota: config.quota,
+        quota: quota_options(config),
         lowers: Policy {
             allowed: config.allowed_lowers.clone(),
             kept_apart: vec![
@@ -183,6 +185,16 @@ pub(crate) fn options(config: &Config) -> Options {
         },
         lower_rules: config.lower_rules.clone(),
     }
+}
+
+/// In a user namespace the kernel lets nobody set a project (ioctl_fssetxattr), so
+/// nothing is to be had for who does not insist.
+fn quota_options(config: &Config) -> QuotaOptions {
+    let mut options = config.quota;
+    if options.mode == QuotaMode::Auto && mount::probe_user_namespace() {
+        options.mode = QuotaMode::Off;
+    }
+    options
 }
 
 /// The configured options, with those that the kernel here makes necessary.

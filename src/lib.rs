@@ -2,7 +2,7 @@
 //! containers write on another.
 //!
 //! The way of a request, each module calling only those after it:
-//! `main → daemon → service → snapshotter → { store, volume, overlay, mount, tree, lowers }`;
+//! `main → daemon → service → snapshotter → { store, volume, overlay, mount, quota, tree, lowers }`;
 //! the commands `check`, `status`, `doctor`, `import` and `rescue` take the place of the service;
 //! `types`, `error`, `lock`, `background`, `fault`, `mountinfo`, `plain` and `fnv` are free to all,
 //! `filter` and `idmap` are pure leaves, and so is `bolt` but for reading its one file.

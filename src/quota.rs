@@ -20,32 +20,7 @@ use rustix::io::Errno;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mountinfo;
 use crate::sys::quota::{self as sys, Target};
-use crate::types::Usage;
-
-/// The number of a project.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ProjectId(u32);
-
-impl ProjectId {
-    /// The project of all that belongs to none.
-    pub const NONE: ProjectId = ProjectId(0);
-
-    /// From its number.
-    pub fn new(number: u32) -> ProjectId {
-        ProjectId(number)
-    }
-
-    /// The number itself.
-    pub fn number(self) -> u32 {
-        self.0
-    }
-}
-
-impl fmt::Display for ProjectId {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(out)
-    }
-}
+use crate::types::{Limits, ProjectId, Usage};
 
 /// Project ids that are ours to give out, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,18 +45,18 @@ impl ProjectRange {
 
     /// The first of them.
     pub fn first(self) -> ProjectId {
-        ProjectId(self.first)
+        ProjectId::new(self.first)
     }
 
     /// Whether it is one of them.
     pub fn contains(self, project: ProjectId) -> bool {
-        (self.first..=self.last).contains(&project.0)
+        (self.first..=self.last).contains(&project.number())
     }
 
     /// The one after that; the first after the last, and after any other.
     pub fn after(self, project: ProjectId) -> ProjectId {
-        match project.0 >= self.first && project.0 < self.last {
-            true => ProjectId(project.0 + 1),
+        match project.number() >= self.first && project.number() < self.last {
+            true => ProjectId::new(project.number() + 1),
             false => self.first(),
         }
     }
@@ -90,35 +65,6 @@ impl ProjectRange {
 impl fmt::Display for ProjectRange {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{}-{}", self.first, self.last)
-    }
-}
-
-/// What a project may take at most; `None` is no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
-    /// Bytes, in whole KiB.
-    pub max_bytes: Option<u64>,
-    /// Inodes.
-    pub max_inodes: Option<u64>,
-}
-
-impl Limits {
-    /// No limit at all.
-    pub const NONE: Limits = Limits {
-        max_bytes: None,
-        max_inodes: None,
-    };
-
-    /// Whether these limits are what a file system has been told, which it may
-    /// have rounded up to its blocks.
-    pub fn are_kept_by(self, held: Limits) -> bool {
-        const MOST_BLOCK: u64 = 64 << 10;
-        let bytes = match (self.max_bytes, held.max_bytes) {
-            (None, None) => true,
-            (Some(told), Some(kept)) => kept.abs_diff(told) < MOST_BLOCK,
-            _ => false,
-        };
-        bytes && self.max_inodes == held.max_inodes
     }
 }
 
@@ -222,7 +168,7 @@ impl<'a> Quotas<'a> {
     ///
     /// As of the file system.
     pub fn held(&self, project: ProjectId) -> Result<Held> {
-        match sys::quota(self.target(), project.0) {
+        match sys::quota(self.target(), project.number()) {
             // Nothing was ever charged to it.
             Err(Errno::NOENT) => Ok(Held::default()),
             quota => quota
@@ -240,7 +186,7 @@ impl<'a> Quotas<'a> {
         let kib = limits.max_bytes.map_or(0, |bytes| (bytes / 1024).max(1));
         sys::set_quota(
             self.target(),
-            project.0,
+            project.number(),
             kib,
             limits.max_inodes.unwrap_or(0),
         )
@@ -266,7 +212,7 @@ impl<'a> Quotas<'a> {
             }
             let held = Held::new(&quota);
             if held != Held::default() {
-                found.push((ProjectId(quota.id), held));
+                found.push((ProjectId::new(quota.id), held));
             }
             from = quota.id + 1;
         }
@@ -304,7 +250,9 @@ pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> 
 /// As of the file system.
 pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
     match sys::file_attributes(directory) {
-        Ok(attributes) if attributes.flags & sys::INHERIT != 0 => Ok(ProjectId(attributes.project)),
+        Ok(attributes) if attributes.flags & sys::INHERIT != 0 => {
+            Ok(ProjectId::new(attributes.project))
+        }
         // Neither do file systems that know no projects.
         Ok(_) | Err(Errno::NOTTY | Errno::OPNOTSUPP) => Ok(ProjectId::NONE),
         Err(errno) => Err(errno).context(|| "ask for the project of a directory"),
@@ -320,7 +268,7 @@ pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
 pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
     let setting = || format!("charge a directory to project {project}");
     let mut attributes = sys::file_attributes(&directory).context(setting)?;
-    attributes.project = project.0;
+    attributes.project = project.number();
     match project {
         ProjectId::NONE => attributes.flags &= !sys::INHERIT,
         _ => attributes.flags |= sys::INHERIT,
@@ -336,7 +284,7 @@ pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
 pub fn charge_file(file: impl AsFd, project: ProjectId) -> Result<()> {
     let charging = || format!("charge a file to project {project}");
     let mut attributes = sys::file_attributes(&file).context(charging)?;
-    attributes.project = project.0;
+    attributes.project = project.number();
     sys::set_file_attributes(file, attributes).context(charging)
 }
 
@@ -423,26 +371,11 @@ mod tests {
     fn ids_go_round() {
         let range = ProjectRange::new(7, 9).unwrap();
         let ids: Vec<u32> = [0, 6, 7, 8, 9, 10, u32::MAX]
-            .map(|number| range.after(ProjectId(number)).0)
+            .map(|number| range.after(ProjectId::new(number)).number())
             .into();
         assert_eq!(ids, [7, 7, 8, 9, 7, 7, 7]);
-        assert!(range.contains(ProjectId(9)) && !range.contains(ProjectId(10)));
-        assert!(!ProjectRange::DEFAULT.contains(ProjectId(1_048_577)));
-    }
-
-    #[test]
-    fn a_limit_may_be_rounded_to_blocks() {
-        let limits = |max_bytes, max_inodes| Limits {
-            max_bytes,
-            max_inodes,
-        };
-        let told = limits(Some((1 << 20) + 1), Some(100));
-        assert!(told.are_kept_by(limits(Some(1 << 20), Some(100))));
-        assert!(told.are_kept_by(limits(Some((1 << 20) + 4096), Some(100))));
-        assert!(!told.are_kept_by(limits(Some(2 << 20), Some(100))));
-        assert!(!told.are_kept_by(limits(None, Some(100))));
-        assert!(!told.are_kept_by(limits(Some(1 << 20), None)));
-        assert!(Limits::NONE.are_kept_by(Limits::NONE));
+        assert!(range.contains(ProjectId::new(9)) && !range.contains(ProjectId::new(10)));
+        assert!(!ProjectRange::DEFAULT.contains(ProjectId::new(1_048_577)));
     }
 
     #[test]

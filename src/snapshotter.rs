@@ -34,9 +34,10 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
 use crate::mount;
 use crate::overlay::{Layout, Plan, plan_mounts};
-use crate::quota::ProjectId;
 use crate::store::{Ancestor, New, Snapshot, Store};
-use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Volume};
+use crate::types::{
+    Info, Kind, LABEL_UPPERDIR, Labels, Mount, ProjectId, Quoted, SnapshotId, Volume,
+};
 use crate::volume::{Owner, Shape, Volumes};
 pub use figures::{Figures, VolumeFigures, Written};
 pub use finding::{Finding, Problem, Recorded};

@@ -12,9 +12,9 @@ use crate::daemon::visit::{Purpose, visit};
 use crate::error::{Error, Result};
 use crate::mountinfo;
 use crate::plain::{bytes, paragraph};
-use crate::quota::{Limits, Support};
+use crate::quota::Support;
 use crate::snapshotter::{Figures, Snapshotter, VolumeFigures, Written};
-use crate::types::{Kind, Quoted, Volume};
+use crate::types::{Kind, Limits, Quoted, Volume};
 
 /// How many of the largest are told.
 const LARGEST: usize = 10;

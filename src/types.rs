@@ -79,6 +79,31 @@ impl fmt::Display for SnapshotId {
     }
 }
 
+/// The number of a project.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProjectId(u32);
+
+impl ProjectId {
+    /// The project of all that belongs to none.
+    pub const NONE: ProjectId = ProjectId(0);
+
+    /// From its number.
+    pub fn new(number: u32) -> ProjectId {
+        ProjectId(number)
+    }
+
+    /// The number itself.
+    pub fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl fmt::Display for ProjectId {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(out)
+    }
+}
+
 /// What a snapshot is good for (containerd `core/snapshots`, `Kind`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -132,6 +157,35 @@ pub struct Usage {
     pub size_bytes: u64,
     /// Inodes; hard links to one inode count once.
     pub inodes: u64,
+}
+
+/// What a project may take at most; `None` is no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes, in whole KiB.
+    pub max_bytes: Option<u64>,
+    /// Inodes.
+    pub max_inodes: Option<u64>,
+}
+
+impl Limits {
+    /// No limit at all.
+    pub const NONE: Limits = Limits {
+        max_bytes: None,
+        max_inodes: None,
+    };
+
+    /// Whether these limits are what a file system has been told, which it may
+    /// have rounded up to its blocks.
+    pub fn are_kept_by(self, held: Limits) -> bool {
+        const MOST_BLOCK: u64 = 64 << 10;
+        let bytes = match (self.max_bytes, held.max_bytes) {
+            (None, None) => true,
+            (Some(told), Some(kept)) => kept.abs_diff(told) < MOST_BLOCK,
+            _ => false,
+        };
+        bytes && self.max_inodes == held.max_inodes
+    }
 }
 
 /// What a tree was found to hold.
@@ -238,6 +292,21 @@ impl fmt::Display for Quoted<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_may_be_rounded_to_blocks() {
+        let limits = |max_bytes, max_inodes| Limits {
+            max_bytes,
+            max_inodes,
+        };
+        let told = limits(Some((1 << 20) + 1), Some(100));
+        assert!(told.are_kept_by(limits(Some(1 << 20), Some(100))));
+        assert!(told.are_kept_by(limits(Some((1 << 20) + 4096), Some(100))));
+        assert!(!told.are_kept_by(limits(Some(2 << 20), Some(100))));
+        assert!(!told.are_kept_by(limits(None, Some(100))));
+        assert!(!told.are_kept_by(limits(Some(1 << 20), None)));
+        assert!(Limits::NONE.are_kept_by(Limits::NONE));
+    }
 
     #[test]
     fn directory_names_are_canonical_decimals() {

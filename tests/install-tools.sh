@@ -388,6 +388,7 @@ install_tools() {
         tools_need e2fsck e2fsprogs
         tools_need debugfs e2fsprogs
         tools_need mmdebstrap mmdebstrap
+        tools_need mkfs.xfs xfsprogs
         [ -z "$tools_rust_version" ] || tools_need_lints
     fi
 

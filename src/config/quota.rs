@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::invalid;
 use crate::error::Result;
-use crate::quota::{Limits, ProjectRange};
+use crate::quota::ProjectRange;
 use crate::snapshotter::{QuotaMode, QuotaOptions, limits};
+use crate::types::Limits;
 
 /// The flags as they were given.
 pub(super) struct Given<'a> {

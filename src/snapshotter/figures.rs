@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::{Snapshotter, UsageFigures};
 use crate::error::{Error, Result};
 use crate::filter::Filters;
-use crate::quota::{Limits, Support};
+use crate::quota::Support;
 use crate::store::Held;
 use crate::tree;
-use crate::types::{Kind, Volume};
+use crate::types::{Kind, Limits, Volume};
 
 /// Everything that is counted.
 #[derive(Debug)]

@@ -2,8 +2,7 @@
 
 use std::fmt;
 
-use crate::quota::ProjectId;
-use crate::types::{Content, Kind, Quoted, SnapshotId, Volume};
+use crate::types::{Content, Kind, ProjectId, Quoted, SnapshotId, Volume};
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]

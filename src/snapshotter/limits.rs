@@ -2,9 +2,8 @@
 
 use super::labels::invalid;
 use crate::error::Result;
-use crate::quota::Limits;
 use crate::size::{parse_bytes, parse_number};
-use crate::types::{LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Quoted};
+use crate::types::{LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Limits, Quoted};
 
 /// Below this no overlay can even be mounted: its own directories take a block
 /// each, of up to 4 KiB.

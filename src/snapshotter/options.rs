@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use crate::lowers::{ImageRule, Policy};
-use crate::quota::{Limits, ProjectRange};
+use crate::quota::ProjectRange;
 #[cfg(doc)]
 use crate::snapshotter::Snapshotter;
 #[cfg(doc)]
 use crate::types::LABEL_UPPERDIR;
+use crate::types::Limits;
 use crate::volume::Reserve;
 
 /// When deleted bytes are given back.

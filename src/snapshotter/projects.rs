@@ -26,11 +26,11 @@ use super::{QuotaMode, Snapshotter};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fault::fault_point;
 use crate::lock::lock;
-use crate::quota::{self, Limits, ProjectId, Quotas, Support};
+use crate::quota::{self, Quotas, Support};
 use crate::store::{Project, Rows, Snapshot};
 use crate::types::{
-    Kind, LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_VOLUME, Labels, SnapshotId,
-    Usage, Volume,
+    Kind, LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_VOLUME, Labels, Limits,
+    ProjectId, SnapshotId, Usage, Volume,
 };
 use crate::volume::{Dirs, Parts};
 
@@ -367,7 +367,8 @@ impl Snapshotter {
 fn switched_off() -> Error {
     Error::new(
         ErrorKind::FailedPrecondition,
-        "project quotas are switched off by --quota off",
+        "project quotas are switched off by --quota off, or by a user namespace, in which the \
+         kernel sets no projects",
     )
 }
 

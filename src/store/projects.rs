@@ -10,8 +10,7 @@ use super::convert::{damaged, id_from_sql, sql_id, sql_number};
 use super::rows::Rows;
 use super::sql_error;
 use crate::error::Result;
-use crate::quota::{Limits, ProjectId};
-use crate::types::SnapshotId;
+use crate::types::{Limits, ProjectId, SnapshotId};
 
 /// A project id that is given out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,5 +178,71 @@ impl Rows<&Connection> {
             .and_then(|mut delete| delete.execute([sql_project(project)]))
             .map_err(|error| sql_error(error, format!("forget project {project}")))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{New, Store};
+    use super::*;
+    use crate::types::{Kind, Labels, Volume};
+
+    #[test]
+    fn a_project_outlives_its_snapshot_and_is_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("metadata.db")).unwrap();
+        let mut transaction = store.write().unwrap();
+        let rows = transaction.rows();
+        let new = |key| {
+            let created = rows.create(&New {
+                kind: Kind::Active,
+                key,
+                parent: "",
+                labels: &Labels::new(),
+                volume: Some(Volume::Writable),
+            });
+            created.unwrap().id
+        };
+        let given = |number, snapshot| Project {
+            project: ProjectId::new(number),
+            snapshot,
+            limits: Limits {
+                max_bytes: Some(1 << 40),
+                max_inodes: None,
+            },
+        };
+        let (one, two) = (new("one"), new("two"));
+        rows.record_project(&given(7, Some(one))).unwrap();
+        rows.record_project(&given(7, Some(two))).unwrap_err();
+        rows.record_project(&given(8, Some(one))).unwrap_err();
+        rows.record_project(&given(3, Some(two))).unwrap();
+        // Of directories that no snapshot has.
+        rows.record_project(&given(4, None)).unwrap();
+        rows.record_project(&given(5, None)).unwrap();
+        assert_eq!(rows.project_of(one).unwrap(), Some(given(7, Some(one))));
+        let numbers = |projects: Vec<Project>| -> Vec<u32> {
+            projects
+                .iter()
+                .map(|given| given.project.number())
+                .collect()
+        };
+        assert_eq!(numbers(rows.projects().unwrap()), [3, 4, 5, 7]);
+        assert_eq!(numbers(rows.loose_projects().unwrap()), [4, 5]);
+
+        rows.remove("one").unwrap();
+        assert_eq!(numbers(rows.loose_projects().unwrap()), [4, 5, 7]);
+        assert!(rows.is_project_taken(ProjectId::new(7)).unwrap());
+        rows.forget_project(ProjectId::new(7)).unwrap();
+        assert!(!rows.is_project_taken(ProjectId::new(7)).unwrap());
+        assert_eq!(rows.count_projects().unwrap(), 3);
+
+        let limits = Limits {
+            max_bytes: None,
+            max_inodes: Some(9),
+        };
+        rows.record_limits(ProjectId::new(3), limits).unwrap();
+        let found = rows.project_of(two).unwrap().unwrap();
+        assert_eq!(found.limits, limits);
+        transaction.commit().unwrap();
     }
 }

@@ -35,6 +35,7 @@ mod relocation;
 mod rescue;
 mod status;
 mod support;
+mod usage;
 mod volumes;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -68,6 +69,7 @@ fn main() {
         ("import", import::TESTS),
         ("guard", guard::TESTS),
         ("figures", figures::TESTS),
+        ("usage", usage::TESTS),
         ("races", races::TESTS),
         ("kills", kills::TESTS),
         ("lowers", lowers::TESTS),

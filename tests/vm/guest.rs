@@ -67,7 +67,7 @@ fn work(outlet: &Outlet) {
             let daemon = Daemon::start(&arguments());
             load::run(&daemon, outlet, setting("VM_SEED"), setting("VM_BOOT"));
         }
-        "quotas" => quotas::run(),
+        "quotas" => quotas::run(outlet),
         test => faults::run(test),
     }
 }

@@ -5,6 +5,7 @@
 //! cargo test --locked --test vm                          all of it
 //! cargo test --locked --test vm -- power:: --cuts 200    more power cuts
 //! cargo test --locked --test vm -- power:: --seed 17     the same load again
+//! cargo test --locked --test vm -- figures --files 200000 --nocapture
 //! ```
 //!
 //! This binary is also the first process in that machine, see [`guest`].
@@ -37,6 +38,8 @@ pub struct Options {
     pub cuts: u32,
     /// `--seed`: of everything that is random here but time.
     pub seed: u64,
+    /// `--files`: how many a container has whose usage is timed.
+    pub files: u32,
 }
 
 fn main() {
@@ -65,7 +68,7 @@ fn main() {
             .map(|(name, _)| trial(format!("faults::{name}"), || faults::run_in_machine(name))),
     );
     trials.extend(quotas::all().map(|(file_system, topic)| {
-        let run = move || quotas::run_in_machine(file_system, topic);
+        let run = move || quotas::run_in_machine(file_system, topic, options);
         trial(format!("quotas::{file_system}::{topic}"), run)
     }));
     libtest_mimic::run(&arguments, trials).exit();
@@ -84,10 +87,13 @@ fn options(arguments: impl Iterator<Item = String>) -> (Options, Vec<String>) {
     let mut options = Options {
         cuts: 25,
         seed: now.as_secs(),
+        files: 2_000,
     };
     let mut rest = Vec::new();
     let mut arguments = arguments.flat_map(|argument| match argument.split_once('=') {
-        Some((flag @ ("--cuts" | "--seed"), value)) => vec![flag.to_owned(), value.to_owned()],
+        Some((flag @ ("--cuts" | "--seed" | "--files"), value)) => {
+            vec![flag.to_owned(), value.to_owned()]
+        }
         _ => vec![argument],
     });
     while let Some(argument) = arguments.next() {
@@ -100,6 +106,7 @@ fn options(arguments: impl Iterator<Item = String>) -> (Options, Vec<String>) {
         match argument.as_str() {
             "--cuts" => options.cuts = u32::try_from(number()).unwrap(),
             "--seed" => options.seed = number(),
+            "--files" => options.files = u32::try_from(number()).unwrap(),
             _ => rest.push(argument),
         }
     }

@@ -5,6 +5,7 @@
 //! other, each with new directories on the same disks and project ids of its own.
 
 mod crashes;
+mod figures;
 mod lacking;
 mod life;
 mod limits;
@@ -15,15 +16,15 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use grpcio::RpcStatusCode;
-use overlay_read_write_splitting_snapshotter::quota::{
-    Held, ProjectId, ProjectRange, Quotas, project_of,
-};
+use overlay_read_write_splitting_snapshotter::quota::{Held, ProjectRange, Quotas, project_of};
+use overlay_read_write_splitting_snapshotter::types::ProjectId;
 use rustix::fd::AsFd;
 use rustix::fs::StatVfs;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::guest::{IMAGE_DEVICE, WRITABLE_DEVICE, setting};
+use crate::Options;
+use crate::guest::{IMAGE_DEVICE, Outlet, WRITABLE_DEVICE, setting};
 use crate::machine::{Disks, Format};
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::Daemon;
@@ -37,6 +38,8 @@ type Test = (&'static str, fn(&mut Rig));
 const TOPICS: &[(&str, &[Test])] = &[
     ("limits", limits::TESTS),
     ("life", life::TESTS),
+    ("layers", life::OF_LAYERS),
+    ("figures", figures::TESTS),
     ("crashes", crashes::TESTS),
     ("lacking", lacking::TESTS),
 ];
@@ -58,28 +61,34 @@ pub const OWN_MAX_SIZE: &str = "containerd.io/snapshot/overlay-read-write-splitt
 pub const MAX_INODES: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-inodes";
 
 /// Outside: runs the tests of a topic in a machine.
-pub fn run_in_machine(file_system: &str, topic: &str) {
+pub fn run_in_machine(file_system: &str, topic: &str, options: Options) {
     let format = match file_system {
         "ext4" => Format::Ext4WithQuotas,
         _ => Format::Xfs,
     };
-    let disks = Disks::formatted(MEBIBYTES, format);
+    // Room for 1 KiB and an inode for each file, and as much again.
+    let mebibytes = MEBIBYTES + u64::from(options.files) / 100;
+    let disks = Disks::formatted(mebibytes, format);
     let settings = [
         ("VM_WORK", "quotas".to_owned()),
         ("VM_FILE_SYSTEM", file_system.to_owned()),
         ("VM_TOPIC", topic.to_owned()),
+        ("VM_FILES", options.files.to_string()),
     ];
-    disks.boot(&settings).finish();
+    for told in disks.boot(&settings).finish() {
+        println!("quotas::{file_system}::{topic}: {told}");
+    }
 }
 
 /// In the machine.
-pub fn run() {
+pub fn run(outlet: &Outlet) {
     let at = |name| PathBuf::from(setting::<String>(name));
     let mut rig = Rig {
         file_system: setting("VM_FILE_SYSTEM"),
         image: at("VM_IMAGE"),
         writable: at("VM_WRITABLE"),
         number: 0,
+        figures: Vec::new(),
     };
     rig.mount(IMAGE_DEVICE, &rig.image, rig.option());
     rig.mount(WRITABLE_DEVICE, &rig.writable, rig.option());
@@ -89,12 +98,12 @@ pub fn run() {
         let begun = Instant::now();
         rig.number += 1;
         test(&mut rig);
+        let seconds = begun.elapsed().as_secs_f64();
         // For whoever looks at the console.
-        println!(
-            "{} {name}: {:.1} s",
-            rig.file_system,
-            begun.elapsed().as_secs_f64()
-        );
+        println!("{name}: {seconds:.1} s");
+        rig.figures
+            .drain(..)
+            .for_each(|figure| outlet.line(&figure));
     }
 }
 
@@ -104,6 +113,8 @@ pub struct Rig {
     image: PathBuf,
     writable: PathBuf,
     number: u32,
+    /// To be told outside.
+    figures: Vec<String>,
 }
 
 impl Rig {

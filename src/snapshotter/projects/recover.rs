@@ -10,12 +10,12 @@ use rustix::fs::FileType;
 
 use super::require_limits;
 use crate::error::{ErrorKind, Result};
-use crate::quota::{self, Limits, ProjectId, Quotas, Support};
+use crate::quota::{self, Quotas, Support};
 use crate::snapshotter::finding::{Finding, Problem};
 use crate::snapshotter::{QuotaMode, Snapshotter};
 use crate::store::{Project, Rows, Snapshot, Transaction};
 use crate::tree;
-use crate::types::{SnapshotId, Volume};
+use crate::types::{Limits, ProjectId, SnapshotId, Volume};
 use crate::volume::{Dirs, Parts};
 
 impl Snapshotter {

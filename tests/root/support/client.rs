@@ -260,6 +260,19 @@ impl Client {
         self.call(method!("Usage", MethodType::Unary), &request)
     }
 
+    /// Begins a Usage, which its caller may cancel.
+    pub fn begin_usage(&self, key: &str) -> ClientUnaryReceiver<Vec<u8>> {
+        let request = UsageRequest {
+            key: key.to_owned(),
+            ..Default::default()
+        };
+        let bytes = request.write_to_bytes().unwrap();
+        let method = method!("Usage", MethodType::Unary);
+        self.client
+            .unary_call_async(method, &bytes, options())
+            .unwrap()
+    }
+
     pub fn cleanup(&self) -> Result<()> {
         self.call::<_, Empty>(
             method!("Cleanup", MethodType::Unary),

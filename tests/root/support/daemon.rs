@@ -17,7 +17,8 @@ use super::until;
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_overlay-read-write-splitting-snapshotter");
 
-const LIMIT: Duration = Duration::from_secs(30);
+/// In an emulated machine on a busy one, a start takes long.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Two disks and a daemon on them.
 pub struct Split {

@@ -3,8 +3,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{MIB, OWN_MAX_SIZE, Rig, Test, prepare, project, size_of_disk, usage};
+use crate::support::until;
 
 pub const TESTS: &[Test] = &[
     (
@@ -88,32 +90,41 @@ fn cut_off_while_projects_are_given_back(rig: &mut Rig) {
 fn killed_at_any_moment(rig: &mut Rig) {
     let mut daemon = rig.start(&["--default-max-size", "2M"]);
     let mut acknowledged = BTreeSet::new();
-    for round in 0..6 {
+    let mut removed = BTreeSet::new();
+    for round in 0..6_usize {
         let client = daemon.client();
-        let answered = std::thread::scope(|scope| {
-            let prepared = scope.spawn(|| {
-                let mut answered = Vec::new();
+        let requests = AtomicUsize::new(0);
+        let (kept, gone) = std::thread::scope(|scope| {
+            let worker = scope.spawn(|| {
+                let (mut kept, mut gone) = (Vec::new(), Vec::new());
                 for count in 0.. {
                     let key = format!("{round}-{count}");
                     if client.prepare(&key, "base", &[]).is_err() {
                         break;
                     }
-                    if count % 3 == 0 && client.remove(&key).is_ok() {
+                    requests.fetch_add(1, Ordering::SeqCst);
+                    if count % 3 != 0 {
+                        kept.push(key);
                         continue;
                     }
-                    // Perhaps removed; looked at below.
-                    answered.push(key);
-                    if count % 5 == 0 && client.cleanup().is_err() {
+                    // Answered or not.
+                    gone.push(key.clone());
+                    if client.remove(&key).is_err() || client.cleanup().is_err() {
                         break;
                     }
                 }
-                answered
+                (kept, gone)
             });
-            std::thread::sleep(std::time::Duration::from_millis(150 + 40 * round));
+            until("some are answered", || {
+                requests.load(Ordering::SeqCst) >= 4 + round
+            });
+            // In another moment of whatever is under way each time.
+            std::thread::sleep(std::time::Duration::from_millis(7 * round as u64));
             daemon.kill();
-            prepared.join().unwrap()
+            worker.join().unwrap()
         });
-        acknowledged.extend(answered);
+        acknowledged.extend(kept);
+        removed.extend(gone);
         daemon.restart();
     }
     let client = daemon.client();

@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 
 use grpcio::RpcStatusCode;
-use overlay_read_write_splitting_snapshotter::quota::Limits;
+use overlay_read_write_splitting_snapshotter::quota::charge_file;
+use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
 
 use super::{
     MAX_INODES, MAX_SIZE, MIB, OWN_MAX_SIZE, Rig, Test, disk, fill, is_refused, prepare, project,
@@ -22,6 +23,10 @@ pub const TESTS: &[Test] = &[
     ("wrong_labels_leave_no_trace", wrong_labels_leave_no_trace),
     ("an_update_counts_at_once", an_update_counts_at_once),
     ("usage_is_what_a_walk_finds", usage_is_what_a_walk_finds),
+    (
+        "who_is_not_bound_is_as_described",
+        who_is_not_bound_is_as_described,
+    ),
     (
         "a_project_of_others_is_passed_over",
         a_project_of_others_is_passed_over,
@@ -174,7 +179,6 @@ fn wrong_labels_leave_no_trace(rig: &mut Rig) {
         RpcStatusCode::NOT_FOUND,
         &[],
     );
-    // Refused when the project has been given already: a link's place is taken.
     assert_eq!(client.names(&[]).unwrap(), ["base"]);
     assert_eq!(rig.projects(), []);
 }
@@ -275,4 +279,26 @@ fn a_project_of_others_is_passed_over(rig: &mut Rig) {
     assert_eq!(held.len(), 1, "{held:?}");
     assert_eq!((held[0].0, held[0].1.limits), (first, Limits::NONE));
     fs::remove_dir(&theirs).unwrap();
+}
+
+/// What the README says about whom a limit does not bind.
+fn who_is_not_bound_is_as_described(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    let limited = [(OWN_MAX_SIZE, "4M")];
+    let web = prepare(&client, "web", &limited);
+    // Without the overlay, with CAP_SYS_RESOURCE.
+    let (written, is_full) = fill(&upper(&client, "web").join("by-host"), 8 * MIB);
+    assert_eq!(is_full, rig.is_xfs(), "{written}");
+    fs::remove_file(upper(&client, "web").join("by-host")).unwrap();
+    // `chattr -p 0` of the host's root in the container.
+    let (written, is_full) = fill(&web.path().join("file"), 3 * MIB);
+    assert_eq!((written, is_full), (3 * MIB, false));
+    let file = File::open(web.path().join("file")).unwrap();
+    charge_file(&file, ProjectId::NONE).unwrap();
+    assert_eq!(fill(&web.path().join("more"), 3 * MIB), (3 * MIB, false));
+    assert!(usage(&client, "web").0 < 4 * MIB);
+    drop((web, file));
+    // Its files go with the rest all the same.
+    rig.clear(&client);
 }

@@ -1,0 +1,172 @@
+//! Usage where files have to be walked: shared, given up, told again.
+
+use std::fs;
+use std::thread::{scope, sleep};
+use std::time::Duration;
+
+use grpcio::RpcStatusCode;
+
+use crate::Test;
+use crate::support::daemon::Split;
+use crate::support::mounted::upper_of;
+use crate::support::until;
+
+pub const TESTS: &[Test] = &[
+    (
+        "all_who_ask_at_once_share_a_walk",
+        all_who_ask_at_once_share_a_walk,
+    ),
+    (
+        "a_caller_that_leaves_ends_the_walk",
+        a_caller_that_leaves_ends_the_walk,
+    ),
+    (
+        "a_figure_is_told_again_if_that_is_asked_for",
+        a_figure_is_told_again_if_that_is_asked_for,
+    ),
+    (
+        "limits_that_cannot_be_kept_are_refused",
+        limits_that_cannot_be_kept_are_refused,
+    ),
+];
+
+/// Enough for a walk to take a while; nearly all are names of one inode.
+const NAMES: usize = 60_000;
+
+fn fill(split: &Split, key: &str) {
+    let top = upper_of(&split.client().prepare(key, "", &[]).unwrap());
+    fs::write(top.join("file"), "x").unwrap();
+    for number in 0..NAMES {
+        fs::hard_link(top.join("file"), top.join(number.to_string())).unwrap();
+    }
+}
+
+/// How often the log says so.
+fn said(split: &Split, words: &str) -> usize {
+    split.daemon.log().matches(words).count()
+}
+
+fn figure(split: &Split, by: &str) -> u64 {
+    let path = split.writable.path().join("figures.prom");
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let name = format!("snapshotter_usages_total{{by=\"{by}\"}} ");
+    let value = text.lines().find_map(|line| line.strip_prefix(&name));
+    value.map_or(0, |value| value.parse().unwrap())
+}
+
+fn start(flags: &[&str]) -> Split {
+    let mut split = Split::start(flags);
+    let path = split.writable.path().join("figures.prom");
+    let mut arguments = split.daemon.arguments().to_vec();
+    arguments.extend(["--metrics-file".to_owned(), path.display().to_string()]);
+    split.daemon.stop();
+    split.daemon.set_arguments(arguments);
+    split.daemon.restart();
+    split
+}
+
+fn all_who_ask_at_once_share_a_walk() {
+    let mut split = start(&["--threads", "16"]);
+    fill(&split, "web");
+    scope(|scope| {
+        let ask = || {
+            let client = split.client();
+            scope.spawn(move || {
+                let usage = client.usage("web").unwrap();
+                assert_eq!(usage.inodes, 2);
+            })
+        };
+        let asking: Vec<_> = (0..12).map(|_| ask()).collect();
+        asking.into_iter().for_each(|thread| thread.join().unwrap());
+    });
+    // Written at the stop as well.
+    let count = |split: &Split| (figure(split, "walk"), figure(split, "shared-walk"));
+    until("the figures are written", || {
+        let (walks, shared) = count(&split);
+        walks + shared == 12
+    });
+    let (walks, shared) = count(&split);
+    assert!(walks <= 3, "{walks} walks, {shared} shared");
+    split.daemon.stop();
+}
+
+fn a_caller_that_leaves_ends_the_walk() {
+    let split = Split::start(&[]);
+    fill(&split, "web");
+    let client = split.client();
+    // A walk may be over before.
+    until("a walk is given up", || {
+        let mut asked = client.begin_usage("web");
+        sleep(Duration::from_millis(5));
+        asked.cancel();
+        drop(asked);
+        sleep(Duration::from_millis(50));
+        said(&split, "nobody waits for the count any more") > 0
+    });
+    assert_eq!(client.usage("web").unwrap().inodes, 2);
+    // It is nobody's fault.
+    assert_eq!(
+        said(&split, "WARN ] Usage") + said(&split, "ERROR] Usage"),
+        0
+    );
+}
+
+fn a_figure_is_told_again_if_that_is_asked_for() {
+    let split = start(&["--usage-max-age", "3600"]);
+    let client = split.client();
+    let top = upper_of(&client.prepare("web", "", &[]).unwrap());
+    assert_eq!(client.usage("web").unwrap().inodes, 1);
+    fs::write(top.join("file"), "x").unwrap();
+    assert_eq!(client.usage("web").unwrap().inodes, 1);
+    // What is recorded of a layer is counted anew.
+    client.commit("web", "layer", &[]).unwrap();
+    assert_eq!(client.usage("layer").unwrap().inodes, 2);
+    until("the figures are written", || {
+        figure(&split, "earlier-walk") == 1
+    });
+}
+
+/// As far as that needs no kernel with quotas: this one may have them or not.
+fn limits_that_cannot_be_kept_are_refused() {
+    const FAILED_PRECONDITION: RpcStatusCode = RpcStatusCode::FAILED_PRECONDITION;
+    const INVALID_ARGUMENT: RpcStatusCode = RpcStatusCode::INVALID_ARGUMENT;
+    let split = Split::start(&[]);
+    let client = split.client();
+    let own = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
+    for (label, value, code, words) in [
+        (own, "10G", FAILED_PRECONDITION, "tune2fs -O quota,project"),
+        (
+            "containerd.io/snapshot/max-size",
+            "1048576",
+            FAILED_PRECONDITION,
+            "prjquota",
+        ),
+        (
+            "containerd.io/snapshot/max-size",
+            "10G",
+            INVALID_ARGUMENT,
+            "without a unit",
+        ),
+        (own, "ten", INVALID_ARGUMENT, "512Mi"),
+    ] {
+        let (found, text) = client.prepare("web", "", &[(label, value)]).unwrap_err();
+        assert!(found == code && text.contains(words), "{found:?} {text}");
+    }
+    assert!(client.names(&[]).unwrap().is_empty());
+    assert_eq!(
+        fs::read_dir(split.writable().join("snapshots"))
+            .unwrap()
+            .count(),
+        0
+    );
+
+    client.prepare("web", "", &[]).unwrap();
+    let field = format!("labels.{own}");
+    let (found, text) = client.update("web", &[&field], &[(own, "1G")]).unwrap_err();
+    assert!(
+        found == FAILED_PRECONDITION && text.contains("tune2fs"),
+        "{text}"
+    );
+    client.update("web", &[&field], &[(own, "0")]).unwrap();
+    client.update("web", &["labels.x"], &[("x", "y")]).unwrap();
+}
