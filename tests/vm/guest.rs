@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
 
-use crate::machine::{FAILED, PASSED};
+use crate::machine::{FAILED, PASSED, UP};
 use crate::support::daemon::Daemon;
 use crate::support::until;
 use crate::{faults, load, quotas};
@@ -46,6 +46,7 @@ impl Outlet {
 pub fn main() -> ! {
     make_usable();
     let outlet = Arc::new(Outlet::open());
+    outlet.line(UP);
     let (to_outside, print) = (Arc::clone(&outlet), take_hook());
     set_hook(Box::new(move |panic| {
         print(panic);
