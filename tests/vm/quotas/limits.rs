@@ -7,6 +7,8 @@ use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::quota::charge_file;
 use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
 
+use rustix::io::Errno;
+
 use super::{
     MAX_INODES, MAX_SIZE, MIB, OWN_MAX_SIZE, Rig, Test, disk, fill, is_refused, prepare, project,
     size_of_disk, upper, usage, walk,
@@ -52,6 +54,13 @@ fn one_file_reaches_the_limit(rig: &mut Rig) {
     assert!((NEARLY..=10 * MIB).contains(&bytes), "{bytes}");
     assert!((4..=6).contains(&inodes), "{inodes}");
     assert!(disk(&web).f_bfree * disk(&web).f_frsize < MIB);
+    let expected = match rig.is_xfs() {
+        true => Errno::NOSPC,
+        false => Errno::DQUOT,
+    };
+    let more = fs::write(web.path().join("more"), vec![1; MIB as usize]).unwrap_err();
+    assert_eq!(Errno::from_io_error(&more), Some(expected));
+    fs::remove_file(web.path().join("more")).unwrap();
     // The disk itself is not full, for whoever has more.
     assert_eq!(
         fill(&other.path().join("file"), 32 * MIB),
