@@ -5,7 +5,8 @@ use std::fs;
 use std::io::ErrorKind as IoKind;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::statvfs;
+use rustix::fd::AsFd;
+use rustix::fs::{Mode, OFlags, open, statvfs};
 
 use super::{Finding, Verdict};
 use crate::config::Config;
@@ -14,6 +15,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mount::{MERGED, probe_idmapped_mounts, probe_upper, unmount_stale};
 use crate::mountinfo::{self, Mounted};
 use crate::plain::bytes;
+use crate::quota::{self, Quotas, Support};
+use crate::snapshotter::QuotaMode;
+use crate::types::Limits;
 use crate::volume::{Lifetime, MountPoints, require_mount_points};
 
 /// A directory, or the nearest one above it that is there.
@@ -57,6 +61,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
         ),
     });
     findings.extend(lasting(config, &writable));
+    findings.extend(limits(config, &writable));
     if config.mount_points == MountPoints::Required {
         let directories = [
             ("--root-dir", &*config.root),
@@ -78,6 +83,32 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
         ),
     });
     findings
+}
+
+/// Whether containers can have a size.
+fn limits(config: &Config, writable: &Place) -> Option<Finding> {
+    let options = &config.quota;
+    if options.mode == QuotaMode::Off {
+        return None;
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = open(&writable.there, flags, Mode::empty()).ok()?;
+    let path = writable.there.display().to_string();
+    let lack = |support| quota::lack(directory.as_fd(), &path, support).chain();
+    let is_needed = options.mode == QuotaMode::Require || options.default != Limits::NONE;
+    let missing = match is_needed {
+        true => Verdict::Bad,
+        false => Verdict::Note,
+    };
+    let (verdict, text) = match Quotas::probe(directory.as_fd()) {
+        Ok(Some(quotas)) if quotas.support() == Support::Limits => (
+            Verdict::Good,
+            "project quotas: containers can have a size".to_owned(),
+        ),
+        Ok(quotas) => (missing, lack(quotas.map(|quotas| quotas.support()))),
+        Err(error) => (missing, error.chain()),
+    };
+    Some(Finding::new("limits", verdict, text))
 }
 
 /// Memory forgets, and the daemon then takes the volume for a missing one.

@@ -195,6 +195,16 @@ fn disks_that_will_not_do_are_named() {
     let within = format!("{}/writable", image.text());
     let (verdicts, said) = told(&told_of(&within, &[]), "split");
     assert_eq!(verdicts, ["note"], "{said}");
+    // No quotas; where they are needed, that is more than a note.
+    let (verdicts, said) = told(&told_of(&within, &[]), "limits");
+    assert_eq!(verdicts, ["note"], "{said}");
+    assert!(said.contains("quota"), "{said}");
+    for flags in [["--quota", "require"], ["--default-max-size", "1G"]] {
+        let (verdicts, said) = told(&told_of(&within, &flags), "limits");
+        assert_eq!(verdicts, ["bad"], "{said}");
+    }
+    let (verdicts, said) = told(&told_of(&within, &["--quota", "off"]), "limits");
+    assert!(verdicts.is_empty(), "{said}");
     // No mount points, where they are asked for.
     let (verdicts, said) = told(&told_of(&within, &["--require-mount"]), "mounts");
     assert_eq!(verdicts, ["bad"], "{said}");
