@@ -376,7 +376,12 @@ fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
 /// Gives a failure of SQLite its kind.
 fn sql_error(error: rusqlite::Error, what: impl Into<String>) -> Error {
     use rusqlite::ErrorCode;
+    let extended_code = error.sqlite_error().map(|failure| failure.extended_code);
     let kind = match error.sqlite_error_code() {
+        // What it says where there is no room for the log's index.
+        _ if extended_code == Some(rusqlite::ffi::SQLITE_IOERR_SHMSIZE) => {
+            ErrorKind::ResourceExhausted
+        }
         Some(ErrorCode::DiskFull) => ErrorKind::ResourceExhausted,
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => ErrorKind::DataLoss,
         Some(ErrorCode::ReadOnly) => ErrorKind::FailedPrecondition,

@@ -325,3 +325,33 @@ fn no_byte_can_be_trusted() {
     }
     assert_eq!(read(file).unwrap().snapshots.len(), 2);
 }
+
+/// Many small elements are more in memory than in the file.
+#[test]
+fn every_element_counts() {
+    const IN_A_PAGE: u32 = 60_000;
+    const SIZE: usize = 65_536;
+    let overflow = (usize::try_from(IN_A_PAGE).unwrap() * (16 + 4) + 16) / SIZE;
+    let mut pages = Vec::new();
+    let mut children = Vec::new();
+    for page in 0..40_u32 {
+        let keys: Vec<_> = (0..IN_A_PAGE)
+            .map(|key| (page * IN_A_PAGE + key).to_be_bytes())
+            .collect();
+        let pairs: Vec<Pair<'_>> = keys
+            .iter()
+            .map(|key| (false, key.as_slice(), Vec::new()))
+            .collect();
+        let number = 3 + u64::from(page) * u64::try_from(overflow + 1).unwrap();
+        children.push(number);
+        pages.push(leaf(number, u32::try_from(overflow).unwrap(), &pairs));
+    }
+    pages.insert(0, branch(2, &children));
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&file_of(u32::try_from(SIZE).unwrap(), 2, &pages))
+        .unwrap();
+    let mut database = Database::open(file).unwrap();
+    let root = database.root();
+    let error = database.entries(&root).unwrap_err();
+    assert!(error.chain().contains("more than 256 MiB"), "{error:?}");
+}
