@@ -60,7 +60,8 @@ fn one_file_reaches_the_limit(rig: &mut Rig) {
     };
     let more = fs::write(web.path().join("more"), vec![1; MIB as usize]).unwrap_err();
     assert_eq!(Errno::from_io_error(&more), Some(expected));
-    fs::remove_file(web.path().join("more")).unwrap();
+    // On XFS there may be no block for its name either.
+    let _ = fs::remove_file(web.path().join("more"));
     // The disk itself is not full, for whoever has more.
     assert_eq!(
         fill(&other.path().join("file"), 32 * MIB),
