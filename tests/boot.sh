@@ -21,7 +21,7 @@ systemd | openrc) ;;
 esac
 program=overlay-read-write-splitting-snapshotter
 # Of one boot, from power on to off, emulated on a busy machine.
-limit_seconds=900
+limit_seconds=1800
 
 # shellcheck source=tests/install-tools.sh
 . tests/install-tools.sh
