@@ -4,6 +4,7 @@
 #
 #     sudo sh tests/install-tools.sh run     to run the daemon with a containerd
 #     sudo sh tests/install-tools.sh demo    the same, and to build the daemon
+#     sudo sh tests/install-tools.sh bench   the same, and to measure it
 #     sudo sh tests/install-tools.sh dist    the same, and to make releases of it
 #     sudo sh tests/install-tools.sh test    the same, and to test it
 #
@@ -320,8 +321,8 @@ tools_need_lints() {
 
 install_tools() {
     case ${1-} in
-    run | demo | dist | test) ;;
-    *) tools_die "usage: install-tools.sh run|demo|dist|test" ;;
+    run | demo | bench | dist | test) ;;
+    *) tools_die "usage: install-tools.sh run|demo|bench|dist|test" ;;
     esac
     tools_missing=
     tools_find_user
@@ -358,11 +359,15 @@ install_tools() {
         tools_find_rust || tools_need_debian_rust
     fi
 
-    # dist: what packages and checks; tests/dist/cross.sh brings the compilers.
-    if [ "$1" = dist ] || [ "$1" = test ]; then
+    # bench: Go programs against containerd's packages.
+    if [ "$1" = bench ] || [ "$1" = dist ] || [ "$1" = test ]; then
         tools_need go golang-go
         tools_need_path /usr/share/gocode/src/github.com/containerd/containerd/snapshots/testsuite \
             golang-github-containerd-containerd-dev
+    fi
+
+    # dist: what packages and checks; tests/dist/cross.sh brings the compilers.
+    if [ "$1" = dist ] || [ "$1" = test ]; then
         tools_installed python3-venv || tools_miss python3-venv
         tools_need curl curl
         tools_need lowdown lowdown
