@@ -25,7 +25,7 @@ use futures_channel::oneshot;
 use futures_util::{Sink, SinkExt};
 use grpcio::{
     GrpcSlice, Marshaller, MessageReader, Method, MethodType, RpcContext, RpcStatus, RpcStatusCode,
-    ServerStreamingSink, ServiceBuilder, UnarySink, WriteFlags,
+    ServerStreamingSink, ServiceBuilder, UnarySink, UnarySinkResult, WriteFlags,
 };
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
@@ -208,9 +208,11 @@ fn stream_list(
 ) {
     let (sender, receiver) = oneshot::channel();
     let answering = Arc::clone(desk);
-    let submitted = desk.pool.submit(move || {
-        let pages = || list_pages(&answering.snapshotter, &request);
-        let _ = sender.send(answer(&answering.metrics, LIST, pages));
+    let submitted = desk.pool.admit().map(|running| {
+        desk.pool.submit(running, move || {
+            let pages = || list_pages(&answering.snapshotter, &request);
+            let _ = sender.send(answer(&answering.metrics, LIST, pages));
+        });
     });
     context.spawn(async move {
         let pages = match submitted {
@@ -297,20 +299,23 @@ impl Unary<'_> {
     ) -> ServiceBuilder {
         let desk = Arc::clone(self.desk);
         let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
+            let running = match desk.pool.admit() {
+                Ok(running) => running,
+                Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
+            };
             let (sender, receiver) = oneshot::channel();
             let answering = Arc::clone(&desk);
-            let submitted = desk.pool.submit(move || {
+            desk.pool.submit(running, move || {
                 let result = answer(&answering.metrics, name, || {
                     encode(&operation(&answering.snapshotter, decode(&request)?)?)
                 });
-                let _ = sender.send(result);
+                // Sent from here: the poll thread would send it two wakes later.
+                let _ = sender.send(respond(sink, result));
             });
             context.spawn(async move {
-                let result = match submitted {
-                    Ok(()) => receiver.await.unwrap_or_else(|_| Err(dropped())),
-                    Err(status) => Err(status),
-                };
-                respond(sink, result).await;
+                if let Ok(sending) = receiver.await {
+                    ended(sending).await;
+                }
             });
         };
         builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
@@ -329,18 +334,26 @@ impl Unary<'_> {
                     encode(&operation(&desk.snapshotter, decode(&request)?)?)
                 })
             });
-            context.spawn(respond(sink, result));
+            context.spawn(ended(respond(sink, result)));
         };
         builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
     }
 }
 
-async fn respond(sink: UnarySink<Vec<u8>>, result: std::result::Result<Vec<u8>, RpcStatus>) {
+/// Begins to send an answer. The call ends, and is cut off, with what is returned.
+fn respond(
+    sink: UnarySink<Vec<u8>>,
+    result: std::result::Result<Vec<u8>, RpcStatus>,
+) -> UnarySinkResult {
+    match result {
+        Ok(response) => sink.success(response),
+        Err(status) => sink.fail(status),
+    }
+}
+
+async fn ended(sending: UnarySinkResult) {
     // A client that has hung up is no concern of ours.
-    let _ = match result {
-        Ok(response) => sink.success(response).await,
-        Err(status) => sink.fail(status).await,
-    };
+    let _ = sending.await;
 }
 
 /// Runs one request to its end: times, counts and logs it, turns an error or a panic

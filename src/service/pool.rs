@@ -1,6 +1,6 @@
 //! The threads that may wait for a disk, and the door that closes at a stop.
 
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -15,8 +15,22 @@ type Job = Box<dyn FnOnce() + Send>;
 /// A fixed number of threads that take requests in the order of their arrival.
 pub struct Pool {
     door: Arc<Door>,
-    jobs: Mutex<Option<Sender<Job>>>,
+    jobs: Arc<Jobs>,
     workers: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What waits for a worker. Not a channel: its receiver would be shared behind a
+/// lock, and each job would wake a second worker, to be the next one to wait in it.
+#[derive(Default)]
+struct Jobs {
+    state: Mutex<JobsState>,
+    added: Condvar,
+}
+
+#[derive(Default)]
+struct JobsState {
+    waiting: VecDeque<Job>,
+    is_over: bool,
 }
 
 /// Counts what is under way, and admits nothing more once closed.
@@ -42,14 +56,17 @@ impl Pool {
     ///
     /// [`ErrorKind::Internal`] if the system gives no thread.
     pub fn start(threads: usize) -> Result<Pool> {
-        let (sender, receiver) = channel::<Job>();
-        let receiver = Arc::new(Mutex::new(receiver));
+        let jobs = Arc::new(Jobs::default());
         let mut workers = Vec::with_capacity(threads);
         for number in 0..threads {
-            let receiver = Arc::clone(&receiver);
+            let jobs = Arc::clone(&jobs);
             let worker = thread::Builder::new()
                 .name(format!("worker-{number}"))
-                .spawn(move || work(&receiver))
+                .spawn(move || {
+                    while let Some(job) = jobs.take() {
+                        job();
+                    }
+                })
                 .map_err(|error| {
                     Error::caused(ErrorKind::Internal, "start a worker thread", error)
                 })?;
@@ -63,7 +80,7 @@ impl Pool {
                 }),
                 changed: Condvar::new(),
             }),
-            jobs: Mutex::new(Some(sender)),
+            jobs,
             workers: Mutex::new(workers),
         })
     }
@@ -85,23 +102,15 @@ impl Pool {
         })
     }
 
-    /// Hands a request to the workers.
-    ///
-    /// # Errors
-    ///
-    /// Unavailable, once [`Pool::close`] was called.
-    pub fn submit(
-        &self,
-        job: impl FnOnce() + Send + 'static,
-    ) -> std::result::Result<(), RpcStatus> {
-        let running = self.admit()?;
-        let jobs = lock(&self.jobs);
-        let sender = jobs.as_ref().ok_or_else(stopping)?;
+    /// Hands a request that was let in to the workers; it is under way until
+    /// `job` has run.
+    pub fn submit(&self, running: Running, job: impl FnOnce() + Send + 'static) {
         let job = Box::new(move || {
             job();
             drop(running);
         });
-        sender.send(job).map_err(|_| stopping())
+        lock(&self.jobs.state).waiting.push_back(job);
+        self.jobs.added.notify_one();
     }
 
     /// Admits nothing from now on, and waits until what is under way has ended.
@@ -123,23 +132,25 @@ impl Pool {
                 .0;
         }
         drop(state);
-        lock(&self.jobs).take();
+        lock(&self.jobs.state).is_over = true;
+        self.jobs.added.notify_all();
         for worker in lock(&self.workers).drain(..) {
-            // A worker catches its requests' panics; it ends with the channel.
+            // A worker catches its requests' panics.
             let _ = worker.join();
         }
         true
     }
 }
 
-fn work(jobs: &Mutex<Receiver<Job>>) {
-    loop {
-        // The guard must be gone before the job runs.
-        let job = lock(jobs).recv();
-        match job {
-            Ok(job) => job(),
-            Err(_) => return,
-        }
+impl Jobs {
+    /// Waits for a job; `None` when there will be no more.
+    fn take(&self) -> Option<Job> {
+        let idle = |state: &mut JobsState| state.waiting.is_empty() && !state.is_over;
+        let waited = self.added.wait_while(lock(&self.state), idle);
+        waited
+            .unwrap_or_else(PoisonError::into_inner)
+            .waiting
+            .pop_front()
     }
 }
 
@@ -158,14 +169,19 @@ impl Door {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.door.lock().running -= 1;
-        self.door.changed.notify_all();
+        let mut state = self.door.lock();
+        state.running -= 1;
+        // Only a stop waits for it; a wake is a system call, waited for or not.
+        if !state.is_open {
+            self.door.changed.notify_all();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::channel;
 
     use super::*;
 
@@ -175,27 +191,24 @@ mod tests {
         let done = Arc::new(AtomicUsize::new(0));
         for _ in 0..20 {
             let done = Arc::clone(&done);
-            pool.submit(move || {
+            pool.submit(pool.admit().unwrap(), move || {
                 thread::sleep(Duration::from_millis(5));
                 done.fetch_add(1, Ordering::SeqCst);
-            })
-            .unwrap();
+            });
         }
         assert!(pool.close(Duration::from_secs(60)));
         assert_eq!(done.load(Ordering::SeqCst), 20);
-        let refused = pool.submit(|| ()).unwrap_err();
+        let refused = pool.admit().err().unwrap();
         assert_eq!(refused.code(), RpcStatusCode::UNAVAILABLE);
-        assert!(pool.admit().is_err());
     }
 
     #[test]
     fn a_stop_does_not_wait_for_ever() {
         let pool = Pool::start(1).unwrap();
         let (release, wait) = channel::<()>();
-        pool.submit(move || {
+        pool.submit(pool.admit().unwrap(), move || {
             let _ = wait.recv();
-        })
-        .unwrap();
+        });
         assert!(!pool.close(Duration::from_millis(20)));
         drop(release);
         assert!(pool.close(Duration::from_secs(60)));
