@@ -67,7 +67,10 @@ impl Snapshotter {
         self.unpacks.end(snapshot.id);
         self.walks.forget(snapshot.id);
         self.drop_lower_links(snapshot.id);
-        self.relocator.wake();
+        match volume {
+            Volume::Writable => self.relocator.wake(),
+            Volume::Image => self.relocator.tell_end(),
+        }
         Ok(())
     }
 

@@ -11,7 +11,7 @@
 //! where it was; after it, the copy is whole and the start records it.
 
 use std::collections::HashSet;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -306,6 +306,8 @@ fn is_away(transaction: &Transaction<'_>, id: SnapshotId) -> Result<bool> {
 pub(super) struct Signal {
     state: Mutex<State>,
     changed: Condvar,
+    /// A layer was away when the relocator last looked, or it is just looking.
+    has_layers: AtomicBool,
 }
 
 #[derive(Default)]
@@ -320,6 +322,14 @@ impl Signal {
     pub(super) fn wake(&self) {
         lock(&self.state).is_woken = true;
         self.changed.notify_all();
+    }
+
+    /// Something has ended that a layer may have waited for. If there is none, it
+    /// need not look.
+    pub(super) fn tell_end(&self) {
+        if self.has_layers.load(Ordering::SeqCst) {
+            self.wake();
+        }
     }
 
     pub(super) fn tell_room(&self) {
@@ -390,7 +400,11 @@ impl Worker {
 
     /// Moves at most one layer.
     fn step(&mut self) -> Result<Next> {
+        let has_layers = &self.snapshotter.relocator.has_layers;
+        // Before the look: what ends after it has to wake.
+        has_layers.store(true, Ordering::SeqCst);
         let away = self.snapshotter.store.read()?.away()?;
+        has_layers.store(!away.is_empty(), Ordering::SeqCst);
         if !away.is_empty() && self.snapshotter.volumes.open(Volume::Writable).is_err() {
             // Its return wakes nobody.
             return Ok(Next::In(Duration::from_secs(60)));

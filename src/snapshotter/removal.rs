@@ -66,7 +66,7 @@ impl Snapshotter {
             }
             self.relocator.tell_room();
         }
-        self.relocator.wake();
+        self.relocator.tell_end();
         Ok(())
     }
 
