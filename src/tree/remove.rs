@@ -1,6 +1,10 @@
 //! Deleting trees.
 
 use std::ffi::{CStr, CString};
+use std::panic::resume_unwind;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{
@@ -11,6 +15,7 @@ use rustix::io::Errno;
 
 use super::{is_dot, open_directory};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lock::lock;
 
 /// How many directories deep a removal holds descriptors; what lies deeper is
 /// moved up first, so that no tree needs more.
@@ -19,6 +24,11 @@ const MAX_DEPTH: usize = 128;
 /// New entries can only come from something that still writes there; this many
 /// rounds through a directory outlast it or give up.
 const MAX_ROUNDS: u32 = 4;
+
+/// How many entries of a directory are worth a second thread. Deleting is the
+/// file system's work, which two can do at once in different directories, and a
+/// disk that has two requests at a time can put them in order.
+const WORTH_TWO: usize = 8;
 
 /// Deletes everything in the directory `top`, which itself stays. Goes on past
 /// what cannot be deleted and tells the first failure at the end. Something
@@ -29,21 +39,30 @@ const MAX_ROUNDS: u32 = 4;
 /// [`ErrorKind::Internal`], saying how many entries are left and why the first
 /// one is.
 pub fn remove_children(top: impl AsFd) -> Result<()> {
-    let mut removal = Removal {
-        top: top.as_fd(),
-        moved_up: 0,
-        failed: 0,
-        first_failure: None,
-    };
+    let top = top.as_fd();
+    let last_name = AtomicU64::new(0);
     loop {
-        let moved_before = removal.moved_up;
-        removal.failed = 0;
-        removal.first_failure = None;
-        for name in list(removal.top).context(|| "list what is to be deleted")? {
-            removal.remove_tree(&name);
-        }
+        let names = list(top).context(|| "list what is to be deleted")?;
+        let threads = if names.len() < WORTH_TWO { 1 } else { 2 };
+        let names = Mutex::new(names.into_iter());
+        let work = || {
+            let mut removal = Removal::new(top, &last_name);
+            // The lock must be gone before the tree is.
+            while let Some(name) = { lock(&names).next() } {
+                removal.remove_tree(&name);
+            }
+            removal
+        };
+        let removal = thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let mut all = work();
+            for other in others {
+                all.add(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            }
+            all
+        });
         // What was moved up stands beside the others and is met in a next pass.
-        if removal.moved_up == moved_before {
+        if removal.moved_up == 0 {
             return removal.into_result();
         }
     }
@@ -70,15 +89,34 @@ struct Level {
 
 struct Removal<'a> {
     top: BorrowedFd<'a>,
+    /// The last number given to what is moved up.
+    last_name: &'a AtomicU64,
     moved_up: u64,
     failed: u64,
     first_failure: Option<(CString, Errno)>,
 }
 
-impl Removal<'_> {
+impl<'a> Removal<'a> {
+    fn new(top: BorrowedFd<'a>, last_name: &'a AtomicU64) -> Removal<'a> {
+        Removal {
+            top,
+            last_name,
+            moved_up: 0,
+            failed: 0,
+            first_failure: None,
+        }
+    }
+
+    fn add(&mut self, other: Removal<'_>) {
+        self.moved_up += other.moved_up;
+        self.failed += other.failed;
+        self.first_failure = self.first_failure.take().or(other.first_failure);
+    }
+
     fn remove_tree(&mut self, name: &CStr) {
         let mut levels: Vec<Level> = Vec::new();
-        levels.extend(self.visit(self.top, name, 0));
+        // In the trash, nearly all are directories.
+        levels.extend(self.visit(self.top, name, FileType::Directory, 0));
         while let Some(level) = levels.last_mut() {
             match level.dir.read() {
                 Some(Ok(entry)) if is_dot(entry.file_name()) => {}
@@ -86,7 +124,7 @@ impl Removal<'_> {
                     let depth = levels.len();
                     let level = levels.last().expect("the loop holds one");
                     let below = match level.dir.fd() {
-                        Ok(fd) => self.visit(fd, entry.file_name(), depth),
+                        Ok(fd) => self.visit(fd, entry.file_name(), entry.file_type(), depth),
                         Err(errno) => self.fail(&level.name, errno),
                     };
                     levels.extend(below);
@@ -108,26 +146,41 @@ impl Removal<'_> {
         }
     }
 
-    /// Deletes one entry; a directory is returned, to be emptied.
-    fn visit(&mut self, parent: BorrowedFd<'_>, name: &CStr, depth: usize) -> Option<Level> {
-        match unlink(parent, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => return None,
-            Err(Errno::ISDIR) => {}
-            Err(errno) => return self.fail(name, errno),
+    /// Deletes one entry; a directory that is not empty is returned, to be emptied.
+    fn visit(
+        &mut self,
+        parent: BorrowedFd<'_>,
+        name: &CStr,
+        file_type: FileType,
+        depth: usize,
+    ) -> Option<Level> {
+        // Many are empty, and need not be opened to learn that.
+        let is_directory = file_type == FileType::Directory
+            && match unlinkat(parent, name, AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOENT) => return None,
+                Err(Errno::NOTDIR) => false,
+                // Whatever is in its way, it is emptied first.
+                Err(_) => true,
+            };
+        if !is_directory {
+            match unlink(parent, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => return None,
+                Err(Errno::ISDIR) => {}
+                Err(errno) => return self.fail(name, errno),
+            }
         }
         if depth >= MAX_DEPTH {
-            self.moved_up += 1;
-            let away = format!("deep.{}", self.moved_up);
+            let number = self.last_name.fetch_add(1, Ordering::Relaxed) + 1;
+            let away = format!("deep.{number}");
             return match renameat(parent, name, self.top, away.as_str()) {
-                Ok(()) | Err(Errno::NOENT) => None,
-                // Left by an earlier removal: the next name is tried in the
+                // Or left by an earlier removal: the next name is tried in the
                 // next pass.
-                Err(Errno::NOTEMPTY | Errno::EXIST) => None,
-                Err(errno) => {
-                    // No progress: a next pass would meet it again.
-                    self.moved_up -= 1;
-                    self.fail(name, errno)
+                Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => {
+                    self.moved_up += 1;
+                    None
                 }
+                // No progress: a next pass would meet it again.
+                Err(errno) => self.fail(name, errno),
             };
         }
         match open_directory(parent, name).and_then(Dir::new) {
