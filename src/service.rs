@@ -245,11 +245,13 @@ fn respond_while_wanted(
     let caller = Caller::default();
     let (sender, mut receiver) = oneshot::channel();
     let (answering, asking) = (Arc::clone(desk), caller.clone());
-    let submitted = desk.pool.submit(move || {
-        let result = answer(&answering.metrics, USAGE, || {
-            encode(&usage(&answering.snapshotter, &decode(&request)?, &asking)?)
+    let submitted = desk.pool.admit().map(|running| {
+        desk.pool.submit(running, move || {
+            let result = answer(&answering.metrics, USAGE, || {
+                encode(&usage(&answering.snapshotter, &decode(&request)?, &asking)?)
+            });
+            let _ = sender.send(result);
         });
-        let _ = sender.send(result);
     });
     context.spawn(async move {
         let result = match submitted {
