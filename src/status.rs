@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Config, Format};
 use crate::daemon;
-use crate::daemon::visit::{Purpose, visit};
+use crate::daemon::visit::{Purpose, identities, visit};
 use crate::error::{Error, Result};
 use crate::mountinfo;
 use crate::plain::{bytes, paragraph};
@@ -24,6 +24,8 @@ struct Place {
     path: String,
     /// What is mounted there, and its file system; `None` if it cannot be told.
     mounted: Option<(String, String)>,
+    /// Which one it is, as it is recorded.
+    identity: Option<String>,
     /// Why it cannot be used, if so.
     problem: Option<String>,
 }
@@ -48,9 +50,11 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
     // Counting may take long, and a daemon may start meanwhile.
     drop(visit.lock);
     let snapshotter = Snapshotter::new(visit.store, visit.volumes, daemon::options(config));
-    let place = |path: &str, volume| -> Result<Place> {
+    let [root, writable] = identities(snapshotter.store())?;
+    let place = |path: &str, volume, identity| -> Result<Place> {
         Ok(Place {
             path: path.to_owned(),
+            identity,
             mounted: mountinfo::of_path(path)?.map(|mounted| (mounted.source, mounted.file_system)),
             problem: snapshotter
                 .problem_of(volume)
@@ -60,8 +64,8 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
     let status = Status {
         is_running,
         places: [
-            place(&config.root, Volume::Image)?,
-            place(&config.writable, Volume::Writable)?,
+            place(&config.root, Volume::Image, root)?,
+            place(&config.writable, Volume::Writable, writable)?,
         ],
         figures: snapshotter.figures()?,
         no_quotas: snapshotter.quota_support().err().map(|error| error.chain()),
@@ -101,12 +105,15 @@ impl Status {
                     &format!("{source}, {file_system}{}", room(figures)),
                 );
             }
+            if let Some(identity) = &place.identity {
+                row(&mut text, "", identity);
+            }
             if let Some(problem) = &place.problem {
                 let problem = format!("cannot be used: {problem}");
                 text.push_str(&paragraph(&head(""), &problem));
             }
         }
-        row(&mut text, "quotas", &self.quotas());
+        text.push_str(&paragraph(&head("quotas"), &self.quotas()));
         let count = |kind| {
             let of_kind = self
                 .figures
@@ -163,6 +170,7 @@ impl Status {
             json!({
                 "volume": figures.volume.to_string(),
                 "path": place.path,
+                "identity": place.identity,
                 "device": place.mounted.as_ref().map(|(source, _)| source),
                 "file_system": place.mounted.as_ref().map(|(_, kind)| kind),
                 "size_bytes": figures.size_bytes,

@@ -21,7 +21,7 @@ use crate::volume::{Identity, Image, Root, replace_file};
 /// What every database is called, the Go original's as well.
 pub(crate) const FILE: &str = "metadata.db";
 /// The fact under which a database keeps its own identity.
-const IDENTITY: &str = "identity";
+pub(super) const IDENTITY: &str = "identity";
 
 /// Opens the database of a root.
 ///

@@ -64,3 +64,17 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
         volumes,
     })
 }
+
+/// The identities that are recorded: the root's, as in its file `state`, and the
+/// writable volume's, as in its `.volume`.
+///
+/// # Errors
+///
+/// Those of the database.
+pub fn identities(store: &Store) -> Result<[Option<String>; 2]> {
+    let reader = store.read()?;
+    Ok([
+        reader.fact(database::IDENTITY)?,
+        reader.fact(writable::IDENTITY)?,
+    ])
+}

@@ -12,7 +12,7 @@ use crate::volume::{Claim, Holding, Identity, Lifetime, Volumes};
 /// Facts in the database: the volume's identity, and whether its mark is known
 /// to be on the disk. The first is recorded before the mark is written, so
 /// that a crash in between is told from a disk that is not mounted.
-const IDENTITY: &str = "writable_volume";
+pub(super) const IDENTITY: &str = "writable_volume";
 const CLAIMED: &str = "writable_volume_claimed";
 /// Under what the volume was found fit for overlayfs's upper directories.
 const PROBED: &str = "writable_volume_probed";

@@ -56,6 +56,19 @@ fn how_things_stand_is_told() {
         assert!(volume["free_bytes"].as_u64().unwrap() > 1 << 20);
         assert_eq!(volume["problem"], Value::Null);
     }
+    // As it is marked.
+    let mark = fs::read_to_string(split.writable().join(".volume")).unwrap();
+    let identity = volumes[1]["identity"].as_str().unwrap();
+    assert!(
+        identity.len() > 16 && mark.contains(identity),
+        "{identity}: {mark}"
+    );
+    let state = fs::read_to_string(split.root().join("state")).unwrap();
+    let identity = volumes[0]["identity"].as_str().unwrap();
+    assert!(
+        identity.len() > 16 && state.contains(identity),
+        "{identity}: {state}"
+    );
     assert!(running["away_bytes"].as_u64().unwrap() > 0);
     let largest = running["largest"].as_array().unwrap();
     let keys: Vec<_> = largest
