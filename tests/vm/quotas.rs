@@ -252,17 +252,21 @@ pub fn size_of_disk(mounted: &Mounted) -> u64 {
 /// Writes a file as large as it may become, at most so large; tells how large it
 /// is and whether a quota was the end of it.
 pub fn fill(path: &Path, most: u64) -> (u64, bool) {
-    let file = File::create(path).unwrap();
+    // XFS has another word for a full project (xfs_trans_dqresv).
+    let is_full = |errno| {
+        assert!(matches!(errno, Errno::DQUOT | Errno::NOSPC), "{errno}");
+        true
+    };
+    let file = match File::create(path) {
+        Ok(file) => file,
+        Err(error) => return (0, is_full(Errno::from_io_error(&error).unwrap())),
+    };
     let block = vec![7; 64 << 10];
     let mut written = 0;
     while written < most {
         match rustix::io::write(&file, &block) {
             Ok(count) => written += count as u64,
-            Err(errno) => {
-                // XFS has another word for a full project (xfs_trans_dqresv).
-                assert!(matches!(errno, Errno::DQUOT | Errno::NOSPC), "{errno}");
-                return (written, true);
-            }
+            Err(errno) => return (written, is_full(errno)),
         }
     }
     (written, false)
