@@ -218,8 +218,9 @@ impl<'a> Quotas<'a> {
         }
     }
 
-    /// XFS gives deleted files back in the background; it catches up when somebody
-    /// asks for the quota of project 0 (Linux 5.14, `xfs_qm_scall_getquota`).
+    /// XFS gives deleted files back in the background, and does it at once, or a
+    /// moment later, when somebody asks for the quota of project 0 (Linux 5.14,
+    /// `xfs_qm_scall_getquota`).
     pub fn settle(&self) {
         // Only for what is told after it.
         let _ = sys::quota(self.target(), 0);

@@ -221,8 +221,7 @@ impl Snapshotter {
         };
         let new_project = match (&quotas, &dirs, limits) {
             (Some(quotas), Some(dirs), Some(limits)) => {
-                let rows = transaction.rows();
-                Some(self.give_project(&rows, quotas, dirs, created.id, limits)?)
+                Some(self.give_project(&transaction, quotas, dirs, created.id, limits)?)
             }
             _ => None,
         };
@@ -398,7 +397,7 @@ impl Snapshotter {
             let mut transaction = self.store.write()?;
             let before = transaction.rows().stat(key)?;
             let after = transaction.rows().update(key, changes)?;
-            let change = self.plan_limit_change(&transaction.rows(), &before, &after)?;
+            let change = self.plan_limit_change(&transaction, &before, &after)?;
             match change {
                 Some(change) => self.change_limits(&change, || transaction.commit())?,
                 None => transaction.commit()?,

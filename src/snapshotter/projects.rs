@@ -17,7 +17,6 @@
 
 mod recover;
 
-use rusqlite::Connection;
 use rustix::fd::OwnedFd;
 
 use super::limits::Asked;
@@ -27,7 +26,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::fault::fault_point;
 use crate::lock::lock;
 use crate::quota::{self, Quotas, Support};
-use crate::store::{Project, Rows, Snapshot};
+use crate::store::{Project, Snapshot, Transaction};
 use crate::types::{
     Kind, LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_VOLUME, Labels, Limits,
     ProjectId, SnapshotId, Usage, Volume,
@@ -164,14 +163,14 @@ impl Snapshotter {
     /// and the database.
     pub(super) fn give_project<'a>(
         &self,
-        rows: &Rows<&Connection>,
+        transaction: &Transaction<'_>,
         quotas: &'a Quotas<'a>,
         dirs: &Dirs,
         id: SnapshotId,
         limits: Limits,
     ) -> Result<NewProject<'a>> {
-        let project = self.pick_project(rows, quotas)?;
-        rows.record_project(&Project {
+        let project = self.pick_project(transaction, quotas)?;
+        transaction.rows().record_project(&Project {
             project,
             snapshot: Some(id),
             limits,
@@ -192,7 +191,12 @@ impl Snapshotter {
     }
 
     /// An id that nobody has, and that nothing is charged to.
-    fn pick_project(&self, rows: &Rows<&Connection>, quotas: &Quotas<'_>) -> Result<ProjectId> {
+    fn pick_project(
+        &self,
+        transaction: &Transaction<'_>,
+        quotas: &Quotas<'_>,
+    ) -> Result<ProjectId> {
+        let rows = transaction.rows();
         let range = self.options.quota.ids;
         let mut last = lock(&self.last_project);
         if last.is_none() {
@@ -231,7 +235,7 @@ impl Snapshotter {
     /// has no project.
     pub(super) fn plan_limit_change(
         &self,
-        rows: &Rows<&Connection>,
+        transaction: &Transaction<'_>,
         before: &Snapshot,
         after: &Snapshot,
     ) -> Result<Option<LimitChange>> {
@@ -249,6 +253,7 @@ impl Snapshotter {
         let Some(to) = limits else {
             return Ok(None);
         };
+        let rows = transaction.rows();
         if let Some(given) = rows.project_of(after.id)? {
             rows.record_limits(given.project, to)?;
             return Ok(Some(LimitChange {
@@ -325,7 +330,8 @@ impl Snapshotter {
         }
     }
 
-    /// Gives the ids back to which nothing is charged any more.
+    /// Gives the ids back to which nothing is charged any more. XFS may take a moment
+    /// for what has just been deleted: the next call finds it then.
     ///
     /// # Errors
     ///

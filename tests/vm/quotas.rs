@@ -29,6 +29,7 @@ use crate::machine::{Disks, Format};
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::Daemon;
 use crate::support::mounted::{Mounted, upper_of};
+use crate::support::until;
 
 /// Every file system that is tested, as it is mounted.
 const FILE_SYSTEMS: &[&str] = &["ext4", "xfs"];
@@ -166,9 +167,10 @@ impl Rig {
             self.root().display().to_string(),
             "--writable-dir".to_owned(),
             self.writable().display().to_string(),
-            "--quota-ids".to_owned(),
-            self.ids().to_string(),
         ];
+        if !flags.contains(&"--quota-ids") {
+            arguments.extend(["--quota-ids".to_owned(), self.ids().to_string()]);
+        }
         arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
         arguments
     }
@@ -190,9 +192,14 @@ impl Rig {
     /// The projects of this test that the file system knows, as repquota(8) lists
     /// them.
     pub fn projects(&self) -> Vec<(ProjectId, Held)> {
+        self.projects_of(self.ids())
+    }
+
+    /// Those of a range.
+    pub fn projects_of(&self, ids: ProjectRange) -> Vec<(ProjectId, Held)> {
         let directory = File::open(&self.writable).unwrap();
         let quotas = Quotas::probe(directory.as_fd()).unwrap().unwrap();
-        quotas.in_use(self.ids()).unwrap()
+        quotas.in_use(ids).unwrap()
     }
 
     /// Of the directories of the snapshot made last.
@@ -213,8 +220,25 @@ impl Rig {
         {
             names.iter().for_each(|name| client.remove(name).unwrap());
         }
-        client.cleanup().unwrap();
-        assert_eq!(self.projects(), []);
+        self.no_project_is_left(client);
+    }
+
+    /// XFS takes a moment for what was deleted.
+    #[track_caller]
+    pub fn no_project_is_left(&self, client: &Client) {
+        until("no project is left", || {
+            client.cleanup().unwrap();
+            self.projects().is_empty()
+        });
+    }
+
+    /// Waits until so many are left.
+    pub fn projects_are_left(&self, client: &Client, count: usize) {
+        until("the others are given back", || {
+            client.cleanup().unwrap();
+            self.projects().len() <= count
+        });
+        assert_eq!(self.projects().len(), count);
     }
 }
 

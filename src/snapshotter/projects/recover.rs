@@ -4,7 +4,6 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use rusqlite::Connection;
 use rustix::fd::AsFd;
 use rustix::fs::FileType;
 
@@ -13,7 +12,7 @@ use crate::error::{ErrorKind, Result};
 use crate::quota::{self, Quotas, Support};
 use crate::snapshotter::finding::{Finding, Problem};
 use crate::snapshotter::{QuotaMode, Snapshotter};
-use crate::store::{Project, Rows, Snapshot, Transaction};
+use crate::store::{Project, Snapshot, Transaction};
 use crate::tree;
 use crate::types::{Limits, ProjectId, SnapshotId, Volume};
 use crate::volume::{Dirs, Parts};
@@ -75,7 +74,7 @@ impl Snapshotter {
             }
         }
         let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
-        self.adopt_trashed(&rows, dirs, &mut known)?;
+        self.adopt_trashed(transaction, dirs, &mut known)?;
         for (project, held) in quotas.in_use(self.options.quota.ids)? {
             if held.is_unused() && !known.contains(&project) {
                 quotas.set_limits(project, Limits::NONE)?;
@@ -176,14 +175,14 @@ impl Snapshotter {
     /// request was cut off after it had set one.
     fn adopt_trashed(
         &self,
-        rows: &Rows<&Connection>,
+        transaction: &Transaction<'_>,
         dirs: &Dirs,
         known: &mut HashSet<ProjectId>,
     ) -> Result<()> {
         dirs.each_trashed(|directory| {
             let project = quota::project_of(&directory)?;
             if self.options.quota.ids.contains(project) && known.insert(project) {
-                rows.record_project(&Project {
+                transaction.rows().record_project(&Project {
                     project,
                     snapshot: None,
                     limits: Limits::NONE,

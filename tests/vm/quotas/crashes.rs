@@ -40,9 +40,8 @@ fn cut_off_while_a_project_is_given(rig: &mut Rig) {
     // Its directory is in the trash, and so its id is taken.
     client.prepare("web", "base", &limited).unwrap();
     assert_eq!(project(&rig.newest()), first + 1);
-    client.cleanup().unwrap();
+    rig.projects_are_left(&client, 1);
     let held = rig.projects();
-    assert_eq!(held.len(), 1, "{held:?}");
     assert_eq!(held[0].0.number(), first + 1);
     rig.clear(&client);
 }
@@ -82,8 +81,7 @@ fn cut_off_while_projects_are_given_back(rig: &mut Rig) {
     daemon.wait();
     daemon.restart();
     let client = daemon.client();
-    client.cleanup().unwrap();
-    assert_eq!(rig.projects().len(), 1);
+    rig.projects_are_left(&client, 1);
     rig.clear(&client);
 }
 
@@ -155,7 +153,6 @@ fn killed_at_any_moment(rig: &mut Rig) {
     for name in &names {
         assert_eq!(usage(&client, name).1, 3, "{name}");
     }
-    client.cleanup().unwrap();
-    assert_eq!(rig.projects().len(), names.len());
+    rig.projects_are_left(&client, names.len());
     rig.clear(&client);
 }

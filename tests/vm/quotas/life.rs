@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::thread;
 
-use overlay_read_write_splitting_snapshotter::quota::{charge_file, set_project};
+use overlay_read_write_splitting_snapshotter::quota::{ProjectRange, charge_file, set_project};
 use overlay_read_write_splitting_snapshotter::types::ProjectId;
 
 use super::{
@@ -159,8 +159,7 @@ fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
     );
     client.remove("on").unwrap();
     client.remove("layer").unwrap();
-    client.cleanup().unwrap();
-    assert_eq!(rig.projects(), []);
+    rig.no_project_is_left(&client);
 }
 
 fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
@@ -184,16 +183,15 @@ fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
     });
     assert!(!rig.projects().is_empty());
     let client = daemon.client();
-    client.cleanup().unwrap();
-    assert_eq!(rig.projects(), []);
+    rig.no_project_is_left(&client);
     assert_eq!(client.names(&[]).unwrap(), ["base"]);
 }
 
 /// It runs on in the trash, and so its id is taken.
 fn a_removed_container_keeps_its_project(rig: &mut Rig) {
-    let daemon = rig.start(&["--quota-ids", &format!("{}-{}", 7, 8)]);
+    let ids = ProjectRange::new(7, 8).unwrap();
+    let daemon = rig.start(&["--quota-ids", &ids.to_string()]);
     let client = daemon.client();
-    let ids = overlay_read_write_splitting_snapshotter::quota::ProjectRange::new(7, 8).unwrap();
     client.prepare("web", "base", &[]).unwrap();
     let file = File::create(upper(&client, "web").join("open")).unwrap();
     rustix::io::write(&file, &[1; 100_000]).unwrap();
@@ -208,10 +206,16 @@ fn a_removed_container_keeps_its_project(rig: &mut Rig) {
     );
     assert_eq!(client.names(&["kind==active"]).unwrap(), [other]);
     drop(file);
-    client.cleanup().unwrap();
-    client.prepare(third, "base", &[]).unwrap();
+    until("its id is given back", || {
+        client.cleanup().unwrap();
+        client.prepare(third, "base", &[]).is_ok()
+    });
     assert_eq!(usage(&client, third).1, 3, "nothing of the one before");
     rig.clear(&client);
+    until("both ids are given back", || {
+        client.cleanup().unwrap();
+        rig.projects_of(ids).is_empty()
+    });
 }
 
 /// An administrator has put the whole directory into a project of its own.
