@@ -45,11 +45,16 @@ const TOPICS: &[(&str, &[Test])] = &[
     ("lacking", lacking::TESTS),
 ];
 
-/// Each file system with each topic.
+/// What is the daemon's affair alone, and was seen to go well on XFS too.
+const ON_EXT4_ONLY: &[&str] = &["crashes", "figures"];
+
+/// Each file system with its topics.
 pub fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let topics = || TOPICS.iter().map(|(topic, _)| *topic);
-    let systems = FILE_SYSTEMS.iter();
-    systems.flat_map(move |file_system| topics().map(|topic| (*file_system, topic)))
+    let pairs = FILE_SYSTEMS.iter().flat_map(|file_system| {
+        let topics = TOPICS.iter().map(|(topic, _)| *topic);
+        topics.map(move |topic| (*file_system, topic))
+    });
+    pairs.filter(|(file_system, topic)| *file_system == "ext4" || !ON_EXT4_ONLY.contains(topic))
 }
 
 /// The least that mkfs.xfs makes.

@@ -163,6 +163,8 @@ fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
 }
 
 fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
+    // On XFS fewer: what may go wrong there does so with these, and it takes long.
+    let of_each = if rig.is_xfs() { 50 } else { 250 };
     // The database in memory: it is not what this is about.
     let state = format!("/tmp/state-{}", rig.number);
     let daemon = rig.start(&["--default-max-size", "1M", "--state-dir", &state]);
@@ -170,7 +172,7 @@ fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
         for number in 0..4 {
             let client = daemon.client();
             scope.spawn(move || {
-                for count in 0..250 {
+                for count in 0..of_each {
                     let key = format!("{number}-{count}");
                     client.prepare(&key, "base", &[]).unwrap();
                     client.remove(&key).unwrap();
@@ -253,6 +255,7 @@ fn a_restored_directory_is_charged_again(rig: &mut Rig) {
     }
     let file = File::open(top.join("fs/below/file")).unwrap();
     charge_file(&file, ProjectId::NONE).unwrap();
+    drop(file);
     daemon.restart();
     let client = daemon.client();
     let (bytes, inodes) = usage(&client, "web");
