@@ -72,8 +72,8 @@ pub fn run_in_machine(file_system: &str, topic: &str, options: Options) {
         "ext4" => Format::Ext4WithQuotas,
         _ => Format::Xfs,
     };
-    // Room for 1 KiB and an inode for each file, and as much again.
-    let mebibytes = MEBIBYTES + u64::from(options.files) / 100;
+    // mkfs.ext4 makes an inode for each 16 KiB.
+    let mebibytes = MEBIBYTES + u64::from(options.files) / 50;
     let disks = Disks::formatted(mebibytes, format);
     let settings = [
         ("VM_WORK", "quotas".to_owned()),
