@@ -262,7 +262,8 @@ fn probe(volumes: &Volumes, mount_options: &[String]) -> Result<()> {
             volumes.writable_path()
         )
     });
-    probed.and_then(|()| clear_probe(volumes.writable_path()))
+    // Whatever it came to: a refused directory is left as it was.
+    probed.and(clear_probe(volumes.writable_path()))
 }
 
 /// Removes what a probe that was cut short has left in the writable directory.
