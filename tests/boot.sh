@@ -121,6 +121,7 @@ systemd.default_timeout_start_sec=$limit_seconds boot-test=$phase"
     read_lines=0
     while kill -0 "$qemu" 2>/dev/null; do
         follow
+        ! grep -q 'You are in emergency mode' "$scratch/console" || boot_failed "it does not boot"
         [ $(($(date +%s) - began)) -lt "$limit_seconds" ] || boot_failed "it does not end"
         sleep 0.2
     done
@@ -161,6 +162,11 @@ boot_failed() {
 both="image writable"
 boot install "$both"
 boot again "$both"
-[ "$manager" = openrc ] || boot late image
-boot no-writable image
-boot no-image writable
+case $manager in
+systemd)
+    boot late image
+    boot no-writable image
+    boot no-image writable
+    ;;
+openrc) boot no-disks "" ;;
+esac

@@ -44,7 +44,9 @@ fail() {
         ;;
     openrc)
         rc-status --all
-        tail -n 30 "/var/log/$program.log" /var/log/containerd.log
+        # containerd lists its plugins.
+        grep -v 'loading plugin' /var/log/containerd.log | tail -n 30
+        tail -n 30 "/var/log/$program.log"
         ;;
     esac
     # The console is read when this line comes.
@@ -229,6 +231,12 @@ plug() {
     wait_for "the $1 disk" test -e "/dev/disk/by-id/virtio-$1"
 }
 
+# What the first container has written is there.
+is_as_before() {
+    mounts_of first
+    [ "$(cat "$upper/etc/motd")" = first ] || fail "what a container wrote is lost"
+}
+
 no_container_runs() {
     ! ctr run --snapshotter rwsplit "$image" refused true >/tmp/said 2>&1 ||
         fail "a container runs although there is no writable disk"
@@ -278,20 +286,19 @@ phase_install() {
     ctr tasks ls | grep -q '^lasting .*RUNNING' || fail "the container has ended"
     size=$(stat -c %s "$lines")
     wait_for "what the container writes after the upgrade" grows "$lines" "$size"
-    serves || fail "it does not serve after the upgrade"
+    wait_for "the upgraded service" serves
     run upgraded
     report "ok: upgraded while a container ran"
 }
 
 phase_again() {
     wait_for "containerd" containerd_runs
-    serves || fail "the service is not there after a reboot"
+    wait_for "the service" serves
     [ "$(started "$(daemon_pid)")" -lt "$(started "$(pgrep -x containerd)")" ] ||
         fail "containerd was started before the service"
     on image "$root"
     on writable "$writable"
-    mounts_of first
-    [ "$(cat "$upper/etc/motd")" = first ] || fail "what a container wrote is lost"
+    is_as_before
     # Without containerd, by a kernel that takes layers in one string only.
     mkdir /root/rescued
     "$program" mount first /root/rescued || fail "a snapshot is not mounted by hand"
@@ -327,43 +334,35 @@ phase_late() {
     give_up_soon writable
 }
 
+# Under systemd: what does not need the disk is served.
 phase_no_writable() {
     wait_for_boot
+    wait_for "the service" serves
     on image "$root"
-    case $manager in
-    systemd)
-        # What does not need the disk is served.
-        wait_for "the service" serves
-        no_container_runs
-        parent=$(ctr snapshots --snapshotter rwsplit info first | sed -n 's/.*"Parent": "\(.*\)".*/\1/p')
-        ctr snapshots --snapshotter rwsplit view look "$parent"
-        ctr snapshots --snapshotter rwsplit mounts /mnt look >/tmp/mounts
-        sh -e /tmp/mounts
-        [ "$(cat /mnt/etc/motd)" = 'motd of layer 5' ] || fail "the layers are not as they were"
-        umount /mnt
-        # In another namespace nothing of it is there yet.
-        ctr -n other images import --snapshotter rwsplit /test/image.tar || fail "no import"
-        ;;
-    openrc)
-        is_not_served
-        ;;
-    esac
+    no_container_runs
+    parent=$(ctr snapshots --snapshotter rwsplit info first | sed -n 's/.*"Parent": "\(.*\)".*/\1/p')
+    ctr snapshots --snapshotter rwsplit view look "$parent"
+    ctr snapshots --snapshotter rwsplit mounts /mnt look >/tmp/mounts
+    sh -e /tmp/mounts
+    [ "$(cat /mnt/etc/motd)" = 'motd of layer 5' ] || fail "the layers are not as they were"
+    umount /mnt
+    # In another namespace nothing of it is there yet.
+    ctr -n other images import --snapshotter rwsplit /test/image.tar || fail "no import"
     is_bare writable
     report "ok: without the writable disk"
 
-    before=$(daemon_pid) || :
+    before=$(daemon_pid)
     plug writable
-    [ "$manager" = systemd ] || mount "$writable"
     wait_for "the writable disk's mount" mountpoint "$writable"
-    wait_for "the service" serves
-    [ "$manager" = openrc ] || [ "$(daemon_pid)" = "$before" ] || fail "it was started again"
-    mounts_of first
-    [ "$(cat "$upper/etc/motd")" = first ] || fail "what a container wrote is lost"
+    is_as_before
     run after-writable
+    [ "$(daemon_pid)" = "$before" ] || fail "it was started again"
     report "ok: the writable disk came at last"
-    [ "$manager" = openrc ] || give_up_soon image
+    give_up_soon image
 }
 
+# Under systemd: the disk is mounted when it comes, the other one with it, and the
+# service started.
 phase_no_image() {
     wait_for_boot
     is_not_served
@@ -371,16 +370,39 @@ phase_no_image() {
     report "ok: without the image disk"
 
     plug image
-    [ "$manager" = systemd ] || {
-        mount "$root"
-        mount "$writable"
-    }
     wait_for "the service" serves
     wait_for "the writable disk's mount" mountpoint "$writable"
     on image "$root"
+    is_as_before
     run after-image
     report "ok: the image disk came at last"
+    uninstall
+}
 
+# Under OpenRC: the daemon waits for both disks to be mounted.
+phase_no_disks() {
+    wait_for_boot
+    is_not_served
+    is_bare image
+    report "ok: without disks"
+
+    plug image
+    mount "$root"
+    is_not_served
+    is_bare writable
+    report "ok: without the writable disk"
+
+    plug writable
+    mount "$writable"
+    wait_for "the service" serves
+    is_as_before
+    run after-disks
+    report "ok: the disks came at last"
+    uninstall
+}
+
+# And installs again.
+uninstall() {
     ctr tasks start --detach lasting || fail "a container does not start again"
     mounts_of lasting
     lines=$upper/lines
@@ -403,7 +425,7 @@ phase_no_image() {
 
     cd /root/next/$program-*/
     ./install.sh || fail "install.sh"
-    serves || fail "it does not serve after it was installed again"
+    wait_for "the service that was installed again" serves
     data >/tmp/after
     cmp /tmp/before /tmp/after || fail "data has changed"
     run again
@@ -412,7 +434,7 @@ phase_no_image() {
 
 case $phase in
 install | again) "phase_$phase" ;;
-late | no-writable | no-image) "phase_$(echo "$phase" | tr - _)" ;;
+late | no-writable | no-image | no-disks) "phase_$(echo "$phase" | tr - _)" ;;
 *) fail "no such test" ;;
 esac
 trap - EXIT
