@@ -299,3 +299,97 @@ fn unpack_stanza(name: &str) -> String {
          platform = \"linux/{machine}\"\n  snapshotter = \"{name}\"\n"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Parsed, parse};
+
+    /// What is said of a configuration, by topic.
+    fn judged(configuration: &str) -> Vec<(&'static str, Verdict, Finding)> {
+        let arguments = ["--root-dir", "/big"].map(Into::into).to_vec();
+        let Parsed::Run(config) = parse(arguments).unwrap() else {
+            panic!("the daemon's flags");
+        };
+        let table = configuration.parse().unwrap();
+        judge(&config, &table)
+            .into_iter()
+            .map(|finding| (finding.topic, finding.verdict, finding))
+            .collect()
+    }
+
+    fn verdicts(configuration: &str) -> Vec<(&'static str, Verdict)> {
+        let judged = judged(configuration).into_iter();
+        judged.map(|(topic, verdict, _)| (topic, verdict)).collect()
+    }
+
+    const PROXY: &str = r#"
+        version = 3
+        [proxy_plugins.split]
+          type = "snapshot"
+          address = "unix:///big/grpc.socks"
+    "#;
+
+    #[test]
+    fn of_containerd_2_more_is_asked() {
+        let cri = "[plugins.\"io.containerd.cri.v1.images\"]\n snapshotter = \"overlayfs\"\n";
+        let found = judged(&format!("{PROXY}{cri}"));
+        let lacking = [
+            ("plugin", Verdict::Good),
+            ("unpacking", Verdict::Note),
+            ("exports", Verdict::Note),
+            ("Kubernetes", Verdict::Note),
+        ];
+        let mut stanzas = String::new();
+        for ((topic, verdict, finding), expected) in found.into_iter().zip(lacking) {
+            assert_eq!((topic, verdict), expected);
+            stanzas.push_str(&finding.stanza.unwrap_or_default());
+        }
+        // With the lines that it gives there is nothing left to say.
+        let all = verdicts(&format!("{PROXY}{stanzas}"));
+        assert_eq!(all.len(), 4, "{all:?}");
+        assert!(
+            all.iter().all(|(_, verdict)| *verdict == Verdict::Good),
+            "{all:?}"
+        );
+    }
+
+    #[test]
+    fn the_stanza_for_a_new_configuration_is_enough() {
+        for version in [2, 3] {
+            let found = judged(&format!("version = {version}\n"));
+            let [(topic, verdict, finding)] = found.as_slice() else {
+                panic!("one finding: {found:?}");
+            };
+            assert_eq!((*topic, *verdict), ("plugin", Verdict::Bad));
+            let stanza = finding.stanza.as_deref().unwrap();
+            let all = verdicts(&format!("version = {version}\n{stanza}"));
+            assert!(
+                all.iter().all(|(_, verdict)| *verdict == Verdict::Good),
+                "{all:?}"
+            );
+            assert_eq!(all.len(), if version < 3 { 1 } else { 3 }, "{all:?}");
+        }
+    }
+
+    #[test]
+    fn a_cri_that_is_switched_off_is_not_asked() {
+        let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n snapshotter = \"x\"\n";
+        let topics = |configuration: &str| -> Vec<_> {
+            let verdicts = verdicts(configuration).into_iter();
+            verdicts.map(|(topic, _)| topic).collect()
+        };
+        assert!(topics(&format!("{PROXY}{cri}")).contains(&"Kubernetes"));
+        let off = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
+        assert!(!topics(&format!("{off}{PROXY}{cri}")).contains(&"Kubernetes"));
+    }
+
+    #[test]
+    fn versions_are_read() {
+        assert_eq!(
+            version_of("containerd github.com/containerd/containerd 1.7.2 0cae528\n"),
+            "1.7.2"
+        );
+        assert_eq!(version_of(""), "of an unknown version");
+    }
+}
