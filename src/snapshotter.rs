@@ -306,7 +306,7 @@ impl Snapshotter {
             None => Vec::new(),
         };
         if snapshot.volume == Some(Volume::Writable) {
-            self.volumes.open(Volume::Writable)?;
+            self.volumes.require_writable()?;
         }
         self.require_not_by_hand(snapshot.id)?;
         self.require_present(&ancestors)?;
@@ -331,7 +331,7 @@ impl Snapshotter {
             .iter()
             .any(|ancestor| ancestor.volume == Volume::Writable)
         {
-            self.volumes.open(Volume::Writable)?;
+            self.volumes.require_writable()?;
         }
         let lost = self.lost.get().into_iter().flatten();
         for id in lost.filter(|id| ancestors.iter().any(|layer| layer.id == **id)) {

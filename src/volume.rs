@@ -39,6 +39,7 @@ pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
 pub use file::replace_file;
 pub use flush::Flush;
 pub use guard::{Holding, Lifetime, MountPoints, Reserve, Room, require_mount_points};
+use identity::Seen;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use lowers::NewLinks;
@@ -46,13 +47,14 @@ pub use moving::{Target, moving_id};
 pub use parts::Parts;
 
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Dir, fstat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::lock::lock;
 use crate::types::{SnapshotId, Volume};
 
 /// Both volumes.
@@ -61,6 +63,8 @@ pub struct Volumes {
     writable_path: String,
     /// Set once the writable volume has been claimed or recognised.
     writable_identity: OnceLock<Identity>,
+    /// The mark that was last found to be the right one.
+    writable_mark: Mutex<Option<Seen>>,
 }
 
 impl Volumes {
@@ -71,6 +75,7 @@ impl Volumes {
             image,
             writable_path,
             writable_identity: OnceLock::new(),
+            writable_mark: Mutex::new(None),
         }
     }
 
@@ -96,15 +101,34 @@ impl Volumes {
             Volume::Image => Ok(Arc::clone(self.image.dirs())),
             Volume::Writable => {
                 let identity = self.expected_writable()?;
-                let top = identity::open_confirmed(&self.writable_path, identity)?;
-                self.require_apart(&top)?;
-                Ok(Arc::new(Dirs::open(
-                    Volume::Writable,
-                    &self.writable_path,
-                    &top,
-                )?))
+                let path = &self.writable_path;
+                let top = identity::open_expected(path, identity)?;
+                // Before it is read: what changes meanwhile is read next time.
+                let seen = Seen::in_directory(&top);
+                if !self.is_confirmed(seen) {
+                    identity::confirm(&top, path, identity)?;
+                    self.require_apart(&top)?;
+                    *lock(&self.writable_mark) = seen;
+                }
+                Ok(Arc::new(Dirs::open(Volume::Writable, path, top)?))
             }
         }
+    }
+
+    /// As [`Volumes::open`] of the writable volume, where nothing on it is needed.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Volumes::open`].
+    pub fn require_writable(&self) -> Result<()> {
+        if self.is_confirmed(Seen::in_path(&self.writable_path)) {
+            return Ok(());
+        }
+        self.open(Volume::Writable).map(drop)
+    }
+
+    fn is_confirmed(&self, seen: Option<Seen>) -> bool {
+        seen.is_some() && seen == *lock(&self.writable_mark)
     }
 
     /// Tells whose the writable directory is, which no database knows yet;
@@ -128,9 +152,9 @@ impl Volumes {
     /// As of [`Volumes::look_at_writable`].
     pub fn claim_writable(&self, identity: &Identity) -> Result<()> {
         let path = &self.writable_path;
-        let top = self.open_writable_top()?;
-        Dirs::open(Volume::Writable, path, &top)?;
-        identity.claim(&top, path).map(drop)
+        let dirs = Dirs::open(Volume::Writable, path, self.open_writable_top()?)?;
+        dirs.trash_fd()?;
+        identity.claim(dirs.top_fd(), path).map(drop)
     }
 
     /// Marks the writable directory as the expected volume.

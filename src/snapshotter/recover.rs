@@ -317,7 +317,7 @@ pub(super) fn trash_strays(
 fn trash_entry(dirs: &Dirs, name: &str) -> Result<()> {
     match dirs.trash_entry(name) {
         Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
-            tree::remove_children(dirs.trash_fd())?;
+            tree::remove_children(dirs.trash_fd()?)?;
             dirs.trash_entry(name).map(drop)
         }
         trashed => trashed.map(drop),

@@ -120,7 +120,7 @@ impl Snapshotter {
             self.sweep(&dirs, volume)
                 .inspect_err(|_| self.note_stray(volume))?;
         }
-        let emptied = tree::remove_children(dirs.trash_fd())
+        let emptied = tree::remove_children(dirs.trash_fd()?)
             .context(|| format!("empty the trash of the {volume} volume"));
         // What could be deleted may have been the last of a project; where both
         // volumes are one file system, on either.

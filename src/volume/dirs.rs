@@ -1,6 +1,7 @@
 //! `snapshots/` and `trash/` of one volume.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
+use std::sync::OnceLock;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
@@ -48,18 +49,22 @@ pub struct Entry {
 pub struct Dirs {
     volume: Volume,
     path: String,
+    top: OwnedFd,
     snapshots: OwnedFd,
-    trash: OwnedFd,
+    /// Opened when it is needed: most requests leave it alone.
+    trash: OnceLock<OwnedFd>,
 }
 
 impl Dirs {
-    /// Opens, and where missing creates, `snapshots` and `trash` in `top`.
-    pub(super) fn open(volume: Volume, path: &str, top: impl AsFd) -> Result<Dirs> {
+    /// Opens, and where missing creates, `snapshots` in `top`; `trash` when it is
+    /// needed.
+    pub(super) fn open(volume: Volume, path: &str, top: OwnedFd) -> Result<Dirs> {
         Ok(Dirs {
             volume,
             path: path.to_owned(),
             snapshots: ensure_directory(&top, path, SNAPSHOTS)?,
-            trash: ensure_directory(&top, path, TRASH)?,
+            trash: OnceLock::new(),
+            top,
         })
     }
 
@@ -91,31 +96,9 @@ impl Dirs {
             id,
             keep: false,
         };
-        self.fill(&name, shape, owner).context(creating)?;
+        // No link can be in the way: the directory has just been made.
+        fill(&self.snapshots, &format!("{name}/"), shape, owner).context(creating)?;
         Ok(new)
-    }
-
-    fn fill(&self, name: &str, shape: Shape, owner: Owner) -> std::result::Result<(), Errno> {
-        let top = open_path(&self.snapshots, name)?;
-        let make = |name: &CStr, mode| match mkdirat(&top, name, Mode::from_raw_mode(mode)) {
-            Err(Errno::EXIST) => Ok(false),
-            made => made.map(|()| true),
-        };
-        if shape == Shape::UpperAndWork {
-            make(c"work", 0o711)?;
-        }
-        if !make(c"fs", 0o755)? {
-            return Ok(());
-        }
-        let is_root = owner == Owner { uid: 0, gid: 0 };
-        if !is_root {
-            let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
-            let flags = AtFlags::SYMLINK_NOFOLLOW;
-            chownat(&top, c"fs", Some(uid), Some(gid), flags)?;
-            // A file system that clears bits with a change of owner has them back.
-            chmodat(&top, c"fs", Mode::from_raw_mode(0o755), AtFlags::empty())?;
-        }
-        Ok(())
     }
 
     /// Whether a snapshot's directory holds all that [`Dirs::create`] makes.
@@ -131,7 +114,8 @@ impl Dirs {
     ///
     /// As of the volume's disk.
     pub fn complete(&self, id: SnapshotId, shape: Shape, owner: Owner) -> Result<()> {
-        self.fill(&id.to_string(), shape, owner)
+        open_path(&self.snapshots, &id.to_string())
+            .and_then(|top| fill(top, "", shape, owner))
             .context(|| format!("complete the directory {}", self.snapshot_path(id)))
     }
 
@@ -152,10 +136,11 @@ impl Dirs {
     ///
     /// As of the volume's disk.
     pub fn trash_entry(&self, name: &str) -> Result<bool> {
+        let trash = self.trash_fd()?;
         let mut target = name.to_owned();
         // An id comes twice when its first directory was left by a crash.
         for attempt in 1_u64.. {
-            match move_aside(&self.snapshots, name, &self.trash, &target) {
+            match move_aside(&self.snapshots, name, trash, &target) {
                 Ok(()) => return Ok(true),
                 Err(Errno::NOENT) => return Ok(false),
                 Err(Errno::EXIST | Errno::NOTEMPTY) => target = format!("{name}.{attempt}"),
@@ -222,7 +207,7 @@ impl Dirs {
 
     /// What is in `trash/`.
     pub(super) fn trashed(&self) -> Result<Vec<Entry>> {
-        list(&self.trash, &self.path, TRASH)
+        list(self.trash_fd()?, &self.path, TRASH)
     }
 
     /// Makes everything written on the volume so far durable (`syncfs(2)`).
@@ -241,28 +226,24 @@ impl Dirs {
             return Err(Errno::ROFS).context(flushing);
         }
         syncfs(&self.snapshots).map_err(failed)?;
-        self.require_alive().map_err(failed)
+        require_alive(self.trash_fd()?).map_err(failed)
     }
 
-    /// A file system that has made itself read-only (ext4 after an error, for
-    /// one) flushes nothing, and `syncfs` says that all is well; nor does
-    /// `statvfs` tell. It only refuses to be changed.
-    fn require_alive(&self) -> std::result::Result<(), Errno> {
-        match mkdirat(&self.trash, PROBE, Mode::from_raw_mode(0o700)) {
-            // Full is alive.
-            Ok(()) | Err(Errno::EXIST | Errno::NOSPC | Errno::DQUOT) => {}
-            Err(errno) => return Err(errno),
+    /// The trash, to be filled or emptied; created if it is missing.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn trash_fd(&self) -> Result<BorrowedFd<'_>> {
+        if let Some(trash) = self.trash.get() {
+            return Ok(trash.as_fd());
         }
-        match unlinkat(&self.trash, PROBE, AtFlags::REMOVEDIR) {
-            // Cleanup may have been quicker.
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(errno) => Err(errno),
-        }
+        let opened = ensure_directory(&self.top, &self.path, TRASH)?;
+        Ok(self.trash.get_or_init(|| opened).as_fd())
     }
 
-    /// The trash, to be emptied.
-    pub fn trash_fd(&self) -> BorrowedFd<'_> {
-        self.trash.as_fd()
+    pub(super) fn top_fd(&self) -> BorrowedFd<'_> {
+        self.top.as_fd()
     }
 
     /// Where the volume is, as configured.
@@ -304,6 +285,47 @@ impl Drop for NewDirs<'_> {
             // The next request that is given this id, or the next start, does it.
             log::warn!("undo a refused request: {}", error.chain());
         }
+    }
+}
+
+/// Makes what a snapshot's directory lacks, by names with that prefix.
+fn fill(at: impl AsFd, prefix: &str, shape: Shape, owner: Owner) -> std::result::Result<(), Errno> {
+    let make = |name: &str, mode| match mkdirat(&at, name, Mode::from_raw_mode(mode)) {
+        Err(Errno::EXIST) => Ok(false),
+        made => made.map(|()| true),
+    };
+    if shape == Shape::UpperAndWork {
+        make(&format!("{prefix}work"), 0o711)?;
+    }
+    let upper = format!("{prefix}fs");
+    if !make(&upper, 0o755)? || owner == (Owner { uid: 0, gid: 0 }) {
+        return Ok(());
+    }
+    let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    chownat(&at, upper.as_str(), Some(uid), Some(gid), flags)?;
+    // A file system that clears bits with a change of owner has them back.
+    chmodat(
+        &at,
+        upper.as_str(),
+        Mode::from_raw_mode(0o755),
+        AtFlags::empty(),
+    )
+}
+
+/// A file system that has made itself read-only (ext4 after an error, for
+/// one) flushes nothing, and `syncfs` says that all is well; nor does
+/// `statvfs` tell. It only refuses to be changed.
+fn require_alive(trash: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
+    match mkdirat(trash, PROBE, Mode::from_raw_mode(0o700)) {
+        // Full is alive.
+        Ok(()) | Err(Errno::EXIST | Errno::NOSPC | Errno::DQUOT) => {}
+        Err(errno) => return Err(errno),
+    }
+    match unlinkat(trash, PROBE, AtFlags::REMOVEDIR) {
+        // Cleanup may have been quicker.
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno),
     }
 }
 

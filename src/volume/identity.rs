@@ -5,7 +5,9 @@
 use std::fmt;
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, fsync, open, openat, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, fstat, fsync, open, openat, statat, unlinkat,
+};
 use rustix::io::{Errno, read};
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -110,25 +112,68 @@ impl Identity {
     }
 }
 
-/// Opens the writable directory if it is the volume of that identity.
-pub(super) fn open_confirmed(path: &str, identity: &Identity) -> Result<OwnedFd> {
-    let missing = |why: &str| {
-        Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "the writable volume is not at {path}: {why}; \
-                 mount the disk that was there (volume {identity})"
-            ),
-        )
-    };
-    let top = match open_top(path) {
-        Err(Errno::NOENT | Errno::NOTDIR) => return Err(missing("there is no such directory")),
-        top => top.context(|| format!("open the writable volume {path}"))?,
-    };
-    match read_mark(&top, path)? {
-        Some(found) if found == *identity => Ok(top),
-        Some(found) => Err(missing(&format!("this is another one (volume {found})"))),
-        None => Err(missing("the directory has no file .volume")),
+/// A mark as its file system shows it. Whatever takes its place has another inode,
+/// another time of change or, on another disk, both: the same one need not be
+/// read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    device: u64,
+    inode: u64,
+    changed: (i64, i64),
+}
+
+impl Seen {
+    /// The mark in the directory `top`, if there is one that can be looked at.
+    pub(super) fn in_directory(top: impl AsFd) -> Option<Seen> {
+        Seen::at(top, FILE)
+    }
+
+    /// The mark in the directory of that path.
+    pub(super) fn in_path(path: &str) -> Option<Seen> {
+        Seen::at(CWD, &format!("{path}/{FILE}"))
+    }
+
+    #[allow(clippy::unnecessary_cast)] // their types differ among architectures
+    fn at(directory: impl AsFd, name: &str) -> Option<Seen> {
+        let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        Some(Seen {
+            device: stat.st_dev as u64,
+            inode: stat.st_ino as u64,
+            changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
+        })
+    }
+}
+
+/// Refuses the opened writable directory unless it is the volume of that identity.
+pub(super) fn confirm(top: impl AsFd, path: &str, identity: &Identity) -> Result<()> {
+    match read_mark(top, path)? {
+        Some(found) if found == *identity => Ok(()),
+        Some(found) => Err(missing(
+            path,
+            identity,
+            &format!("this is another one (volume {found})"),
+        )),
+        None => Err(missing(path, identity, "the directory has no file .volume")),
+    }
+}
+
+fn missing(path: &str, identity: &Identity, why: &str) -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        format!(
+            "the writable volume is not at {path}: {why}; \
+             mount the disk that was there (volume {identity})"
+        ),
+    )
+}
+
+/// Opens the directory in which the volume of that identity should be.
+pub(super) fn open_expected(path: &str, identity: &Identity) -> Result<OwnedFd> {
+    match open_top(path) {
+        Err(Errno::NOENT | Errno::NOTDIR) => {
+            Err(missing(path, identity, "there is no such directory"))
+        }
+        top => top.context(|| format!("open the writable volume {path}")),
     }
 }
 
@@ -177,6 +222,24 @@ mod tests {
     fn claim(identity: &Identity, dir: &std::path::Path) -> Result<Claim> {
         let path = dir.to_str().unwrap();
         identity.claim(open_top(path).unwrap(), path)
+    }
+
+    fn open_confirmed(path: &str, identity: &Identity) -> Result<()> {
+        confirm(open_expected(path, identity)?, path, identity)
+    }
+
+    #[test]
+    fn another_mark_is_seen_as_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().to_str().unwrap();
+        assert_eq!(Seen::in_path(path), None);
+        claim(&Identity::random().unwrap(), dir.path()).unwrap();
+        let seen = Seen::in_path(path).unwrap();
+        assert_eq!(Seen::in_path(path), Some(seen));
+        assert_eq!(Seen::in_directory(open_top(path).unwrap()), Some(seen));
+        let other = Identity::random().unwrap();
+        replace_file(open_top(path).unwrap(), FILE, &other.to_string()).unwrap();
+        assert_ne!(Seen::in_path(path), Some(seen));
     }
 
     #[test]

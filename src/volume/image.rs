@@ -24,7 +24,6 @@ const BY_HAND: &str = "mounted";
 /// The opened image volume.
 pub struct Image {
     path: String,
-    top: OwnedFd,
     dirs: Arc<Dirs>,
     /// `lowers/`, once there is one.
     pub(super) lowers: OnceLock<OwnedFd>,
@@ -133,12 +132,13 @@ impl Image {
     /// As of its disk; [`ErrorKind::FailedPrecondition`] if one of the names is
     /// taken by something else.
     pub fn open(root: Root) -> Result<Image> {
-        let dirs = Dirs::open(Volume::Image, &root.path, &root.top)?;
         ensure_directory(&root.top, &root.path, Image::EMPTY)?;
+        let lowers = open_lowers(&root.top);
+        let dirs = Dirs::open(Volume::Image, &root.path, root.top)?;
+        dirs.trash_fd()?;
         Ok(Image {
             path: root.path,
-            lowers: open_lowers(&root.top),
-            top: root.top,
+            lowers,
             dirs: Arc::new(dirs),
         })
     }
@@ -243,7 +243,7 @@ impl Image {
     /// As of the volume's disk.
     pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let marking = || format!("write {}/{BY_HAND}/{id}", self.path);
-        let marked = ensure_directory(&self.top, &self.path, BY_HAND).and_then(|directory| {
+        let marked = ensure_directory(self.top(), &self.path, BY_HAND).and_then(|directory| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             openat(directory, id.to_string(), flags, Mode::from_raw_mode(0o600)).context(marking)
         });
@@ -256,7 +256,7 @@ impl Image {
     /// Whether that has been said.
     pub fn is_marked_mounted_by_hand(&self, id: SnapshotId) -> bool {
         let mark = format!("{BY_HAND}/{id}");
-        statat(&self.top, mark, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        statat(self.top(), mark, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
     /// Takes it back.
@@ -266,7 +266,7 @@ impl Image {
     /// As of the volume's disk.
     pub fn unmark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let mark = format!("{BY_HAND}/{id}");
-        match unlinkat(&self.top, &*mark, AtFlags::empty()) {
+        match unlinkat(self.top(), &*mark, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno).context(|| format!("remove {}/{mark}", self.path)),
         }
@@ -274,7 +274,7 @@ impl Image {
 
     /// The root itself, for the files beside the volume's directories.
     pub fn top(&self) -> BorrowedFd<'_> {
-        self.top.as_fd()
+        self.dirs.top_fd()
     }
 }
 

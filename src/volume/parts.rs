@@ -59,10 +59,11 @@ impl Dirs {
     ///
     /// As of the volume's disk, and the first one of `each`.
     pub fn each_trashed(&self, mut each: impl FnMut(OwnedFd) -> Result<()>) -> Result<()> {
+        let trash = self.trash_fd()?;
         for entry in self.trashed()? {
             // The type may be unknown to the file system.
             if matches!(entry.file_type, FileType::Directory | FileType::Unknown)
-                && let Ok(directory) = open_to_list(self.trash_fd(), &entry.name.to_string_lossy())
+                && let Ok(directory) = open_to_list(trash, &entry.name.to_string_lossy())
             {
                 each(directory)?;
             }

@@ -56,7 +56,7 @@ impl Snapshotter {
         };
         // A directory of another project cannot be moved into one that hands its
         // own on (rename(2), EXDEV).
-        for directory in [dirs.snapshots_fd(), dirs.trash_fd()] {
+        for directory in [dirs.snapshots_fd(), dirs.trash_fd()?] {
             if quota::project_of(directory)? != ProjectId::NONE {
                 quota::set_project(directory, ProjectId::NONE)?;
                 log::warn!("a directory of {} is no longer in a project", dirs.path());
