@@ -198,7 +198,7 @@ impl Snapshotter {
         // Before the writer's lock: the disk they are on may be slow, or gone.
         let lowers = self.ensure_lowers(&wanted)?;
 
-        let mut transaction = self.store.write()?;
+        let mut transaction = self.store.write_together()?;
         let created = transaction.rows().create(&New {
             kind,
             key,
@@ -394,7 +394,7 @@ impl Snapshotter {
         let update = || -> Result<Snapshot> {
             let changes = labels::plan_update(mask, given)?;
             self.check_lowers_after(key, &changes)?;
-            let mut transaction = self.store.write()?;
+            let mut transaction = self.store.write_together()?;
             let before = transaction.rows().stat(key)?;
             let after = transaction.rows().update(key, changes)?;
             let change = self.plan_limit_change(&transaction, &before, &after)?;

@@ -27,12 +27,13 @@ mod schema;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod transaction;
 
 use std::fs::OpenOptions;
 use std::ops::Deref;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags};
@@ -48,17 +49,18 @@ pub use rows::{
     Ancestor, Commit, Created, DataBytes, Held, LabelChange, New, Place, Rows, Snapshot,
 };
 pub use tail::{Completeness, IN_USE, peek_fact, probe_completeness};
+pub use transaction::Transaction;
 
 use ballast::Ballast;
 pub use ballast::set_space_aside;
 use copy::Changes;
+use transaction::Writer;
 
 /// The database.
 pub struct Store {
     path: PathBuf,
     access: Access,
-    /// `None` once closed.
-    writer: Mutex<Option<Connection>>,
+    writer: Writer,
     readers: Mutex<Vec<Connection>>,
     ballast: Ballast,
     changes: Changes,
@@ -125,7 +127,7 @@ impl Store {
         Ok(Store {
             path: path.to_owned(),
             access: Access::ReadWrite,
-            writer: Mutex::new(Some(writer)),
+            writer: Writer::new(Some(writer)),
             readers: Mutex::new(Vec::new()),
             ballast: Ballast::of(path),
             changes: Changes::default(),
@@ -149,7 +151,7 @@ impl Store {
         Ok(Store {
             path: path.to_owned(),
             access: Access::Read,
-            writer: Mutex::new(None),
+            writer: Writer::new(None),
             readers: Mutex::new(vec![reader]),
             ballast: Ballast::of(path),
             changes: Changes::default(),
@@ -179,29 +181,6 @@ impl Store {
         format!("the database {}", self.path.display())
     }
 
-    /// Begins the one write transaction; waits for the one under way. Dropped
-    /// without [`Transaction::commit`], it leaves no trace.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Unavailable`] once it is closed, or was opened to be read
-    /// only; [`ErrorKind::Internal`] if SQLite cannot begin.
-    pub fn write(&self) -> Result<Transaction<'_>> {
-        let writer = lock(&self.writer);
-        let connection = writer.as_ref().ok_or_else(not_writable)?;
-        connection
-            .prepare_cached("BEGIN IMMEDIATE")
-            .and_then(|mut begin| begin.execute([]))
-            .map_err(|error| sql_error(error, format!("begin to change {}", self.shown())))?;
-        let changes_before = connection.total_changes();
-        Ok(Transaction {
-            store: self,
-            writer,
-            changes_before,
-            finished: false,
-        })
-    }
-
     /// Marks the database as in use, before anything is acknowledged: should its
     /// log get lost from now on, [`probe_completeness`] tells.
     ///
@@ -209,8 +188,7 @@ impl Store {
     ///
     /// As of [`Store::write`], or of the database's disk.
     pub fn begin_use(&self) -> Result<()> {
-        let writer = lock(&self.writer);
-        tail::mark_in_use(writer.as_ref().ok_or_else(not_writable)?)
+        tail::mark_in_use(self.alone().connection()?)
     }
 
     /// Moves all that the log holds into the file itself; the log keeps it.
@@ -220,8 +198,7 @@ impl Store {
     /// As of [`Store::begin_use`]; [`ErrorKind::Unavailable`] if a reader of
     /// another process is in the way.
     pub fn settle(&self) -> Result<()> {
-        let writer = lock(&self.writer);
-        tail::settle(writer.as_ref().ok_or_else(not_writable)?)
+        tail::settle(self.alone().connection()?)
     }
 
     /// Gives back the space that was set aside, and has SQLite begin its log
@@ -229,7 +206,7 @@ impl Store {
     /// has been done and there is nothing more to give.
     pub fn make_room(&self) -> bool {
         let is_released = self.ballast.release();
-        if let Some(writer) = lock(&self.writer).as_ref() {
+        if let Ok(writer) = self.alone().connection() {
             // What it cannot move stays in the log.
             let moved = writer.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
             if let Err(error) = moved {
@@ -255,7 +232,7 @@ impl Store {
     pub fn close(&self) -> Result<()> {
         self.changes.stop();
         lock(&self.readers).clear();
-        let Some(writer) = lock(&self.writer).take() else {
+        let Some(writer) = self.alone().close() else {
             return Ok(());
         };
         tail::mark_unused(&writer).inspect_err(|_| {
@@ -291,56 +268,6 @@ impl Drop for Reader<'_> {
     fn drop(&mut self) {
         if let Some(rows) = self.rows.take() {
             lock(&self.store.readers).push(rows.into_inner());
-        }
-    }
-}
-
-/// The write transaction; see [`Rows`] for what can be asked and changed.
-pub struct Transaction<'a> {
-    store: &'a Store,
-    writer: MutexGuard<'a, Option<Connection>>,
-    changes_before: u64,
-    finished: bool,
-}
-
-impl Transaction<'_> {
-    /// The rows as this transaction sees and changes them.
-    pub fn rows(&self) -> Rows<&Connection> {
-        let connection = self.writer.as_ref();
-        Rows::new(connection.expect("a transaction has begun, and its guard keeps it"))
-    }
-
-    /// Makes everything done in it durable. The writer's lock is kept until the
-    /// value is dropped, so that what a failure leaves on a disk can be undone
-    /// before anybody else is given the same id.
-    ///
-    /// # Errors
-    ///
-    /// As of the database's disk; nothing of the transaction remains then.
-    pub fn commit(&mut self) -> Result<()> {
-        let connection = self.writer.as_ref().ok_or_else(not_writable)?;
-        connection
-            .prepare_cached("COMMIT")
-            .and_then(|mut commit| commit.execute([]))
-            .map_err(|error| sql_error(error, format!("commit to {}", self.store.shown())))?;
-        self.finished = true;
-        if connection.total_changes() != self.changes_before {
-            self.store.changes.note();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Transaction<'_> {
-    fn drop(&mut self) {
-        let Some(connection) = self.writer.as_ref() else {
-            return;
-        };
-        if self.finished || connection.is_autocommit() {
-            return;
-        }
-        if let Err(error) = connection.execute_batch("ROLLBACK") {
-            log::error!("cannot roll a database transaction back: {error}");
         }
     }
 }

@@ -77,7 +77,7 @@ impl Snapshotter {
     /// Under the writer's lock from the row to the link: whoever commits,
     /// removes, moves or sweeps the same snapshot comes before or after.
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
-        let mut transaction = self.store.write()?;
+        let mut transaction = self.store.write_together()?;
         transaction.rows().commit(commit)?;
         transaction.rows().forget_lowers(commit.id)?;
         if volume == Volume::Image {

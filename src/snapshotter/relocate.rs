@@ -127,7 +127,7 @@ impl Snapshotter {
         Ok(volume == Volume::Writable && self.mounted_on(volume)?.contains(&id))
     }
 
-    fn mounted_on(&self, volume: Volume) -> Result<Vec<SnapshotId>> {
+    pub(super) fn mounted_on(&self, volume: Volume) -> Result<Vec<SnapshotId>> {
         let prefix = format!("{}/", self.volumes.snapshots_path(volume));
         let uppers = mount::upper_directories()?;
         let ids = uppers.iter().filter_map(|upper| {
@@ -148,15 +148,8 @@ impl Snapshotter {
     ///
     /// As of the kernel's list of mounts, or the database.
     pub(super) fn held_layers(&self) -> Result<HashSet<SnapshotId>> {
-        let reader = self.store.read()?;
-        let mut held = HashSet::new();
-        for id in self.mounted_on(Volume::Writable)? {
-            let place = reader.place(id)?;
-            if place.is_some_and(|place| place.kind == Kind::Committed) {
-                held.extend(reader.chain(id)?.into_iter().map(|layer| layer.id));
-            }
-        }
-        Ok(held)
+        let mounted = self.mounted_on(Volume::Writable)?;
+        self.store.read()?.layers_of(&mounted)
     }
 
     fn copy_home(&self, id: SnapshotId, writable: &Dirs) -> Result<u64> {

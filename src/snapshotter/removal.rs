@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use super::{RemovalMode, Snapshotter, labels, recover};
 use crate::error::{Context, ErrorKind, Result};
 use crate::lock::lock;
-use crate::store::Place;
+use crate::store::{Place, Transaction};
 use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::volume::Dirs;
@@ -25,11 +25,16 @@ impl Snapshotter {
 
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
-        let (removed, released) = match self.strike_out(key) {
+        let (removed, released) = match self.strike_out(key, self.store.write_together()?) {
+            // On a full disk it may be what others do at the same time that is too much.
             Err(error)
-                if error.kind() == ErrorKind::ResourceExhausted && self.store.make_room() =>
+                if matches!(
+                    error.kind(),
+                    ErrorKind::ResourceExhausted | ErrorKind::Unavailable
+                ) =>
             {
-                self.strike_out(key)?
+                self.store.make_room();
+                self.strike_out(key, self.store.write()?)?
             }
             struck => struck?,
         };
@@ -72,12 +77,21 @@ impl Snapshotter {
 
     /// Removes the row; returns what it was, and the layers whose old directory
     /// nothing needs any more.
-    fn strike_out(&self, key: &str) -> Result<(Place, Vec<SnapshotId>)> {
-        let mut transaction = self.store.write()?;
-        let removed = transaction.rows().remove(key)?;
-        let released = match transaction.rows().retired()?.is_empty() {
-            true => Vec::new(),
-            false => transaction.rows().release_retired(&self.held_layers()?)?,
+    fn strike_out(
+        &self,
+        key: &str,
+        mut transaction: Transaction<'_>,
+    ) -> Result<(Place, Vec<SnapshotId>)> {
+        let rows = transaction.rows();
+        // Before the row is gone by which it is known what stands on what.
+        let held = match rows.retired()?.is_empty() {
+            true => None,
+            false => Some(rows.layers_of(&self.mounted_on(Volume::Writable)?)?),
+        };
+        let removed = rows.remove(key)?;
+        let released = match held {
+            None => Vec::new(),
+            Some(held) => rows.release_retired(&held)?,
         };
         transaction.commit()?;
         Ok((removed, released))

@@ -10,7 +10,7 @@ use super::convert::{id_from_sql, place_from_sql, sql_id};
 use super::rows::{Place, Rows};
 use super::sql_error;
 use crate::error::Result;
-use crate::types::{SnapshotId, Timestamp};
+use crate::types::{Kind, SnapshotId, Timestamp};
 
 /// A layer whose bytes are on the writable volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +35,22 @@ pub struct Retired {
 }
 
 impl<C: Borrow<Connection>> Rows<C> {
+    /// The layers among these snapshots, and all that those stand on.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn layers_of(&self, snapshots: &[SnapshotId]) -> Result<HashSet<SnapshotId>> {
+        let mut layers = HashSet::new();
+        for id in snapshots {
+            let place = self.place(*id)?;
+            if place.is_some_and(|place| place.kind == Kind::Committed) {
+                layers.extend(self.chain(*id)?.into_iter().map(|layer| layer.id));
+            }
+        }
+        Ok(layers)
+    }
+
     /// The layers that are not home, those committed first first.
     ///
     /// # Errors
