@@ -49,7 +49,7 @@ pub use rows::{
     Ancestor, Commit, Created, DataBytes, Held, LabelChange, New, Place, Rows, Snapshot,
 };
 pub use tail::{Completeness, IN_USE, peek_fact, probe_completeness};
-pub use transaction::Transaction;
+pub use transaction::{MOST_TOGETHER, Transaction};
 
 use ballast::Ballast;
 pub use ballast::set_space_aside;

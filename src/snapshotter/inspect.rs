@@ -7,6 +7,7 @@ use rustix::fs::FileType;
 
 use super::Snapshotter;
 use super::finding::{Finding, Problem, Recorded};
+use super::recover::first_forgotten;
 use crate::error::{Error, ErrorKind, Result};
 use crate::filter::Filters;
 use crate::store::{DataBytes, Snapshot};
@@ -48,14 +49,18 @@ impl Snapshotter {
         let rows = self.rows()?;
         let held = self.held_layers()?;
 
+        let forgotten = |dirs: &Dirs, entries: &Entries| {
+            first_forgotten(dirs, entries.keys().copied(), rows.highest)
+        };
+        let mut is_older = forgotten(&image, &on_image)?.is_some();
+        if let (Ok(writable), Some(on_writable)) = (&writable, &on_writable) {
+            is_older |= forgotten(writable, on_writable)?.is_some();
+        }
         let mut findings = Vec::new();
         if let Err(error) = writable {
             findings.push(self.missing_volume(&rows, error));
         }
-        let found = on_image
-            .keys()
-            .chain(on_writable.iter().flat_map(HashMap::keys));
-        if found.clone().any(|id| id.number() > rows.highest + 1) {
+        if is_older {
             findings.push(about_all(Problem::DatabaseOlder {
                 highest: rows.highest,
             }));

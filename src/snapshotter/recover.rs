@@ -9,7 +9,7 @@ use rustix::fs::FileType;
 use super::labels::IdMaps;
 use super::{QuotaMode, Snapshotter};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{Place, Transaction};
+use crate::store::{MOST_TOGETHER, Place, Transaction};
 use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::volume::{Dirs, NewDirs, Owner, Shape, moving_id};
@@ -34,20 +34,18 @@ impl Inventory {
     }
 
     /// Refuses a database that has forgotten snapshots whose directories are there.
-    /// One request at a time enters a snapshot, so a crash leaves none beyond the
-    /// next id.
     pub(super) fn require_latest(&self, volume: Volume, dirs: &Dirs) -> Result<()> {
         let entries = dirs.entries()?;
         let ids = entries
             .iter()
             .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
-        let Some(newest) = ids.max().filter(|id| id.number() > self.highest + 1) else {
+        let Some(forgotten) = first_forgotten(dirs, ids, self.highest)? else {
             return Ok(());
         };
         Err(Error::new(
             ErrorKind::DataLoss,
             format!(
-                "the {volume} volume has snapshots/{newest}, but the database has given out \
+                "the {volume} volume has snapshots/{forgotten}, but the database has given out \
                  numbers up to {} only: it is an older state of itself, unless somebody has made \
                  that directory by hand. Put the latest one back, or run `check --repair`, which \
                  removes what it does not know",
@@ -271,6 +269,27 @@ impl Snapshotter {
         let maps = IdMaps::from_labels(&snapshot.info.labels)?;
         self.owner_for(maps.as_ref(), snapshot.parent_id)
     }
+}
+
+/// The first of these entries that a database must have forgotten which has given
+/// out ids up to `highest`. Requests that were cut off before they were answered
+/// leave empty directories, as many as become durable together.
+///
+/// # Errors
+///
+/// As of the volume's disk.
+pub(super) fn first_forgotten(
+    dirs: &Dirs,
+    ids: impl Iterator<Item = SnapshotId>,
+    highest: u64,
+) -> Result<Option<SnapshotId>> {
+    for id in ids {
+        let beyond = id.number().saturating_sub(highest);
+        if beyond > MOST_TOGETHER as u64 || beyond > 0 && !dirs.is_unfilled(id)? {
+            return Ok(Some(id));
+        }
+    }
+    Ok(None)
 }
 
 /// What `snapshots/` of a volume holds under ids that rows know.

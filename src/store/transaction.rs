@@ -20,6 +20,10 @@ use super::{Store, not_writable, sql_error};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lock::lock;
 
+/// How many become durable together at most: after a crash, so many snapshots may
+/// have a directory and no row.
+pub const MOST_TOGETHER: usize = 16;
+
 /// The one connection that writes, and who is around it.
 pub(super) struct Writer {
     state: Mutex<State>,
@@ -218,7 +222,8 @@ impl Store {
 
     /// Lets go of the writer. A batch is left open only to somebody who comes.
     fn leave(&self, mut writer: MutexGuard<'_, State>) {
-        if !self.writer.is_awaited() {
+        let members = writer.batch.as_ref().map_or(0, |batch| batch.members);
+        if members == MOST_TOGETHER || !self.writer.is_awaited() {
             self.end_batch(&mut writer);
         }
     }

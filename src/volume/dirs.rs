@@ -385,6 +385,16 @@ pub(super) fn list(fd: impl AsFd, volume: &str, directory: &str) -> Result<Vec<E
     Ok(entries)
 }
 
+/// Whether a directory has no entries.
+pub(super) fn is_empty(directory: OwnedFd) -> std::result::Result<bool, Errno> {
+    for entry in Dir::new(directory)? {
+        if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 pub(super) fn open_path(parent: impl AsFd, name: &str) -> std::result::Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(parent, name, flags, Mode::empty())

@@ -12,7 +12,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
+use super::dirs::{Dirs, Owner, ensure_directory, is_empty, open_to_list};
 use super::identity::open_top;
 use super::lowers::open_lowers;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -112,17 +112,10 @@ impl Image {
     /// As of its disk.
     pub fn holds_snapshots(root: &Root) -> Result<bool> {
         let looking = || format!("look into {}/snapshots", root.path);
-        let dir = match open_to_list(&root.top, "snapshots") {
-            Err(Errno::NOENT) => return Ok(false),
-            fd => Dir::new(fd.context(looking)?).context(looking)?,
-        };
-        for entry in dir {
-            let entry = entry.context(looking)?;
-            if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-                return Ok(true);
-            }
+        match open_to_list(&root.top, "snapshots") {
+            Err(Errno::NOENT) => Ok(false),
+            opened => Ok(!opened.and_then(is_empty).context(looking)?),
         }
-        Ok(false)
     }
 
     /// Takes the root into use: makes the directories it lacks.

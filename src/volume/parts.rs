@@ -1,12 +1,12 @@
 //! A snapshot's directories as open ones, for what is asked of and set on the
 //! directory itself and has no call that takes a path.
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::Dirs;
-use super::dirs::open_to_list;
+use super::dirs::{is_empty, open_to_list};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::SnapshotId;
 
@@ -50,6 +50,31 @@ impl Dirs {
             work => Some(work.context(opening)?),
         };
         Ok(Parts { top, upper, work })
+    }
+
+    /// Whether nothing has been written into a snapshot's directories. What is no
+    /// directory cannot have been.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn is_unfilled(&self, id: SnapshotId) -> Result<bool> {
+        let looking = || format!("look into {}/snapshots/{id}", self.path());
+        let open = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            opened => opened.map(Some).context(looking),
+        };
+        let Some(top) = open(self.snapshots_fd(), &id.to_string())? else {
+            return Ok(true);
+        };
+        for name in ["fs", "work"] {
+            if let Some(directory) = open(top.as_fd(), name)?
+                && !is_empty(directory).context(looking)?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Shows `each` directory in the trash, as an open one. What is not one, or is

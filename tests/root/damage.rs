@@ -20,6 +20,7 @@ pub const TESTS: &[Test] = &[
     ("a_truncated_database", a_truncated_database),
     ("a_copy_is_the_way_back", a_copy_is_the_way_back),
     ("an_older_database", an_older_database),
+    ("what_was_cut_off_is_no_sign", what_was_cut_off_is_no_sign),
     ("a_copy_is_made_at_a_stop", a_copy_is_made_at_a_stop),
 ];
 
@@ -251,13 +252,45 @@ fn an_older_database() {
     sample(&split.client(), "second");
     split.daemon.stop();
     fs::write(database(&split), backup).unwrap();
-    is_refused(&split, &["snapshots/4", "numbers up to 2 only"]);
+    is_refused(&split, &["snapshots/3", "numbers up to 2 only"]);
     // Nothing is taken for a stray before somebody has said so.
     let upper = split.writable().join("snapshots/4/fs");
     assert!(upper.is_dir());
     let client = repair(&mut split);
     holds(&client, "first");
     assert!(!upper.exists());
+}
+
+/// Requests that became durable together leave empty directories when they are cut
+/// off: no sign that the database is older than they are. One file in one of them is.
+fn what_was_cut_off_is_no_sign() {
+    let mut split = Split::start(&[]);
+    sample(&split.client(), "first");
+    split.daemon.stop();
+    // The layer and the container have the first two.
+    let next = 3..3 + 16;
+    let directory = |top: &Path, id: u64| top.join(format!("snapshots/{id}"));
+    for top in [split.root(), split.writable()] {
+        for id in next.clone() {
+            fs::create_dir_all(directory(&top, id).join("fs")).unwrap();
+            fs::create_dir(directory(&top, id).join("work")).unwrap();
+        }
+        let file = directory(&top, 7).join("fs/file");
+        fs::write(&file, "data").unwrap();
+        is_refused(&split, &["snapshots/7", "older state of itself"]);
+        fs::remove_file(file).unwrap();
+        let further = directory(&top, next.end);
+        fs::create_dir(&further).unwrap();
+        is_refused(&split, &["snapshots/19", "older state of itself"]);
+        fs::remove_dir(further).unwrap();
+    }
+    split.daemon.restart();
+    let client = split.client();
+    holds(&client, "first");
+    sample(&client, "second");
+    holds(&client, "second");
+    client.cleanup().unwrap();
+    is_clean(&split);
 }
 
 fn a_copy_is_made_at_a_stop() {
