@@ -305,6 +305,8 @@ impl Snapshotter {
             Some(parent) => reader.chain(parent)?,
             None => Vec::new(),
         };
+        // What follows takes one of its own: two at a time are twice the memory.
+        drop(reader);
         if snapshot.volume == Some(Volume::Writable) {
             self.volumes.require_writable()?;
         }
