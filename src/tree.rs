@@ -10,6 +10,7 @@ mod copy;
 mod remove;
 mod usage;
 mod visit;
+mod walk;
 
 use std::ffi::CStr;
 

@@ -3,12 +3,15 @@
 use std::collections::HashSet;
 
 use rustix::fd::AsFd;
-use rustix::fs::{AtFlags, Dir, FileType, Stat, fstat, statat};
+use rustix::fs::{AtFlags, FileType, Stat, fstat, statat};
 use rustix::io::Errno;
 
-use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
+use super::open_directory;
+use super::walk::Walk;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::Content;
+
+const COUNTING: &str = "count what a directory tree holds";
 
 /// What the tree below `top` holds, `top` itself included: allocated blocks of
 /// 512 bytes × 512, and inodes, a hard-linked one once, which follows
@@ -49,24 +52,9 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
         }
         is_directory
     };
-    let counting = || "count what a directory tree holds";
-
-    add(&fstat(&top).context(counting)?);
-    let first = open_directory(&top, c".").context(counting)?;
-    let mut pending = vec![Dir::new(first).context(counting)?];
-    while let Some(dir) = pending.last_mut() {
-        let Some(entry) = dir.read() else {
-            pending.pop();
-            continue;
-        };
-        let entry = match entry {
-            Err(Errno::NOENT) => continue,
-            entry => entry.context(counting)?,
-        };
-        let name = entry.file_name();
-        if is_dot(name) {
-            continue;
-        }
+    add(&fstat(&top).context(|| COUNTING)?);
+    let mut walk = Walk::begin(&top, COUNTING)?;
+    while let Some(entry) = walk.next()? {
         entries += 1;
         if entries.is_multiple_of(ENTRIES) && is_given_up() {
             return Err(Error::new(
@@ -74,10 +62,10 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
                 "nobody waits for the count any more",
             ));
         }
-        let parent = dir.fd().context(counting)?;
+        let (parent, name) = (walk.parent()?, entry.file_name());
         let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => continue,
-            stat => stat.context(counting)?,
+            stat => stat.context(|| COUNTING)?,
         };
         if !add(&stat) {
             continue;
@@ -85,11 +73,7 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
         match open_directory(parent, name) {
             // Gone, or another thing by now, or somebody's mount.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
-            Ok(_) if pending.len() >= MAX_LEVELS => return Err(too_deep()),
-            opened => {
-                let below = Dir::new(opened.context(counting)?).context(counting)?;
-                pending.push(below);
-            }
+            opened => walk.enter(opened.context(|| COUNTING)?)?,
         }
     }
     Ok(content)

@@ -3,11 +3,14 @@
 use std::ffi::CStr;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fstat, openat, statat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, openat, statat};
 use rustix::io::Errno;
 
-use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
+use super::open_directory;
+use super::walk::Walk;
 use crate::error::{Context, Result};
+
+const VISITING: &str = "look through a directory tree";
 
 /// Shows `each` directory and each regular file below `top`, and `top` itself
 /// first, as an open one, a directory before what is in it. What vanishes
@@ -21,31 +24,13 @@ pub fn visit_open(
     top: impl AsFd,
     mut each: impl FnMut(BorrowedFd<'_>, FileType) -> Result<()>,
 ) -> Result<()> {
-    let visiting = || "look through a directory tree";
-    let first = open_directory(&top, c".").context(visiting)?;
-    each(first.as_fd(), FileType::Directory)?;
-    let mut pending = vec![Dir::new(first).context(visiting)?];
-    while let Some(dir) = pending.last_mut() {
-        let Some(entry) = dir.read() else {
-            pending.pop();
-            continue;
-        };
-        let entry = match entry {
-            Err(Errno::NOENT) => continue,
-            entry => entry.context(visiting)?,
-        };
-        let name = entry.file_name();
-        if is_dot(name) {
-            continue;
-        }
-        let parent = dir.fd().context(visiting)?;
-        match open_known(parent, name).context(visiting)? {
+    let mut walk = Walk::begin(&top, VISITING)?;
+    each(walk.parent()?, FileType::Directory)?;
+    while let Some(entry) = walk.next()? {
+        match open_known(walk.parent()?, entry.file_name()).context(|| VISITING)? {
             Some((fd, FileType::Directory)) => {
-                if pending.len() >= MAX_LEVELS {
-                    return Err(too_deep());
-                }
                 each(fd.as_fd(), FileType::Directory)?;
-                pending.push(Dir::new(fd).context(visiting)?);
+                walk.enter(fd)?;
             }
             Some((fd, file_type)) => each(fd.as_fd(), file_type)?,
             None => {}
