@@ -35,6 +35,7 @@ use crate::proto::snapshots as api;
 use crate::snapshotter::{Caller, Snapshotter};
 pub use metrics::Metrics;
 pub use pool::Pool;
+use pool::Work;
 
 const PREPARE: &str = "/containerd.services.snapshots.v1.Snapshots/Prepare";
 const VIEW: &str = "/containerd.services.snapshots.v1.Snapshots/View";
@@ -61,14 +62,14 @@ pub struct Desk {
 pub fn build(desk: &Arc<Desk>) -> grpcio::Service {
     let unary = Unary { desk };
     let mut builder = ServiceBuilder::new();
-    builder = unary.on_worker(builder, PREPARE, prepare);
-    builder = unary.on_worker(builder, VIEW, view);
-    builder = unary.on_worker(builder, MOUNTS, mounts);
-    builder = unary.on_worker(builder, COMMIT, commit);
-    builder = unary.on_worker(builder, REMOVE, remove);
+    builder = unary.on_worker(builder, Work::Brief, PREPARE, prepare);
+    builder = unary.on_worker(builder, Work::Brief, VIEW, view);
+    builder = unary.on_worker(builder, Work::Brief, MOUNTS, mounts);
+    builder = unary.on_worker(builder, Work::Brief, COMMIT, commit);
+    builder = unary.on_worker(builder, Work::Brief, REMOVE, remove);
     builder = unary.in_place(builder, STAT, stat);
-    builder = unary.on_worker(builder, UPDATE, update);
-    builder = unary.on_worker(builder, CLEANUP, cleanup);
+    builder = unary.on_worker(builder, Work::Brief, UPDATE, update);
+    builder = unary.on_worker(builder, Work::Long, CLEANUP, cleanup);
     let (desk, counting) = (Arc::clone(desk), Arc::clone(desk));
     builder
         // On the wire the same as a unary one; only a stream's sink tells when
@@ -209,7 +210,7 @@ fn stream_list(
     let (sender, receiver) = oneshot::channel();
     let answering = Arc::clone(desk);
     let submitted = desk.pool.admit().map(|running| {
-        desk.pool.submit(running, move || {
+        desk.pool.submit(running, Work::Brief, move || {
             let pages = || list_pages(&answering.snapshotter, &request);
             let _ = sender.send(answer(&answering.metrics, LIST, pages));
         });
@@ -246,7 +247,7 @@ fn respond_while_wanted(
     let (sender, mut receiver) = oneshot::channel();
     let (answering, asking) = (Arc::clone(desk), caller.clone());
     let submitted = desk.pool.admit().map(|running| {
-        desk.pool.submit(running, move || {
+        desk.pool.submit(running, Work::Long, move || {
             let result = answer(&answering.metrics, USAGE, || {
                 encode(&usage(&answering.snapshotter, &decode(&request)?, &asking)?)
             });
@@ -296,6 +297,7 @@ impl Unary<'_> {
     fn on_worker<Q: Message, A: Message>(
         &self,
         builder: ServiceBuilder,
+        work: Work,
         name: &'static str,
         operation: fn(&Snapshotter, Q) -> Result<A>,
     ) -> ServiceBuilder {
@@ -307,7 +309,7 @@ impl Unary<'_> {
             };
             let (sender, receiver) = oneshot::channel();
             let answering = Arc::clone(&desk);
-            desk.pool.submit(running, move || {
+            desk.pool.submit(running, work, move || {
                 let result = answer(&answering.metrics, name, || {
                     encode(&operation(&answering.snapshotter, decode(&request)?)?)
                 });

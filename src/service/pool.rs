@@ -12,6 +12,16 @@ use crate::lock::lock;
 
 type Job = Box<dyn FnOnce() + Send>;
 
+/// How long a request may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// No longer than its disks let it wait.
+    Brief,
+    /// As long as a walk through a tree takes. One worker is kept free of such work,
+    /// where there are several: a container that starts does not wait for it.
+    Long,
+}
+
 /// A fixed number of threads that take requests in the order of their arrival.
 pub struct Pool {
     door: Arc<Door>,
@@ -21,15 +31,17 @@ pub struct Pool {
 
 /// What waits for a worker. Not a channel: its receiver would be shared behind a
 /// lock, and each job would wake a second worker, to be the next one to wait in it.
-#[derive(Default)]
 struct Jobs {
     state: Mutex<JobsState>,
     added: Condvar,
+    /// How many workers may be at long work at the same time.
+    most_long: usize,
 }
 
 #[derive(Default)]
 struct JobsState {
-    waiting: VecDeque<Job>,
+    waiting: VecDeque<(Work, Job)>,
+    long_running: usize,
     is_over: bool,
 }
 
@@ -56,15 +68,20 @@ impl Pool {
     ///
     /// [`ErrorKind::Internal`] if the system gives no thread.
     pub fn start(threads: usize) -> Result<Pool> {
-        let jobs = Arc::new(Jobs::default());
+        let jobs = Arc::new(Jobs {
+            state: Mutex::default(),
+            added: Condvar::new(),
+            most_long: threads.saturating_sub(1).max(1),
+        });
         let mut workers = Vec::with_capacity(threads);
         for number in 0..threads {
             let jobs = Arc::clone(&jobs);
             let worker = thread::Builder::new()
                 .name(format!("worker-{number}"))
                 .spawn(move || {
-                    while let Some(job) = jobs.take() {
+                    while let Some((work, job)) = jobs.take() {
                         job();
+                        jobs.end(work);
                     }
                 })
                 .map_err(|error| {
@@ -104,12 +121,12 @@ impl Pool {
 
     /// Hands a request that was let in to the workers; it is under way until
     /// `job` has run.
-    pub fn submit(&self, running: Running, job: impl FnOnce() + Send + 'static) {
+    pub fn submit(&self, running: Running, work: Work, job: impl FnOnce() + Send + 'static) {
         let job = Box::new(move || {
             job();
             drop(running);
         });
-        lock(&self.jobs.state).waiting.push_back(job);
+        lock(&self.jobs.state).waiting.push_back((work, job));
         self.jobs.added.notify_one();
     }
 
@@ -143,14 +160,31 @@ impl Pool {
 }
 
 impl Jobs {
-    /// Waits for a job; `None` when there will be no more.
-    fn take(&self) -> Option<Job> {
-        let idle = |state: &mut JobsState| state.waiting.is_empty() && !state.is_over;
-        let waited = self.added.wait_while(lock(&self.state), idle);
-        waited
-            .unwrap_or_else(PoisonError::into_inner)
-            .waiting
-            .pop_front()
+    /// Waits for a job that may begin; `None` when there will be no more.
+    fn take(&self) -> Option<(Work, Job)> {
+        let mut state = lock(&self.state);
+        loop {
+            let is_full = state.long_running == self.most_long;
+            let may_begin = |(work, _): &(Work, Job)| *work == Work::Brief || !is_full;
+            if let Some(next) = state.waiting.iter().position(may_begin) {
+                let taken = state.waiting.remove(next);
+                let is_long = taken.as_ref().is_some_and(|(work, _)| *work == Work::Long);
+                state.long_running += usize::from(is_long);
+                return taken;
+            }
+            if state.is_over {
+                return None;
+            }
+            let waited = self.added.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn end(&self, work: Work) {
+        if work == Work::Long {
+            // The worker that ends it looks for the next one itself.
+            lock(&self.state).long_running -= 1;
+        }
     }
 }
 
@@ -191,7 +225,7 @@ mod tests {
         let done = Arc::new(AtomicUsize::new(0));
         for _ in 0..20 {
             let done = Arc::clone(&done);
-            pool.submit(pool.admit().unwrap(), move || {
+            pool.submit(pool.admit().unwrap(), Work::Brief, move || {
                 thread::sleep(Duration::from_millis(5));
                 done.fetch_add(1, Ordering::SeqCst);
             });
@@ -203,10 +237,52 @@ mod tests {
     }
 
     #[test]
+    fn long_work_leaves_a_worker_to_the_others() {
+        let pool = Pool::start(3).unwrap();
+        let (began, beginnings) = channel();
+        let (release, wait) = channel::<()>();
+        let wait = Arc::new(Mutex::new(wait));
+        for number in 0..4 {
+            let (began, wait) = (began.clone(), Arc::clone(&wait));
+            pool.submit(pool.admit().unwrap(), Work::Long, move || {
+                began.send(number).unwrap();
+                let _ = lock(&wait).recv();
+            });
+        }
+        let next = || beginnings.recv_timeout(Duration::from_secs(60)).unwrap();
+        let mut first = [next(), next()];
+        first.sort_unstable();
+        assert_eq!(first, [0, 1]);
+        let began_brief = began.clone();
+        pool.submit(pool.admit().unwrap(), Work::Brief, move || {
+            began_brief.send(9).unwrap();
+        });
+        // Before the long ones that came before it.
+        assert_eq!(next(), 9);
+        release.send(()).unwrap();
+        assert_eq!(next(), 2);
+        drop(release);
+        assert_eq!(next(), 3);
+        assert!(pool.close(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn long_work_is_done_by_an_only_worker_too() {
+        let pool = Pool::start(1).unwrap();
+        let done = Arc::new(AtomicUsize::new(0));
+        let counting = Arc::clone(&done);
+        pool.submit(pool.admit().unwrap(), Work::Long, move || {
+            counting.fetch_add(1, Ordering::SeqCst);
+        });
+        assert!(pool.close(Duration::from_secs(60)));
+        assert_eq!(done.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
     fn a_stop_does_not_wait_for_ever() {
         let pool = Pool::start(1).unwrap();
         let (release, wait) = channel::<()>();
-        pool.submit(pool.admit().unwrap(), move || {
+        pool.submit(pool.admit().unwrap(), Work::Brief, move || {
             let _ = wait.recv();
         });
         assert!(!pool.close(Duration::from_millis(20)));
