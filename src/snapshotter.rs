@@ -38,7 +38,7 @@ use crate::store::{Ancestor, New, Snapshot, Store};
 use crate::types::{
     Info, Kind, LABEL_UPPERDIR, Labels, Mount, ProjectId, Quoted, SnapshotId, Volume,
 };
-use crate::volume::{Owner, Shape, Volumes};
+use crate::volume::{NewDirs, Owner, Shape, Volumes};
 pub use figures::{Figures, VolumeFigures, Written};
 pub use finding::{Finding, Problem, Recorded};
 pub use inspect::Inspection;
@@ -47,6 +47,7 @@ pub use options::{
     Options, QuotaMode, QuotaOptions, Relocation, RemovalMode, SyncMode, UpperdirLabel,
 };
 use place::{choose_volume, is_unpack};
+use projects::NewProject;
 pub use rescue::Rescue;
 pub use usage::{Caller, UsageFigures};
 
@@ -198,47 +199,43 @@ impl Snapshotter {
         // Before the writer's lock: the disk they are on may be slow, or gone.
         let lowers = self.ensure_lowers(&wanted)?;
 
-        let mut transaction = self.store.write_together()?;
-        let created = transaction.rows().create(&New {
-            kind,
-            key,
-            parent,
-            labels: &labels,
-            volume,
-        })?;
-        self.require_present(&created.ancestors)?;
-        let new_dirs = match &dirs {
-            None => None,
-            Some(dirs) => {
-                let parent = created.ancestors.first().map(|parent| parent.id);
-                let owner = self.owner_for(id_maps.as_ref(), parent)?;
-                let shape = match kind {
-                    Kind::View => Shape::UpperOnly,
-                    Kind::Active | Kind::Committed => Shape::UpperAndWork,
-                };
-                Some(dirs.create(created.id, shape, owner)?)
-            }
-        };
-        let new_project = match (&quotas, &dirs, limits) {
-            (Some(quotas), Some(dirs), Some(limits)) => {
-                Some(self.give_project(&transaction, quotas, dirs, created.id, limits)?)
-            }
-            _ => None,
-        };
         let image = self.volumes.image();
-        let new_links = image.link_lowers(created.id, lowers.targets())?;
-        transaction
-            .rows()
-            .record_lowers(created.id, &wanted.chosen)?;
-        transaction.commit()?;
-        if let Some(new_dirs) = new_dirs {
-            new_dirs.keep();
-        }
-        if let Some(new_project) = new_project {
-            new_project.keep();
-        }
+        let made = self.store.together(|transaction| {
+            let created = transaction.rows().create(&New {
+                kind,
+                key,
+                parent,
+                labels: &labels,
+                volume,
+            })?;
+            self.require_present(&created.ancestors)?;
+            let new_dirs = match &dirs {
+                None => None,
+                Some(dirs) => {
+                    let parent = created.ancestors.first().map(|parent| parent.id);
+                    let owner = self.owner_for(id_maps.as_ref(), parent)?;
+                    let shape = match kind {
+                        Kind::View => Shape::UpperOnly,
+                        Kind::Active | Kind::Committed => Shape::UpperAndWork,
+                    };
+                    Some(dirs.create(created.id, shape, owner)?)
+                }
+            };
+            let new_project = match (&quotas, &dirs, limits) {
+                (Some(quotas), Some(dirs), Some(limits)) => {
+                    Some(self.give_project(transaction, quotas, dirs, created.id, limits)?)
+                }
+                _ => None,
+            };
+            let new_links = image.link_lowers(created.id, lowers.targets())?;
+            let rows = transaction.rows();
+            rows.record_lowers(created.id, &wanted.chosen)?;
+            Ok((new_links, new_project, new_dirs, created))
+        })?;
+        let (new_links, new_project, new_dirs, created) = made;
         new_links.keep();
-        drop(transaction);
+        new_project.into_iter().for_each(NewProject::keep);
+        new_dirs.into_iter().for_each(NewDirs::keep);
         let extras = image.lower_links(created.id, lowers.targets().len());
         lowers.keep();
         let is_unpack = kind == Kind::Active && is_unpack(key, &labels);
@@ -396,7 +393,7 @@ impl Snapshotter {
         let update = || -> Result<Snapshot> {
             let changes = labels::plan_update(mask, given)?;
             self.check_lowers_after(key, &changes)?;
-            let mut transaction = self.store.write_together()?;
+            let mut transaction = self.store.write()?;
             let before = transaction.rows().stat(key)?;
             let after = transaction.rows().update(key, changes)?;
             let change = self.plan_limit_change(&transaction, &before, &after)?;

@@ -77,19 +77,22 @@ impl Snapshotter {
     /// Under the writer's lock from the row to the link: whoever commits,
     /// removes, moves or sweeps the same snapshot comes before or after.
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
-        let mut transaction = self.store.write_together()?;
-        transaction.rows().commit(commit)?;
-        transaction.rows().forget_lowers(commit.id)?;
-        if volume == Volume::Image {
-            return transaction.commit();
-        }
-        let linked = self.volumes.link_home(commit.id);
-        linked.and_then(|()| transaction.commit()).inspect_err(|_| {
-            if let Err(error) = self.volumes.image().remove_link(commit.id) {
-                self.note_stray(Volume::Image);
-                log::warn!("undo the link of a refused commit: {}", error.chain());
+        let linked = self.store.together(|transaction| {
+            transaction.rows().commit(commit)?;
+            transaction.rows().forget_lowers(commit.id)?;
+            if volume == Volume::Image {
+                return Ok(None);
             }
-        })
+            let link = NewLink {
+                snapshotter: self,
+                id: commit.id,
+                keep: false,
+            };
+            self.volumes.link_home(commit.id)?;
+            Ok(Some(link))
+        })?;
+        linked.into_iter().for_each(NewLink::keep);
+        Ok(())
     }
 
     /// Makes everything on a volume durable. A disk that fails to write says so
@@ -122,6 +125,32 @@ impl Snapshotter {
                  filled: remove it, look at the disk, and fill it anew"
             ),
         ))
+    }
+}
+
+/// The link of a layer on the writable volume; dropped without [`NewLink::keep`],
+/// it is removed.
+struct NewLink<'a> {
+    snapshotter: &'a Snapshotter,
+    id: SnapshotId,
+    keep: bool,
+}
+
+impl NewLink<'_> {
+    /// The layer is entered.
+    fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for NewLink<'_> {
+    fn drop(&mut self) {
+        if !self.keep
+            && let Err(error) = self.snapshotter.volumes.image().remove_link(self.id)
+        {
+            self.snapshotter.note_stray(Volume::Image);
+            log::warn!("undo the link of a refused commit: {}", error.chain());
+        }
     }
 }
 

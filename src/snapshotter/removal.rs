@@ -25,19 +25,7 @@ impl Snapshotter {
 
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
-        let (removed, released) = match self.strike_out(key, self.store.write_together()?) {
-            // On a full disk it may be what others do at the same time that is too much.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::ResourceExhausted | ErrorKind::Unavailable
-                ) =>
-            {
-                self.store.make_room();
-                self.strike_out(key, self.store.write()?)?
-            }
-            struck => struck?,
-        };
+        let (removed, released) = self.strike_out(key)?;
 
         self.unpacks.end(removed.id);
         self.walks.forget(removed.id);
@@ -76,11 +64,32 @@ impl Snapshotter {
     }
 
     /// Removes the row; returns what it was, and the layers whose old directory
-    /// nothing needs any more.
-    fn strike_out(
+    /// nothing needs any more. Also on a full disk: alone then, as it may be what
+    /// others do at the same time that is too much.
+    fn strike_out(&self, key: &str) -> Result<(Place, Vec<SnapshotId>)> {
+        let alone = || {
+            let mut transaction = self.store.write()?;
+            let struck = self.strike_out_within(&transaction, key)?;
+            transaction.commit()?;
+            Ok(struck)
+        };
+        let mut struck = self
+            .store
+            .together(|transaction| self.strike_out_within(transaction, key));
+        if fails_as(&struck, ErrorKind::Unavailable) {
+            struck = alone();
+        }
+        if fails_as(&struck, ErrorKind::ResourceExhausted) {
+            self.store.make_room();
+            struck = alone();
+        }
+        struck
+    }
+
+    fn strike_out_within(
         &self,
+        transaction: &Transaction<'_>,
         key: &str,
-        mut transaction: Transaction<'_>,
     ) -> Result<(Place, Vec<SnapshotId>)> {
         let rows = transaction.rows();
         // Before the row is gone by which it is known what stands on what.
@@ -93,7 +102,6 @@ impl Snapshotter {
             None => Vec::new(),
             Some(held) => rows.release_retired(&held)?,
         };
-        transaction.commit()?;
         Ok((removed, released))
     }
 
@@ -158,4 +166,8 @@ impl Snapshotter {
         }
         transaction.commit()
     }
+}
+
+fn fails_as<T>(result: &Result<T>, kind: ErrorKind) -> bool {
+    result.as_ref().is_err_and(|error| error.kind() == kind)
 }

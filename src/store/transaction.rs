@@ -27,8 +27,7 @@ pub const MOST_TOGETHER: usize = 16;
 /// The one connection that writes, and who is around it.
 pub(super) struct Writer {
     state: Mutex<State>,
-    /// Callers of [`Store::write`] and [`Store::write_together`] who do not have it
-    /// yet: each ends a batch that is left open, or leaves it to one that comes later.
+    /// Callers of [`Store::write`] and [`Store::together`] who do not have it yet: each ends a batch that is left open, or leaves it to one that comes later.
     coming: AtomicUsize,
     /// Members of a batch that has failed who may still have something to undo on a
     /// disk.
@@ -110,10 +109,14 @@ impl Writer {
         self.coming.fetch_add(1, Ordering::SeqCst);
         let state = lock(&self.state);
         self.coming.fetch_sub(1, Ordering::SeqCst);
+        self.await_undone();
+        state
+    }
+
+    fn await_undone(&self) {
         let undoing = lock(&self.undoing);
         let undone = self.undone.wait_while(undoing, |members| *members > 0);
         drop(undone.unwrap_or_else(PoisonError::into_inner));
-        state
     }
 
     fn is_awaited(&self) -> bool {
@@ -166,26 +169,34 @@ impl Store {
         self.begin(writer, Sharing::Alone)
     }
 
-    /// As [`Store::write`], for what is short: may become durable together with
-    /// what others do. It may see what has been done before it and is not durable
-    /// yet, which no reader sees.
+    /// Makes what `work` does durable, perhaps together with what others do at the
+    /// same time. `work` may see what has been done before it and is not durable
+    /// yet, which no reader sees. What it returns is dropped before anybody is given
+    /// the same ids if it cannot be made durable, and so can undo what it stands
+    /// for.
     ///
     /// # Errors
     ///
-    /// As of [`Store::write`].
-    pub fn write_together(&self) -> Result<Transaction<'_>> {
+    /// As of [`Store::write`] and [`Transaction::commit`]; those of `work`, once what
+    /// it may have been refused for is durable.
+    pub fn together<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
         let writer = self.writer.acquire();
         let sharing = match writer.batch {
             None => Sharing::First,
             Some(_) => Sharing::Joined,
         };
-        self.begin(writer, sharing)
+        let mut transaction = self.begin(writer, sharing)?;
+        match work(&transaction) {
+            Ok(done) => transaction.commit().map(|()| done),
+            Err(error) => Err(transaction.refuse(error)),
+        }
     }
 
     /// Waits for the connection, with no transaction under way.
     pub(super) fn alone(&self) -> MutexGuard<'_, State> {
         let mut writer = self.writer.acquire();
         self.end_batch(&mut writer);
+        self.writer.await_undone();
         writer
     }
 
@@ -246,10 +257,7 @@ impl Store {
     fn make_durable(&self, writer: &State) -> Result<()> {
         let connection = writer.connection()?;
         if connection.is_autocommit() {
-            return Err(Error::new(
-                ErrorKind::Unavailable,
-                "a change made at the same time has failed, and took this one with it: try again",
-            ));
+            return Err(taken_back());
         }
         writer
             .execute("COMMIT")
@@ -310,9 +318,34 @@ impl Transaction<'_> {
         ended
     }
 
+    /// Takes everything back. What it was refused for may be the work of others of its
+    /// batch: told before that is durable, it would be told too early.
+    fn refuse(&mut self, error: Error) -> Error {
+        let batch = self
+            .writer
+            .as_ref()
+            .and_then(|writer| writer.batch.as_ref());
+        let end = batch.map(|batch| Arc::clone(&batch.end));
+        self.roll_back();
+        match end.map_or(Ok(()), |end| end.wait()) {
+            Ok(()) => error,
+            Err(failed) => Error::caused(
+                ErrorKind::Unavailable,
+                format!(
+                    "refused ({}) for a change that has failed: try again",
+                    error.chain()
+                ),
+                failed,
+            ),
+        }
+    }
+
     /// Leaves what it has done to its batch, and ends that if nobody else will.
     fn join_batch(&mut self) -> Result<Arc<End>> {
         let writer = self.writer.as_mut().ok_or_else(not_writable)?;
+        if !writer.has_transaction() {
+            return Err(taken_back());
+        }
         if self.sharing == Sharing::Joined {
             writer.execute("RELEASE member").map_err(|error| {
                 sql_error(error, format!("add a change to {}", self.store.shown()))
@@ -331,31 +364,44 @@ impl Transaction<'_> {
     }
 }
 
+impl Transaction<'_> {
+    /// Takes back what is not committed, and lets go of the writer.
+    fn roll_back(&mut self) {
+        let Some(mut writer) = self.writer.take() else {
+            return;
+        };
+        match self.sharing {
+            _ if self.progress != Progress::Begun => {}
+            Sharing::Alone | Sharing::First => writer.roll_back(),
+            Sharing::Joined => {
+                let undone = writer
+                    .execute("ROLLBACK TO member")
+                    .and_then(|()| writer.execute("RELEASE member"));
+                if undone.is_err() {
+                    // After some failures, as of a full disk, SQLite has rolled
+                    // everything back already.
+                    writer.roll_back();
+                    self.store.end_batch(&mut writer);
+                }
+            }
+        }
+        self.store.leave(writer);
+    }
+}
+
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
         if self.progress == Progress::Failed {
             *lock(&self.store.writer.undoing) -= 1;
             self.store.writer.undone.notify_all();
         }
-        let Some(mut writer) = self.writer.take() else {
-            return;
-        };
-        if self.progress == Progress::Begun {
-            match self.sharing {
-                Sharing::Alone | Sharing::First => writer.roll_back(),
-                Sharing::Joined => {
-                    let undone = writer
-                        .execute("ROLLBACK TO member")
-                        .and_then(|()| writer.execute("RELEASE member"));
-                    if undone.is_err() {
-                        // After some failures, as of a full disk, SQLite has rolled
-                        // everything back already.
-                        writer.roll_back();
-                        self.store.end_batch(&mut writer);
-                    }
-                }
-            }
-        }
-        self.store.leave(writer);
+        self.roll_back();
     }
+}
+
+fn taken_back() -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        "SQLite has taken back what was begun, as it does when a disk is full or fails: try again",
+    )
 }

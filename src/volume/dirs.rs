@@ -225,8 +225,10 @@ impl Dirs {
         if state.f_flag.contains(StatVfsMountFlags::RDONLY) {
             return Err(Errno::ROFS).context(flushing);
         }
+        // Before the flush: a file system that dies in it opens nothing any more.
+        let trash = self.trash_fd()?;
         syncfs(&self.snapshots).map_err(failed)?;
-        require_alive(self.trash_fd()?).map_err(failed)
+        require_alive(trash).map_err(failed)
     }
 
     /// The trash, to be filled or emptied; created if it is missing.

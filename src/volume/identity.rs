@@ -112,14 +112,14 @@ impl Identity {
     }
 }
 
-/// A mark as its file system shows it. Whatever takes its place has another inode,
-/// another time of change or, on another disk, both: the same one need not be
-/// read again.
+/// A mark as its file system shows it. Whatever takes its place has another inode or
+/// other times: the same one need not be read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
     device: u64,
     inode: u64,
     changed: (i64, i64),
+    written: (i64, i64),
 }
 
 impl Seen {
@@ -140,6 +140,7 @@ impl Seen {
             device: stat.st_dev as u64,
             inode: stat.st_ino as u64,
             changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
+            written: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
         })
     }
 }

@@ -6,7 +6,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::Dirs;
-use super::dirs::{is_empty, open_to_list};
+use super::dirs::{list, open_to_list};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::SnapshotId;
 
@@ -52,26 +52,33 @@ impl Dirs {
         Ok(Parts { top, upper, work })
     }
 
-    /// Whether nothing has been written into a snapshot's directories. What is no
-    /// directory cannot have been.
+    /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or on the way
+    /// there: nobody has written into it, and it is no link, as a layer's is.
     ///
     /// # Errors
     ///
     /// As of the volume's disk.
     pub fn is_unfilled(&self, id: SnapshotId) -> Result<bool> {
         let looking = || format!("look into {}/snapshots/{id}", self.path());
-        let open = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
-            opened => opened.map(Some).context(looking),
+        let entries = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
+            Err(Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            opened => {
+                let opened = opened.context(looking)?;
+                let entries = list(&opened, self.path(), name)?;
+                Ok::<_, Error>(Some((opened, entries)))
+            }
         };
-        let Some(top) = open(self.snapshots_fd(), &id.to_string())? else {
-            return Ok(true);
+        let Some((top, parts)) = entries(self.snapshots_fd(), &id.to_string())? else {
+            return Ok(false);
         };
-        for name in ["fs", "work"] {
-            if let Some(directory) = open(top.as_fd(), name)?
-                && !is_empty(directory).context(looking)?
-            {
+        for part in parts {
+            let name = part.name.to_str().unwrap_or_default();
+            if !matches!(name, "fs" | "work") {
                 return Ok(false);
+            }
+            match entries(top.as_fd(), name)? {
+                Some((_, content)) if content.is_empty() => {}
+                _ => return Ok(false),
             }
         }
         Ok(true)

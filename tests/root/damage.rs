@@ -2,7 +2,7 @@
 //! there is a way back.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 
 use crate::Test;
@@ -262,7 +262,7 @@ fn an_older_database() {
 }
 
 /// Requests that became durable together leave empty directories when they are cut
-/// off: no sign that the database is older than they are. One file in one of them is.
+/// off: no sign that the database is older than they are. Anything else is.
 fn what_was_cut_off_is_no_sign() {
     let mut split = Split::start(&[]);
     sample(&split.client(), "first");
@@ -279,6 +279,15 @@ fn what_was_cut_off_is_no_sign() {
         fs::write(&file, "data").unwrap();
         is_refused(&split, &["snapshots/7", "older state of itself"]);
         fs::remove_file(file).unwrap();
+        // Nor what is no empty directory of a snapshot, as a layer's link.
+        fs::rename(directory(&top, 8), top.join("aside")).unwrap();
+        symlink("/elsewhere", directory(&top, 8)).unwrap();
+        is_refused(&split, &["snapshots/8", "older state of itself"]);
+        fs::remove_file(directory(&top, 8)).unwrap();
+        fs::rename(top.join("aside"), directory(&top, 8)).unwrap();
+        fs::write(directory(&top, 9).join("more"), "").unwrap();
+        is_refused(&split, &["snapshots/9", "older state of itself"]);
+        fs::remove_file(directory(&top, 9).join("more")).unwrap();
         let further = directory(&top, next.end);
         fs::create_dir(&further).unwrap();
         is_refused(&split, &["snapshots/19", "older state of itself"]);

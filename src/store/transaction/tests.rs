@@ -1,8 +1,8 @@
 //! Several callers at once, each in a thread that waits for its turn.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicU32;
-use std::thread::{self, ScopedJoinHandle};
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::thread;
 use std::time::Duration;
 
 use super::*;
@@ -12,6 +12,7 @@ use crate::types::{Kind, Labels, SnapshotId, Volume};
 struct Fixture {
     store: Store,
     log: PathBuf,
+    is_begun: AtomicBool,
     _dir: tempfile::TempDir,
 }
 
@@ -28,6 +29,7 @@ fn fixture() -> Fixture {
     Fixture {
         store,
         log: dir.path().join("metadata.db-wal"),
+        is_begun: AtomicBool::new(false),
         _dir: dir,
     }
 }
@@ -56,16 +58,19 @@ impl Fixture {
         }
     }
 
-    /// Begins a transaction, has `comers` wait for it, commits it, and tells what
-    /// came of it.
-    fn first_before<'scope, T>(
-        &'scope self,
-        comers: &[ScopedJoinHandle<'scope, T>],
-        mut first: Transaction<'_>,
-    ) -> Result<()> {
-        self.await_coming(comers.len());
-        enter(&first, "first").unwrap();
-        first.commit()
+    /// Enters a snapshot while so many others wait, and tells what came of it.
+    fn first(&self, comers: usize) -> Result<()> {
+        self.store.together(|transaction| {
+            self.is_begun.store(true, Ordering::SeqCst);
+            self.await_coming(comers);
+            enter(transaction, "first").map(drop)
+        })
+    }
+
+    fn await_first(&self) {
+        while !self.is_begun.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -81,10 +86,7 @@ fn enter(transaction: &Transaction<'_>, key: &str) -> Result<SnapshotId> {
 }
 
 fn add(store: &Store, key: &str) -> Result<SnapshotId> {
-    let mut transaction = store.write_together()?;
-    let id = enter(&transaction, key)?;
-    transaction.commit()?;
-    Ok(id)
+    store.together(|transaction| enter(transaction, key))
 }
 
 #[test]
@@ -92,9 +94,10 @@ fn those_who_come_at_once_become_durable_at_once() {
     let fixture = fixture();
     let before = fixture.commits();
     thread::scope(|scope| {
-        let first = fixture.store.write_together().unwrap();
+        let first = scope.spawn(|| fixture.first(3));
+        fixture.await_first();
         let comers = ["a", "b", "c"].map(|key| scope.spawn(|| add(&fixture.store, key)));
-        fixture.first_before(&comers, first).unwrap();
+        first.join().unwrap().unwrap();
         let mut ids = comers.map(|comer| comer.join().unwrap().unwrap().number());
         ids.sort_unstable();
         assert_eq!(ids, [2, 3, 4]);
@@ -110,16 +113,40 @@ fn those_who_come_at_once_become_durable_at_once() {
 }
 
 #[test]
-fn a_refused_one_takes_nothing_with_it() {
+fn no_more_come_together_than_may_be_left_by_a_crash() {
     let fixture = fixture();
     let before = fixture.commits();
     thread::scope(|scope| {
-        let first = fixture.store.write_together().unwrap();
+        let first = scope.spawn(|| fixture.first(MOST_TOGETHER));
+        fixture.await_first();
+        for number in 0..MOST_TOGETHER {
+            let store = &fixture.store;
+            scope.spawn(move || add(store, &number.to_string()).unwrap());
+        }
+        first.join().unwrap().unwrap();
+    });
+    assert_eq!(fixture.commits(), before + 2);
+}
+
+#[test]
+fn a_refused_one_takes_nothing_with_it() {
+    let fixture = fixture();
+    let before = fixture.commits();
+    let shared = &fixture;
+    thread::scope(|scope| {
+        let first = scope.spawn(|| fixture.first(3));
+        fixture.await_first();
         // Also the last of them may be refused, and has to end the batch.
-        let comers = ["first", "a", "first"].map(|key| scope.spawn(|| add(&fixture.store, key)));
-        fixture.first_before(&comers, first).unwrap();
-        let results = comers.map(|comer| comer.join().unwrap());
-        let kinds = results.map(|result| result.map_err(|error| error.kind()).err());
+        let comers = ["first", "a", "first"].map(|key| {
+            scope.spawn(move || {
+                let added = add(&shared.store, key);
+                // What it was refused for can be seen by then.
+                assert!(shared.exists("first"));
+                added.map_err(|error| error.kind()).err()
+            })
+        });
+        first.join().unwrap().unwrap();
+        let kinds = comers.map(|comer| comer.join().unwrap());
         let taken = Some(ErrorKind::AlreadyExists);
         assert_eq!(kinds, [taken, None, taken]);
     });
@@ -131,92 +158,146 @@ fn a_refused_one_takes_nothing_with_it() {
 fn an_only_one_that_is_refused_leaves_nothing() {
     let fixture = fixture();
     let before = fixture.commits();
-    let transaction = fixture.store.write_together().unwrap();
-    enter(&transaction, "refused").unwrap();
-    drop(transaction);
+    let refused = fixture.store.together(|transaction| {
+        enter(transaction, "refused")?;
+        enter(transaction, "refused")
+    });
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::AlreadyExists);
     assert!(!fixture.exists("refused"));
     assert_eq!(fixture.commits(), before);
     assert_eq!(add(&fixture.store, "next").unwrap().number(), 1);
+}
+
+/// Cannot be committed.
+const ORPHAN: &str = "PRAGMA defer_foreign_keys = ON;
+    INSERT INTO snapshot (name, parent_id, kind, volume, created_ns, updated_ns, labels)
+    VALUES ('orphan', 99, 1, 1, 0, 0, x'');";
+
+/// Takes its time to undo what it stands for.
+struct Slow<'a>(&'a AtomicU32);
+
+impl Drop for Slow<'_> {
+    fn drop(&mut self) {
+        thread::sleep(Duration::from_millis(50));
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 #[test]
 fn a_batch_that_cannot_be_made_durable_fails_as_a_whole() {
     let fixture = fixture();
     let undone = AtomicU32::new(0);
-    // What has to be undone takes a while.
-    let fail = |mut transaction: Transaction<'_>| {
-        let error = transaction.commit().unwrap_err();
-        thread::sleep(Duration::from_millis(50));
-        undone.fetch_add(1, Ordering::SeqCst);
-        drop(transaction);
-        error.kind()
-    };
     thread::scope(|scope| {
-        let first = fixture.store.write_together().unwrap();
-        let comers = [false, true].map(|is_last| {
-            let (fixture, fail) = (&fixture, &fail);
-            scope.spawn(move || {
-                if is_last {
-                    fixture.await_coming(1);
-                    thread::sleep(Duration::from_millis(20));
-                }
-                let transaction = fixture.store.write_together().unwrap();
-                let orphan = "PRAGMA defer_foreign_keys = ON;
-                    INSERT INTO snapshot
-                        (name, parent_id, kind, volume, created_ns, updated_ns, labels)
-                    VALUES ('orphan', 99, 1, 1, 0, 0, x'');";
-                let connection = transaction.rows();
-                match is_last {
-                    true => connection.connection().execute_batch(orphan).unwrap(),
-                    false => drop(enter(&transaction, "second").unwrap()),
-                }
-                fail(transaction)
+        let first = scope.spawn(|| fixture.first(3));
+        fixture.await_first();
+        let failing = scope.spawn(|| {
+            fixture.store.together(|transaction| {
+                let rows = transaction.rows();
+                rows.connection().execute_batch(ORPHAN).unwrap();
+                Ok(Slow(&undone))
             })
         });
-        let error = fixture.first_before(&comers, first).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Internal);
-        let id = add(&fixture.store, "next").unwrap();
-        assert_eq!((id.number(), undone.load(Ordering::SeqCst)), (1, 2));
-        for comer in comers {
-            assert_eq!(comer.join().unwrap(), ErrorKind::Internal);
-        }
+        let second = scope.spawn(|| {
+            fixture.store.together(|transaction| {
+                enter(transaction, "second")?;
+                Ok(Slow(&undone))
+            })
+        });
+        let refused = scope.spawn(|| add(&fixture.store, "first"));
+        let told = first.join().unwrap();
+        // Who is given the same ids comes when all is undone.
+        let transaction = fixture.store.write().unwrap();
+        assert_eq!(undone.load(Ordering::SeqCst), 2);
+        assert_eq!(enter(&transaction, "next").unwrap().number(), 1);
+        drop(transaction);
+        let kinds = [
+            told.unwrap_err().kind(),
+            failing.join().unwrap().map(drop).unwrap_err().kind(),
+            second.join().unwrap().map(drop).unwrap_err().kind(),
+        ];
+        assert_eq!(kinds, [ErrorKind::Internal; 3]);
+        // It was refused for what is not there.
+        let refused = refused.join().unwrap().unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::Unavailable);
     });
-    let names = ["first", "second", "orphan", "next"].map(|key| fixture.exists(key));
-    assert_eq!(names, [false, false, false, true]);
+    let names = ["first", "second", "orphan"].map(|key| fixture.exists(key));
+    assert_eq!(names, [false; 3]);
 }
 
 #[test]
 fn what_sqlite_has_rolled_back_is_told_to_all() {
     let fixture = fixture();
     thread::scope(|scope| {
-        let first = fixture.store.write_together().unwrap();
-        let comer = scope.spawn(|| {
-            let transaction = fixture.store.write_together().unwrap();
-            // As SQLite does on a full disk.
-            let rows = transaction.rows();
-            rows.connection().execute_batch("ROLLBACK").unwrap();
+        let first = scope.spawn(|| fixture.first(1));
+        fixture.await_first();
+        let refused = scope.spawn(|| {
+            fixture.store.together(|transaction| {
+                // As SQLite does on a full disk.
+                let rows = transaction.rows();
+                rows.connection().execute_batch("ROLLBACK").unwrap();
+                Ok(())
+            })
         });
-        let error = fixture.first_before(&[comer], first).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        for told in [first, refused].map(|caller| caller.join().unwrap()) {
+            assert_eq!(told.unwrap_err().kind(), ErrorKind::Unavailable);
+        }
     });
     assert!(!fixture.exists("first"));
     assert_eq!(add(&fixture.store, "next").unwrap().number(), 1);
 }
 
 #[test]
+fn a_panic_ends_one_request_and_no_batch() {
+    let fixture = fixture();
+    thread::scope(|scope| {
+        let first = scope.spawn(|| fixture.first(1));
+        fixture.await_first();
+        let panicking = scope.spawn(|| {
+            fixture.store.together(|transaction| {
+                enter(transaction, "second")?;
+                if transaction.rows().find("second")?.is_some() {
+                    panic!("a bug");
+                }
+                Ok(())
+            })
+        });
+        panicking.join().unwrap_err();
+        first.join().unwrap().unwrap();
+    });
+    assert!(fixture.exists("first") && !fixture.exists("second"));
+}
+
+#[test]
 fn who_writes_alone_finds_all_before_durable() {
     let fixture = fixture();
     thread::scope(|scope| {
-        let first = fixture.store.write_together().unwrap();
-        let comer = scope.spawn(|| {
-            let transaction = fixture.store.write().unwrap();
-            let is_durable = fixture.exists("first");
-            drop(transaction);
-            is_durable
+        let first = scope.spawn(|| fixture.first(1));
+        fixture.await_first();
+        let alone = fixture.store.write().unwrap();
+        assert!(fixture.exists("first"));
+        drop(alone);
+        first.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn who_writes_alone_waits_also_for_a_batch_that_fails_by_it() {
+    let fixture = fixture();
+    let undone = AtomicU32::new(0);
+    thread::scope(|scope| {
+        let first = scope.spawn(|| {
+            fixture.store.together(|transaction| {
+                fixture.is_begun.store(true, Ordering::SeqCst);
+                fixture.await_coming(1);
+                let rows = transaction.rows();
+                rows.connection().execute_batch(ORPHAN).unwrap();
+                Ok(Slow(&undone))
+            })
         });
-        fixture
-            .first_before(std::slice::from_ref(&comer), first)
-            .unwrap();
-        assert!(comer.join().unwrap());
+        fixture.await_first();
+        let alone = fixture.store.write().unwrap();
+        assert_eq!(undone.load(Ordering::SeqCst), 1);
+        drop(alone);
+        first.join().unwrap().map(drop).unwrap_err();
     });
 }
