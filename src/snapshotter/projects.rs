@@ -345,8 +345,12 @@ impl Snapshotter {
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(());
         };
-        let Some(quotas) = Quotas::probe(dirs.snapshots_fd())? else {
-            return Ok(());
+        let quotas = match Quotas::probe(dirs.snapshots_fd()) {
+            Ok(Some(quotas)) => quotas,
+            Ok(None) => return Ok(()),
+            // The start has told it.
+            Err(error) if error.kind() == ErrorKind::FailedPrecondition => return Ok(()),
+            Err(error) => return Err(error),
         };
         quotas.settle();
         let mut unused = Vec::new();

@@ -161,8 +161,12 @@ impl Snapshotter {
         let inventory = recover::Inventory::read(&transaction)?;
         inventory.require_latest(volume, dirs)?;
         recover::trash_strays(dirs, volume, &inventory)?;
-        if volume == Volume::Writable {
-            self.recover_projects(&transaction, dirs)?;
+        // Whatever is wrong with quotas, what was removed is deleted.
+        if volume == Volume::Writable
+            && let Err(error) = self.recover_projects(&transaction, dirs)
+        {
+            self.note_stray(volume);
+            log::warn!("look at the project quotas: {}", error.chain());
         }
         transaction.commit()
     }

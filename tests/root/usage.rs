@@ -7,7 +7,8 @@ use std::time::Duration;
 use grpcio::RpcStatusCode;
 
 use crate::Test;
-use crate::support::daemon::Split;
+use crate::support::daemon::{Split, is_empty};
+use crate::support::filter::without_quotas;
 use crate::support::mounted::upper_of;
 use crate::support::until;
 
@@ -27,6 +28,10 @@ pub const TESTS: &[Test] = &[
     (
         "limits_that_cannot_be_kept_are_refused",
         limits_that_cannot_be_kept_are_refused,
+    ),
+    (
+        "without_the_right_to_quotas_the_trash_is_emptied",
+        without_the_right_to_quotas_the_trash_is_emptied,
     ),
 ];
 
@@ -169,4 +174,15 @@ fn limits_that_cannot_be_kept_are_refused() {
     );
     client.update("web", &[&field], &[(own, "0")]).unwrap();
     client.update("web", &["labels.x"], &[("x", "y")]).unwrap();
+}
+
+fn without_the_right_to_quotas_the_trash_is_emptied() {
+    let split = without_quotas(|| Split::start(&[]));
+    let client = split.client();
+    let top = upper_of(&client.prepare("web", "", &[]).unwrap());
+    fs::write(top.join("file"), "x").unwrap();
+    client.remove("web").unwrap();
+    client.cleanup().unwrap();
+    assert!(is_empty(split.writable().join("trash")));
+    assert_eq!(said(&split, "EPERM"), 1, "the start says it, once");
 }

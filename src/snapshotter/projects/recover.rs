@@ -38,21 +38,26 @@ impl Snapshotter {
             .map(|given| given.project)
             .collect();
         let quotas = match mode {
-            QuotaMode::Off => None,
-            QuotaMode::Auto => Quotas::probe(dirs.snapshots_fd())?,
-            QuotaMode::Require => Some(require_limits(mode, dirs)?),
+            QuotaMode::Off => Err("--quota off".to_owned()),
+            QuotaMode::Auto => match Quotas::probe(dirs.snapshots_fd()) {
+                Ok(Some(quotas)) => Ok(quotas),
+                Ok(None) => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), None).chain()),
+                // Who may not ask is told the same the next time.
+                Err(error) if error.kind() == ErrorKind::FailedPrecondition => Err(error.chain()),
+                Err(error) => return Err(error),
+            },
+            QuotaMode::Require => Ok(require_limits(mode, dirs)?),
         };
-        let Some(quotas) = quotas else {
-            if given.iter().any(|given| !loose.contains(&given.project)) {
-                log::warn!(
-                    "containers that have limits or are counted by quotas are no longer: {}",
-                    match mode {
-                        QuotaMode::Off => "--quota off".to_owned(),
-                        _ => quota::lack(dirs.snapshots_fd(), dirs.path(), None).chain(),
-                    }
-                );
+        let quotas = match quotas {
+            Ok(quotas) => quotas,
+            Err(why) => {
+                if given.iter().any(|given| !loose.contains(&given.project)) {
+                    log::warn!(
+                        "containers that have limits or are counted by quotas are no longer: {why}"
+                    );
+                }
+                return Ok(());
             }
-            return Ok(());
         };
         // A directory of another project cannot be moved into one that hands its
         // own on (rename(2), EXDEV).

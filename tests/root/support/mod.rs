@@ -8,6 +8,7 @@ pub mod client;
 pub mod containerd;
 pub mod daemon;
 pub mod disk;
+pub mod filter;
 pub mod fuzzing;
 pub mod mounted;
 pub mod random;

@@ -9,8 +9,9 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use super::{
     MIB, OWN_MAX_SIZE, Rig, Test, fill, is_refused, prepare, size_of_disk, upper, usage, walk,
 };
+use crate::guest::WRITABLE_DEVICE;
 use crate::support::client::Client;
-use crate::support::daemon::{Daemon, refused};
+use crate::support::daemon::{Daemon, is_empty, refused};
 
 pub const TESTS: &[Test] = &[
     ("the_older_call_does_as_well", the_older_call_does_as_well),
@@ -24,6 +25,10 @@ pub const TESTS: &[Test] = &[
     ),
     ("a_missing_feature_is_named", a_missing_feature_is_named),
     ("another_file_system_has_none", another_file_system_has_none),
+    (
+        "quotas_that_are_gone_stop_no_removal",
+        quotas_that_are_gone_stop_no_removal,
+    ),
 ];
 
 const LIMITED: &[(&str, &str)] = &[(OWN_MAX_SIZE, "8M")];
@@ -139,6 +144,22 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
 fn status(rig: &Rig) -> String {
     let mut status = Command::new(crate::support::daemon::BINARY);
     crate::support::run(status.arg("status").args(rig.arguments(&[])))
+}
+
+/// The disk comes back without the option, and something was removed meanwhile.
+fn quotas_that_are_gone_stop_no_removal(rig: &mut Rig) {
+    let daemon = rig.start(&["--quota", "require"]);
+    let client = daemon.client();
+    client.prepare("web", "base", &[]).unwrap();
+    unmount(&rig.writable, UnmountFlags::empty()).unwrap();
+    client.remove("web").unwrap();
+    rig.mount(WRITABLE_DEVICE, &rig.writable, "");
+    client.cleanup().unwrap();
+    for name in ["snapshots", "trash"] {
+        assert!(is_empty(rig.writable().join(name)), "{name}");
+    }
+    rig.remount_writable(rig.option());
+    rig.clear(&client);
 }
 
 fn a_missing_feature_is_named(rig: &mut Rig) {
