@@ -10,7 +10,9 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Stat, fstat, fsync, statat, syncfs, unlinkat};
 use rustix::io::Errno;
 
-use super::dirs::{SNAPSHOTS, TRASH, ensure_directory, list, move_aside, open_to_list, open_upper};
+use super::dirs::{
+    SNAPSHOTS, TRASH, ensure_directory, list, move_aside, open_to_list, open_upper, stop_handing_on,
+};
 use super::image::no_entry_types;
 use super::{Image, identity};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -170,7 +172,7 @@ impl Filled {
         let left_out = ensure_directory(&self.top, path, LEFT_OUT)?;
         for id in ids {
             let name = id.to_string();
-            move_aside(&self.snapshots, &name, &left_out, &name)
+            move_into(&self.snapshots, &left_out, &name)
                 .context(|| format!("move {path}/{SNAPSHOTS}/{id} to {path}/{LEFT_OUT}"))?;
         }
         self.flush([&left_out, &self.snapshots, &self.top])
@@ -189,7 +191,7 @@ impl Filled {
         };
         for id in ids {
             let name = id.to_string();
-            match move_aside(&left_out, &name, &self.snapshots, &name) {
+            match move_into(&left_out, &self.snapshots, &name) {
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {
                     return Err(Error::new(
                         ErrorKind::FailedPrecondition,
@@ -238,6 +240,15 @@ impl Filled {
         flushed
             .try_for_each(|flushed| flushed)
             .context(|| format!("flush the directories of {}", self.path))
+    }
+}
+
+/// A rename that replaces nothing, also into a directory that somebody has put into
+/// a project since.
+fn move_into(from: &OwnedFd, to: &OwnedFd, name: &str) -> std::result::Result<(), Errno> {
+    match move_aside(from, name, to, name) {
+        Err(Errno::XDEV) if stop_handing_on(to) == Ok(true) => move_aside(from, name, to, name),
+        moved => moved,
     }
 }
 

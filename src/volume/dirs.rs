@@ -11,6 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys::quota;
 use crate::types::{SnapshotId, Volume};
 
 pub(super) const SNAPSHOTS: &str = "snapshots";
@@ -137,17 +138,17 @@ impl Dirs {
     /// As of the volume's disk.
     pub fn trash_entry(&self, name: &str) -> Result<bool> {
         let trash = self.trash_fd()?;
+        let trashing = || format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path);
         let mut target = name.to_owned();
         // An id comes twice when its first directory was left by a crash.
         for attempt in 1_u64.. {
             match move_aside(&self.snapshots, name, trash, &target) {
                 Ok(()) => return Ok(true),
                 Err(Errno::NOENT) => return Ok(false),
+                // Nothing new is made in the trash: nobody's count is missing any of it.
+                Err(Errno::XDEV) if stop_handing_on(trash).context(trashing)? => {}
                 Err(Errno::EXIST | Errno::NOTEMPTY) => target = format!("{name}.{attempt}"),
-                Err(errno) => {
-                    return Err(errno)
-                        .context(|| format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path));
-                }
+                Err(errno) => return Err(errno).context(trashing),
             }
         }
         unreachable!("2^64 names are never all taken")
@@ -347,6 +348,23 @@ pub(super) fn move_aside(
         },
         renamed => renamed,
     }
+}
+
+/// Has a directory keep its project to itself: nothing of another project can be
+/// moved into one that hands its own on (rename(2), EXDEV). `false` if it hands none
+/// on, and whatever could not be moved has another reason.
+pub(super) fn stop_handing_on(directory: impl AsFd) -> std::result::Result<bool, Errno> {
+    let mut attributes = match quota::file_attributes(&directory) {
+        // A file system without projects.
+        Err(Errno::NOTTY | Errno::OPNOTSUPP) => return Ok(false),
+        attributes => attributes?,
+    };
+    if attributes.flags & quota::INHERIT == 0 {
+        return Ok(false);
+    }
+    attributes.flags &= !quota::INHERIT;
+    quota::set_file_attributes(directory, attributes)?;
+    Ok(true)
 }
 
 /// Whether there is a directory at a path below `parent`; no link is followed at

@@ -9,19 +9,20 @@
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{
-    AtFlags, FileType, Mode, RenameFlags, fsync, mkdirat, renameat, renameat_with, statat, syncfs,
-    unlinkat,
+    AtFlags, FileType, Mode, RenameFlags, fsync, mkdirat, readlinkat, renameat, renameat_with,
+    statat, symlinkat, syncfs, unlinkat,
 };
 use rustix::io::Errno;
 
 use super::Dirs;
-use super::dirs::{ensure_directory, open_path};
+use super::dirs::{ensure_directory, open_path, stop_handing_on};
 use super::image::Image;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::SnapshotId;
 
 const PREFIX: &str = ".moving-";
 const SCRATCH: &str = "scratch";
+const LINK: &str = "link";
 
 /// The id in the name of an entry that a move has made.
 pub fn moving_id(name: &[u8]) -> Option<SnapshotId> {
@@ -78,13 +79,15 @@ impl Image {
     pub fn exchange(&self, id: SnapshotId) -> Result<()> {
         let snapshots = self.dirs().snapshots_fd();
         let (name, moving) = (id.to_string(), moving_name(id));
-        match renameat_with(
-            snapshots,
-            moving.as_str(),
-            snapshots,
-            name.as_str(),
-            RenameFlags::EXCHANGE,
-        ) {
+        let exchange = || {
+            let (moving, name) = (moving.as_str(), name.as_str());
+            renameat_with(snapshots, moving, snapshots, name, RenameFlags::EXCHANGE)
+        };
+        let exchanged = match exchange() {
+            Err(Errno::XDEV) => self.renew_link(id).and_then(|()| exchange()),
+            exchanged => exchanged,
+        };
+        match exchanged {
             Err(errno @ (Errno::INVAL | Errno::NOSYS)) => {
                 return Err(Error::caused(
                     ErrorKind::FailedPrecondition,
@@ -100,6 +103,18 @@ impl Image {
         }
         .and_then(|()| fsync(snapshots))
         .context(|| format!("put the layer {}/{id} into place", self.snapshots_path()))
+    }
+
+    /// Makes a layer's link anew, from within the directory that is to take its place.
+    /// Somebody may have put `snapshots/` into a project since the link was made; it
+    /// cannot change its name there then (rename(2), EXDEV), and a new one can.
+    fn renew_link(&self, id: SnapshotId) -> std::result::Result<(), Errno> {
+        let snapshots = self.dirs().snapshots_fd();
+        let name = id.to_string();
+        let target = readlinkat(snapshots, name.as_str(), Vec::new())?;
+        let copy = open_path(snapshots, &moving_name(id))?;
+        symlinkat(target, &copy, LINK)?;
+        renameat(&copy, LINK, snapshots, name.as_str())
     }
 
     /// Makes an exchange durable that was found, not made: a crash may have come
@@ -173,12 +188,14 @@ impl Image {
     ///
     /// As of the volumes' disks; the next start finds the layer then.
     pub fn rename_back(&self, id: SnapshotId, writable: &Dirs) -> Result<()> {
-        renameat(
-            self.dirs().snapshots_fd(),
-            moving_name(id).as_str(),
-            writable.snapshots_fd(),
-            id.to_string(),
-        )
+        let (moving, name) = (moving_name(id), id.to_string());
+        let (image, writable) = (self.dirs().snapshots_fd(), writable.snapshots_fd());
+        let rename = || renameat(image, moving.as_str(), writable, name.as_str());
+        match rename() {
+            // As the next start would have it.
+            Err(Errno::XDEV) if stop_handing_on(writable) == Ok(true) => rename(),
+            renamed => renamed,
+        }
         .context(|| format!("move layer {id} back to the writable volume"))
     }
 

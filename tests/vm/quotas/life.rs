@@ -1,6 +1,7 @@
 //! Projects from the first day of a snapshot to the last.
 
 use std::fs::{self, File};
+use std::path::Path;
 use std::thread;
 
 use overlay_read_write_splitting_snapshotter::quota::{ProjectRange, charge_file, set_project};
@@ -29,6 +30,10 @@ pub const TESTS: &[Test] = &[
         projects_of_others_around_it_do_no_harm,
     ),
     (
+        "projects_of_others_since_the_start_do_no_harm",
+        projects_of_others_since_the_start_do_no_harm,
+    ),
+    (
         "a_restored_directory_is_charged_again",
         a_restored_directory_is_charged_again,
     ),
@@ -52,7 +57,19 @@ pub const OF_LAYERS: &[Test] = &[
         "a_layer_moves_within_one_file_system",
         a_layer_moves_within_one_file_system,
     ),
+    (
+        "a_layer_moves_into_a_project_of_others",
+        a_layer_moves_into_a_project_of_others,
+    ),
 ];
+
+/// An administrator's.
+const THEIRS: u32 = 4711;
+
+fn put_into(directory: &Path, project: u32) {
+    let directory = File::open(directory).unwrap();
+    set_project(directory, ProjectId::new(project)).unwrap();
+}
 
 fn directories_are_in_one_project(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
@@ -162,6 +179,31 @@ fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
     rig.no_project_is_left(&client);
 }
 
+/// The link that it takes the place of is older than that project.
+fn a_layer_moves_into_a_project_of_others(rig: &mut Rig) {
+    let mut daemon = rig.start(&["--relocate", "never"]);
+    let client = daemon.client();
+    client.prepare("layer-key", "base", &[]).unwrap();
+    fs::write(upper(&client, "layer-key").join("file"), "of the layer").unwrap();
+    client.commit("layer-key", "layer", &[]).unwrap();
+    daemon.stop();
+    let snapshots = rig.root().join("snapshots");
+    put_into(&snapshots, THEIRS);
+    daemon.set_arguments(rig.arguments(&["--relocate-after", "0"]));
+    daemon.restart();
+    let home = snapshots.join("2");
+    until("the layer is home", || !home.is_symlink());
+    let file = fs::read_to_string(home.join("fs/file")).unwrap();
+    assert_eq!(file, "of the layer");
+    assert_eq!(fs::read_dir(&home).unwrap().count(), 1, "nothing but fs");
+    for directory in [&snapshots, &home] {
+        assert_eq!(project(directory), THEIRS, "{directory:?}");
+    }
+    let client = daemon.client();
+    client.remove("layer").unwrap();
+    rig.clear(&client);
+}
+
 fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
     // On XFS fewer: what may go wrong there does so with these, and it takes long.
     let of_each = if rig.is_xfs() { 50 } else { 250 };
@@ -226,8 +268,7 @@ fn projects_of_others_around_it_do_no_harm(rig: &mut Rig) {
     let client = daemon.client();
     client.prepare("before", "base", &[]).unwrap();
     for name in ["snapshots", "trash"] {
-        let directory = File::open(rig.writable().join(name)).unwrap();
-        set_project(&directory, ProjectId::new(4711)).unwrap();
+        put_into(&rig.writable().join(name), THEIRS);
     }
     daemon.stop();
     daemon.restart();
@@ -238,6 +279,34 @@ fn projects_of_others_around_it_do_no_harm(rig: &mut Rig) {
     rig.clear(&client);
     let snapshots = rig.writable().join("snapshots");
     assert_eq!(fs::read_dir(snapshots).unwrap().count(), 0);
+}
+
+/// While the daemon runs, and both volumes.
+fn projects_of_others_since_the_start_do_no_harm(rig: &mut Rig) {
+    let mut daemon = rig.start(&["--relocate", "never"]);
+    let client = daemon.client();
+    client.prepare("web", "base", &[]).unwrap();
+    client.prepare("layer-key", "base", &[]).unwrap();
+    client.commit("layer-key", "layer", &[]).unwrap();
+    let directories = [rig.root(), rig.writable()]
+        .map(|volume| ["snapshots", "trash"].map(|name| volume.join(name)))
+        .concat();
+    for directory in &directories {
+        put_into(directory, THEIRS);
+    }
+    for name in ["web", "layer", "base"] {
+        client.remove(name).unwrap();
+    }
+    client.cleanup().unwrap();
+    for directory in &directories {
+        assert_eq!(fs::read_dir(directory).unwrap().count(), 0, "{directory:?}");
+    }
+    // What is counted for them on the image volume still is.
+    assert_eq!(project(&rig.root().join("snapshots")), THEIRS);
+    daemon.stop();
+    daemon.restart();
+    rig.clear(&daemon.client());
+    put_into(&rig.root().join("snapshots"), 0);
 }
 
 fn a_restored_directory_is_charged_again(rig: &mut Rig) {
