@@ -106,6 +106,8 @@ pub fn run(config: &Config) -> Result<()> {
         config.writable
     );
     notify(NotifyState::Ready);
+    // Trees may be large.
+    let charger = snapshotter.start_charger()?;
 
     let signal = signals.forever().next();
     log::info!("stopping on signal {}", signal.unwrap_or_default());
@@ -119,6 +121,7 @@ pub fn run(config: &Config) -> Result<()> {
     server.stop(deadline);
     drop(metrics_file);
     drop(relocator);
+    drop(charger);
     drop(flusher);
     drop(keeper);
     // What is cut off may hold the database; the next start reads the log.

@@ -91,6 +91,7 @@ pub struct Snapshotter {
     id_mapped_mounts: OnceLock<IdMappedMounts>,
     /// The project id given out last, of which the next is looked for.
     last_project: Mutex<Option<ProjectId>>,
+    uncharged: projects::Uncharged,
     walks: usage::Walks,
 }
 
@@ -119,6 +120,7 @@ impl Snapshotter {
             lost: OnceLock::new(),
             id_mapped_mounts: OnceLock::new(),
             last_project: Mutex::new(None),
+            uncharged: projects::Uncharged::default(),
             walks: usage::Walks::default(),
         }
     }
@@ -142,7 +144,8 @@ impl Snapshotter {
     }
 
     /// The daemon is stopping: moves of layers, in whatever thread, end with
-    /// [`ErrorKind::Unavailable`], and the relocator ends.
+    /// [`ErrorKind::Unavailable`], the relocator ends, and no further file is charged
+    /// to a project.
     pub fn begin_stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
         self.relocator.wake();

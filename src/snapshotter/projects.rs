@@ -15,8 +15,10 @@
 //! After a crash a directory may have an id that is not recorded, or an id a limit
 //! that belongs to nobody: the next start deals with both.
 
+mod charge;
 mod recover;
 
+pub(super) use charge::Uncharged;
 use rustix::fd::OwnedFd;
 
 use super::limits::Asked;

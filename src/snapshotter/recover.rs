@@ -106,6 +106,7 @@ impl Snapshotter {
         self.set_links(&inventory, &on_image)?;
         self.sweep_lower_links(&inventory)?;
         let mut lost = self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
+        let mut uncharged = Vec::new();
 
         match writable {
             Ok(writable) => match trash_strays(&writable, Volume::Writable, &inventory) {
@@ -117,7 +118,7 @@ impl Snapshotter {
                         &inventory,
                         &found,
                     ));
-                    self.recover_quotas(&transaction, &writable)?;
+                    uncharged = self.recover_quotas(&transaction, &writable)?;
                 }
                 // A disk that has become read-only, for one.
                 Err(error) => {
@@ -139,17 +140,23 @@ impl Snapshotter {
         }
         // A start recovers once.
         let _ = self.lost.set(lost);
-        transaction.commit()
+        transaction.commit()?;
+        self.uncharged.add(&uncharged);
+        Ok(())
     }
 
     /// Without quotas that have to be there nothing is served; for anything else
-    /// about them the next Cleanup tries again.
-    fn recover_quotas(&self, transaction: &Transaction<'_>, writable: &Arc<Dirs>) -> Result<()> {
+    /// about them the next Cleanup tries again. Returns whose trees are to be charged.
+    fn recover_quotas(
+        &self,
+        transaction: &Transaction<'_>,
+        writable: &Arc<Dirs>,
+    ) -> Result<Vec<SnapshotId>> {
         match self.recover_projects(transaction, writable) {
             Err(error) if self.options.quota.mode != QuotaMode::Require => {
                 self.note_stray(Volume::Writable);
                 log::warn!("look at the project quotas: {}", error.chain());
-                Ok(())
+                Ok(Vec::new())
             }
             recovered => recovered,
         }

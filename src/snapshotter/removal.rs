@@ -161,14 +161,20 @@ impl Snapshotter {
         let inventory = recover::Inventory::read(&transaction)?;
         inventory.require_latest(volume, dirs)?;
         recover::trash_strays(dirs, volume, &inventory)?;
-        // Whatever is wrong with quotas, what was removed is deleted.
-        if volume == Volume::Writable
-            && let Err(error) = self.recover_projects(&transaction, dirs)
-        {
-            self.note_stray(volume);
-            log::warn!("look at the project quotas: {}", error.chain());
+        let mut uncharged = Vec::new();
+        if volume == Volume::Writable {
+            match self.recover_projects(&transaction, dirs) {
+                Ok(found) => uncharged = found,
+                // Whatever is wrong with quotas, what was removed is deleted.
+                Err(error) => {
+                    self.note_stray(volume);
+                    log::warn!("look at the project quotas: {}", error.chain());
+                }
+            }
         }
-        transaction.commit()
+        transaction.commit()?;
+        self.uncharged.add(&uncharged);
+        Ok(())
     }
 }
 

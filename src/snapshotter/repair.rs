@@ -91,7 +91,8 @@ impl Snapshotter {
         drop(transaction);
         // Into the file itself: a copy with a log looks like one with another's.
         self.store.settle()?;
-        self.recover().context(|| "recover, as at a start")
+        self.recover().context(|| "recover, as at a start")?;
+        self.charge_waiting()
     }
 
     /// The highest number that anything on either volume has; 0 without any.

@@ -9,6 +9,7 @@ mod figures;
 mod lacking;
 mod life;
 mod limits;
+mod restored;
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -43,6 +44,7 @@ const TOPICS: &[(&str, &[Test])] = &[
     ("figures", figures::TESTS),
     ("crashes", crashes::TESTS),
     ("lacking", lacking::TESTS),
+    ("restored", restored::TESTS),
 ];
 
 /// What is the daemon's affair alone, and was seen to go well on XFS too.

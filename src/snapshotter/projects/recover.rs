@@ -4,22 +4,20 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use rustix::fd::AsFd;
-use rustix::fs::FileType;
-
 use super::require_limits;
 use crate::error::{ErrorKind, Result};
 use crate::quota::{self, Quotas, Support};
 use crate::snapshotter::finding::{Finding, Problem};
 use crate::snapshotter::{QuotaMode, Snapshotter};
 use crate::store::{Project, Snapshot, Transaction};
-use crate::tree;
 use crate::types::{Limits, ProjectId, SnapshotId, Volume};
 use crate::volume::{Dirs, Parts};
 
 impl Snapshotter {
     /// At a start, after strays have gone to the trash: what the database has of
-    /// projects, and what the file system has, are made one.
+    /// projects, and what the file system has, are made one. Returns the snapshots
+    /// whose trees have to be charged, which is done beside the requests, once the
+    /// transaction has ended.
     ///
     /// # Errors
     ///
@@ -28,7 +26,7 @@ impl Snapshotter {
         &self,
         transaction: &Transaction<'_>,
         dirs: &Arc<Dirs>,
-    ) -> Result<()> {
+    ) -> Result<Vec<SnapshotId>> {
         let rows = transaction.rows();
         let mode = self.options.quota.mode;
         let given = rows.projects()?;
@@ -56,7 +54,7 @@ impl Snapshotter {
                         "containers that have limits or are counted by quotas are no longer: {why}"
                     );
                 }
-                return Ok(());
+                return Ok(Vec::new());
             }
         };
         // A directory of another project cannot be moved into one that hands its
@@ -67,15 +65,19 @@ impl Snapshotter {
                 log::warn!("a directory of {} is no longer in a project", dirs.path());
             }
         }
+        let mut uncharged = Vec::new();
         for given in given.iter().filter(|given| !loose.contains(&given.project)) {
-            if let Some(id) = given.snapshot
-                && let Err(error) = self.restore_project(&quotas, dirs, id, given)
-            {
-                log::error!(
+            let Some(id) = given.snapshot.filter(|id| !self.uncharged.is_pending(*id)) else {
+                continue;
+            };
+            match restore_project(&quotas, dirs, id, given) {
+                Ok(State::Charged) => {}
+                Ok(State::Uncharged) => uncharged.push(id),
+                Err(error) => log::error!(
                     "project {} of snapshot {id}: {}",
                     given.project,
                     error.chain()
-                );
+                ),
             }
         }
         let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
@@ -85,35 +87,7 @@ impl Snapshotter {
                 quotas.set_limits(project, Limits::NONE)?;
             }
         }
-        Ok(())
-    }
-
-    /// A snapshot's directories and limits are what is recorded, also when they
-    /// were made anew, or copied by somebody who knows no projects.
-    fn restore_project(
-        &self,
-        quotas: &Quotas<'_>,
-        dirs: &Dirs,
-        id: SnapshotId,
-        given: &Project,
-    ) -> Result<()> {
-        let project = given.project;
-        let parts = match dirs.open_parts(id) {
-            // Reported by who looks for layers.
-            Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(()),
-            parts => parts?,
-        };
-        if !is_charged(&parts, project)? {
-            charge_tree(&parts.top, project)?;
-            log::warn!("snapshot {id} was not charged to project {project}, and is now");
-        }
-        if quotas.support() == Support::Limits
-            && !given.limits.are_kept_by(quotas.held(project)?.limits)
-        {
-            quotas.set_limits(project, given.limits)?;
-            log::warn!("project {project} of snapshot {id} has its limits again");
-        }
-        Ok(())
+        Ok(uncharged)
     }
 
     /// What is not as recorded, in order of the ids; nothing where no quotas are.
@@ -199,6 +173,38 @@ impl Snapshotter {
     }
 }
 
+/// What a snapshot's directories were found to be.
+enum State {
+    Charged,
+    Uncharged,
+}
+
+/// A snapshot's limits are what is recorded, also when its directories were made
+/// anew, or copied by somebody who knows no projects.
+fn restore_project(
+    quotas: &Quotas<'_>,
+    dirs: &Dirs,
+    id: SnapshotId,
+    given: &Project,
+) -> Result<State> {
+    let project = given.project;
+    let parts = match dirs.open_parts(id) {
+        // Reported by who looks for layers.
+        Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(State::Charged),
+        parts => parts?,
+    };
+    if quotas.support() == Support::Limits
+        && !given.limits.are_kept_by(quotas.held(project)?.limits)
+    {
+        quotas.set_limits(project, given.limits)?;
+        log::warn!("project {project} of snapshot {id} has its limits again");
+    }
+    match is_charged(&parts, project)? {
+        true => Ok(State::Charged),
+        false => Ok(State::Uncharged),
+    }
+}
+
 /// Whether all of a snapshot's directories hand a project on.
 fn is_charged(parts: &Parts, project: ProjectId) -> Result<bool> {
     let mut is_charged = true;
@@ -206,13 +212,4 @@ fn is_charged(parts: &Parts, project: ProjectId) -> Result<bool> {
         is_charged &= quota::project_of(part)? == project;
     }
     Ok(is_charged)
-}
-
-/// Charges a tree to a project, whatever it was charged to. What cannot be opened,
-/// such as links and nodes, stays where it is: it takes inodes, and hardly a block.
-fn charge_tree(top: impl AsFd, project: ProjectId) -> Result<()> {
-    tree::visit_open(top, |fd, file_type| match file_type {
-        FileType::Directory => quota::set_project(fd, project),
-        _ => quota::charge_file(fd, project),
-    })
 }

@@ -4,12 +4,10 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::thread;
 
-use overlay_read_write_splitting_snapshotter::quota::{ProjectRange, charge_file, set_project};
+use overlay_read_write_splitting_snapshotter::quota::{ProjectRange, set_project};
 use overlay_read_write_splitting_snapshotter::types::ProjectId;
 
-use super::{
-    MIB, OWN_MAX_SIZE, Rig, Test, fill, prepare, project, size_of_disk, upper, usage, walk,
-};
+use super::{MIB, OWN_MAX_SIZE, Rig, Test, fill, prepare, project, size_of_disk, upper, usage};
 use crate::support::until;
 
 pub const TESTS: &[Test] = &[
@@ -32,10 +30,6 @@ pub const TESTS: &[Test] = &[
     (
         "projects_of_others_since_the_start_do_no_harm",
         projects_of_others_since_the_start_do_no_harm,
-    ),
-    (
-        "a_restored_directory_is_charged_again",
-        a_restored_directory_is_charged_again,
     ),
     (
         "check_finds_what_is_not_as_recorded",
@@ -307,31 +301,6 @@ fn projects_of_others_since_the_start_do_no_harm(rig: &mut Rig) {
     daemon.restart();
     rig.clear(&daemon.client());
     put_into(&rig.root().join("snapshots"), 0);
-}
-
-fn a_restored_directory_is_charged_again(rig: &mut Rig) {
-    let mut daemon = rig.start(&[]);
-    let client = daemon.client();
-    let limited = [(OWN_MAX_SIZE, "8M")];
-    client.prepare("web", "base", &limited).unwrap();
-    let top = rig.newest();
-    fs::create_dir(top.join("fs/below")).unwrap();
-    fs::write(top.join("fs/below/file"), vec![1; 3 << 20]).unwrap();
-    daemon.stop();
-    // As from a backup that knows no projects.
-    for part in ["", "fs", "work", "fs/below"] {
-        set_project(File::open(top.join(part)).unwrap(), ProjectId::NONE).unwrap();
-    }
-    let file = File::open(top.join("fs/below/file")).unwrap();
-    charge_file(&file, ProjectId::NONE).unwrap();
-    drop(file);
-    daemon.restart();
-    let client = daemon.client();
-    let (bytes, inodes) = usage(&client, "web");
-    let (walked_bytes, walked_inodes) = walk(&top);
-    assert_eq!((bytes, inodes), (walked_bytes, walked_inodes));
-    assert_eq!(rig.projects().len(), 1);
-    rig.clear(&client);
 }
 
 fn check_finds_what_is_not_as_recorded(rig: &mut Rig) {
