@@ -77,11 +77,6 @@ pub enum Problem {
         /// The project.
         project: ProjectId,
     },
-    /// A project that no snapshot has is limited, and takes nothing.
-    StrayLimits {
-        /// The project.
-        project: ProjectId,
-    },
     /// There are directories of snapshots that the database has not come to yet.
     DatabaseOlder {
         /// The highest number it has given out.
@@ -120,7 +115,6 @@ impl Problem {
             Problem::MarkMissing => "mark-missing",
             Problem::NotCharged { .. } => "not-charged",
             Problem::LimitsDiffer { .. } => "limits-differ",
-            Problem::StrayLimits { .. } => "stray-limits",
             Problem::DatabaseOlder { .. } => "database-older",
             Problem::DatabaseIncomplete { .. } => "database-incomplete",
         }
@@ -142,7 +136,6 @@ impl Problem {
                 Some("charges them, and what is in them, as the next start does")
             }
             Problem::LimitsDiffer { .. } => Some("sets those recorded, as the next start does"),
-            Problem::StrayLimits { .. } => Some("clears them, as the next start does"),
             Problem::DatabaseOlder { .. } | Problem::DatabaseIncomplete { .. } => {
                 Some("goes on with it as it is")
             }
@@ -215,10 +208,6 @@ impl fmt::Display for Finding {
             Problem::LimitsDiffer { project } => write!(
                 out,
                 "project {project} of snapshot {name} has other limits than those recorded"
-            ),
-            Problem::StrayLimits { project } => write!(
-                out,
-                "project {project} belongs to no snapshot and still has limits"
             ),
             Problem::DatabaseOlder { highest } => write!(
                 out,

@@ -12,8 +12,8 @@
 //! volume's file system: nobody writes to it, or if somebody does (`ctr snapshot
 //! commit` of a running container), within the limit. What is copied gets none.
 //!
-//! After a crash a directory may have an id that is not recorded, or an id a limit
-//! that belongs to nobody: the next start deals with both.
+//! After a crash a directory in the trash may have an id that is not recorded: the
+//! next start records it. Limits of ids that are not recorded are somebody else's.
 
 mod charge;
 mod recover;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::require_limits;
 use crate::error::{ErrorKind, Result};
-use crate::quota::{self, Quotas, Support};
+use crate::quota::{self, Held, Quotas, Support};
 use crate::snapshotter::finding::{Finding, Problem};
 use crate::snapshotter::{QuotaMode, Snapshotter};
 use crate::store::{Project, Snapshot, Transaction};
@@ -70,7 +70,7 @@ impl Snapshotter {
             let Some(id) = given.snapshot.filter(|id| !self.uncharged.is_pending(*id)) else {
                 continue;
             };
-            match restore_project(&quotas, dirs, id, given) {
+            match self.restore_project(transaction, &quotas, dirs, id, given) {
                 Ok(State::Charged) => {}
                 Ok(State::Uncharged) => uncharged.push(id),
                 Err(error) => log::error!(
@@ -80,14 +80,81 @@ impl Snapshotter {
                 ),
             }
         }
-        let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
-        self.adopt_trashed(transaction, dirs, &mut known)?;
-        for (project, held) in quotas.in_use(self.options.quota.ids)? {
-            if held.is_unused() && !known.contains(&project) {
-                quotas.set_limits(project, Limits::NONE)?;
+        self.adopt_trashed(transaction, dirs)?;
+        Ok(uncharged)
+    }
+
+    /// A snapshot's limits are what is recorded, also when its directories were made
+    /// anew, or copied by somebody who knows no projects.
+    fn restore_project(
+        &self,
+        transaction: &Transaction<'_>,
+        quotas: &Quotas<'_>,
+        dirs: &Dirs,
+        id: SnapshotId,
+        given: &Project,
+    ) -> Result<State> {
+        let parts = match dirs.open_parts(id) {
+            // Reported by who looks for layers.
+            Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(State::Charged),
+            parts => parts?,
+        };
+        let mut project = given.project;
+        if !is_ours(&parts, given, &quotas.held(project)?)? {
+            match self.replace_project(transaction, quotas, id, given)? {
+                Some(other) => project = other,
+                None => return Ok(State::Charged),
             }
         }
-        Ok(uncharged)
+        if quotas.support() == Support::Limits
+            && !given.limits.are_kept_by(quotas.held(project)?.limits)
+        {
+            quotas.set_limits(project, given.limits)?;
+            log::warn!("project {project} of snapshot {id} has its limits again");
+        }
+        match is_charged(&parts, project)? {
+            true => Ok(State::Charged),
+            false => Ok(State::Uncharged),
+        }
+    }
+
+    /// Gives a snapshot another id for one that is somebody else's; none if none is
+    /// free.
+    fn replace_project(
+        &self,
+        transaction: &Transaction<'_>,
+        quotas: &Quotas<'_>,
+        id: SnapshotId,
+        given: &Project,
+    ) -> Result<Option<ProjectId>> {
+        let theirs = given.project;
+        let picked = match self.pick_project(transaction, quotas) {
+            Ok(project) => Some(project),
+            Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
+                log::error!(
+                    "snapshot {id} has no limit any more: its project {theirs} is somebody \
+                     else's on this disk, and {}",
+                    error.chain()
+                );
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        let rows = transaction.rows();
+        // Not to be given back: that would clear the limits of whose it is.
+        rows.forget_project(theirs)?;
+        if let Some(project) = picked {
+            rows.record_project(&Project {
+                project,
+                snapshot: Some(id),
+                limits: given.limits,
+            })?;
+            log::warn!(
+                "project {theirs} of snapshot {id} is somebody else's on this disk: it has \
+                 project {project} from now on"
+            );
+        }
+        Ok(picked)
     }
 
     /// What is not as recorded, in order of the ids; nothing where no quotas are.
@@ -109,8 +176,6 @@ impl Snapshotter {
         let Ok(Some(quotas)) = Quotas::probe(dirs.snapshots_fd()) else {
             return Ok(findings);
         };
-        // The file system first: a project is recorded before a limit is set.
-        let in_use = quotas.in_use(self.options.quota.ids)?;
         let given = self.store.read()?.projects()?;
         for given in &given {
             let snapshot = given.snapshot.and_then(|id| snapshots.get(&id));
@@ -130,21 +195,11 @@ impl Snapshotter {
                 && !is_charged(&parts, project)?
             {
                 findings.push(about(Problem::NotCharged { project }));
+                continue;
             }
             let kept = quotas.held(project)?.limits;
             if quotas.support() == Support::Limits && !given.limits.are_kept_by(kept) {
                 findings.push(about(Problem::LimitsDiffer { project }));
-            }
-        }
-        let known: HashSet<_> = given.iter().map(|given| given.project).collect();
-        for (project, held) in in_use {
-            if held.is_unused() && !known.contains(&project) {
-                findings.push(Finding {
-                    problem: Problem::StrayLimits { project },
-                    name: None,
-                    id: None,
-                    volume: Some(Volume::Writable),
-                });
             }
         }
         Ok(findings)
@@ -152,12 +207,9 @@ impl Snapshotter {
 
     /// Records the ids of directories in the trash that are not recorded: a
     /// request was cut off after it had set one.
-    fn adopt_trashed(
-        &self,
-        transaction: &Transaction<'_>,
-        dirs: &Dirs,
-        known: &mut HashSet<ProjectId>,
-    ) -> Result<()> {
+    fn adopt_trashed(&self, transaction: &Transaction<'_>, dirs: &Dirs) -> Result<()> {
+        let given = transaction.rows().projects()?;
+        let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
         dirs.each_trashed(|directory| {
             let project = quota::project_of(&directory)?;
             if self.options.quota.ids.contains(project) && known.insert(project) {
@@ -179,30 +231,17 @@ enum State {
     Uncharged,
 }
 
-/// A snapshot's limits are what is recorded, also when its directories were made
-/// anew, or copied by somebody who knows no projects.
-fn restore_project(
-    quotas: &Quotas<'_>,
-    dirs: &Dirs,
-    id: SnapshotId,
-    given: &Project,
-) -> Result<State> {
-    let project = given.project;
-    let parts = match dirs.open_parts(id) {
-        // Reported by who looks for layers.
-        Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(State::Charged),
-        parts => parts?,
-    };
-    if quotas.support() == Support::Limits
-        && !given.limits.are_kept_by(quotas.held(project)?.limits)
-    {
-        quotas.set_limits(project, given.limits)?;
-        log::warn!("project {project} of snapshot {id} has its limits again");
+/// Whether a recorded id is the snapshot's on this disk as well. After a move to
+/// another disk, or with a database from another day, it may be somebody else's: what
+/// is charged to it is not in the snapshot, or what it is limited to is not recorded.
+fn is_ours(parts: &Parts, given: &Project, held: &Held) -> Result<bool> {
+    for part in parts.all() {
+        if quota::project_of(part)? == given.project {
+            return Ok(true);
+        }
     }
-    match is_charged(&parts, project)? {
-        true => Ok(State::Charged),
-        false => Ok(State::Uncharged),
-    }
+    let limits = held.limits;
+    Ok(held.is_unused() && (limits == Limits::NONE || given.limits.are_kept_by(limits)))
 }
 
 /// Whether all of a snapshot's directories hand a project on.
