@@ -96,6 +96,7 @@ pub fn run(config: &Config) -> Result<()> {
     // After the socket was made, for which the process's umask changes.
     let relocator = snapshotter.start_relocator()?;
     let flusher = snapshotter.start_flusher()?;
+    let lender = snapshotter.start_lender()?;
     let keeper = keeper::start(&snapshotter)?;
     let metrics_file = metrics_file::start(&desk, config.metrics_file.as_deref())?;
     log::info!(
@@ -123,6 +124,7 @@ pub fn run(config: &Config) -> Result<()> {
     drop(relocator);
     drop(charger);
     drop(flusher);
+    drop(lender);
     drop(keeper);
     // What is cut off may hold the database; the next start reads the log.
     if is_drained {

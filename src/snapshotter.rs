@@ -92,6 +92,7 @@ pub struct Snapshotter {
     /// The project id given out last, of which the next is looked for.
     last_project: Mutex<Option<ProjectId>>,
     uncharged: projects::Uncharged,
+    loans: projects::Loans,
     walks: usage::Walks,
 }
 
@@ -121,6 +122,7 @@ impl Snapshotter {
             id_mapped_mounts: OnceLock::new(),
             last_project: Mutex::new(None),
             uncharged: projects::Uncharged::default(),
+            loans: projects::Loans::default(),
             walks: usage::Walks::default(),
         }
     }
@@ -314,6 +316,9 @@ impl Snapshotter {
         self.require_present(&ancestors)?;
         let id_maps = IdMaps::from_labels(&info.labels)?;
         let extras = self.renew_lowers(&snapshot, id_maps.as_ref())?;
+        if snapshot.volume == Some(Volume::Writable) {
+            self.lend_room(snapshot.id);
+        }
         Ok(self.mounts_of(&Mounted {
             kind: info.kind,
             id: snapshot.id,

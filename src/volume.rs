@@ -44,7 +44,7 @@ pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use lowers::NewLinks;
 pub use moving::{Target, moving_id};
-pub use parts::Parts;
+pub use parts::{Parts, WorkMark};
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};

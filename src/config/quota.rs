@@ -133,7 +133,7 @@ mod tests {
             ("off", Some("10G"), None, "--quota off"),
             ("off", None, Some("100"), "--quota off"),
             ("auto", Some("10X"), None, "--default-max-size is \"10X\""),
-            ("auto", Some("1K"), None, "at least 64K"),
+            ("auto", Some("1K"), None, "at least 1M"),
             ("auto", None, Some("3"), "--default-max-inodes is \"3\""),
         ] {
             let text = given(mode, size, inodes).unwrap_err().chain();

@@ -3,13 +3,20 @@
 use super::labels::invalid;
 use crate::error::Result;
 use crate::size::{parse_bytes, parse_number};
-use crate::types::{LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Limits, Quoted};
+use crate::types::{
+    LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Limits, Quoted, Usage,
+};
 
-/// Below this no overlay can even be mounted: its own directories take a block
-/// each, of up to 4 KiB.
-pub const LEAST_BYTES: u64 = 64 << 10;
-/// The snapshot's directories and those that overlayfs makes, and a few.
-pub const LEAST_INODES: u64 = 16;
+/// Free for an overlay to be mounted: overlayfs makes a directory, for which XFS
+/// with blocks of 4 KiB wants more than 128 KiB, and less than 256.
+const ROOM_BYTES: u64 = 512 << 10;
+/// That directory and what overlayfs tries out in it, and a few.
+const ROOM_INODES: u64 = 8;
+
+/// An empty snapshot has that room, and a container can write something.
+pub const LEAST_BYTES: u64 = 2 * ROOM_BYTES;
+/// Likewise.
+pub const LEAST_INODES: u64 = 2 * ROOM_INODES;
 
 /// What labels ask for; `Some(0)` is no limit, whatever the default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,6 +75,16 @@ impl Asked {
     }
 }
 
+/// These limits, raised as far as it takes for an overlay to be mounted where so
+/// much is used.
+pub(super) fn with_room(limits: Limits, used: Usage) -> Limits {
+    let raised = |limit: Option<u64>, used: u64, room| limit.map(|limit| limit.max(used + room));
+    Limits {
+        max_bytes: raised(limits.max_bytes, used.size_bytes, ROOM_BYTES),
+        max_inodes: raised(limits.max_inodes, used.inodes, ROOM_INODES),
+    }
+}
+
 /// A size that a limit can have, 0 for none, in whole KiB as the kernel keeps it;
 /// `None` for any other text.
 pub fn parse_size(text: &str) -> Option<u64> {
@@ -86,8 +103,8 @@ pub fn parse_inodes(text: &str) -> Option<u64> {
 /// What [`parse_size`] takes, in words.
 pub fn size_wanted() -> String {
     format!(
-        "a size such as 512Mi or 10G, at least {}K, or 0 for no limit",
-        LEAST_BYTES >> 10
+        "a size such as 512Mi or 10G, at least {}M, or 0 for no limit",
+        LEAST_BYTES >> 20
     )
 }
 
@@ -146,6 +163,30 @@ mod tests {
     }
 
     #[test]
+    fn only_what_lacks_room_is_raised() {
+        let limits = |max_bytes, max_inodes| Limits {
+            max_bytes,
+            max_inodes,
+        };
+        let raised = |given, size_bytes, inodes| with_room(given, Usage { size_bytes, inodes });
+        let both = limits(Some(10 << 20), Some(100));
+        assert_eq!(raised(both, 9 << 20, 92), both);
+        assert_eq!(
+            raised(both, 10 << 20, 92),
+            limits(Some((10 << 20) + ROOM_BYTES), Some(100))
+        );
+        // Far over a limit that was lowered.
+        assert_eq!(
+            raised(both, 0, 500),
+            limits(Some(10 << 20), Some(500 + ROOM_INODES))
+        );
+        assert_eq!(raised(Limits::NONE, 1 << 40, 1 << 20), Limits::NONE);
+        // A new container starts without a loan.
+        let least = limits(Some(LEAST_BYTES), Some(LEAST_INODES));
+        assert_eq!(raised(least, 64 << 10, 6), least);
+    }
+
+    #[test]
     fn what_is_no_limit_is_refused() {
         let table: &[(&str, &[&str])] = &[
             (
@@ -154,7 +195,7 @@ mod tests {
                     "10G",
                     "0",
                     "-1",
-                    "65535",
+                    "1048575",
                     "1e9",
                     " 1048576",
                     "9223372036854775808",
@@ -163,7 +204,7 @@ mod tests {
             ),
             (
                 LABEL_OWN_MAX_SIZE,
-                &["ten", "1K", "-5G", "8388608T", "1.5G"],
+                &["ten", "1023K", "-5G", "8388608T", "1.5G"],
             ),
             (
                 LABEL_MAX_INODES,

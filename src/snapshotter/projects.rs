@@ -17,6 +17,7 @@
 
 mod charge;
 mod recover;
+mod room;
 
 pub(super) use charge::Uncharged;
 use rustix::fd::OwnedFd;
@@ -34,6 +35,7 @@ use crate::types::{
     ProjectId, SnapshotId, Usage, Volume,
 };
 use crate::volume::{Dirs, Parts};
+pub(super) use room::Loans;
 
 /// How many ids that something is charged to are passed over. Only others than
 /// this program charge anything to ids that are not recorded.

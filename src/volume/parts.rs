@@ -2,7 +2,7 @@
 //! directory itself and has no call that takes a path.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::FileType;
+use rustix::fs::{AtFlags, FileType, statat};
 use rustix::io::Errno;
 
 use super::Dirs;
@@ -27,7 +27,26 @@ impl Parts {
     }
 }
 
+/// Tells the `work/work` that one mount of an overlay has made from that of the
+/// next, which makes it anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkMark {
+    inode: u64,
+    /// When it was last changed: the new one may get the old one's inode.
+    changed: (i64, u64),
+}
+
 impl Dirs {
+    /// That of a snapshot; `None` if it was never mounted, or is not there.
+    pub fn work_mark(&self, id: SnapshotId) -> Option<WorkMark> {
+        let work = self.open_parts(id).ok()?.work?;
+        let found = statat(work, "work", AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        Some(WorkMark {
+            inode: found.st_ino,
+            changed: (found.st_ctime, found.st_ctime_nsec),
+        })
+    }
+
     /// Opens a snapshot's directories; no link is followed.
     ///
     /// # Errors
