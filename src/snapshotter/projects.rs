@@ -243,22 +243,27 @@ impl Snapshotter {
         before: &Snapshot,
         after: &Snapshot,
     ) -> Result<Option<LimitChange>> {
-        let labels = [LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_MAX_INODES];
         let info = &after.info;
-        // Only when one changes: the default may be another by now.
-        if labels
-            .iter()
-            .all(|label| before.info.labels.get(*label) == info.labels.get(*label))
-        {
+        // Only what a label changes: the default may be another by now.
+        let is_changed = |label: &str| before.info.labels.get(label) != info.labels.get(label);
+        let is_size_changed = is_changed(LABEL_MAX_SIZE) || is_changed(LABEL_OWN_MAX_SIZE);
+        let are_inodes_changed = is_changed(LABEL_MAX_INODES);
+        if !is_size_changed && !are_inodes_changed {
             return Ok(None);
         }
         let default = self.options.quota.default;
         let limits = plan_limits(info.kind, &info.name, &info.labels, after.volume, default)?;
-        let Some(to) = limits else {
+        let Some(mut to) = limits else {
             return Ok(None);
         };
         let rows = transaction.rows();
         if let Some(given) = rows.project_of(after.id)? {
+            if !is_size_changed {
+                to.max_bytes = given.limits.max_bytes;
+            }
+            if !are_inodes_changed {
+                to.max_inodes = given.limits.max_inodes;
+            }
             rows.record_limits(given.project, to)?;
             return Ok(Some(LimitChange {
                 project: given.project,

@@ -324,6 +324,26 @@ fn an_update_counts_at_once(rig: &mut Rig) {
         .unwrap();
     assert_eq!(size_of_disk(&web), 6 * MIB);
     drop(web);
+
+    // One limit does not change with the other.
+    let plain = prepare(&client, "plain", &[]);
+    assert_eq!(size_of_disk(&plain), 9 * MIB);
+    daemon.stop();
+    let flags = ["--default-max-size", "3M", "--default-max-inodes", "100"];
+    daemon.set_arguments(rig.arguments(&flags));
+    daemon.restart();
+    let client = daemon.client();
+    let set = |label: &str, value: &str| {
+        let field = format!("labels.{label}");
+        client.update("plain", &[&field], &[(label, value)])
+    };
+    set(MAX_INODES, "1000").unwrap();
+    assert_eq!(size_of_disk(&plain), 9 * MIB);
+    assert_eq!(disk(&plain).f_files, 1000);
+    set(OWN_MAX_SIZE, "5M").unwrap();
+    assert_eq!(size_of_disk(&plain), 5 * MIB);
+    assert_eq!(disk(&plain).f_files, 1000);
+    drop(plain);
     rig.clear(&client);
 }
 
