@@ -48,6 +48,15 @@ pub(super) struct LimitChange {
     to: Limits,
 }
 
+impl LimitChange {
+    /// Whether no number is new: each limit stays, or goes.
+    fn only_lifts(&self) -> bool {
+        let lifts = |from: Option<u64>, to: Option<u64>| to.is_none() || to == from;
+        lifts(self.from.max_bytes, self.to.max_bytes)
+            && lifts(self.from.max_inodes, self.to.max_inodes)
+    }
+}
+
 /// A project just given to new directories; dropped without
 /// [`NewProject::keep`], it is taken from them.
 pub(super) struct NewProject<'a> {
@@ -285,7 +294,8 @@ impl Snapshotter {
     }
 
     /// Changes limits before `record` makes the change durable; back again if that
-    /// fails. A start sets what is recorded.
+    /// fails. A start sets what is recorded, and so a limit can be taken away where
+    /// the kernel cannot be told now.
     ///
     /// # Errors
     ///
@@ -296,6 +306,14 @@ impl Snapshotter {
         change: &LimitChange,
         record: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
+        let are_kept = || matches!(self.quota_support(), Ok(Support::Limits));
+        if change.only_lifts() && !are_kept() {
+            log::info!(
+                "project {} keeps its limits until a start with quotas",
+                change.project
+            );
+            return record();
+        }
         let dirs = self.volumes.open(Volume::Writable)?;
         let quotas = require_limits(self.options.quota.mode, &dirs)?;
         quotas

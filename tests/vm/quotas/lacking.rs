@@ -7,7 +7,8 @@ use grpcio::RpcStatusCode;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::{
-    MIB, OWN_MAX_SIZE, Rig, Test, fill, is_refused, prepare, size_of_disk, upper, usage, walk,
+    MAX_INODES, MIB, OWN_MAX_SIZE, Rig, Test, disk, fill, is_refused, prepare, size_of_disk, upper,
+    usage, walk,
 };
 use crate::guest::WRITABLE_DEVICE;
 use crate::support::client::Client;
@@ -18,6 +19,10 @@ pub const TESTS: &[Test] = &[
     (
         "what_is_older_than_quotas_is_walked",
         what_is_older_than_quotas_is_walked,
+    ),
+    (
+        "a_limit_is_taken_away_without_quotas",
+        a_limit_is_taken_away_without_quotas,
     ),
     (
         "a_missing_mount_option_is_named",
@@ -86,6 +91,45 @@ fn what_is_older_than_quotas_is_walked(rig: &mut Rig) {
     daemon.set_arguments(rig.arguments(&[]));
     daemon.restart();
     rig.clear(&daemon.client());
+}
+
+fn a_limit_is_taken_away_without_quotas(rig: &mut Rig) {
+    let mut daemon = rig.start(&[]);
+    let labels = [(OWN_MAX_SIZE, "8M"), (MAX_INODES, "100"), ("other", "x")];
+    let web = prepare(&daemon.client(), "web", &labels);
+    let mut start_with = |flags: &[&str]| {
+        daemon.stop();
+        daemon.set_arguments(rig.arguments(flags));
+        daemon.restart();
+        daemon.client()
+    };
+    let client = start_with(&["--quota", "off"]);
+    let field = format!("labels.{OWN_MAX_SIZE}");
+    is_refused(
+        client.update("web", &[&field], &[(OWN_MAX_SIZE, "16M")]),
+        RpcStatusCode::FAILED_PRECONDITION,
+        &["--quota off"],
+    );
+    client.update("web", &[&field], &[]).unwrap();
+    assert!(
+        !client
+            .stat("web")
+            .unwrap()
+            .labels
+            .contains_key(OWN_MAX_SIZE)
+    );
+    // Nobody has told the kernel.
+    assert_eq!(size_of_disk(&web), 8 * MIB);
+    start_with(&[]);
+    assert!(size_of_disk(&web) > 100 * MIB);
+    assert_eq!(disk(&web).f_files, 100);
+    // All labels at once.
+    let client = start_with(&["--quota", "off"]);
+    client.update("web", &[], &[("other", "y")]).unwrap();
+    let client = start_with(&[]);
+    assert!(disk(&web).f_files > 100);
+    drop(web);
+    rig.clear(&client);
 }
 
 fn a_missing_mount_option_is_named(rig: &mut Rig) {
