@@ -350,11 +350,12 @@ impl Snapshotter {
         if quota::project_of(upper)? != given.project {
             return Ok(None);
         }
-        // Who may not ask can still walk.
-        match Quotas::probe(dirs.snapshots_fd()) {
-            Ok(Some(quotas)) => Ok(Some(quotas.held(given.project)?.usage)),
-            Ok(None) | Err(_) => Ok(None),
-        }
+        // Who gets no answer can still walk: the kernel takes the question for a
+        // write, and has none on a volume that is read-only.
+        let Ok(Some(quotas)) = Quotas::probe(dirs.snapshots_fd()) else {
+            return Ok(None);
+        };
+        Ok(quotas.held(given.project).ok().map(|held| held.usage))
     }
 
     /// Gives the ids back to which nothing is charged any more. XFS may take a moment

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use grpcio::RpcStatusCode;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 
 use super::{
     MAX_INODES, MIB, OWN_MAX_SIZE, Rig, Test, disk, fill, is_refused, prepare, size_of_disk, upper,
@@ -24,6 +24,7 @@ pub const TESTS: &[Test] = &[
         "a_limit_is_taken_away_without_quotas",
         a_limit_is_taken_away_without_quotas,
     ),
+    ("a_read_only_volume_is_walked", a_read_only_volume_is_walked),
     (
         "a_missing_mount_option_is_named",
         a_missing_mount_option_is_named,
@@ -129,6 +130,21 @@ fn a_limit_is_taken_away_without_quotas(rig: &mut Rig) {
     let client = start_with(&[]);
     assert!(disk(&web).f_files > 100);
     drop(web);
+    rig.clear(&client);
+}
+
+/// To ask for a quota counts as a write.
+fn a_read_only_volume_is_walked(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    client.prepare("web", "base", LIMITED).unwrap();
+    let upper = upper(&client, "web");
+    fs::write(upper.join("file"), vec![1; 100_000]).unwrap();
+    rustix::fs::sync();
+    mount_remount(&rig.writable, MountFlags::RDONLY, c"").unwrap();
+    let told = client.usage("web").map(|usage| usage.inodes);
+    mount_remount(&rig.writable, MountFlags::empty(), c"").unwrap();
+    assert_eq!(told, Ok(2), "the file, and what it is in");
     rig.clear(&client);
 }
 
