@@ -416,6 +416,17 @@ mod tests {
         walks.forget(SnapshotId::new(1));
         ask(long).unwrap();
         assert_eq!(walks.figures().by_walk, 3);
+
+        let short = Duration::from_millis(5);
+        thread::sleep(short);
+        ask(short).unwrap();
+        assert_eq!(walks.figures().by_walk, 4);
+        // What nobody may be told any more is not kept.
+        thread::sleep(short);
+        let other = SnapshotId::new(2);
+        let caller = Caller::default();
+        walks.tell(other, short, &caller, |_| Ok(USAGE)).unwrap();
+        assert_eq!(lock(&walks.state).found.len(), 1);
     }
 
     #[test]
