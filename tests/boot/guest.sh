@@ -21,6 +21,9 @@ share=/usr/local/share/$program
 disk_image=/dev/disk/by-id/virtio-image
 disk_writable=/dev/disk/by-id/virtio-writable
 image=docker.io/library/split-test:latest
+label_max_size=containerd.io/snapshot/overlay-read-write-splitting.max-size
+# By the container "limited".
+limited_said=/tmp/limited
 phase=$(sed -n 's/.*boot-test=\([^ ]*\).*/\1/p' /proc/cmdline)
 [ -d /run/systemd/system ] && manager=systemd || manager=openrc
 
@@ -35,6 +38,7 @@ fail() {
     set +e
     echo "--- boot-test: $*"
     grep -E ' / | /test |containerd' /proc/self/mountinfo
+    [ ! -e "$limited_said" ] || cat "$limited_said"
     case $manager in
     systemd)
         systemctl --no-pager --full status "$program" containerd "$(unit_of image)"
@@ -237,6 +241,107 @@ is_as_before() {
     [ "$(cat "$upper/etc/motd")" = first ] || fail "what a container wrote is lost"
 }
 
+#
+# Limits.
+#
+
+# "A limit for each container" in the README: the writable disk, which has none,
+# gets project quotas, and containers a limit by default.
+allow_limits() {
+    systemctl stop "$program"
+    umount "$writable"
+    tune2fs -O quota,project -Q prjquota "$disk_writable" || fail "tune2fs"
+    sed -i 's/^Options=.*/&,prjquota/' "/etc/systemd/system/$(unit_of writable)"
+    sed -i 's/^OPTIONS=.*/OPTIONS="--default-max-size 64M"/' "/etc/default/$program"
+    systemctl daemon-reload
+    systemctl start "$(unit_of writable)" || fail "the disk is not mounted with prjquota"
+    systemctl start "$program" || fail "the service does not start on a disk with quotas"
+}
+
+# status_says PATTERN
+status_says() {
+    "$program" status >/tmp/status || fail "status"
+    grep -q "$1" /tmp/status || fail "status does not say '$1': $(cat /tmp/status)"
+}
+
+# projects: what repquota -P would list (quotactl(2), Q_GETNEXTQUOTA), a line for
+# each project: its id, its limit in KiB, the bytes and the inodes that it takes.
+projects() {
+    perl -e '
+        my ($device, $id) = (shift, 1);
+        my $quota = "\0" x 72;
+        while (syscall(179, (0x800009 << 8) + 2, $device, $id, $quota) == 0) {
+            my ($hard, $bytes, $inodes) = (unpack "Q8 L2", $quota)[0, 2, 5];
+            $id = (unpack "Q8 L2", $quota)[9];
+            print "$id $hard $bytes $inodes\n" if $hard || $bytes || $inodes;
+            $id++;
+        }
+        $!{ENOENT} or die "quotactl: $!";
+    ' "$(readlink -f "$disk_writable")" || fail "the kernel has no project quotas"
+}
+
+has_no_projects() {
+    [ -z "$(projects)" ]
+}
+
+# says LINE: the container "limited" has.
+says() {
+    grep -q -x "$1" "$limited_said"
+}
+
+# A container sees its limit, reaches it, and gets more while it runs; nothing is
+# left of it.
+limited_life() {
+    # The words in quotes are for the shell in the container.
+    # shellcheck disable=SC2016
+    ctr run --rm --snapshotter rwsplit --snapshotter-label "$label_max_size=16Mi" \
+        "$image" limited /bin/sh -c '
+            size() {
+                df -k -P / | tail -n 1 | tr -s " " | cut -d " " -f 2
+            }
+            echo "size $(size)"
+            dd if=/dev/zero of=/first bs=64k count=1024 2>&1 && echo "no limit"
+            echo "written $(stat -c %s /first)"
+            until [ "$(size)" = 32768 ]; do sleep 0.2; done
+            dd if=/dev/zero of=/second bs=64k count=128 2>&1 && echo "got more"
+            dd if=/dev/zero of=/third bs=64k count=1024 2>&1 && echo "no limit"
+            exit 7
+        ' >"$limited_said" 2>&1 &
+    limited=$!
+    wait_for "the first limit" says 'written .*'
+    says 'size 16384' || fail "df in a container does not show its limit"
+    says 'dd: .*: Disk quota exceeded' || fail "at its limit a container is told something else"
+    ! says 'no limit' || fail "a container writes more than it may"
+    written=$(sed -n 's/^written //p' "$limited_said")
+    [ "$written" -gt 15728640 ] || fail "a container may write $written bytes only"
+
+    # The file system, the snapshotter by containerd, and du tell the same.
+    sync -f "$writable"
+    top=$(sed -n 's|.*/limited/rootfs .*,upperdir=\([^,]*\)/fs,.*|\1|p' /proc/mounts)
+    taken="$(du -s -B 1 "$top" | cut -f 1) $(du -s --inodes "$top" | cut -f 1)"
+    [ "$(projects | cut -d ' ' -f 2-)" = "16384 $taken" ] ||
+        fail "the projects are: $(projects), and the container takes $taken"
+    ctr snapshots --snapshotter rwsplit usage -b limited >/tmp/usage
+    [ "$(awk '$1 == "limited" { print $2, $3 }' /tmp/usage)" = "$taken" ] ||
+        fail "containerd is told a usage of: $(cat /tmp/usage), not $taken"
+    status_says 'limited" *of 16M$'
+    report "ok: a container reaches its limit"
+
+    ctr snapshots --snapshotter rwsplit label limited "$label_max_size=32Mi"
+    ended=0
+    wait "$limited" || ended=$?
+    [ "$ended" = 7 ] || fail "the limited container has ended with $ended"
+    says 'got more' || fail "a larger limit makes no difference"
+    [ "$(grep -c 'Disk quota exceeded' "$limited_said")" = 2 ] ||
+        fail "the larger limit is not kept"
+    # Makes containerd look for what nobody needs.
+    ctr leases create --id collect >/dev/null
+    ctr leases rm --sync collect
+    wait_for "the end of its project" has_no_projects
+    status_says 'limits are kept, 0 project ids given out'
+    report "ok: its limit was raised, and nothing is left of it"
+}
+
 no_container_runs() {
     ! ctr run --snapshotter rwsplit "$image" refused true >/tmp/said 2>&1 ||
         fail "a container runs although there is no writable disk"
@@ -265,8 +370,11 @@ phase_install() {
         there { sub(/^    /, ""); gsub(/ROOT/, root); print }
     ' "$share/README.md" >>/etc/containerd/config.toml
     grep -q "$root/grpc.socks" /etc/containerd/config.toml || fail "the README has no stanza"
+    # Under OpenRC the disk stays as install.sh has made it.
+    [ "$manager" != systemd ] || allow_limits
     restart_containerd
     ctr images import --snapshotter rwsplit /test/image.tar || fail "an image is not imported"
+    [ "$manager" != systemd ] || limited_life
     run first
     report "ok: from the archive to a container"
 
@@ -311,6 +419,11 @@ phase_again() {
     ctr tasks exec --exec-id look lasting grep -q line /lines ||
         fail "a container does not see what it wrote"
     run second
+    if [ "$manager" = systemd ]; then
+        # Of all of them, and none but these.
+        of_limits=$(projects | cut -d ' ' -f 2 | paste -s -d ' ')
+        [ "$of_limits" = '65536 65536 65536 65536' ] || fail "limits after a reboot: $(projects)"
+    fi
     report "ok: after a reboot"
 }
 

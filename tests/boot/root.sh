@@ -46,9 +46,10 @@ if ! mmdebstrap --mode=root --variant=essential --include="$packages" \
     exit 1
 fi
 
-# Drivers of the disks, and what containers need. With all of them udev would load
-# many, which takes an emulated processor long.
-(cd "$kernel" && find lib/modules \( -name 'virtio*.ko' -o -name overlay.ko -o -name 'modules.*' \) \
+# Drivers of the disks, what containers need, and quotas. With all of them udev
+# would load many, which takes an emulated processor long.
+(cd "$kernel" && find lib/modules \( -name 'virtio*.ko' -o -name overlay.ko \
+    -o -name 'quota_*.ko' -o -name 'modules.*' \) \
     -exec cp --parents --target-directory="$root" {} +)
 for version in "$root/lib/modules/"*; do
     chroot "$root" depmod "${version##*/}"
