@@ -31,6 +31,7 @@ const MOST_BOOTS: u32 = 5;
 /// A running machine; its end is that of this value.
 pub struct Machine {
     child: Child,
+    limit: Duration,
     scratch: tempfile::TempDir,
 }
 
@@ -110,7 +111,17 @@ impl Machine {
         let child = command
             .spawn()
             .unwrap_or_else(|error| panic!("qemu-system-x86_64: {error}"));
-        Machine { child, scratch }
+        Machine {
+            child,
+            limit: LIMIT,
+            scratch,
+        }
+    }
+
+    /// Gives it longer than others for its work.
+    pub fn give_longer(mut self, by: Duration) -> Machine {
+        self.limit += by;
+        self
     }
 
     /// Waits until the machine has said this.
@@ -124,7 +135,7 @@ impl Machine {
                 return;
             }
             assert!(
-                ended.is_none() && begun.elapsed() < LIMIT,
+                ended.is_none() && begun.elapsed() < self.limit,
                 "the machine has not said {line:?}, {}, and said last: {:?}\n{}",
                 ended.map_or_else(|| "hangs".to_owned(), |status| format!("ended ({status})")),
                 lines.last(),
