@@ -7,6 +7,7 @@
 //! crash is simply begun again.
 
 mod copy;
+mod remake;
 mod remove;
 mod usage;
 mod visit;
@@ -21,9 +22,10 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind};
 
 pub use copy::copy_tree;
+pub use remake::remake;
 pub use remove::remove_children;
 pub use usage::{count, count_unless};
-pub use visit::visit_open;
+pub use visit::{Visited, visit_open};
 
 /// Opens a directory to read it: without following a link in its last part,
 /// without entering what somebody has mounted there, and, where the kernel lets

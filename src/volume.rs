@@ -11,6 +11,7 @@
 //! <root>/left-out/<id>               what an import could not take over
 //! <writable>/.volume                  which volume this is
 //! <writable>/snapshots/<id>/{fs,work} what containers write
+//! <writable>/snapshots/<id>/scratch   while its links and nodes are made anew
 //! <writable>/trash/
 //! <writable>/left-out/<id>
 //! ```

@@ -123,16 +123,10 @@ impl Copy<'_> {
         }
         match file_type {
             FileType::RegularFile => self.file(from, to, name, &stat)?,
-            FileType::Symlink => {
-                let target = readlinkat(from, name, Vec::new()).context(|| "read the link")?;
-                symlinkat(target, to, name).context(|| "make the link")?;
-            }
-            _ => {
-                let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
-                mknodat(to, name, file_type, mode, stat.st_rdev).context(|| "make the node")?;
-            }
+            _ => make_node((from, name), (to, name), &stat)?,
         }
-        self.set_entry_attributes(from, to, name, &stat)?;
+        self.xattrs
+            .set_all_attributes((from, name), (to, name), &stat)?;
         if is_linked {
             linkat(to, name, self.scratch, link_name(&stat), AtFlags::empty())
                 .context(|| "remember its hard links")?;
@@ -241,19 +235,6 @@ impl Copy<'_> {
         Ok(())
     }
 
-    fn set_entry_attributes(
-        &mut self,
-        from: BorrowedFd<'_>,
-        to: BorrowedFd<'_>,
-        name: &CStr,
-        stat: &Stat,
-    ) -> Result<()> {
-        set_owner_and_mode(to, name, stat)?;
-        self.xattrs
-            .copy(&entry_path(from, name), &entry_path(to, name))?;
-        set_times(to, name, stat)
-    }
-
     fn set_attributes(
         &mut self,
         above: BorrowedFd<'_>,
@@ -270,6 +251,29 @@ impl Copy<'_> {
             .context(setting)?;
         set_times(above, name, &level.stat).context(setting)
     }
+}
+
+/// The name of an entry in an open directory.
+type Entry<'a> = (BorrowedFd<'a>, &'a CStr);
+
+/// Copies what is neither a directory nor a regular file, whose metadata is `stat`.
+///
+/// # Errors
+///
+/// As of the disk; also if something has the new name.
+pub(super) fn copy_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
+    make_node(from, to, stat)?;
+    XattrBuffers::new().set_all_attributes(from, to, stat)
+}
+
+fn make_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
+    let file_type = FileType::from_raw_mode(stat.st_mode);
+    if file_type == FileType::Symlink {
+        let target = readlinkat(from.0, from.1, Vec::new()).context(|| "read the link")?;
+        return symlinkat(target, to.0, to.1).context(|| "make the link");
+    }
+    let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
+    mknodat(to.0, to.1, file_type, mode, stat.st_rdev).context(|| "make the node")
 }
 
 /// The next piece of data of a file from `at` on, as start and end; a hole is
@@ -302,7 +306,11 @@ fn set_owner_and_mode(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Resul
 }
 
 fn set_times(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
-    let times = Timestamps {
+    utimensat(parent, name, &times_of(stat), AtFlags::SYMLINK_NOFOLLOW).context(|| "set its times")
+}
+
+pub(super) fn times_of(stat: &Stat) -> Timestamps {
+    Timestamps {
         last_access: Timespec {
             tv_sec: stat.st_atime,
             tv_nsec: stat.st_atime_nsec.try_into().unwrap_or(0),
@@ -311,8 +319,7 @@ fn set_times(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
             tv_sec: stat.st_mtime,
             tv_nsec: stat.st_mtime_nsec.try_into().unwrap_or(0),
         },
-    };
-    utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW).context(|| "set its times")
+    }
 }
 
 /// Attributes of links and device nodes have no call that takes a descriptor;
@@ -343,6 +350,13 @@ impl XattrBuffers {
             names: Vec::with_capacity(MAX_XATTR_BYTES),
             value: Vec::with_capacity(MAX_XATTR_BYTES),
         }
+    }
+
+    /// Owner, mode, extended attributes and times of an entry.
+    fn set_all_attributes(&mut self, from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
+        set_owner_and_mode(to.0, to.1, stat)?;
+        self.copy(&entry_path(from.0, from.1), &entry_path(to.0, to.1))?;
+        set_times(to.0, to.1, stat)
     }
 
     fn copy(&mut self, from: &CStr, to: &CStr) -> Result<()> {

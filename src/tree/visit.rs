@@ -12,41 +12,54 @@ use crate::error::{Context, Result};
 
 const VISITING: &str = "look through a directory tree";
 
-/// Shows `each` directory and each regular file below `top`, and `top` itself
-/// first, as an open one, a directory before what is in it. What vanishes
-/// meanwhile is left out; so are links and nodes, which cannot be opened as what
-/// they are.
+/// What is found in a tree.
+pub enum Visited<'a> {
+    /// A directory, opened.
+    Directory(BorrowedFd<'a>),
+    /// A regular file, opened.
+    File(BorrowedFd<'a>),
+    /// A link or a node, which cannot be opened as what it is: its directory, and its
+    /// name there.
+    Node(BorrowedFd<'a>, &'a CStr),
+}
+
+/// Shows what is below `top` to `each`, and `top` itself first, a directory before
+/// what is in it. What vanishes meanwhile is left out.
 ///
 /// # Errors
 ///
 /// As of the disk, and the first one of `each`.
-pub fn visit_open(
-    top: impl AsFd,
-    mut each: impl FnMut(BorrowedFd<'_>, FileType) -> Result<()>,
-) -> Result<()> {
+pub fn visit_open(top: impl AsFd, mut each: impl FnMut(Visited<'_>) -> Result<()>) -> Result<()> {
     let mut walk = Walk::begin(&top, VISITING)?;
-    each(walk.parent()?, FileType::Directory)?;
+    each(Visited::Directory(walk.parent()?))?;
     while let Some(entry) = walk.next()? {
-        match open_known(walk.parent()?, entry.file_name()).context(|| VISITING)? {
-            Some((fd, FileType::Directory)) => {
-                each(fd.as_fd(), FileType::Directory)?;
+        let (parent, name) = (walk.parent()?, entry.file_name());
+        match open(parent, name).context(|| VISITING)? {
+            Opened::Directory(fd) => {
+                each(Visited::Directory(fd.as_fd()))?;
                 walk.enter(fd)?;
             }
-            Some((fd, file_type)) => each(fd.as_fd(), file_type)?,
-            None => {}
+            Opened::File(fd) => each(Visited::File(fd.as_fd()))?,
+            Opened::Node => each(Visited::Node(parent, name))?,
+            Opened::Gone => {}
         }
     }
     Ok(())
 }
 
-/// Opens a directory or a regular file; `None` for anything else, which may block
-/// or do things when it is opened.
-fn open_known(
-    parent: BorrowedFd<'_>,
-    name: &CStr,
-) -> std::result::Result<Option<(OwnedFd, FileType)>, Errno> {
+enum Opened {
+    Directory(OwnedFd),
+    File(OwnedFd),
+    Node,
+    /// Or another thing by now, or somebody's mount.
+    Gone,
+}
+
+/// Opens a directory or a regular file; anything else may block or do things when it
+/// is opened.
+fn open(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Result<Opened, Errno> {
     let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => return Ok(None),
+        Err(Errno::NOENT) => return Ok(Opened::Gone),
         stat => stat?,
     };
     let opened = match FileType::from_raw_mode(stat.st_mode) {
@@ -55,18 +68,19 @@ fn open_known(
             let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
             openat(parent, name, flags, Mode::empty())
         }
-        _ => return Ok(None),
+        _ => return Ok(Opened::Node),
     };
-    match opened {
-        // Gone, or another thing by now, or somebody's mount.
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::NXIO) => Ok(None),
-        Err(errno) => Err(errno),
-        Ok(fd) => {
-            let file_type = FileType::from_raw_mode(fstat(&fd)?.st_mode);
-            let is_known = matches!(file_type, FileType::Directory | FileType::RegularFile);
-            Ok(is_known.then_some((fd, file_type)))
+    let fd = match opened {
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::NXIO) => {
+            return Ok(Opened::Gone);
         }
-    }
+        fd => fd?,
+    };
+    Ok(match FileType::from_raw_mode(fstat(&fd)?.st_mode) {
+        FileType::Directory => Opened::Directory(fd),
+        FileType::RegularFile => Opened::File(fd),
+        _ => Opened::Gone,
+    })
 }
 
 #[cfg(test)]
@@ -94,22 +108,27 @@ mod tests {
             0,
         )
         .unwrap();
-        let mut seen = Vec::new();
-        visit_open(File::open(&top).unwrap(), |fd, file_type| {
-            seen.push((fstat(fd).unwrap().st_ino, file_type));
+        let (mut seen, mut nodes) = (Vec::new(), Vec::new());
+        visit_open(File::open(&top).unwrap(), |visited| {
+            match visited {
+                Visited::Directory(fd) => seen.push((fstat(fd).unwrap().st_ino, true)),
+                Visited::File(fd) => seen.push((fstat(fd).unwrap().st_ino, false)),
+                Visited::Node(parent, name) => {
+                    nodes.push((fstat(parent).unwrap().st_ino, name.to_owned()));
+                }
+            }
             Ok(())
         })
         .unwrap();
         let inode = |path: &str| fstat(File::open(top.join(path)).unwrap()).unwrap().st_ino;
-        assert_eq!(
-            seen[..2],
-            [
-                (inode("."), FileType::Directory),
-                (inode("a"), FileType::Directory)
-            ]
-        );
+        assert_eq!(seen[..2], [(inode("."), true), (inode("a"), true)]);
         assert_eq!(seen.len(), 4, "{seen:?}");
-        assert!(seen.contains(&(inode("a/b"), FileType::Directory)));
-        assert!(seen.contains(&(inode("a/file"), FileType::RegularFile)));
+        assert!(seen.contains(&(inode("a/b"), true)));
+        assert!(seen.contains(&(inode("a/file"), false)));
+        nodes.sort();
+        let mut expected = [("a", c"link"), ("a", c"pipe"), ("a/b", c"link")]
+            .map(|(directory, name)| (inode(directory), name.to_owned()));
+        expected.sort();
+        assert_eq!(nodes, expected);
     }
 }

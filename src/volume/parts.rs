@@ -2,13 +2,15 @@
 //! directory itself and has no call that takes a path.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, statat};
+use rustix::fs::{AtFlags, FileType, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::Dirs;
-use super::dirs::{list, open_to_list};
+use super::dirs::{ensure_directory, list, open_to_list};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::SnapshotId;
+
+const SCRATCH: &str = "scratch";
 
 /// A snapshot's directories.
 pub struct Parts {
@@ -24,6 +26,26 @@ impl Parts {
     /// All of them, the one above the others first.
     pub fn all(&self) -> impl Iterator<Item = &OwnedFd> {
         [&self.top, &self.upper].into_iter().chain(&self.work)
+    }
+
+    /// Makes a directory beside them, for whoever puts things into them by a rename;
+    /// one that a crash has left is taken.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn ensure_scratch(&self) -> Result<OwnedFd> {
+        ensure_directory(&self.top, "<id>", SCRATCH)
+    }
+
+    /// Removes it, which has to be empty.
+    ///
+    /// # Errors
+    ///
+    /// As of the volume's disk.
+    pub fn remove_scratch(&self) -> Result<()> {
+        unlinkat(&self.top, SCRATCH, AtFlags::REMOVEDIR)
+            .context(|| "remove a snapshot's scratch directory")
     }
 }
 

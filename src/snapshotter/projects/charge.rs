@@ -10,17 +10,16 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use rustix::fs::FileType;
-
 use crate::background::Background;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault::fault_point;
 use crate::lock::lock;
 use crate::quota;
 use crate::snapshotter::Snapshotter;
-use crate::types::{ProjectId, SnapshotId, Volume};
+use crate::sys;
+use crate::tree::{self, Visited};
+use crate::types::{Kind, ProjectId, SnapshotId, Volume};
 use crate::volume::Parts;
-use crate::{sys, tree};
 
 /// The snapshots whose trees are to be charged.
 #[derive(Default)]
@@ -171,27 +170,43 @@ impl Snapshotter {
             Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(()),
             parts => parts?,
         };
-        self.charge_tree(&parts, project)?;
+        self.charge_tree(id, &parts, project)?;
         log::warn!("snapshot {id} was not charged to project {project}, and is now");
         Ok(())
     }
 
-    /// Charges a tree to a project, whatever it was charged to. What cannot be opened,
-    /// such as links and nodes, stays where it is: it takes inodes, and hardly a block.
-    fn charge_tree(&self, parts: &Parts, project: ProjectId) -> Result<()> {
+    /// Charges a tree to a project, whatever it was charged to.
+    fn charge_tree(&self, id: SnapshotId, parts: &Parts, project: ProjectId) -> Result<()> {
         quota::set_project(&parts.top, ProjectId::NONE)?;
+        let scratch = match self.may_make_anew(id)? {
+            true => Some(parts.ensure_scratch()?),
+            false => None,
+        };
+        if let Some(scratch) = &scratch {
+            quota::set_project(scratch, project)?;
+        }
         let mut is_top = true;
-        let (mut failures, mut first) = (0_u64, None);
-        tree::visit_open(&parts.top, |fd, file_type| {
+        let (mut failures, mut first, mut linked) = (0_u64, None, 0_u64);
+        tree::visit_open(&parts.top, |visited| {
             if std::mem::take(&mut is_top) {
                 return Ok(());
             }
             if self.stopping.load(Ordering::Relaxed) {
                 return Err(Error::new(ErrorKind::Unavailable, "the daemon is stopping"));
             }
-            let charged = match file_type {
-                FileType::Directory => quota::set_project(fd, project),
-                _ => quota::charge_file(fd, project).inspect(|()| fault_point("file-charged")),
+            let charged = match (visited, &scratch) {
+                (Visited::Directory(fd), _) => quota::set_project(fd, project),
+                (Visited::File(fd), _) => {
+                    quota::charge_file(fd, project).inspect(|()| fault_point("file-charged"))
+                }
+                // It may have been mounted meanwhile, and be somebody's to change.
+                (Visited::Node(parent, name), Some(scratch))
+                    if !self.is_mounted(id, Volume::Writable)? =>
+                {
+                    tree::remake(parent, name, scratch).map(|is_made| linked += u64::from(!is_made))
+                }
+                // They take inodes, and hardly a block.
+                (Visited::Node(..), _) => Ok(()),
             };
             // One that nobody may change (chattr(1), immutable), for one.
             if let Err(error) = charged {
@@ -202,10 +217,29 @@ impl Snapshotter {
         })?;
         if let Some(error) = first {
             log::warn!(
-                "{failures} files stay out of project {project}, the first: {}",
+                "{failures} files of snapshot {id} stay out of project {project}, the first: {}",
                 error.chain()
             );
         }
+        if linked > 0 {
+            log::warn!(
+                "{linked} links and nodes of snapshot {id} stay out of project {project}, \
+                 because they have several names: they cannot be renamed"
+            );
+        }
+        if scratch.is_some() {
+            parts.remove_scratch()?;
+        }
         quota::set_project(&parts.top, project)
+    }
+
+    /// Whether links and nodes may be made anew, which cannot be charged as what they
+    /// are, and so can neither be renamed nor linked in directories that hand a project
+    /// on (rename(2), EXDEV). Nobody does that in a layer. In what is mounted, the
+    /// kernel has its own idea of which inodes there are.
+    fn may_make_anew(&self, id: SnapshotId) -> Result<bool> {
+        let place = self.store.read()?.place(id)?;
+        let is_active = place.is_some_and(|place| place.kind == Kind::Active);
+        Ok(is_active && !self.is_mounted(id, Volume::Writable)?)
     }
 }

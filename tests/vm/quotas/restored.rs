@@ -2,16 +2,18 @@
 //! projects.
 
 use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use overlay_read_write_splitting_snapshotter::quota::{Quotas, charge_file, set_project};
-use overlay_read_write_splitting_snapshotter::tree;
+use overlay_read_write_splitting_snapshotter::tree::{self, Visited};
 use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
 use rustix::fd::AsFd;
-use rustix::fs::FileType;
 
-use super::{MIB, Mounted, OWN_MAX_SIZE, Rig, Test, project, size_of_disk, usage, walk};
+use super::{MIB, Mounted, OWN_MAX_SIZE, Rig, Test, prepare, project, size_of_disk, usage, walk};
 use crate::support::until;
 
 pub const TESTS: &[Test] = &[
@@ -24,6 +26,10 @@ pub const TESTS: &[Test] = &[
         cut_off_while_a_tree_is_charged_again,
     ),
     (
+        "links_and_nodes_can_be_renamed",
+        links_and_nodes_can_be_renamed,
+    ),
+    (
         "ids_of_others_are_left_to_them",
         ids_of_others_are_left_to_them,
     ),
@@ -31,9 +37,10 @@ pub const TESTS: &[Test] = &[
 
 /// As from a backup that knows no projects.
 fn forget_projects(top: &Path) {
-    tree::visit_open(File::open(top).unwrap(), |fd, file_type| match file_type {
-        FileType::Directory => set_project(fd, ProjectId::NONE),
-        _ => charge_file(fd, ProjectId::NONE),
+    tree::visit_open(File::open(top).unwrap(), |visited| match visited {
+        Visited::Directory(fd) => set_project(fd, ProjectId::NONE),
+        Visited::File(fd) => charge_file(fd, ProjectId::NONE),
+        Visited::Node(..) => Ok(()),
     })
     .unwrap();
 }
@@ -42,12 +49,13 @@ fn await_charged(top: &Path, number: u32) {
     until("the tree is charged", || project(top) == number);
 }
 
-/// The only project takes what a walk finds.
-fn is_charged(rig: &Rig, top: &Path) {
-    let held = rig.projects();
-    let usage = held[0].1.usage;
-    assert_eq!((usage.size_bytes, usage.inodes), walk(top));
-    assert_eq!(held.len(), 1);
+/// XFS takes a moment for what was deleted.
+fn await_counted(rig: &Rig, top: &Path) {
+    until("the only project takes what a walk finds", || {
+        let held = rig.projects();
+        let usage = held[0].1.usage;
+        held.len() == 1 && (usage.size_bytes, usage.inodes) == walk(top)
+    });
 }
 
 fn a_restored_directory_is_charged_again(rig: &mut Rig) {
@@ -62,11 +70,11 @@ fn a_restored_directory_is_charged_again(rig: &mut Rig) {
     forget_projects(&top);
     daemon.restart();
     let client = daemon.client();
-    // Whether that is done or not.
-    assert_eq!(usage(&client, "web"), walk(&top));
+    // Never a part, whether that is done or not.
+    assert!(usage(&client, "web").0 >= 3 << 20);
     await_charged(&top, rig.ids().first().number());
+    await_counted(rig, &top);
     assert_eq!(usage(&client, "web"), walk(&top));
-    is_charged(rig, &top);
     let log = daemon.log();
     let (_, last) = log.rsplit_once("serving on").unwrap();
     assert!(last.contains("and is now"), "nobody waits for it: {log}");
@@ -89,7 +97,7 @@ fn cut_off_while_a_tree_is_charged_again(rig: &mut Rig) {
     assert_eq!(project(&top), 0, "there is something left to do");
     daemon.restart();
     await_charged(&top, number);
-    is_charged(rig, &top);
+    await_counted(rig, &top);
     rig.clear(&daemon.client());
 }
 
@@ -134,7 +142,7 @@ fn ids_of_others_are_left_to_them(rig: &mut Rig) {
     for (key, top) in ["one", "two"].iter().zip(&tops) {
         until("it is charged", || project(top) != 0);
         assert!(project(top) > limited.number());
-        assert_eq!(usage(&client, key), walk(top));
+        until("it is counted", || usage(&client, key) == walk(top));
         let mounted = Mounted::new(&client.mounts(key).unwrap());
         assert_eq!(size_of_disk(&mounted), 8 * MIB);
     }
@@ -152,4 +160,76 @@ fn ids_of_others_are_left_to_them(rig: &mut Rig) {
     fs::remove_dir_all(&theirs).unwrap();
     set_theirs(Limits::NONE);
     rig.clear(&daemon.client());
+}
+
+/// What cannot be charged as it is, a restored container can use all the same.
+fn links_and_nodes_can_be_renamed(rig: &mut Rig) {
+    let mut daemon = rig.start(&[]);
+    let client = daemon.client();
+    let layer = prepare(&client, "layer-key", &[]);
+    for name in ["one", "two"] {
+        fs::create_dir(layer.path().join(name)).unwrap();
+    }
+    drop(layer);
+    client.commit("layer-key", "layer", &[]).unwrap();
+    let web = Mounted::new(&client.prepare("web", "layer", &[]).unwrap());
+    let at = |web: &Mounted, name: &str| web.path().join(name);
+    for name in ["one", "two"] {
+        fs::remove_dir(at(&web, name)).unwrap();
+    }
+    for name in ["link", "linked"] {
+        symlink("target", at(&web, name)).unwrap();
+    }
+    fs::hard_link(at(&web, "linked"), at(&web, "again")).unwrap();
+    drop(web);
+    let top = rig.newest();
+    let number = project(&top);
+    daemon.stop();
+    copy_as_a_backup(&top);
+    assert_eq!(project(&top.join("fs")), 0);
+
+    daemon.restart();
+    await_charged(&top, number);
+    let client = daemon.client();
+    let web = Mounted::new(&client.mounts("web").unwrap());
+    fs::rename(at(&web, "link"), at(&web, "renamed")).unwrap();
+    fs::hard_link(at(&web, "renamed"), at(&web, "link")).unwrap();
+    assert_eq!(
+        fs::read_link(at(&web, "link")).unwrap(),
+        Path::new("target")
+    );
+    for name in ["one", "two"] {
+        assert!(!at(&web, name).exists());
+        fs::create_dir(at(&web, name)).unwrap();
+    }
+    // These would be two otherwise.
+    assert_eq!(at(&web, "linked").symlink_metadata().unwrap().nlink(), 2);
+    drop(web);
+    assert!(daemon.log().contains("because they have several names"));
+    assert!(!top.join("scratch").exists());
+    client.remove("web").unwrap();
+    client.remove("layer").unwrap();
+    rig.clear(&client);
+}
+
+/// Puts a copy into the place of a snapshot's directories.
+fn copy_as_a_backup(top: &Path) {
+    let snapshots = top.parent().unwrap();
+    let volume = snapshots.parent().unwrap();
+    let [away, scratch] = ["away", "scratch"].map(|name| volume.join(name));
+    fs::create_dir(&away).unwrap();
+    fs::create_dir(&scratch).unwrap();
+    let name = top.file_name().unwrap();
+    tree::copy_tree(
+        File::open(snapshots).unwrap(),
+        File::open(&away).unwrap(),
+        &CString::new(name.to_str().unwrap()).unwrap(),
+        File::open(&scratch).unwrap(),
+        &AtomicBool::new(false),
+    )
+    .unwrap();
+    fs::remove_dir_all(top).unwrap();
+    fs::rename(away.join(name), top).unwrap();
+    fs::remove_dir(away).unwrap();
+    fs::remove_dir(scratch).unwrap();
 }
