@@ -53,6 +53,16 @@ impl ProjectRange {
         (self.first..=self.last).contains(&project.number())
     }
 
+    /// How many they are.
+    pub fn count(self) -> u32 {
+        self.last - self.first + 1
+    }
+
+    /// The one at a place, counted from 0 and round and round.
+    pub fn at(self, place: u32) -> ProjectId {
+        ProjectId::new(self.first + place % self.count())
+    }
+
     /// The one after that; the first after the last, and after any other.
     pub fn after(self, project: ProjectId) -> ProjectId {
         match project.number() >= self.first && project.number() < self.last {
@@ -78,6 +88,11 @@ pub struct Held {
 }
 
 impl Held {
+    /// Whether it is as if nobody had ever used it.
+    pub fn is_nothing(&self) -> bool {
+        *self == Held::default()
+    }
+
     /// Whether nothing is charged to it.
     pub fn is_unused(&self) -> bool {
         self.usage == Usage::default()
@@ -193,26 +208,31 @@ impl<'a> Quotas<'a> {
         .context(|| format!("set the limits of project {project}"))
     }
 
-    /// The projects of a range that take something or are limited, in order.
+    /// Shows `each` project of a range that takes something or is limited, in order:
+    /// they may be very many.
     ///
     /// # Errors
     ///
-    /// As of the file system; the kernel is Linux 4.6 or later.
-    pub fn in_use(&self, range: ProjectRange) -> Result<Vec<(ProjectId, Held)>> {
+    /// As of the file system, and the first one of `each`; the kernel is Linux 4.6 or
+    /// later.
+    pub fn each_in_use(
+        &self,
+        range: ProjectRange,
+        mut each: impl FnMut(ProjectId, Held) -> Result<()>,
+    ) -> Result<()> {
         self.settle();
-        let mut found = Vec::new();
         let mut from = range.first;
         loop {
             let quota = match sys::next_quota(self.target(), from) {
-                Err(Errno::NOENT | Errno::SRCH) => return Ok(found),
+                Err(Errno::NOENT | Errno::SRCH) => return Ok(()),
                 quota => quota.context(|| format!("list the projects {range}"))?,
             };
             if quota.id < from || quota.id > range.last {
-                return Ok(found);
+                return Ok(());
             }
             let held = Held::new(&quota);
-            if held != Held::default() {
-                found.push((ProjectId::new(quota.id), held));
+            if !held.is_nothing() {
+                each(ProjectId::new(quota.id), held)?;
             }
             from = quota.id + 1;
         }
@@ -375,6 +395,13 @@ mod tests {
             .map(|number| range.after(ProjectId::new(number)).number())
             .into();
         assert_eq!(ids, [7, 7, 8, 9, 7, 7, 7]);
+        assert_eq!(range.count(), 3);
+        assert_eq!(
+            [0, 2, 3, 7].map(|place| range.at(place).number()),
+            [7, 9, 7, 8]
+        );
+        let widest = ProjectRange::new(1, u32::MAX - 1).unwrap();
+        assert_eq!(widest.at(u32::MAX).number(), 2);
         assert!(range.contains(ProjectId::new(9)) && !range.contains(ProjectId::new(10)));
         assert!(!ProjectRange::DEFAULT.contains(ProjectId::new(1_048_577)));
     }

@@ -21,6 +21,7 @@ mod room;
 
 pub(super) use charge::Uncharged;
 use rustix::fd::OwnedFd;
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::limits::Asked;
 use super::place::is_unpack;
@@ -37,9 +38,13 @@ use crate::types::{
 use crate::volume::{Dirs, Parts};
 pub(super) use room::Loans;
 
-/// How many ids that something is charged to are passed over. Only others than
-/// this program charge anything to ids that are not recorded.
-const MOST_TRIES: u32 = 4096;
+/// How many ids of others are passed over, which the kernel is asked about while all
+/// that changes the database waits: ids that are not recorded here, and that the
+/// kernel has something of.
+const MOST_MISSES: u32 = 256;
+/// How many of them one after the other. A container whose root is the host's can give
+/// its files to all the ids that come next, but hardly to those of a billion.
+const MOST_NEIGHBOURS: u32 = 16;
 
 /// What limits of a running snapshot are to become.
 pub(super) struct LimitChange {
@@ -203,7 +208,7 @@ impl Snapshotter {
         Ok(new)
     }
 
-    /// An id that nobody has, and that nothing is charged to.
+    /// An id that nobody has, and of which the kernel has nothing.
     fn pick_project(
         &self,
         transaction: &Transaction<'_>,
@@ -219,23 +224,30 @@ impl Snapshotter {
         }
         // An id given back rests until all others had their turn.
         let mut candidate = last.unwrap_or(ProjectId::NONE);
-        for _ in 0..MOST_TRIES {
+        let mut misses = 0;
+        // Our own are passed over without a question.
+        for _ in 0..rows.count_projects()? + u64::from(MOST_MISSES) {
             candidate = range.after(candidate);
             if rows.is_project_taken(candidate)? {
                 continue;
             }
-            if quotas.held(candidate)?.is_unused() {
+            // Somebody's limit, of what is yet to come, counts as well.
+            if quotas.held(candidate)?.is_nothing() {
                 *last = Some(candidate);
                 return Ok(candidate);
             }
-            log::debug!("project {candidate} is somebody else's: passed over");
+            misses += 1;
+            // A small range is looked through.
+            if misses % MOST_NEIGHBOURS == 0 && range.count() > MOST_MISSES {
+                candidate = range.at(random()?);
+            }
         }
         *last = Some(candidate);
         Err(Error::new(
             ErrorKind::ResourceExhausted,
             format!(
-                "none of {MOST_TRIES} project ids up to {candidate} is free: remove containers, \
-                 or give --quota-ids other ids than {range}"
+                "no project id of {range} was found free, {misses} are in use by others: remove \
+                 containers, or give --quota-ids another range"
             ),
         ))
     }
@@ -400,6 +412,12 @@ impl Snapshotter {
         }
         transaction.commit()
     }
+}
+
+fn random() -> Result<u32> {
+    let mut bytes = [0; 4];
+    getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random bytes")?;
+    Ok(u32::from_ne_bytes(bytes))
 }
 
 fn switched_off() -> Error {

@@ -208,7 +208,14 @@ impl Rig {
     pub fn projects_of(&self, ids: ProjectRange) -> Vec<(ProjectId, Held)> {
         let directory = File::open(&self.writable).unwrap();
         let quotas = Quotas::probe(directory.as_fd()).unwrap().unwrap();
-        quotas.in_use(ids).unwrap()
+        let mut found = Vec::new();
+        quotas
+            .each_in_use(ids, |project, held| {
+                found.push((project, held));
+                Ok(())
+            })
+            .unwrap();
+        found
     }
 
     /// Of the directories of the snapshot made last.

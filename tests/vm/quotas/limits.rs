@@ -40,6 +40,10 @@ pub const TESTS: &[Test] = &[
         "a_project_of_others_is_passed_over",
         a_project_of_others_is_passed_over,
     ),
+    (
+        "projects_taken_by_a_container_refuse_nobody",
+        projects_taken_by_a_container_refuse_nobody,
+    ),
 ];
 
 const NEARLY: u64 = 9 * MIB;
@@ -393,6 +397,28 @@ fn a_project_of_others_is_passed_over(rig: &mut Rig) {
     let held = rig.projects();
     assert_eq!((held[0].0, held[0].1.limits), (first, Limits::NONE));
     fs::remove_dir(&theirs).unwrap();
+}
+
+/// The host's root in a container has put its files into the projects to come.
+fn projects_taken_by_a_container_refuse_nobody(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    let web = prepare(&client, "web", &[]);
+    let first = rig.ids().first().number();
+    // More than are tried.
+    let taken = first + 1..=first + 5000;
+    for number in taken.clone() {
+        let file = File::create(web.path().join(number.to_string())).unwrap();
+        charge_file(&file, ProjectId::new(number)).unwrap();
+    }
+    for key in ["one", "two"] {
+        client.prepare(key, "base", &[]).unwrap();
+        let found = project(&rig.newest());
+        assert!(rig.ids().contains(ProjectId::new(found)));
+        assert!(!taken.contains(&found), "{found}");
+    }
+    drop(web);
+    rig.clear(&client);
 }
 
 /// What the README says about whom a limit does not bind.
