@@ -67,11 +67,36 @@ impl LimitChange {
 pub(super) struct NewProject<'a> {
     quotas: &'a Quotas<'a>,
     project: ProjectId,
+    limits: Limits,
     parts: Parts,
     keep: bool,
 }
 
-impl NewProject<'_> {
+impl<'a> NewProject<'a> {
+    /// Gives it to a snapshot's directories, which are empty.
+    fn give(
+        quotas: &'a Quotas<'a>,
+        project: ProjectId,
+        limits: Limits,
+        parts: Parts,
+    ) -> Result<NewProject<'a>> {
+        let new = NewProject {
+            quotas,
+            project,
+            limits,
+            parts,
+            keep: false,
+        };
+        for part in new.parts.all() {
+            quota::set_project(part, project)?;
+        }
+        // It has none yet: such an id would not have been picked.
+        if limits != Limits::NONE {
+            quotas.set_limits(project, limits)?;
+        }
+        Ok(new)
+    }
+
     /// The snapshot is entered.
     pub(super) fn keep(mut self) {
         self.keep = true;
@@ -83,13 +108,15 @@ impl Drop for NewProject<'_> {
         if self.keep {
             return;
         }
-        // They are empty, and go to the trash next.
-        let taken = self
-            .parts
-            .all()
-            .try_for_each(|part| quota::set_project(part, ProjectId::NONE))
-            .and_then(|()| self.quotas.set_limits(self.project, Limits::NONE));
-        if let Err(error) = taken {
+        // First the limits: nobody would know whose they are. The directories go to
+        // the trash next.
+        let cleared = match self.limits {
+            Limits::NONE => Ok(()),
+            _ => self.quotas.set_limits(self.project, Limits::NONE),
+        };
+        let mut parts = self.parts.all();
+        let taken = parts.try_for_each(|part| quota::set_project(part, ProjectId::NONE));
+        for error in [cleared.err(), taken.err()].into_iter().flatten() {
             log::warn!("undo a refused request: {}", error.chain());
         }
     }
@@ -193,17 +220,7 @@ impl Snapshotter {
             snapshot: Some(id),
             limits,
         })?;
-        let new = NewProject {
-            quotas,
-            project,
-            parts: dirs.open_parts(id)?,
-            keep: false,
-        };
-        for part in new.parts.all() {
-            quota::set_project(part, project)?;
-        }
-        // Also where there is none: who knows what the id was used for.
-        quotas.set_limits(project, limits)?;
+        let new = NewProject::give(quotas, project, limits, dirs.open_parts(id)?)?;
         fault_point("project-given");
         Ok(new)
     }

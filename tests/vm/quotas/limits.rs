@@ -4,9 +4,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 
 use grpcio::RpcStatusCode;
-use overlay_read_write_splitting_snapshotter::quota::charge_file;
+use overlay_read_write_splitting_snapshotter::quota::{Quotas, charge_file};
 use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
 
+use rustix::fd::AsFd;
 use rustix::fs::StatVfsMountFlags;
 use rustix::io::Errno;
 
@@ -40,6 +41,7 @@ pub const TESTS: &[Test] = &[
         "a_project_of_others_is_passed_over",
         a_project_of_others_is_passed_over,
     ),
+    ("a_limit_of_others_stays", a_limit_of_others_stays),
     (
         "projects_taken_by_a_container_refuse_nobody",
         projects_taken_by_a_container_refuse_nobody,
@@ -397,6 +399,32 @@ fn a_project_of_others_is_passed_over(rig: &mut Rig) {
     let held = rig.projects();
     assert_eq!((held[0].0, held[0].1.limits), (first, Limits::NONE));
     fs::remove_dir(&theirs).unwrap();
+}
+
+/// An administrator has limited what is to be written yet.
+fn a_limit_of_others_stays(rig: &mut Rig) {
+    let daemon = rig.start(&[]);
+    let client = daemon.client();
+    let first = rig.ids().first();
+    let theirs = Limits {
+        max_bytes: Some(64 * MIB),
+        max_inodes: None,
+    };
+    let set = |limits| {
+        let directory = File::open(&rig.writable).unwrap();
+        let quotas = Quotas::probe(directory.as_fd()).unwrap().unwrap();
+        quotas.set_limits(first, limits).unwrap();
+    };
+    set(theirs);
+    client
+        .prepare("web", "base", &[(OWN_MAX_SIZE, "1M")])
+        .unwrap();
+    assert_eq!(project(&rig.newest()), first.number() + 1);
+    client.remove("web").unwrap();
+    rig.projects_are_left(&client, 1);
+    assert_eq!(rig.projects()[0].1.limits, theirs);
+    set(Limits::NONE);
+    rig.clear(&client);
 }
 
 /// The host's root in a container has put its files into the projects to come.
