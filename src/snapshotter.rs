@@ -28,7 +28,7 @@ mod usage;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, Once, OnceLock};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
@@ -93,6 +93,8 @@ pub struct Snapshotter {
     last_project: Mutex<Option<ProjectId>>,
     uncharged: projects::Uncharged,
     loans: projects::Loans,
+    /// That they fail where they could be done without is told once.
+    broken_quotas: Once,
     walks: usage::Walks,
 }
 
@@ -123,6 +125,7 @@ impl Snapshotter {
             last_project: Mutex::new(None),
             uncharged: projects::Uncharged::default(),
             loans: projects::Loans::default(),
+            broken_quotas: Once::new(),
             walks: usage::Walks::default(),
         }
     }
@@ -228,7 +231,7 @@ impl Snapshotter {
             };
             let new_project = match (&quotas, &dirs, limits) {
                 (Some(quotas), Some(dirs), Some(limits)) => {
-                    Some(self.give_project(transaction, quotas, dirs, created.id, limits)?)
+                    self.give_project(transaction, quotas, dirs, created.id, limits)?
                 }
                 _ => None,
             };

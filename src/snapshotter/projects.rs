@@ -187,8 +187,7 @@ impl Snapshotter {
         limits: Limits,
     ) -> Result<Option<Quotas<'a>>> {
         let mode = self.options.quota.mode;
-        let are_needed = limits != Limits::NONE || mode == QuotaMode::Require;
-        if are_needed {
+        if self.needs_quotas(limits) {
             return require_limits(mode, dirs).map(Some);
         }
         if mode == QuotaMode::Off {
@@ -196,11 +195,12 @@ impl Snapshotter {
         }
         Quotas::probe(dirs.snapshots_fd()).or_else(|error| match error.kind() {
             ErrorKind::FailedPrecondition => Ok(None),
-            _ => Err(error),
+            _ => self.do_without_quotas(limits, error).map(|()| None),
         })
     }
 
-    /// Gives a new snapshot's directories, which are empty, a project.
+    /// Gives a new snapshot's directories, which are empty, a project; `None` where
+    /// that fails and the snapshot can do without.
     ///
     /// # Errors
     ///
@@ -213,16 +213,48 @@ impl Snapshotter {
         dirs: &Dirs,
         id: SnapshotId,
         limits: Limits,
-    ) -> Result<NewProject<'a>> {
-        let project = self.pick_project(transaction, quotas)?;
+    ) -> Result<Option<NewProject<'a>>> {
+        let parts = dirs.open_parts(id)?;
+        let given = self
+            .pick_project(transaction, quotas)
+            .and_then(|project| NewProject::give(quotas, project, limits, parts));
+        let new = match given {
+            Err(error) if error.kind() != ErrorKind::ResourceExhausted => {
+                self.do_without_quotas(limits, error)?;
+                return Ok(None);
+            }
+            given => given?,
+        };
         transaction.rows().record_project(&Project {
-            project,
+            project: new.project,
             snapshot: Some(id),
             limits,
         })?;
-        let new = NewProject::give(quotas, project, limits, dirs.open_parts(id)?)?;
         fault_point("project-given");
-        Ok(new)
+        Ok(Some(new))
+    }
+
+    /// What is wrong with quotas is the affair of those who need them; everybody
+    /// else goes on without, and it is told once.
+    ///
+    /// # Errors
+    ///
+    /// The one given, where they are needed.
+    fn do_without_quotas(&self, limits: Limits, error: Error) -> Result<()> {
+        if self.needs_quotas(limits) {
+            return Err(error);
+        }
+        self.broken_quotas.call_once(|| {
+            log::warn!(
+                "new containers get no project, so that their files have to be counted: {}",
+                error.chain()
+            );
+        });
+        Ok(())
+    }
+
+    fn needs_quotas(&self, limits: Limits) -> bool {
+        limits != Limits::NONE || self.options.quota.mode == QuotaMode::Require
     }
 
     /// An id that nobody has, and of which the kernel has nothing.

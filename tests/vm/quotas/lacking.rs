@@ -1,6 +1,7 @@
 //! Where quotas are missing, and what is there from before they were.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use grpcio::RpcStatusCode;
@@ -30,6 +31,10 @@ pub const TESTS: &[Test] = &[
         a_missing_mount_option_is_named,
     ),
     ("a_missing_feature_is_named", a_missing_feature_is_named),
+    (
+        "broken_quotas_stop_only_who_needs_them",
+        broken_quotas_stop_only_who_needs_them,
+    ),
     ("another_file_system_has_none", another_file_system_has_none),
     (
         "quotas_that_are_gone_stop_no_removal",
@@ -243,6 +248,54 @@ fn a_missing_feature_is_named(rig: &mut Rig) {
     );
     drop(daemon);
     unmount(rig.writable(), UnmountFlags::DETACH).unwrap();
+}
+
+fn broken_quotas_stop_only_who_needs_them(rig: &mut Rig) {
+    if rig.is_xfs() {
+        return;
+    }
+    let file = rig.image.join("broken");
+    fs::File::create(&file).unwrap().set_len(32 * MIB).unwrap();
+    let mut make = Command::new("mkfs.ext4");
+    // Of the largest block, which has the beginning of the tree as well.
+    make.args(["-q", "-b", "4096", "-O", "quota,project"]);
+    make.args(["-E", "quotatype=prjquota"]);
+    crate::support::run(make.arg(&file));
+    break_quotas(&file);
+    let device = crate::support::run(Command::new("losetup").args(["-f", "--show"]).arg(&file));
+    fs::create_dir(rig.writable()).unwrap();
+    rig.mount(device.trim(), &rig.writable(), rig.option());
+    let mut daemon = rig.start(&[]);
+    let client = daemon.client();
+    for key in ["one", "two"] {
+        drop(prepare(&client, key, &[]));
+        assert_eq!(usage(&client, key), walk(&upper(&client, key)));
+    }
+    let warned = daemon
+        .log()
+        .matches("new containers get no project")
+        .count();
+    assert_eq!(warned, 1, "{}", daemon.log());
+    let internal = RpcStatusCode::INTERNAL;
+    let limited = client.prepare("web", "base", LIMITED);
+    is_refused(limited, internal, &["project 2"]);
+    assert_eq!(client.names(&["kind==active"]).unwrap(), ["one", "two"]);
+    client.remove("one").unwrap();
+    daemon.stop();
+    unmount(rig.writable(), UnmountFlags::DETACH).unwrap();
+}
+
+/// Damages an ext4's quota file in a tree of ids: its root has a block's number for
+/// each first byte, and 0, the project of all that is in none, stays sound.
+fn break_quotas(file: &Path) {
+    /// `V2_INITQMAGICS` of projects (`fs/quota/quotaio_v2.h`), and the version.
+    const BEGINNING: [u8; 8] = [0x14, 0x3f, 0xc0, 0xd9, 1, 0, 0, 0];
+    const BLOCK: usize = 1024;
+    let mut bytes = fs::read(file).unwrap();
+    let is_quota_file = |block: &[u8]| block.starts_with(&BEGINNING);
+    let at = bytes.chunks(BLOCK).position(is_quota_file).unwrap() * BLOCK;
+    bytes[at + BLOCK + 4..at + 2 * BLOCK].fill(0xff);
+    fs::write(file, bytes).unwrap();
 }
 
 fn another_file_system_has_none(rig: &mut Rig) {
