@@ -5,8 +5,8 @@
 //! empty directories before that ends. It stays taken until the last inode that
 //! was charged to it is gone, wherever that was: the kernel is asked, not the
 //! database. Then its limit is cleared, then it is struck out. Whatever the
-//! database says, an id to which the kernel has anything charged is not given
-//! out.
+//! database says, an id is not given out to which the kernel has anything charged,
+//! or for which it has a limit.
 //!
 //! A layer keeps its id and limit as long as its directory is on the writable
 //! volume's file system: nobody writes to it, or if somebody does (`ctr snapshot
