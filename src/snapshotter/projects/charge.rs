@@ -119,14 +119,13 @@ impl Snapshotter {
                 let Err(error) = charging.charge(id) else {
                     continue;
                 };
-                match error.kind() {
-                    ErrorKind::Unavailable => {}
-                    // Once the volume is back, a Cleanup asks for it again.
-                    ErrorKind::FailedPrecondition => charging.note_stray(Volume::Writable),
-                    _ => log::error!(
-                        "snapshot {id} stays out of its project until the next start: {}",
-                        error.chain()
-                    ),
+                if error.kind() == ErrorKind::Unavailable {
+                    continue;
+                }
+                log::error!("snapshot {id} stays out of its project: {}", error.chain());
+                if charging.volumes.open(Volume::Writable).is_err() {
+                    // Once it is back, a Cleanup asks for it again.
+                    charging.note_stray(Volume::Writable);
                 }
             }
         })

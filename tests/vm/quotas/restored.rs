@@ -98,6 +98,7 @@ fn cut_off_while_a_tree_is_charged_again(rig: &mut Rig) {
     daemon.restart();
     await_charged(&top, number);
     await_counted(rig, &top);
+    assert!(!top.join("scratch").exists());
     rig.clear(&daemon.client());
 }
 
