@@ -12,6 +12,7 @@ use overlay_read_write_splitting_snapshotter::quota::{Quotas, charge_file, set_p
 use overlay_read_write_splitting_snapshotter::tree::{self, Visited};
 use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
 use rustix::fd::AsFd;
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
 use super::{MIB, Mounted, OWN_MAX_SIZE, Rig, Test, prepare, project, size_of_disk, usage, walk};
 use crate::support::until;
@@ -24,6 +25,10 @@ pub const TESTS: &[Test] = &[
     (
         "cut_off_while_a_tree_is_charged_again",
         cut_off_while_a_tree_is_charged_again,
+    ),
+    (
+        "a_file_that_stays_out_stops_nothing",
+        a_file_that_stays_out_stops_nothing,
     ),
     (
         "links_and_nodes_can_be_renamed",
@@ -99,6 +104,31 @@ fn cut_off_while_a_tree_is_charged_again(rig: &mut Rig) {
     await_charged(&top, number);
     await_counted(rig, &top);
     assert!(!top.join("scratch").exists());
+    rig.clear(&daemon.client());
+}
+
+/// One that nobody may change; ext4 says so of its project, too.
+fn a_file_that_stays_out_stops_nothing(rig: &mut Rig) {
+    if rig.is_xfs() {
+        return;
+    }
+    let mut daemon = rig.start(&[]);
+    daemon.client().prepare("web", "base", &[]).unwrap();
+    let top = rig.newest();
+    for name in ["fixed", "other"] {
+        fs::write(top.join("fs").join(name), vec![1; 50_000]).unwrap();
+    }
+    daemon.stop();
+    forget_projects(&top);
+    let fixed = File::open(top.join("fs/fixed")).unwrap();
+    let flags = ioctl_getflags(&fixed).unwrap();
+    ioctl_setflags(&fixed, flags | IFlags::IMMUTABLE).unwrap();
+    daemon.restart();
+    await_charged(&top, rig.ids().first().number());
+    assert_eq!(rig.projects()[0].1.usage.inodes, walk(&top).1 - 1);
+    assert!(daemon.log().contains("1 files of snapshot 2 stay out"));
+    ioctl_setflags(&fixed, flags).unwrap();
+    drop(fixed);
     rig.clear(&daemon.client());
 }
 
