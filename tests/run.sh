@@ -130,6 +130,8 @@ step "formatting" cargo fmt --check
 step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* tests/boot/*.sh \
     tests/boot/*.initd openrc/*d
 step "lints" cargo clippy --quiet --locked --all-targets -- -D warnings
+# Not among all targets: `cargo test` leaves it out.
+step "lints of the virtual machine's tests" cargo clippy --quiet --locked --test vm -- -D warnings
 RUSTDOCFLAGS='-D warnings' step "documentation" \
     cargo doc --quiet --locked --no-deps --document-private-items
 step "formatting of Go" test -z "$(gofmt -l tests)"

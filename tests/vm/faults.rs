@@ -105,7 +105,7 @@ impl Split {
 
     /// All is possible again, and all layers are there, also when the disks have
     /// been mounted anew, and the daemon's own check finds nothing.
-    fn is_well(mut self, layers: &[&str]) {
+    fn stays_well(mut self, layers: &[&str]) {
         assert!(self.daemon.is_running(), "the daemon has ended");
         let client = self.client();
         unpack(&client, "last", "base").unwrap();
@@ -235,7 +235,7 @@ fn writable_fails() {
         &split.writable,
     );
     client.remove("torn-key").unwrap();
-    split.is_well(&["during"]);
+    split.stays_well(&["during"]);
 }
 
 fn image_fails() {
@@ -261,7 +261,7 @@ fn image_fails() {
 
     mend_image(&mut split);
     split.client().remove("extract-torn").unwrap();
-    split.is_well(&[]);
+    split.stays_well(&[]);
 }
 
 fn image_with_database_fails() {
@@ -287,7 +287,7 @@ fn image_with_database_fails() {
     mend_image(&mut split);
     split.client().remove("extract-torn").unwrap();
     split.client().remove("container").unwrap();
-    split.is_well(&[]);
+    split.stays_well(&[]);
 }
 
 /// The daemon has the image volume open: it is stopped meanwhile.
@@ -303,13 +303,13 @@ fn mend_image(split: &mut Split) {
 fn writable_loses_data() {
     let split = Split::start(Database::WithLayers);
     loses_data(&split, &split.writable, "container-", commit_container);
-    split.is_well(&["mended"]);
+    split.stays_well(&["mended"]);
 }
 
 fn image_loses_data() {
     let split = Split::start(Database::WithWrites);
     loses_data(&split, &split.image, "extract-", unpack);
-    split.is_well(&["mended"]);
+    split.stays_well(&["mended"]);
 }
 
 /// A disk fails to write what files hold, for a while, and the file system goes
@@ -371,7 +371,7 @@ fn writable_read_only() {
     split.writable.make_writable();
     client.prepare("web", "init", &[]).unwrap();
     client.commit("container-one", "one", &[]).unwrap();
-    split.is_well(&["one", "during"]);
+    split.stays_well(&["one", "during"]);
 }
 
 fn image_read_only() {
@@ -399,7 +399,7 @@ fn image_read_only() {
     split.image.make_writable();
     client.commit("container-one", "one", &[]).unwrap();
     client.commit("extract-two", "two", &[]).unwrap();
-    split.is_well(&["one", "two"]);
+    split.stays_well(&["one", "two"]);
 }
 
 fn writable_gives_up() {
@@ -420,7 +420,7 @@ fn writable_gives_up() {
     split.writable.repair();
     split.writable.mount();
     client.remove("container-torn").unwrap();
-    split.is_well(&["during"]);
+    split.stays_well(&["during"]);
 }
 
 fn image_gives_up() {
@@ -438,5 +438,5 @@ fn image_gives_up() {
 
     mend_image(&mut split);
     split.client().remove("extract-torn").unwrap();
-    split.is_well(&[]);
+    split.stays_well(&[]);
 }

@@ -86,7 +86,7 @@ impl Series {
 
     /// Boots, loads, cuts the power and looks at what is left.
     fn cut(&mut self, cut: u32) -> Verdict {
-        if cut % CUTS_OF_DISKS == 0 {
+        if cut.is_multiple_of(CUTS_OF_DISKS) {
             self.disks = None;
             self.history = History::default();
         }
@@ -106,7 +106,7 @@ impl Series {
         let places = arguments.clone();
         arguments.extend(["--sync", self.sync].map(str::to_owned));
         // Every other time, layers are on their way home.
-        let relocate_after = if cut % 2 == 0 { "1" } else { "600" };
+        let relocate_after = if cut.is_multiple_of(2) { "1" } else { "600" };
         arguments.extend(["--relocate-after", relocate_after].map(str::to_owned));
 
         let mut machine = disks.boot(&[
