@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::lowers::Policy;
 use crate::mount;
 use crate::quota::Support;
-use crate::service::{self, Desk, Metrics, Pool};
+use crate::service::{self, Desk, Metrics, Pool, Sending};
 use crate::snapshotter::{Options, QuotaMode, QuotaOptions, Snapshotter};
 use crate::types::Limits;
 use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
@@ -91,6 +91,7 @@ pub fn run(config: &Config) -> Result<()> {
         snapshotter: Arc::clone(&snapshotter),
         pool: Pool::start(config.threads)?,
         metrics: Metrics::default(),
+        sending: Sending::default(),
     });
     let mut server = Server::start(&config.address, service::build(&desk))?;
     // After the socket was made, for which the process's umask changes.

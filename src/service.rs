@@ -13,13 +13,13 @@
 mod convert;
 mod metrics;
 mod pool;
+mod sending;
 mod stream;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures_channel::oneshot;
 use grpcio::{
     GrpcSlice, Marshaller, MessageReader, Method, MethodType, RpcContext, RpcStatus, RpcStatusCode,
     ServiceBuilder, UnarySink, UnarySinkResult,
@@ -33,6 +33,7 @@ use crate::snapshotter::{Caller, Snapshotter};
 pub use metrics::Metrics;
 pub use pool::Pool;
 use pool::Work;
+pub use sending::Sending;
 
 const PREPARE: &str = "/containerd.services.snapshots.v1.Snapshots/Prepare";
 const VIEW: &str = "/containerd.services.snapshots.v1.Snapshots/View";
@@ -53,6 +54,8 @@ pub struct Desk {
     pub pool: Pool,
     /// Counts them.
     pub metrics: Metrics,
+    /// Their answers, until they are sent.
+    pub sending: Sending,
 }
 
 /// The service, to be registered with a gRPC server.
@@ -215,19 +218,13 @@ impl Unary<'_> {
                 Ok(running) => running,
                 Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
             };
-            let (sender, receiver) = oneshot::channel();
             let answering = Arc::clone(&desk);
             desk.pool.submit(running, work, move || {
                 let result = answer(&answering.metrics, name, || {
                     encode(&operation(&answering.snapshotter, decode(&request)?)?)
                 });
                 // Sent from here: the poll thread would send it two wakes later.
-                let _ = sender.send(respond(sink, result));
-            });
-            context.spawn(async move {
-                if let Ok(sending) = receiver.await {
-                    ended(sending).await;
-                }
+                answering.sending.keep(respond(sink, result));
             });
         };
         builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
