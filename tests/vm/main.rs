@@ -85,7 +85,7 @@ fn trial(name: impl Into<String>, test: impl FnOnce() + Send + 'static) -> Trial
 fn options(arguments: impl Iterator<Item = String>) -> (Options, Vec<String>) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let mut options = Options {
-        cuts: 20,
+        cuts: 15,
         seed: now.as_secs(),
         files: 2_000,
     };
