@@ -112,23 +112,11 @@ begin_release() {
     # autogroup feature").
     echo 19 >"/proc/$release/autogroup" 2>/dev/null || true
 }
-finish_release() {
-    status=0
-    finish "$release" release || status=$?
-    release=
-    return "$status"
-}
 
 # The machines keep one processor busy each.
 begin_openrc() {
     setsid sh tests/boot.sh openrc >"$scratch/openrc" 2>&1 &
     openrc=$!
-}
-finish_openrc() {
-    status=0
-    finish "$openrc" openrc || status=$?
-    openrc=
-    return "$status"
 }
 
 # finish PID NAME: waits for what was begun, and shows what it has said.
@@ -173,7 +161,8 @@ SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
     suite "--async-remove false"
 
 # The release; its parts build on one another.
-step "static binaries and packages" finish_release
+step "static binaries and packages" finish "$release" release
+release=
 # The binary that is released, with musl's memory and threads.
 SNAPSHOTTER="$PWD/dist/overlay-read-write-splitting-snapshotter-$(uname -m)" \
     SNAPSHOTTER_WRITABLE="$scratch/disk" suite "static binary"
@@ -184,7 +173,8 @@ step "Debian package" sh tests/dist/sandbox.sh test-deb.sh
 step "disks" sh tests/dist/sandbox.sh test-disks.sh
 begin_openrc
 step "boots under systemd" sh tests/boot.sh systemd
-step "boots under OpenRC" finish_openrc
+step "boots under OpenRC" finish "$openrc" openrc
+openrc=
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -27,7 +27,8 @@ pub const MOST_TOGETHER: usize = 16;
 /// The one connection that writes, and who is around it.
 pub(super) struct Writer {
     state: Mutex<State>,
-    /// Callers of [`Store::write`] and [`Store::together`] who do not have it yet: each ends a batch that is left open, or leaves it to one that comes later.
+    /// Callers of [`Store::write`] and [`Store::together`] who do not have it yet: each
+    /// ends a batch that is left open, or leaves it to one that comes later.
     coming: AtomicUsize,
     /// Members of a batch that has failed who may still have something to undo on a
     /// disk.
@@ -362,9 +363,7 @@ impl Transaction<'_> {
         }
         Ok(end)
     }
-}
 
-impl Transaction<'_> {
     /// Takes back what is not committed, and lets go of the writer.
     fn roll_back(&mut self) {
         let Some(mut writer) = self.writer.take() else {

@@ -382,6 +382,16 @@ fn usage_is_what_a_walk_finds(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+/// The first one is somebody else's, and stays theirs.
+fn the_second_id_is_given(rig: &Rig, client: &Client) {
+    client
+        .prepare("web", "base", &[(OWN_MAX_SIZE, "1M")])
+        .unwrap();
+    assert_eq!(project(&rig.newest()), rig.ids().first().number() + 1);
+    client.remove("web").unwrap();
+    rig.projects_are_left(client, 1);
+}
+
 fn a_project_of_others_is_passed_over(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -390,12 +400,7 @@ fn a_project_of_others_is_passed_over(rig: &mut Rig) {
     let directory = File::open(&theirs).unwrap();
     let first = rig.ids().first();
     overlay_read_write_splitting_snapshotter::quota::set_project(&directory, first).unwrap();
-    client
-        .prepare("web", "base", &[(OWN_MAX_SIZE, "1M")])
-        .unwrap();
-    assert_eq!(project(&rig.newest()), first.number() + 1);
-    client.remove("web").unwrap();
-    rig.projects_are_left(&client, 1);
+    the_second_id_is_given(rig, &client);
     let held = rig.projects();
     assert_eq!((held[0].0, held[0].1.limits), (first, Limits::NONE));
     fs::remove_dir(&theirs).unwrap();
@@ -416,12 +421,7 @@ fn a_limit_of_others_stays(rig: &mut Rig) {
         quotas.set_limits(first, limits).unwrap();
     };
     set(theirs);
-    client
-        .prepare("web", "base", &[(OWN_MAX_SIZE, "1M")])
-        .unwrap();
-    assert_eq!(project(&rig.newest()), first.number() + 1);
-    client.remove("web").unwrap();
-    rig.projects_are_left(&client, 1);
+    the_second_id_is_given(rig, &client);
     assert_eq!(rig.projects()[0].1.limits, theirs);
     set(Limits::NONE);
     rig.clear(&client);
