@@ -227,41 +227,60 @@ impl<C: Borrow<Connection>> Rows<C> {
         Ok(())
     }
 
-    /// The layers from `id` downwards, itself first, in one statement.
+    /// The layers from `id` downwards, itself first.
     ///
     /// # Errors
     ///
     /// Those of the database; [`ErrorKind::DataLoss`] if one of them has no
-    /// directory of its own, as only a view may.
+    /// directory of its own, as only a view may, or stands on itself.
     pub fn chain(&self, id: SnapshotId) -> Result<Vec<Ancestor>> {
         let doing = |error| sql_error(error, format!("look up what snapshot {id} stands on"));
-        // UNION without ALL ends even if a damaged database holds a circle.
-        let mut query = self
-            .connection()
-            .prepare_cached(
-                "WITH RECURSIVE chain (id, parent_id, volume) AS (
-                     SELECT id, parent_id, volume FROM snapshot WHERE id = ?1
-                     UNION
-                     SELECT s.id, s.parent_id, s.volume
-                     FROM chain JOIN snapshot s ON s.id = chain.parent_id
-                 )
-                 SELECT id, volume FROM chain",
-            )
-            .map_err(doing)?;
-        let rows = query
-            .query_map([sql_id(id)], |row| {
-                Ok((row.get::<_, i64>(0)?, row.get::<_, Option<i64>>(1)?))
-            })
-            .map_err(doing)?;
-        let mut chain = Vec::new();
-        for row in rows {
-            let (id, volume) = row.map_err(doing)?;
-            let id = id_from_sql(id)?;
-            let volume = volume_from_sql(volume)?
-                .ok_or_else(|| damaged(format!("layer {id} has no volume")))?;
-            chain.push(Ancestor { id, volume });
+        // Not one recursive statement: for that SQLite makes two tables of its own each
+        // time, which takes several times as long.
+        self.at_one_moment(|| {
+            let mut query = self
+                .connection()
+                .prepare_cached("SELECT parent_id, volume FROM snapshot WHERE id = ?1")
+                .map_err(doing)?;
+            let mut chain: Vec<Ancestor> = Vec::new();
+            let mut next = Some(id);
+            while let Some(id) = next {
+                if chain.iter().any(|layer| layer.id == id) {
+                    return Err(damaged(format!("layer {id} stands on itself")));
+                }
+                let layer: Option<(Option<i64>, Option<i64>)> = query
+                    .query_row([sql_id(id)], |row| Ok((row.get(0)?, row.get(1)?)))
+                    .optional()
+                    .map_err(doing)?;
+                let Some((parent, volume)) = layer else {
+                    break;
+                };
+                let volume = volume_from_sql(volume)?
+                    .ok_or_else(|| damaged(format!("layer {id} has no volume")))?;
+                chain.push(Ancestor { id, volume });
+                next = parent.map(id_from_sql).transpose()?;
+            }
+            Ok(chain)
+        })
+    }
+
+    /// Has all that `work` asks be of one moment, and the database's locks be taken
+    /// once for it.
+    ///
+    /// # Errors
+    ///
+    /// Those of `work`, or of the database.
+    pub fn at_one_moment<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let connection = self.connection();
+        if !connection.is_autocommit() {
+            return work();
         }
-        Ok(chain)
+        let begun = connection
+            .unchecked_transaction()
+            .map_err(|error| sql_error(error, "begin to read the database"))?;
+        let found = work();
+        drop(begun);
+        found
     }
 
     /// Every snapshot's number, kind, volume and name, in no order.

@@ -218,6 +218,38 @@ fn a_chain_of_400_is_told_nearest_first() {
 }
 
 #[test]
+fn a_chain_that_ends_nowhere_is_damage() {
+    let f = fixture();
+    f.layer("lower", "");
+    f.layer("upper", "lower");
+    let other = Connection::open(f.dir.path().join("metadata.db")).unwrap();
+    other
+        .execute("UPDATE snapshot SET parent_id = 2 WHERE id = 1", [])
+        .unwrap();
+    let error = f.prepare("web", "upper").unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::DataLoss);
+    assert!(error.chain().contains("layer 2"), "{}", error.chain());
+}
+
+#[test]
+fn what_is_asked_at_one_moment_is_of_one_moment() {
+    let f = fixture();
+    f.prepare("before", "").unwrap();
+    let reader = f.store.read().unwrap();
+    let found = reader.at_one_moment(|| {
+        reader.stat("before")?;
+        f.prepare("meanwhile", "")?;
+        reader.find("meanwhile")
+    });
+    assert_eq!(found.unwrap(), None);
+    assert!(reader.find("meanwhile").unwrap().is_some());
+    let failed: Result<()> = reader.at_one_moment(|| reader.stat("none").map(drop));
+    assert_eq!(failed.unwrap_err().kind(), ErrorKind::NotFound);
+    f.prepare("after", "").unwrap();
+    assert!(reader.find("after").unwrap().is_some());
+}
+
+#[test]
 fn listing_is_in_order_of_name_and_filtered() {
     let f = fixture();
     for key in ["b", "a/b", "é", "B", "a"] {
