@@ -6,7 +6,7 @@
 //!
 //! gRPC's poll thread serves all connections, so nothing that may wait for a
 //! disk runs on it: requests go to a pool of workers, all but Stat, which only
-//! reads what the database has in memory. Messages are decoded by ourselves,
+//! reads what the database has in memory, and Mounts where that is all it takes. Messages are decoded by ourselves,
 //! not by the library: so a bad one is an InvalidArgument that says so, and a
 //! panic, wherever in a request, is answered Internal and ends nothing.
 
@@ -30,6 +30,7 @@ use protobuf::well_known_types::empty::Empty;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::snapshots as api;
 use crate::snapshotter::{Caller, Snapshotter};
+use crate::types::Mount;
 pub use metrics::Metrics;
 pub use pool::Pool;
 use pool::Work;
@@ -64,7 +65,7 @@ pub fn build(desk: &Arc<Desk>) -> grpcio::Service {
     let mut builder = ServiceBuilder::new();
     builder = unary.on_worker(builder, Work::Brief, PREPARE, prepare);
     builder = unary.on_worker(builder, Work::Brief, VIEW, view);
-    builder = unary.on_worker(builder, Work::Brief, MOUNTS, mounts);
+    builder = unary.at_once_or_on_worker(builder, MOUNTS, mounts_at_once, mounts);
     builder = unary.on_worker(builder, Work::Brief, COMMIT, commit);
     builder = unary.on_worker(builder, Work::Brief, REMOVE, remove);
     builder = unary.in_place(builder, STAT, stat);
@@ -114,10 +115,22 @@ fn view(
 }
 
 fn mounts(snapshotter: &Snapshotter, request: api::MountsRequest) -> Result<api::MountsResponse> {
-    Ok(api::MountsResponse {
-        mounts: convert::mounts(snapshotter.mounts(&request.key)?),
+    snapshotter.mounts(&request.key).map(told_mounts)
+}
+
+fn mounts_at_once(
+    snapshotter: &Snapshotter,
+    request: api::MountsRequest,
+) -> Result<Option<api::MountsResponse>> {
+    let mounts = snapshotter.mounts_at_once(&request.key)?;
+    Ok(mounts.map(told_mounts))
+}
+
+fn told_mounts(mounts: Vec<Mount>) -> api::MountsResponse {
+    api::MountsResponse {
+        mounts: convert::mounts(mounts),
         ..Default::default()
-    })
+    }
 }
 
 fn commit(snapshotter: &Snapshotter, request: api::CommitSnapshotRequest) -> Result<Empty> {
@@ -220,11 +233,38 @@ impl Unary<'_> {
             };
             let answering = Arc::clone(&desk);
             desk.pool.submit(running, work, move || {
-                let result = answer(&answering.metrics, name, || {
-                    encode(&operation(&answering.snapshotter, decode(&request)?)?)
-                });
-                // Sent from here: the poll thread would send it two wakes later.
-                answering.sending.keep(respond(sink, result));
+                answering.answer_from_worker(name, &request, sink, operation);
+            });
+        };
+        builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
+    }
+
+    /// `at_once` waits for nothing, and may find that `operation` has to be asked.
+    fn at_once_or_on_worker<Q: Message, A: Message>(
+        &self,
+        builder: ServiceBuilder,
+        name: &'static str,
+        at_once: fn(&Snapshotter, Q) -> Result<Option<A>>,
+        operation: fn(&Snapshotter, Q) -> Result<A>,
+    ) -> ServiceBuilder {
+        let desk = Arc::clone(self.desk);
+        let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
+            let running = match desk.pool.admit() {
+                Ok(running) => running,
+                Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
+            };
+            let begun = Instant::now();
+            let tried = run(name, || {
+                let found = at_once(&desk.snapshotter, decode(&request)?)?;
+                found.as_ref().map(encode).transpose()
+            });
+            if let Some(result) = tried.transpose() {
+                let result = settle(&desk.metrics, name, begun, result);
+                return context.spawn(ended(respond(sink, result)));
+            }
+            let answering = Arc::clone(&desk);
+            desk.pool.submit(running, Work::Brief, move || {
+                answering.answer_from_worker(name, &request, sink, operation);
             });
         };
         builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
@@ -246,6 +286,22 @@ impl Unary<'_> {
             context.spawn(ended(respond(sink, result)));
         };
         builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
+    }
+}
+
+impl Desk {
+    fn answer_from_worker<Q: Message, A: Message>(
+        &self,
+        name: &'static str,
+        request: &[u8],
+        sink: UnarySink<Vec<u8>>,
+        operation: fn(&Snapshotter, Q) -> Result<A>,
+    ) {
+        let result = answer(&self.metrics, name, || {
+            encode(&operation(&self.snapshotter, decode(request)?)?)
+        });
+        // Sent from here: the poll thread would send it two wakes later.
+        self.sending.keep(respond(sink, result));
     }
 }
 
@@ -272,17 +328,32 @@ fn answer<T>(
     method: &'static str,
     operation: impl FnOnce() -> Result<T>,
 ) -> std::result::Result<T, RpcStatus> {
-    let name = method.rsplit('/').next().unwrap_or(method);
     let begun = Instant::now();
-    // What a panic leaves behind is made sound by those who own it: the store
-    // rolls back, new directories go to the trash.
-    let result = catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
+    settle(metrics, method, begun, run(method, operation))
+}
+
+/// What a panic leaves behind is made sound by those who own it: the store rolls
+/// back, new directories go to the trash.
+fn run<T>(method: &'static str, operation: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
         // The panic itself has been printed with its place by then.
         Err(Error::new(
             ErrorKind::Internal,
-            format!("{name} failed by a bug in this program; its log says where"),
+            format!(
+                "{} failed by a bug in this program; its log says where",
+                short(method)
+            ),
         ))
-    });
+    })
+}
+
+fn settle<T>(
+    metrics: &Metrics,
+    method: &'static str,
+    begun: Instant,
+    result: Result<T>,
+) -> std::result::Result<T, RpcStatus> {
+    let name = short(method);
     let failure = result.as_ref().err().map(Error::kind);
     metrics.record(name, failure, begun.elapsed());
     let error = match result {
@@ -307,6 +378,10 @@ fn answer<T>(
         }
     }
     Err(RpcStatus::with_message(code_of(error.kind()), chain))
+}
+
+fn short(method: &'static str) -> &'static str {
+    method.rsplit('/').next().unwrap_or(method)
 }
 
 /// containerd 1.7 and older turn only the first eight of gRPC's codes back into

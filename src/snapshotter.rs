@@ -15,6 +15,7 @@ mod flush;
 mod inspect;
 mod labels;
 pub mod limits;
+mod mounting;
 mod options;
 mod place;
 mod projects;
@@ -33,7 +34,7 @@ use std::sync::{Mutex, Once, OnceLock};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
 use crate::mount;
-use crate::overlay::{Layout, Plan, plan_mounts};
+use crate::overlay::Layout;
 use crate::store::{Ancestor, New, Snapshot, Store};
 use crate::types::{
     Info, Kind, LABEL_UPPERDIR, Labels, Mount, ProjectId, Quoted, SnapshotId, Volume,
@@ -43,6 +44,7 @@ pub use figures::{Figures, VolumeFigures, Written};
 pub use finding::{Finding, Problem, Recorded};
 pub use inspect::Inspection;
 use labels::IdMaps;
+use mounting::Mounted;
 pub use options::{
     Options, QuotaMode, QuotaOptions, Relocation, RemovalMode, SyncMode, UpperdirLabel,
 };
@@ -281,103 +283,6 @@ impl Snapshotter {
         }
     }
 
-    /// The mounts of an active snapshot or a view, as when it was made.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
-    /// committed one, for one that a person has mounted to write to it, or if the
-    /// writable volume is needed and not there; for its host directories as of [`crate::lowers::Policy::ensure`].
-    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        self.find_mounts(key)
-            .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
-    }
-
-    fn find_mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        let reader = self.store.read()?;
-        let snapshot = reader.stat(key)?;
-        let info = &snapshot.info;
-        if info.kind == Kind::Committed {
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "snapshot {} is committed: prepare or view a snapshot on it",
-                    Quoted(key)
-                ),
-            ));
-        }
-        let ancestors = match snapshot.parent_id {
-            Some(parent) => reader.chain(parent)?,
-            None => Vec::new(),
-        };
-        // What follows takes one of its own: two at a time are twice the memory.
-        drop(reader);
-        if snapshot.volume == Some(Volume::Writable) {
-            self.volumes.require_writable()?;
-        }
-        self.require_not_by_hand(snapshot.id)?;
-        self.require_present(&ancestors)?;
-        let id_maps = IdMaps::from_labels(&info.labels)?;
-        let extras = self.renew_lowers(&snapshot, id_maps.as_ref())?;
-        if snapshot.volume == Some(Volume::Writable) {
-            self.lend_room(snapshot.id);
-        }
-        Ok(self.mounts_of(&Mounted {
-            kind: info.kind,
-            id: snapshot.id,
-            volume: snapshot.volume,
-            ancestors: &ancestors,
-            extras: &extras,
-            over_empty: info.kind == Kind::Active && is_unpack(key, &info.labels),
-            id_maps,
-        }))
-    }
-
-    /// A layer whose bytes are on the writable volume is reached through a
-    /// link; without that volume a mount of it would fail far from here. So
-    /// would that of a lost layer, unless it has been put back meanwhile.
-    fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
-        if ancestors
-            .iter()
-            .any(|ancestor| ancestor.volume == Volume::Writable)
-        {
-            self.volumes.require_writable()?;
-        }
-        let lost = self.lost.get().into_iter().flatten();
-        for id in lost.filter(|id| ancestors.iter().any(|layer| layer.id == **id)) {
-            self.volumes.image().layer_owner(*id)?;
-        }
-        Ok(())
-    }
-
-    fn mounts_of(&self, mounted: &Mounted<'_>) -> Vec<Mount> {
-        let id_options = match &mounted.id_maps {
-            None => Vec::new(),
-            Some(maps) if self.id_mapped_mounts() == IdMappedMounts::Supported => maps.options(),
-            Some(_) => {
-                log::warn!(
-                    "snapshot {} asks for mapped ids, which this kernel or file system cannot \
-                     give: remove \"remap-ids\" from the capabilities of the proxy plugin",
-                    mounted.id
-                );
-                Vec::new()
-            }
-        };
-        let lowers: Vec<SnapshotId> = mounted.ancestors.iter().map(|layer| layer.id).collect();
-        let volume = mounted.volume.unwrap_or(Volume::Image);
-        plan_mounts(
-            &self.layout,
-            &Plan {
-                kind: mounted.kind,
-                own: &format!("{}/{}", self.volumes.snapshots_path(volume), mounted.id),
-                lowers: &lowers,
-                extras: mounted.extras,
-                over_empty: mounted.over_empty,
-                id_options: &id_options,
-            },
-        )
-    }
-
     /// Tells one snapshot.
     ///
     /// # Errors
@@ -448,15 +353,4 @@ impl Snapshotter {
         }
         info
     }
-}
-
-/// A snapshot about to be shown as mounts.
-struct Mounted<'a> {
-    kind: Kind,
-    id: SnapshotId,
-    volume: Option<Volume>,
-    ancestors: &'a [Ancestor],
-    extras: &'a [String],
-    over_empty: bool,
-    id_maps: Option<IdMaps>,
 }

@@ -28,6 +28,7 @@ mod adopt;
 mod dirs;
 mod file;
 mod flush;
+mod glance;
 mod guard;
 mod identity;
 mod image;
@@ -126,6 +127,12 @@ impl Volumes {
             return Ok(());
         }
         self.open(Volume::Writable).map(drop)
+    }
+
+    /// Whether the writable volume is there, told without a disk: `false` if it may not
+    /// be.
+    pub fn is_writable_there_for_sure(&self) -> bool {
+        self.is_confirmed(Seen::at_a_glance(&self.writable_path))
     }
 
     fn is_confirmed(&self, seen: Option<Seen>) -> bool {

@@ -95,15 +95,16 @@ impl Snapshotter {
     }
 
     /// The links by which a snapshot that is there already reaches its host
-    /// directories, after each has been found anew.
+    /// directories, after each has been found anew; `chosen` are those recorded.
     pub(super) fn renew_lowers(
         &self,
         snapshot: &Snapshot,
+        chosen: Option<&str>,
         id_maps: Option<&IdMaps>,
     ) -> Result<Vec<String>> {
         let info = &snapshot.info;
         let mut wanted = Wanted::by_label(info.kind, &info.name, &info.labels)?;
-        wanted.chosen = self.chosen_lowers(snapshot.id)?;
+        wanted.chosen = chosen.map_or(Ok(Vec::new()), parse_paths)?;
         wanted.require_plain_ids(id_maps)?;
         let lowers = self.ensure_lowers(&wanted)?;
         let image = self.volumes.image();

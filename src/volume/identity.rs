@@ -6,12 +6,13 @@ use std::fmt;
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, fstat, fsync, open, openat, statat, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, Stat, fstat, fsync, open, openat, statat, unlinkat,
 };
 use rustix::io::{Errno, read};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::file::replace_file;
+use super::glance::{Glance, glance};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 const FILE: &str = ".volume";
@@ -133,15 +134,27 @@ impl Seen {
         Seen::at(CWD, &format!("{path}/{FILE}"))
     }
 
-    #[allow(clippy::unnecessary_cast)] // their types differ among architectures
+    /// As [`Seen::in_path`], if no disk has to be asked.
+    pub(super) fn at_a_glance(path: &str) -> Option<Seen> {
+        match glance(CWD, &format!("{path}/{FILE}")) {
+            Glance::There(mark) => fstat(mark).ok().map(Seen::of),
+            Glance::Absent | Glance::Unknown => None,
+        }
+    }
+
     fn at(directory: impl AsFd, name: &str) -> Option<Seen> {
-        let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
-        Some(Seen {
+        let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+        stat.ok().map(Seen::of)
+    }
+
+    #[allow(clippy::unnecessary_cast)] // their types differ among architectures
+    fn of(stat: Stat) -> Seen {
+        Seen {
             device: stat.st_dev as u64,
             inode: stat.st_ino as u64,
             changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
             written: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
-        })
+        }
     }
 }
 
@@ -238,6 +251,7 @@ mod tests {
         let seen = Seen::in_path(path).unwrap();
         assert_eq!(Seen::in_path(path), Some(seen));
         assert_eq!(Seen::in_directory(open_top(path).unwrap()), Some(seen));
+        assert_eq!(Seen::at_a_glance(path), Some(seen));
         let other = Identity::random().unwrap();
         replace_file(open_top(path).unwrap(), FILE, &other.to_string()).unwrap();
         assert_ne!(Seen::in_path(path), Some(seen));

@@ -13,6 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::dirs::{Dirs, Owner, ensure_directory, is_empty, open_to_list};
+use super::glance::{Glance, glance};
 use super::identity::open_top;
 use super::lowers::open_lowers;
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -250,6 +251,13 @@ impl Image {
     pub fn is_marked_mounted_by_hand(&self, id: SnapshotId) -> bool {
         let mark = format!("{BY_HAND}/{id}");
         statat(self.top(), mark, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
+    /// Whether nobody has mounted the snapshot by hand, and no host directories are
+    /// linked for it, told without a disk: `false` if it may be otherwise.
+    pub fn is_plain_for_sure(&self, id: SnapshotId) -> bool {
+        let mark = glance(self.top(), &format!("{BY_HAND}/{id}"));
+        matches!(mark, Glance::Absent) && self.has_no_links_for_sure(id)
     }
 
     /// Takes it back.

@@ -18,6 +18,7 @@ use rustix::fs::{AtFlags, Dir, readlinkat, renameat, symlinkat, unlinkat};
 use rustix::io::Errno;
 
 use super::dirs::{ensure_directory, open_to_list};
+use super::glance::{Glance, glance};
 use super::image::Image;
 use crate::error::{Context, Result};
 use crate::types::SnapshotId;
@@ -95,6 +96,13 @@ impl Image {
             }
         }
         Ok(true)
+    }
+
+    /// Whether a snapshot has none, told without a disk: `false` if it may have some.
+    pub(super) fn has_no_links_for_sure(&self, id: SnapshotId) -> bool {
+        let first = |lowers| glance(lowers, &link_name(id, 0));
+        let first = self.lowers().map(first);
+        matches!(first, None | Some(Glance::Absent))
     }
 
     /// Makes a snapshot's links lead to these directories, one after another,

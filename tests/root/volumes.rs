@@ -8,7 +8,7 @@ use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
 use crate::Test;
 use crate::content::layer;
-use crate::support::client::{Client, Refusal};
+use crate::support::client::{Client, Refusal, finish};
 use crate::support::daemon::{Split, is_empty, refused};
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
@@ -19,6 +19,7 @@ pub const TESTS: &[Test] = &[
     ("missing_at_start", missing_at_start),
     ("another_disk_in_its_place", another_disk_in_its_place),
     ("read_only", read_only),
+    ("a_disk_that_hangs", a_disk_that_hangs),
     ("the_root_by_another_name", the_root_by_another_name),
     (
         "what_is_mounted_in_a_removed_snapshot",
@@ -223,4 +224,28 @@ fn what_is_mounted_in_a_removed_snapshot() {
     client.cleanup().unwrap();
     assert!(is_empty(split.writable().join("trash")));
     assert!(elsewhere.path().join(file).exists());
+}
+
+/// Whatever waits for the writable disk, a container that is there already can be
+/// asked for its mounts, and everything for what it is.
+fn a_disk_that_hangs() {
+    let split = Split::start(&[]);
+    let client = split.client();
+    populate(&client);
+    let mounts = client.mounts("web").unwrap();
+    let frozen = split.writable.freeze();
+    let waiting: Vec<_> = (0..40)
+        .map(|number| client.begin_prepare(&format!("new-{number}"), "init"))
+        .collect();
+    let another = split.client();
+    for _ in 0..100 {
+        assert_eq!(another.mounts("web").unwrap(), mounts);
+        assert_eq!(another.stat("web").unwrap().parent, "init");
+    }
+    assert!(!another.exists("new-0"), "the disk did not hang");
+    drop(frozen);
+    for prepared in waiting {
+        finish(prepared).unwrap();
+    }
+    assert!(another.exists("new-0"));
 }

@@ -103,7 +103,7 @@ impl Loans {
 }
 
 impl Snapshotter {
-    /// Lends a snapshot on the writable volume what it lacks to be mounted. If that
+    /// Lends a snapshot that has limits what it lacks to be mounted. If that
     /// fails its mounts are told all the same: they may do.
     pub(in crate::snapshotter) fn lend_room(&self, id: SnapshotId) {
         if let Err(error) = self.try_to_lend_room(id) {

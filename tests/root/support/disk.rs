@@ -13,6 +13,17 @@ pub struct Disk {
     device: String,
 }
 
+/// A file system that lets nobody write.
+pub struct Frozen {
+    path: PathBuf,
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.path));
+    }
+}
+
 impl Disk {
     /// An empty ext4 of that size, mounted `noatime`.
     pub fn ext4(mebibytes: u64) -> Disk {
@@ -64,6 +75,13 @@ impl Disk {
             .args(["-o", "noatime"])
             .arg(&self.device)
             .arg(self.path()));
+    }
+
+    /// Makes whatever changes it wait, until the value is dropped.
+    pub fn freeze(&self) -> Frozen {
+        let path = self.path();
+        run(Command::new("fsfreeze").arg("--freeze").arg(&path));
+        Frozen { path }
     }
 
     /// Unmounts it; fails if it is busy.

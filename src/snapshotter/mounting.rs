@@ -1,0 +1,193 @@
+//! A snapshot as mounts: what the database says of it, what has to be seen to
+//! before it is mounted, and the mounts themselves.
+
+use super::labels::IdMaps;
+use super::place::is_unpack;
+use super::{IdMappedMounts, Snapshotter};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::overlay::{Plan, plan_mounts};
+use crate::store::{Ancestor, Project, Snapshot};
+use crate::types::{Kind, LABEL_LOWERS, Limits, Mount, Quoted, SnapshotId, Volume};
+
+/// A snapshot about to be shown as mounts.
+pub(super) struct Mounted<'a> {
+    pub kind: Kind,
+    pub id: SnapshotId,
+    pub volume: Option<Volume>,
+    pub ancestors: &'a [Ancestor],
+    pub extras: &'a [String],
+    pub over_empty: bool,
+    pub id_maps: Option<IdMaps>,
+}
+
+/// What the database says of one that is there already.
+struct Recorded {
+    snapshot: Snapshot,
+    ancestors: Vec<Ancestor>,
+    /// Host directories, as [`crate::store::Rows::chosen_lowers`] has them.
+    chosen: Option<String>,
+    project: Option<Project>,
+}
+
+impl Recorded {
+    /// Whether the writable volume has to be there.
+    fn needs_writable(&self) -> bool {
+        self.snapshot.volume == Some(Volume::Writable) || stand_on_writable(&self.ancestors)
+    }
+
+    fn has_limits(&self) -> bool {
+        let limits = self.project.as_ref().map(|project| project.limits);
+        limits.is_some_and(|limits| limits != Limits::NONE)
+    }
+
+    fn may_have_host_directories(&self) -> bool {
+        self.chosen.is_some() || self.snapshot.info.labels.contains_key(LABEL_LOWERS)
+    }
+}
+
+impl Snapshotter {
+    /// The mounts of an active snapshot or a view, as when it was made.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
+    /// committed one, for one that a person has mounted to write to it, or if the
+    /// writable volume is needed and not there; for its host directories as of [`crate::lowers::Policy::ensure`].
+    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
+        self.find_mounts(key)
+            .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
+    }
+
+    /// As [`Snapshotter::mounts`], but never waits for a disk: `None` if that has to
+    /// be asked, or anything be done first.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Snapshotter::mounts`].
+    pub fn mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
+        self.find_mounts_at_once(key)
+            .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
+    }
+
+    fn find_mounts(&self, key: &str) -> Result<Vec<Mount>> {
+        let recorded = self.recorded(key)?;
+        let (id, info) = (recorded.snapshot.id, &recorded.snapshot.info);
+        if recorded.needs_writable() {
+            self.volumes.require_writable()?;
+        }
+        self.require_not_by_hand(id)?;
+        self.require_not_lost(&recorded.ancestors)?;
+        let id_maps = IdMaps::from_labels(&info.labels)?;
+        let chosen = recorded.chosen.as_deref();
+        let extras = self.renew_lowers(&recorded.snapshot, chosen, id_maps.as_ref())?;
+        if recorded.has_limits() {
+            self.lend_room(id);
+        }
+        Ok(self.recorded_mounts(&recorded, &extras, id_maps))
+    }
+
+    fn find_mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
+        let recorded = self.recorded(key)?;
+        let id_maps = IdMaps::from_labels(&recorded.snapshot.info.labels)?;
+        let is_plain = !recorded.may_have_host_directories()
+            && !recorded.has_limits()
+            && id_maps.is_none()
+            && self.lost.get().is_none_or(|lost| lost.is_empty());
+        let is_ready = is_plain
+            && (!recorded.needs_writable() || self.volumes.is_writable_there_for_sure())
+            && self.volumes.image().is_plain_for_sure(recorded.snapshot.id);
+        Ok(is_ready.then(|| self.recorded_mounts(&recorded, &[], None)))
+    }
+
+    fn recorded(&self, key: &str) -> Result<Recorded> {
+        let reader = self.store.read()?;
+        reader.at_one_moment(|| {
+            let snapshot = reader.stat(key)?;
+            if snapshot.info.kind == Kind::Committed {
+                return Err(Error::new(
+                    ErrorKind::FailedPrecondition,
+                    format!(
+                        "snapshot {} is committed: prepare or view a snapshot on it",
+                        Quoted(key)
+                    ),
+                ));
+            }
+            let parent = snapshot.parent_id;
+            Ok(Recorded {
+                ancestors: parent.map_or(Ok(Vec::new()), |parent| reader.chain(parent))?,
+                chosen: reader.chosen_lowers(snapshot.id)?,
+                project: reader.project_of(snapshot.id)?,
+                snapshot,
+            })
+        })
+    }
+
+    /// A layer whose bytes are on the writable volume is reached through a
+    /// link; without that volume a mount of it would fail far from here. So
+    /// would that of a lost layer, unless it has been put back meanwhile.
+    pub(super) fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
+        if stand_on_writable(ancestors) {
+            self.volumes.require_writable()?;
+        }
+        self.require_not_lost(ancestors)
+    }
+
+    fn require_not_lost(&self, ancestors: &[Ancestor]) -> Result<()> {
+        let lost = self.lost.get().into_iter().flatten();
+        for id in lost.filter(|id| ancestors.iter().any(|layer| layer.id == **id)) {
+            self.volumes.image().layer_owner(*id)?;
+        }
+        Ok(())
+    }
+
+    fn recorded_mounts(
+        &self,
+        recorded: &Recorded,
+        extras: &[String],
+        id_maps: Option<IdMaps>,
+    ) -> Vec<Mount> {
+        let info = &recorded.snapshot.info;
+        self.mounts_of(&Mounted {
+            kind: info.kind,
+            id: recorded.snapshot.id,
+            volume: recorded.snapshot.volume,
+            ancestors: &recorded.ancestors,
+            extras,
+            over_empty: info.kind == Kind::Active && is_unpack(&info.name, &info.labels),
+            id_maps,
+        })
+    }
+
+    pub(super) fn mounts_of(&self, mounted: &Mounted<'_>) -> Vec<Mount> {
+        let id_options = match &mounted.id_maps {
+            None => Vec::new(),
+            Some(maps) if self.id_mapped_mounts() == IdMappedMounts::Supported => maps.options(),
+            Some(_) => {
+                log::warn!(
+                    "snapshot {} asks for mapped ids, which this kernel or file system cannot \
+                     give: remove \"remap-ids\" from the capabilities of the proxy plugin",
+                    mounted.id
+                );
+                Vec::new()
+            }
+        };
+        let lowers: Vec<SnapshotId> = mounted.ancestors.iter().map(|layer| layer.id).collect();
+        let volume = mounted.volume.unwrap_or(Volume::Image);
+        plan_mounts(
+            &self.layout,
+            &Plan {
+                kind: mounted.kind,
+                own: &format!("{}/{}", self.volumes.snapshots_path(volume), mounted.id),
+                lowers: &lowers,
+                extras: mounted.extras,
+                over_empty: mounted.over_empty,
+                id_options: &id_options,
+            },
+        )
+    }
+}
+
+fn stand_on_writable(ancestors: &[Ancestor]) -> bool {
+    let mut volumes = ancestors.iter().map(|ancestor| ancestor.volume);
+    volumes.any(|volume| volume == Volume::Writable)
+}
