@@ -12,17 +12,17 @@
 
 mod convert;
 mod metrics;
+mod outcome;
 mod pool;
 mod sending;
 mod stream;
+mod unary;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
 
 use grpcio::{
-    GrpcSlice, Marshaller, MessageReader, Method, MethodType, RpcContext, RpcStatus, RpcStatusCode,
-    ServiceBuilder, UnarySink, UnarySinkResult,
+    GrpcSlice, Marshaller, MessageReader, Method, MethodType, RpcStatus, RpcStatusCode,
+    ServiceBuilder,
 };
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
@@ -35,6 +35,7 @@ pub use metrics::Metrics;
 pub use pool::Pool;
 use pool::Work;
 pub use sending::Sending;
+use unary::Unary;
 
 const PREPARE: &str = "/containerd.services.snapshots.v1.Snapshots/Prepare";
 const VIEW: &str = "/containerd.services.snapshots.v1.Snapshots/View";
@@ -212,194 +213,6 @@ fn list_pages(snapshotter: &Snapshotter, request: &[u8]) -> Result<Vec<Vec<u8>>>
     pages.into_iter().collect()
 }
 
-/// What the unary methods are registered with.
-struct Unary<'a> {
-    desk: &'a Arc<Desk>,
-}
-
-impl Unary<'_> {
-    fn on_worker<Q: Message, A: Message>(
-        &self,
-        builder: ServiceBuilder,
-        work: Work,
-        name: &'static str,
-        operation: fn(&Snapshotter, Q) -> Result<A>,
-    ) -> ServiceBuilder {
-        let desk = Arc::clone(self.desk);
-        let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
-            let running = match desk.pool.admit() {
-                Ok(running) => running,
-                Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
-            };
-            let answering = Arc::clone(&desk);
-            desk.pool.submit(running, work, move || {
-                answering.answer_from_worker(name, &request, sink, operation);
-            });
-        };
-        builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
-    }
-
-    /// `at_once` waits for nothing, and may find that `operation` has to be asked.
-    fn at_once_or_on_worker<Q: Message, A: Message>(
-        &self,
-        builder: ServiceBuilder,
-        name: &'static str,
-        at_once: fn(&Snapshotter, Q) -> Result<Option<A>>,
-        operation: fn(&Snapshotter, Q) -> Result<A>,
-    ) -> ServiceBuilder {
-        let desk = Arc::clone(self.desk);
-        let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
-            let running = match desk.pool.admit() {
-                Ok(running) => running,
-                Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
-            };
-            let begun = Instant::now();
-            let tried = run(name, || {
-                let found = at_once(&desk.snapshotter, decode(&request)?)?;
-                found.as_ref().map(encode).transpose()
-            });
-            if let Some(result) = tried.transpose() {
-                let result = settle(&desk.metrics, name, begun, result);
-                return context.spawn(ended(respond(sink, result)));
-            }
-            let answering = Arc::clone(&desk);
-            desk.pool.submit(running, Work::Brief, move || {
-                answering.answer_from_worker(name, &request, sink, operation);
-            });
-        };
-        builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
-    }
-
-    fn in_place<Q: Message, A: Message>(
-        &self,
-        builder: ServiceBuilder,
-        name: &'static str,
-        operation: fn(&Snapshotter, Q) -> Result<A>,
-    ) -> ServiceBuilder {
-        let desk = Arc::clone(self.desk);
-        let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
-            let result = desk.pool.admit().and_then(|_running| {
-                answer(&desk.metrics, name, || {
-                    encode(&operation(&desk.snapshotter, decode(&request)?)?)
-                })
-            });
-            context.spawn(ended(respond(sink, result)));
-        };
-        builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
-    }
-}
-
-impl Desk {
-    fn answer_from_worker<Q: Message, A: Message>(
-        &self,
-        name: &'static str,
-        request: &[u8],
-        sink: UnarySink<Vec<u8>>,
-        operation: fn(&Snapshotter, Q) -> Result<A>,
-    ) {
-        let result = answer(&self.metrics, name, || {
-            encode(&operation(&self.snapshotter, decode(request)?)?)
-        });
-        // Sent from here: the poll thread would send it two wakes later.
-        self.sending.keep(respond(sink, result));
-    }
-}
-
-/// Begins to send an answer. The call ends, and is cut off, with what is returned.
-fn respond(
-    sink: UnarySink<Vec<u8>>,
-    result: std::result::Result<Vec<u8>, RpcStatus>,
-) -> UnarySinkResult {
-    match result {
-        Ok(response) => sink.success(response),
-        Err(status) => sink.fail(status),
-    }
-}
-
-async fn ended(sending: UnarySinkResult) {
-    // A client that has hung up is no concern of ours.
-    let _ = sending.await;
-}
-
-/// Runs one request to its end: times, counts and logs it, turns an error or a panic
-/// into the status that the client gets.
-fn answer<T>(
-    metrics: &Metrics,
-    method: &'static str,
-    operation: impl FnOnce() -> Result<T>,
-) -> std::result::Result<T, RpcStatus> {
-    let begun = Instant::now();
-    settle(metrics, method, begun, run(method, operation))
-}
-
-/// What a panic leaves behind is made sound by those who own it: the store rolls
-/// back, new directories go to the trash.
-fn run<T>(method: &'static str, operation: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
-        // The panic itself has been printed with its place by then.
-        Err(Error::new(
-            ErrorKind::Internal,
-            format!(
-                "{} failed by a bug in this program; its log says where",
-                short(method)
-            ),
-        ))
-    })
-}
-
-fn settle<T>(
-    metrics: &Metrics,
-    method: &'static str,
-    begun: Instant,
-    result: Result<T>,
-) -> std::result::Result<T, RpcStatus> {
-    let name = short(method);
-    let failure = result.as_ref().err().map(Error::kind);
-    metrics.record(name, failure, begun.elapsed());
-    let error = match result {
-        Ok(response) => {
-            log::debug!("{name}: done in {:?}", begun.elapsed());
-            return Ok(response);
-        }
-        Err(error) => error,
-    };
-    let chain = error.chain();
-    match error.kind() {
-        // The caller's own business, and common: containerd asks for what it
-        // then makes, and makes what is there.
-        ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => {
-            log::debug!("{name}: {chain} ({:?})", begun.elapsed());
-        }
-        ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
-            log::warn!("{name}: {chain}");
-        }
-        ErrorKind::ResourceExhausted | ErrorKind::DataLoss | ErrorKind::Internal => {
-            log::error!("{name}: {chain}");
-        }
-    }
-    Err(RpcStatus::with_message(code_of(error.kind()), chain))
-}
-
-fn short(method: &'static str) -> &'static str {
-    method.rsplit('/').next().unwrap_or(method)
-}
-
-/// containerd 1.7 and older turn only the first eight of gRPC's codes back into
-/// errors of their own; the others arrive as unknown, with the same text.
-fn code_of(kind: ErrorKind) -> RpcStatusCode {
-    match kind {
-        ErrorKind::NotFound => RpcStatusCode::NOT_FOUND,
-        ErrorKind::AlreadyExists => RpcStatusCode::ALREADY_EXISTS,
-        ErrorKind::InvalidArgument => RpcStatusCode::INVALID_ARGUMENT,
-        ErrorKind::FailedPrecondition => RpcStatusCode::FAILED_PRECONDITION,
-        ErrorKind::ResourceExhausted => RpcStatusCode::RESOURCE_EXHAUSTED,
-        ErrorKind::Unavailable => RpcStatusCode::UNAVAILABLE,
-        ErrorKind::Cancelled => RpcStatusCode::CANCELLED,
-        ErrorKind::DataLoss => RpcStatusCode::DATA_LOSS,
-        ErrorKind::Internal => RpcStatusCode::INTERNAL,
-    }
-}
-
 fn dropped() -> RpcStatus {
     RpcStatus::with_message(
         RpcStatusCode::UNAVAILABLE,
@@ -456,31 +269,6 @@ fn raw_method(name: &'static str, kind: MethodType) -> Method<Vec<u8>, Vec<u8>> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_panic_is_an_internal_error_and_nothing_more() {
-        let metrics = Metrics::default();
-        let status = answer::<()>(&metrics, STAT, || panic!("a bug")).unwrap_err();
-        assert_eq!(status.code(), RpcStatusCode::INTERNAL);
-        assert!(status.message().contains("Stat"), "{}", status.message());
-        assert_eq!(answer(&metrics, STAT, || Ok(7)).unwrap(), 7);
-    }
-
-    #[test]
-    fn an_error_reaches_the_client_whole() {
-        let status = answer::<()>(&Metrics::default(), PREPARE, || {
-            Err(
-                Error::new(ErrorKind::NotFound, "parent \"p\" does not exist")
-                    .while_doing("prepare snapshot \"k\""),
-            )
-        })
-        .unwrap_err();
-        assert_eq!(status.code(), RpcStatusCode::NOT_FOUND);
-        assert_eq!(
-            status.message(),
-            "prepare snapshot \"k\": parent \"p\" does not exist"
-        );
-    }
 
     #[test]
     fn what_is_no_message_is_an_invalid_argument() {

@@ -9,8 +9,9 @@ use futures_channel::oneshot;
 use futures_util::{Sink, SinkExt};
 use grpcio::{RpcContext, ServerStreamingSink, WriteFlags};
 
+use super::outcome::answer;
 use super::pool::Work;
-use super::{Desk, LIST, USAGE, answer, decode, dropped, encode, list_pages, usage};
+use super::{Desk, LIST, USAGE, decode, dropped, encode, list_pages, usage};
 use crate::snapshotter::Caller;
 
 /// All pages are made at once, so that the answer is of one moment and a

@@ -102,6 +102,9 @@ cross_use_zig() {
     if ! cmp -s tests/dist/requirements.txt "$cross_venv/installed.txt"; then
         tools_say "installing zig and cargo-zigbuild into ${cross_dir#"$PWD"/}"
         rm -rf "$cross_venv"
+        # cargo does not see that the compiler is another one, and what two have made
+        # cannot be linked.
+        rm -rf target/*-linux-musl
         # Debian's python3: another one on PATH may have no venv.
         as_builder /usr/bin/python3 -m venv "$cross_venv" ||
             tools_die "python3 could not make the virtual environment $cross_venv"
