@@ -6,6 +6,8 @@ import (
 	"os"
 	"runtime"
 	"sort"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,6 +49,7 @@ type task struct {
 type round struct {
 	p50, p99, perSecond float64
 	cpu                 float64
+	flushes             int64
 }
 
 // bench holds what all measurements share.
@@ -111,9 +114,12 @@ func (b *bench) measure(t task, s *side) (round, error) {
 		return round{}, err
 	}
 	lasted := make([]time.Duration, t.calls)
+	flushesBefore, err := b.flushes()
+	if err != nil {
+		return round{}, err
+	}
 	cpuBefore := s.cpu()
 	var elapsed time.Duration
-	var err error
 	if t.callers == 1 {
 		for call := range lasted {
 			if err := before(call); err != nil {
@@ -134,6 +140,10 @@ func (b *bench) measure(t task, s *side) (round, error) {
 		}
 	}
 	cpu := s.cpu() - cpuBefore
+	flushes, err := b.flushes()
+	if err != nil {
+		return round{}, err
+	}
 	if t.after != nil {
 		if err := t.after(s); err != nil {
 			return round{}, err
@@ -145,7 +155,35 @@ func (b *bench) measure(t task, s *side) (round, error) {
 		p99:       milliseconds(lasted[(len(lasted)*99)/100]),
 		perSecond: float64(t.calls) / elapsed.Seconds(),
 		cpu:       milliseconds(cpu),
+		flushes:   flushes - flushesBefore,
 	}, nil
+}
+
+// flushes tells how often the disks have been told to make durable what they hold:
+// the 16th figure of the block layer (Linux Documentation/block/stat.rst).
+func (b *bench) flushes() (int64, error) {
+	var sum int64
+	for _, disk := range b.disks {
+		var stat unix.Stat_t
+		if err := unix.Stat(disk, &stat); err != nil {
+			return 0, err
+		}
+		path := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(stat.Dev), unix.Minor(stat.Dev))
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return 0, err
+		}
+		figures := strings.Fields(string(text))
+		if len(figures) < 16 {
+			return 0, fmt.Errorf("%s has no count of flushes, as it has since Linux 5.5", path)
+		}
+		count, err := strconv.ParseInt(figures[15], 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("%s: %w", path, err)
+		}
+		sum += count
+	}
+	return sum, nil
 }
 
 // together has several callers share the calls of a task, over one connection,
