@@ -267,9 +267,10 @@ impl Deref for Reader<'_> {
 
 impl Drop for Reader<'_> {
     fn drop(&mut self) {
-        if let Some(rows) = self.rows.take() {
-            lock(&self.store.readers).push(rows.into_inner());
-        }
+        let connection = self.rows.take().map(Rows::into_inner);
+        // One that could not end its transaction would see that moment for ever.
+        let usable = connection.filter(|connection| connection.is_autocommit());
+        lock(&self.store.readers).extend(usable);
     }
 }
 

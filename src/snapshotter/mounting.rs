@@ -3,10 +3,10 @@
 
 use super::labels::IdMaps;
 use super::place::is_unpack;
-use super::{IdMappedMounts, Snapshotter};
+use super::{IdMappedMounts, QuotaMode, Snapshotter};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::overlay::{Plan, plan_mounts};
-use crate::store::{Ancestor, Project, Snapshot};
+use crate::store::{Ancestor, Reader, Snapshot};
 use crate::types::{Kind, LABEL_LOWERS, Limits, Mount, Quoted, SnapshotId, Volume};
 
 /// A snapshot about to be shown as mounts.
@@ -21,23 +21,19 @@ pub(super) struct Mounted<'a> {
 }
 
 /// What the database says of one that is there already.
-struct Recorded {
+struct Stored {
     snapshot: Snapshot,
     ancestors: Vec<Ancestor>,
     /// Host directories, as [`crate::store::Rows::chosen_lowers`] has them.
     chosen: Option<String>,
-    project: Option<Project>,
+    /// Whether it has, or may have, limits that are kept.
+    is_limited: bool,
 }
 
-impl Recorded {
+impl Stored {
     /// Whether the writable volume has to be there.
     fn needs_writable(&self) -> bool {
         self.snapshot.volume == Some(Volume::Writable) || stand_on_writable(&self.ancestors)
-    }
-
-    fn has_limits(&self) -> bool {
-        let limits = self.project.as_ref().map(|project| project.limits);
-        limits.is_some_and(|limits| limits != Limits::NONE)
     }
 
     fn may_have_host_directories(&self) -> bool {
@@ -52,14 +48,15 @@ impl Snapshotter {
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
     /// committed one, for one that a person has mounted to write to it, or if the
-    /// writable volume is needed and not there; for its host directories as of [`crate::lowers::Policy::ensure`].
+    /// writable volume is needed and not there; for its host directories as of
+    /// [`crate::lowers::Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
             .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
     }
 
-    /// As [`Snapshotter::mounts`], but never waits for a disk: `None` if that has to
-    /// be asked, or anything be done first.
+    /// As [`Snapshotter::mounts`], but waits for no disk other than the database's:
+    /// `None` if one has to be asked, or anything be done first.
     ///
     /// # Errors
     ///
@@ -70,36 +67,36 @@ impl Snapshotter {
     }
 
     fn find_mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        let recorded = self.recorded(key)?;
-        let (id, info) = (recorded.snapshot.id, &recorded.snapshot.info);
-        if recorded.needs_writable() {
+        let stored = self.stored(key)?;
+        let (id, info) = (stored.snapshot.id, &stored.snapshot.info);
+        if stored.needs_writable() {
             self.volumes.require_writable()?;
         }
         self.require_not_by_hand(id)?;
-        self.require_not_lost(&recorded.ancestors)?;
+        self.require_not_lost(&stored.ancestors)?;
         let id_maps = IdMaps::from_labels(&info.labels)?;
-        let chosen = recorded.chosen.as_deref();
-        let extras = self.renew_lowers(&recorded.snapshot, chosen, id_maps.as_ref())?;
-        if recorded.has_limits() {
+        let chosen = stored.chosen.as_deref();
+        let extras = self.renew_lowers(&stored.snapshot, chosen, id_maps.as_ref())?;
+        if stored.is_limited {
             self.lend_room(id);
         }
-        Ok(self.recorded_mounts(&recorded, &extras, id_maps))
+        Ok(self.stored_mounts(&stored, &extras, id_maps))
     }
 
     fn find_mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
-        let recorded = self.recorded(key)?;
-        let id_maps = IdMaps::from_labels(&recorded.snapshot.info.labels)?;
-        let is_plain = !recorded.may_have_host_directories()
-            && !recorded.has_limits()
+        let stored = self.stored(key)?;
+        let id_maps = IdMaps::from_labels(&stored.snapshot.info.labels)?;
+        let is_plain = !stored.may_have_host_directories()
+            && !stored.is_limited
             && id_maps.is_none()
             && self.lost.get().is_none_or(|lost| lost.is_empty());
         let is_ready = is_plain
-            && (!recorded.needs_writable() || self.volumes.is_writable_there_for_sure())
-            && self.volumes.image().is_plain_for_sure(recorded.snapshot.id);
-        Ok(is_ready.then(|| self.recorded_mounts(&recorded, &[], None)))
+            && (!stored.needs_writable() || self.volumes.is_writable_there_for_sure())
+            && self.volumes.image().is_plain_for_sure(stored.snapshot.id);
+        Ok(is_ready.then(|| self.stored_mounts(&stored, &[], None)))
     }
 
-    fn recorded(&self, key: &str) -> Result<Recorded> {
+    fn stored(&self, key: &str) -> Result<Stored> {
         let reader = self.store.read()?;
         reader.at_one_moment(|| {
             let snapshot = reader.stat(key)?;
@@ -113,13 +110,24 @@ impl Snapshotter {
                 ));
             }
             let parent = snapshot.parent_id;
-            Ok(Recorded {
+            Ok(Stored {
                 ancestors: parent.map_or(Ok(Vec::new()), |parent| reader.chain(parent))?,
                 chosen: reader.chosen_lowers(snapshot.id)?,
-                project: reader.project_of(snapshot.id)?,
+                is_limited: self.is_limited(&reader, &snapshot),
                 snapshot,
             })
         })
+    }
+
+    fn is_limited(&self, reader: &Reader<'_>, snapshot: &Snapshot) -> bool {
+        if snapshot.volume != Some(Volume::Writable) || self.options.quota.mode == QuotaMode::Off {
+            return false;
+        }
+        match reader.project_of(snapshot.id) {
+            Ok(given) => given.is_some_and(|given| given.limits != Limits::NONE),
+            // Told where room is lent, and no reason not to mount.
+            Err(_) => true,
+        }
     }
 
     /// A layer whose bytes are on the writable volume is reached through a
@@ -140,18 +148,18 @@ impl Snapshotter {
         Ok(())
     }
 
-    fn recorded_mounts(
+    fn stored_mounts(
         &self,
-        recorded: &Recorded,
+        stored: &Stored,
         extras: &[String],
         id_maps: Option<IdMaps>,
     ) -> Vec<Mount> {
-        let info = &recorded.snapshot.info;
+        let info = &stored.snapshot.info;
         self.mounts_of(&Mounted {
             kind: info.kind,
-            id: recorded.snapshot.id,
-            volume: recorded.snapshot.volume,
-            ancestors: &recorded.ancestors,
+            id: stored.snapshot.id,
+            volume: stored.snapshot.volume,
+            ancestors: &stored.ancestors,
             extras,
             over_empty: info.kind == Kind::Active && is_unpack(&info.name, &info.labels),
             id_maps,

@@ -11,18 +11,26 @@ pub(super) enum Glance {
     There(OwnedFd),
     /// It is known that there is none.
     Absent,
-    /// A disk would have to be asked, or the kernel is older than Linux 5.12.
+    /// A disk would have to be asked, or the kernel is older than Linux 5.12, or the
+    /// file system does not remember what it does not have (tmpfs).
     Unknown,
 }
+
+/// A mount made elsewhere on the host meanwhile lets such a look fail.
+const ATTEMPTS: usize = 3;
 
 /// Looks for `path`, relative to `directory` (openat2(2), `RESOLVE_CACHED`).
 pub(super) fn glance(directory: impl AsFd, path: &str) -> Glance {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    match openat2(directory, path, flags, Mode::empty(), ResolveFlags::CACHED) {
-        Ok(file) => Glance::There(file),
-        Err(Errno::NOENT) => Glance::Absent,
-        Err(_) => Glance::Unknown,
+    for _ in 0..ATTEMPTS {
+        match openat2(&directory, path, flags, Mode::empty(), ResolveFlags::CACHED) {
+            Ok(file) => return Glance::There(file),
+            Err(Errno::NOENT) => return Glance::Absent,
+            Err(Errno::AGAIN) => {}
+            Err(_) => break,
+        }
     }
+    Glance::Unknown
 }
 
 #[cfg(test)]
@@ -38,7 +46,7 @@ mod tests {
         fs::write(dir.path().join("file"), "").unwrap();
         fs::metadata(dir.path().join("none")).unwrap_err();
         assert!(matches!(glance(&top, "file"), Glance::There(_)));
-        assert!(matches!(glance(&top, "none"), Glance::Absent));
+        assert!(!matches!(glance(&top, "none"), Glance::There(_)));
         std::os::unix::fs::symlink("none", dir.path().join("link")).unwrap();
         assert!(matches!(glance(&top, "link"), Glance::There(_)));
         // No file system can know what nobody has looked for yet.

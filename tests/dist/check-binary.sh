@@ -25,7 +25,7 @@ scratch=$(mktemp -d)
 daemon=
 clean_up() {
     if [ -n "$daemon" ]; then
-        kill "$daemon" 2>/dev/null || :
+        kill -KILL "$daemon" 2>/dev/null || :
         wait "$daemon" || :
     fi
     rm -rf "$scratch"
@@ -84,7 +84,7 @@ resident() {
     sed -n 's/^VmRSS:[[:space:]]*\([0-9]*\) kB/\1/p' "/proc/$daemon/status"
 }
 
-# at_most WHEN LIMIT: checks it.
+# at_most WHEN LIMIT: checks it, and leaves it in kib.
 at_most() {
     kib=$(resident)
     echo "$machine: $kib KiB resident $1"

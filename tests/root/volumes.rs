@@ -92,11 +92,17 @@ fn unmounted_while_running() {
     let client = split.client();
     populate(&client);
     client.prepare("gone", "base", &[]).unwrap();
+    // Its only layer is over there.
+    let view = client.view("overthere", "init", &[]).unwrap();
     let pid = split.daemon.pid();
     for round in ["first", "second"] {
+        for _ in 0..3 {
+            assert_eq!(client.mounts("overthere").unwrap(), view);
+        }
         // Fails if the daemon keeps anything of it open.
         split.writable.unmount();
         assert!(is_empty(split.writable.path()));
+        is_missing(client.mounts("overthere"), &split.writable());
         serves_what_it_can(&client, &split.writable(), round);
         if round == "first" {
             // Its bytes go when they can be reached.

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 
 use super::run;
 
@@ -16,11 +16,18 @@ pub struct Disk {
 /// A file system that lets nobody write.
 pub struct Frozen {
     path: PathBuf,
+    thaw: Child,
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.path));
+        let _ = self.thaw.kill();
+        let _ = self.thaw.wait();
+        // Without a look at what it says: it may have been thawed already.
+        let _ = Command::new("fsfreeze")
+            .arg("--unfreeze")
+            .arg(&self.path)
+            .status();
     }
 }
 
@@ -77,11 +84,18 @@ impl Disk {
             .arg(self.path()));
     }
 
-    /// Makes whatever changes it wait, until the value is dropped.
+    /// Makes whatever changes it wait, until the value is dropped; for half a minute
+    /// at most, also if the test is killed: nothing that waits for it can be.
     pub fn freeze(&self) -> Frozen {
         let path = self.path();
-        run(Command::new("fsfreeze").arg("--freeze").arg(&path));
-        Frozen { path }
+        let thaw = Command::new("setsid")
+            .args(["sh", "-c", "sleep 30; fsfreeze --unfreeze \"$0\""])
+            .arg(&path)
+            .spawn()
+            .unwrap();
+        let frozen = Frozen { path, thaw };
+        run(Command::new("fsfreeze").arg("--freeze").arg(&frozen.path));
+        frozen
     }
 
     /// Unmounts it; fails if it is busy.
