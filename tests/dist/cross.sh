@@ -144,7 +144,7 @@ cross_build() {
     cross_sqlite="-USQLITE_ENABLE_FTS3 -USQLITE_ENABLE_FTS3_PARENTHESIS -USQLITE_ENABLE_FTS5"
     cross_sqlite="$cross_sqlite -USQLITE_ENABLE_RTREE -USQLITE_ENABLE_DBSTAT_VTAB"
     # As in .cargo/config.toml, which this takes the place of.
-    cross_sqlite="$cross_sqlite -DHAVE_FDATASYNC=1"
+    cross_sqlite="$cross_sqlite -DHAVE_FDATASYNC=1 -DSQLITE_DEFAULT_PCACHE_INITSZ=0"
     cross_suffix=$(echo "$1" | tr - _)
     # SOURCE_DATE_EPOCH: no time is in a binary, and one that changed with each
     # commit would have gRPC built anew each time.
