@@ -12,6 +12,10 @@ use super::{Desk, decode, encode, raw_method};
 use crate::error::Result;
 use crate::snapshotter::Snapshotter;
 
+/// Answers a request without waiting for anything, or finds that something
+/// may have to be waited for.
+type AtOnce<Q, A> = fn(&Snapshotter, Q) -> Result<Option<A>>;
+
 /// What the unary methods are registered with.
 pub(super) struct Unary<'a> {
     pub desk: &'a Arc<Desk>,
@@ -25,26 +29,25 @@ impl Unary<'_> {
         name: &'static str,
         operation: fn(&Snapshotter, Q) -> Result<A>,
     ) -> ServiceBuilder {
-        let desk = Arc::clone(self.desk);
-        let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
-            let running = match desk.pool.admit() {
-                Ok(running) => running,
-                Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
-            };
-            let answering = Arc::clone(&desk);
-            desk.pool.submit(running, work, move || {
-                answering.answer_from_worker(name, &request, sink, operation);
-            });
-        };
-        builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
+        self.with_workers(builder, work, name, None, operation)
     }
 
-    /// `at_once` waits for nothing, and may find that `operation` has to be asked.
     pub(super) fn at_once_or_on_worker<Q: Message, A: Message>(
         &self,
         builder: ServiceBuilder,
         name: &'static str,
-        at_once: fn(&Snapshotter, Q) -> Result<Option<A>>,
+        at_once: AtOnce<Q, A>,
+        operation: fn(&Snapshotter, Q) -> Result<A>,
+    ) -> ServiceBuilder {
+        self.with_workers(builder, Work::Brief, name, Some(at_once), operation)
+    }
+
+    fn with_workers<Q: Message, A: Message>(
+        &self,
+        builder: ServiceBuilder,
+        work: Work,
+        name: &'static str,
+        at_once: Option<AtOnce<Q, A>>,
         operation: fn(&Snapshotter, Q) -> Result<A>,
     ) -> ServiceBuilder {
         let desk = Arc::clone(self.desk);
@@ -55,7 +58,10 @@ impl Unary<'_> {
             };
             let begun = Instant::now();
             let tried = run(name, || {
-                let found = at_once(&desk.snapshotter, decode(&request)?)?;
+                let found = match at_once {
+                    Some(at_once) => at_once(&desk.snapshotter, decode(&request)?)?,
+                    None => None,
+                };
                 found.as_ref().map(encode).transpose()
             });
             if let Some(result) = tried.transpose() {
@@ -63,8 +69,12 @@ impl Unary<'_> {
                 return context.spawn(ended(respond(sink, result)));
             }
             let answering = Arc::clone(&desk);
-            desk.pool.submit(running, Work::Brief, move || {
-                answering.answer_from_worker(name, &request, sink, operation);
+            desk.pool.submit(running, work, move || {
+                let result = answer(&answering.metrics, name, || {
+                    encode(&operation(&answering.snapshotter, decode(&request)?)?)
+                });
+                // Sent from here: the poll thread would send it two wakes later.
+                answering.sending.keep(respond(sink, result));
             });
         };
         builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
@@ -86,22 +96,6 @@ impl Unary<'_> {
             context.spawn(ended(respond(sink, result)));
         };
         builder.add_unary_handler(&raw_method(name, MethodType::Unary), handler)
-    }
-}
-
-impl Desk {
-    fn answer_from_worker<Q: Message, A: Message>(
-        &self,
-        name: &'static str,
-        request: &[u8],
-        sink: UnarySink<Vec<u8>>,
-        operation: fn(&Snapshotter, Q) -> Result<A>,
-    ) {
-        let result = answer(&self.metrics, name, || {
-            encode(&operation(&self.snapshotter, decode(request)?)?)
-        });
-        // Sent from here: the poll thread would send it two wakes later.
-        self.sending.keep(respond(sink, result));
     }
 }
 
