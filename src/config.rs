@@ -145,7 +145,7 @@ struct Flags {
     usage_max_age: u32,
 
     /// how many requests may wait for a disk at once (default: one for each
-    /// processor, at least 4, at most 16)
+    /// processor, at least 8, at most 16)
     #[argh(option, arg_name = "number")]
     threads: Option<NonZeroUsize>,
 
@@ -457,10 +457,12 @@ fn check(flags: Flags) -> Result<Config> {
     })
 }
 
+/// More than there are processors: most of them wait for a disk, and those that wait
+/// at the same time become durable together.
 fn default_threads() -> usize {
     thread::available_parallelism()
-        .map_or(4, NonZeroUsize::get)
-        .clamp(4, 16)
+        .map_or(8, NonZeroUsize::get)
+        .clamp(8, 16)
 }
 
 fn invalid(what: String) -> Error {

@@ -17,8 +17,8 @@ type Job = Box<dyn FnOnce() + Send>;
 pub enum Work {
     /// No longer than its disks let it wait.
     Brief,
-    /// As long as a walk through a tree takes. One worker is kept free of such work,
-    /// where there are several: a container that starts does not wait for it.
+    /// As long as a walk through a tree takes. Half of the workers are kept free of such
+    /// work, where there are several: a container that starts does not wait for it.
     Long,
 }
 
@@ -71,7 +71,7 @@ impl Pool {
         let jobs = Arc::new(Jobs {
             state: Mutex::default(),
             added: Condvar::new(),
-            most_long: threads.saturating_sub(1).max(1),
+            most_long: threads.div_ceil(2),
         });
         let mut workers = Vec::with_capacity(threads);
         for number in 0..threads {
