@@ -288,6 +288,9 @@ fn not_writable() -> Error {
     )
 }
 
+/// What a connection keeps of the database in memory.
+const CACHE_KIB: i32 = 256;
+
 fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
     let access = match access {
         Access::Read => OpenFlags::SQLITE_OPEN_READ_ONLY,
@@ -299,6 +302,8 @@ fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
     connection.set_prepared_statement_cache_capacity(32);
     // Without this promise a statement is planned anew for each value it is given.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
+    // In KiB, of 2000 by default: each has one of its own, and the kernel one for all.
+    connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
     Ok(connection)
