@@ -290,6 +290,8 @@ fn not_writable() -> Error {
 
 /// What a connection keeps of the database in memory.
 const CACHE_KIB: i32 = 256;
+/// How many changed pages a transaction keeps in memory before it writes them.
+const MOST_CHANGED_PAGES: i32 = 500;
 
 fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
     let access = match access {
@@ -304,6 +306,9 @@ fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     // In KiB, of 2000 by default: each has one of its own, and the kernel one for all.
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
+    // What a batch has changed stays in memory until its commit, cache or not: only
+    // there a full disk fails it as a whole.
+    connection.pragma_update(None, "cache_spill", MOST_CHANGED_PAGES)?;
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
     Ok(connection)

@@ -36,7 +36,7 @@ fn defaults_are_the_originals() {
     assert_eq!(config.sync, SyncMode::AtCommit);
     let after = Duration::from_secs(60);
     assert_eq!(config.relocation, Relocation::Background { after });
-    assert!((4..=16).contains(&config.threads));
+    assert!((8..=16).contains(&config.threads));
 }
 
 #[test]

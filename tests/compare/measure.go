@@ -160,7 +160,8 @@ func (b *bench) measure(t task, s *side) (round, error) {
 }
 
 // flushes tells how often the disks have been told to make durable what they hold:
-// the 16th figure of the block layer (Linux Documentation/block/stat.rst).
+// the 16th figure of the block layer (Linux Documentation/block/stat.rst) for the
+// loop devices that tests/bench.sh makes.
 func (b *bench) flushes() (int64, error) {
 	var sum int64
 	for _, disk := range b.disks {

@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 
 use super::run;
 
@@ -91,6 +91,8 @@ impl Disk {
         let thaw = Command::new("setsid")
             .args(["sh", "-c", "sleep 30; fsfreeze --unfreeze \"$0\""])
             .arg(&path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let frozen = Frozen { path, thaw };
