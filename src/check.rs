@@ -15,11 +15,11 @@ use crate::config::{CheckOptions, Config, Format, Mending, MissingVolume};
 use crate::daemon::visit::{Purpose, Visit, visit};
 use crate::daemon::{self, writable};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mount;
+use crate::mount::ByHand;
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Snapshot, Store};
 use crate::types::LABEL_IMAGE_REF;
-use crate::volume::{Image, Lifetime, Volumes};
+use crate::volume::{Identity, Image, Lifetime, Volumes};
 use report::Report;
 
 /// What a check came to.
@@ -56,7 +56,9 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
         store,
         volumes,
     } = visit(config, purpose)?;
-    if mends && let Some((id, point)) = mount::mounted_by_hand()?.first() {
+    let identity = store.read()?.fact(Identity::FACT)?;
+    let by_hand = ByHand::of_root(identity.as_deref())?;
+    if mends && let Some(ByHand { id, point, .. }) = by_hand.first() {
         return Err(refused(format!(
             "snapshot {id} is mounted by hand at {}, and a repair may remove it: unmount it first",
             point.display()

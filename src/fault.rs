@@ -1,8 +1,11 @@
-//! Steps at which a test can have the program killed; not in release builds.
+//! Steps at which a test can have the program killed; not in builds for users.
+
+/// Whether this build has such steps. Builds for users have none.
+pub const HAS_FAULT_POINTS: bool = cfg!(any(debug_assertions, feature = "fault-points"));
 
 /// Ends the process with SIGKILL if `SNAPSHOTTER_FAULT` names this step.
 pub fn fault_point(step: &str) {
-    if cfg!(debug_assertions) && std::env::var("SNAPSHOTTER_FAULT").is_ok_and(|at| at == step) {
+    if HAS_FAULT_POINTS && std::env::var("SNAPSHOTTER_FAULT").is_ok_and(|at| at == step) {
         log::error!("killed at the fault point {step}");
         let _ =
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);

@@ -255,29 +255,66 @@ pub fn mounted_at(upper: impl AsFd) -> Result<Option<PathBuf>> {
     Ok(found.map(|mounted| mounted.point.clone()))
 }
 
-/// What the overlays of [`Stack`] have for a device, before a colon and the
-/// snapshot's number.
+/// The first word of the device name that an overlay mounted by hand has.
 const BY_HAND: &str = env!("CARGO_PKG_NAME");
 
-/// What to call the device of a snapshot's overlay that a person mounts.
-pub fn source_by_hand(id: SnapshotId) -> String {
-    format!("{BY_HAND}:{id}")
+/// A snapshot that a person has mounted with the command `mount`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ByHand {
+    /// The identity of the snapshot's root; `None` if a version of this program
+    /// mounted it that did not say.
+    root: Option<String>,
+    /// The snapshot's number, which other roots give out as well.
+    pub id: SnapshotId,
+    /// Where it is mounted.
+    pub point: PathBuf,
 }
 
-/// The snapshots that are mounted under [`source_by_hand`] in this mount namespace,
-/// and where.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if the kernel's list cannot be read.
-pub fn mounted_by_hand() -> Result<Vec<(SnapshotId, PathBuf)>> {
-    let mounts = mountinfo::read()?;
-    let by_hand = mounts.into_iter().filter_map(|mounted| {
-        let id = mounted.source.strip_prefix(BY_HAND)?.strip_prefix(':')?;
-        let id = SnapshotId::from_directory_name(id.as_bytes())?;
-        (mounted.file_system == "overlay").then_some((id, mounted.point))
-    });
-    Ok(by_hand.collect())
+impl ByHand {
+    /// The device name for the overlay of a snapshot that a person mounts.
+    pub fn source(root: &str, id: SnapshotId) -> String {
+        format!("{BY_HAND}:{root}:{id}")
+    }
+
+    /// All such mounts in this mount namespace, of whatever root.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
+    pub fn all() -> Result<Vec<ByHand>> {
+        Ok(mountinfo::read()?
+            .iter()
+            .filter_map(ByHand::parse)
+            .collect())
+    }
+
+    /// The mounts that may be of the root with this identity.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
+    pub fn of_root(identity: Option<&str>) -> Result<Vec<ByHand>> {
+        let mut mounts = ByHand::all()?;
+        mounts.retain(|mounted| mounted.root.is_none() || mounted.root.as_deref() == identity);
+        Ok(mounts)
+    }
+
+    /// `None` if the mount is something else.
+    pub fn parse(mounted: &Mounted) -> Option<ByHand> {
+        if mounted.file_system != "overlay" {
+            return None;
+        }
+        let words = mounted.source.strip_prefix(BY_HAND)?.strip_prefix(':')?;
+        let (root, id) = match words.split_once(':') {
+            Some((root, id)) => (Some(root.to_owned()), id),
+            None => (None, words),
+        };
+        Some(ByHand {
+            root,
+            id: SnapshotId::from_directory_name(id.as_bytes())?,
+            point: mounted.point.clone(),
+        })
+    }
 }
 
 /// Whether this process is in a user namespace of its own, where overlayfs may

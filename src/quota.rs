@@ -18,6 +18,7 @@ use rustix::fs::{FileType, fstat, major, minor, stat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::fault::HAS_FAULT_POINTS;
 use crate::mountinfo;
 use crate::sys::quota::{self as sys, Target};
 use crate::types::{Limits, ProjectId, Usage};
@@ -313,9 +314,8 @@ pub fn charge_file(file: impl AsFd, project: ProjectId) -> Result<()> {
 /// descriptor that is none, then.
 fn has_quotactl_fd() -> bool {
     static HAS: OnceLock<bool> = OnceLock::new();
-    // For a test of the older call on a newer kernel; not in release builds.
-    let is_hidden =
-        cfg!(debug_assertions) && std::env::var_os("SNAPSHOTTER_NO_QUOTACTL_FD").is_some();
+    // For a test of the older call on a newer kernel.
+    let is_hidden = HAS_FAULT_POINTS && std::env::var_os("SNAPSHOTTER_NO_QUOTACTL_FD").is_some();
     *HAS.get_or_init(|| !is_hidden && sys::has_quotactl_fd())
 }
 

@@ -18,7 +18,7 @@ use crate::config::{Access, Config, MountOptions};
 use crate::daemon;
 use crate::daemon::visit::{Purpose, Visit, visit};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mount::{self, Stack};
+use crate::mount::{ByHand, Stack};
 use crate::mountinfo;
 use crate::snapshotter::Snapshotter;
 use crate::types::{Kind, Quoted};
@@ -53,7 +53,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     let snapshotter = Snapshotter::new(store, volumes, daemon::options(config));
     let rescue = snapshotter.rescue(&options.key, options.access == Access::ReadOnly)?;
     let stack = Stack {
-        source: &mount::source_by_hand(rescue.id),
+        source: &snapshotter.source_by_hand(rescue.id)?,
         base: &format!("{}/snapshots", config.root),
         lowers: &rescue.lowers,
         own: rescue.own.as_deref(),
@@ -95,11 +95,7 @@ pub fn umount(target: &str) -> Result<()> {
     // The last one hides the others.
     let mounts = mountinfo::read()?;
     let topmost = mounts.iter().rev().find(|mounted| mounted.point == path);
-    let by_hand = mount::mounted_by_hand()?;
-    let is_by_hand = topmost.is_some_and(|mounted| {
-        let sources = by_hand.iter().map(|(id, _)| mount::source_by_hand(*id));
-        sources.into_iter().any(|source| source == mounted.source)
-    });
+    let is_by_hand = topmost.is_some_and(|mounted| ByHand::parse(mounted).is_some());
     if !is_by_hand {
         return Err(refused(format!(
             "unmount {target}: no snapshot was mounted there by \"mount\""

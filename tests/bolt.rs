@@ -5,12 +5,12 @@
 
 // Shared with the tests that need root, each of which uses a part of it.
 #[allow(dead_code)]
-#[path = "root/support/fuzzing.rs"]
+#[path = "support/fuzzing.rs"]
 mod fuzzing;
 #[path = "bolt/program.rs"]
 mod program;
 #[allow(dead_code)]
-#[path = "root/support/random.rs"]
+#[path = "support/random.rs"]
 mod random;
 
 use std::fs::{self, File};

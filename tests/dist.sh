@@ -50,7 +50,7 @@ for machine in $machines; do
     cross_build "$target"
     echo "dist: built for $machine in $(($(date +%s) - began)) s"
     binary=dist/$program-$machine
-    as_builder cp "target/$target/release/$program" "$binary"
+    as_builder cp "target/$target/dist/$program" "$binary"
     sh tests/dist/check-binary.sh "$binary" "$machine"
     as_builder sh tests/dist/package.sh "$binary" "$machine" dist
 done

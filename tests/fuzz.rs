@@ -6,10 +6,10 @@
 #![allow(clippy::unwrap_used)]
 
 // Shared with the tests that need root, each of which uses a part of it.
-#[path = "root/support/fuzzing.rs"]
+#[path = "support/fuzzing.rs"]
 mod fuzzing;
 #[allow(dead_code)]
-#[path = "root/support/random.rs"]
+#[path = "support/random.rs"]
 mod random;
 
 use std::collections::BTreeMap;

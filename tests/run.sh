@@ -1,31 +1,46 @@
 #!/bin/sh
-# Runs every test there is, as root, after installing what is missing:
-# formatting, lints, documentation, scripts, unit tests, tests on real disks
-# and with real containerd, power cuts and failing disks in virtual machines,
-# containerd's own snapshotter suite, and a release that is made, installed and
-# booted.
-# Leaves nothing out: a missing tool, kernel feature or root is a failure.
+# Runs the tests, as root, after installing what is missing (Debian 12).
+#
+#     sudo sh tests/run.sh         formatting, lints, documentation, unit tests, tests on
+#                                  real disks and with real containerd, containerd's own
+#                                  suite, the demo
+#     sudo sh tests/run.sh --all   the same, and power cuts, failing disks and quotas in
+#                                  virtual machines, and releases that are built,
+#                                  packed, installed and booted
+#
+# tests/README.md says what each part proves and how long it takes. Nothing is left
+# out: a missing tool, kernel feature or root is a failure.
 set -eu
 
 cd "$(dirname "$0")/.."
+case ${1-} in
+'') ring='test' ;;
+--all) ring='all' ;;
+*)
+    echo "usage: sudo sh tests/run.sh [--all]" >&2
+    exit 2
+    ;;
+esac
 if [ "$(id -u)" != 0 ]; then
     echo "run.sh: the tests mount file systems, run them as root: sudo sh tests/run.sh" >&2
     exit 1
 fi
 # Tests that would be left out for a developer fail under CI.
 export CI=true
+started=$(date +%s)
 # shellcheck source=tests/install-tools.sh
 . tests/install-tools.sh
-install_tools test
+install_tools "$ring"
 
 scratch=$(mktemp -d)
 disk=
-release=
-openrc=
+# Process groups that run beside the tests.
+release_job=
+openrc_job=
 clean_up() {
-    # Groups of their own: with all compilers and machines.
-    [ -z "$release" ] || kill -- "-$release" 2>/dev/null || true
-    [ -z "$openrc" ] || kill -- "-$openrc" 2>/dev/null || true
+    for job in $release_job $openrc_job; do
+        kill -- "-$job" 2>/dev/null || true
+    done
     if [ -n "$disk" ]; then
         umount -l "$scratch/disk" || true
         losetup -d "$disk" || true
@@ -38,6 +53,7 @@ trap 'exit 143' TERM
 
 passed=0
 failed=0
+times=
 
 # begin NAME, and at its end took: what is under way, and how long it took.
 begin() {
@@ -46,7 +62,10 @@ begin() {
     echo "== $part"
 }
 took() {
-    echo "== $part: $(($(date +%s) - part_began)) s"
+    part_seconds=$(($(date +%s) - part_began))
+    echo "== $part: $part_seconds s"
+    times="$times$(printf '%6s s  %s' "$part_seconds" "$part")
+"
 }
 
 # step NAME COMMAND...: runs a step, shows what it says, counts it as one test.
@@ -62,13 +81,15 @@ step() {
     took
 }
 
-# rust_tests ARGUMENT...: cargo's tests, with these arguments for it. Adds up the
-# closing lines of its test binaries.
+# rust_tests TARGETS...: cargo's tests of these targets. Adds up the closing lines of
+# the test binaries.
 rust_tests() {
     begin "cargo test $*"
     status=0
     failed_before=$failed
-    cargo test --locked "$@" >"$scratch/cargo" 2>&1 || status=$?
+    # $profile is a list of words.
+    # shellcheck disable=SC2086
+    cargo test $profile "$@" >"$scratch/cargo" 2>&1 || status=$?
     grep -vE '^ *(Compiling|Downloaded|Downloading) ' "$scratch/cargo"
     count=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$scratch/cargo" | paste -sd+ -)
     passed=$((passed + ${count:-0}))
@@ -103,30 +124,6 @@ suite() {
     took
 }
 
-# The release takes as long to compile as all tests together take to run, many of
-# which wait for disks: it gets what time they leave.
-begin_release() {
-    setsid nice -n 19 sh tests/dist.sh all >"$scratch/release" 2>&1 &
-    release=$!
-    # Sessions get equal shares, however nice those in them are (sched(7), "The
-    # autogroup feature").
-    echo 19 >"/proc/$release/autogroup" 2>/dev/null || true
-}
-
-# The machines keep one processor busy each.
-begin_openrc() {
-    setsid sh tests/boot.sh openrc >"$scratch/openrc" 2>&1 &
-    openrc=$!
-}
-
-# finish PID NAME: waits for what was begun, and shows what it has said.
-finish() {
-    status=0
-    wait "$1" || status=$?
-    cat "$scratch/$2"
-    return "$status"
-}
-
 build_suite() {
     mkdir -p "$scratch/go/src"
     ln -s "$PWD/tests/suite" "$scratch/go/src/suite"
@@ -135,46 +132,112 @@ build_suite() {
             go test -c -o "$scratch/suite" .)
 }
 
+make_disk() {
+    truncate -s 1G "$scratch/image"
+    mkfs.ext4 -q -F "$scratch/image"
+    disk=$(losetup --find --show "$scratch/image")
+    mkdir "$scratch/disk"
+    mount "$disk" "$scratch/disk"
+}
+
+# begin_release and begin_openrc start jobs that run beside the tests, each in a
+# session of its own, so that it can be ended with all its compilers and machines.
+#
+# A release takes long to compile, and many tests wait for disks: it gets what time
+# they leave.
+begin_release() {
+    setsid nice -n 19 sh tests/dist.sh all >"$scratch/release" 2>&1 &
+    release_job=$!
+    # Sessions get equal shares, however nice those in them are (sched(7), "The
+    # autogroup feature").
+    echo 19 >"/proc/$release_job/autogroup" 2>/dev/null || true
+}
+# The machines keep one processor busy each.
+begin_openrc() {
+    setsid sh tests/boot.sh openrc >"$scratch/openrc" 2>&1 &
+    openrc_job=$!
+}
+
+# finish JOB OUTPUT: waits for such a job, and shows what it has said.
+finish() {
+    status=0
+    wait "$1" || status=$?
+    cat "$scratch/$2"
+    return "$status"
+}
+
+# ring_ends NAME: how long the ring took, part by part.
+ring_ends() {
+    echo
+    echo "$1, in $(($(date +%s) - started)) s:"
+    printf '%s' "$times"
+    echo
+    times=
+    started=$(date +%s)
+}
+
+#
+# The ring of every day.
+#
+
 step "formatting" cargo fmt --check
 step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* tests/boot/*.sh \
     tests/boot/*.initd openrc/*d
-step "lints" cargo clippy --quiet --locked --all-targets -- -D warnings
-# Not among all targets: `cargo test` leaves it out.
-step "lints of the virtual machine's tests" cargo clippy --quiet --locked --test vm -- -D warnings
-RUSTDOCFLAGS='-D warnings' step "documentation" \
-    cargo doc --quiet --locked --no-deps --document-private-items
 step "formatting of Go" test -z "$(gofmt -l tests)"
-begin_release
+
+# One profile for all, so that gRPC is compiled once (Cargo.toml).
+profile="--release --locked --features fault-points"
+# $profile is a list of words, here and below.
+# shellcheck disable=SC2086
+step "build" build_with_progress cargo test $profile --tests --no-run
+# shellcheck disable=SC2086
+step "lints" cargo clippy --quiet $profile --all-targets -- -D warnings
+# Not among all targets, because `cargo test` leaves them out.
+# shellcheck disable=SC2086
+step "lints of the virtual machine's tests" \
+    cargo clippy --quiet $profile --test vm --test bench -- -D warnings
+# shellcheck disable=SC2086
+RUSTDOCFLAGS='-D warnings' step "documentation" \
+    cargo doc --quiet $profile --no-deps --document-private-items
+[ "$ring" = test ] || begin_release
 rust_tests
-rust_tests --test vm
 
 step "suite's build" build_suite
-export SNAPSHOTTER="$PWD/target/debug/overlay-read-write-splitting-snapshotter"
+export SNAPSHOTTER="$PWD/target/release/overlay-read-write-splitting-snapshotter"
+make_disk
 suite "one directory"
-truncate -s 1G "$scratch/image"
-mkfs.ext4 -q -F "$scratch/image"
-disk=$(losetup --find --show "$scratch/image")
-mkdir "$scratch/disk"
-mount "$disk" "$scratch/disk"
 SNAPSHOTTER_WRITABLE="$scratch/disk" suite "writable volume on another file system"
 SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
     suite "--async-remove false"
+unset SNAPSHOTTER
+step "demo" sh tests/demo.sh
+ring_ends "The tests of every day"
 
-# The release; its parts build on one another.
-step "static binaries and packages" finish "$release" release
-release=
-# The binary that is released, with musl's memory and threads.
-SNAPSHOTTER="$PWD/dist/overlay-read-write-splitting-snapshotter-$(uname -m)" \
-    SNAPSHOTTER_WRITABLE="$scratch/disk" suite "static binary"
-step "packages, once more" sh tests/dist/test-same.sh
-step "systemd unit" sh tests/dist/test-units.sh "dist/overlay-read-write-splitting-snapshotter-$(uname -m)"
-step "archive" sh tests/dist/sandbox.sh test-install.sh
-step "Debian package" sh tests/dist/sandbox.sh test-deb.sh
-step "disks" sh tests/dist/sandbox.sh test-disks.sh
-begin_openrc
-step "boots under systemd" sh tests/boot.sh systemd
-step "boots under OpenRC" finish "$openrc" openrc
-openrc=
+#
+# The deeper ring.
+#
+
+if [ "$ring" = all ]; then
+    rust_tests --test vm
+    # The release; its parts build on one another.
+    step "static binaries and packages" finish "$release_job" release
+    release_job=
+    # The binary that is released, with musl's memory and threads.
+    SNAPSHOTTER="$PWD/dist/overlay-read-write-splitting-snapshotter-$(uname -m)" \
+        SNAPSHOTTER_WRITABLE="$scratch/disk" suite "static binary"
+    step "packages, once more" sh tests/dist/test-same.sh
+    step "systemd unit" sh tests/dist/test-units.sh \
+        "dist/overlay-read-write-splitting-snapshotter-$(uname -m)"
+    step "archive" sh tests/dist/sandbox.sh test-install.sh
+    step "Debian package" sh tests/dist/sandbox.sh test-deb.sh
+    step "disks" sh tests/dist/sandbox.sh test-disks.sh
+    # The machines keep one processor busy each.
+    begin_openrc
+    step "boots under systemd" sh tests/boot.sh systemd
+    step "boots under OpenRC" finish "$openrc_job" openrc
+    openrc_job=
+    ring_ends "The deeper tests"
+fi
 
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

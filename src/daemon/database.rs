@@ -20,8 +20,6 @@ use crate::volume::{Identity, Image, Root, replace_file};
 
 /// What every database is called, the Go original's as well.
 pub(crate) const FILE: &str = "metadata.db";
-/// The fact under which a database keeps its own identity.
-pub(super) const IDENTITY: &str = "identity";
 
 /// Opens the database of a root.
 ///
@@ -234,13 +232,13 @@ fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
 /// Those of the database and of the root's disk.
 pub(crate) fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
     let mut transaction = store.write()?;
-    let identity = match transaction.rows().fact(IDENTITY)? {
+    let identity = match transaction.rows().fact(Identity::FACT)? {
         Some(text) => parse_identity(&text)?,
         None => Identity::random()?,
     };
     transaction
         .rows()
-        .record_fact(IDENTITY, &identity.to_string())?;
+        .record_fact(Identity::FACT, &identity.to_string())?;
     transaction.commit()?;
     let state = State {
         database: path.to_owned(),
@@ -280,7 +278,8 @@ pub(crate) fn recorded(root: &Root, config: &Config) -> Result<Option<PathBuf>> 
 pub(crate) fn is_at_rest(root: &Root, config: &Config, path: &Path) -> Result<bool> {
     let state = read_state(root, config)?;
     let is_known = state.is_some_and(|state| {
-        state.database == path && peek_fact(path, IDENTITY) == Some(state.identity.to_string())
+        state.database == path
+            && peek_fact(path, Identity::FACT) == Some(state.identity.to_string())
     });
     Ok(is_known && peek_fact(path, IN_USE).is_none())
 }
@@ -306,7 +305,7 @@ fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Resul
 
 /// Before it is opened, which changes it: it may be another daemon's.
 fn refuse_other(root: &Root, path: &Path, state: &State) -> Result<()> {
-    match peek_fact(path, IDENTITY) {
+    match peek_fact(path, Identity::FACT) {
         // Damaged, or not written into the file yet: told once it is open.
         None => Ok(()),
         found => compare_identity(found, root, path, state),
@@ -314,7 +313,7 @@ fn refuse_other(root: &Root, path: &Path, state: &State) -> Result<()> {
 }
 
 fn require_identity(store: &Store, root: &Root, path: &Path, state: &State) -> Result<()> {
-    compare_identity(store.read()?.fact(IDENTITY)?, root, path, state)
+    compare_identity(store.read()?.fact(Identity::FACT)?, root, path, state)
 }
 
 fn compare_identity(found: Option<String>, root: &Root, path: &Path, state: &State) -> Result<()> {

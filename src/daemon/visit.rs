@@ -5,7 +5,7 @@ use super::{database, writable};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Completeness, Store};
-use crate::volume::{Image, Volumes};
+use crate::volume::{Identity, Image, Volumes};
 
 /// What a command is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +74,7 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
 pub fn identities(store: &Store) -> Result<[Option<String>; 2]> {
     let reader = store.read()?;
     Ok([
-        reader.fact(database::IDENTITY)?,
+        reader.fact(Identity::FACT)?,
         reader.fact(writable::IDENTITY)?,
     ])
 }

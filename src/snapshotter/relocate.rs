@@ -135,8 +135,10 @@ impl Snapshotter {
             SnapshotId::from_directory_name(name.as_bytes())
         });
         // Whoever looks into a layer wants to read it to its end.
-        let by_hand = mount::mounted_by_hand()?;
-        Ok(ids.chain(by_hand.into_iter().map(|(id, _)| id)).collect())
+        let by_hand = self.mounted_by_hand()?;
+        Ok(ids
+            .chain(by_hand.into_iter().map(|mounted| mounted.id))
+            .collect())
     }
 
     /// The layers, below and including themselves, of snapshots that were

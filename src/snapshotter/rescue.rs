@@ -6,9 +6,10 @@ use rustix::fd::AsFd;
 use super::Snapshotter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::filter::Filters;
-use crate::mount;
+use crate::mount::{self, ByHand};
 use crate::store::Snapshot;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
+use crate::volume::Identity;
 
 /// How many keys a message names.
 const NAMED: usize = 10;
@@ -35,7 +36,7 @@ impl Snapshotter {
     /// written to, and not if `is_read_only`; a layer shows its image up to there.
     /// Ids are not mapped, and host directories left out. For one to be written to,
     /// [`Snapshotter::mounts`] refuses from here on for as long as it is mounted
-    /// under [`mount::source_by_hand`].
+    /// under [`Snapshotter::source_by_hand`].
     ///
     /// # Errors
     ///
@@ -106,6 +107,27 @@ impl Snapshotter {
         })
     }
 
+    /// The device name for the overlay of a snapshot that a person mounts.
+    ///
+    /// # Errors
+    ///
+    /// As of the database.
+    pub fn source_by_hand(&self, id: SnapshotId) -> Result<String> {
+        let identity = self.store.read()?.fact(Identity::FACT)?;
+        Ok(ByHand::source(&identity.unwrap_or_default(), id))
+    }
+
+    /// The snapshots of this root that persons have mounted. Another root on this
+    /// machine gives out the same numbers.
+    ///
+    /// # Errors
+    ///
+    /// As of the database, or the kernel's list of mounts.
+    pub fn mounted_by_hand(&self) -> Result<Vec<ByHand>> {
+        let identity = self.store.read()?.fact(Identity::FACT)?;
+        ByHand::of_root(identity.as_deref())
+    }
+
     /// Refuses the mounts of a snapshot that a person has mounted to write to it.
     pub(super) fn require_not_by_hand(&self, id: SnapshotId) -> Result<()> {
         let image = self.volumes.image();
@@ -113,10 +135,10 @@ impl Snapshotter {
         if !image.is_marked_mounted_by_hand(id) {
             return Ok(());
         }
-        let mut mounted = mount::mounted_by_hand()?.into_iter();
-        match mounted.find(|(by_hand, _)| *by_hand == id) {
+        let mut mounted = self.mounted_by_hand()?.into_iter();
+        match mounted.find(|by_hand| by_hand.id == id) {
             None => image.unmark_mounted_by_hand(id),
-            Some((_, point)) => Err(Error::new(
+            Some(ByHand { point, .. }) => Err(Error::new(
                 ErrorKind::FailedPrecondition,
                 format!(
                     "snapshot {id} is mounted by hand at {}: unmount it there first",

@@ -23,6 +23,9 @@ const HEX_DIGITS: usize = 32;
 pub struct Identity(String);
 
 impl Identity {
+    /// The name of the fact under which a database keeps its own identity.
+    pub const FACT: &str = "identity";
+
     /// A new one.
     ///
     /// # Errors

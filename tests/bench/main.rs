@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-#[path = "../root/support/mod.rs"]
+#[path = "../support/mod.rs"]
 mod support;
 
 mod commit;

@@ -158,5 +158,5 @@ cross_build() {
         RUSTFLAGS="$cross_rust_flags" LIBSQLITE3_FLAGS="$cross_sqlite" \
         "CFLAGS_$cross_suffix=$cross_c_flags" \
         "CXXFLAGS_$cross_suffix=$cross_c_flags -fno-exceptions -Wno-missing-template-arg-list-after-template-kw" \
-        cargo zigbuild --quiet --release --locked --target "$1" --target-dir "$PWD/target"
+        cargo zigbuild --quiet --profile dist --locked --target "$1" --target-dir "$PWD/target"
 }

@@ -5,19 +5,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::{Split, is_empty};
 use crate::support::mounted::Mounted;
 use crate::support::trees::files;
 use crate::support::until;
-
-pub const TESTS: &[Test] = &[
-    ("the_calls_of_docker", the_calls_of_docker),
-    ("the_calls_of_nerdctl_commit", the_calls_of_nerdctl_commit),
-];
 
 fn read(top: &Path, name: &str) -> String {
     fs::read_to_string(top.join(name)).unwrap()
@@ -47,6 +42,7 @@ fn left(split: &Split) -> Vec<PathBuf> {
 
 /// moby `daemon/containerd/image_snapshot.go`: an init layer for each container,
 /// the container's own snapshot on it, both removed with the container.
+#[registered(crate::Test)]
 fn the_calls_of_docker() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
@@ -96,6 +92,7 @@ fn the_calls_of_docker() {
 /// nerdctl `pkg/imgutil/commit`: a view of the container's parent, the two
 /// compared, the difference applied to a new snapshot on the parent, that one
 /// committed; then a container on it. The first container runs on.
+#[registered(crate::Test)]
 fn the_calls_of_nerdctl_commit() {
     let split = Split::start(&["--relocate-after", "1"]);
     let client = split.client();

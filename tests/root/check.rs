@@ -4,41 +4,15 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use registered::registered;
 use serde_json::Value;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::{BINARY, Split, is_empty};
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::{tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    (
-        "clean_whatever_the_daemon_does",
-        clean_whatever_the_daemon_does,
-    ),
-    ("each_finding_is_named", each_finding_is_named),
-    ("repair_mends_what_it_said", repair_mends_what_it_said),
-    ("repair_asks_first", repair_asks_first),
-    ("a_lost_volume_is_given_up", a_lost_volume_is_given_up),
-    ("a_lost_mark_is_made_again", a_lost_mark_is_made_again),
-    ("what_cannot_be_checked", what_cannot_be_checked),
-    ("a_move_that_was_cut_short", a_move_that_was_cut_short),
-    (
-        "a_reset_that_is_refused_changes_nothing",
-        a_reset_that_is_refused_changes_nothing,
-    ),
-    (
-        "what_changed_after_its_commit_is_kept",
-        what_changed_after_its_commit_is_kept,
-    ),
-    (
-        "hostile_names_are_told_tamely",
-        hostile_names_are_told_tamely,
-    ),
-];
 
 /// Exit code, standard output and standard error of a check.
 pub fn check(split: &Split, flags: &[&str]) -> (i32, String, String) {
@@ -151,6 +125,7 @@ fn damaged() -> (Split, Vec<(&'static str, &'static str)>) {
     (split, named)
 }
 
+#[registered(crate::Test)]
 fn clean_whatever_the_daemon_does() {
     let mut split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
@@ -183,6 +158,7 @@ fn clean_whatever_the_daemon_does() {
     assert!(split.client().exists("default/7/web"));
 }
 
+#[registered(crate::Test)]
 fn each_finding_is_named() {
     let (split, named) = damaged();
     // SQLite makes an empty log and its index for a reader.
@@ -218,6 +194,7 @@ fn is_there(split: &Split, named: &[(&str, &str)]) {
     assert_eq!(found, named);
 }
 
+#[registered(crate::Test)]
 fn repair_mends_what_it_said() {
     let (mut split, _) = damaged();
     let (code, said, complaint) = check(&split, &["--repair", "--yes"]);
@@ -253,6 +230,7 @@ fn repair_mends_what_it_said() {
     is_clean(&split);
 }
 
+#[registered(crate::Test)]
 fn repair_asks_first() {
     let (mut split, named) = damaged();
     is_there(&split, &named);
@@ -295,6 +273,7 @@ fn repair_asks_first() {
     is_clean(&split);
 }
 
+#[registered(crate::Test)]
 fn a_lost_volume_is_given_up() {
     let mut split = Split::start(&["--relocate", "never"]);
     sample(&split.client());
@@ -329,6 +308,7 @@ fn a_lost_volume_is_given_up() {
     );
 }
 
+#[registered(crate::Test)]
 fn a_lost_mark_is_made_again() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -350,6 +330,7 @@ fn a_lost_mark_is_made_again() {
     );
 }
 
+#[registered(crate::Test)]
 fn what_cannot_be_checked() {
     let mut split = Split::start(&[]);
     split.client().prepare("web", "", &[]).unwrap();
@@ -377,6 +358,7 @@ fn what_cannot_be_checked() {
 }
 
 /// The bytes are home, and the database does not say so yet: nothing is lost.
+#[registered(crate::Test)]
 fn a_move_that_was_cut_short() {
     for (disks, step) in [
         (2, "copied"),
@@ -435,6 +417,7 @@ fn a_move_that_was_cut_short() {
     }
 }
 
+#[registered(crate::Test)]
 fn a_reset_that_is_refused_changes_nothing() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -463,6 +446,7 @@ fn a_reset_that_is_refused_changes_nothing() {
 }
 
 /// `ctr snapshot commit` of a running container, which goes on.
+#[registered(crate::Test)]
 fn what_changed_after_its_commit_is_kept() {
     let mut split = Split::start(&["--relocate", "never"]);
     let client = split.client();
@@ -480,6 +464,7 @@ fn what_changed_after_its_commit_is_kept() {
     assert!(split.client().exists("layer"));
 }
 
+#[registered(crate::Test)]
 fn hostile_names_are_told_tamely() {
     let mut split = Split::start(&[]);
     let client = split.client();

@@ -13,20 +13,13 @@ use overlay_read_write_splitting_snapshotter::proto::snapshots::{
     ListSnapshotsResponse, PrepareSnapshotRequest,
 };
 use protobuf::Message;
+use registered::registered;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::Test;
 use crate::content::layer;
 use crate::input::unharmed;
 use crate::support::client::Client;
 use crate::support::daemon::Split;
-
-pub const TESTS: &[Test] = &[
-    ("other_protocols", other_protocols),
-    ("requests_that_break_off", requests_that_break_off),
-    ("a_thousand_at_once", a_thousand_at_once),
-    ("readers_that_stall", readers_that_stall),
-];
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const DATA: u8 = 0;
@@ -131,6 +124,7 @@ fn prepare_request(key: &str) -> Vec<u8> {
     request.write_to_bytes().unwrap()
 }
 
+#[registered(crate::Test)]
 fn other_protocols() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -170,6 +164,7 @@ fn other_protocols() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn requests_that_break_off() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -231,6 +226,7 @@ fn quick_state() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap()
 }
 
+#[registered(crate::Test)]
 fn a_thousand_at_once() {
     let state = quick_state();
     let state_dir = state.path().to_str().unwrap();
@@ -276,6 +272,7 @@ fn a_thousand_at_once() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn readers_that_stall() {
     const SNAPSHOTS: usize = 5000;
     const READERS: usize = 8;

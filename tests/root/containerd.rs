@@ -11,56 +11,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use registered::registered;
 use rustix::process::Signal;
 
-use crate::Test;
 use crate::support::containerd::{Containerd, IMAGE, Listed, archive, wait_for};
 use crate::support::daemon::{Daemon, Split, command, is_empty};
 use crate::support::disk::Disk;
 use crate::support::{device, run};
-
-pub const TESTS: &[Test] = &[
-    (
-        "an_image_and_its_container_are_on_two_disks",
-        an_image_and_its_container_are_on_two_disks,
-    ),
-    (
-        "every_snapshot_command_of_ctr_works",
-        every_snapshot_command_of_ctr_works,
-    ),
-    (
-        "fifty_containers_leave_the_image_disk_asleep",
-        fifty_containers_leave_the_image_disk_asleep,
-    ),
-    (
-        "containers_outlive_a_restart_of_the_daemon",
-        containers_outlive_a_restart_of_the_daemon,
-    ),
-    (
-        "containers_outlive_a_restart_of_containerd",
-        containers_outlive_a_restart_of_containerd,
-    ),
-    (
-        "removing_everything_gives_the_space_back",
-        removing_everything_gives_the_space_back,
-    ),
-    (
-        "a_daemon_killed_at_any_moment_goes_on",
-        killed::a_daemon_killed_at_any_moment_goes_on,
-    ),
-    (
-        "containers_see_host_directories",
-        lowers::containers_see_host_directories,
-    ),
-    (
-        "containers_of_an_image_see_host_directories",
-        lowers::containers_of_an_image_see_host_directories,
-    ),
-    (
-        "a_damaged_layer_is_pulled_again",
-        damaged::a_damaged_layer_is_pulled_again,
-    ),
-];
 
 /// The committed snapshots from the image's first layer to its last.
 fn layers(containerd: &Containerd) -> Vec<String> {
@@ -105,6 +62,7 @@ fn left(split: &Split) -> Vec<PathBuf> {
         .collect()
 }
 
+#[registered(crate::Test)]
 fn an_image_and_its_container_are_on_two_disks() {
     let split = Split::start(&[]);
     let containerd = Containerd::start(split.daemon.address());
@@ -207,6 +165,7 @@ fn mount_printed(command: &str) {
     run(Command::new("sh").args(["-ec", command]));
 }
 
+#[registered(crate::Test)]
 fn every_snapshot_command_of_ctr_works() {
     let split = Split::start(&[]);
     let containerd = Containerd::start(split.daemon.address());
@@ -343,6 +302,7 @@ fn written(disk: &Disk) -> (u64, u64) {
     (field(5).parse().unwrap(), field(7).parse().unwrap())
 }
 
+#[registered(crate::Test)]
 fn fifty_containers_leave_the_image_disk_asleep() {
     const CONTAINERS: u64 = 50;
     // ext4 leaves some of what makes a file system to be written later, by a
@@ -403,6 +363,7 @@ fn wait_until_counting(count: &Path) {
     });
 }
 
+#[registered(crate::Test)]
 fn containers_outlive_a_restart_of_the_daemon() {
     let mut split = Split::start(&[]);
     let containerd = Containerd::start(split.daemon.address());
@@ -441,6 +402,7 @@ fn containers_outlive_a_restart_of_the_daemon() {
     );
 }
 
+#[registered(crate::Test)]
 fn containers_outlive_a_restart_of_containerd() {
     let split = Split::start(&[]);
     let mut containerd = Containerd::start(split.daemon.address());
@@ -463,6 +425,7 @@ fn containers_outlive_a_restart_of_containerd() {
     assert_eq!(layers(&containerd).len(), 5);
 }
 
+#[registered(crate::Test)]
 fn removing_everything_gives_the_space_back() {
     // A database would grow on one of the disks.
     let state = tempfile::tempdir().unwrap();

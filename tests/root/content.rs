@@ -5,60 +5,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, chown};
 use std::path::Path;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Split, command, is_empty};
 use crate::support::device;
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
-
-pub const TESTS: &[Test] = &[
-    (
-        "layers_and_writes_are_on_their_disks",
-        layers_and_writes_are_on_their_disks,
-    ),
-    (
-        "deletions_and_replacements_are_seen_through",
-        deletions_and_replacements_are_seen_through,
-    ),
-    (
-        "the_top_directory_keeps_its_owner",
-        the_top_directory_keeps_its_owner,
-    ),
-    ("views_take_no_directory", views_take_no_directory),
-    (
-        "chains_mount_up_to_400_layers",
-        chains_mount_up_to_400_layers,
-    ),
-    (
-        "a_writable_snapshot_becomes_a_layer",
-        a_writable_snapshot_becomes_a_layer,
-    ),
-    (
-        "a_rebased_unpack_keeps_its_deletions",
-        a_rebased_unpack_keeps_its_deletions,
-    ),
-    ("removal_gives_the_space_back", removal_gives_the_space_back),
-    ("usage_is_what_is_allocated", usage_is_what_is_allocated),
-    ("lists_come_in_pages_of_100", lists_come_in_pages_of_100),
-    (
-        "upperdir_labels_tell_the_true_path",
-        upperdir_labels_tell_the_true_path,
-    ),
-    (
-        "id_mapped_snapshots_belong_to_the_mapped_root",
-        id_mapped_snapshots_belong_to_the_mapped_root,
-    ),
-    (
-        "modes_do_not_depend_on_the_umask",
-        modes_do_not_depend_on_the_umask,
-    ),
-    (
-        "a_user_namespace_gets_its_own_attributes",
-        a_user_namespace_gets_its_own_attributes,
-    ),
-];
 
 /// Unpacks a layer: prepare, fill, commit.
 pub fn layer(client: &Client, name: &str, parent: &str, fill: impl FnOnce(&Path)) {
@@ -68,6 +21,7 @@ pub fn layer(client: &Client, name: &str, parent: &str, fill: impl FnOnce(&Path)
     client.commit(&key, name, &[]).unwrap();
 }
 
+#[registered(crate::Test)]
 fn layers_and_writes_are_on_their_disks() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -99,6 +53,7 @@ fn layers_and_writes_are_on_their_disks() {
     assert_eq!(client.mounts("default/2/web").unwrap(), mounts);
 }
 
+#[registered(crate::Test)]
 fn deletions_and_replacements_are_seen_through() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -134,6 +89,7 @@ fn deletions_and_replacements_are_seen_through() {
     );
 }
 
+#[registered(crate::Test)]
 fn the_top_directory_keeps_its_owner() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -151,6 +107,7 @@ fn the_top_directory_keeps_its_owner() {
     assert_eq!(work.mode() & 0o7777, 0o711);
 }
 
+#[registered(crate::Test)]
 fn views_take_no_directory() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -190,6 +147,7 @@ fn views_take_no_directory() {
     );
 }
 
+#[registered(crate::Test)]
 fn chains_mount_up_to_400_layers() {
     // Only --sync none keeps 400 flushes of a loop device out of this test.
     let split = Split::start(&["--sync", "none"]);
@@ -217,6 +175,7 @@ fn chains_mount_up_to_400_layers() {
     }
 }
 
+#[registered(crate::Test)]
 fn a_writable_snapshot_becomes_a_layer() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -276,6 +235,7 @@ fn a_writable_snapshot_becomes_a_layer() {
     assert!(is_empty(split.writable().join("trash")));
 }
 
+#[registered(crate::Test)]
 fn a_rebased_unpack_keeps_its_deletions() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -304,6 +264,7 @@ fn a_rebased_unpack_keeps_its_deletions() {
     assert!(mounted.path().join("kept").exists());
 }
 
+#[registered(crate::Test)]
 fn removal_gives_the_space_back() {
     for flags in [&[][..], &["--async-remove", "false"]] {
         let split = Split::start(flags);
@@ -337,6 +298,7 @@ fn removal_gives_the_space_back() {
     }
 }
 
+#[registered(crate::Test)]
 fn usage_is_what_is_allocated() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -361,6 +323,7 @@ fn usage_is_what_is_allocated() {
     assert_eq!(client.usage("layer").unwrap(), usage, "recorded by commit");
 }
 
+#[registered(crate::Test)]
 fn lists_come_in_pages_of_100() {
     let split = Split::start(&["--sync", "none"]);
     let client = split.client();
@@ -391,6 +354,7 @@ fn lists_come_in_pages_of_100() {
     assert_eq!(code, RpcStatusCode::INVALID_ARGUMENT, "{text}");
 }
 
+#[registered(crate::Test)]
 fn upperdir_labels_tell_the_true_path() {
     const LABEL: &str = "containerd.io/snapshot/overlay.upperdir";
     let split = Split::start(&["--upperdir-label"]);
@@ -418,6 +382,7 @@ fn upperdir_labels_tell_the_true_path() {
     }
 }
 
+#[registered(crate::Test)]
 fn id_mapped_snapshots_belong_to_the_mapped_root() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -460,6 +425,7 @@ fn id_mapped_snapshots_belong_to_the_mapped_root() {
     );
 }
 
+#[registered(crate::Test)]
 fn modes_do_not_depend_on_the_umask() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     let starter = ["sh", "-c", "umask 077; exec \"$0\" \"$@\""];
@@ -479,6 +445,7 @@ fn modes_do_not_depend_on_the_umask() {
 }
 
 /// There overlayfs may not use `trusted.*` attributes (Linux 5.11).
+#[registered(crate::Test)]
 fn a_user_namespace_gets_its_own_attributes() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     let starter = ["unshare", "--user", "--map-root-user", "--mount", "--"];

@@ -5,24 +5,14 @@ use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 
-use crate::Test;
+use registered::registered;
+
 use crate::check::{check, is_clean};
 use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::{Split, is_empty, refused};
 use crate::support::mounted::Mounted;
 use crate::support::{tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    ("a_missing_log", a_missing_log),
-    ("a_cut_off_log", a_cut_off_log),
-    ("flipped_bytes", flipped_bytes),
-    ("a_truncated_database", a_truncated_database),
-    ("a_copy_is_the_way_back", a_copy_is_the_way_back),
-    ("an_older_database", an_older_database),
-    ("what_was_cut_off_is_no_sign", what_was_cut_off_is_no_sign),
-    ("a_copy_is_made_at_a_stop", a_copy_is_made_at_a_stop),
-];
 
 fn database(split: &Split) -> PathBuf {
     split.root().join("metadata.db")
@@ -76,6 +66,7 @@ fn repair(split: &mut Split) -> Client {
 }
 
 /// Somebody has copied `metadata.db` alone, or tidied up.
+#[registered(crate::Test)]
 fn a_missing_log() {
     let mut split = Split::start(&[]);
     sample(&split.client(), "first");
@@ -113,6 +104,7 @@ fn a_missing_log() {
 
 /// A log that ends early, as by a flipped byte: SQLite takes what comes before.
 /// That the directories are further tells.
+#[registered(crate::Test)]
 fn a_cut_off_log() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -136,6 +128,7 @@ fn a_cut_off_log() {
 }
 
 /// What SQLite can notice it notices at the start, not when containerd asks.
+#[registered(crate::Test)]
 fn flipped_bytes() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -180,6 +173,7 @@ fn split_is_refused(split: &Split) -> bool {
     code == 2
 }
 
+#[registered(crate::Test)]
 fn a_truncated_database() {
     let mut split = Split::start(&[]);
     for number in 0..60 {
@@ -201,6 +195,7 @@ fn a_truncated_database() {
     is_refused(&split, &["is empty", "metadata.db.copy"]);
 }
 
+#[registered(crate::Test)]
 fn a_copy_is_the_way_back() {
     let mut split = Split::start(&[]);
     sample(&split.client(), "first");
@@ -243,6 +238,7 @@ fn a_copy_is_the_way_back() {
 }
 
 /// A backup of the file itself, put back.
+#[registered(crate::Test)]
 fn an_older_database() {
     let mut split = Split::start(&[]);
     sample(&split.client(), "first");
@@ -263,6 +259,7 @@ fn an_older_database() {
 
 /// Requests that became durable together leave empty directories when they are cut
 /// off: no sign that the database is older than they are. Anything else is.
+#[registered(crate::Test)]
 fn what_was_cut_off_is_no_sign() {
     let mut split = Split::start(&[]);
     sample(&split.client(), "first");
@@ -302,6 +299,7 @@ fn what_was_cut_off_is_no_sign() {
     is_clean(&split);
 }
 
+#[registered(crate::Test)]
 fn a_copy_is_made_at_a_stop() {
     let mut split = Split::start(&[]);
     let copy = split.root().join("metadata.db.copy");

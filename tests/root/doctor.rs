@@ -4,24 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use registered::registered;
 use serde_json::Value;
 
-use crate::Test;
 use crate::support::daemon::BINARY;
 use crate::support::disk::Disk;
 use crate::support::{tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    (
-        "two_disks_and_a_right_configuration_are_fit",
-        two_disks_and_a_right_configuration_are_fit,
-    ),
-    ("what_is_wrong_is_said", what_is_wrong_is_said),
-    (
-        "disks_that_will_not_do_are_named",
-        disks_that_will_not_do_are_named,
-    ),
-];
 
 /// What doctor comes to, and what it says, in JSON and in lines.
 fn doctor(arguments: &[String]) -> (Option<i32>, Value, String) {
@@ -70,6 +58,7 @@ fn told(value: &Value, topic: &str) -> (Vec<String>, String) {
     (verdicts.collect(), words.join("\n"))
 }
 
+#[registered(crate::Test)]
 fn two_disks_and_a_right_configuration_are_fit() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     let scratch = tempfile::tempdir().unwrap();
@@ -111,6 +100,7 @@ fn two_disks_and_a_right_configuration_are_fit() {
     unchanged(writable.path(), &before.1);
 }
 
+#[registered(crate::Test)]
 fn what_is_wrong_is_said() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     let scratch = tempfile::tempdir().unwrap();
@@ -177,6 +167,7 @@ fn what_is_wrong_is_said() {
     }
 }
 
+#[registered(crate::Test)]
 fn disks_that_will_not_do_are_named() {
     let image = Disk::ext4(64);
     let scratch = tempfile::tempdir().unwrap();

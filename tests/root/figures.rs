@@ -5,16 +5,12 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use crate::Test;
+use registered::registered;
+
 use crate::content::layer;
 use crate::support::daemon::{Daemon, command, refused};
 use crate::support::disk::Disk;
 use crate::support::until;
-
-pub const TESTS: &[Test] = &[
-    ("figures_follow_what_happens", figures_follow_what_happens),
-    ("an_unusable_file_is_told", an_unusable_file_is_told),
-];
 
 /// Each figure by its name and labels. Fails on a line that is none.
 fn read(path: &Path) -> BTreeMap<String, f64> {
@@ -28,6 +24,7 @@ fn read(path: &Path) -> BTreeMap<String, f64> {
         .collect()
 }
 
+#[registered(crate::Test)]
 fn figures_follow_what_happens() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     let dir = tempfile::tempdir().unwrap();
@@ -98,6 +95,7 @@ fn figures_follow_what_happens() {
     assert!(names.count() <= 2);
 }
 
+#[registered(crate::Test)]
 fn an_unusable_file_is_told() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     for path in ["/proc/figures.prom", "/nowhere/at/all.prom"] {

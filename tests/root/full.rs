@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::{Daemon, Split, command, is_empty};
@@ -17,48 +17,66 @@ use crate::support::disk::Disk;
 use crate::support::mounted::upper_of;
 use crate::support::{tree, unchanged};
 
-pub const TESTS: &[Test] = &[
-    ("the_image_volume", || {
-        goes_on(Database::WithImages, &[Full::ImageBlocks]);
-    }),
-    ("the_writable_volume", || {
-        goes_on(Database::WithImages, &[Full::WritableBlocks]);
-    }),
-    ("both_volumes", || {
-        let both = [Full::ImageBlocks, Full::WritableBlocks];
-        goes_on(Database::WithImages, &both);
-    }),
-    ("no_inode_on_the_image_volume", || {
-        goes_on(Database::WithImages, &[Full::ImageInodes]);
-    }),
-    ("no_inode_on_the_writable_volume", || {
-        goes_on(Database::WithImages, &[Full::WritableInodes]);
-    }),
-    ("the_image_volume_without_the_database", || {
-        goes_on(Database::Apart, &[Full::ImageBlocks]);
-    }),
-    ("the_writable_volume_with_the_database", || {
-        goes_on(Database::WithWrites, &[Full::WritableBlocks]);
-    }),
-    ("no_inode_on_the_writable_volume_with_the_database", || {
-        goes_on(Database::WithWrites, &[Full::WritableInodes]);
-    }),
-    ("the_disk_of_the_database", || {
-        goes_on(Database::Apart, &[Full::DatabaseBlocks]);
-    }),
-    ("all_containers_are_removed_before_a_cleanup", || {
-        all_can_be_removed(Database::WithImages, Full::WritableBlocks, "");
-    }),
-    (
-        "all_beside_the_database_are_removed_before_a_cleanup",
-        || {
-            all_can_be_removed(Database::WithWrites, Full::WritableBlocks, "");
-        },
-    ),
-    ("all_unpacks_are_removed_before_a_cleanup", || {
-        all_can_be_removed(Database::Apart, Full::ImageBlocks, "extract-");
-    }),
-];
+#[registered(crate::Test)]
+fn the_image_volume() {
+    goes_on(Database::WithImages, &[Full::ImageBlocks]);
+}
+
+#[registered(crate::Test)]
+fn the_writable_volume() {
+    goes_on(Database::WithImages, &[Full::WritableBlocks]);
+}
+
+#[registered(crate::Test)]
+fn both_volumes() {
+    let both = [Full::ImageBlocks, Full::WritableBlocks];
+    goes_on(Database::WithImages, &both);
+}
+
+#[registered(crate::Test)]
+fn no_inode_on_the_image_volume() {
+    goes_on(Database::WithImages, &[Full::ImageInodes]);
+}
+
+#[registered(crate::Test)]
+fn no_inode_on_the_writable_volume() {
+    goes_on(Database::WithImages, &[Full::WritableInodes]);
+}
+
+#[registered(crate::Test)]
+fn the_image_volume_without_the_database() {
+    goes_on(Database::Apart, &[Full::ImageBlocks]);
+}
+
+#[registered(crate::Test)]
+fn the_writable_volume_with_the_database() {
+    goes_on(Database::WithWrites, &[Full::WritableBlocks]);
+}
+
+#[registered(crate::Test)]
+fn no_inode_on_the_writable_volume_with_the_database() {
+    goes_on(Database::WithWrites, &[Full::WritableInodes]);
+}
+
+#[registered(crate::Test)]
+fn the_disk_of_the_database() {
+    goes_on(Database::Apart, &[Full::DatabaseBlocks]);
+}
+
+#[registered(crate::Test)]
+fn all_containers_are_removed_before_a_cleanup() {
+    all_can_be_removed(Database::WithImages, Full::WritableBlocks, "");
+}
+
+#[registered(crate::Test)]
+fn all_beside_the_database_are_removed_before_a_cleanup() {
+    all_can_be_removed(Database::WithWrites, Full::WritableBlocks, "");
+}
+
+#[registered(crate::Test)]
+fn all_unpacks_are_removed_before_a_cleanup() {
+    all_can_be_removed(Database::Apart, Full::ImageBlocks, "extract-");
+}
 
 /// What is used up on which disk.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -16,8 +16,8 @@ use overlay_read_write_splitting_snapshotter::types::{
 };
 use protobuf::Message;
 use protobuf::well_known_types::field_mask::FieldMask;
+use registered::registered;
 
-use crate::Test;
 use crate::content::layer;
 use crate::input::{refused_as, unharmed};
 use crate::messages::METHODS;
@@ -27,12 +27,11 @@ use crate::support::fuzzing::{cases, spoil};
 use crate::support::mounted::Mounted;
 use crate::support::random::{Random, Seed};
 
-pub const TESTS: &[Test] = &[("requests_that_nobody_meant", requests_that_nobody_meant)];
-
 const CASES: u64 = 1_000;
 /// What was made by accident is removed after so many.
 const REMOVED_EVERY: u64 = 250;
 
+#[registered(crate::Test)]
 fn requests_that_nobody_meant() {
     let seed = Seed::of("FUZZ_SEED");
     let mut random = seed.random(0);

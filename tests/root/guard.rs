@@ -5,20 +5,14 @@ use std::fs;
 use std::path::Path;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
-use crate::Test;
 use crate::check::is_clean;
 use crate::content::layer;
 use crate::support::daemon::{Daemon, Split, command, is_empty, refused};
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
-
-pub const TESTS: &[Test] = &[
-    ("mount_points_are_required", mount_points_are_required),
-    ("a_volume_in_memory", a_volume_in_memory),
-    ("a_reserve_is_kept", a_reserve_is_kept),
-];
 
 /// A file system in memory, as after each reboot; unmounted when dropped.
 struct Memory<'a>(&'a Path);
@@ -36,6 +30,7 @@ impl Drop for Memory<'_> {
     }
 }
 
+#[registered(crate::Test)]
 fn mount_points_are_required() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     // Directories on mounted disks are none.
@@ -83,6 +78,7 @@ fn is_bare(path: impl AsRef<Path>) -> bool {
     names.all(|entry| entry.unwrap().file_name() == "lost+found")
 }
 
+#[registered(crate::Test)]
 fn a_volume_in_memory() {
     let image = Disk::ext4(64);
     let writable = tempfile::tempdir().unwrap();
@@ -164,6 +160,7 @@ fn a_volume_in_memory() {
     assert!(is_empty(writable.path()));
 }
 
+#[registered(crate::Test)]
 fn a_reserve_is_kept() {
     for reserve in ["64M", "25%"] {
         let split = Split::start(&["--reserve", reserve]);

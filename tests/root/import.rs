@@ -9,79 +9,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 
+use registered::registered;
 use serde_json::{Value, json};
 
-use crate::Test;
 use crate::check::is_clean;
 use crate::support::client::Client;
 use crate::support::daemon::refused;
 use crate::support::mounted::Mounted;
 use crate::support::until;
 use original::Original;
-
-pub const TESTS: &[Test] = &[
-    ("everything_is_served", everything_is_served),
-    ("a_look_changes_nothing", a_look_changes_nothing),
-    ("broken_commits_become_layers", broken_commits_become_layers),
-    ("what_is_missing_is_left_out", what_is_missing_is_left_out),
-    ("a_layer_on_both_volumes", a_layer_on_both_volumes),
-    ("undone_it_is_as_it_was", undo::undone_it_is_as_it_was),
-    (
-        "written_it_cannot_be_undone",
-        undo::written_it_cannot_be_undone,
-    ),
-    ("the_original_went_on", undo::the_original_went_on),
-    ("killed_at_every_step", crashes::killed_at_every_step),
-    (
-        "undoing_killed_at_every_step",
-        crashes::undoing_killed_at_every_step,
-    ),
-    (
-        "killed_with_databases_in_two_places",
-        crashes::killed_with_databases_in_two_places,
-    ),
-    (
-        "cut_short_it_waits_for_its_own_disk",
-        crashes::cut_short_it_waits_for_its_own_disk,
-    ),
-    ("a_full_disk", crashes::a_full_disk),
-    ("what_is_refused", refusals::what_is_refused),
-    (
-        "what_is_no_undoing_is_refused",
-        refusals::what_is_no_undoing_is_refused,
-    ),
-    (
-        "disks_that_are_not_there",
-        refusals::disks_that_are_not_there,
-    ),
-    (
-        "a_mount_point_that_is_not_quite_bare",
-        refusals::a_mount_point_that_is_not_quite_bare,
-    ),
-    (
-        "layers_that_cannot_be_read_now",
-        refusals::layers_that_cannot_be_read_now,
-    ),
-    (
-        "layers_on_a_disk_that_is_not_there",
-        refusals::layers_on_a_disk_that_is_not_there,
-    ),
-    ("a_wrong_database", refusals::a_wrong_database),
-    ("what_is_in_use", refusals::what_is_in_use),
-    (
-        "a_disk_that_does_not_tell_what_is_a_directory",
-        refusals::a_disk_that_does_not_tell_what_is_a_directory,
-    ),
-    (
-        "an_old_log_is_not_taken_for_ours",
-        an_old_log_is_not_taken_for_ours,
-    ),
-    (
-        "a_state_directory_elsewhere",
-        undo::a_state_directory_elsewhere,
-    ),
-    ("thousands_of_snapshots", thousands_of_snapshots),
-];
 
 /// Three layers, two containers, a view, an unpacking that was cut short, and
 /// numbers that are not in use any more.
@@ -164,6 +100,7 @@ fn sample_works(client: &Client) {
     reads(client, "default/6/look", "top", "middle");
 }
 
+#[registered(crate::Test)]
 fn everything_is_served() {
     let mut original = sample();
     let listed = original.finish();
@@ -201,6 +138,7 @@ fn everything_is_served() {
     is_clean(&split);
 }
 
+#[registered(crate::Test)]
 fn a_look_changes_nothing() {
     let mut original = sample();
     original.broken("default/7/broken", "default/1/base", "broken");
@@ -243,6 +181,7 @@ fn a_look_changes_nothing() {
     original.is_as(&before);
 }
 
+#[registered(crate::Test)]
 fn broken_commits_become_layers() {
     let mut original = sample();
     original.broken("default/7/built", "default/3/upper", "built");
@@ -300,6 +239,7 @@ fn broken_commits_become_layers() {
 }
 
 /// The whole one is taken, wherever it is.
+#[registered(crate::Test)]
 fn a_layer_on_both_volumes() {
     let mut original = sample();
     original.broken("default/7/built", "default/1/base", "built");
@@ -333,6 +273,7 @@ fn a_layer_on_both_volumes() {
     is_clean(&split);
 }
 
+#[registered(crate::Test)]
 fn what_is_missing_is_left_out() {
     let mut original = sample();
     let mut ids = BTreeMap::new();
@@ -460,6 +401,7 @@ fn what_is_missing_is_left_out() {
     is_clean(&split);
 }
 
+#[registered(crate::Test)]
 fn thousands_of_snapshots() {
     let mut original = Original::new();
     for image in 0..60 {
@@ -481,6 +423,7 @@ fn thousands_of_snapshots() {
 }
 
 /// What an earlier daemon of ours has left where the new database comes to be.
+#[registered(crate::Test)]
 fn an_old_log_is_not_taken_for_ours() {
     let mut other = crate::support::daemon::Split::start(&[]);
     for number in 0..20 {

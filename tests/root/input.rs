@@ -4,22 +4,13 @@
 use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::UpdateSnapshotRequest;
 use protobuf::Message;
+use registered::registered;
 use rustix::process::Pid;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::{Split, is_empty};
 use crate::support::mounted::Mounted;
-
-pub const TESTS: &[Test] = &[
-    ("odd_keys_work", odd_keys_work),
-    ("refusals_have_their_codes", refusals_have_their_codes),
-    ("bad_keys_and_labels", bad_keys_and_labels),
-    ("labels_are_stored_as_given", labels_are_stored_as_given),
-    ("updates_and_their_masks", updates_and_their_masks),
-    ("filters", filters),
-];
 
 /// Fails unless the request was refused by that code, with a text that a user
 /// can read on one line.
@@ -59,6 +50,7 @@ pub fn unharmed(split: &mut Split, pid: Pid) {
     assert!(!log.contains("panicked"), "{log}");
 }
 
+#[registered(crate::Test)]
 fn odd_keys_work() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -128,6 +120,7 @@ fn odd_keys_work() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn refusals_have_their_codes() {
     use RpcStatusCode as Code;
     let mut split = Split::start(&["--sync", "none"]);
@@ -215,6 +208,7 @@ fn refusals_have_their_codes() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn bad_keys_and_labels() {
     const INVALID_ARGUMENT: RpcStatusCode = RpcStatusCode::INVALID_ARGUMENT;
     const NOT_FOUND: RpcStatusCode = RpcStatusCode::NOT_FOUND;
@@ -265,6 +259,7 @@ fn bad_keys_and_labels() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn labels_are_stored_as_given() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -297,6 +292,7 @@ fn labels_are_stored_as_given() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn updates_and_their_masks() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -362,6 +358,7 @@ fn updates_and_their_masks() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn filters() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();

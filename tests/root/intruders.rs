@@ -6,21 +6,13 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::content::layer;
 use crate::input::{refused_as, unharmed};
 use crate::support::daemon::{Split, is_empty, refused};
 use crate::support::mounted::Mounted;
 use crate::support::{Tree, tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    ("at_the_next_id", at_the_next_id),
-    ("where_a_commit_links", where_a_commit_links),
-    ("instead_of_snapshots", instead_of_snapshots),
-    ("within_a_snapshot", within_a_snapshot),
-    ("in_the_trash", in_the_trash),
-];
 
 /// A directory that looks like a snapshot's, and must not change.
 struct Victim {
@@ -63,6 +55,7 @@ fn intruders(victim: &Victim) -> [Put<'_>; 5] {
     ]
 }
 
+#[registered(crate::Test)]
 fn at_the_next_id() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -104,6 +97,7 @@ fn at_the_next_id() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn where_a_commit_links() {
     let mut split = Split::start(&["--sync", "none", "--relocate", "never"]);
     let pid = split.daemon.pid();
@@ -141,6 +135,7 @@ fn where_a_commit_links() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn instead_of_snapshots() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -210,6 +205,7 @@ fn instead_of_snapshots() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn within_a_snapshot() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -241,6 +237,7 @@ fn within_a_snapshot() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn in_the_trash() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();

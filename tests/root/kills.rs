@@ -19,19 +19,18 @@ use std::time::Duration;
 
 use overlay_read_write_splitting_snapshotter::proto::snapshots::{Info, Kind};
 use overlay_read_write_splitting_snapshotter::types::{LABEL_UPPERDIR, Volume};
+use registered::registered;
 
-use crate::Test;
 use crate::support::daemon::{BINARY, Daemon, Split, command};
 use crate::support::disk::Disk;
 use crate::support::random::{Random, Seed, setting};
 use load::{Known, Row, Worker};
 
-pub const TESTS: &[Test] = &[("what_was_answered_is_kept", what_was_answered_is_kept)];
-
 const CLIENTS: u64 = 4;
 /// A stop and a check of the disks come after so many kills.
 const CHECKED_EVERY: u64 = 20;
 
+#[registered(crate::Test)]
 fn what_was_answered_is_kept() {
     let seed = Seed::of("KILLS_SEED");
     let kills = setting("KILLS", 200);

@@ -9,36 +9,14 @@ use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::Info;
+use registered::registered;
 use rustix::process::Signal;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::{Client, finish};
 use crate::support::daemon::{Daemon, Split, command, skip_ids_through};
 use crate::support::disk::Disk;
 use crate::support::until;
-
-pub const TESTS: &[Test] = &[
-    ("the_socket_is_roots_alone", the_socket_is_roots_alone),
-    (
-        "readiness_is_told_when_served",
-        readiness_is_told_when_served,
-    ),
-    ("signals_stop_it", signals_stop_it),
-    (
-        "a_stop_waits_for_running_requests",
-        a_stop_waits_for_running_requests,
-    ),
-    (
-        "a_stop_does_not_wait_for_ever",
-        a_stop_does_not_wait_for_ever,
-    ),
-    (
-        "a_stop_does_not_wait_for_stalled_clients",
-        a_stop_does_not_wait_for_stalled_clients,
-    ),
-    ("a_restart_finds_everything", a_restart_finds_everything),
-];
 
 /// Within which a stop has to end, whatever is going on.
 const STOP: Duration = Duration::from_secs(10);
@@ -110,6 +88,7 @@ fn everything(client: &Client) -> Vec<Info> {
     listed
 }
 
+#[registered(crate::Test)]
 fn the_socket_is_roots_alone() {
     let mut split = Split::start(&[]);
     let address = split.daemon.address().to_owned();
@@ -132,6 +111,7 @@ fn the_socket_is_roots_alone() {
     assert_eq!(second.mode() & 0o7777, 0o600);
 }
 
+#[registered(crate::Test)]
 fn readiness_is_told_when_served() {
     let manager = Manager::new();
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
@@ -167,6 +147,7 @@ fn readiness_is_told_when_served() {
     assert!(manager.has_heard_all());
 }
 
+#[registered(crate::Test)]
 fn signals_stop_it() {
     let mut split = Split::start(&[]);
     for signal in [Signal::TERM, Signal::INT] {
@@ -198,6 +179,7 @@ fn signals_stop_it() {
     }
 }
 
+#[registered(crate::Test)]
 fn a_stop_waits_for_running_requests() {
     let manager = Manager::new();
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
@@ -237,6 +219,7 @@ fn a_stop_waits_for_running_requests() {
     assert!(writable.path().join("writable/snapshots/2/fs").is_dir());
 }
 
+#[registered(crate::Test)]
 fn a_stop_does_not_wait_for_ever() {
     let mut split = Split::start(&["--threads", "2"]);
     let client = split.client();
@@ -269,6 +252,7 @@ fn a_stop_does_not_wait_for_ever() {
     );
 }
 
+#[registered(crate::Test)]
 fn a_stop_does_not_wait_for_stalled_clients() {
     let mut split = Split::start(&["--sync", "none"]);
     let client = split.client();
@@ -297,6 +281,7 @@ fn a_stop_does_not_wait_for_stalled_clients() {
     assert_eq!(split.client().names(&[]).unwrap().len(), 601);
 }
 
+#[registered(crate::Test)]
 fn a_restart_finds_everything() {
     let mut split = Split::start(&[]);
     let client = split.client();

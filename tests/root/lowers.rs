@@ -9,70 +9,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::check::is_clean;
 use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::{Split, command};
 use crate::support::mounted::Mounted;
 use crate::support::{tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    (
-        "containers_see_host_directories_and_leave_them_alone",
-        containers_see_host_directories_and_leave_them_alone,
-    ),
-    (
-        "snapshots_of_every_shape_get_them",
-        snapshots_of_every_shape_get_them,
-    ),
-    (
-        "a_changed_label_counts_at_the_next_mount",
-        a_changed_label_counts_at_the_next_mount,
-    ),
-    ("links_go_with_their_snapshot", links_go_with_their_snapshot),
-    (
-        "stale_links_are_swept_at_start",
-        stale_links_are_swept_at_start,
-    ),
-    (
-        "128_layers_and_8_directories_mount",
-        many_layers_and_directories_mount,
-    ),
-    (
-        "images_get_what_the_daemon_was_told",
-        images::images_get_what_the_daemon_was_told,
-    ),
-    (
-        "what_is_not_allowed_any_more_is_not_shown",
-        what_is_not_allowed_any_more_is_not_shown,
-    ),
-    (
-        "nothing_is_baked_into_a_layer",
-        nothing_is_baked_into_a_layer,
-    ),
-    (
-        "mapped_ids_and_host_directories_exclude_each_other",
-        mapped_ids_and_host_directories_exclude_each_other,
-    ),
-    (
-        "what_could_inject_or_lead_out_is_refused",
-        attacks::what_could_inject_or_lead_out_is_refused,
-    ),
-    (
-        "the_snapshotters_own_directories_are_refused",
-        attacks::the_snapshotters_own_directories_are_refused,
-    ),
-    (
-        "links_swapped_meanwhile_lead_nowhere",
-        attacks::links_swapped_meanwhile_lead_nowhere,
-    ),
-    (
-        "refused_requests_leave_no_directory",
-        attacks::refused_requests_leave_no_directory,
-    ),
-];
 
 const LABEL: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
 
@@ -134,6 +78,7 @@ fn read(path: PathBuf) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
+#[registered(crate::Test)]
 fn containers_see_host_directories_and_leave_them_alone() {
     let scene = Scene::start(&[]);
     let client = scene.client();
@@ -188,6 +133,7 @@ fn containers_see_host_directories_and_leave_them_alone() {
     assert!(!plain.path().join("two").exists());
 }
 
+#[registered(crate::Test)]
 fn snapshots_of_every_shape_get_them() {
     let scene = Scene::start(&[]);
     let client = scene.client();
@@ -221,6 +167,7 @@ fn snapshots_of_every_shape_get_them() {
     assert!(!Path::new(&format!("{extra}/written")).exists());
 }
 
+#[registered(crate::Test)]
 fn a_changed_label_counts_at_the_next_mount() {
     let scene = Scene::start(&[]);
     let client = scene.client();
@@ -279,6 +226,7 @@ fn a_changed_label_counts_at_the_next_mount() {
     assert!(scene.links().is_empty());
 }
 
+#[registered(crate::Test)]
 fn links_go_with_their_snapshot() {
     let scene = Scene::start(&[]);
     let client = scene.client();
@@ -311,6 +259,7 @@ fn links_go_with_their_snapshot() {
     is_clean(&scene.split);
 }
 
+#[registered(crate::Test)]
 fn stale_links_are_swept_at_start() {
     let mut scene = Scene::start(&[]);
     let client = scene.client();
@@ -376,6 +325,7 @@ fn stale_links_are_swept_at_start() {
     is_clean(&scene.split);
 }
 
+#[registered(crate::Test)]
 fn many_layers_and_directories_mount() {
     let scene = Scene::start(&[]);
     let client = scene.client();
@@ -401,6 +351,7 @@ fn many_layers_and_directories_mount() {
     assert_eq!(names, 2 + 127 + 8);
 }
 
+#[registered(crate::Test)]
 fn what_is_not_allowed_any_more_is_not_shown() {
     let mut scene = Scene::start(&[]);
     let one = scene.fill("one", &[]);
@@ -424,6 +375,7 @@ fn what_is_not_allowed_any_more_is_not_shown() {
     assert!(scene.links().is_empty());
 }
 
+#[registered(crate::Test)]
 fn nothing_is_baked_into_a_layer() {
     let scene = Scene::start(&[]);
     let client = scene.client();
@@ -454,6 +406,7 @@ fn nothing_is_baked_into_a_layer() {
     assert!(scene.links().is_empty());
 }
 
+#[registered(crate::Test)]
 fn mapped_ids_and_host_directories_exclude_each_other() {
     let scene = Scene::start(&[]);
     let client = scene.client();

@@ -34,13 +34,16 @@ mod refusals;
 mod relocation;
 mod rescue;
 mod status;
+#[path = "../support/mod.rs"]
 mod support;
 mod usage;
 mod volumes;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
-type Test = (&'static str, fn());
+/// A test: its module, its name, and what runs it.
+struct Test(&'static str, &'static str, fn());
+inventory::collect!(Test);
 
 fn main() {
     let arguments = Arguments::from_args();
@@ -48,45 +51,17 @@ fn main() {
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
     }
-    let modules: &[(&str, &[Test])] = &[
-        ("content", content::TESTS),
-        ("input", input::TESTS),
-        ("messages", messages::TESTS),
-        ("fuzz", fuzz::TESTS),
-        ("connections", connections::TESTS),
-        ("intruders", intruders::TESTS),
-        ("refusals", refusals::TESTS),
-        ("life", life::TESTS),
-        ("volumes", volumes::TESTS),
-        ("full", full::TESTS),
-        ("recovery", recovery::TESTS),
-        ("callers", callers::TESTS),
-        ("check", check::TESTS),
-        ("status", status::TESTS),
-        ("doctor", doctor::TESTS),
-        ("rescue", rescue::TESTS),
-        ("damage", damage::TESTS),
-        ("import", import::TESTS),
-        ("guard", guard::TESTS),
-        ("figures", figures::TESTS),
-        ("usage", usage::TESTS),
-        ("races", races::TESTS),
-        ("kills", kills::TESTS),
-        ("lowers", lowers::TESTS),
-        ("rebase", rebase::TESTS),
-        ("relocation", relocation::TESTS),
-        ("containerd", containerd::TESTS),
-    ];
-    let trials = modules
-        .iter()
-        .flat_map(|(module, tests)| tests.iter().map(move |test| (module, *test)))
-        .map(|(module, (name, test))| {
+    let mut trials: Vec<_> = inventory::iter::<Test>()
+        .map(|&Test(module, name, test)| {
             let run = move || {
                 test();
                 Ok::<(), Failed>(())
             };
+            let (_, module) = module.split_once("::").unwrap();
             Trial::test(format!("{module}::{name}"), run).with_ignored_flag(!is_root)
         })
         .collect();
+    // The linker's order is not the same each time.
+    trials.sort_by(|one, other| one.name().cmp(other.name()));
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -3,21 +3,17 @@
 use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::PrepareSnapshotRequest;
 use protobuf::Message;
+use registered::registered;
 
-use crate::Test;
 use crate::input::{refused_as, unharmed};
 use crate::support::daemon::Split;
-
-pub const TESTS: &[Test] = &[
-    ("bytes_that_are_no_message", bytes_that_are_no_message),
-    ("messages_that_are_too_long", messages_that_are_too_long),
-];
 
 /// All that a snapshotter answers to.
 pub const METHODS: [&str; 10] = [
     "Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "List", "Usage", "Cleanup",
 ];
 
+#[registered(crate::Test)]
 fn bytes_that_are_no_message() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();
@@ -89,6 +85,7 @@ fn bytes_that_are_no_message() {
     unharmed(&mut split, pid);
 }
 
+#[registered(crate::Test)]
 fn messages_that_are_too_long() {
     let mut split = Split::start(&["--sync", "none"]);
     let pid = split.daemon.pid();

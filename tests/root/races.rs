@@ -5,18 +5,13 @@ use std::fs;
 use std::thread;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::{Split, is_empty};
 use crate::support::mounted::Mounted;
 use crate::support::random::Random;
 use crate::support::until;
-
-pub const TESTS: &[Test] = &[
-    ("clients_on_the_same_keys", clients_on_the_same_keys),
-    ("two_commits_of_one_key", two_commits_of_one_key),
-];
 
 fn is_expected(refusal: &Refusal) -> bool {
     matches!(
@@ -51,6 +46,7 @@ fn random_call(client: &Client, random: &mut Random) -> Result<(), Refusal> {
     }
 }
 
+#[registered(crate::Test)]
 fn clients_on_the_same_keys() {
     let split = Split::start(&["--relocate-after", "0", "--sync", "none"]);
     thread::scope(|scope| {
@@ -88,6 +84,7 @@ fn clients_on_the_same_keys() {
     assert!(!log.contains("ERROR"), "{log}");
 }
 
+#[registered(crate::Test)]
 fn two_commits_of_one_key() {
     let split = Split::start(&["--relocate-after", "0", "--sync", "none"]);
     let clients = [split.client(), split.client()];

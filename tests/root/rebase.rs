@@ -5,29 +5,14 @@ use std::fs;
 use std::path::Path;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, lsetxattr, mknodat};
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::Split;
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::trees::files;
-
-pub const TESTS: &[Test] = &[
-    (
-        "any_order_of_unpacking_gives_the_same_image",
-        any_order_of_unpacking_gives_the_same_image,
-    ),
-    (
-        "only_unpacks_get_an_overlay_over_nothing",
-        only_unpacks_get_an_overlay_over_nothing,
-    ),
-    (
-        "a_parent_named_late_obeys_the_rules",
-        a_parent_named_late_obeys_the_rules,
-    ),
-];
 
 /// Applies layer 1, 2 or 3 the way containerd does onto an overlay mount: right
 /// into its upper directory, deletions as whiteouts (containerd
@@ -81,6 +66,7 @@ fn unpack_in_sequence(client: &Client) {
     });
 }
 
+#[registered(crate::Test)]
 fn any_order_of_unpacking_gives_the_same_image() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -119,6 +105,7 @@ fn any_order_of_unpacking_gives_the_same_image() {
     }
 }
 
+#[registered(crate::Test)]
 fn only_unpacks_get_an_overlay_over_nothing() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -139,6 +126,7 @@ fn only_unpacks_get_an_overlay_over_nothing() {
     assert_eq!(kind(client.mounts("extract-1").unwrap()), "overlay");
 }
 
+#[registered(crate::Test)]
 fn a_parent_named_late_obeys_the_rules() {
     let split = Split::start(&[]);
     let client = split.client();

@@ -5,21 +5,12 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::daemon::{Split, command, is_empty};
 use crate::support::mounted::Mounted;
 use crate::support::{tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    ("strays_go_to_the_trash", strays_go_to_the_trash),
-    ("missing_uppers_are_made_anew", missing_uppers_are_made_anew),
-    ("a_moved_writable_directory", a_moved_writable_directory),
-    ("a_moved_root", a_moved_root),
-    ("links_are_healed", links_are_healed),
-    ("lost_layers_are_reported", lost_layers_are_reported),
-];
 
 /// The names in a directory, sorted.
 fn names(path: impl AsRef<Path>) -> Vec<String> {
@@ -31,6 +22,7 @@ fn names(path: impl AsRef<Path>) -> Vec<String> {
     names
 }
 
+#[registered(crate::Test)]
 fn strays_go_to_the_trash() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -88,6 +80,7 @@ fn strays_go_to_the_trash() {
     );
 }
 
+#[registered(crate::Test)]
 fn missing_uppers_are_made_anew() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -147,6 +140,7 @@ fn missing_uppers_are_made_anew() {
     assert!(is_empty(&writable) && names(&image) == ["1"]);
 }
 
+#[registered(crate::Test)]
 fn a_moved_writable_directory() {
     let mut split = Split::start(&["--relocate", "never"]);
     let client = split.client();
@@ -196,6 +190,7 @@ fn a_moved_writable_directory() {
     assert!(link.symlink_metadata().is_err());
 }
 
+#[registered(crate::Test)]
 fn a_moved_root() {
     let split = Split::start(&[]);
     layer(&split.client(), "base", "", |top| {
@@ -221,6 +216,7 @@ fn a_moved_root() {
     assert!(!old.exists());
 }
 
+#[registered(crate::Test)]
 fn links_are_healed() {
     let mut split = Split::start(&["--relocate", "never"]);
     let client = split.client();
@@ -261,6 +257,7 @@ fn links_are_healed() {
     assert!(Mounted::new(&view).path().join("written").exists());
 }
 
+#[registered(crate::Test)]
 fn lost_layers_are_reported() {
     let mut split = Split::start(&["--relocate", "never"]);
     let client = split.client();

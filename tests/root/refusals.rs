@@ -7,38 +7,13 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 
+use registered::registered;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::daemon::{Daemon, Split, command, refused};
 use crate::support::disk::Disk;
 use crate::support::{run, tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    ("a_second_daemon", a_second_daemon),
-    (
-        "roots_that_are_no_directories",
-        roots_that_are_no_directories,
-    ),
-    ("roots_without_entry_types", roots_without_entry_types),
-    (
-        "writable_directories_that_hold_no_upper",
-        writable_directories_that_hold_no_upper,
-    ),
-    (
-        "a_writable_directory_of_another_root",
-        a_writable_directory_of_another_root,
-    ),
-    ("databases_of_other_programs", databases_of_other_programs),
-    ("a_missing_database", a_missing_database),
-    ("a_state_directory_that_moved", a_state_directory_that_moved),
-    (
-        "a_root_and_a_database_of_different_origin",
-        a_root_and_a_database_of_different_origin,
-    ),
-    ("addresses_that_are_taken", addresses_that_are_taken),
-];
 
 /// Fails unless each of `parts` is in the line.
 #[track_caller]
@@ -75,6 +50,7 @@ fn with(mut arguments: Vec<String>, flag: &str, value: &Path) -> Vec<String> {
     arguments
 }
 
+#[registered(crate::Test)]
 fn a_second_daemon() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -104,6 +80,7 @@ fn a_second_daemon() {
     assert!(split.daemon.is_running() && split.daemon.pid() == running);
 }
 
+#[registered(crate::Test)]
 fn roots_that_are_no_directories() {
     let disk = Disk::ext4(64);
     let top = disk.path();
@@ -135,6 +112,7 @@ fn without_entry_types() -> Disk {
     Disk::make(64, "ext4", &["-q", "-F", "-O", "^filetype"])
 }
 
+#[registered(crate::Test)]
 fn roots_without_entry_types() {
     let (image, writable) = (without_entry_types(), Disk::ext4(64));
     let root = image.path().join("root");
@@ -148,6 +126,7 @@ fn roots_without_entry_types() {
     );
 }
 
+#[registered(crate::Test)]
 fn writable_directories_that_hold_no_upper() {
     let image = Disk::ext4(64);
     let no_types = without_entry_types();
@@ -199,6 +178,7 @@ fn writable_directories_that_hold_no_upper() {
     }
 }
 
+#[registered(crate::Test)]
 fn a_writable_directory_of_another_root() {
     let mut split = Split::start(&[]);
     split.client().prepare("web", "", &[]).unwrap();
@@ -253,6 +233,7 @@ fn bolt_database() -> Vec<u8> {
     bytes
 }
 
+#[registered(crate::Test)]
 fn databases_of_other_programs() {
     let disk = Disk::ext4(64);
     let top = disk.path();
@@ -289,6 +270,7 @@ fn databases_of_other_programs() {
     }
 }
 
+#[registered(crate::Test)]
 fn a_missing_database() {
     // The database is on a disk of its own, which is not mounted.
     let (image, state) = (Disk::ext4(64), Disk::ext4(64));
@@ -334,6 +316,7 @@ fn a_missing_database() {
     says(&line, &["has been in use", "mount the image disk"]);
 }
 
+#[registered(crate::Test)]
 fn a_state_directory_that_moved() {
     let disk = Disk::ext4(64);
     let top = disk.path();
@@ -367,6 +350,7 @@ fn a_state_directory_that_moved() {
     says(&line, &[new.to_str().unwrap(), "--state-dir"]);
 }
 
+#[registered(crate::Test)]
 fn a_root_and_a_database_of_different_origin() {
     let disk = Disk::ext4(64);
     let top = disk.path();
@@ -403,6 +387,7 @@ fn a_root_and_a_database_of_different_origin() {
     says(&line, &[database.to_str().unwrap(), "malformed"]);
 }
 
+#[registered(crate::Test)]
 fn addresses_that_are_taken() {
     let disk = Disk::ext4(64);
     let top = disk.path();

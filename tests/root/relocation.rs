@@ -10,11 +10,11 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant, SystemTime};
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 use rustix::fs::{
     CWD, FallocateFlags, FileType, Mode, XattrFlags, fallocate, lsetxattr, mknodat, setxattr,
 };
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Split, command, is_empty};
@@ -23,60 +23,6 @@ use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::trees::describe;
 use crate::support::until;
-
-pub const TESTS: &[Test] = &[
-    (
-        "a_layer_moves_home_under_a_running_container",
-        a_layer_moves_home_under_a_running_container,
-    ),
-    (
-        "a_layer_without_users_leaves_nothing_behind",
-        a_layer_without_users_leaves_nothing_behind,
-    ),
-    (
-        "the_copy_keeps_every_kind_of_inode",
-        the_copy_keeps_every_kind_of_inode,
-    ),
-    (
-        "a_kill_at_any_step_leaves_a_whole_layer",
-        a_kill_at_any_step_leaves_a_whole_layer,
-    ),
-    (
-        "a_kill_at_any_step_of_a_rename_leaves_a_whole_layer",
-        a_kill_at_any_step_of_a_rename_leaves_a_whole_layer,
-    ),
-    ("a_layer_waits_its_time", a_layer_waits_its_time),
-    ("a_small_layer_in_use_stays", a_small_layer_in_use_stays),
-    ("never_means_never", never_means_never),
-    (
-        "a_full_image_volume_puts_a_move_off",
-        a_full_image_volume_puts_a_move_off,
-    ),
-    (
-        "what_the_target_refuses_stays_where_it_is",
-        what_the_target_refuses_stays_where_it_is,
-    ),
-    (
-        "id_mapped_containers_bring_their_layers_home",
-        id_mapped_containers_bring_their_layers_home,
-    ),
-    (
-        "a_build_of_twenty_steps_keeps_every_step",
-        a_build_of_twenty_steps_keeps_every_step,
-    ),
-    (
-        "a_layer_committed_under_its_container_waits",
-        a_layer_committed_under_its_container_waits,
-    ),
-    (
-        "left_bytes_go_with_the_next_boot",
-        left_bytes_go_with_the_next_boot,
-    ),
-    (
-        "one_file_system_needs_no_copy",
-        one_file_system_needs_no_copy,
-    ),
-];
 
 /// Whether layer `id` is a directory on the image volume.
 fn is_home(root: &Path, id: u64) -> bool {
@@ -102,6 +48,7 @@ fn holds(top: &Path, name: &str) -> bool {
     fs::read(top.join(format!("data-{name}"))).unwrap() == data(name)
 }
 
+#[registered(crate::Test)]
 fn a_layer_moves_home_under_a_running_container() {
     let split = Split::start(&["--relocate-after", "1"]);
     let client = split.client();
@@ -170,6 +117,7 @@ fn a_layer_moves_home_under_a_running_container() {
     assert_eq!(fs::read_dir(root.join("snapshots")).unwrap().count(), 1);
 }
 
+#[registered(crate::Test)]
 fn a_layer_without_users_leaves_nothing_behind() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
@@ -283,6 +231,7 @@ fn fill_with_everything(top: &Path) {
     setxattr(top, "user.top", b"top", XattrFlags::empty()).unwrap();
 }
 
+#[registered(crate::Test)]
 fn the_copy_keeps_every_kind_of_inode() {
     let split = Split::start(&["--relocate-after", "1"]);
     let client = split.client();
@@ -354,6 +303,7 @@ fn check_kills(steps: &[&str], arguments: &[String], root: &Path, writable: &Pat
     }
 }
 
+#[registered(crate::Test)]
 fn a_kill_at_any_step_leaves_a_whole_layer() {
     let (image, writable) = (Disk::ext4(256), Disk::ext4(256));
     let arguments = command(&image, &writable, &["--relocate-after", "1"]);
@@ -369,6 +319,7 @@ fn a_kill_at_any_step_leaves_a_whole_layer() {
     check_kills(&steps, &arguments, &root, &writable);
 }
 
+#[registered(crate::Test)]
 fn a_kill_at_any_step_of_a_rename_leaves_a_whole_layer() {
     let disk = Disk::ext4(256);
     let arguments = command(&disk, &disk, &["--relocate-after", "1"]);
@@ -381,6 +332,7 @@ fn a_kill_at_any_step_of_a_rename_leaves_a_whole_layer() {
     );
 }
 
+#[registered(crate::Test)]
 fn a_layer_waits_its_time() {
     let split = Split::start(&["--relocate-after", "3"]);
     let client = split.client();
@@ -398,6 +350,7 @@ fn a_layer_waits_its_time() {
     assert!(!split.daemon.log().contains("\"short\" is home"));
 }
 
+#[registered(crate::Test)]
 fn a_small_layer_in_use_stays() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
@@ -416,6 +369,7 @@ fn a_small_layer_in_use_stays() {
     until("the layer is home", || is_home(&split.root(), 1));
 }
 
+#[registered(crate::Test)]
 fn never_means_never() {
     let split = Split::start(&["--relocate", "never", "--relocate-after", "0"]);
     let client = split.client();
@@ -431,6 +385,7 @@ fn never_means_never() {
     assert!(!is_home(&split.root(), 1));
 }
 
+#[registered(crate::Test)]
 fn a_full_image_volume_puts_a_move_off() {
     // How much of the layer fits, in per cent.
     for share in [10, 50, 99] {
@@ -490,6 +445,7 @@ fn a_full_image_volume_puts_a_move_off() {
     }
 }
 
+#[registered(crate::Test)]
 fn what_the_target_refuses_stays_where_it_is() {
     // An attribute larger than an ext4 without large ones can keep, which XFS
     // on the other side does not mind: here, one that fills more than a block.
@@ -512,6 +468,7 @@ fn what_the_target_refuses_stays_where_it_is() {
     assert!(file.exists());
 }
 
+#[registered(crate::Test)]
 fn id_mapped_containers_bring_their_layers_home() {
     let split = Split::start(&["--relocate-after", "3600"]);
     let client = split.client();
@@ -524,6 +481,7 @@ fn id_mapped_containers_bring_their_layers_home() {
     assert!(holds(&split.root().join("snapshots/1/fs"), "layer"));
 }
 
+#[registered(crate::Test)]
 fn a_build_of_twenty_steps_keeps_every_step() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
@@ -568,6 +526,7 @@ fn a_build_of_twenty_steps_keeps_every_step() {
     assert_eq!(left.len(), 1, "the container alone: {left:?}");
 }
 
+#[registered(crate::Test)]
 fn left_bytes_go_with_the_next_boot() {
     let mut split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
@@ -594,6 +553,7 @@ fn left_bytes_go_with_the_next_boot() {
     assert!(holds(&split.root().join("snapshots/1/fs"), "layer"));
 }
 
+#[registered(crate::Test)]
 fn one_file_system_needs_no_copy() {
     let disk = Disk::ext4(256);
     let daemon = Daemon::start(&command(&disk, &disk, &["--relocate-after", "1"]));
@@ -617,6 +577,7 @@ fn one_file_system_needs_no_copy() {
 }
 
 /// As with `ctr snapshot commit` of a running container's snapshot.
+#[registered(crate::Test)]
 fn a_layer_committed_under_its_container_waits() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();

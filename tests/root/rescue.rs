@@ -5,55 +5,16 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 use rustix::fs::StatVfsMountFlags;
 use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::daemon::{BINARY, Daemon, Split};
 use crate::support::disk::{Disk, subdirectory};
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::{tree, unchanged, until};
-
-pub const TESTS: &[Test] = &[
-    (
-        "host_directories_are_left_out",
-        host_directories_are_left_out,
-    ),
-    ("nobody_else_writes_meanwhile", nobody_else_writes_meanwhile),
-    (
-        "programs_and_devices_are_for_containers",
-        programs_and_devices_are_for_containers,
-    ),
-    (
-        "a_layer_that_is_looked_at_stays",
-        a_layer_that_is_looked_at_stays,
-    ),
-    (
-        "every_kind_is_mounted_as_it_allows",
-        every_kind_is_mounted_as_it_allows,
-    ),
-    (
-        "what_is_mounted_already_is_only_looked_at",
-        what_is_mounted_already_is_only_looked_at,
-    ),
-    ("a_name_is_a_key_or_its_end", a_name_is_a_key_or_its_end),
-    (
-        "directories_that_will_not_do_are_refused",
-        directories_that_will_not_do_are_refused,
-    ),
-    (
-        "only_its_own_mounts_are_unmounted",
-        only_its_own_mounts_are_unmounted,
-    ),
-    ("four_hundred_layers_mount", four_hundred_layers_mount),
-    (
-        "long_paths_mount_in_one_string",
-        long_paths_mount_in_one_string,
-    ),
-    ("what_is_missing_is_named", what_is_missing_is_named),
-];
 
 /// A command's target, unmounted at the end whatever happens.
 struct Target(TempDir);
@@ -124,6 +85,7 @@ fn fill(split: &Split) {
     client.view("default/8/view", "top", &[]).unwrap();
 }
 
+#[registered(crate::Test)]
 fn every_kind_is_mounted_as_it_allows() {
     let mut split = Split::start(&[]);
     fill(&split);
@@ -176,6 +138,7 @@ fn every_kind_is_mounted_as_it_allows() {
     }
 }
 
+#[registered(crate::Test)]
 fn what_is_mounted_already_is_only_looked_at() {
     let split = Split::start(&[]);
     fill(&split);
@@ -202,6 +165,7 @@ fn what_is_mounted_already_is_only_looked_at() {
     assert!(said.contains("mounted already"), "{said}");
 }
 
+#[registered(crate::Test)]
 fn a_name_is_a_key_or_its_end() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -237,6 +201,7 @@ fn a_name_is_a_key_or_its_end() {
     }
 }
 
+#[registered(crate::Test)]
 fn directories_that_will_not_do_are_refused() {
     let split = Split::start(&[]);
     fill(&split);
@@ -267,6 +232,7 @@ fn directories_that_will_not_do_are_refused() {
     unchanged(outside.path(), &before);
 }
 
+#[registered(crate::Test)]
 fn only_its_own_mounts_are_unmounted() {
     let split = Split::start(&[]);
     fill(&split);
@@ -290,6 +256,7 @@ fn only_its_own_mounts_are_unmounted() {
     done(&split.daemon, &["umount", empty.text()]);
 }
 
+#[registered(crate::Test)]
 fn four_hundred_layers_mount() {
     let split = Split::start(&["--sync", "none"]);
     let client = split.client();
@@ -310,6 +277,7 @@ fn four_hundred_layers_mount() {
 }
 
 /// What older kernels get, and fsconfig(2) has no room for.
+#[registered(crate::Test)]
 fn long_paths_mount_in_one_string() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     let long = subdirectory(&writable.path(), &"w".repeat(240));
@@ -341,6 +309,7 @@ fn long_paths_mount_in_one_string() {
     assert_eq!(read(&upper.join("own")), "x");
 }
 
+#[registered(crate::Test)]
 fn host_directories_are_left_out() {
     const LABEL: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
     let host = tempfile::tempdir().unwrap();
@@ -369,6 +338,7 @@ fn host_directories_are_left_out() {
     assert!(!host.path().exists(), "a look has made a directory");
 }
 
+#[registered(crate::Test)]
 fn nobody_else_writes_meanwhile() {
     let mut split = Split::start(&[]);
     fill(&split);
@@ -422,6 +392,7 @@ fn nobody_else_writes_meanwhile() {
     done(&split.daemon, &["mount", "alone", target.text()]);
 }
 
+#[registered(crate::Test)]
 fn programs_and_devices_are_for_containers() {
     let split = Split::start(&[]);
     fill(&split);
@@ -435,6 +406,7 @@ fn programs_and_devices_are_for_containers() {
     }
 }
 
+#[registered(crate::Test)]
 fn a_layer_that_is_looked_at_stays() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
@@ -461,6 +433,7 @@ fn a_layer_that_is_looked_at_stays() {
     until("the layer is home", || !home.is_symlink() && home.is_dir());
 }
 
+#[registered(crate::Test)]
 fn what_is_missing_is_named() {
     let mut split = Split::start(&[]);
     fill(&split);

@@ -3,14 +3,12 @@
 use std::fs;
 use std::process::Command;
 
+use registered::registered;
 use serde_json::Value;
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::daemon::{BINARY, Split};
 use crate::support::{tree, unchanged};
-
-pub const TESTS: &[Test] = &[("how_things_stand_is_told", how_things_stand_is_told)];
 
 fn status(split: &Split, flags: &[&str]) -> String {
     let output = Command::new(BINARY)
@@ -28,6 +26,7 @@ fn told(split: &Split) -> Value {
     serde_json::from_str(&status(split, &["--json"])).unwrap()
 }
 
+#[registered(crate::Test)]
 fn how_things_stand_is_told() {
     let mut split = Split::start(&["--relocate", "never"]);
     let client = split.client();

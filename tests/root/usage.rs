@@ -5,35 +5,12 @@ use std::thread::{scope, sleep};
 use std::time::Duration;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
-use crate::Test;
 use crate::support::daemon::{Split, is_empty};
 use crate::support::filter::without_quotas;
 use crate::support::mounted::upper_of;
 use crate::support::until;
-
-pub const TESTS: &[Test] = &[
-    (
-        "all_who_ask_at_once_share_a_walk",
-        all_who_ask_at_once_share_a_walk,
-    ),
-    (
-        "a_caller_that_leaves_ends_the_walk",
-        a_caller_that_leaves_ends_the_walk,
-    ),
-    (
-        "a_figure_is_told_again_if_that_is_asked_for",
-        a_figure_is_told_again_if_that_is_asked_for,
-    ),
-    (
-        "limits_that_cannot_be_kept_are_refused",
-        limits_that_cannot_be_kept_are_refused,
-    ),
-    (
-        "without_the_right_to_quotas_the_trash_is_emptied",
-        without_the_right_to_quotas_the_trash_is_emptied,
-    ),
-];
 
 /// Enough for a walk to take a while; nearly all are names of one inode.
 const NAMES: usize = 60_000;
@@ -70,6 +47,7 @@ fn start(flags: &[&str]) -> Split {
     split
 }
 
+#[registered(crate::Test)]
 fn all_who_ask_at_once_share_a_walk() {
     let mut split = start(&["--threads", "16"]);
     fill(&split, "web");
@@ -95,6 +73,7 @@ fn all_who_ask_at_once_share_a_walk() {
     split.daemon.stop();
 }
 
+#[registered(crate::Test)]
 fn a_caller_that_leaves_ends_the_walk() {
     let split = Split::start(&[]);
     fill(&split, "web");
@@ -116,6 +95,7 @@ fn a_caller_that_leaves_ends_the_walk() {
     );
 }
 
+#[registered(crate::Test)]
 fn a_figure_is_told_again_if_that_is_asked_for() {
     let split = start(&["--usage-max-age", "3600"]);
     let client = split.client();
@@ -132,6 +112,7 @@ fn a_figure_is_told_again_if_that_is_asked_for() {
 }
 
 /// As far as that needs no kernel with quotas: this one may have them or not.
+#[registered(crate::Test)]
 fn limits_that_cannot_be_kept_are_refused() {
     const FAILED_PRECONDITION: RpcStatusCode = RpcStatusCode::FAILED_PRECONDITION;
     const INVALID_ARGUMENT: RpcStatusCode = RpcStatusCode::INVALID_ARGUMENT;
@@ -176,6 +157,7 @@ fn limits_that_cannot_be_kept_are_refused() {
     client.update("web", &["labels.x"], &[("x", "y")]).unwrap();
 }
 
+#[registered(crate::Test)]
 fn without_the_right_to_quotas_the_trash_is_emptied() {
     let split = without_quotas(|| Split::start(&[]));
     let client = split.client();

@@ -4,28 +4,15 @@ use std::fs;
 use std::path::Path;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
-use crate::Test;
 use crate::content::layer;
 use crate::support::client::{Client, Refusal, finish};
 use crate::support::daemon::{Split, is_empty, refused};
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::{tree, unchanged};
-
-pub const TESTS: &[Test] = &[
-    ("unmounted_while_running", unmounted_while_running),
-    ("missing_at_start", missing_at_start),
-    ("another_disk_in_its_place", another_disk_in_its_place),
-    ("read_only", read_only),
-    ("a_disk_that_hangs", a_disk_that_hangs),
-    ("the_root_by_another_name", the_root_by_another_name),
-    (
-        "what_is_mounted_in_a_removed_snapshot",
-        what_is_mounted_in_a_removed_snapshot,
-    ),
-];
 
 /// A refusal because the volume is not there: it names the path and what to do.
 #[track_caller]
@@ -87,6 +74,7 @@ fn serves_what_it_can(client: &Client, writable: &Path, round: &str) {
     }
 }
 
+#[registered(crate::Test)]
 fn unmounted_while_running() {
     let mut split = Split::start(&[]);
     let client = split.client();
@@ -127,6 +115,7 @@ fn unmounted_while_running() {
     assert!(split.daemon.is_running() && split.daemon.pid() == pid);
 }
 
+#[registered(crate::Test)]
 fn missing_at_start() {
     let mut split = Split::start(&[]);
     populate(&split.client());
@@ -150,6 +139,7 @@ fn missing_at_start() {
     client.cleanup().unwrap();
 }
 
+#[registered(crate::Test)]
 fn another_disk_in_its_place() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -171,6 +161,7 @@ fn another_disk_in_its_place() {
     client.prepare("new", "base", &[]).unwrap();
 }
 
+#[registered(crate::Test)]
 fn read_only() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -191,6 +182,7 @@ fn read_only() {
     assert_eq!(left.count(), 2, "init and new");
 }
 
+#[registered(crate::Test)]
 fn the_root_by_another_name() {
     let disk = Disk::ext4(64);
     let (root, link) = (disk.path().join("root"), disk.path().join("link"));
@@ -208,6 +200,7 @@ fn the_root_by_another_name() {
 }
 
 /// Somebody else's files are not the snapshot's, wherever they are mounted.
+#[registered(crate::Test)]
 fn what_is_mounted_in_a_removed_snapshot() {
     let split = Split::start(&[]);
     let client = split.client();
@@ -234,6 +227,7 @@ fn what_is_mounted_in_a_removed_snapshot() {
 
 /// Whatever waits for the writable disk, a container that is there already can be
 /// asked for its mounts, and everything for what it is.
+#[registered(crate::Test)]
 fn a_disk_that_hangs() {
     let split = Split::start(&[]);
     let client = split.client();

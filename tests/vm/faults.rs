@@ -7,6 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 
 use crate::content;
 use crate::faulty::FaultyDisk;
@@ -19,20 +20,9 @@ use crate::support::mounted::{Mounted, upper_of};
 use crate::support::until;
 use crate::verify::{LABEL_UPPERDIR, require_sound};
 
-type Test = (&'static str, fn());
-
-/// The tests, as the machine runs them.
-pub const TESTS: &[Test] = &[
-    ("writable_fails", writable_fails),
-    ("image_fails", image_fails),
-    ("image_with_database_fails", image_with_database_fails),
-    ("writable_gives_up", writable_gives_up),
-    ("image_gives_up", image_gives_up),
-    ("writable_loses_data", writable_loses_data),
-    ("image_loses_data", image_loses_data),
-    ("writable_read_only", writable_read_only),
-    ("image_read_only", image_read_only),
-];
+/// A test: its module, its name, and what runs it.
+pub struct Test(pub &'static str, pub &'static str, pub fn());
+inventory::collect!(Test);
 
 /// Smaller, and mkfs makes the journal in several pieces.
 const MEBIBYTES: u64 = 256;
@@ -47,7 +37,8 @@ pub fn run_in_machine(name: &str) {
 
 /// In the machine.
 pub fn run(name: &str) {
-    let (_, test) = TESTS.iter().find(|(other, _)| *other == name).unwrap();
+    let is_it = |Test(_, other, _): &&Test| *other == name;
+    let Test(_, _, test) = inventory::iter::<Test>().find(is_it).unwrap();
     test();
 }
 
@@ -208,6 +199,7 @@ fn containers_are_served(client: &Client) {
     client.remove("during").unwrap();
 }
 
+#[registered(crate::faults::Test)]
 fn writable_fails() {
     let split = Split::start(Database::WithLayers);
     let client = split.client();
@@ -238,6 +230,7 @@ fn writable_fails() {
     split.stays_well(&["during"]);
 }
 
+#[registered(crate::faults::Test)]
 fn image_fails() {
     let mut split = Split::start(Database::WithWrites);
     let client = split.client();
@@ -264,6 +257,7 @@ fn image_fails() {
     split.stays_well(&[]);
 }
 
+#[registered(crate::faults::Test)]
 fn image_with_database_fails() {
     let mut split = Split::start(Database::WithLayers);
     let client = split.client();
@@ -300,12 +294,14 @@ fn mend_image(split: &mut Split) {
     split.daemon.restart();
 }
 
+#[registered(crate::faults::Test)]
 fn writable_loses_data() {
     let split = Split::start(Database::WithLayers);
     loses_data(&split, &split.writable, "container-", commit_container);
     split.stays_well(&["mended"]);
 }
 
+#[registered(crate::faults::Test)]
 fn image_loses_data() {
     let split = Split::start(Database::WithWrites);
     loses_data(&split, &split.image, "extract-", unpack);
@@ -351,6 +347,7 @@ fn loses_data(
     make(&client, "mended", "base").unwrap();
 }
 
+#[registered(crate::faults::Test)]
 fn writable_read_only() {
     let split = Split::start(Database::WithLayers);
     let client = split.client();
@@ -374,6 +371,7 @@ fn writable_read_only() {
     split.stays_well(&["one", "during"]);
 }
 
+#[registered(crate::faults::Test)]
 fn image_read_only() {
     let split = Split::start(Database::WithWrites);
     let client = split.client();
@@ -402,6 +400,7 @@ fn image_read_only() {
     split.stays_well(&["one", "two"]);
 }
 
+#[registered(crate::faults::Test)]
 fn writable_gives_up() {
     let split = Split::start(Database::WithLayers);
     let client = split.client();
@@ -423,6 +422,7 @@ fn writable_gives_up() {
     split.stays_well(&["during"]);
 }
 
+#[registered(crate::faults::Test)]
 fn image_gives_up() {
     let mut split = Split::start(Database::WithWrites);
     let client = split.client();

@@ -23,7 +23,7 @@ mod machine;
 mod model;
 mod power;
 mod quotas;
-#[path = "../root/support/mod.rs"]
+#[path = "../support/mod.rs"]
 mod support;
 mod verify;
 
@@ -63,14 +63,17 @@ fn main() {
         }),
     ];
     trials.extend(
-        faults::TESTS
-            .iter()
-            .map(|(name, _)| trial(format!("faults::{name}"), || faults::run_in_machine(name))),
+        inventory::iter::<faults::Test>().map(|&faults::Test(module, name, _)| {
+            let (_, module) = module.split_once("::").unwrap();
+            trial(format!("{module}::{name}"), || faults::run_in_machine(name))
+        }),
     );
     trials.extend(quotas::all().map(|(file_system, topic)| {
         let run = move || quotas::run_in_machine(file_system, topic, options);
         trial(format!("quotas::{file_system}::{topic}"), run)
     }));
+    // The linker's order is not the same each time.
+    trials.sort_by(|one, other| one.name().cmp(other.name()));
     libtest_mimic::run(&arguments, trials).exit();
 }
 

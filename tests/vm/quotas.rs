@@ -7,17 +7,21 @@
 mod crashes;
 mod figures;
 mod lacking;
+mod layers;
 mod life;
 mod limits;
 mod restored;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use grpcio::RpcStatusCode;
-use overlay_read_write_splitting_snapshotter::quota::{Held, ProjectRange, Quotas, project_of};
+use overlay_read_write_splitting_snapshotter::quota::{
+    Held, ProjectRange, Quotas, project_of, set_project,
+};
 use overlay_read_write_splitting_snapshotter::types::ProjectId;
 use rustix::fd::AsFd;
 use rustix::fs::StatVfs;
@@ -35,25 +39,25 @@ use crate::support::until;
 /// Every file system that is tested, as it is mounted.
 const FILE_SYSTEMS: &[&str] = &["ext4", "xfs"];
 
-type Test = (&'static str, fn(&mut Rig));
+/// A test: its module, its name, and what runs it.
+pub struct Test(&'static str, &'static str, fn(&mut Rig));
+inventory::collect!(Test);
 
-const TOPICS: &[(&str, &[Test])] = &[
-    ("limits", limits::TESTS),
-    ("life", life::TESTS),
-    ("layers", life::OF_LAYERS),
-    ("figures", figures::TESTS),
-    ("crashes", crashes::TESTS),
-    ("lacking", lacking::TESTS),
-    ("restored", restored::TESTS),
-];
+impl Test {
+    /// The last part of its module.
+    fn topic(&self) -> &'static str {
+        self.0.rsplit("::").next().unwrap_or_default()
+    }
+}
 
 /// What is the daemon's affair alone, and was seen to go well on XFS too.
 const ON_EXT4_ONLY: &[&str] = &["crashes", "figures"];
 
 /// Each file system with its topics.
 pub fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let pairs = FILE_SYSTEMS.iter().flat_map(|file_system| {
-        let topics = TOPICS.iter().map(|(topic, _)| *topic);
+    let topics: BTreeSet<_> = inventory::iter::<Test>().map(Test::topic).collect();
+    let pairs = FILE_SYSTEMS.iter().flat_map(move |file_system| {
+        let topics = topics.clone().into_iter();
         topics.map(move |topic| (*file_system, topic))
     });
     pairs.filter(|(file_system, topic)| *file_system == "ext4" || !ON_EXT4_ONLY.contains(topic))
@@ -61,6 +65,9 @@ pub fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 /// The least that mkfs.xfs makes.
 const MEBIBYTES: u64 = 320;
+
+/// A project of the administrator's.
+const THEIRS: u32 = 4711;
 
 pub const MIB: u64 = 1 << 20;
 /// The labels.
@@ -103,8 +110,11 @@ pub fn run(outlet: &Outlet) {
     rig.mount(IMAGE_DEVICE, &rig.image, rig.option());
     rig.mount(WRITABLE_DEVICE, &rig.writable, rig.option());
     let wanted: String = setting("VM_TOPIC");
-    let (_, tests) = TOPICS.iter().find(|(topic, _)| *topic == wanted).unwrap();
-    for (name, test) in *tests {
+    let of_topic = inventory::iter::<Test>().filter(|test| test.topic() == wanted);
+    let mut tests: Vec<_> = of_topic.collect();
+    tests.sort_by_key(|Test(_, name, _)| *name);
+    assert!(!tests.is_empty(), "no test of {wanted}");
+    for Test(_, name, test) in tests {
         let begun = Instant::now();
         rig.number += 1;
         test(&mut rig);
@@ -340,4 +350,10 @@ pub fn usage(client: &Client, key: &str) -> (u64, u64) {
         usage.size.try_into().unwrap(),
         usage.inodes.try_into().unwrap(),
     )
+}
+
+/// Puts a directory into a project, as an administrator does.
+fn put_into(directory: &Path, project: u32) {
+    let directory = File::open(directory).unwrap();
+    set_project(directory, ProjectId::new(project)).unwrap();
 }

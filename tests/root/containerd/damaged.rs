@@ -2,6 +2,8 @@
 
 use std::fs::{self, File};
 
+use registered::registered;
+
 use super::{layers, left};
 use crate::check::{check, is_clean};
 use crate::support::containerd::{Containerd, IMAGE, wait_for};
@@ -9,7 +11,8 @@ use crate::support::daemon::Split;
 
 /// The zero-byte files of the field: a layer that a power cut has emptied,
 /// which survives `rmi` and another pull as long as the snapshotter has it.
-pub fn a_damaged_layer_is_pulled_again() {
+#[registered(crate::Test)]
+fn a_damaged_layer_is_pulled_again() {
     let mut split = Split::start(&[]);
     let containerd = Containerd::start(split.daemon.address());
     containerd.import();

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use registered::registered;
+
 use super::{layers, left};
 use crate::support::containerd::{AtEnd, Containerd, IMAGE, wait_for};
 use crate::support::daemon::Split;
@@ -75,7 +77,8 @@ fn remove_everything(containerd: &Containerd) {
     });
 }
 
-pub fn a_daemon_killed_at_any_moment_goes_on() {
+#[registered(crate::Test)]
+fn a_daemon_killed_at_any_moment_goes_on() {
     // Layers that containers leave are moved home at once, so that this is cut
     // short as well.
     let mut split = Split::start(&["--relocate-after", "0"]);

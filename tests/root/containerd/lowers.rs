@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::Path;
 
+use registered::registered;
+
 use super::layers;
 use crate::check::is_clean;
 use crate::support::containerd::{Containerd, IMAGE, wait_for};
@@ -27,7 +29,8 @@ fn links(split: &Split) -> usize {
     fs::read_dir(split.root().join("lowers")).unwrap().count()
 }
 
-pub fn containers_see_host_directories() {
+#[registered(crate::Test)]
+fn containers_see_host_directories() {
     let host = tempfile::tempdir().unwrap();
     let cache = make_cache(host.path());
     let split = Split::start(&["--allow-lower", &cache]);
@@ -136,7 +139,8 @@ pub fn containers_see_host_directories() {
     is_clean(&split);
 }
 
-pub fn containers_of_an_image_see_host_directories() {
+#[registered(crate::Test)]
+fn containers_of_an_image_see_host_directories() {
     let host = tempfile::tempdir().unwrap();
     let cache = make_cache(host.path());
     let rule = format!("docker.io/library/split-test:*={cache}");

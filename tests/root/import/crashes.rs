@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use registered::registered;
+
 use super::original::Original;
 use super::{sample, sample_works};
 use crate::check::is_clean;
@@ -91,7 +93,8 @@ fn serves_all(original: Original) {
     }
 }
 
-pub fn killed_at_every_step() {
+#[registered(crate::Test)]
+fn killed_at_every_step() {
     let (original, before) = mixed();
     for (step, is_done) in STEPS {
         dies(&original, &[], step);
@@ -128,7 +131,8 @@ pub fn killed_at_every_step() {
     serves_all(original);
 }
 
-pub fn undoing_killed_at_every_step() {
+#[registered(crate::Test)]
+fn undoing_killed_at_every_step() {
     let (original, before) = mixed();
     for (step, is_undone) in UNDO_STEPS {
         imports(&original);
@@ -167,7 +171,8 @@ pub fn undoing_killed_at_every_step() {
     serves_all(original);
 }
 
-pub fn killed_with_databases_in_two_places() {
+#[registered(crate::Test)]
+fn killed_with_databases_in_two_places() {
     let (mut original, before) = mixed();
     let state = original.writable.path().join("state");
     original.flags = vec!["--state-dir".to_owned(), state.to_str().unwrap().to_owned()];
@@ -238,7 +243,8 @@ pub fn killed_with_databases_in_two_places() {
 }
 
 /// What is half done on a disk is finished on that disk, or not at all.
-pub fn cut_short_it_waits_for_its_own_disk() {
+#[registered(crate::Test)]
+fn cut_short_it_waits_for_its_own_disk() {
     let (mut original, before) = mixed();
     let elsewhere = original.writable.path().join("elsewhere");
     let half_done = [
@@ -306,7 +312,8 @@ pub fn cut_short_it_waits_for_its_own_disk() {
     serves_all(original);
 }
 
-pub fn a_full_disk() {
+#[registered(crate::Test)]
+fn a_full_disk() {
     let (mut original, before) = mixed();
     original.image.fill();
     original.is_refused(&[], &["No space left"]);

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::process::Command;
 
+use registered::registered;
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
 use super::original::Original;
@@ -15,7 +16,8 @@ use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::run;
 
-pub fn what_is_refused() {
+#[registered(crate::Test)]
+fn what_is_refused() {
     let mut original = sample();
     original.is_refused(&[], &["no metadata.db of the Go original"]);
     original.is_refused(&["--undo"], &["nothing has been imported"]);
@@ -84,7 +86,8 @@ pub fn what_is_refused() {
     fresh.is_refused(&["--undo"], &["not made by an import"]);
 }
 
-pub fn disks_that_are_not_there() {
+#[registered(crate::Test)]
+fn disks_that_are_not_there() {
     let mut original = sample();
     original.finish();
     let before = original.trees();
@@ -146,7 +149,8 @@ pub fn disks_that_are_not_there() {
 
 /// The original has run without its disk: what it was asked for then is on the
 /// mount point, and nothing else.
-pub fn a_mount_point_that_is_not_quite_bare() {
+#[registered(crate::Test)]
+fn a_mount_point_that_is_not_quite_bare() {
     let mut original = sample();
     original.finish();
     let before = original.trees();
@@ -169,7 +173,8 @@ pub fn a_mount_point_that_is_not_quite_bare() {
 
 /// Too few descriptors for a deep layer: it is whole, and so nothing is imported
 /// without it.
-pub fn layers_that_cannot_be_read_now() {
+#[registered(crate::Test)]
+fn layers_that_cannot_be_read_now() {
     let mut original = sample();
     original.layer("default/9/deep", "", "deep");
     let deep = original.last_on_image().join("d/".repeat(300));
@@ -205,7 +210,8 @@ pub fn layers_that_cannot_be_read_now() {
 
 /// The bytes of layers that the original had committed where they were written
 /// are on a disk that is not mounted; no container would miss it.
-pub fn layers_on_a_disk_that_is_not_there() {
+#[registered(crate::Test)]
+fn layers_on_a_disk_that_is_not_there() {
     for has_other_layers in [true, false] {
         let mut original = Original::new();
         let parent = match has_other_layers {
@@ -248,7 +254,8 @@ pub fn layers_on_a_disk_that_is_not_there() {
 }
 
 /// An older state of the database, or that of other disks.
-pub fn a_wrong_database() {
+#[registered(crate::Test)]
+fn a_wrong_database() {
     let mut original = sample();
     original.finish();
     let older = fs::read(original.database()).unwrap();
@@ -294,7 +301,8 @@ pub fn a_wrong_database() {
     unmount(original.writable(), UnmountFlags::empty()).unwrap();
 }
 
-pub fn what_is_in_use() {
+#[registered(crate::Test)]
+fn what_is_in_use() {
     let mut original = sample();
     original.container("default/9/alone", "", "alone");
     original.finish();
@@ -320,7 +328,8 @@ pub fn what_is_in_use() {
     sample_works(&original.serve().client());
 }
 
-pub fn what_is_no_undoing_is_refused() {
+#[registered(crate::Test)]
+fn what_is_no_undoing_is_refused() {
     let mut original = sample();
     original.broken("default/7/broken", "default/1/base", "small");
     let state = original.writable.path().join("state");
@@ -363,7 +372,8 @@ pub fn what_is_no_undoing_is_refused() {
     original.is_as(&before);
 }
 
-pub fn a_disk_that_does_not_tell_what_is_a_directory() {
+#[registered(crate::Test)]
+fn a_disk_that_does_not_tell_what_is_a_directory() {
     let mut original = sample();
     original.finish();
     let arguments = ["-q", "-F", "-m", "0", "-b", "4096", "-O", "^filetype"];

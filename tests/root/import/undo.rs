@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use registered::registered;
 use serde_json::json;
 
 use super::original::Original;
@@ -11,7 +12,8 @@ use crate::program;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, is_empty, refused};
 
-pub fn undone_it_is_as_it_was() {
+#[registered(crate::Test)]
+fn undone_it_is_as_it_was() {
     let mut original = sample();
     original.broken("default/7/broken", "default/1/base", "small");
     // A small layer waits for who stands on it.
@@ -65,7 +67,8 @@ fn undo_works(original: Original, before: &[crate::support::Tree; 2]) -> Origina
     original
 }
 
-pub fn written_it_cannot_be_undone() {
+#[registered(crate::Test)]
+fn written_it_cannot_be_undone() {
     type Change = fn(&Client);
     let changes: [Change; 4] = [
         |client| {
@@ -97,7 +100,8 @@ pub fn written_it_cannot_be_undone() {
 }
 
 /// One that was started during the import has the old file open, by whatever name.
-pub fn the_original_went_on() {
+#[registered(crate::Test)]
+fn the_original_went_on() {
     let mut original = sample();
     original.finish();
     original.import_all();
@@ -118,7 +122,8 @@ pub fn the_original_went_on() {
     sample_works(&original.serve().client());
 }
 
-pub fn a_state_directory_elsewhere() {
+#[registered(crate::Test)]
+fn a_state_directory_elsewhere() {
     let mut original = sample();
     let state = original.writable.path().join("state");
     original.flags = vec!["--state-dir".to_owned(), state.to_str().unwrap().to_owned()];

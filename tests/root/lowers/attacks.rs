@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::{LABEL, Scene};
@@ -39,7 +40,8 @@ fn refused(scene: &Scene, value: &str, why: &str) {
     }
 }
 
-pub fn what_could_inject_or_lead_out_is_refused() {
+#[registered(crate::Test)]
+fn what_could_inject_or_lead_out_is_refused() {
     let scene = Scene::start(&[]);
     let client = scene.client();
     let good = scene.fill("good", &[]);
@@ -150,7 +152,8 @@ pub fn what_could_inject_or_lead_out_is_refused() {
     assert_eq!(client.stat("there").unwrap().labels.len(), 0);
 }
 
-pub fn the_snapshotters_own_directories_are_refused() {
+#[registered(crate::Test)]
+fn the_snapshotters_own_directories_are_refused() {
     let split = Split::start(&[]);
     let (image, writable) = (split.image.text(), split.writable.text());
     drop(split.daemon);
@@ -238,7 +241,8 @@ pub fn the_snapshotters_own_directories_are_refused() {
 /// A directory and a link out change places as fast as they can: what is
 /// answered is the directory or a refusal, and never is anything made outside,
 /// not even for a moment.
-pub fn links_swapped_meanwhile_lead_nowhere() {
+#[registered(crate::Test)]
+fn links_swapped_meanwhile_lead_nowhere() {
     let scene = Scene::start(&[]);
     scene.fill("real/sub", &[]);
     let outside = scene.host.path().join("outside");
@@ -315,7 +319,8 @@ fn prepare_while_swapping(scene: &Scene, name: &str) {
     assert!(accepted > 0 && refused > 0, "{accepted} {refused}");
 }
 
-pub fn refused_requests_leave_no_directory() {
+#[registered(crate::Test)]
+fn refused_requests_leave_no_directory() {
     let scene = Scene::start(&[]);
     let client = scene.client();
     client.prepare("taken", "base", &[]).unwrap();

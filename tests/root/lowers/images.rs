@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use registered::registered;
+
 use super::LABEL;
 use crate::check::is_clean;
 use crate::support::client::Client;
@@ -10,7 +12,8 @@ use crate::support::mounted::Mounted;
 
 const IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 
-pub fn images_get_what_the_daemon_was_told() {
+#[registered(crate::Test)]
+fn images_get_what_the_daemon_was_told() {
     let host = tempfile::tempdir().unwrap();
     let at = |name: &str| {
         let path = host.path().join(name);

@@ -5,22 +5,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::{MIB, OWN_MAX_SIZE, Rig, Test, prepare, project, size_of_disk, usage};
+use registered::registered;
+
+use super::{MIB, OWN_MAX_SIZE, Rig, prepare, project, size_of_disk, usage};
 use crate::support::until;
 
-pub const TESTS: &[Test] = &[
-    (
-        "cut_off_while_a_project_is_given",
-        cut_off_while_a_project_is_given,
-    ),
-    ("cut_off_while_limits_change", cut_off_while_limits_change),
-    (
-        "cut_off_while_projects_are_given_back",
-        cut_off_while_projects_are_given_back,
-    ),
-    ("killed_at_any_moment", killed_at_any_moment),
-];
-
+#[registered(crate::quotas::Test)]
 fn cut_off_while_a_project_is_given(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     daemon.stop();
@@ -46,6 +36,7 @@ fn cut_off_while_a_project_is_given(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn cut_off_while_limits_change(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let web = prepare(&daemon.client(), "web", &[(OWN_MAX_SIZE, "8M")]);
@@ -66,6 +57,7 @@ fn cut_off_while_limits_change(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn cut_off_while_projects_are_given_back(rig: &mut Rig) {
     let mut daemon = rig.start(&["--default-max-size", "1M"]);
     let client = daemon.client();
@@ -85,6 +77,7 @@ fn cut_off_while_projects_are_given_back(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn killed_at_any_moment(rig: &mut Rig) {
     let mut daemon = rig.start(&["--default-max-size", "2M"]);
     let mut acknowledged = BTreeSet::new();

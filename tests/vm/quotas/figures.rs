@@ -4,19 +4,19 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use registered::registered;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
-use super::{Rig, Test, upper, usage};
+use super::{Rig, upper, usage};
 use crate::guest::setting;
 use crate::support::client::Client;
-
-pub const TESTS: &[Test] = &[("usage_by_quota_and_by_a_walk", usage_by_quota_and_by_a_walk)];
 
 /// A walk takes as long as many questions that need none.
 const ROUNDS: usize = 25;
 const ROUNDS_WITH_WALK: usize = 5;
 const FILES_OF_DIRECTORY: u32 = 1000;
 
+#[registered(crate::quotas::Test)]
 fn usage_by_quota_and_by_a_walk(rig: &mut Rig) {
     let files: u32 = setting("VM_FILES");
     let mut daemon = rig.start(&[]);

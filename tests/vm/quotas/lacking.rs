@@ -5,46 +5,21 @@ use std::path::Path;
 use std::process::Command;
 
 use grpcio::RpcStatusCode;
+use registered::registered;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 
 use super::{
-    MAX_INODES, MIB, OWN_MAX_SIZE, Rig, Test, disk, fill, is_refused, prepare, size_of_disk, upper,
+    MAX_INODES, MIB, OWN_MAX_SIZE, Rig, disk, fill, is_refused, prepare, size_of_disk, upper,
     usage, walk,
 };
 use crate::guest::WRITABLE_DEVICE;
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, is_empty, refused};
 
-pub const TESTS: &[Test] = &[
-    ("the_older_call_does_as_well", the_older_call_does_as_well),
-    (
-        "what_is_older_than_quotas_is_walked",
-        what_is_older_than_quotas_is_walked,
-    ),
-    (
-        "a_limit_is_taken_away_without_quotas",
-        a_limit_is_taken_away_without_quotas,
-    ),
-    ("a_read_only_volume_is_walked", a_read_only_volume_is_walked),
-    (
-        "a_missing_mount_option_is_named",
-        a_missing_mount_option_is_named,
-    ),
-    ("a_missing_feature_is_named", a_missing_feature_is_named),
-    (
-        "broken_quotas_stop_only_who_needs_them",
-        broken_quotas_stop_only_who_needs_them,
-    ),
-    ("another_file_system_has_none", another_file_system_has_none),
-    (
-        "quotas_that_are_gone_stop_no_removal",
-        quotas_that_are_gone_stop_no_removal,
-    ),
-];
-
 const LIMITED: &[(&str, &str)] = &[(OWN_MAX_SIZE, "8M")];
 
 /// quotactl(2) by the device's path, as before Linux 5.14.
+#[registered(crate::quotas::Test)]
 fn the_older_call_does_as_well(rig: &mut Rig) {
     let arguments = rig.arguments(&[]);
     let daemon = Daemon::start_in(&arguments, &[("SNAPSHOTTER_NO_QUOTACTL_FD", "1")]);
@@ -58,6 +33,7 @@ fn the_older_call_does_as_well(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn what_is_older_than_quotas_is_walked(rig: &mut Rig) {
     let mut daemon = rig.start(&["--quota", "off"]);
     let client = daemon.client();
@@ -99,6 +75,7 @@ fn what_is_older_than_quotas_is_walked(rig: &mut Rig) {
     rig.clear(&daemon.client());
 }
 
+#[registered(crate::quotas::Test)]
 fn a_limit_is_taken_away_without_quotas(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let labels = [(OWN_MAX_SIZE, "8M"), (MAX_INODES, "100"), ("other", "x")];
@@ -139,6 +116,7 @@ fn a_limit_is_taken_away_without_quotas(rig: &mut Rig) {
 }
 
 /// To ask for a quota counts as a write.
+#[registered(crate::quotas::Test)]
 fn a_read_only_volume_is_walked(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -153,6 +131,7 @@ fn a_read_only_volume_is_walked(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn a_missing_mount_option_is_named(rig: &mut Rig) {
     let option = rig.option();
     let mut daemon = rig.start(&[]);
@@ -212,6 +191,7 @@ fn status(rig: &Rig) -> String {
 }
 
 /// The disk comes back without the option, and something was removed meanwhile.
+#[registered(crate::quotas::Test)]
 fn quotas_that_are_gone_stop_no_removal(rig: &mut Rig) {
     let daemon = rig.start(&["--quota", "require"]);
     let client = daemon.client();
@@ -227,6 +207,7 @@ fn quotas_that_are_gone_stop_no_removal(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn a_missing_feature_is_named(rig: &mut Rig) {
     if rig.is_xfs() {
         return;
@@ -250,6 +231,7 @@ fn a_missing_feature_is_named(rig: &mut Rig) {
     unmount(rig.writable(), UnmountFlags::DETACH).unwrap();
 }
 
+#[registered(crate::quotas::Test)]
 fn broken_quotas_stop_only_who_needs_them(rig: &mut Rig) {
     if rig.is_xfs() {
         return;
@@ -298,6 +280,7 @@ fn break_quotas(file: &Path) {
     fs::write(file, bytes).unwrap();
 }
 
+#[registered(crate::quotas::Test)]
 fn another_file_system_has_none(rig: &mut Rig) {
     fs::create_dir(rig.writable()).unwrap();
     mount("none", rig.writable(), "tmpfs", MountFlags::empty(), None).unwrap();

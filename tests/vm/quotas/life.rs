@@ -1,70 +1,15 @@
 //! Projects from the first day of a snapshot to the last.
 
 use std::fs::{self, File};
-use std::path::Path;
 use std::thread;
 
 use overlay_read_write_splitting_snapshotter::quota::{ProjectRange, set_project};
-use overlay_read_write_splitting_snapshotter::types::ProjectId;
+use registered::registered;
 
-use super::{MIB, OWN_MAX_SIZE, Rig, Test, fill, prepare, project, size_of_disk, upper, usage};
+use super::{OWN_MAX_SIZE, Rig, THEIRS, prepare, project, put_into, upper, usage};
 use crate::support::until;
 
-pub const TESTS: &[Test] = &[
-    (
-        "directories_are_in_one_project",
-        directories_are_in_one_project,
-    ),
-    (
-        "a_thousand_snapshots_leave_no_project",
-        a_thousand_snapshots_leave_no_project,
-    ),
-    (
-        "a_removed_container_keeps_its_project",
-        a_removed_container_keeps_its_project,
-    ),
-    (
-        "projects_of_others_around_it_do_no_harm",
-        projects_of_others_around_it_do_no_harm,
-    ),
-    (
-        "projects_of_others_since_the_start_do_no_harm",
-        projects_of_others_since_the_start_do_no_harm,
-    ),
-    (
-        "check_finds_what_is_not_as_recorded",
-        check_finds_what_is_not_as_recorded,
-    ),
-];
-
-/// Those that are committed and move.
-pub const OF_LAYERS: &[Test] = &[
-    (
-        "a_layer_that_leaves_gives_its_project_back",
-        a_layer_that_leaves_gives_its_project_back,
-    ),
-    (
-        "a_layer_in_use_keeps_its_project",
-        a_layer_in_use_keeps_its_project,
-    ),
-    (
-        "a_layer_moves_within_one_file_system",
-        a_layer_moves_within_one_file_system,
-    ),
-    (
-        "a_layer_moves_into_a_project_of_others",
-        a_layer_moves_into_a_project_of_others,
-    ),
-];
-
-/// An administrator's.
-const THEIRS: u32 = 4711;
-
-fn put_into(directory: &Path, project: u32) {
-    let directory = File::open(directory).unwrap();
-    set_project(directory, ProjectId::new(project)).unwrap();
-}
-
+#[registered(crate::quotas::Test)]
 fn directories_are_in_one_project(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();
@@ -94,110 +39,7 @@ fn directories_are_in_one_project(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-fn a_layer_that_leaves_gives_its_project_back(rig: &mut Rig) {
-    let daemon = rig.start(&["--relocate-after", "0", "--default-max-size", "16M"]);
-    let client = daemon.client();
-    for name in ["one", "two"] {
-        let mounted = prepare(&client, "web", &[]);
-        fs::create_dir_all(mounted.path().join("a/b")).unwrap();
-        fs::write(mounted.path().join("a/b/file"), vec![1; 2 << 20]).unwrap();
-        drop(mounted);
-        let id = rig.newest();
-        client.commit("web", name, &[]).unwrap();
-        let home = rig.root().join("snapshots").join(id.file_name().unwrap());
-        until("the layer is home", || !home.is_symlink());
-        for part in ["", "fs", "fs/a", "fs/a/b"] {
-            assert_eq!(project(&home.join(part)), 0, "{part}");
-        }
-        until("its project is given back", || {
-            client.cleanup().unwrap();
-            rig.projects().is_empty()
-        });
-    }
-    let on = |name: &str| super::Mounted::new(&client.prepare("on", name, &[]).unwrap());
-    assert_eq!(size_of_disk(&on("two")), 16 * MIB);
-    rig.clear(&client);
-}
-
-fn a_layer_in_use_keeps_its_project(rig: &mut Rig) {
-    let daemon = rig.start(&["--relocate-after", "0"]);
-    let client = daemon.client();
-    // As `ctr snapshot commit` of a running container.
-    let mounted = prepare(&client, "web", &[(OWN_MAX_SIZE, "8M")]);
-    fill(&mounted.path().join("file"), 4 * MIB);
-    client.commit("web", "layer", &[]).unwrap();
-    let (written, is_full) = fill(&mounted.path().join("more"), 64 * MIB);
-    assert!(is_full && written <= 4 * MIB, "{written}");
-    client.cleanup().unwrap();
-    assert_eq!(rig.projects().len(), 1);
-    drop(mounted);
-    client.remove("layer").unwrap();
-    rig.clear(&client);
-}
-
-/// One directory: the move is a rename, and the project goes with the layer.
-fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
-    let root = rig.writable();
-    let inner = root.join("writable");
-    let places = [("--root-dir", &root), ("--writable-dir", &inner)];
-    let mut arguments: Vec<String> = places
-        .iter()
-        .flat_map(|(flag, path)| [(*flag).to_owned(), path.display().to_string()])
-        .collect();
-    let ids = rig.ids().to_string();
-    let flags = ["--quota-ids", &ids, "--relocate-after", "0"];
-    arguments.extend(flags.iter().map(|flag| (*flag).to_owned()));
-    let mut daemon = super::Daemon::start(&arguments);
-    let client = daemon.client();
-    let mounts = client.prepare("web", "", &[(OWN_MAX_SIZE, "8M")]).unwrap();
-    let upper = super::upper_of(&mounts);
-    fs::write(upper.join("file"), vec![1; 2 << 20]).unwrap();
-    client.commit("web", "layer", &[]).unwrap();
-    let home = root.join("snapshots/1");
-    until("the layer is home", || !home.is_symlink());
-    assert_eq!(rig.projects().len(), 1);
-    client.cleanup().unwrap();
-    daemon.stop();
-    daemon.restart();
-    let client = daemon.client();
-    client.cleanup().unwrap();
-    // Taken as long as the layer is there.
-    assert_eq!(rig.projects().len(), 1);
-    client.prepare("on", "layer", &[]).unwrap();
-    assert_eq!(
-        project(&inner.join("snapshots/2/fs")),
-        rig.ids().first().number() + 1
-    );
-    client.remove("on").unwrap();
-    client.remove("layer").unwrap();
-    rig.no_project_is_left(&client);
-}
-
-/// The link that it takes the place of is older than that project.
-fn a_layer_moves_into_a_project_of_others(rig: &mut Rig) {
-    let mut daemon = rig.start(&["--relocate", "never"]);
-    let client = daemon.client();
-    client.prepare("layer-key", "base", &[]).unwrap();
-    fs::write(upper(&client, "layer-key").join("file"), "of the layer").unwrap();
-    client.commit("layer-key", "layer", &[]).unwrap();
-    daemon.stop();
-    let snapshots = rig.root().join("snapshots");
-    put_into(&snapshots, THEIRS);
-    daemon.set_arguments(rig.arguments(&["--relocate-after", "0"]));
-    daemon.restart();
-    let home = snapshots.join("2");
-    until("the layer is home", || !home.is_symlink());
-    let file = fs::read_to_string(home.join("fs/file")).unwrap();
-    assert_eq!(file, "of the layer");
-    assert_eq!(fs::read_dir(&home).unwrap().count(), 1, "nothing but fs");
-    for directory in [&snapshots, &home] {
-        assert_eq!(project(directory), THEIRS, "{directory:?}");
-    }
-    let client = daemon.client();
-    client.remove("layer").unwrap();
-    rig.clear(&client);
-}
-
+#[registered(crate::quotas::Test)]
 fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
     // On XFS fewer: what may go wrong there does so with these, and it takes long.
     let of_each = if rig.is_xfs() { 50 } else { 250 };
@@ -226,6 +68,7 @@ fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
 }
 
 /// It runs on in the trash, and so its id is taken.
+#[registered(crate::quotas::Test)]
 fn a_removed_container_keeps_its_project(rig: &mut Rig) {
     let ids = ProjectRange::new(7, 8).unwrap();
     let daemon = rig.start(&["--quota-ids", &ids.to_string()]);
@@ -257,6 +100,7 @@ fn a_removed_container_keeps_its_project(rig: &mut Rig) {
 }
 
 /// An administrator has put the whole directory into a project of its own.
+#[registered(crate::quotas::Test)]
 fn projects_of_others_around_it_do_no_harm(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();
@@ -276,6 +120,7 @@ fn projects_of_others_around_it_do_no_harm(rig: &mut Rig) {
 }
 
 /// While the daemon runs, and both volumes.
+#[registered(crate::quotas::Test)]
 fn projects_of_others_since_the_start_do_no_harm(rig: &mut Rig) {
     let mut daemon = rig.start(&["--relocate", "never"]);
     let client = daemon.client();
@@ -303,6 +148,7 @@ fn projects_of_others_since_the_start_do_no_harm(rig: &mut Rig) {
     put_into(&rig.root().join("snapshots"), 0);
 }
 
+#[registered(crate::quotas::Test)]
 fn check_finds_what_is_not_as_recorded(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();

@@ -6,50 +6,20 @@ use std::os::unix::fs::symlink;
 use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::quota::{Quotas, charge_file};
 use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
+use registered::registered;
 
 use rustix::fd::AsFd;
 use rustix::fs::StatVfsMountFlags;
 use rustix::io::Errno;
 
 use super::{
-    Client, MAX_INODES, MAX_SIZE, MIB, Mounted, OWN_MAX_SIZE, Rig, Test, disk, fill, is_refused,
-    prepare, project, size_of_disk, until, upper, usage, walk,
+    Client, MAX_INODES, MAX_SIZE, MIB, Mounted, OWN_MAX_SIZE, Rig, disk, fill, is_refused, prepare,
+    project, size_of_disk, until, upper, usage, walk,
 };
-
-pub const TESTS: &[Test] = &[
-    ("one_file_reaches_the_limit", one_file_reaches_the_limit),
-    ("many_files_reach_the_limit", many_files_reach_the_limit),
-    ("inodes_reach_the_limit", inodes_reach_the_limit),
-    (
-        "labels_come_before_the_default",
-        labels_come_before_the_default,
-    ),
-    ("wrong_labels_leave_no_trace", wrong_labels_leave_no_trace),
-    (
-        "a_full_container_starts_again",
-        a_full_container_starts_again,
-    ),
-    ("a_loan_ends_with_the_daemon", a_loan_ends_with_the_daemon),
-    ("the_least_limits_will_do", the_least_limits_will_do),
-    ("an_update_counts_at_once", an_update_counts_at_once),
-    ("usage_is_what_a_walk_finds", usage_is_what_a_walk_finds),
-    (
-        "who_is_not_bound_is_as_described",
-        who_is_not_bound_is_as_described,
-    ),
-    (
-        "a_project_of_others_is_passed_over",
-        a_project_of_others_is_passed_over,
-    ),
-    ("a_limit_of_others_stays", a_limit_of_others_stays),
-    (
-        "projects_taken_by_a_container_refuse_nobody",
-        projects_taken_by_a_container_refuse_nobody,
-    ),
-];
 
 const NEARLY: u64 = 9 * MIB;
 
+#[registered(crate::quotas::Test)]
 fn one_file_reaches_the_limit(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -88,6 +58,7 @@ fn one_file_reaches_the_limit(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn many_files_reach_the_limit(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -121,6 +92,7 @@ fn many_files_reach_the_limit(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn inodes_reach_the_limit(rig: &mut Rig) {
     let daemon = rig.start(&["--default-max-inodes", "200"]);
     let client = daemon.client();
@@ -142,6 +114,7 @@ fn inodes_reach_the_limit(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn labels_come_before_the_default(rig: &mut Rig) {
     let daemon = rig.start(&["--default-max-size", "20M"]);
     let client = daemon.client();
@@ -181,6 +154,7 @@ fn labels_come_before_the_default(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn wrong_labels_leave_no_trace(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -207,6 +181,7 @@ fn wrong_labels_leave_no_trace(rig: &mut Rig) {
 }
 
 /// Each mount makes overlayfs's work directory anew, which takes room for a moment.
+#[registered(crate::quotas::Test)]
 fn a_full_container_starts_again(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -240,6 +215,7 @@ fn a_full_container_starts_again(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn a_loan_ends_with_the_daemon(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();
@@ -256,6 +232,7 @@ fn a_loan_ends_with_the_daemon(rig: &mut Rig) {
     rig.clear(&daemon.client());
 }
 
+#[registered(crate::quotas::Test)]
 fn the_least_limits_will_do(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -284,6 +261,7 @@ fn is_read_only(mounted: &Mounted) -> bool {
     disk(mounted).f_flag.contains(StatVfsMountFlags::RDONLY)
 }
 
+#[registered(crate::quotas::Test)]
 fn an_update_counts_at_once(rig: &mut Rig) {
     let mut daemon = rig.start(&["--default-max-size", "8M"]);
     let client = daemon.client();
@@ -353,6 +331,7 @@ fn an_update_counts_at_once(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn usage_is_what_a_walk_finds(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -392,6 +371,7 @@ fn the_second_id_is_given(rig: &Rig, client: &Client) {
     rig.projects_are_left(client, 1);
 }
 
+#[registered(crate::quotas::Test)]
 fn a_project_of_others_is_passed_over(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -407,6 +387,7 @@ fn a_project_of_others_is_passed_over(rig: &mut Rig) {
 }
 
 /// An administrator has limited what is to be written yet.
+#[registered(crate::quotas::Test)]
 fn a_limit_of_others_stays(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -428,6 +409,7 @@ fn a_limit_of_others_stays(rig: &mut Rig) {
 }
 
 /// The host's root in a container has put its files into the projects to come.
+#[registered(crate::quotas::Test)]
 fn projects_taken_by_a_container_refuse_nobody(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
@@ -450,6 +432,7 @@ fn projects_taken_by_a_container_refuse_nobody(rig: &mut Rig) {
 }
 
 /// What the README says about whom a limit does not bind.
+#[registered(crate::quotas::Test)]
 fn who_is_not_bound_is_as_described(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();

@@ -11,34 +11,12 @@ use std::sync::atomic::AtomicBool;
 use overlay_read_write_splitting_snapshotter::quota::{Quotas, charge_file, set_project};
 use overlay_read_write_splitting_snapshotter::tree::{self, Visited};
 use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
+use registered::registered;
 use rustix::fd::AsFd;
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 
-use super::{MIB, Mounted, OWN_MAX_SIZE, Rig, Test, prepare, project, size_of_disk, usage, walk};
+use super::{MIB, Mounted, OWN_MAX_SIZE, Rig, prepare, project, size_of_disk, usage, walk};
 use crate::support::until;
-
-pub const TESTS: &[Test] = &[
-    (
-        "a_restored_directory_is_charged_again",
-        a_restored_directory_is_charged_again,
-    ),
-    (
-        "cut_off_while_a_tree_is_charged_again",
-        cut_off_while_a_tree_is_charged_again,
-    ),
-    (
-        "a_file_that_stays_out_stops_nothing",
-        a_file_that_stays_out_stops_nothing,
-    ),
-    (
-        "links_and_nodes_can_be_renamed",
-        links_and_nodes_can_be_renamed,
-    ),
-    (
-        "ids_of_others_are_left_to_them",
-        ids_of_others_are_left_to_them,
-    ),
-];
 
 /// As from a backup that knows no projects.
 fn forget_projects(top: &Path) {
@@ -63,6 +41,7 @@ fn await_counted(rig: &Rig, top: &Path) {
     });
 }
 
+#[registered(crate::quotas::Test)]
 fn a_restored_directory_is_charged_again(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();
@@ -86,6 +65,7 @@ fn a_restored_directory_is_charged_again(rig: &mut Rig) {
     rig.clear(&client);
 }
 
+#[registered(crate::quotas::Test)]
 fn cut_off_while_a_tree_is_charged_again(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();
@@ -108,6 +88,7 @@ fn cut_off_while_a_tree_is_charged_again(rig: &mut Rig) {
 }
 
 /// One that nobody may change; ext4 says so of its project, too.
+#[registered(crate::quotas::Test)]
 fn a_file_that_stays_out_stops_nothing(rig: &mut Rig) {
     if rig.is_xfs() {
         return;
@@ -134,6 +115,7 @@ fn a_file_that_stays_out_stops_nothing(rig: &mut Rig) {
 
 /// On the disk that the directories came to, two ids are somebody else's: something is
 /// charged to the one, and the other one is limited.
+#[registered(crate::quotas::Test)]
 fn ids_of_others_are_left_to_them(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();
@@ -194,6 +176,7 @@ fn ids_of_others_are_left_to_them(rig: &mut Rig) {
 }
 
 /// What cannot be charged as it is, a restored container can use all the same.
+#[registered(crate::quotas::Test)]
 fn links_and_nodes_can_be_renamed(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
     let client = daemon.client();
