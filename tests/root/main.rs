@@ -46,7 +46,10 @@ struct Test(&'static str, &'static str, fn());
 inventory::collect!(Test);
 
 fn main() {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    // Most tests wait for something most of the time.
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    arguments.test_threads = arguments.test_threads.or(Some(4 * processors));
     let is_root = rustix::process::geteuid().is_root();
     if std::env::var_os("CI").is_some() {
         assert!(is_root, "these tests mount file systems: run them as root");
