@@ -16,25 +16,21 @@
 #   WRITABLE_VOLUME  sparse files; a new directory is made in each, and removed
 #   BUSYBOX          a static busybox to make the image from
 #
-# The script calls itself, in a session of its own, for what takes long
-# (--build) and for what happens in namespaces of its own (--inside), so that it
-# can be interrupted at any time and all of it ends.
+# The script calls itself, with --inside, for what happens in namespaces of its own:
+# whatever becomes of it, the kernel ends all processes and unmounts all volumes with
+# them.
 
 set -eu
 
-here=$(cd "$(dirname "$0")" && pwd)
-checkout=${here%/*}
-program=overlay-read-write-splitting-snapshotter
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=tests/install-tools.sh
+. "$checkout/tests/install-tools.sh"
 image=docker.io/library/split-test:latest
-
-say() {
-    echo "demo: $*"
-}
 
 # fail WORDS...: says what went wrong, shows the ends of the logs, ends.
 fail() {
     echo "demo: FAILED: $*" >&2
-    for log in "${work:-/nonexistent}"/*.log; do
+    for log in "${scratch:-/nonexistent}"/*.log; do
         [ -s "$log" ] || continue
         echo "--- the end of ${log##*/}:" >&2
         tail -n 15 "$log" >&2
@@ -42,29 +38,8 @@ fail() {
     exit 1
 }
 
-# The shell runs these while it waits for a command that it started with `&`,
-# and for other commands after they have ended.
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
 #
-# --build: the daemon.
-#
-
-build() {
-    # shellcheck source=tests/install-tools.sh
-    . "$here/install-tools.sh"
-    install_tools demo
-    cd "$checkout"
-    # The user's configuration may name another target directory.
-    as_builder cargo build --release --locked --target-dir "$checkout/target"
-}
-
-#
-# --inside: the demonstration, as process 1 of its own process and mount
-# namespaces. Whatever becomes of it, the kernel ends all processes and unmounts
-# all volumes with it.
+# --inside: the demonstration, as process 1 of its own process and mount namespaces.
 #
 
 daemon=
@@ -73,26 +48,27 @@ container=
 
 # A container is named like the temporary directory, and so is its cgroup.
 inside() {
-    work=$1 snapshotter=$2 images=$3 writes=$4
-    name=${work##*/}
+    scratch=$1 snapshotter=$2 images=$3 writes=$4
+    name=${scratch##*/}
     trap stop_inside EXIT
-    # Told to stop before the traps were set.
-    [ ! -e "$work/stop" ] || exit 143
+    # The signal came before there were traps.
+    [ ! -e "$scratch/stop" ] || exit 143
 
     # containerd, its shims and runc have fixed places in /run, where those of
     # the host are.
     mount -t tmpfs tmpfs /run
-    mkdir "$work/tmp"
-    TMPDIR=$work/tmp
-    CONTAINERD_ADDRESS=$work/containerd.sock
+    mkdir "$scratch/tmp"
+    TMPDIR=$scratch/tmp
+    CONTAINERD_ADDRESS=$scratch/containerd.sock
     CONTAINERD_NAMESPACE=demo
     export TMPDIR CONTAINERD_ADDRESS CONTAINERD_NAMESPACE
 
     if [ -z "$images" ]; then
-        images=$work/image
-        writes=$work/writable
-        make_volume "$images"
-        make_volume "$writes"
+        images=$scratch/image
+        writes=$scratch/writable
+        { make_volume "$images" 512M && make_volume "$writes" 512M; } 2>"$scratch/volumes.log" ||
+            fail "no loop device could be mounted; name two directories on" \
+                "different volumes in IMAGE_VOLUME and WRITABLE_VOLUME instead"
     fi
     image_device=$(stat -c %d "$images")
     writable_device=$(stat -c %d "$writes")
@@ -109,7 +85,7 @@ inside() {
     ! ctr images import --help | grep -q -e --local || unpack=--local
     # $unpack is one word or none.
     # shellcheck disable=SC2086
-    ctr images import $unpack --snapshotter rwsplit "$work/image.tar" >"$work/import.log" 2>&1 ||
+    ctr images import $unpack --snapshotter rwsplit "$scratch/image.tar" >"$scratch/import.log" 2>&1 ||
         fail "the image could not be imported"
 
     image_before=$(used "$images")
@@ -122,7 +98,7 @@ inside() {
         dd if=/dev/urandom of=/data.bin bs=1M count=5 2>/dev/null
         echo "changed by the container" >/etc/motd
         sha256sum </data.bin
-    ' >"$work/container.log" 2>&1 </dev/null || fail "the container did not run"
+    ' >"$scratch/container.log" 2>&1 </dev/null || fail "the container did not run"
     image_after=$(used "$images")
     writable_after=$(used "$writes")
 
@@ -132,53 +108,30 @@ inside() {
 
     stop_inside
     trap - EXIT
-    [ "$daemon_status" = 0 ] || fail "the daemon ended with status $daemon_status, not 0"
+    # The daemon was the last to be stopped.
+    [ "$stop_status" = 0 ] || fail "the daemon ended with status $stop_status, not 0"
     echo
     echo "Success: image on $image_source, the container's writes on $writable_source."
-}
-
-# An ext4 volume of 512 MiB at DIR, made of a file that takes only the space
-# that is used. The loop device goes when the volume is unmounted.
-make_volume() {
-    truncate -s 512M "$1.ext4"
-    mkfs.ext4 -q -F "$1.ext4" >"$work/mkfs.log" 2>&1 || fail "mkfs.ext4 failed"
-    mkdir "$1"
-    mount -o loop,noatime "$1.ext4" "$1" 2>"$work/mount.log" ||
-        fail "no loop device could be mounted; name two directories on" \
-            "different volumes in IMAGE_VOLUME and WRITABLE_VOLUME instead"
-}
-
-# until_true PID COMMAND...: runs COMMAND until it succeeds, for 30 seconds or
-# until process PID has ended.
-until_true() {
-    pid=$1
-    shift
-    tries=300
-    until "$@" >/dev/null 2>&1; do
-        tries=$((tries - 1))
-        [ "$tries" -gt 0 ] && kill -0 "$pid" 2>/dev/null || return 1
-        sleep 0.1
-    done
 }
 
 start_daemon() {
     # With its database on the writable volume, too, the daemon writes to the
     # image volume only when images come and go.
     "$snapshotter" --root-dir "$images" --writable-dir "$writes" \
-        --state-dir "$writes/state" --address "$work/snapshotter.sock" \
-        >"$work/daemon.log" 2>&1 &
+        --state-dir "$writes/state" --address "$scratch/snapshotter.sock" \
+        >"$scratch/daemon.log" 2>&1 &
     daemon=$!
-    until_true "$daemon" test -S "$work/snapshotter.sock" ||
+    until_true "$daemon" test -S "$scratch/snapshotter.sock" ||
         fail "the daemon did not start"
 }
 
 start_containerd() {
     # The opt plugin would make a directory in /opt; CRI, under its old name and
     # its new ones, needs a network configuration.
-    cat >"$work/containerd.toml" <<END
+    cat >"$scratch/containerd.toml" <<END
 version = 2
-root = "$work/containerd"
-state = "$work/containerd-state"
+root = "$scratch/containerd"
+state = "$scratch/containerd-state"
 disabled_plugins = [
   "io.containerd.grpc.v1.cri",
   "io.containerd.cri.v1.images",
@@ -187,16 +140,16 @@ disabled_plugins = [
 ]
 
 [grpc]
-  address = "$work/containerd.sock"
+  address = "$scratch/containerd.sock"
 
 [ttrpc]
-  address = "$work/containerd.sock.ttrpc"
+  address = "$scratch/containerd.sock.ttrpc"
 
 [proxy_plugins.rwsplit]
   type = "snapshot"
-  address = "$work/snapshotter.sock"
+  address = "$scratch/snapshotter.sock"
 END
-    containerd --config "$work/containerd.toml" --log-level warn >"$work/containerd.log" 2>&1 &
+    containerd --config "$scratch/containerd.toml" --log-level warn >"$scratch/containerd.log" 2>&1 &
     containerd=$!
     until_true "$containerd" ctr version || fail "containerd did not start"
 }
@@ -212,7 +165,7 @@ used() {
 # Asks the snapshotter what the container's root is mounted from: $lowers, the
 # oldest first, and $upper.
 find_layers() {
-    options=$(ctr snapshots --snapshotter rwsplit mounts /mnt "$name" 2>"$work/mounts.log") ||
+    options=$(ctr snapshots --snapshotter rwsplit mounts /mnt "$name" 2>"$scratch/mounts.log") ||
         fail "the snapshotter does not know the container's snapshot"
     options=${options##* -o }
     lowers=
@@ -302,7 +255,7 @@ check() {
         fail "not all that the container wrote is on $writable_source"
     [ "$(stat -c %s "$upper/data.bin")" = 5242880 ] ||
         fail "$upper/data.bin has not the 5 MiB that the container wrote"
-    [ "$(sha256sum <"$upper/data.bin")" = "$(cat "$work/container.log")" ] ||
+    [ "$(sha256sum <"$upper/data.bin")" = "$(cat "$scratch/container.log")" ] ||
         fail "$upper/data.bin is not what the container wrote"
 
     # /etc/motd is the newest layer's; the container changed its own copy.
@@ -331,76 +284,28 @@ stop_inside() {
         done
         container=
     fi
-    stop "$containerd"
+    [ -z "$containerd" ] || stop "$containerd" 20
     containerd=
-    stop "$daemon"
-    daemon_status=$stop_status
+    [ -z "$daemon" ] || stop "$daemon" 20
     daemon=
-    for volume in "$work/image" "$work/writable"; do
+    for volume in "$scratch/image" "$scratch/writable"; do
         [ ! -d "$volume" ] || umount "$volume" 2>/dev/null || :
     done
-}
-
-# stop PID: SIGTERM; after 20 seconds, SIGKILL. $stop_status is how it ended.
-stop() {
-    stop_status=0
-    [ -n "$1" ] || return 0
-    kill -TERM "$1" 2>/dev/null || :
-    (
-        sleep 20
-        kill -KILL "$1"
-    ) >/dev/null 2>&1 &
-    watch=$!
-    wait "$1" || stop_status=$?
-    # Its sleep goes with the namespace.
-    kill "$watch" 2>/dev/null || :
 }
 
 #
 # The script as it is called.
 #
 
-job=
-work=
 images=
 writes=
 
-# run_job ARGS...: this script with ARGS, in its own session, so that all of it
-# can be ended with one signal and a Ctrl-C is not for it.
-run_job() {
-    setsid "$@" </dev/null &
-    job=$!
-    status=0
-    wait "$job" || status=$?
-    job=
-    return "$status"
-}
-
 clean_up() {
-    trap '' HUP INT TERM
-    if [ -n "$job" ]; then
-        : >"$work/stop"
-        kill -TERM "-$job" 2>/dev/null || kill -TERM "$job" 2>/dev/null || :
-        wait "$job" || :
-    fi
-    [ -n "$work" ] || return 0
-    # The kernel lets go of a loop device a little after its last mount.
-    for file in "$work"/*.ext4; do
-        [ -e "$file" ] || continue
-        tries=50
-        while [ -n "$(losetup -j "$file")" ] && [ "$tries" -gt 0 ]; do
-            sleep 0.1
-            tries=$((tries - 1))
-        done
-        losetup -j "$file" | while IFS=: read -r device _; do
-            losetup -d "$device" || :
-        done
-    done
     # Of a container that had to be killed; cgroup 1 has one for each resource.
-    for group in /sys/fs/cgroup/"${work##*/}" /sys/fs/cgroup/*/"${work##*/}"; do
+    for group in /sys/fs/cgroup/"${scratch##*/}" /sys/fs/cgroup/*/"${scratch##*/}"; do
         [ ! -d "$group" ] || rmdir "$group" 2>/dev/null || :
     done
-    for path in "$work" "$images" "$writes"; do
+    for path in "$images" "$writes"; do
         [ -z "$path" ] || rm -rf --one-file-system "$path"
     done
 }
@@ -413,8 +318,6 @@ has_filesystem() {
 demo() {
     [ "$(id -u)" = 0 ] || fail "this must be run by root: sudo sh tests/demo.sh"
 
-    # shellcheck source=tests/install-tools.sh
-    . "$here/install-tools.sh"
     if [ -n "${SNAPSHOTTER-}" ]; then
         install_tools run
         if [ ! -f "$SNAPSHOTTER" ] || [ ! -x "$SNAPSHOTTER" ]; then
@@ -423,7 +326,7 @@ demo() {
         snapshotter=$(realpath "$SNAPSHOTTER")
     else
         install_tools demo
-        snapshotter=$checkout/target/release/$program
+        snapshotter=$checkout/target/release/overlay-read-write-splitting-snapshotter
     fi
 
     has_filesystem overlay 2>/dev/null || fail "this kernel has no overlay filesystem"
@@ -438,23 +341,16 @@ demo() {
     *) fail "set both IMAGE_VOLUME and WRITABLE_VOLUME, or neither" ;;
     esac
 
-    trap clean_up EXIT
-    work=$(mktemp -d /var/tmp/demo.XXXXXX)
-
+    make_scratch
     if [ -z "${SNAPSHOTTER-}" ]; then
-        say "building the daemon; the first time this takes several minutes"
-        if ! run_job sh "$here/demo.sh" --build >"$work/build.log" 2>&1; then
-            # Twenty lines of a compiler's error say little.
-            tail -n 60 "$work/build.log" >&2
-            rm "$work/build.log"
+        cd "$checkout"
+        # The user's configuration may name another target directory.
+        build_with_progress cargo build --release --locked --target-dir "$checkout/target" ||
             fail "the build failed, see above"
-        fi
-        rm "$work/build.log"
-        [ -x "$snapshotter" ] || fail "the build has not made $snapshotter"
     fi
 
     say "making the image"
-    TMPDIR=$work sh "$here/make-image.sh" "$work/image.tar" "$image" ||
+    TMPDIR=$scratch sh "$checkout/tests/make-image.sh" "$scratch/image.tar" "$image" ||
         fail "the image could not be made"
 
     if [ -n "${IMAGE_VOLUME-}" ]; then
@@ -467,16 +363,12 @@ demo() {
         done
     fi
 
-    # --kill-child and --pdeathsig: if this script, or unshare, is killed, all
-    # in the namespaces is.
-    run_job setpriv --pdeathsig KILL \
-        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
-        sh "$here/demo.sh" --inside "$work" "$snapshotter" "$images" "$writes"
+    run_job_in_namespaces \
+        sh "$checkout/tests/demo.sh" --inside "$scratch" "$snapshotter" "$images" "$writes"
 }
 
 case ${1-} in
 '') demo ;;
---build) build ;;
 --inside)
     shift
     inside "$@"
