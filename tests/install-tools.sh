@@ -97,7 +97,10 @@ install_tools() {
     test | all) add_lints ;;
     esac
     find_busybox
-    [ "$1" != all ] || unpack_kernel
+    if [ "$1" = all ]; then
+        unpack_kernel
+        unpack_uml
+    fi
 }
 
 #
@@ -190,6 +193,17 @@ unpack_kernel() {
     # That has no files but depends on the latest package that has.
     unpack "$(LC_ALL=C apt-cache depends "$missing" |
         sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)" kernel
+}
+
+# A kernel that runs as a process, where there is one for this machine.
+unpack_uml() {
+    [ ! -d "$checkout/target/tools/uml" ] || return 0
+    missing=user-mode-linux
+    read_lists
+    say "unpacking user-mode Linux into target/tools"
+    as_builder mkdir -p "$checkout/target/tools"
+    sh "$checkout/tests/uml.sh" ||
+        say "no user-mode Linux: virtual machines are emulated, which takes longer"
 }
 
 #
