@@ -15,8 +15,8 @@ pub struct FaultyDisk {
     name: &'static str,
     device: &'static str,
     sectors: u64,
-    /// First sector and number of sectors of ext4's journal.
-    journal: (u64, u64),
+    /// The first sector behind ext4's journal.
+    behind_journal: u64,
     /// The mapper's device, as the kernel names it: no udev makes other names.
     mapped: String,
     at: PathBuf,
@@ -25,13 +25,14 @@ pub struct FaultyDisk {
 impl FaultyDisk {
     /// Puts the mapper upon a disk that has an ext4, and mounts it.
     pub fn new(name: &'static str, device: &'static str, at: PathBuf) -> FaultyDisk {
-        let block = device.trim_start_matches("/dev/");
-        let sectors = fs::read_to_string(format!("/sys/class/block/{block}/size")).unwrap();
+        let block = fs::canonicalize(device).unwrap();
+        let size = Path::new("/sys/class/block").join(block.file_name().unwrap());
+        let sectors = fs::read_to_string(size.join("size")).unwrap();
         let mut disk = FaultyDisk {
             name,
             device,
             sectors: sectors.trim().parse().unwrap(),
-            journal: journal(device),
+            behind_journal: behind_journal(device),
             mapped: String::new(),
             at,
         };
@@ -59,16 +60,16 @@ impl FaultyDisk {
         self.set(&[self.bad(0, self.sectors)]);
     }
 
-    /// From now on all writes but those of the journal fail: ext4 goes on, and
-    /// what fails is the data of files.
+    /// From now on what is written into files fails, and ext4 goes on.
+    ///
+    /// On a disk of this size mkfs puts the journal at the beginning of the second
+    /// block group. ext4 puts the data of regular files into that group, behind the
+    /// journal, and keeps the first group for directories (ext4_inode_to_goal_block);
+    /// its own tables are also there. If one of these could not be written either,
+    /// newer kernels would give the journal up (jbd2_check_fs_dev_write_error).
     pub fn fail_data(&self) {
-        let (start, length) = self.journal;
-        let end = start + length;
-        self.set(&[
-            self.bad(0, start),
-            self.good(start, length),
-            self.bad(end, self.sectors - end),
-        ]);
+        let start = self.behind_journal;
+        self.set(&[self.good(0, start), self.bad(start, self.sectors - start)]);
     }
 
     /// The file system finds an error in itself, and makes itself read-only
@@ -140,8 +141,8 @@ impl FaultyDisk {
     }
 }
 
-/// Where ext4 has its journal, inode 8: in one piece, as mkfs makes it.
-fn journal(device: &str) -> (u64, u64) {
+/// Where ext4's journal ends, inode 8: in one piece, as mkfs makes it.
+fn behind_journal(device: &str) -> u64 {
     const SECTORS_OF_BLOCK: u64 = 8;
     let text = run(Command::new("debugfs").args(["-R", "stat <8>", device]));
     let line = text.lines().last().unwrap_or_default();
@@ -149,10 +150,7 @@ fn journal(device: &str) -> (u64, u64) {
     let range = line
         .split_once("):")
         .and_then(|(_, blocks)| blocks.split_once('-'));
-    let (first, last) = range.unwrap_or_else(|| panic!("the journal's place: {text}"));
-    let (first, last): (u64, u64) = (first.parse().unwrap(), last.parse().unwrap());
-    (
-        first * SECTORS_OF_BLOCK,
-        (last + 1 - first) * SECTORS_OF_BLOCK,
-    )
+    let (_, last) = range.unwrap_or_else(|| panic!("the journal's place: {text}"));
+    let last: u64 = last.parse().unwrap();
+    (last + 1) * SECTORS_OF_BLOCK
 }

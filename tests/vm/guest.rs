@@ -4,7 +4,7 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, symlink};
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::path::Path;
 use std::str::FromStr;
@@ -18,9 +18,10 @@ use crate::support::daemon::Daemon;
 use crate::support::until;
 use crate::{faults, load, quotas};
 
-/// The machine's disks, as it names them.
-pub const IMAGE_DEVICE: &str = "/dev/vda";
-pub const WRITABLE_DEVICE: &str = "/dev/vdb";
+/// The disk of the image volume.
+pub const IMAGE_DEVICE: &str = "/dev/image";
+/// The disk of the writable volume.
+pub const WRITABLE_DEVICE: &str = "/dev/writable";
 
 /// The line to the outside: what is written is there when the call returns,
 /// whatever becomes of the machine.
@@ -28,10 +29,9 @@ pub struct Outlet(File);
 
 impl Outlet {
     fn open() -> Outlet {
-        // The one port of the one virtio console (virtio_console.c).
-        let path = "/dev/vport0p1";
+        let path: String = setting("VM_OUTLET");
         until("a port to the outside", || {
-            fs::metadata(path).is_ok_and(|found| found.file_type().is_char_device())
+            fs::metadata(&path).is_ok_and(|found| found.file_type().is_char_device())
         });
         Outlet(File::options().write(true).open(path).unwrap())
     }
@@ -112,5 +112,12 @@ fn make_usable() {
     for module in modules {
         finit_module(File::open(&module).unwrap(), c"", 0)
             .unwrap_or_else(|errno| panic!("load {}: {errno}", module.display()));
+    }
+    // Each kind of machine has its own names for them.
+    for (name, setting_name) in [
+        (IMAGE_DEVICE, "VM_IMAGE_DEVICE"),
+        (WRITABLE_DEVICE, "VM_WRITABLE_DEVICE"),
+    ] {
+        symlink(setting::<String>(setting_name), name).unwrap();
     }
 }

@@ -1,46 +1,20 @@
-//! The machine's kernel, and the archive that it starts from: this binary as
-//! its first process, the daemon, the libraries and tools that they need, and
-//! modules of the kernel.
+//! The archive that a machine starts from: this binary as its first process, the
+//! daemon, the libraries and tools that they need, and modules of the kernel.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::machine::Driver;
 use crate::support::daemon::BINARY;
 use crate::support::run;
-
-/// What the kernel needs as modules: the disks, the line to the outside, what
-/// the daemon asks for, disks that fail, and those with quotas.
-const MODULES: &[&str] = &[
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_console",
-    "overlay",
-    "dm-flakey",
-    "quota_v2",
-    "xfs",
-    "loop",
-];
 
 /// Programs that make, break and mend disks.
 const TOOLS: &[&str] = &["dmsetup", "e2fsck", "debugfs", "mkfs.ext4", "losetup"];
 
-/// Where `tests/install-tools.sh` unpacks Debian's kernel package.
-const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/kernel");
-
-/// The kernel.
-pub fn kernel() -> PathBuf {
-    let found = find(&Path::new(KERNEL).join("boot"), &|name| {
-        name.starts_with("vmlinuz-")
-    });
-    found.into_iter().next().unwrap_or_else(|| {
-        panic!("no kernel in {KERNEL}: sudo sh tests/install-tools.sh test unpacks one")
-    })
-}
-
 /// Makes the archive. `scratch` is a directory for this alone.
-pub fn make(scratch: &Path) -> PathBuf {
+pub fn make(scratch: &Path, driver: &Driver) -> PathBuf {
     let mut archive = Archive::default();
     for name in ["proc", "sys", "dev", "tmp"] {
         archive.add(Path::new(name), DIRECTORY, &[]);
@@ -60,7 +34,7 @@ pub fn make(scratch: &Path) -> PathBuf {
         let program = run(Command::new("which").arg(tool));
         archive.add_program(&place, Path::new(program.trim()));
     }
-    for (number, module) in modules().iter().enumerate() {
+    for (number, module) in modules(driver).iter().enumerate() {
         let name = module.file_name().unwrap().to_str().unwrap();
         let place = format!("modules/{number:02}-{name}");
         archive.add(Path::new(&place), FILE, &fs::read(module).unwrap());
@@ -81,12 +55,10 @@ fn libraries(program: &Path) -> Vec<PathBuf> {
 }
 
 /// The modules, each after those that it needs.
-fn modules() -> Vec<PathBuf> {
-    let all = find(&Path::new(KERNEL).join("lib/modules"), &|name| {
-        name.ends_with(".ko")
-    });
+fn modules(driver: &Driver) -> Vec<PathBuf> {
+    let all = find(Path::new(driver.modules_in), &|name| name.ends_with(".ko"));
     let mut ordered = Vec::new();
-    for name in MODULES {
+    for name in driver.modules {
         add_module(name, &all, &mut ordered);
     }
     ordered
@@ -98,7 +70,7 @@ fn add_module(name: &str, all: &[PathBuf], ordered: &mut Vec<PathBuf>) {
     let path = all
         .iter()
         .find(is_it)
-        .unwrap_or_else(|| panic!("no module {name} in {KERNEL}"));
+        .unwrap_or_else(|| panic!("no module {name} is unpacked"));
     if ordered.contains(path) {
         return;
     }
@@ -123,7 +95,7 @@ fn needed_by(module: &[u8]) -> Vec<String> {
 }
 
 /// All files with such names below a directory, if it is there.
-fn find(directory: &Path, is_wanted: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
+pub fn find(directory: &Path, is_wanted: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).into_iter().flatten() {
         let entry = entry.unwrap();

@@ -1,13 +1,16 @@
 //! A virtual machine with two disks, and how its power is cut.
 //!
-//! A disk is a plain file, of which qemu itself keeps nothing in memory: with
-//! SIGKILL the machine loses what its kernel had not written yet, and nothing
-//! that it had. A real disk may also lose what it has in a cache of its own and
-//! was not told to flush; that is not seen here.
+//! A disk is a plain file, of which the program that runs the machine keeps
+//! nothing in memory: with SIGKILL the machine loses what its kernel had not
+//! written yet, and nothing that it had. A real disk may also lose what it has in a
+//! cache of its own and was not asked to flush; that is not seen here.
+
+mod qemu;
+mod uml;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::OnceLock;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -22,11 +25,86 @@ pub const PASSED: &str = "passed";
 /// The first word of what it says when a test in it fails.
 pub const FAILED: &str = "failed";
 
-const MEBIBYTES_OF_MEMORY: u32 = 512;
-/// Of emulated processors on a busy machine.
-const LIMIT: Duration = Duration::from_secs(600);
-const LIMIT_OF_BOOT: Duration = Duration::from_secs(240);
-const MOST_BOOTS: u32 = 5;
+/// A program that runs machines, and what is particular about them.
+pub struct Driver {
+    /// For the option `--machine`.
+    pub name: &'static str,
+    /// How many machines are to run at once on this many processors.
+    pub at_once: fn(usize) -> usize,
+    /// How often the power is cut, unless `--cuts` says so.
+    pub cuts: u32,
+    /// For how many milliseconds a load runs before the power is cut: the least, and
+    /// how much longer at most.
+    pub load_ms: (u64, u64),
+    /// Where the kernel's modules are, at any depth.
+    pub modules_in: &'static str,
+    /// The modules that the machine needs.
+    pub modules: &'static [&'static str],
+    /// The disks, and the line to the outside, as the machine's kernel names them.
+    devices: [(&'static str, &'static str); 3],
+    /// How often a boot is tried.
+    most_boots: u32,
+    limit_of_boot: Duration,
+    /// Of what is done in it.
+    limit: Duration,
+    command: fn(&Start) -> Command,
+}
+
+/// What a machine is started with.
+struct Start<'a> {
+    archive: &'a Path,
+    disks: [&'a Path; 2],
+    /// Words for the kernel's command line.
+    settings: &'a [String],
+    /// A directory of the machine's own.
+    scratch: &'a Path,
+}
+
+impl Start<'_> {
+    /// The file that has what the machine says.
+    fn records(&self) -> PathBuf {
+        self.scratch.join("records")
+    }
+
+    fn console(&self) -> File {
+        File::create(self.scratch.join("console")).unwrap()
+    }
+}
+
+static DRIVER: OnceLock<&Driver> = OnceLock::new();
+
+/// Chooses how the machines of this process are run: by name, or the fastest way
+/// that there is.
+pub fn choose_driver(name: Option<&str>) -> &'static Driver {
+    let driver = match name {
+        Some("uml") => &uml::DRIVER,
+        Some("qemu") => &qemu::DRIVER,
+        Some(other) => panic!("--machine takes qemu or uml, not {other}"),
+        None if uml::is_there() => &uml::DRIVER,
+        None => {
+            eprintln!(
+                "vm: there is no user-mode Linux (tests/uml.sh brings it): qemu emulates \
+                 the machines, and their power is cut {} times, not {}",
+                qemu::DRIVER.cuts,
+                uml::DRIVER.cuts
+            );
+            &qemu::DRIVER
+        }
+    };
+    DRIVER.get_or_init(|| driver)
+}
+
+fn driver() -> &'static Driver {
+    DRIVER.get().expect("main has chosen a driver")
+}
+
+/// A command that is killed when the thread that has started it ends, so that no
+/// machine outlives its test.
+fn ends_with_its_thread() -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]);
+    command
+}
 
 /// A running machine; its end is that of this value.
 pub struct Machine {
@@ -38,25 +116,31 @@ pub struct Machine {
 impl Machine {
     /// Boots one with these disks and settings (see [`crate::guest`]).
     ///
-    /// On a busy machine the emulated timer may be so late that the kernel takes it
+    /// On a busy machine an emulated timer may be so late that the kernel takes it
     /// for broken ("IO-APIC + timer doesn't work"), or waits for it in vain. Nothing
     /// has happened by then, and another boot does.
     pub fn boot(disks: [&Path; 2], settings: &[(&str, String)]) -> Machine {
-        for _ in 1..MOST_BOOTS {
-            let mut machine = Machine::try_boot(disks, settings);
-            if machine.is_up() {
+        let driver = driver();
+        let devices = driver.devices.iter();
+        let devices = devices.map(|(name, device)| format!("{name}={device}"));
+        let given = settings.iter();
+        let given = given.map(|(name, value)| format!("{name}={value}"));
+        let settings: Vec<_> = devices.chain(given).collect();
+        for _ in 1..driver.most_boots {
+            let mut machine = Machine::try_boot(driver, disks, &settings);
+            if machine.is_up(driver.limit_of_boot) {
                 return machine;
             }
             eprintln!("the machine does not come up:\n{}", machine.console());
         }
-        Machine::try_boot(disks, settings)
+        Machine::try_boot(driver, disks, &settings)
     }
 
     /// Waits until its first process is at work; `false` if it ends before, or takes
     /// too long.
-    fn is_up(&mut self) -> bool {
+    fn is_up(&mut self, limit: Duration) -> bool {
         let begun = Instant::now();
-        while begun.elapsed() < LIMIT_OF_BOOT {
+        while begun.elapsed() < limit {
             let ended = self.child.try_wait().unwrap().is_some();
             if self.said().iter().any(|line| line == UP) {
                 return true;
@@ -69,51 +153,21 @@ impl Machine {
         false
     }
 
-    fn try_boot(disks: [&Path; 2], settings: &[(&str, String)]) -> Machine {
+    fn try_boot(driver: &Driver, disks: [&Path; 2], settings: &[String]) -> Machine {
         let scratch = tempfile::tempdir().unwrap();
-        let mut words = "console=ttyS0 quiet panic=-1 mitigations=off".to_owned();
-        for (name, value) in settings {
-            words.push_str(&format!(" {name}={value}"));
-        }
-        let console = File::create(scratch.path().join("console")).unwrap();
-        let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            // Emulated also where there is a /dev/kvm: one that can be opened
-            // may still not run a machine, as within another virtual machine.
-            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"])
-            .args(["-smp", "2", "-m", &MEBIBYTES_OF_MEMORY.to_string()])
-            .arg("-kernel")
-            .arg(initramfs::kernel())
-            .arg("-initrd")
-            .arg(archive())
-            .args(["-append", &words, "-no-reboot", "-serial", "stdio"])
-            // A line is in the file before the machine goes on: not handed to
-            // another thread of qemu.
-            .args(["-device", "virtio-serial-pci,ioeventfd=off"])
-            .args(["-device", "virtserialport,chardev=records"])
-            .arg("-chardev")
-            .arg(format!(
-                "file,id=records,path={}/records",
-                scratch.path().display()
-            ))
-            .stdin(Stdio::null())
-            .stdout(console.try_clone().unwrap())
-            .stderr(console);
-        for disk in disks {
-            // Flushes of the machine are flushes of the file.
-            let drive = format!(
-                "if=virtio,format=raw,cache=writeback,file={}",
-                disk.display()
-            );
-            command.args(["-drive", &drive]);
-        }
+        let archive = archive(driver);
+        let mut command = (driver.command)(&Start {
+            archive: &archive,
+            disks,
+            settings,
+            scratch: scratch.path(),
+        });
         let child = command
             .spawn()
-            .unwrap_or_else(|error| panic!("qemu-system-x86_64: {error}"));
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
         Machine {
             child,
-            limit: LIMIT,
+            limit: driver.limit,
             scratch,
         }
     }
@@ -153,7 +207,7 @@ impl Machine {
         lines
     }
 
-    /// Cuts its power, and tells what it has said.
+    /// Cuts its power, and returns what it has said.
     pub fn cut(mut self) -> Vec<String> {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -173,10 +227,9 @@ impl Machine {
     /// What it has said so far, line by line; one that is not ended is left out.
     fn said(&self) -> Vec<String> {
         let text = fs::read_to_string(self.scratch.path().join("records")).unwrap_or_default();
-        let whole = text
-            .split_inclusive('\n')
-            .filter_map(|line| line.strip_suffix('\n'));
-        whole.map(str::to_owned).collect()
+        let ended = text.rfind('\n').map_or("", |end| &text[..=end]);
+        // A terminal ends lines with "\r\n".
+        ended.lines().map(str::to_owned).collect()
     }
 
     fn console(&self) -> String {
@@ -193,12 +246,12 @@ impl Drop for Machine {
 }
 
 /// What all machines start from, made once.
-fn archive() -> PathBuf {
+fn archive(driver: &Driver) -> PathBuf {
     static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
     let make = || {
         let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vm");
         fs::create_dir_all(&scratch).unwrap();
-        initramfs::make(&scratch)
+        initramfs::make(&scratch, driver)
     };
     ARCHIVE.get_or_init(make).clone()
 }

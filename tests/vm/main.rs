@@ -1,12 +1,15 @@
 //! What no test can do to the machine it runs on: cut its power, break its
-//! disks. A virtual machine with Debian's kernel has the daemon in it.
+//! disks. A virtual machine has the daemon in it.
 //!
 //! ```text
 //! cargo test --locked --test vm                          all of it
-//! cargo test --locked --test vm -- power:: --cuts 200    more power cuts
+//! cargo test --locked --test vm -- --machine qemu        in emulated machines
+//! cargo test --locked --test vm -- power:: --cuts 1000   more power cuts
 //! cargo test --locked --test vm -- power:: --seed 17     the same load again
 //! cargo test --locked --test vm -- figures --files 200000 --nocapture
 //! ```
+//!
+//! The machines run user-mode Linux, or Debian's kernel under qemu, see [`machine`].
 //!
 //! This binary is also the first process in that machine, see [`guest`].
 
@@ -27,13 +30,19 @@ mod quotas;
 mod support;
 mod verify;
 
+use std::collections::BTreeMap;
+use std::num::NonZero;
+use std::thread::available_parallelism;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use machine::Driver;
 
 /// What the command line may set, beyond libtest's own arguments.
 #[derive(Clone, Copy)]
 pub struct Options {
+    /// `--machine`: how machines are run.
+    pub driver: &'static Driver,
     /// `--cuts`: how often the power is cut.
     pub cuts: u32,
     /// `--seed`: of everything that is random here but time.
@@ -48,20 +57,25 @@ fn main() {
     }
     let (options, rest) = options(std::env::args());
     let mut arguments = Arguments::from_iter(rest);
-    // Each machine takes all processors there are.
-    arguments.test_threads = Some(1);
+    let processors = available_parallelism().map_or(1, NonZero::get);
+    let at_once = (options.driver.at_once)(processors);
+    arguments.test_threads = arguments.test_threads.or(Some(at_once));
     assert!(
         rustix::process::geteuid().is_root(),
         "these tests mount disks of virtual machines: run them as root"
     );
-    let mut trials = vec![
-        trial("power::nothing_acknowledged_is_lost", move || {
-            power::nothing_acknowledged_is_lost(options);
-        }),
-        trial("power-control::without_flush_layers_are_lost", move || {
-            power::without_flush_layers_are_lost(options);
-        }),
-    ];
+    let mut trials: Vec<_> = (0..power::SERIES)
+        .map(|number| {
+            let name = format!("power::nothing_acknowledged_is_lost::{number}");
+            trial(name, move || {
+                power::nothing_acknowledged_is_lost(options, number);
+            })
+        })
+        .collect();
+    trials.push(trial(
+        "power-control::without_flush_layers_are_lost",
+        move || power::without_flush_layers_are_lost(options),
+    ));
     trials.extend(
         inventory::iter::<faults::Test>().map(|&faults::Test(module, name, _)| {
             let (_, module) = module.split_once("::").unwrap();
@@ -86,32 +100,33 @@ fn trial(name: impl Into<String>, test: impl FnOnce() + Send + 'static) -> Trial
 
 /// Takes our own options out of the arguments; libtest's are left.
 fn options(arguments: impl Iterator<Item = String>) -> (Options, Vec<String>) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let mut options = Options {
-        cuts: 15,
-        seed: now.as_secs(),
-        files: 2_000,
-    };
+    const OWN: [&str; 4] = ["--machine", "--cuts", "--seed", "--files"];
+    let mut own = BTreeMap::new();
     let mut rest = Vec::new();
     let mut arguments = arguments.flat_map(|argument| match argument.split_once('=') {
-        Some((flag @ ("--cuts" | "--seed" | "--files"), value)) => {
-            vec![flag.to_owned(), value.to_owned()]
-        }
+        Some((flag, value)) if OWN.contains(&flag) => vec![flag.to_owned(), value.to_owned()],
         _ => vec![argument],
     });
     while let Some(argument) = arguments.next() {
-        let mut number = || {
-            let value = arguments.next().unwrap_or_default();
-            value
-                .parse()
-                .unwrap_or_else(|_| panic!("{argument} takes a number, not {value:?}"))
-        };
-        match argument.as_str() {
-            "--cuts" => options.cuts = u32::try_from(number()).unwrap(),
-            "--seed" => options.seed = number(),
-            "--files" => options.files = u32::try_from(number()).unwrap(),
-            _ => rest.push(argument),
+        if OWN.contains(&argument.as_str()) {
+            own.insert(argument, arguments.next().unwrap_or_default());
+        } else {
+            rest.push(argument);
         }
     }
+    let number = |flag: &str| -> Option<u64> {
+        let value = own.get(flag)?;
+        let number = value.parse();
+        Some(number.unwrap_or_else(|_| panic!("{flag} takes a number, not {value:?}")))
+    };
+    let small = |flag, default| number(flag).map_or(default, |given| given.try_into().unwrap());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let driver = machine::choose_driver(own.get("--machine").map(String::as_str));
+    let options = Options {
+        driver,
+        cuts: small("--cuts", driver.cuts),
+        seed: number("--seed").unwrap_or(now.as_secs()),
+        files: small("--files", 2_000),
+    };
     (options, rest)
 }

@@ -15,16 +15,19 @@ use crate::support::daemon::Daemon;
 use crate::support::random::Random;
 use crate::verify::{Verdict, require_sound, verify};
 
+/// How many series of cuts there are, which may run at once.
+pub const SERIES: u32 = 4;
 /// How many cuts the same disks go through.
 const CUTS_OF_DISKS: u32 = 5;
 const MEBIBYTES: u64 = 2048;
 /// How many cuts without a flush may spare all layers.
 const MOST_CONTROL_CUTS: u32 = 10;
 
-/// With the daemon as it is, nothing is lost.
-pub fn nothing_acknowledged_is_lost(options: Options) {
-    let mut series = Series::new("power", options.seed, "commit");
-    for cut in 0..options.cuts {
+/// With the daemon as it is, nothing is lost: one of [`SERIES`].
+pub fn nothing_acknowledged_is_lost(options: Options, number: u32) {
+    let cuts = (options.cuts + SERIES - 1 - number) / SERIES;
+    let mut series = Series::new(format!("power {number}"), number, options, "commit");
+    for cut in 0..cuts {
         let verdict = series.cut(cut);
         assert!(
             verdict.findings.is_empty(),
@@ -33,17 +36,17 @@ pub fn nothing_acknowledged_is_lost(options: Options) {
             verdict.findings.join("\n")
         );
     }
-    series.tell(options.cuts);
+    series.report(cuts);
 }
 
 /// The control: with a daemon that flushes no layers, the same cuts damage
 /// some. If they did not, the test above would prove nothing.
 pub fn without_flush_layers_are_lost(options: Options) {
-    let mut series = Series::new("power-control", options.seed, "none");
+    let mut series = Series::new("power-control".to_owned(), SERIES, options, "none");
     for cut in 0..MOST_CONTROL_CUTS {
         let verdict = series.cut(cut);
         if !verdict.damaged.is_empty() {
-            series.tell(cut + 1);
+            series.report(cut + 1);
             println!("power-control: for example {}", verdict.findings[0]);
             return;
         }
@@ -55,8 +58,9 @@ pub fn without_flush_layers_are_lost(options: Options) {
 
 /// Cuts, one after the other.
 struct Series {
-    name: &'static str,
+    name: String,
     seed: u64,
+    load_ms: (u64, u64),
     sync: &'static str,
     random: Random,
     disks: Option<Disks>,
@@ -68,11 +72,14 @@ struct Series {
 }
 
 impl Series {
-    fn new(name: &'static str, seed: u64, sync: &'static str) -> Series {
-        println!("{name}: --seed {seed}");
+    fn new(name: String, number: u32, options: Options, sync: &'static str) -> Series {
+        println!("{name}: --seed {}", options.seed);
+        // Each series has a load of its own.
+        let seed = options.seed.wrapping_add(u64::from(number));
         Series {
             name,
             seed,
+            load_ms: options.driver.load_ms,
             sync,
             random: Random::new(seed),
             disks: None,
@@ -116,7 +123,8 @@ impl Series {
             ("VM_DAEMON", arguments.join(",")),
         ]);
         machine.wait_for(BEGUN);
-        sleep(Duration::from_millis(2000 + self.random.below(6000)));
+        let (least, more) = self.load_ms;
+        sleep(Duration::from_millis(least + self.random.below(more)));
         let lines = machine.cut();
         let before = self.history.layers;
         self.history
@@ -145,7 +153,7 @@ impl Series {
         verdict
     }
 
-    fn tell(&self, cuts: u32) {
+    fn report(&self, cuts: u32) {
         println!(
             "{}: {cuts} cuts, {} layers acknowledged, {} verified, {} damaged, {} s",
             self.name,

@@ -144,7 +144,7 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
     is_refused(
         client.prepare("web", "base", LIMITED),
         RpcStatusCode::FAILED_PRECONDITION,
-        &[option, "mount -o", "/dev/vdb"],
+        &[option, "mount -o", WRITABLE_DEVICE],
     );
     assert_eq!(client.names(&["kind==active"]).unwrap(), ["free"]);
     if !rig.is_xfs() {

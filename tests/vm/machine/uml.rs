@@ -1,0 +1,80 @@
+//! A machine that is a process: user-mode Linux, a Linux kernel built as a program
+//! (Documentation/virt/uml/user_mode_linux_howto_v2.rst). Its processes run at the
+//! speed of the processor, and it has one of them.
+//!
+//! Its threads belong to that process, and end with it. The processes in which it
+//! runs those of the machine are killed a moment later; they cannot reach a disk
+//! without the kernel.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use super::{Driver, Start, ends_with_its_thread};
+
+const MEBIBYTES_OF_MEMORY: u64 = 512;
+
+/// Where `tests/uml.sh` unpacks it.
+const UML: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/uml");
+
+pub const DRIVER: Driver = Driver {
+    name: "uml",
+    at_once: |processors| processors,
+    cuts: 100,
+    load_ms: (300, 2200),
+    modules_in: UML,
+    // What the daemon asks for, disks that fail, and those with quotas.
+    modules: &["overlay", "dm-flakey", "quota_v2", "loop"],
+    devices: [
+        ("VM_IMAGE_DEVICE", "/dev/ubda"),
+        ("VM_WRITABLE_DEVICE", "/dev/ubdb"),
+        ("VM_OUTLET", "/dev/ttyS1"),
+    ],
+    most_boots: 2,
+    limit_of_boot: Duration::from_secs(60),
+    limit: Duration::from_secs(180),
+    command,
+};
+
+/// Whether it was unpacked.
+pub fn is_there() -> bool {
+    Path::new(UML).join("linux").exists()
+}
+
+fn command(start: &Start) -> Command {
+    let console = start.console();
+    let mut command = ends_with_its_thread();
+    command
+        // To have it without a random layout of its memory, it would start itself
+        // again.
+        .args(["setarch", "-R", "env", "LD_LIBRARY_PATH=.", "./linux"])
+        .current_dir(UML)
+        .env("TMPDIR", place_of_memory(start.scratch))
+        .arg(format!("mem={MEBIBYTES_OF_MEMORY}M"))
+        .arg(format!("initrd={}", start.archive.display()))
+        .arg(format!("uml_dir={}/", start.scratch.display()))
+        // The kernel writes a line into its descriptor at once, without a buffer of
+        // its own. Nothing is read, so that the one of its input is free for that.
+        .args(["con=null", "con0=null,fd:1", "ssl=null", "ssl1=null,fd:0"])
+        .args(["quiet", "panic=-1"])
+        .args(start.settings)
+        .stdin(File::create(start.records()).unwrap())
+        .stdout(console.try_clone().unwrap())
+        .stderr(console);
+    for (number, disk) in start.disks.iter().enumerate() {
+        command.arg(format!("ubd{number}={}", disk.display()));
+    }
+    command
+}
+
+/// The machine's memory is a file: best in the memory of this machine, but in a
+/// container that file system may be too small.
+fn place_of_memory(scratch: &Path) -> &Path {
+    let shared_memory = Path::new("/dev/shm");
+    let is_large = rustix::fs::statvfs(shared_memory).is_ok_and(|disk| {
+        // With room for the machines of other processors.
+        disk.f_bavail * disk.f_frsize >= 8 * (MEBIBYTES_OF_MEMORY << 20)
+    });
+    if is_large { shared_memory } else { scratch }
+}
