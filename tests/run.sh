@@ -13,6 +13,7 @@
 set -eu
 
 cd "$(dirname "$0")/.."
+checkout=$PWD
 case ${1-} in
 '') ring='test' ;;
 --all) ring='all' ;;
@@ -32,24 +33,16 @@ started=$(date +%s)
 . tests/install-tools.sh
 install_tools "$ring"
 
-scratch=$(mktemp -d)
-disk=
 # Process groups that run beside the tests.
 release_job=
 openrc_job=
 clean_up() {
-    for job in $release_job $openrc_job; do
-        kill -- "-$job" 2>/dev/null || true
+    for group in $release_job $openrc_job; do
+        stop "-$group" 60
     done
-    if [ -n "$disk" ]; then
-        umount -l "$scratch/disk" || true
-        losetup -d "$disk" || true
-    fi
-    rm -rf "$scratch"
+    ! mountpoint -q "$scratch/disk" || umount -l "$scratch/disk" || :
 }
-trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+make_scratch
 
 passed=0
 failed=0
@@ -81,26 +74,36 @@ step() {
     took
 }
 
-# rust_tests TARGETS...: cargo's tests of these targets. Adds up the closing lines of
-# the test binaries.
+# rust_tests TARGET...: runs the tests of these targets, which have been built, as
+# root: the user who builds may be another one. Adds up their closing lines.
 rust_tests() {
-    begin "cargo test $*"
-    status=0
-    failed_before=$failed
     # $profile is a list of words.
     # shellcheck disable=SC2086
-    cargo test $profile "$@" >"$scratch/cargo" 2>&1 || status=$?
-    grep -vE '^ *(Compiling|Downloaded|Downloading) ' "$scratch/cargo"
-    count=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$scratch/cargo" | paste -sd+ -)
+    for binary in $(as_builder cargo test $profile "$@" --no-run 2>&1 |
+        sed -n 's/^ *Executable .*(\(.*\))$/\1/p'); do
+        rust_test "$binary"
+    done
+}
+rust_test() {
+    name=${1##*/}
+    begin "tests of ${name%-*}"
+    failed_before=$failed
+    {
+        status=0
+        "$1" 2>&1 || status=$?
+        echo "$status" >"$scratch/status"
+    } | tee "$scratch/output"
+    count=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$scratch/output")
     passed=$((passed + ${count:-0}))
-    count=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$scratch/cargo" | paste -sd+ -)
+    count=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$scratch/output")
     failed=$((failed + ${count:-0}))
-    if grep -q '^test result: .* [1-9][0-9]* ignored' "$scratch/cargo"; then
+    if grep -q '^test result: .* [1-9][0-9]* ignored' "$scratch/output"; then
         echo "run.sh: tests were ignored, which must not be here" >&2
         failed=$((failed + 1))
     fi
-    # A binary that does not build, or dies, has no closing line.
-    if [ "$status" != 0 ] && [ "$failed" = "$failed_before" ]; then
+    # A binary that dies has no closing line.
+    if [ "$(cat "$scratch/status")" != 0 ] && [ "$failed" = "$failed_before" ]; then
+        echo "== $part FAILED"
         failed=$((failed + 1))
     fi
     took
@@ -130,14 +133,6 @@ build_suite() {
     (cd "$scratch/go/src/suite" &&
         GO111MODULE=off GOFLAGS='' GOPATH="$scratch/go:/usr/share/gocode" \
             go test -c -o "$scratch/suite" .)
-}
-
-make_disk() {
-    truncate -s 1G "$scratch/image"
-    mkfs.ext4 -q -F "$scratch/image"
-    disk=$(losetup --find --show "$scratch/image")
-    mkdir "$scratch/disk"
-    mount "$disk" "$scratch/disk"
 }
 
 # begin_release and begin_openrc start jobs that run beside the tests, each in a
@@ -180,31 +175,38 @@ ring_ends() {
 # The ring of every day.
 #
 
-step "formatting" cargo fmt --check
+step "formatting" as_builder cargo fmt --check
 step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* tests/boot/*.sh \
     tests/boot/*.initd openrc/*d
 step "formatting of Go" test -z "$(gofmt -l tests)"
 
 # One profile for all, so that gRPC is compiled once (Cargo.toml).
 profile="--release --locked --features fault-points"
-# $profile is a list of words, here and below.
+# $profile is a list of words.
 # shellcheck disable=SC2086
-step "build" build_with_progress cargo test $profile --tests --no-run
+build_tests() {
+    build_with_progress cargo test $profile --tests --no-run
+}
 # shellcheck disable=SC2086
-step "lints" cargo clippy --quiet $profile --all-targets -- -D warnings
-# Not among all targets, because `cargo test` leaves them out.
+lint() {
+    # The last two are not among all targets: `cargo test` leaves them out.
+    as_builder cargo clippy --quiet $profile --all-targets -- -D warnings &&
+        as_builder cargo clippy --quiet $profile --test vm --test bench -- -D warnings
+}
 # shellcheck disable=SC2086
-step "lints of the virtual machine's tests" \
-    cargo clippy --quiet $profile --test vm --test bench -- -D warnings
-# shellcheck disable=SC2086
-RUSTDOCFLAGS='-D warnings' step "documentation" \
-    cargo doc --quiet $profile --no-deps --document-private-items
+document() {
+    as_builder env RUSTDOCFLAGS='-D warnings' \
+        cargo doc --quiet $profile --no-deps --document-private-items
+}
+step "build" build_tests
+step "lints" lint
+step "documentation" document
 [ "$ring" = test ] || begin_release
-rust_tests
+rust_tests --tests
 
 step "suite's build" build_suite
 export SNAPSHOTTER="$PWD/target/release/overlay-read-write-splitting-snapshotter"
-make_disk
+make_volume "$scratch/disk" 1G
 suite "one directory"
 SNAPSHOTTER_WRITABLE="$scratch/disk" suite "writable volume on another file system"
 SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
