@@ -101,6 +101,9 @@ install_files() {
     for file in README.md CHANGELOG.md LICENSE; do
         put 644 "$here/$file" "$share/$file"
     done
+    for file in "$here"/docs/*.md; do
+        put 644 "$file" "$share/docs/${file##*/}"
+    done
 }
 
 install_systemd() {
@@ -248,4 +251,5 @@ install_files
 # shellcheck disable=SC2086
 DESTDIR=$destdir sh "$here/disks.sh" --service "$service" $disks
 [ "$start" = no ] || "start_$service"
-say "$program is installed for $service; what to tell containerd is in $share/README.md"
+say "$program is installed for $service; the lines that containerd's configuration needs are in" \
+    "$share/README.md and $share/docs/containerd.md"

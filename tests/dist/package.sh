@@ -54,6 +54,9 @@ put 755 "$binary" "$scratch/$name/$program"
 put 644 "$scratch/$program.8" "$scratch/$name/$program.8"
 put 755 tests/dist/install.sh "$scratch/$name/install.sh"
 put 755 tests/dist/disks.sh "$scratch/$name/disks.sh"
+for file in docs/*.md; do
+    put 644 "$file" "$scratch/$name/$file"
+done
 for file in README.md CHANGELOG.md LICENSE systemd/"$program".service \
     systemd/"$program".default openrc/"$program".confd; do
     put 644 "$file" "$scratch/$name/$file"
@@ -77,6 +80,9 @@ put 644 "openrc/$program.confd" "$deb/usr/share/$program/openrc/$program.confd"
 put 644 "$scratch/$program.8" "$deb/usr/share/man/man8/$program.8"
 gzip -9 -n "$deb/usr/share/man/man8/$program.8"
 put 644 README.md "$deb/usr/share/doc/$program/README.md"
+for file in docs/*.md; do
+    put 644 "$file" "$deb/usr/share/doc/$program/$file"
+done
 put 644 CHANGELOG.md "$deb/usr/share/doc/$program/changelog"
 gzip -9 -n "$deb/usr/share/doc/$program/changelog"
 put 644 LICENSE "$deb/usr/share/doc/$program/copyright"
