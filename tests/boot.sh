@@ -1,6 +1,6 @@
 #!/bin/sh
 # Boots virtual machines with a small Debian in which the archive of dist/ is
-# installed, used, upgraded and removed as the README says, and whose disks come
+# installed, used, upgraded and removed as the README and docs say, and whose disks come
 # late or not at all. What is tested in them is boot/guest.sh.
 #
 #     sudo sh tests/boot.sh systemd|openrc

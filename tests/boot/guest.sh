@@ -245,7 +245,7 @@ is_as_before() {
 # Limits.
 #
 
-# "A limit for each container" in the README: the writable disk, which has none,
+# "Make the disk" in docs/limits.md: the writable disk, which has none,
 # gets project quotas, and containers a limit by default.
 allow_limits() {
     systemctl stop "$program"
@@ -355,7 +355,7 @@ no_container_runs() {
 phase_install() {
     mkdir /root/first /root/next
     cd /root/first
-    # As in the README, "Install" and "Set up the disks".
+    # As in the README, "Install", and in docs/disks.md, "By the script".
     tar xzf /test/first/$program-*-x86_64.tar.gz
     cd $program-*/
     printf '%s\n%s\n' "$disk_image" "$disk_writable" |
@@ -363,13 +363,13 @@ phase_install() {
         fail "install.sh"
     on image "$root"
     on writable "$writable"
-    # "Configure containerd": what the README says to write.
+    # The lines that docs/containerd.md has for this containerd.
     awk -v root="$root" '
         /^\*\*containerd 1.6 and 1.7\*\*/ { there = 1; next }
         there && /^[^ ]/ { exit }
         there { sub(/^    /, ""); gsub(/ROOT/, root); print }
-    ' "$share/README.md" >>/etc/containerd/config.toml
-    grep -q "$root/grpc.socks" /etc/containerd/config.toml || fail "the README has no stanza"
+    ' "$share/docs/containerd.md" >>/etc/containerd/config.toml
+    grep -q "$root/grpc.socks" /etc/containerd/config.toml || fail "docs/containerd.md has no stanza"
     # Under OpenRC the disk stays as install.sh has made it.
     [ "$manager" != systemd ] || allow_limits
     restart_containerd

@@ -104,7 +104,7 @@ fn containers_see_host_directories() {
     assert!(diff.status.success());
     assert!(
         tar.contains("opt/app/node_modules/left/index.js"),
-        "as the README warns"
+        "as docs/host-directories.md warns"
     );
 
     // A label changed for the next start.

@@ -431,7 +431,7 @@ fn projects_taken_by_a_container_refuse_nobody(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// What the README says about whom a limit does not bind.
+/// What docs/limits.md says about whom a limit does not bind.
 #[registered(crate::quotas::Test)]
 fn who_is_not_bound_is_as_described(rig: &mut Rig) {
     let daemon = rig.start(&[]);
