@@ -178,6 +178,7 @@ ring_ends() {
 step "formatting" as_builder cargo fmt --check
 step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* tests/boot/*.sh \
     tests/boot/*.initd openrc/*d
+step "links of the documentation" sh tests/check-docs.sh
 step "formatting of Go" test -z "$(gofmt -l tests)"
 
 # One profile for all, so that gRPC is compiled once (Cargo.toml).
