@@ -2,40 +2,27 @@
 //! containers write on another.
 //!
 //! The way of a request, each module calling only those after it:
-//! `main → daemon → service → snapshotter → { store, volume, overlay, mount, quota, tree, lowers }`;
-//! the commands `check`, `status`, `doctor`, `import` and `rescue` take the place of the service;
-//! `types`, `error`, `lock`, `background`, `fault`, `mountinfo`, `plain` and `fnv` are free to all,
-//! `filter` and `idmap` are pure leaves, and so is `bolt` but for reading its one file.
+//! `main → daemon → service → snapshotter → { store, volume, host_dirs, mount, quota, tree }`.
+//! The commands take the place of the service. `root` opens what stands in the root
+//! directory for the daemon and for commands. `types`, `error`, `sys` and `util` are free
+//! to all, and `text` has pure functions only.
 
-mod background;
-pub mod bolt;
-pub mod check;
+pub mod commands;
 pub mod config;
 pub mod daemon;
-pub mod doctor;
 pub mod error;
-mod fault;
-pub mod filter;
-mod fnv;
-pub mod idmap;
-pub mod import;
-mod lock;
-pub mod lowers;
+pub mod host_dirs;
 pub mod mount;
-pub mod mountinfo;
-pub mod overlay;
-mod plain;
-pub mod prometheus;
 pub mod quota;
-pub mod rescue;
+mod root;
 pub mod service;
-mod size;
 pub mod snapshotter;
-pub mod status;
 pub mod store;
 mod sys;
+pub mod text;
 pub mod tree;
 pub mod types;
+mod util;
 pub mod volume;
 
 /// The messages of containerd's API, generated from `proto/` by `build.rs`.

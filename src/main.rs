@@ -4,11 +4,10 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use overlay_read_write_splitting_snapshotter::commands::{self, check, doctor, import, status};
 use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
 use overlay_read_write_splitting_snapshotter::error::Error;
-use overlay_read_write_splitting_snapshotter::{
-    check, daemon, doctor, import, mount, rescue, status,
-};
+use overlay_read_write_splitting_snapshotter::{daemon, mount};
 
 /// The commands whose exit code 1 says that not all is well.
 const FINDING: [&str; 3] = ["check", "doctor", "import"];
@@ -46,9 +45,9 @@ fn main() -> ExitCode {
         }
         Ok(Parsed::Mount(config, options)) => {
             start_log();
-            finish(rescue::mount(&config, &options))
+            finish(commands::mount::mount(&config, &options))
         }
-        Ok(Parsed::Unmount(target)) => finish(rescue::umount(&target)),
+        Ok(Parsed::Unmount(target)) => finish(commands::mount::umount(&target)),
         Ok(Parsed::Print(text)) => {
             // A closed pipe (`--help | head`) is no failure.
             let _ = std::io::stdout().write_all(text.as_bytes());

@@ -18,10 +18,10 @@ use rustix::fs::{FileType, fstat, major, minor, stat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fault::HAS_FAULT_POINTS;
-use crate::mountinfo;
+use crate::mount::mountinfo;
 use crate::sys::quota::{self as sys, Target};
 use crate::types::{Limits, ProjectId, Usage};
+use crate::util::fault_point::HAS_FAULT_POINTS;
 
 /// Project ids that are ours to give out, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use fuzzing::{cases, spoil};
-use overlay_read_write_splitting_snapshotter::bolt::snapshots::{Contents, read};
+use overlay_read_write_splitting_snapshotter::commands::import::bolt::snapshots::{Contents, read};
 use overlay_read_write_splitting_snapshotter::error::ErrorKind;
 use program::{commit, prepare, remove, update, view, write};
 use random::Seed;

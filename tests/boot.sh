@@ -6,7 +6,7 @@
 #     sudo sh tests/boot.sh systemd|openrc
 #
 # Needs what `install-tools.sh test` installs, and an archive for x86-64, from
-# `dist.sh x86_64`. The machines' root disks are made once and kept in
+# `packaging/release.sh x86_64`. The machines' root disks are made once and kept in
 # target/tools. Where a boot fails, the end of its console is shown.
 set -eu
 
@@ -64,7 +64,7 @@ truncate -s 1G "$scratch/image" "$scratch/writable"
 # What is read in the machine: the release as a user has it, and as the next one
 # that an upgrade brings; an image.
 archive=$(echo dist/$program-*-x86_64.tar.gz)
-[ -f "$archive" ] || fail "no archive in dist; make it with: sudo sh tests/dist.sh x86_64"
+[ -f "$archive" ] || fail "no archive in dist; make it with: sudo sh packaging/release.sh x86_64"
 mkdir -p "$scratch/test/first" "$scratch/test/next" "$scratch/next"
 cp "$archive" "$scratch/test/first/"
 tar xzf "$archive" -C "$scratch/next"

@@ -17,7 +17,7 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
 use overlay_read_write_splitting_snapshotter::config::{self, Config, Parsed};
-use overlay_read_write_splitting_snapshotter::filter::{Filters, Subject};
+use overlay_read_write_splitting_snapshotter::text::filter::{Filters, Subject};
 
 use fuzzing::{cases, spoil};
 use random::{Random, Seed};

@@ -63,7 +63,7 @@ tools_for() {
         echo shellcheck:shellcheck
         ;;
     dist)
-        # tests/dist/cross.sh brings the compilers.
+        # packaging/cross.sh brings the compilers.
         tools_for bench
         echo git:git curl:curl python3-venv lowdown:lowdown groff:groff-base \
             qemu-aarch64-static:qemu-user-static readelf:binutils setcap:libcap2-bin \

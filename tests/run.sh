@@ -141,7 +141,7 @@ build_suite() {
 # A release takes long to compile, and many tests wait for disks: it gets what time
 # they leave.
 begin_release() {
-    setsid nice -n 19 sh tests/dist.sh all >"$scratch/release" 2>&1 &
+    setsid nice -n 19 sh packaging/release.sh all >"$scratch/release" 2>&1 &
     release_job=$!
     # Sessions get equal shares, however nice those in them are (sched(7), "The
     # autogroup feature").
@@ -176,7 +176,7 @@ ring_ends() {
 #
 
 step "formatting" as_builder cargo fmt --check
-step "scripts" shellcheck .ci/run tests/*.sh tests/dist/*.sh tests/dist/deb/p* tests/boot/*.sh \
+step "scripts" shellcheck .ci/run tests/*.sh tests/packaging/*.sh packaging/*.sh packaging/deb/p* tests/boot/*.sh \
     tests/boot/*.initd openrc/*d
 step "links of the documentation" sh tests/check-docs.sh
 step "formatting of Go" test -z "$(gofmt -l tests)"
@@ -228,12 +228,12 @@ if [ "$ring" = all ]; then
     # The binary that is released, with musl's memory and threads.
     SNAPSHOTTER="$PWD/dist/overlay-read-write-splitting-snapshotter-$(uname -m)" \
         SNAPSHOTTER_WRITABLE="$scratch/disk" suite "static binary"
-    step "packages, once more" sh tests/dist/test-same.sh
-    step "systemd unit" sh tests/dist/test-units.sh \
+    step "packages, once more" sh tests/packaging/test-same.sh
+    step "systemd unit" sh tests/packaging/test-units.sh \
         "dist/overlay-read-write-splitting-snapshotter-$(uname -m)"
-    step "archive" sh tests/dist/sandbox.sh test-install.sh
-    step "Debian package" sh tests/dist/sandbox.sh test-deb.sh
-    step "disks" sh tests/dist/sandbox.sh test-disks.sh
+    step "archive" sh tests/packaging/sandbox.sh test-install.sh
+    step "Debian package" sh tests/packaging/sandbox.sh test-deb.sh
+    step "disks" sh tests/packaging/sandbox.sh test-disks.sh
     # The machines keep one processor busy each.
     begin_openrc
     step "boots under systemd" sh tests/boot.sh systemd

@@ -2,7 +2,7 @@
 
 use super::invalid;
 use crate::error::Result;
-use crate::size::{parse_bytes, parse_number};
+use crate::text::size::{parse_bytes, parse_number};
 use crate::volume::Reserve;
 
 /// Reads bytes, with or without a unit (K, M, G, T: powers of 1024; `iB` may

@@ -259,7 +259,7 @@ fn flags() -> Vec<String> {
 #[test]
 fn every_flag_is_in_the_manual() {
     const MANUAL: &str =
-        include_str!("../../tests/dist/overlay-read-write-splitting-snapshotter.8.md");
+        include_str!("../../packaging/overlay-read-write-splitting-snapshotter.8.md");
     let flags = flags();
     assert!(flags.len() > 20, "{flags:?}");
     for flag in flags {

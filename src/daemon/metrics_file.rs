@@ -10,13 +10,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::background::Background;
 use crate::error::Result;
-use crate::lock::lock;
-use crate::prometheus::{Kind, head, line};
 use crate::quota::Support;
 use crate::service::Desk;
 use crate::snapshotter::{Figures, VolumeFigures};
+use crate::text::prometheus::{Kind, head, line};
+use crate::util::lock::lock;
+use crate::util::threads::Background;
 
 /// Prometheus asks once a minute by default.
 const INTERVAL: Duration = Duration::from_secs(15);

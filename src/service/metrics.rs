@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::error::ErrorKind;
-use crate::prometheus::{Kind, head, line};
+use crate::text::prometheus::{Kind, head, line};
 
 /// The methods by the names that they have in the figures.
 const METHODS: [&str; 10] = [

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use grpcio::{RpcStatus, RpcStatusCode};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::lock::lock;
+use crate::util::lock::lock;
 
 type Job = Box<dyn FnOnce() + Send>;
 

@@ -7,7 +7,7 @@ use std::task::{Context, Waker};
 
 use grpcio::UnarySinkResult;
 
-use crate::lock::lock;
+use crate::util::lock::lock;
 
 /// Keeps answers until they are sent: a call that is let go of is cut off. Nobody
 /// waits for them, as that would wake a thread for each.

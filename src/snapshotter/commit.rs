@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::{Snapshotter, SyncMode, labels};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::lock::lock;
 use crate::store::{Commit, DataBytes};
 use crate::tree;
 use crate::types::{Labels, Quoted, SnapshotId, Volume};
+use crate::util::lock::lock;
 use crate::volume::Dirs;
 
 impl Snapshotter {

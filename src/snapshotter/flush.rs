@@ -10,10 +10,10 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Snapshotter, SyncMode};
-use crate::background::Background;
 use crate::error::Result;
-use crate::lock::lock;
 use crate::types::SnapshotId;
+use crate::util::lock::lock;
+use crate::util::threads::Background;
 use crate::volume::Flush;
 
 /// How much unpacking, in time, a Commit finds unflushed at most.

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use rustix::fs::FileType;
 
 use super::Snapshotter;
-use super::finding::{Finding, Problem, Recorded};
+use super::problem::{Finding, Problem, Recorded};
 use super::recover::first_forgotten;
 use crate::error::{Error, ErrorKind, Result};
-use crate::filter::Filters;
 use crate::store::{DataBytes, Snapshot};
+use crate::text::filter::Filters;
 use crate::tree;
 use crate::types::{Content, Kind, Quoted, SnapshotId, Volume};
 use crate::volume::{Dirs, Shape, moving_id};

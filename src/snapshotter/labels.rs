@@ -2,8 +2,8 @@
 //! anything is changed. Pure.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::idmap::IdMapping;
 use crate::store::LabelChange;
+use crate::text::idmap::IdMapping;
 use crate::types::{LABEL_GID_MAPPING, LABEL_UID_MAPPING, Labels, MAX_LABEL_BYTES, Quoted};
 use crate::volume::Owner;
 

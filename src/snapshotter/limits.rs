@@ -2,7 +2,7 @@
 
 use super::labels::invalid;
 use crate::error::Result;
-use crate::size::{parse_bytes, parse_number};
+use crate::text::size::{parse_bytes, parse_number};
 use crate::types::{
     LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Limits, Quoted, Usage,
 };

@@ -5,7 +5,7 @@ use super::labels::IdMaps;
 use super::place::is_unpack;
 use super::{IdMappedMounts, QuotaMode, Snapshotter};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::overlay::{Plan, plan_mounts};
+use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::{Ancestor, Reader, Snapshot};
 use crate::types::{Kind, LABEL_LOWERS, Limits, Mount, Quoted, SnapshotId, Volume};
 
@@ -49,7 +49,7 @@ impl Snapshotter {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
     /// committed one, for one that a person has mounted to write to it, or if the
     /// writable volume is needed and not there; for its host directories as of
-    /// [`crate::lowers::Policy::ensure`].
+    /// [`crate::host_dirs::Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
             .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))

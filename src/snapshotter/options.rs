@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::lowers::{ImageRule, Policy};
+use crate::host_dirs::{ImageRule, Policy};
 use crate::quota::ProjectRange;
 #[cfg(doc)]
 use crate::snapshotter::Snapshotter;

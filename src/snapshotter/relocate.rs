@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::FileType;
 
 use super::{Relocation, Snapshotter};
-use crate::background::Background;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::fault::fault_point;
-use crate::lock::lock;
 use crate::store::{Ancestor, Away, Transaction};
 use crate::types::{Kind, Quoted, SnapshotId, Timestamp, Volume};
+use crate::util::fault_point::fault_point;
+use crate::util::lock::lock;
+use crate::util::threads::Background;
 use crate::volume::Dirs;
 use crate::{mount, sys, tree};
 

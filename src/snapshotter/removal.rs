@@ -5,10 +5,10 @@ use std::sync::atomic::Ordering;
 
 use super::{RemovalMode, Snapshotter, labels, recover};
 use crate::error::{Context, ErrorKind, Result};
-use crate::lock::lock;
 use crate::store::{Place, Transaction};
 use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
+use crate::util::lock::lock;
 use crate::volume::Dirs;
 
 impl Snapshotter {

@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 
 use super::Snapshotter;
-use super::finding::{Finding, Problem};
+use super::problem::{Finding, Problem};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::filter::Filters;
 use crate::store::Snapshot;
+use crate::text::filter::Filters;
 use crate::types::{SnapshotId, Volume};
 
 impl Snapshotter {

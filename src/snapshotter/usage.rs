@@ -13,10 +13,10 @@ use rustix::fd::OwnedFd;
 
 use super::Snapshotter;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::lock::lock;
 use crate::store::Snapshot;
 use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Usage, Volume};
+use crate::util::lock::lock;
 use crate::volume::Dirs;
 
 /// Somebody who waits for an answer, and may cease to.

@@ -10,8 +10,8 @@ use super::convert::{sql_data_bytes, sql_id, sql_kind, sql_number, sql_volume};
 use super::rows::{Rows, Snapshot};
 use super::{beside, labels, sql_error};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fnv::Fnv;
 use crate::types::Quoted;
+use crate::util::fnv::Fnv;
 
 /// The sum over all that an import has entered.
 const IMPORTED: &str = "imported";

@@ -6,7 +6,7 @@ use rusqlite::{Connection, params};
 
 use super::convert::{sql_id, sql_number};
 use super::rows::Rows;
-use super::{sql_error, tail};
+use super::{completeness, sql_error};
 use crate::error::Result;
 use crate::types::{Content, SnapshotId};
 
@@ -18,7 +18,7 @@ impl<C: Borrow<Connection>> Rows<C> {
     ///
     /// Those of the database.
     pub fn copied(&self) -> Result<Option<String>> {
-        self.fact(tail::COPIED)
+        self.fact(completeness::COPIED)
     }
 }
 
@@ -94,6 +94,6 @@ impl Rows<&Connection> {
     ///
     /// Those of the database.
     pub fn forget_copied(&self) -> Result<()> {
-        self.forget_fact(tail::COPIED)
+        self.forget_fact(completeness::COPIED)
     }
 }

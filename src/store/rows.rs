@@ -10,7 +10,7 @@ use super::convert::{
 };
 use super::sql_error;
 use crate::error::{Error, ErrorKind, Result};
-use crate::filter::{Filters, Subject};
+use crate::text::filter::{Filters, Subject};
 use crate::types::{Content, Info, Kind, Labels, Quoted, SnapshotId, Usage, Volume};
 
 /// One snapshot as it is recorded.

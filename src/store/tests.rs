@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::*;
-use crate::filter::Filters;
+use crate::text::filter::Filters;
 use crate::types::{Content, Kind, Labels, SnapshotId, Usage, Volume};
 
 struct Fixture {

@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::{is_dot, open_directory};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::lock::lock;
+use crate::util::lock::lock;
 
 /// How many directories deep a removal holds descriptors; what lies deeper is
 /// moved up first, so that no tree needs more.

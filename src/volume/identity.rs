@@ -11,8 +11,8 @@ use rustix::fs::{
 use rustix::io::{Errno, read};
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::cached_lookup::{Glance, glance};
 use super::file::replace_file;
-use super::glance::{Glance, glance};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 const FILE: &str = ".volume";

@@ -12,10 +12,10 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use super::cached_lookup::{Glance, glance};
 use super::dirs::{Dirs, Owner, ensure_directory, is_empty, open_to_list};
-use super::glance::{Glance, glance};
+use super::host_dirs::open_lowers;
 use super::identity::open_top;
-use super::lowers::open_lowers;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 

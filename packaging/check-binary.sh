@@ -1,0 +1,121 @@
+#!/bin/sh
+# check-binary.sh BINARY MACHINE: checks a static binary for MACHINE (x86_64,
+# aarch64) as root: that it is static and small, that it starts and serves, and,
+# if this machine can run it without an emulator, that it is sparing with memory.
+set -eu
+
+cd "$(dirname "$0")/../.."
+binary=$(realpath "$1")
+machine=$2
+# The budget.
+most_bytes=5500000
+most_idle_kib=6144
+most_used_kib=8192
+requests=10000
+# What comes and goes with some callers is no growth.
+most_grown_kib=512
+
+fail() {
+    echo "check-binary.sh: $machine: $*" >&2
+    [ ! -s "$scratch/log" ] || tail -n 20 "$scratch/log" >&2
+    exit 1
+}
+
+scratch=$(mktemp -d)
+daemon=
+clean_up() {
+    if [ -n "$daemon" ]; then
+        kill -KILL "$daemon" 2>/dev/null || :
+        wait "$daemon" || :
+    fi
+    rm -rf "$scratch"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+case $machine in
+x86_64) elf_machine='Advanced Micro Devices X86-64' ;;
+aarch64) elf_machine=AArch64 ;;
+*) fail "no such machine" ;;
+esac
+emulator=
+[ "$(uname -m)" = "$machine" ] || emulator=qemu-$machine-static
+
+# Static: no program interpreter, no shared library.
+readelf -h "$binary" | grep -q "Machine: *$elf_machine\$" || fail "$binary is for another machine"
+! readelf -lW "$binary" | grep -q INTERP || fail "$binary has a program interpreter"
+! readelf -dW "$binary" 2>/dev/null | grep NEEDED || fail "$binary needs shared libraries"
+# Nothing of the machine that it was built on.
+for path in "$PWD" "${HOME:-/root}"; do
+    [ "$path" != / ] || continue
+    ! grep -qaF "$path/" "$binary" || fail "$binary has the path $path/ of this machine in it"
+done
+
+bytes=$(stat -c %s "$binary")
+echo "$machine: $bytes bytes, static"
+[ "$machine" != x86_64 ] || [ "$bytes" -le "$most_bytes" ] ||
+    fail "$binary has $bytes bytes, more than $most_bytes"
+
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+# $emulator is one word or none, here and below.
+# shellcheck disable=SC2086
+said=$($emulator "$binary" --version) || fail "--version fails"
+[ "$said" = "overlay-read-write-splitting-snapshotter $version" ] ||
+    fail "--version says '$said', Cargo.toml '$version'"
+
+sh tests/packaging/build-client.sh "$scratch/client"
+
+: >"$scratch/log"
+# shellcheck disable=SC2086
+$emulator "$binary" --root-dir "$scratch/root" >"$scratch/log" 2>&1 &
+daemon=$!
+tries=600
+until grep -q ' serving on ' "$scratch/log"; do
+    tries=$((tries - 1))
+    if [ "$tries" = 0 ] || ! kill -0 "$daemon" 2>/dev/null; then
+        fail "it does not start"
+    fi
+    sleep 0.1
+done
+
+# resident: the daemon's memory, all of it, in KiB.
+resident() {
+    sed -n 's/^VmRSS:[[:space:]]*\([0-9]*\) kB/\1/p' "/proc/$daemon/status"
+}
+
+# at_most WHEN LIMIT: checks it, and leaves it in kib.
+at_most() {
+    kib=$(resident)
+    echo "$machine: $kib KiB resident $1"
+    [ "$kib" -le "$2" ] || {
+        sed -n -e '/^Rss/p' -e '/^Threads/p' "/proc/$daemon/status" >&2
+        fail "$kib KiB are resident $1, more than $2"
+    }
+}
+
+if [ -z "$emulator" ]; then
+    # What the start does in the background is done by then.
+    sleep 3
+    at_most "when idle" "$most_idle_kib"
+fi
+"$scratch/client" "$scratch/root/grpc.socks" once || fail "it does not serve"
+# For this it starts itself as a child, and does without where it cannot have
+# what it needs, such as mount_setattr(2) in an emulator.
+"$scratch/client" "$scratch/root/grpc.socks" mapped || fail "it does not serve mapped ids"
+if [ -z "$emulator" ]; then
+    "$scratch/client" "$scratch/root/grpc.socks" many "$requests" || fail "it does not serve"
+    at_most "after $requests requests" "$most_used_kib"
+    "$scratch/client" "$scratch/root/grpc.socks" many $((2 * requests)) || fail "it does not serve"
+    at_most "after $((3 * requests)) requests" $((kib + most_grown_kib))
+fi
+
+kill "$daemon"
+status=0
+wait "$daemon" || status=$?
+daemon=
+[ "$status" = 0 ] || fail "it ended with status $status"
+# What it could not do, it has logged.
+grep 'layers cannot be id-mapped' "$scratch/log" || :
+! grep -E ' (WARN|ERROR) ' "$scratch/log" | grep -v 'asks for mapped ids' || fail "it has warned"
+echo "$machine: serves"

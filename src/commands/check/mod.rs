@@ -1,0 +1,203 @@
+//! The command `check`: do the database and the disks agree, and if not, what
+//! can be done about it.
+//!
+//! Owns: the order of looking, telling, asking and mending. Never: what is wrong
+//! with a snapshot, or how it is mended; that is the snapshotter's. Beside a
+//! running daemon it only reads; to mend it takes the root's lock.
+
+mod report;
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::thread;
+use std::time::Duration;
+
+use crate::config::{CheckOptions, Config, Format, Mending, MissingVolume};
+use crate::daemon;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mount::ByHand;
+use crate::root::open::{Purpose, Visit, visit};
+use crate::root::writable;
+use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
+use crate::store::{Completeness, Snapshot, Store};
+use crate::types::LABEL_IMAGE_REF;
+use crate::volume::{Identity, Image, Lifetime, Volumes};
+use report::Report;
+
+/// What a check came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Database and disks agree.
+    Clean,
+    /// They do not.
+    Findings,
+}
+
+/// How often a finding must be seen beside a running daemon, whose own work
+/// looks like one for a moment, and how long apart.
+const LOOKS: u32 = 3;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
+
+/// Checks, and mends if that is asked for; tells on standard output.
+///
+/// # Errors
+///
+/// Whatever keeps it from looking or from mending, in one line.
+pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
+    daemon::raise_descriptor_limit();
+    let mends = options.mending != Mending::Never;
+    let purpose = if mends {
+        Purpose::Change
+    } else {
+        Purpose::Look
+    };
+    let Visit {
+        // Held to the end: no daemon starts on what is being looked at.
+        lock,
+        completeness,
+        store,
+        volumes,
+    } = visit(config, purpose)?;
+    let identity = store.read()?.fact(Identity::FACT)?;
+    let by_hand = ByHand::of_root(identity.as_deref())?;
+    if mends && let Some(ByHand { id, point, .. }) = by_hand.first() {
+        return Err(refused(format!(
+            "snapshot {id} is mounted by hand at {}, and a repair may remove it: unmount it first",
+            point.display()
+        )));
+    }
+    let volumes = match options.missing {
+        MissingVolume::AwaitIt => volumes,
+        MissingVolume::GiveItUp => give_up(config, options, volumes, &store)?,
+    };
+    let snapshotter = Snapshotter::new(store, volumes, daemon::options(config));
+
+    let inspection = inspect(&snapshotter, &completeness, lock.is_none())?;
+    let doomed = snapshotter.doomed(&inspection.findings)?;
+    let mut report = Report::new(lock.is_none(), inspection);
+    report.doom(doomed);
+    if !mends || report.is_clean() {
+        report.print(options.format);
+        return Ok(report.outcome());
+    }
+    if options.format == Format::Human {
+        report.print(options.format);
+    }
+    if !asked(options, &report.question())? {
+        return Ok(Outcome::Findings);
+    }
+    snapshotter.repair(report.findings())?;
+    let after = snapshotter.inspect()?;
+    report.mended(after);
+    report.print(options.format);
+    Ok(report.outcome())
+}
+
+/// What is found, as often as need be to leave out the daemon's own work.
+fn inspect(
+    snapshotter: &Snapshotter,
+    completeness: &Completeness,
+    is_running: bool,
+) -> Result<Inspection> {
+    let mut inspection = snapshotter.inspect()?;
+    let mut looks = 1;
+    while is_running && looks < LOOKS && !inspection.findings.is_empty() {
+        thread::sleep(BETWEEN_LOOKS);
+        let again = snapshotter.inspect()?;
+        inspection.snapshots = again.snapshots;
+        inspection
+            .findings
+            .retain(|seen| again.findings.contains(seen));
+        looks += 1;
+    }
+    // A repair that was cut short may have given it a log, which then says so.
+    let copied = snapshotter.store().read()?.copied()?;
+    let completeness = match (completeness, copied) {
+        (Completeness::Whole, Some(made)) => &Completeness::Copy(made),
+        _ => completeness,
+    };
+    if let Some(what) = incomplete(completeness) {
+        let finding = Finding {
+            problem: Problem::DatabaseIncomplete { what },
+            name: None,
+            id: None,
+            volume: None,
+        };
+        inspection.findings.insert(0, finding);
+    }
+    Ok(inspection)
+}
+
+fn incomplete(completeness: &Completeness) -> Option<String> {
+    match completeness {
+        Completeness::Whole => None,
+        Completeness::LogMissing => Some(
+            "the database was in use, and its log with the latest changes is missing or empty"
+                .to_owned(),
+        ),
+        Completeness::Copy(made) | Completeness::CopyWithLog(made) => Some(format!(
+            "the database is a copy of an earlier state, made {made}"
+        )),
+    }
+}
+
+/// Takes the writable directory as a new volume in the place of the missing one.
+fn give_up(
+    config: &Config,
+    options: CheckOptions,
+    volumes: Volumes,
+    store: &Store,
+) -> Result<Volumes> {
+    let question = format!(
+        "Everything that containers have written on the writable volume is given up, and {} \
+         becomes a new one.",
+        config.writable
+    );
+    if !asked(options, &question)? {
+        return Err(refused("nothing was changed".to_owned()));
+    }
+    let mount_options = daemon::options(config).mount_options;
+    writable::give_up(&volumes, store, &mount_options)?;
+    let root = Image::open_existing_root(&config.root)?;
+    let anew = Volumes::new(Image::open(root)?, config.writable.clone());
+    writable::set_up(&anew, store, Lifetime::Lasting, &mount_options)?;
+    Ok(anew)
+}
+
+fn asked(options: CheckOptions, question: &str) -> Result<bool> {
+    if options.mending == Mending::AtOnce {
+        return Ok(true);
+    }
+    if !std::io::stdin().is_terminal() {
+        return Err(refused(
+            "nobody is there to be asked: give --yes with --repair".to_owned(),
+        ));
+    }
+    print!("\n{question}\nGo on? [y/N] ");
+    let mut answer = String::new();
+    std::io::stdout()
+        .flush()
+        .and_then(|()| std::io::stdin().lock().read_line(&mut answer))
+        .map_err(|error| Error::caused(ErrorKind::Internal, "ask", error))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+fn refused(what: String) -> Error {
+    Error::new(ErrorKind::FailedPrecondition, what)
+}
+
+/// The parts of a key as containerd makes them: `<namespace>/<number>/<name>`.
+pub(crate) fn split_key(key: &str) -> (Option<&str>, &str) {
+    let mut parts = key.splitn(3, '/');
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(namespace), Some(_), Some(name)) => (Some(namespace), name),
+        _ => (None, key),
+    }
+}
+
+fn image_of(snapshot: &Snapshot) -> Option<&str> {
+    snapshot
+        .info
+        .labels
+        .get(LABEL_IMAGE_REF)
+        .map(String::as_str)
+}

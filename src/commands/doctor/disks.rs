@@ -1,0 +1,224 @@
+//! The directories of both volumes, or where they will be made: what they are
+//! on, and whether overlayfs can write there.
+
+use std::fs;
+use std::io::ErrorKind as IoKind;
+use std::path::{Path, PathBuf};
+
+use rustix::fd::AsFd;
+use rustix::fs::{Mode, OFlags, open, statvfs};
+
+use super::{Finding, Verdict};
+use crate::commands::output::bytes;
+use crate::config::Config;
+use crate::daemon;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mount::mountinfo::{self, Mounted};
+use crate::mount::{MERGED, probe_idmapped_mounts, probe_upper, unmount_stale};
+use crate::quota::{self, Quotas, Support};
+use crate::snapshotter::QuotaMode;
+use crate::types::Limits;
+use crate::volume::{Lifetime, MountPoints, require_mount_points};
+
+/// A directory, or the nearest one above it that is there.
+struct Place {
+    there: PathBuf,
+    is_whole: bool,
+    mounted: Mounted,
+}
+
+pub(super) fn look(config: &Config) -> Vec<Finding> {
+    let options = daemon::options(config).mount_options;
+    let mut findings = Vec::new();
+    let mut look_at = |topic, flag, path: &str| match find(path) {
+        Err(error) => {
+            let text = format!("{}: give another {flag}", error.chain());
+            findings.push(Finding::new(topic, Verdict::Bad, text));
+            None
+        }
+        Ok(place) => {
+            findings.push(describe(topic, path, &place));
+            findings.push(try_overlay(topic, &place, &options));
+            Some(place)
+        }
+    };
+    let image = look_at("image", "--root-dir", &config.root);
+    let writable = look_at("writable", "--writable-dir", &config.writable);
+    let (Some(image), Some(writable)) = (image, writable) else {
+        return findings;
+    };
+    let is_one = image.mounted.device == writable.mounted.device;
+    findings.push(match is_one {
+        false => Finding::new("split", Verdict::Good, "two file systems"),
+        true => Finding::new(
+            "split",
+            Verdict::Note,
+            format!(
+                "both volumes are on one file system ({}), so nothing is split: mount the small, \
+                 fast disk on the writable directory, or name another with --writable-dir",
+                image.mounted.source
+            ),
+        ),
+    });
+    findings.extend(lasting(config, &writable));
+    findings.extend(limits(config, &writable));
+    if config.mount_points == MountPoints::Required {
+        let directories = [
+            ("--root-dir", &*config.root),
+            ("--writable-dir", &*config.writable),
+        ];
+        if let Err(error) = require_mount_points(&directories) {
+            findings.push(Finding::new("mounts", Verdict::Bad, error.chain()));
+        }
+    }
+    findings.push(match probe_idmapped_mounts(&image.there) {
+        Ok(()) => Finding::new("mapped ids", Verdict::Good, "layers can be id-mapped"),
+        Err(error) => Finding::new(
+            "mapped ids",
+            Verdict::Note,
+            format!(
+                "{}: leave \"remap-ids\" out of the capabilities of the proxy plugin",
+                error.chain()
+            ),
+        ),
+    });
+    findings
+}
+
+/// Whether containers can have a size.
+fn limits(config: &Config, writable: &Place) -> Option<Finding> {
+    let options = &config.quota;
+    if options.mode == QuotaMode::Off {
+        return None;
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = open(&writable.there, flags, Mode::empty()).ok()?;
+    let path = writable.there.display().to_string();
+    let lack = |support| quota::lack(directory.as_fd(), &path, support).chain();
+    let is_needed = options.mode == QuotaMode::Require || options.default != Limits::NONE;
+    let missing = match is_needed {
+        true => Verdict::Bad,
+        false => Verdict::Note,
+    };
+    let (verdict, text) = match Quotas::probe(directory.as_fd()) {
+        Ok(Some(quotas)) if quotas.support() == Support::Limits => (
+            Verdict::Good,
+            "project quotas: containers can have a size".to_owned(),
+        ),
+        Ok(quotas) => (missing, lack(quotas.map(|quotas| quotas.support()))),
+        Err(error) => (missing, error.chain()),
+    };
+    Some(Finding::new("limits", verdict, text))
+}
+
+/// Memory forgets, and the daemon then takes the volume for a missing one.
+fn lasting(config: &Config, writable: &Place) -> Option<Finding> {
+    let is_memory = matches!(&*writable.mounted.file_system, "tmpfs" | "ramfs");
+    (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
+        Finding::new(
+            "writable",
+            Verdict::Note,
+            "what is in memory is gone after a reboot: if that is meant, give --writable-volatile",
+        )
+    })
+}
+
+fn find(path: &str) -> Result<Place> {
+    let cannot = |error| {
+        let what = format!("look at {path}");
+        Error::caused(ErrorKind::FailedPrecondition, what, error)
+    };
+    let mut there = PathBuf::from(path);
+    // A link to nowhere is there, and no place to make a directory; a disk that has
+    // failed answers otherwise.
+    let is_missing = |path: &Path| {
+        fs::symlink_metadata(path).is_err_and(|error| error.kind() == IoKind::NotFound)
+    };
+    while is_missing(&there) && there.pop() {}
+    let meta = fs::metadata(&there).map_err(cannot)?;
+    if !meta.is_dir() {
+        let what = format!("{} is no directory", there.display());
+        return Err(Error::new(ErrorKind::FailedPrecondition, what));
+    }
+    let text = there.to_str().unwrap_or(path);
+    let mounted = mountinfo::of_path(text)?.ok_or_else(|| {
+        let what = format!("the kernel does not tell what {text} is on");
+        Error::new(ErrorKind::FailedPrecondition, what)
+    })?;
+    Ok(Place {
+        is_whole: there == Path::new(path),
+        there,
+        mounted,
+    })
+}
+
+fn describe(topic: &'static str, path: &str, place: &Place) -> Finding {
+    let mounted = &place.mounted;
+    let room = statvfs(&place.there).map_or(String::new(), |state| {
+        let size = state.f_blocks.saturating_mul(state.f_frsize);
+        let free = state.f_bavail.saturating_mul(state.f_frsize);
+        format!(", {}, {} free", bytes(size), bytes(free))
+    });
+    let on = format!("{}, {}{room}", mounted.source, mounted.file_system);
+    let where_to = match (place.is_whole, mounted.point == place.there) {
+        (true, true) => String::new(),
+        (true, false) => format!(" in {}", mounted.point.display()),
+        (false, _) => format!(
+            " is not there and would be made in {}",
+            place.there.display()
+        ),
+    };
+    Finding::new(topic, Verdict::Good, format!("{path}{where_to}: {on}"))
+}
+
+/// The directory that is tried in; nobody else's, and if one was left by a doctor
+/// that was killed, the next one removes it. What was mounted in it has gone with
+/// that one's mount namespace.
+const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
+
+/// Really mounts one there.
+fn try_overlay(topic: &'static str, place: &Place, options: &[String]) -> Finding {
+    let scratch = place.there.join(SCRATCH);
+    let remove = || match fs::remove_dir_all(&scratch) {
+        Err(error) if error.kind() != IoKind::NotFound => Err(("remove", error)),
+        _ => Ok(()),
+    };
+    let made = remove().and_then(|()| fs::create_dir(&scratch).map_err(|error| ("create", error)));
+    if let Err((what, error)) = made {
+        let hint = match error.kind() {
+            IoKind::ReadOnlyFilesystem => "make it writable",
+            IoKind::StorageFull => "make room there",
+            _ => "another directory may do",
+        };
+        let text = format!("cannot {what} {}: {error}: {hint}", scratch.display());
+        return Finding::new(topic, Verdict::Bad, text);
+    }
+    let probed = probe_upper(&scratch, options);
+    unmount_stale(&scratch.join(MERGED));
+    if let Err((what, error)) = remove() {
+        let text = format!("cannot {what} {}: {error}", scratch.display());
+        return Finding::new(topic, Verdict::Note, text);
+    }
+    match probed {
+        Ok(()) => Finding::new(
+            topic,
+            Verdict::Good,
+            "overlayfs writes there, directory entries have types",
+        ),
+        Err(error) => {
+            let hint = match options {
+                _ if !has_overlay() => "this kernel has no overlayfs: load the module \"overlay\"",
+                [] => "ext4, XFS or btrfs will do",
+                _ => "ext4, XFS or btrfs will do, and so may other --mount-option",
+            };
+            let path = place.there.display();
+            let text = format!("no overlay on {path}: {}: {hint}", error.chain());
+            Finding::new(topic, Verdict::Bad, text)
+        }
+    }
+}
+
+fn has_overlay() -> bool {
+    let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    known.split_whitespace().any(|name| name == "overlay")
+}

@@ -1,0 +1,136 @@
+//! Making the new database, and putting it into the place of the old one.
+
+use std::path::Path;
+
+use super::files::{self, Paths};
+use super::plan::{Disks, Plan};
+use super::{TRANSACTION, WRITABLE_DIR, is_away};
+use crate::config::Config;
+use crate::daemon;
+use crate::error::Result;
+use crate::root::{state, writable};
+use crate::store::{FileFormat, Store, probe_format, remove_companions, set_space_aside};
+use crate::types::SnapshotId;
+use crate::util::fault_point::fault_point;
+use crate::volume::{Image, Volumes};
+
+/// Does what the plan says, in steps that [`super::undo::take_back`] can take
+/// back, up to the one that counts.
+///
+/// # Errors
+///
+/// As of the disks; nothing has been taken back then.
+pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Disks) -> Result<()> {
+    paths.make_draft()?;
+    fault_point("import-begun");
+    let store = Store::open(&paths.draft_database())?;
+    // Before anything is done to that directory.
+    let mut transaction = store.write()?;
+    transaction
+        .rows()
+        .record_fact(WRITABLE_DIR, &config.writable)?;
+    transaction
+        .rows()
+        .record_fact(TRANSACTION, &plan.transaction.to_string())?;
+    transaction.commit()?;
+    drop(transaction);
+    fault_point("import-drafted");
+
+    // With another state directory the draft would not be found again.
+    let root = Image::open_existing_root(&config.root)?;
+    state::record(&root, config, &paths.target, &store)?;
+    fault_point("import-recorded");
+
+    let volumes = Volumes::new(
+        Image::open(Image::open_existing_root(&config.root)?)?,
+        config.writable.clone(),
+    );
+    let options = daemon::options(config);
+    writable::adopt(&volumes, &store, &options.mount_options)?;
+    fault_point("import-marked");
+
+    // First of all: a link of ours may get the name of something else.
+    for found in disks.present() {
+        let volume = found.filled.volume();
+        let there = plan.aside.iter().filter(|(on, _)| *on == volume);
+        let ids: Vec<SnapshotId> = there.map(|(_, id)| *id).collect();
+        found.filled.set_aside(&ids)?;
+    }
+    fault_point("import-set-aside");
+
+    let mut transaction = store.write()?;
+    transaction.rows().import(&plan.kept, plan.highest_id)?;
+    transaction.commit()?;
+    drop(transaction);
+    fault_point("import-entered");
+
+    for snapshot in plan.kept.iter().filter(|snapshot| is_away(snapshot)) {
+        volumes.link_home(snapshot.id)?;
+    }
+    fault_point("import-linked");
+
+    for found in disks.present() {
+        found.filled.sync()?;
+    }
+    store.close()?;
+    drop(store);
+    exchange(paths)
+}
+
+/// Puts ours into the place of the original's.
+fn exchange(paths: &Paths) -> Result<()> {
+    // A log of another database would be taken for one of ours.
+    remove_companions(&paths.target)?;
+    if !paths.is_source_kept()? {
+        files::link(&paths.source, &paths.kept)?;
+    }
+    paths.flush()?;
+    fault_point("import-kept");
+    files::rename(&paths.draft_database(), &paths.target)?;
+    paths.flush()?;
+    fault_point("import-exchanged");
+    if !paths.is_one_place() {
+        files::remove_file(&paths.source)?;
+        paths.flush()?;
+    }
+    fault_point("import-complete");
+    // What stays is for nobody to find.
+    if let Err(error) = paths.remove_draft() {
+        log::warn!("{}", error.chain());
+    }
+    set_space_aside(&paths.target);
+    Ok(())
+}
+
+/// Whether an import has been cut short when all that was left to do was to remove
+/// the draft's directory.
+///
+/// # Errors
+///
+/// As of the disk.
+pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
+    Ok(paths.has_draft()?
+        && probe_format(&paths.draft_database())? == FileFormat::Absent
+        && probe_format(&paths.target)? == FileFormat::Ours
+        && (paths.is_one_place() || probe_format(&paths.source)? == FileFormat::Absent))
+}
+
+/// Where the databases have places of their own, ours may be in its place
+/// already, and the original's too: then ours is a draft once more.
+///
+/// # Errors
+///
+/// As of the disk.
+pub(super) fn take_for_draft(paths: &Paths) -> Result<()> {
+    let is_placed = !paths.is_one_place() && probe_format(&paths.target)? == FileFormat::Ours;
+    if !is_placed || is_drafted(&paths.draft_database())? {
+        return Ok(());
+    }
+    remove_companions(&paths.target)?;
+    files::rename(&paths.target, &paths.draft_database())?;
+    paths.flush()
+}
+
+fn is_drafted(database: &Path) -> Result<bool> {
+    Ok(probe_format(database)? == FileFormat::Ours)
+}

@@ -1,0 +1,179 @@
+//! The command `import`: the Go original's snapshots become ours, and, as long
+//! as nothing was written since, the original's again.
+//!
+//! Owns: the order of steps. Never: the format of either database.
+//!
+//! The new database is made in `<state>/metadata.db.import/`, with all there is to
+//! it. The old one then gets a second name, `metadata.db.bbolt`, and the new one
+//! is renamed over the first: before that step the original finds its database as
+//! it was, after it the daemon finds ours. Directories stay where they are, but
+//! for those that belong to no snapshot that is taken over: they are set aside,
+//! so that no start takes them for strays. Undoing goes the same way backwards:
+//! first the databases, by one rename, then the disks.
+//!
+//! As long as the draft's directory is there, something is half done, and what it
+//! holds says what: running the command again begins by taking that back. A
+//! killed import leaves the original's database in use until the one rename, and
+//! ours after it; so does a killed undoing, the other way round. A draft's directory
+//! without a database, beside ours in use, is of an import that has done everything
+//! else.
+//!
+//! A layer that the original made out of a container's snapshot is on the
+//! writable volume, where the original never finds it: nothing could be made to
+//! stand on it. Its bytes are whole, and to us it is a layer that is not home
+//! yet, so it is taken over as that.
+
+pub mod bolt;
+mod draft;
+mod files;
+mod plan;
+mod preconditions;
+mod report;
+mod undo;
+
+use crate::commands::import::bolt::snapshots::{Contents, read};
+use crate::config::{Config, ImportOptions, ImportTask, MissingSnapshots};
+use crate::daemon;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::root::lock;
+use crate::store::{FileFormat, Snapshot, probe_format};
+use crate::types::{Kind, Volume};
+use crate::volume::{Image, Lifetime, MountPoints, Root, require_mount_points};
+use files::Paths;
+use plan::{Disks, Plan};
+use report::Report;
+
+/// The fact that tells with which writable directory the step under way is made:
+/// with another one it would be finished on the wrong disk.
+const WRITABLE_DIR: &str = "import_writable_dir";
+
+/// The fact that tells the last transaction of the original's database. An original
+/// that was started during the import has waited for that file, and goes on with
+/// it under its second name.
+const TRANSACTION: &str = "import_transaction";
+
+/// What an import came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Everything was done.
+    Whole,
+    /// Some snapshots are left out.
+    Partial,
+}
+
+/// Imports, tells what an import would do, or undoes one; tells on standard
+/// output.
+///
+/// # Errors
+///
+/// Whatever keeps it from that, in one line; nothing was done then, or the command
+/// can be run again.
+pub fn run(config: &Config, options: ImportOptions) -> Result<Outcome> {
+    daemon::raise_descriptor_limit();
+    let root = Image::open_existing_root(&config.root)?;
+    // Held to the end: no daemon starts on what is half done.
+    let _lock = match options.task {
+        ImportTask::Look => lock::require_free(&root).map(|()| None)?,
+        ImportTask::Import | ImportTask::Undo => Some(lock::require(&root)?),
+    };
+    preconditions::require_nobody_serves(config)?;
+    if config.mount_points == MountPoints::Required {
+        require_mount_points(&[
+            ("--root-dir", &config.root),
+            ("--writable-dir", &config.writable),
+        ])?;
+    }
+    match options.task {
+        ImportTask::Undo => {
+            undo::run(&root, config, options.format)?;
+            Ok(Outcome::Whole)
+        }
+        ImportTask::Import if draft::is_all_but_cleared(&Paths::new(config))? => {
+            Paths::new(config).remove_draft()?;
+            report::print_finished(options.format, config);
+            Ok(Outcome::Whole)
+        }
+        ImportTask::Import | ImportTask::Look => {
+            let report = import(&root, config, options)?;
+            report.print(options.format);
+            Ok(report.outcome())
+        }
+    }
+}
+
+fn import(root: &Root, config: &Config, options: ImportOptions) -> Result<Report> {
+    let task = options.task;
+    let paths = Paths::new(config);
+    if task == ImportTask::Look {
+        preconditions::require_nothing_half_done(&paths)?;
+    }
+    preconditions::require_importable(root, config, &paths)?;
+    // Open, and so locked, to the end.
+    let source = preconditions::open_source(&paths.source)?;
+    let contents = source
+        .try_clone()
+        .map_err(|error| files::file_error(error, "open the file once more"))
+        .and_then(read)
+        .context(|| format!("read {}", paths.source.display()))?;
+
+    let look = || {
+        let disks = Disks::look(&config.root, &config.writable)?;
+        preconditions::require_unmounted(disks.present().map(|found| &found.filled))?;
+        Ok(disks)
+    };
+    let mut disks = look()?;
+    if paths.has_draft()? {
+        undo::take_back(root, config, &paths)?;
+        log::info!("what an import or its undoing had left half done has been taken back");
+        disks = look()?;
+    }
+    preconditions::require_disks(&contents, &disks)?;
+    let plan = plan(config, contents, &disks, options.missing)?;
+    if task == ImportTask::Import {
+        draft::carry_out(config, &paths, &plan, &disks).inspect_err(|_| {
+            take_back_failed(root, config, &paths);
+        })?;
+    }
+    Ok(Report::new(plan, config, task))
+}
+
+fn plan(
+    config: &Config,
+    contents: Contents,
+    disks: &Disks,
+    missing: MissingSnapshots,
+) -> Result<Plan> {
+    let are_there = [Volume::Image, Volume::Writable]
+        .into_iter()
+        .filter(|volume| disks.has_any(*volume, &contents))
+        .collect::<Vec<_>>();
+    let is_volatile = config.writable_lifetime == Lifetime::UntilReboot;
+    let plan = plan::plan(contents, disks, is_volatile)?;
+    preconditions::require_volumes(&plan, |volume| are_there.contains(&volume), config)?;
+    if missing == MissingSnapshots::Refuse && !is_volatile {
+        preconditions::require_directories(&plan, config)?;
+    }
+    Ok(plan)
+}
+
+/// After a failure; once the databases are exchanged there is nothing to be taken
+/// back.
+fn take_back_failed(root: &Root, config: &Config, paths: &Paths) {
+    if !matches!(probe_format(&paths.source), Ok(FileFormat::Bolt)) {
+        return;
+    }
+    if let Err(error) = undo::take_back(root, config, paths) {
+        log::warn!(
+            "not everything could be taken back, run `import --undo`: {}",
+            error.chain()
+        );
+    }
+}
+
+fn is_away(snapshot: &Snapshot) -> bool {
+    snapshot.info.kind == Kind::Committed && snapshot.volume == Some(Volume::Writable)
+}
+
+fn refused(what: String) -> Error {
+    Error::new(ErrorKind::FailedPrecondition, what)
+}

@@ -1,0 +1,350 @@
+//! What has to hold before an import or an undoing changes anything.
+//!
+//! Owns: the refusals. Never: changes anything.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::io::Errno;
+
+use super::files::{Paths, file_error, is_one_file, look};
+use super::plan::{Disks, LeftOut, Plan, Reason, belongs_to};
+use super::refused;
+use crate::commands::import::bolt::snapshots::Contents;
+use crate::config::Config;
+use crate::error::{Context, Result};
+use crate::mount::mountinfo::{self, Mounted};
+use crate::root::state;
+use crate::store::{FileFormat, Store, find_remains, probe_format};
+use crate::types::{Quoted, Volume};
+use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
+
+/// Refuses to look at what is half done: it would have to be taken back first.
+pub(super) fn require_nothing_half_done(paths: &Paths) -> Result<()> {
+    if probe_format(&paths.source)? != FileFormat::Bolt || !paths.has_draft()? {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "an import or its undoing was cut short, as {} tells: run `import` or `import --undo`",
+        paths.draft.display()
+    )))
+}
+
+/// Refuses where there is nothing to import, or something in the way.
+pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
+    let (path, shown) = (&config.root, paths.source.display());
+    match probe_format(&paths.source)? {
+        FileFormat::Bolt => {}
+        FileFormat::Ours => {
+            return Err(refused(format!(
+                "{shown} is a database of this program already: there is nothing to import"
+            )));
+        }
+        FileFormat::Absent if probe_format(&paths.target)? == FileFormat::Ours => {
+            return Err(refused(format!(
+                "{} is a database of this program already, and {path} has none of the Go \
+                 original: there is nothing to import",
+                paths.target.display()
+            )));
+        }
+        FileFormat::Absent => {
+            return Err(refused(format!(
+                "{path} has no metadata.db of the Go original: give the --root-dir that it had"
+            )));
+        }
+        FileFormat::OtherSqlite | FileFormat::Unknown => {
+            return Err(refused(format!(
+                "{shown} is no database of the Go original (bbolt): give the --root-dir that it had"
+            )));
+        }
+    }
+    let has_draft = paths.has_draft()?;
+    if !paths.is_one_place() {
+        require_replaceable(root, config, paths)?;
+    }
+    if look(&paths.kept)?.is_some() && !paths.is_source_kept()? {
+        return Err(refused(format!(
+            "{} is there already, from an earlier import: move it away",
+            paths.kept.display()
+        )));
+    }
+    match has_draft {
+        // What is beside our database is its own.
+        true => Ok(()),
+        false => require_unknown(root, config).and_then(|()| require_no_remains(paths)),
+    }
+}
+
+/// Refuses to make a database where files of another one of ours are: they would
+/// have to go.
+fn require_no_remains(paths: &Paths) -> Result<()> {
+    let Some(remains) = find_remains(&paths.target)? else {
+        return Ok(());
+    };
+    Err(refused(format!(
+        "{} is there without the database of this program that it belongs to: move it away, it \
+         may be all that is left of that database",
+        remains.display()
+    )))
+}
+
+/// Refuses a root that knows of a database of ours: it may be elsewhere, or on a
+/// disk that is not mounted, with what an import has left half done beside it.
+pub(super) fn require_unknown(root: &Root, config: &Config) -> Result<()> {
+    let Some(database) = state::recorded(root, config)? else {
+        return Ok(());
+    };
+    Err(refused(format!(
+        "{path}/state says that the database of this program is {}: mount the disk that it is on \
+         and give the --state-dir that it had, or, if it is not needed any more, remove \
+         {path}/state",
+        database.display(),
+        path = config.root
+    )))
+}
+
+/// Where the databases have places of their own, ours may be in place beside the
+/// original's: then an import was killed between the two steps.
+fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
+    let target = &paths.target;
+    let is_free = match probe_format(target)? {
+        FileFormat::Absent => true,
+        FileFormat::Ours => is_half_placed(root, config, paths)?,
+        FileFormat::Bolt | FileFormat::OtherSqlite | FileFormat::Unknown => false,
+    };
+    if is_free {
+        return Ok(());
+    }
+    Err(refused(format!(
+        "{} is there already, beside the original's {}: move the one away that is not needed, or \
+         give another --state-dir",
+        target.display(),
+        paths.source.display()
+    )))
+}
+
+/// Whether our database is in a place of its own only because an import, or its
+/// undoing, was cut short there: nobody has written to it then.
+pub(super) fn is_half_placed(root: &Root, config: &Config, paths: &Paths) -> Result<bool> {
+    let target = &paths.target;
+    if !paths.has_draft()? {
+        return Ok(false);
+    }
+    // By its other name it may have a log.
+    if is_one_file(target, &paths.draft_database())? {
+        return Ok(true);
+    }
+    Ok(state::is_at_rest(root, config, target)?
+        && Store::open_read_only(target)?.read()?.is_as_imported()? == Some(true))
+}
+
+/// Opens the original's database, and keeps the original from it as long as the
+/// file is open.
+pub(super) fn open_source(path: &Path) -> Result<File> {
+    let opening = || format!("open {}", path.display());
+    if look(path)?.is_some_and(|found| !found.is_file()) {
+        return Err(refused(format!(
+            "{} is not a plain file: put the database itself there",
+            path.display()
+        )));
+    }
+    let file = File::options()
+        .read(true)
+        .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+        .open(path)
+        .map_err(|error| file_error(error, opening()))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Err(refused(format!(
+            "{} is in use: stop the Go snapshotter first",
+            path.display()
+        ))),
+        locked => locked.context(opening).map(|()| file),
+    }
+}
+
+/// The original takes no lock of ours, and opens its database late.
+pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
+    let usual = format!("{}/grpc.socks", config.root);
+    for address in [&config.address, &usual] {
+        if UnixStream::connect(address).is_ok() {
+            return Err(refused(format!(
+                "a snapshotter answers on {address}: stop it first"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// What a container uses is neither counted nor moved.
+pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -> Result<()> {
+    let mounts = mountinfo::read()?;
+    let mut inodes = HashMap::new();
+    let mut inode_of = |path: &Path| {
+        let found = inodes.entry(path.to_owned());
+        *found.or_insert_with(|| {
+            fs::metadata(path)
+                .ok()
+                .map(|found| (found.dev(), found.ino()))
+        })
+    };
+    for filled in volumes {
+        let stat = filled.stat_snapshots()?;
+        let snapshots = Some((stat.st_dev, stat.st_ino));
+        let mut is_of = |mounted: &Mounted| {
+            let mut directories = overlaid(mounted).into_iter();
+            directories.any(|path| {
+                let above = path.ancestors().nth(2);
+                above.is_some_and(|above| inode_of(above) == snapshots)
+            }) || is_bound(mounted, filled)
+        };
+        if let Some(mounted) = mounts.iter().find(|mounted| is_of(mounted)) {
+            return Err(refused(format!(
+                "a snapshot of {} is mounted at {}: stop the containers first",
+                filled.path(),
+                mounted.point.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The directories that an overlay is made of, but for those that are told by
+/// their place below the directory in which somebody stood.
+fn overlaid(mounted: &Mounted) -> Vec<PathBuf> {
+    if mounted.file_system != "overlay" {
+        return Vec::new();
+    }
+    let options = mounted.options.split(',');
+    let lists = options.filter_map(|option| match option.split_once('=') {
+        Some(("upperdir" | "lowerdir" | "lowerdir+", list)) => Some(list),
+        _ => None,
+    });
+    lists
+        .flat_map(|list| list.split(':'))
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .collect()
+}
+
+/// Whether a snapshot's `fs` is mounted as it is: one that stands on nothing.
+fn is_bound(mounted: &Mounted, filled: &Filled) -> bool {
+    let mut parts = mounted.root.iter().rev().filter_map(|part| part.to_str());
+    let (Some("fs"), Some(id), Some("snapshots")) = (parts.next(), parts.next(), parts.next())
+    else {
+        return false;
+    };
+    let (ours, theirs) = (filled.stat_upper(id), fs::metadata(&mounted.point).ok());
+    ours.zip(theirs)
+        .is_some_and(|(ours, theirs)| (ours.st_dev, ours.st_ino) == (theirs.dev(), theirs.ino()))
+}
+
+/// Refuses disks that are not those of this database, before anything is planned.
+pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
+    let mut inodes = HashSet::new();
+    for found in disks.present() {
+        let (volume, path) = (found.filled.volume(), found.filled.path());
+        let stat = found.filled.stat_snapshots()?;
+        if !inodes.insert((stat.st_dev, stat.st_ino)) {
+            return Err(refused(format!(
+                "{path} is the root directory by another name: give the --writable-dir that the \
+                 original had"
+            )));
+        }
+        // The original makes a directory before it enters its snapshot, one at a
+        // time.
+        let known = contents.highest_id;
+        if let Some(newest) = found.newest().filter(|id| id.number() > known + 1) {
+            return Err(refused(format!(
+                "{path} has snapshots/{newest}, but the database has given out numbers up to \
+                 {known} only: put the latest metadata.db there, or give the directories that \
+                 belong to this one"
+            )));
+        }
+        if let [id, ..] = found.filled.left_out()?.as_slice() {
+            return Err(refused(format!(
+                "{path}/left-out/{id} is there already, from an earlier import: move \
+                 {path}/left-out away"
+            )));
+        }
+        if volume == Volume::Writable {
+            require_unmarked(&found.filled)?;
+        }
+    }
+    Ok(())
+}
+
+fn require_unmarked(writable: &Filled) -> Result<()> {
+    let path = writable.path();
+    // Nobody's mark is this one.
+    match Identity::random()?.look(writable.top(), path)? {
+        Claim::Free => Ok(()),
+        Claim::Ours | Claim::Foreign(_) => Err(refused(format!(
+            "{path} is the writable volume of another root: give the --writable-dir that the \
+             original had, or, if no other root uses this one, remove {path}/.volume"
+        ))),
+    }
+}
+
+/// A disk that is not mounted looks like one from which all has been deleted.
+pub(super) fn require_volumes(
+    plan: &Plan,
+    is_there: impl Fn(Volume) -> bool,
+    config: &Config,
+) -> Result<()> {
+    let missing = |could_be_on: &dyn Fn(&LeftOut) -> bool| {
+        let left_out = plan.left_out.iter();
+        left_out
+            .filter(|found| found.why == Reason::Missing && found.volumes.is_empty())
+            .filter(|found| could_be_on(found))
+            .count()
+    };
+    // A layer may be there as well: the original commits what a container has
+    // written where it is.
+    let on_writable = missing(&|_| true);
+    let may_be_gone = config.writable_lifetime == Lifetime::UntilReboot;
+    if on_writable > 0 && !is_there(Volume::Writable) && !may_be_gone {
+        return Err(refused(format!(
+            "{}/snapshots has none of the {on_writable} snapshots that are not on the image volume \
+             {}: mount its disk, or give the right --writable-dir; if what containers had written \
+             is gone for good, --writable-volatile has them begin anew from their images",
+            config.writable, config.root
+        )));
+    }
+    let on_image = missing(&|found| belongs_to(&found.snapshot) == Volume::Image);
+    if on_image > 0 && !is_there(Volume::Image) {
+        return Err(refused(format!(
+            "{}/snapshots has none of the {on_image} snapshots that have to be there: mount its \
+             disk, or, if they are gone for good, there is nothing to import: move metadata.db and \
+             snapshots away, and begin anew",
+            config.root
+        )));
+    }
+    Ok(())
+}
+
+/// Having some of the directories is no proof that a disk is mounted: on a bare
+/// mount point the original makes those of whatever it is asked for.
+pub(super) fn require_directories(plan: &Plan, config: &Config) -> Result<()> {
+    let left_out = plan.left_out.iter();
+    let mut missing = left_out.filter(|found| found.why == Reason::Missing);
+    let Some(first) = missing.next() else {
+        return Ok(());
+    };
+    let others = match missing.count() {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
+    };
+    Err(refused(format!(
+        "neither {root}/snapshots nor {writable}/snapshots has {id}/fs of the snapshot \
+         {name}{others}: mount both disks, or give the directories that the original had; if it \
+         is gone for good, --leave-out-missing goes on without what is missing",
+        root = config.root,
+        writable = config.writable,
+        id = first.snapshot.id,
+        name = Quoted(&first.snapshot.info.name),
+    )))
+}

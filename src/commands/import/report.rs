@@ -1,0 +1,339 @@
+//! What `import` says, to people and to programs.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io::Write;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::plan::{LeftOut, Plan, belongs_to};
+use super::{Outcome, is_away};
+use crate::commands::check::split_key;
+use crate::config::{Config, Format, ImportTask};
+use crate::store::Snapshot;
+use crate::types::{Kind, LABEL_IMAGE_REF, Quoted, SnapshotId, Volume};
+
+/// Everything that an import has to tell.
+pub(super) struct Report {
+    plan: Plan,
+    task: ImportTask,
+    root: String,
+    writable: String,
+}
+
+impl Report {
+    pub(super) fn new(plan: Plan, config: &Config, task: ImportTask) -> Report {
+        Report {
+            plan,
+            task,
+            root: config.root.clone(),
+            writable: config.writable.clone(),
+        }
+    }
+
+    pub(super) fn outcome(&self) -> Outcome {
+        match self.plan.left_out.is_empty() {
+            true => Outcome::Whole,
+            false => Outcome::Partial,
+        }
+    }
+
+    pub(super) fn print(&self, format: Format) {
+        say(&match format {
+            Format::Human => self.sentences(),
+            Format::Json => format!("{:#}\n", self.json()),
+        });
+    }
+
+    fn count(&self, kind: Kind) -> usize {
+        let kept = self.plan.kept.iter();
+        kept.filter(|snapshot| snapshot.info.kind == kind).count()
+    }
+
+    fn away(&self) -> impl Iterator<Item = &Snapshot> {
+        self.plan.kept.iter().filter(|snapshot| is_away(snapshot))
+    }
+
+    /// What has been done, or would be.
+    fn by_task(&self, done: &'static str, would_be: &'static str) -> &'static str {
+        match self.task {
+            ImportTask::Look => would_be,
+            ImportTask::Import | ImportTask::Undo => done,
+        }
+    }
+
+    fn sentences(&self) -> String {
+        let mut text = format!(
+            "{} {} snapshots: {} layers, {} active, {} views\n",
+            self.by_task("imported", "would import"),
+            self.plan.kept.len(),
+            self.count(Kind::Committed),
+            self.count(Kind::Active),
+            self.count(Kind::View),
+        );
+        if self.away().next().is_some() {
+            text.push_str(&format!(
+                "\nlayers that the original could not use after their commit; they are whole, and \
+                 {}\nto the image volume while the daemon runs:\n",
+                self.by_task("move", "would move")
+            ));
+            for layer in self.away() {
+                text.push_str(&format!("  {}\n", Quoted(&layer.info.name)));
+            }
+        }
+        self.tell_shrunk(&mut text);
+        self.tell_left_out(&mut text);
+        self.tell_containers_data(&mut text);
+        self.tell_strays(&mut text);
+        self.tell_others(&mut text);
+        match self.task {
+            ImportTask::Look => text.push_str("\nnothing was changed\n"),
+            ImportTask::Import | ImportTask::Undo => text.push_str(&format!(
+                "\nthe original's database is {}/metadata.db.bbolt now; `import --undo` goes back \
+                 to it\nas long as no snapshot has been made, changed, removed or moved\n",
+                self.root
+            )),
+        }
+        text
+    }
+
+    fn tell_shrunk(&self, text: &mut String) {
+        if self.plan.shrunk.is_empty() {
+            return;
+        }
+        text.push_str(
+            "\nlayers that take far less of their disk than at their commit: a power cut may have \
+             emptied\nfiles in them; if their images do not work, remove those and pull them \
+             again:\n",
+        );
+        for found in &self.plan.shrunk {
+            text.push_str(&format!(
+                "  {}: {} KiB of {}\n",
+                Quoted(&found.name),
+                found.counted_bytes >> 10,
+                found.recorded_bytes >> 10
+            ));
+        }
+    }
+
+    fn tell_left_out(&self, text: &mut String) {
+        let left_out = &self.plan.left_out;
+        if left_out.is_empty() {
+            return;
+        }
+        text.push_str(&format!(
+            "\n{} {}:\n",
+            self.by_task("left out", "would leave out"),
+            left_out.len()
+        ));
+        for found in left_out {
+            let info = &found.snapshot.info;
+            let kind = match info.kind {
+                Kind::Committed => "layer".to_owned(),
+                kind => kind.to_string(),
+            };
+            text.push_str(&format!("  {kind} {}:\n    {found}\n", Quoted(&info.name)));
+        }
+        for (namespace, loss) in self.losses() {
+            text.push_str(&format!(
+                "\n{} in containerd's namespace {namespace}:\n",
+                self.by_task("to be done", "to be done afterwards")
+            ));
+            if loss.has_layers {
+                text.push_str("  remove the images that use these layers and pull them again");
+                match loss.images.is_empty() {
+                    true => text.push_str(&format!(
+                        ";\n  `ctr -n {namespace} images check` tells which are not unpacked\n"
+                    )),
+                    false => text.push_str(", among them:\n"),
+                }
+                for image in &loss.images {
+                    text.push_str(&format!("    image {}\n", Quoted(image)));
+                }
+            }
+            if !loss.containers.is_empty() {
+                text.push_str("  remove these containers and create them anew:\n");
+                for container in &loss.containers {
+                    text.push_str(&format!("    snapshot {}\n", Quoted(container)));
+                }
+            }
+        }
+    }
+
+    /// Where there is something of a snapshot that is left out.
+    fn kept_at(&self, found: &LeftOut) -> Vec<String> {
+        let top = |volume: &Volume| match volume {
+            Volume::Image => &self.root,
+            Volume::Writable => &self.writable,
+        };
+        let id = found.snapshot.id;
+        let volumes = found.volumes.iter();
+        volumes
+            .map(|volume| format!("{}/left-out/{id}", top(volume)))
+            .collect()
+    }
+
+    /// Layers are pulled again; this is nowhere else.
+    fn tell_containers_data(&self, text: &mut String) {
+        let left_out = self.plan.left_out.iter().filter(|found| {
+            found.snapshot.info.kind == Kind::Active
+                && belongs_to(&found.snapshot) == Volume::Writable
+        });
+        let mut is_first = true;
+        for found in left_out {
+            for path in self.kept_at(found) {
+                if std::mem::take(&mut is_first) {
+                    text.push_str(&format!(
+                        "\nwhat containers that {} left out have written is nowhere else; copy \
+                         out what you need:\n",
+                        self.by_task("are", "would be")
+                    ));
+                }
+                let name = Quoted(&found.snapshot.info.name);
+                let is = self.by_task("in", "would be in");
+                text.push_str(&format!("  {name}: {is} {path}/fs\n"));
+            }
+        }
+    }
+
+    /// Those that belong to no snapshot that has been named as left out.
+    fn strays(&self) -> impl Iterator<Item = &(Volume, SnapshotId)> {
+        let named: HashSet<_> = self
+            .plan
+            .left_out
+            .iter()
+            .map(|found| found.snapshot.id)
+            .collect();
+        let aside = self.plan.aside.iter();
+        aside.filter(move |(_, id)| !named.contains(id))
+    }
+
+    fn tell_strays(&self, text: &mut String) {
+        if self.strays().next().is_some() {
+            text.push_str(&format!(
+                "\n{} from where no snapshot has them:\n",
+                self.by_task("taken", "would be taken")
+            ));
+            for (volume, id) in self.strays() {
+                text.push_str(&format!("  {volume} volume: snapshots/{id}\n"));
+            }
+        }
+        if !self.plan.aside.is_empty() {
+            text.push_str(&format!(
+                "\nwhat there is of all that {} kept in {}/left-out and {}/left-out;\nno snapshot \
+                 uses it: delete it once you have copied out what you need\n",
+                self.by_task("is", "would be"),
+                self.root,
+                self.writable
+            ));
+        }
+    }
+
+    fn tell_others(&self, text: &mut String) {
+        if self.plan.others.is_empty() {
+            return;
+        }
+        text.push_str(&format!(
+            "\nof no snapshot, and {} where it is:\n",
+            self.by_task("left", "would be left")
+        ));
+        for (volume, name) in &self.plan.others {
+            text.push_str(&format!(
+                "  {volume} volume: {}\n",
+                Quoted(&format!("snapshots/{name}"))
+            ));
+        }
+    }
+
+    fn losses(&self) -> BTreeMap<&str, Loss<'_>> {
+        let mut losses = BTreeMap::<&str, Loss<'_>>::new();
+        for found in &self.plan.left_out {
+            let info = &found.snapshot.info;
+            let (namespace, name) = split_key(&info.name);
+            let loss = losses.entry(namespace.unwrap_or("?")).or_default();
+            loss.images
+                .extend(info.labels.get(LABEL_IMAGE_REF).map(String::as_str));
+            match info.kind {
+                Kind::Committed => loss.has_layers = true,
+                Kind::Active | Kind::View => drop(loss.containers.insert(name)),
+            }
+        }
+        losses
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "dry_run": self.task == ImportTask::Look,
+            "imported": {
+                "layers": self.count(Kind::Committed),
+                "active": self.count(Kind::Active),
+                "views": self.count(Kind::View),
+            },
+            "away": self.away().map(|layer| &layer.info.name).collect::<Vec<_>>(),
+            "shrunk": self.plan.shrunk.iter().map(|found| json!({
+                "key": found.name,
+                "recorded_bytes": found.recorded_bytes,
+                "counted_bytes": found.counted_bytes,
+            })).collect::<Vec<_>>(),
+            "left_out": self.plan.left_out.iter().map(|found| self.left_out_json(found)).collect::<Vec<_>>(),
+            "strays": self.strays().map(|(volume, id)| json!({
+                "volume": volume.to_string(),
+                "directory": format!("snapshots/{id}"),
+            })).collect::<Vec<_>>(),
+            "others": self.plan.others.iter().map(|(volume, name)| json!({
+                "volume": volume.to_string(),
+                "directory": format!("snapshots/{name}"),
+            })).collect::<Vec<_>>(),
+        })
+    }
+
+    fn left_out_json(&self, found: &LeftOut) -> Value {
+        let info = &found.snapshot.info;
+        json!({
+            "key": info.name,
+            "kind": info.kind.word(),
+            "id": found.snapshot.id.number(),
+            "code": found.why.code(),
+            "text": found.to_string(),
+            "image": info.labels.get(LABEL_IMAGE_REF),
+            "kept_on": found.volumes.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "kept_at": self.kept_at(found),
+        })
+    }
+}
+
+/// What is lost to one of containerd's namespaces.
+#[derive(Default)]
+struct Loss<'a> {
+    has_layers: bool,
+    images: BTreeSet<&'a str>,
+    containers: BTreeSet<&'a str>,
+}
+
+/// Tells that an earlier import has been brought to its end.
+pub(super) fn print_finished(format: Format, config: &Config) {
+    say(&match format {
+        Format::Human => format!(
+            "an import that was cut short had done everything already, and is finished now; what \
+             it has\nleft out, if anything, is in {}/left-out and {}/left-out\n",
+            config.root, config.writable
+        ),
+        Format::Json => format!("{:#}\n", json!({"finished": true})),
+    });
+}
+
+/// Tells that an import was undone.
+pub(super) fn print_undone(format: Format, database: &Path) {
+    say(&match format {
+        Format::Human => format!(
+            "undone: {} is the Go original's again\n",
+            database.display()
+        ),
+        Format::Json => format!("{:#}\n", json!({"undone": true})),
+    });
+}
+
+fn say(text: &str) {
+    // A closed pipe (`import | head`) is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}

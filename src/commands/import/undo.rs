@@ -1,0 +1,317 @@
+//! Giving the root back to the Go original.
+//!
+//! The databases first, by one rename, and then the disks: killed before that,
+//! the daemon finds everything as it was; killed after it, the original does, but
+//! for what had been set aside, and our database, back among the drafts, knows
+//! what there is to be taken back. Running `import` or `import --undo` again does
+//! that, as it does for an import that was cut short.
+
+use std::fs::File;
+
+use super::draft::take_for_draft;
+use super::files::{self, Paths, is_one_file};
+use super::preconditions::{is_half_placed, open_source, require_unknown, require_unmounted};
+use super::report::print_undone;
+use super::{TRANSACTION, WRITABLE_DIR, refused};
+use crate::commands::import::bolt;
+use crate::config::{Config, Format};
+use crate::error::{Context, ErrorKind, Result};
+use crate::root::{state, writable};
+use crate::store::{Completeness, FileFormat, Store, probe_format, remove_companions};
+use crate::types::{Kind, Volume};
+use crate::util::fault_point::fault_point;
+use crate::volume::{Claim, Filled, Image, Lifetime, Root};
+
+/// The fact that the mark of the writable volume is being taken off: from then on
+/// a directory without it is no disk that is not mounted.
+const UNDOING: &str = "undoing";
+
+/// Undoes a complete import, or what there is of one that was cut short.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if
+/// it is too late, or if a disk is not there; as of the disks.
+pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
+    let paths = Paths::new(config);
+    undo(root, config, &paths).map_err(|error| match error.kind() {
+        ErrorKind::ResourceExhausted => error.while_doing(
+            "undo the import (make a few MiB of room on that disk, and run `import --undo` again)",
+        ),
+        _ => error,
+    })?;
+    print_undone(format, &paths.source);
+    Ok(())
+}
+
+fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
+    let imported = look(root, config, paths)?;
+    // Locked to the end: the original would find half of it.
+    let lock = open_source(match imported {
+        Some(_) => &paths.kept,
+        None => &paths.source,
+    })?;
+    let volumes = [
+        Filled::open(Volume::Image, &config.root)?,
+        Filled::open(Volume::Writable, &config.writable)?,
+    ];
+    require_unmounted(volumes.iter().flatten())?;
+    if let Some(store) = imported {
+        require_unchanged(&lock, paths, &store)?;
+        require_writable(config, &store)?;
+        exchange(config, paths, store)?;
+    }
+    take_back(root, config, paths)
+}
+
+/// The database of a complete import; `None` for something that was cut short
+/// while the original's database is in its place. Changes nothing.
+fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
+    let nothing = || {
+        refused(format!(
+            "nothing has been imported into {}: there is nothing to undo",
+            config.root
+        ))
+    };
+    let (source, target) = (probe_format(&paths.source)?, probe_format(&paths.target)?);
+    match source {
+        FileFormat::Bolt => {
+            if !paths.has_draft()? {
+                return require_unknown(root, config).and(Err(nothing()));
+            }
+            let may_be_replaced = paths.is_one_place()
+                || target == FileFormat::Absent
+                || target == FileFormat::Ours && is_half_placed(root, config, paths)?;
+            match may_be_replaced {
+                true => Ok(None),
+                false => Err(refused(format!(
+                    "{} is no database of an import into {} that was cut short: give the \
+                     --state-dir of that import",
+                    paths.target.display(),
+                    config.root
+                ))),
+            }
+        }
+        FileFormat::Ours if !paths.is_one_place() => Err(refused(format!(
+            "{} is in the place of the original's database: give the --state-dir of the import",
+            paths.source.display()
+        ))),
+        FileFormat::OtherSqlite | FileFormat::Unknown => Err(refused(format!(
+            "{} is in the place of the original's database, and no database of this program: \
+             move it away",
+            paths.source.display()
+        ))),
+        FileFormat::Ours | FileFormat::Absent if target != FileFormat::Ours => Err(nothing()),
+        FileFormat::Ours | FileFormat::Absent => {
+            if probe_format(&paths.kept)? != FileFormat::Bolt {
+                return Err(refused(format!(
+                    "{} is not there: there is no database of the Go original to go back to",
+                    paths.kept.display()
+                )));
+            }
+            open_unwritten(root, config).map(Some)
+        }
+    }
+}
+
+fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
+    let (store, completeness) = state::open_existing(root, config, Store::open)?;
+    if completeness != Completeness::Whole || store.read()?.copied()?.is_some() {
+        return Err(refused(
+            "the database is not the latest state of itself, so nobody can tell what was written \
+             since the import"
+                .to_owned(),
+        ));
+    }
+    let is_as_imported = store.read()?.is_as_imported()?;
+    match is_as_imported {
+        Some(true) => Ok(store),
+        Some(false) => Err(refused(
+            "snapshots have been made, changed, removed or moved since the import: the original's \
+             database does not describe the disks any more"
+                .to_owned(),
+        )),
+        None => Err(refused(
+            "the database was not made by an import: there is nothing to undo".to_owned(),
+        )),
+    }
+}
+
+/// Refuses the original's database if somebody has written to it since.
+fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
+    let shown = paths.kept.display();
+    let now = kept
+        .try_clone()
+        .map_err(|error| files::file_error(error, "open the file once more"))
+        .and_then(bolt::Database::open)
+        .context(|| format!("read {shown}"))?
+        .transaction();
+    let imported = store.read()?.fact(TRANSACTION)?;
+    match imported {
+        Some(imported) if imported != now.to_string() => Err(refused(format!(
+            "{shown} was written to after the import (its last transaction is {now}, and was \
+             {imported}): a Go snapshotter that was started during the import has served from it, \
+             and it does not describe the disks any more"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Puts the original's database into its place; ours becomes a draft again.
+fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
+    // The disk may be full.
+    store.make_room();
+    let mut transaction = store.write()?;
+    transaction.rows().forget_fact(UNDOING)?;
+    transaction
+        .rows()
+        .record_fact(WRITABLE_DIR, &config.writable)?;
+    transaction.commit()?;
+    drop(transaction);
+    // Nothing of it may be in its log when it gets another name.
+    store.close()?;
+    drop(store);
+    // Left by an undoing that was cut short here.
+    paths.remove_draft()?;
+    paths.make_draft()?;
+    files::link(&paths.target, &paths.draft_database())?;
+    files::flush(&paths.draft)?;
+    fault_point("undo-linked");
+    files::rename(&paths.kept, &paths.source)?;
+    paths.flush()?;
+    fault_point("undo-exchanged");
+    Ok(())
+}
+
+/// Takes back everything but the original's database, which is in its place: what
+/// a draft says that an import has done. Can be repeated.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if the writable directory is
+/// not the one that the draft was made with, or as of the disks.
+pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
+    take_for_draft(paths)?;
+    // The space that is set aside there is needed, if the disk is full.
+    remove_companions(&paths.target)?;
+    match probe_format(&paths.draft_database())? {
+        FileFormat::Ours => give_back(config, paths)?,
+        // Killed before there was anything in it.
+        FileFormat::Absent => {}
+        FileFormat::Bolt | FileFormat::OtherSqlite | FileFormat::Unknown => {
+            return Err(refused(format!(
+                "{} is no database of this program: move it away",
+                paths.draft_database().display()
+            )));
+        }
+    }
+    if paths.is_source_kept()? {
+        files::remove_file(&paths.kept)?;
+    }
+    let has_two_names =
+        !paths.is_one_place() && is_one_file(&paths.target, &paths.draft_database())?;
+    if has_two_names {
+        files::remove_file(&paths.target)?;
+    }
+    state::forget(root)?;
+    paths.flush()?;
+    fault_point("undo-forgotten");
+    // The last trace: as long as it is there, all this can be done again.
+    paths.remove_draft()
+}
+
+/// Puts the disks back as they were.
+fn give_back(config: &Config, paths: &Paths) -> Result<()> {
+    let store = Store::open(&paths.draft_database()).context(|| {
+        format!(
+            "look what is half done; if that cannot be read any more, move what is in left-out \
+             back to snapshots on both volumes, and remove {}/.volume, {}/state and {}",
+            config.writable,
+            config.root,
+            paths.draft.display()
+        )
+    })?;
+    store.make_room();
+    let writable = require_writable(config, &store)?;
+    let known = writable::known(&store)?;
+    // It is known before the directory is probed.
+    if known.is_some() {
+        writable::clear_probe(&config.writable)?;
+    }
+    let image = Filled::open(Volume::Image, &config.root)?.ok_or_else(|| {
+        refused(format!(
+            "{}/snapshots is not there: mount its disk",
+            config.root
+        ))
+    })?;
+    // Links are made after the snapshots are entered.
+    if store.read()?.is_as_imported()?.is_some() {
+        remove_links(config, &store)?;
+    }
+    fault_point("undo-unlinked");
+    let filled = || [&image].into_iter().chain(&writable);
+    filled().try_for_each(Filled::put_back)?;
+    fault_point("undo-put-back");
+    // Without its mark nobody looks at the writable volume again.
+    filled().for_each(Filled::leave);
+    if let Some(writable) = &writable {
+        let mut transaction = store.write()?;
+        transaction.rows().record_fact(UNDOING, "yes")?;
+        transaction.commit()?;
+        drop(transaction);
+        fault_point("undo-noted");
+        if let Some((identity, _)) = known {
+            identity.unmark(writable.top(), writable.path())?;
+        }
+    }
+    fault_point("undo-unmarked");
+    store.close()
+}
+
+/// The original makes no links, and those of somebody else have been set aside.
+fn remove_links(config: &Config, store: &Store) -> Result<()> {
+    let image = Image::open(Image::open_existing_root(&config.root)?)?;
+    let places = store.read()?.inventory()?;
+    let away = places.iter().filter(|(place, _)| {
+        place.kind == Kind::Committed && place.volume == Some(Volume::Writable)
+    });
+    for (place, _) in away {
+        image.remove_link(place.id)?;
+    }
+    image.settle_names()
+}
+
+/// The writable volume that a database knows; `None` if there is nothing on it to
+/// be put back.
+fn require_writable(config: &Config, store: &Store) -> Result<Option<Filled>> {
+    let path = &config.writable;
+    let (is_undoing, given) = {
+        let rows = store.read()?;
+        (rows.fact(UNDOING)?.is_some(), rows.fact(WRITABLE_DIR)?)
+    };
+    let Some((identity, is_claimed)) = writable::known(store)? else {
+        return Ok(None);
+    };
+    let filled = Filled::open(Volume::Writable, path)?;
+    let claim = match &filled {
+        Some(filled) => identity.look(filled.top(), path)?,
+        None => Claim::Free,
+    };
+    let is_needless =
+        !is_claimed || is_undoing || config.writable_lifetime == Lifetime::UntilReboot;
+    match claim {
+        Claim::Ours => Ok(filled),
+        Claim::Free if is_needless && given.as_ref() == Some(path) => Ok(None),
+        Claim::Free | Claim::Foreign(_) => {
+            let was = given
+                .filter(|given| given != path)
+                .map_or(String::new(), |given| {
+                    format!(", or give --writable-dir {given}, as before")
+                });
+            Err(refused(format!(
+                "{path} is not the writable volume of this import (volume {identity}): mount the \
+                 disk that was there{was}"
+            )))
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The commands `mount` and `umount`: a snapshot's files for a person, when
+//! containerd is down or a container does not start.
+//!
+//! Owns: where it may be mounted. Works beside a running daemon and without one,
+//! and changes nothing else.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{Dir, Mode, OFlags, open};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::config::{Access, Config, MountOptions};
+use crate::daemon;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mount::mountinfo;
+use crate::mount::{ByHand, Stack};
+use crate::root::open::{Purpose, Visit, visit};
+use crate::snapshotter::Snapshotter;
+use crate::types::{Kind, Quoted};
+
+const PROGRAM: &str = env!("CARGO_PKG_NAME");
+
+/// Mounts a snapshot, and tells so on standard output.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] for a directory that will not do; as of
+/// [`Snapshotter::rescue`]; or what the kernel says.
+pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
+    let (target, path) = empty_directory(&options.target)?;
+    for volume in [&config.root, &config.writable] {
+        refuse_within(&path, volume)?;
+    }
+    let Visit {
+        // Held until it is mounted: no daemon starts, and moves layers, meanwhile.
+        lock,
+        store,
+        volumes,
+        ..
+    } = visit(config, Purpose::Look)?;
+    if lock.is_none() && UnixStream::connect(&config.address).is_err() {
+        return Err(refused(format!(
+            "somebody works on {} who serves nobody on {}: wait until a check, an import or the \
+             start of a daemon is done",
+            config.root, config.address
+        )));
+    }
+    let snapshotter = Snapshotter::new(store, volumes, daemon::options(config));
+    let rescue = snapshotter.rescue(&options.key, options.access == Access::ReadOnly)?;
+    let stack = Stack {
+        source: &snapshotter.source_by_hand(rescue.id)?,
+        base: &format!("{}/snapshots", config.root),
+        lowers: &rescue.lowers,
+        own: rescue.own.as_deref(),
+        options: &daemon::options(config).mount_options,
+    };
+    stack.mount(&target, &path)?;
+    drop(lock);
+    let kind = match rescue.kind {
+        Kind::Committed => "layer",
+        Kind::Active => "snapshot",
+        Kind::View => "view",
+    };
+    let (access, duty) = match rescue.own {
+        Some(_) => (
+            "what is changed there stays",
+            "Its container does not start before it is unmounted",
+        ),
+        None => ("read-only", "To unmount it"),
+    };
+    let left_out = match rescue.has_host_directories {
+        true => "The host directories that its container is shown are left out.\n",
+        false => "",
+    };
+    say(&format!(
+        "{kind} {}\nis mounted on {}, {access}.\n{left_out}{duty}: {PROGRAM} umount DIR\n",
+        Quoted(&rescue.key),
+        path.display()
+    ));
+    Ok(())
+}
+
+/// Ends such a mount.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if there is none, or if it is in use.
+pub fn umount(target: &str) -> Result<()> {
+    let path = fs::canonicalize(target).map_err(|error| cannot("find", target, error))?;
+    // The last one hides the others.
+    let mounts = mountinfo::read()?;
+    let topmost = mounts.iter().rev().find(|mounted| mounted.point == path);
+    let is_by_hand = topmost.is_some_and(|mounted| ByHand::parse(mounted).is_some());
+    if !is_by_hand {
+        return Err(refused(format!(
+            "unmount {target}: no snapshot was mounted there by \"mount\""
+        )));
+    }
+    match unmount(&path, UnmountFlags::NOFOLLOW) {
+        Ok(()) => Ok(()),
+        Err(Errno::BUSY) => Err(refused(format!(
+            "unmount {target}: it is in use: a shell is in it, or a file is open"
+        ))),
+        Err(errno) => Err(cannot("unmount", target, errno.into())),
+    }
+}
+
+/// Opens the directory to mount on, and tells where it is by now.
+fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
+    let opening = |errno: Errno| cannot("open", target, errno.into());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = open(target, flags, Mode::empty()).map_err(opening)?;
+    for entry in Dir::read_from(&directory).map_err(opening)? {
+        let entry = entry.map_err(opening)?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            return Err(refused(format!(
+                "{target} is not empty, and what is in it would be hidden: give an empty one"
+            )));
+        }
+    }
+    let link = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
+    let path = fs::read_link(link).map_err(|error| cannot("find", target, error))?;
+    Ok((directory, path))
+}
+
+fn refused(what: String) -> Error {
+    Error::new(ErrorKind::FailedPrecondition, what)
+}
+
+fn cannot(what: &str, target: &str, error: std::io::Error) -> Error {
+    let what = format!("{what} the directory {target}");
+    Error::caused(ErrorKind::FailedPrecondition, what, error)
+}
+
+/// A mount in there would be taken for a snapshot's files.
+fn refuse_within(target: &Path, volume: &str) -> Result<()> {
+    match fs::canonicalize(volume) {
+        Ok(volume) if target.starts_with(&volume) => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "{} is in {}, where snapshots are kept: give a directory elsewhere",
+                target.display(),
+                volume.display()
+            ),
+        )),
+        // What is not there holds nothing; the visit says more about it.
+        _ => Ok(()),
+    }
+}
+
+fn say(text: &str) {
+    // A closed pipe is no failure: it is mounted.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}

@@ -1,0 +1,55 @@
+//! Which host directories containers may be shown.
+
+use super::invalid;
+use super::paths::check_path;
+use crate::error::{Context, Result};
+use crate::host_dirs::{ImageRule, strip_prefix};
+
+/// With these, an upper directory holds parts of what overlayfs found beneath
+/// it once; the host's directories change, and are not the same at each mount
+/// (overlayfs.rst, "Changes to underlying filesystems").
+const TIED: &[&str] = &[
+    "index=on",
+    "nfs_export=on",
+    "metacopy=on",
+    "redirect_dir=on",
+];
+
+/// Checks `--allow-lower` and `--lower-for`, as far as it can be told without
+/// a look at the disks: links are followed when a directory is used.
+pub(super) fn check(
+    allowed: &[String],
+    rules: &[String],
+    mount_options: &[String],
+) -> Result<(Vec<String>, Vec<ImageRule>)> {
+    let allowed: Vec<_> = allowed
+        .iter()
+        .map(|prefix| check_path("--allow-lower", prefix))
+        .collect::<Result<_>>()?;
+    let rules: Vec<_> = rules
+        .iter()
+        .map(|rule| ImageRule::parse(rule).context(|| "read --lower-for"))
+        .collect::<Result<_>>()?;
+    let is_allowed = |path: &&String| {
+        allowed
+            .iter()
+            .any(|prefix| strip_prefix(path, prefix).is_some())
+    };
+    let paths = || rules.iter().flat_map(ImageRule::paths);
+    if let Some(path) = paths().find(|path| !is_allowed(path)) {
+        return Err(invalid(format!(
+            "--lower-for names {path:?}, which no --allow-lower allows: give \
+             --allow-lower {path:?} or one above it"
+        )));
+    }
+    let tied = |option: &&String| TIED.contains(&option.as_str());
+    if !allowed.is_empty()
+        && let Some(option) = mount_options.iter().find(tied)
+    {
+        return Err(invalid(format!(
+            "--mount-option {option} ties what containers write to what is beneath it, and host \
+             directories change: it does not go with --allow-lower"
+        )));
+    }
+    Ok((allowed, rules))
+}

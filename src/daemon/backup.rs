@@ -1,0 +1,40 @@
+//! Copies of the database, made now and then beside the requests.
+//!
+//! Nothing is done by the clock alone: without changes the disks may sleep.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::Result;
+use crate::snapshotter::Snapshotter;
+use crate::util::threads::Background;
+
+/// How long after a change the copy is made: most changes come in bursts, and a
+/// disk that was woken for one is still awake.
+const SETTLING: Duration = Duration::from_secs(60);
+/// How often a copy is made at most.
+const INTERVAL: Duration = Duration::from_secs(3600);
+
+/// Starts the thread that makes them.
+///
+/// # Errors
+///
+/// [`crate::error::ErrorKind::Internal`] if the system gives no thread.
+pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Background> {
+    let (told, kept) = (Arc::clone(snapshotter), Arc::clone(snapshotter));
+    Background::start(
+        "keeper",
+        move || told.store().end_waiting(),
+        move || keep(&kept),
+    )
+}
+
+fn keep(snapshotter: &Snapshotter) {
+    let mut not_before = Instant::now();
+    while snapshotter.store().await_change(not_before, SETTLING) {
+        if let Err(error) = snapshotter.store().copy() {
+            log::warn!("{}", error.chain());
+        }
+        not_before = Instant::now() + INTERVAL;
+    }
+}

@@ -1,0 +1,480 @@
+//! Host directories that are shown beneath what a container writes.
+//!
+//! Owns: how they are asked for, which are allowed, finding them so that no
+//! link and no rename leads elsewhere, creating those that are missing. Never:
+//! snapshots, mounts, names on the volumes.
+//! What is found is right at that moment. It is told as a path, which somebody
+//! else resolves again, so whoever may rename beneath an allowed directory can
+//! still exchange it afterwards: each request looks anew.
+//! After a crash an empty directory may be left where one was asked for.
+
+mod location;
+mod parse;
+mod walk;
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
+
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::{AtFlags, fstat, unlinkat};
+use rustix::io::Errno;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mount::mountinfo::{self, Mounted};
+use crate::types::Quoted;
+use location::{Place, Position, open_kept};
+pub use parse::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
+use walk::{Made, Reached, Start, path_of};
+
+/// Which directories may be used.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    /// These and all beneath, absolute and normalised. None: the whole is off.
+    pub allowed: Vec<String>,
+    /// The snapshotter's own: neither these, nor what is in them or holds them.
+    pub kept_apart: Vec<String>,
+}
+
+/// Directories found, and those among them that were missing, created. Dropped
+/// without [`Lowers::keep`], what was created is removed again.
+pub struct Lowers {
+    targets: Vec<PathBuf>,
+    created: Vec<(OwnedFd, Vec<u8>)>,
+}
+
+impl Lowers {
+    /// Absolute paths free of links, in the order asked for; one that was asked
+    /// for twice is there once.
+    pub fn targets(&self) -> &[PathBuf] {
+        &self.targets
+    }
+
+    /// They are used: what was created stays.
+    pub fn keep(mut self) {
+        self.created.clear();
+    }
+}
+
+impl Drop for Lowers {
+    fn drop(&mut self) {
+        for (parent, name) in self.created.drain(..).rev() {
+            match unlinkat(&parent, &*name, AtFlags::REMOVEDIR) {
+                // Somebody uses it by now.
+                Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST | Errno::BUSY) => {}
+                Err(errno) => log::warn!(
+                    "remove the directory {:?}, made for a request that was refused: {errno}",
+                    String::from_utf8_lossy(&name)
+                ),
+            }
+        }
+    }
+}
+
+impl Policy {
+    /// Looks whether these directories could be used; creates nothing.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Policy::ensure`].
+    pub fn check(&self, paths: &[String]) -> Result<()> {
+        if paths.is_empty() {
+            return Ok(());
+        }
+        self.find(paths).map(drop)
+    }
+
+    /// Finds these directories, normalised paths from [`parse_paths`], and
+    /// creates those that are missing (0755, with their parents).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] for a path that is not beneath an allowed
+    /// directory, also after links have been followed, is no directory, or is or
+    /// overlaps another one or a directory of the snapshotter's own;
+    /// [`ErrorKind::FailedPrecondition`] if the allowed directory itself is not
+    /// there; [`ErrorKind::Unavailable`] if it has changed meanwhile; otherwise
+    /// as of its disk. Nothing is left behind then.
+    pub fn ensure(&self, paths: &[String]) -> Result<Lowers> {
+        let mut lowers = Lowers {
+            targets: Vec::new(),
+            created: Vec::new(),
+        };
+        if paths.is_empty() {
+            return Ok(lowers);
+        }
+        let Found {
+            starts,
+            reached,
+            surroundings,
+        } = self.find(paths)?;
+        let mut taken = Taken::default();
+        for (path, (start, reached)) in paths.iter().zip(reached) {
+            let using = || format!("use the host directory {}", Quoted(path));
+            let directory = create_missing(reached, &mut lowers.created).context(using)?;
+            // Once more, as it may have been moved since the walk.
+            if !starts[start].holds(&directory)? || is_removed(&directory)? {
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "it was moved or removed meanwhile: try again",
+                )
+                .while_doing(using()));
+            }
+            let position = Position::of(&directory, &surroundings.mounts).context(using)?;
+            surroundings
+                .require_apart(&position, Extent::Itself)
+                .context(using)?;
+            if taken.take(position.place(&[]), path).context(using)? == Turn::First {
+                let target = OsString::from_vec(path_of(&directory)?);
+                lowers.targets.push(PathBuf::from(target));
+            }
+        }
+        Ok(lowers)
+    }
+
+    fn find(&self, paths: &[String]) -> Result<Found> {
+        if self.allowed.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "host directories are asked for ({}), and none are allowed: start the daemon \
+                     with --allow-lower",
+                    Quoted(&paths.join(":"))
+                ),
+            ));
+        }
+        if paths.len() > MAX_PATHS {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "{} host directories are asked for, at most {MAX_PATHS} are possible",
+                    paths.len()
+                ),
+            ));
+        }
+        let surroundings = Surroundings::look(&self.kept_apart)?;
+        let mut starts = Vec::new();
+        let mut absent = Vec::new();
+        for prefix in &self.allowed {
+            match Start::open(prefix) {
+                Ok(start) => starts.push(start),
+                Err(error) => absent.push((prefix, error)),
+            }
+        }
+        let mut taken = Taken::default();
+        let mut found = Vec::new();
+        for path in paths {
+            let using = || format!("use the host directory {}", Quoted(path));
+            let mut refusal = None;
+            let mut reached = None;
+            for (number, start) in starts.iter().enumerate() {
+                match start.strip(path).map(|rest| start.walk(rest)) {
+                    None => {}
+                    Some(Ok(there)) => {
+                        reached = Some((number, there));
+                        break;
+                    }
+                    Some(Err(error)) => refusal = Some(error),
+                }
+            }
+            let Some((number, mut there)) = reached else {
+                // An allowed directory that is not there may be what is meant.
+                let missing = || {
+                    let at = absent
+                        .iter()
+                        .position(|(prefix, _)| strip_prefix(path, prefix).is_some())?;
+                    Some(absent.swap_remove(at).1)
+                };
+                let error = refusal.or_else(missing).unwrap_or_else(|| {
+                    Error::new(
+                        ErrorKind::InvalidArgument,
+                        format!(
+                            "it is not beneath what --allow-lower names: {}",
+                            self.allowed.join(", ")
+                        ),
+                    )
+                });
+                return Err(error.while_doing(using()));
+            };
+            let extent = match there.missing.is_empty() {
+                true => Extent::Itself,
+                false => Extent::Beneath,
+            };
+            let position = Position::of(&there.fd, &surroundings.mounts).context(using)?;
+            surroundings
+                .require_apart(&position, extent)
+                .and_then(|()| taken.take(position.place(there.missing.make_contiguous()), path))
+                .context(using)?;
+            found.push((number, there));
+        }
+        Ok(Found {
+            starts,
+            reached: found,
+            surroundings,
+        })
+    }
+}
+
+/// What a first look has found; nothing is created yet.
+struct Found {
+    starts: Vec<Start>,
+    /// For each path, beneath which of the starts it is, and how far it is there.
+    reached: Vec<(usize, Reached)>,
+    surroundings: Surroundings,
+}
+
+/// The directories of one request so far.
+#[derive(Default)]
+struct Taken<'a>(Vec<(Place, &'a String)>);
+
+/// Whether a directory has been taken before in a request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// It has not.
+    First,
+    /// It has, perhaps by another name.
+    Again,
+}
+
+impl<'a> Taken<'a> {
+    /// overlayfs refuses to mount a directory twice, or together with one in it.
+    fn take(&mut self, place: Place, path: &'a String) -> Result<Turn> {
+        if self.0.iter().any(|(other, _)| *other == place) {
+            return Ok(Turn::Again);
+        }
+        let clashes = |other: &Place| other.is_within(&place) || place.is_within(other);
+        if let Some((_, other)) = self.0.iter().find(|(other, _)| clashes(other)) {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "one of it and {} holds the other, which overlayfs refuses: name one",
+                    Quoted(other)
+                ),
+            ));
+        }
+        self.0.push((place, path));
+        Ok(Turn::First)
+    }
+}
+
+/// What is to be used of a directory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Extent {
+    /// The directory, with all in it.
+    Itself,
+    /// One that is to be created in it.
+    Beneath,
+}
+
+/// The snapshotter's own directories, as they are mounted now.
+struct Surroundings {
+    mounts: Vec<Mounted>,
+    kept: Vec<(Position, String)>,
+}
+
+impl Surroundings {
+    fn look(kept_apart: &[String]) -> Result<Surroundings> {
+        let mounts = mountinfo::read()?;
+        let mut kept = Vec::new();
+        for path in kept_apart {
+            if let Some(fd) = open_kept(path)? {
+                kept.push((Position::of(fd, &mounts)?, path.clone()));
+            }
+        }
+        Ok(Surroundings { mounts, kept })
+    }
+
+    fn require_apart(&self, position: &Position, extent: Extent) -> Result<()> {
+        let clashes = |kept: &Position| match extent {
+            Extent::Itself => position.overlaps(kept),
+            Extent::Beneath => position.is_within(kept),
+        };
+        match self.kept.iter().find(|(kept, _)| clashes(kept)) {
+            None => Ok(()),
+            Some((_, path)) => Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!(
+                    "it is {path}, in it or holds it, which the snapshotter keeps its own data \
+                     in: name a directory apart from that"
+                ),
+            )),
+        }
+    }
+}
+
+fn create_missing(mut reached: Reached, created: &mut Vec<(OwnedFd, Vec<u8>)>) -> Result<OwnedFd> {
+    while let Some(name) = reached.missing.pop_front() {
+        let parent = reached
+            .fd
+            .try_clone()
+            .map_err(|error| Error::caused(ErrorKind::Internal, "keep a directory open", error))?;
+        if reached.create_next(&name)? == Made::Now {
+            created.push((parent, name));
+        }
+    }
+    Ok(reached.fd)
+}
+
+fn is_removed(directory: impl AsFd) -> Result<bool> {
+    let stat = fstat(directory).context(|| "look at an opened directory")?;
+    Ok(stat.st_nlink == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::path::Path;
+
+    /// `allowed/` with things in it, `own/`, and `outside/`.
+    fn place() -> (tempfile::TempDir, Policy) {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        for name in ["allowed/there", "own/snapshots/1/fs", "outside"] {
+            fs::create_dir_all(at(name)).unwrap();
+        }
+        let policy = Policy {
+            allowed: vec![at("allowed")],
+            kept_apart: vec![at("own"), at("not there")],
+        };
+        (dir, policy)
+    }
+
+    fn ask(policy: &Policy, dir: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
+        let paths: Vec<_> = names
+            .iter()
+            .map(|name| dir.join(name).to_str().unwrap().to_owned())
+            .collect();
+        let lowers = policy.ensure(&paths)?;
+        let targets = lowers.targets().to_vec();
+        lowers.keep();
+        Ok(targets)
+    }
+
+    #[test]
+    fn what_is_missing_is_created_and_taken_back() {
+        let (dir, policy) = place();
+        let wanted = dir.path().join("allowed/new/deep");
+        let paths = [wanted.to_str().unwrap().to_owned()];
+        policy.check(&paths).unwrap();
+        drop(policy.ensure(&paths).unwrap());
+        assert!(!dir.path().join("allowed/new").exists());
+        let lowers = policy.ensure(&paths).unwrap();
+        assert_eq!(lowers.targets(), [fs::canonicalize(&wanted).unwrap()]);
+        lowers.keep();
+        let mode = fs::metadata(&wanted).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o755);
+    }
+
+    #[test]
+    fn links_are_followed_as_long_as_they_stay() {
+        let (dir, policy) = place();
+        let allowed = dir.path().join("allowed");
+        let there = fs::canonicalize(allowed.join("there")).unwrap();
+        symlink("there", allowed.join("relative")).unwrap();
+        symlink(allowed.join("there"), allowed.join("absolute")).unwrap();
+        symlink("./there/../relative", allowed.join("roundabout")).unwrap();
+        for name in ["relative", "absolute", "roundabout", "there", "absolute/."] {
+            let targets = ask(&policy, dir.path(), &[&format!("allowed/{name}")]).unwrap();
+            assert_eq!(targets, std::slice::from_ref(&there), "{name}");
+        }
+        symlink("../outside", allowed.join("out")).unwrap();
+        symlink("/", allowed.join("top")).unwrap();
+        symlink(dir.path().join("outside"), allowed.join("away")).unwrap();
+        symlink("there/../../outside", allowed.join("around")).unwrap();
+        symlink("loop", allowed.join("loop")).unwrap();
+        symlink("nothing", allowed.join("dangling")).unwrap();
+        symlink("/proc/self/root", allowed.join("magic")).unwrap();
+        fs::write(allowed.join("file"), "").unwrap();
+        for name in [
+            "out",
+            "out/new",
+            "top",
+            "top/tmp",
+            "away",
+            "around",
+            "loop",
+            "magic",
+            "file",
+            "file/x",
+            "magic/tmp",
+        ] {
+            let error = ask(&policy, dir.path(), &[&format!("allowed/{name}")]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{name}");
+        }
+        assert!(
+            fs::read_dir(dir.path().join("outside"))
+                .unwrap()
+                .next()
+                .is_none()
+        );
+        // A link to what is missing beneath is followed as any other.
+        ask(&policy, dir.path(), &["allowed/dangling/x"]).unwrap();
+        assert!(allowed.join("nothing/x").is_dir());
+    }
+
+    #[test]
+    fn the_allowed_directory_may_be_a_link_itself() {
+        let (dir, mut policy) = place();
+        symlink("allowed", dir.path().join("alias")).unwrap();
+        let there = fs::canonicalize(dir.path().join("allowed/there")).unwrap();
+        policy.allowed = vec![dir.path().join("alias").to_str().unwrap().to_owned()];
+        for name in ["alias/there", "allowed/there"] {
+            let targets = ask(&policy, dir.path(), &[name]).unwrap();
+            assert_eq!(targets, std::slice::from_ref(&there));
+        }
+        policy.allowed = vec![dir.path().join("gone").to_str().unwrap().to_owned()];
+        let error = ask(&policy, dir.path(), &["gone/x"]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+        assert!(!dir.path().join("gone").exists());
+    }
+
+    #[test]
+    fn the_snapshotters_own_is_kept_apart() {
+        let (dir, mut policy) = place();
+        policy.allowed = vec![dir.path().to_str().unwrap().to_owned()];
+        for name in ["own", "own/snapshots/1/fs", "own/new", "."] {
+            let error = ask(&policy, dir.path(), &[name]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{name}");
+            assert!(error.chain().contains("its own data"), "{}", error.chain());
+        }
+        assert!(!dir.path().join("own/new").exists());
+        ask(&policy, dir.path(), &["new"]).unwrap();
+    }
+
+    #[test]
+    fn directories_are_taken_once_and_not_in_each_other() {
+        let (dir, policy) = place();
+        let targets = ask(
+            &policy,
+            dir.path(),
+            &["allowed/b", "allowed/a", "allowed/b"],
+        )
+        .unwrap();
+        let names: Vec<_> = targets
+            .iter()
+            .map(|path| path.file_name().unwrap())
+            .collect();
+        assert_eq!(names, ["b", "a"]);
+        let error = ask(&policy, dir.path(), &["allowed/n", "allowed/n/m"]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(!dir.path().join("allowed/n").exists());
+    }
+
+    #[test]
+    fn none_are_allowed_unless_named() {
+        let (dir, policy) = place();
+        let off = Policy {
+            allowed: Vec::new(),
+            ..policy.clone()
+        };
+        let error = ask(&off, dir.path(), &["allowed/there"]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.chain().contains("--allow-lower"), "{}", error.chain());
+        assert!(ask(&off, dir.path(), &[]).unwrap().is_empty());
+        let error = ask(&policy, dir.path(), &["allowedly"]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(!dir.path().join("allowedly").exists());
+    }
+}

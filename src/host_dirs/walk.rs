@@ -1,0 +1,204 @@
+//! From an allowed directory down to another, one name at a time.
+//!
+//! Each step opens a name in a directory that is held open, and follows no
+//! link; links are read and followed here, beginning again at the allowed
+//! directory where they are absolute, and `..` goes back to a directory that
+//! was passed. So whoever renames meanwhile can lead the walk to another place
+//! beneath the allowed directory, and nowhere else. `openat2(2)` with
+//! `RESOLVE_BENEATH` holds the same, but knows no absolute links, does not tell
+//! which part is missing, and is not there before Linux 5.6.
+
+use std::collections::VecDeque;
+use std::ffi::{CString, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{CWD, Mode, OFlags, mkdirat, open, openat, readlinkat};
+use rustix::io::Errno;
+
+use super::parse::strip_prefix;
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// How many links may be followed on the way (path_resolution(7)).
+const MAX_LINKS: u32 = 40;
+
+/// An allowed directory, opened.
+pub(super) struct Start {
+    /// Held for as long as a walk goes on.
+    pub fd: OwnedFd,
+    /// What absolute links may begin with: as configured, and without links.
+    names: [String; 2],
+}
+
+/// Where a walk has ended.
+pub(super) struct Reached {
+    /// The last directory that is there.
+    pub fd: OwnedFd,
+    /// What is missing beneath it, outermost first.
+    pub missing: VecDeque<Vec<u8>>,
+}
+
+impl Start {
+    /// Opens an allowed directory; links on the way to it are the
+    /// administrator's.
+    pub fn open(prefix: &str) -> Result<Start> {
+        let fd = match open(prefix, DIRECTORY, Mode::empty()) {
+            Err(Errno::NOENT | Errno::NOTDIR) => {
+                return Err(Error::new(
+                    ErrorKind::FailedPrecondition,
+                    format!(
+                        "{prefix}, which --allow-lower names, is no directory: create or mount it"
+                    ),
+                ));
+            }
+            fd => fd.context(|| format!("open {prefix}"))?,
+        };
+        let canonical = path_of(&fd)?;
+        Ok(Start {
+            fd,
+            names: [
+                prefix.to_owned(),
+                String::from_utf8_lossy(&canonical).into_owned(),
+            ],
+        })
+    }
+
+    /// What `path` is called beneath this directory, if it is.
+    pub fn strip<'a>(&self, path: &'a str) -> Option<&'a str> {
+        self.names.iter().find_map(|name| strip_prefix(path, name))
+    }
+
+    /// Whether an opened directory is this one or beneath it at this moment.
+    pub fn holds(&self, fd: impl AsFd) -> Result<bool> {
+        Ok(Path::new(OsStr::from_bytes(&path_of(fd)?))
+            .starts_with(OsStr::from_bytes(&path_of(&self.fd)?)))
+    }
+
+    /// Walks to `rest`, a path relative to this directory. Creates nothing.
+    pub fn walk(&self, rest: &str) -> Result<Reached> {
+        let mut passed: Vec<OwnedFd> = Vec::new();
+        let mut pending: VecDeque<Vec<u8>> = names_in(rest.as_bytes()).collect();
+        let mut links = 0;
+        while let Some(name) = pending.pop_front() {
+            if name == b".." {
+                if passed.pop().is_none() {
+                    return Err(leads_out());
+                }
+                continue;
+            }
+            let top = passed.last().unwrap_or(&self.fd);
+            match openat(top, &*name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
+                Ok(fd) => {
+                    passed.push(fd);
+                    continue;
+                }
+                Err(Errno::NOENT) => {
+                    pending.push_front(name);
+                    break;
+                }
+                Err(Errno::NOTDIR | Errno::LOOP) => {}
+                Err(Errno::NAMETOOLONG) => return Err(invalid("has a name that is too long")),
+                Err(errno) => return Err(errno).context(|| "look for it"),
+            }
+            links += 1;
+            if links > MAX_LINKS {
+                return Err(invalid("leads through too many links"));
+            }
+            match readlinkat(top, &*name, Vec::new()) {
+                Ok(target) => {
+                    let target = target.to_bytes();
+                    let beneath = match target.starts_with(b"/") {
+                        false => target,
+                        true => {
+                            passed.clear();
+                            std::str::from_utf8(target)
+                                .ok()
+                                .and_then(|target| self.strip(target))
+                                .ok_or_else(leads_out)?
+                                .as_bytes()
+                        }
+                    };
+                    for name in names_in(beneath).rev() {
+                        pending.push_front(name);
+                    }
+                }
+                Err(Errno::INVAL) => {
+                    return Err(invalid("is no directory, or leads through a file"));
+                }
+                // Exchanged since it was opened: looked at again.
+                Err(Errno::NOENT) => pending.push_front(name),
+                Err(errno) => return Err(errno).context(|| "read a link on the way to it"),
+            }
+        }
+        if pending.iter().any(|name| name == b"..") {
+            return Err(invalid(
+                "leads through a link to something that is not there",
+            ));
+        }
+        let fd = match passed.pop() {
+            Some(fd) => fd,
+            None => openat(&self.fd, c".", DIRECTORY, Mode::empty()).context(|| "open it again")?,
+        };
+        Ok(Reached {
+            fd,
+            missing: pending,
+        })
+    }
+}
+
+impl Reached {
+    /// Creates the next missing directory, 0755, and goes to it. Tells whether
+    /// it was this call that has made it.
+    pub fn create_next(&mut self, name: &[u8]) -> Result<Made> {
+        let creating = || format!("create {}", String::from_utf8_lossy(name));
+        let made = match mkdirat(&self.fd, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) => Made::Now,
+            Err(Errno::EXIST) => Made::Before,
+            Err(Errno::NAMETOOLONG) => return Err(invalid("has a name that is too long")),
+            Err(errno) => return Err(errno).context(creating),
+        };
+        self.fd = match openat(&self.fd, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
+            Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => {
+                return Err(invalid(
+                    "leads through a link to something that is not there",
+                ));
+            }
+            fd => fd.context(creating)?,
+        };
+        Ok(made)
+    }
+}
+
+/// Who has made a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Made {
+    /// This request.
+    Now,
+    /// Somebody else.
+    Before,
+}
+
+pub(super) const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// The path of an opened file as the kernel has it now, free of links.
+pub(super) fn path_of(fd: impl AsFd) -> Result<Vec<u8>> {
+    let number = fd.as_fd().as_raw_fd();
+    readlinkat(CWD, format!("/proc/self/fd/{number}"), Vec::new())
+        .map(CString::into_bytes)
+        .context(|| "ask for the path of an opened directory")
+}
+
+fn names_in(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> {
+    path.split(|byte| *byte == b'/')
+        .filter(|name| !matches!(*name, b"" | b"."))
+        .map(<[u8]>::to_vec)
+}
+
+fn leads_out() -> Error {
+    invalid("leads out of the allowed directory through a link")
+}
+
+fn invalid(why: &str) -> Error {
+    Error::new(ErrorKind::InvalidArgument, format!("it {why}"))
+}

@@ -1,0 +1,466 @@
+//! Mounting, and asking the kernel what it can mount.
+//!
+//! Owns: the mount system calls and the probes around them. Never: policy;
+//! what a missing feature means is for the caller to say. A mount made here
+//! ends with the value that stands for it.
+
+pub mod mountinfo;
+pub mod overlay;
+mod stack;
+
+pub use stack::Stack;
+
+use mountinfo::Mounted;
+
+use std::ffi::CString;
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rustix::fd::AsFd;
+use rustix::fs::{Dir, FileType, Mode, OFlags, fgetxattr, fstat, open, stat};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount, mount_change, open_tree,
+    unmount,
+};
+
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::sys;
+use crate::types::SnapshotId;
+use crate::util::fault_point::fault_point;
+
+/// A mounted overlay; unmounted when dropped.
+struct Overlay {
+    target: PathBuf,
+}
+
+impl Overlay {
+    fn mount(target: &Path, options: &str) -> std::result::Result<Overlay, Errno> {
+        let data = CString::new(options).map_err(|_| Errno::INVAL)?;
+        mount(
+            "overlay",
+            target,
+            "overlay",
+            MountFlags::empty(),
+            Some(data.as_c_str()),
+        )?;
+        Ok(Overlay {
+            target: target.to_owned(),
+        })
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        if let Err(errno) = unmount(&self.target, UnmountFlags::DETACH) {
+            log::warn!("cannot unmount {}: {errno}", self.target.display());
+        }
+    }
+}
+
+/// Unmounts what a probe cut short by a crash may have left on `target`.
+pub fn unmount_stale(target: &Path) {
+    // Nothing mounted there is the normal case.
+    let _ = unmount(target, UnmountFlags::DETACH);
+}
+
+/// Names of the directories that a probe needs in its empty scratch directory.
+const LOWER: &str = "lower";
+const UPPER: &str = "upper";
+const WORK: &str = "work";
+/// Where a probe mounts.
+pub const MERGED: &str = "merged";
+
+/// Asks whether `scratch`, an empty directory, is on a file system that can
+/// hold overlayfs's upper directory, by mounting one and doing what containers
+/// do there: deleting (a whiteout), replacing a directory (an opaque one),
+/// renaming (a whiteout made by the rename itself).
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] saying what did not work.
+pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
+    let lower = scratch.join(LOWER);
+    for name in [UPPER, WORK, MERGED] {
+        make_directory(&scratch.join(name))?;
+    }
+    for name in ["", "replaced", "renamed"] {
+        make_directory(&lower.join(name))?;
+    }
+    for name in ["deleted", "moved"] {
+        fs::write(lower.join(name), name).map_err(|error| {
+            Error::caused(
+                ErrorKind::Internal,
+                format!("write {}", lower.join(name).display()),
+                error,
+            )
+        })?;
+    }
+
+    require_entry_types(scratch)?;
+    let path = |name: &str| scratch.join(name).display().to_string();
+    let mut data = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        path(LOWER),
+        path(UPPER),
+        path(WORK)
+    );
+    for option in options {
+        data.push(',');
+        data.push_str(option);
+    }
+    let merged = scratch.join(MERGED);
+    let mounted = Overlay::mount(&merged, &data)
+        .map_err(|errno| unsuitable(format!("mount an overlay with the options {data}"), errno))?;
+    fault_point("probe-mounted");
+    exercise(&merged, &scratch.join(UPPER), options)?;
+    drop(mounted);
+    Ok(())
+}
+
+/// overlayfs finds whiteouts by the types in directory entries.
+fn require_entry_types(scratch: &Path) -> Result<()> {
+    let listing = || format!("list {}", scratch.display());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let top = open(scratch, flags, Mode::empty()).context(listing)?;
+    for entry in Dir::new(top).context(listing)? {
+        let entry = entry.context(listing)?;
+        let is_own = !matches!(entry.file_name().to_bytes(), b"." | b"..");
+        if is_own && entry.file_type() == FileType::Unknown {
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                "it does not tell the types of directory entries (d_type)",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn exercise(merged: &Path, upper: &Path, options: &[String]) -> Result<()> {
+    let io = |what: &str, result: std::io::Result<()>| {
+        result.map_err(|error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+            unsuitable(format!("{what} on an overlay"), errno)
+        })
+    };
+    io("delete a file", fs::remove_file(merged.join("deleted")))?;
+    io(
+        "rename a file",
+        fs::rename(merged.join("moved"), merged.join("there")),
+    )?;
+    io(
+        "delete a directory",
+        fs::remove_dir(merged.join("replaced")),
+    )?;
+    io(
+        "replace a directory",
+        fs::create_dir(merged.join("replaced")),
+    )?;
+    for name in ["deleted", "moved"] {
+        let left = stat(upper.join(name))
+            .map(|stat| (FileType::from_raw_mode(stat.st_mode), stat.st_rdev));
+        if left != Ok((FileType::CharacterDevice, 0)) {
+            return Err(unsuitable(
+                format!("find the whiteout of a {name} file"),
+                left.err().unwrap_or(Errno::NODEV),
+            ));
+        }
+    }
+    let namespace = if options.iter().any(|option| option == "userxattr") {
+        "user"
+    } else {
+        "trusted"
+    };
+    let opaque = fs::File::open(upper.join("replaced"))
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+        .and_then(|dir| {
+            let mut value = [0_u8; 8];
+            fgetxattr(dir, format!("{namespace}.overlay.opaque"), &mut value)
+        });
+    opaque
+        .map(drop)
+        .map_err(|errno| unsuitable("find the mark of an opaque directory".to_owned(), errno))
+}
+
+fn make_directory(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|error| {
+        Error::caused(
+            ErrorKind::Internal,
+            format!("create the directory {}", path.display()),
+            error,
+        )
+    })
+}
+
+fn unsuitable(what: String, errno: Errno) -> Error {
+    Error::caused(
+        ErrorKind::FailedPrecondition,
+        format!("cannot {what}"),
+        std::io::Error::from(errno),
+    )
+}
+
+/// A parameter of the overlay module, as of now: the default for mounts that do
+/// not say otherwise. `None` where the kernel does not know it, or has not loaded
+/// the module yet.
+pub fn probe_parameter(name: &str) -> Option<String> {
+    let path = Path::new("/sys/module/overlay/parameters").join(name);
+    let text = fs::read_to_string(path).ok()?;
+    Some(text.trim_end().to_owned())
+}
+
+/// The upper directories of all overlays that are mounted in this mount
+/// namespace, as they were given to mount(2).
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if the kernel's list cannot be read.
+pub fn upper_directories() -> Result<Vec<String>> {
+    let mounts = mountinfo::read()?;
+    Ok(mounts
+        .iter()
+        .filter_map(upper_of)
+        .map(str::to_owned)
+        .collect())
+}
+
+fn upper_of(mounted: &Mounted) -> Option<&str> {
+    if mounted.file_system != "overlay" {
+        return None;
+    }
+    let mut options = mounted.options.split(',');
+    options.find_map(|option| option.strip_prefix("upperdir="))
+}
+
+/// Where an upper directory is mounted in this mount namespace, by an overlay that
+/// writes into it, or as it is; `None` if it is not. By its inode: a disk may have
+/// several paths.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`] if the directory or the kernel's list cannot be read.
+pub fn mounted_at(upper: impl AsFd) -> Result<Option<PathBuf>> {
+    let looking = || "look where an upper directory is mounted";
+    let stat = fstat(upper).context(looking)?;
+    let is_it = |path: &Path| {
+        rustix::fs::stat(path)
+            .is_ok_and(|found| (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino))
+    };
+    let mounts = mountinfo::read()?;
+    let found = mounts.iter().find(|mounted| match upper_of(mounted) {
+        Some(path) => is_it(Path::new(path)),
+        // A bind of a snapshot's own directory; others are not asked for, one of
+        // them may be a disk that does not answer.
+        None => mounted.root.ends_with("fs") && is_it(&mounted.point),
+    });
+    Ok(found.map(|mounted| mounted.point.clone()))
+}
+
+/// The first word of the device name that an overlay mounted by hand has.
+const BY_HAND: &str = env!("CARGO_PKG_NAME");
+
+/// A snapshot that a person has mounted with the command `mount`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ByHand {
+    /// The identity of the snapshot's root; `None` if a version of this program
+    /// mounted it that did not say.
+    root: Option<String>,
+    /// The snapshot's number, which other roots give out as well.
+    pub id: SnapshotId,
+    /// Where it is mounted.
+    pub point: PathBuf,
+}
+
+impl ByHand {
+    /// The device name for the overlay of a snapshot that a person mounts.
+    pub fn source(root: &str, id: SnapshotId) -> String {
+        format!("{BY_HAND}:{root}:{id}")
+    }
+
+    /// All such mounts in this mount namespace, of whatever root.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
+    pub fn all() -> Result<Vec<ByHand>> {
+        Ok(mountinfo::read()?
+            .iter()
+            .filter_map(ByHand::parse)
+            .collect())
+    }
+
+    /// The mounts that may be of the root with this identity.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
+    pub fn of_root(identity: Option<&str>) -> Result<Vec<ByHand>> {
+        let mut mounts = ByHand::all()?;
+        mounts.retain(|mounted| mounted.root.is_none() || mounted.root.as_deref() == identity);
+        Ok(mounts)
+    }
+
+    /// `None` if the mount is something else.
+    pub fn parse(mounted: &Mounted) -> Option<ByHand> {
+        if mounted.file_system != "overlay" {
+            return None;
+        }
+        let words = mounted.source.strip_prefix(BY_HAND)?.strip_prefix(':')?;
+        let (root, id) = match words.split_once(':') {
+            Some((root, id)) => (Some(root.to_owned()), id),
+            None => (None, words),
+        };
+        Some(ByHand {
+            root,
+            id: SnapshotId::from_directory_name(id.as_bytes())?,
+            point: mounted.point.clone(),
+        })
+    }
+}
+
+/// Whether this process is in a user namespace of its own, where overlayfs may
+/// only use `user.*` attributes (mount option `userxattr`, Linux 5.11).
+pub fn probe_user_namespace() -> bool {
+    fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !maps_everything(&map))
+}
+
+fn maps_everything(uid_map: &str) -> bool {
+    uid_map
+        .split_ascii_whitespace()
+        .eq(["0", "0", "4294967295"])
+}
+
+/// The hidden argument with which this program is started as the child that
+/// [`probe_idmapped_mounts`] needs.
+pub const USER_NAMESPACE_CHILD: &str = "--hold-user-namespace";
+
+/// What the child does: enters a new user namespace, says so, and waits until
+/// its parent has taken that namespace's descriptor.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if there are no user namespaces here.
+pub fn hold_user_namespace() -> Result<()> {
+    sys::unshare_user_namespace()
+        .map_err(|errno| unsuitable("enter a new user namespace".to_owned(), errno))?;
+    let told = std::io::stdout().write_all(b"\n");
+    let waited = told
+        .and_then(|()| std::io::stdout().flush())
+        .and_then(|()| std::io::stdin().read(&mut [0]));
+    waited
+        .map(drop)
+        .map_err(|error| Error::caused(ErrorKind::Internal, "talk to the parent process", error))
+}
+
+/// Gives this process, which must have one thread only, mounts of its own: what it
+/// mounts is seen by nobody else, and what others mount or unmount by it no more.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] with what the kernel says.
+pub fn enter_mount_namespace() -> Result<()> {
+    sys::unshare_mount_namespace()
+        .and_then(|()| {
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            mount_change("/", private)
+        })
+        .map_err(|errno| unsuitable("have mounts of its own".to_owned(), errno))
+}
+
+/// Asks whether layers in `directory` can be id-mapped: whether the kernel can
+/// map overlayfs's layers (Linux 5.19) and the file system its mounts, by
+/// really mapping one that nobody else sees.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] saying what is missing.
+pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
+    let release = kernel_release();
+    if kernel_version(&release) < Some((5, 19)) {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!("Linux {release} does not id-map the layers of an overlay, 5.19 does"),
+        ));
+    }
+    let namespace = mapped_user_namespace().context(|| "make a user namespace")?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    open_tree(rustix::fs::CWD, directory, flags)
+        .and_then(|tree| sys::idmap_mount(tree.as_fd(), &namespace))
+        .map_err(|errno| unsuitable(format!("id-map a mount of {}", directory.display()), errno))
+}
+
+fn kernel_release() -> String {
+    let name = rustix::system::uname();
+    name.release().to_string_lossy().into_owned()
+}
+
+fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// A user namespace with a mapping, kept by its descriptor alone. The kernel
+/// makes one only together with a process, hence the child.
+fn mapped_user_namespace() -> Result<fs::File> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |error: std::io::Error| Error::caused(ErrorKind::FailedPrecondition, what, error)
+    };
+    let child = Command::new("/proc/self/exe")
+        .arg(USER_NAMESPACE_CHILD)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(failed("start a child process"))?;
+    let mut child = Reaped(child);
+    let id = child.0.id();
+    let mut ready = [0];
+    let stdout = child.0.stdout.as_mut();
+    let said = stdout.map_or(Ok(0), |stdout| stdout.read(&mut ready));
+    if said.map_err(failed("listen to the child process"))? == 0 {
+        return Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            "the child process could not enter one",
+        ));
+    }
+    for map in ["uid_map", "gid_map"] {
+        fs::write(format!("/proc/{id}/{map}"), "0 65536 1").map_err(failed("map its ids"))?;
+    }
+    fs::File::open(format!("/proc/{id}/ns/user")).map_err(failed("open it"))
+}
+
+/// A child that ends, and is waited for, with this value.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        // Its input's end is what it waits for; a kill covers a child that hangs.
+        drop(self.0.stdin.take());
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_versions_are_compared_as_numbers() {
+        assert_eq!(kernel_version("6.1.0-28-amd64"), Some((6, 1)));
+        assert_eq!(kernel_version("5.19"), Some((5, 19)));
+        assert_eq!(kernel_version("4.4.302+"), Some((4, 4)));
+        assert!(kernel_version("5.4.0") < Some((5, 19)));
+        assert!(kernel_version("nonsense") < Some((5, 19)));
+    }
+
+    #[test]
+    fn only_a_partial_map_is_a_user_namespace() {
+        assert!(maps_everything("         0          0 4294967295\n"));
+        assert!(!maps_everything("         0       1000          1\n"));
+        assert!(!maps_everything("0 0 65536\n65536 65536 4294901759\n"));
+    }
+}

@@ -1,0 +1,80 @@
+//! Opening what a daemon serves, for a command beside it or in its place.
+
+use super::lock::{self, Acquired, Lock};
+use super::{state, writable};
+use crate::config::Config;
+use crate::error::{Error, ErrorKind, Result};
+use crate::store::{Completeness, Store};
+use crate::volume::{Identity, Image, Volumes};
+
+/// What a command is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To look, also beside a running daemon.
+    Look,
+    /// To change something, while none is running.
+    Change,
+}
+
+/// What is there.
+pub struct Visit {
+    /// Held for as long as it lives, so that no daemon starts meanwhile; `None`
+    /// if one is running.
+    pub lock: Option<Lock>,
+    /// What is known of the database before it was opened.
+    pub completeness: Completeness,
+    /// The database.
+    pub store: Store,
+    /// Both volumes; the writable one as the database knows it.
+    pub volumes: Volumes,
+}
+
+/// Opens the root that the flags name, with its database.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] if no daemon has ever served there, or if
+/// one is running and in the way; or as of the database and the disks.
+pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
+    let root = Image::open_existing_root(&config.root)?;
+    let lock = match lock::acquire(&root)? {
+        Acquired::Lock(lock) => Some(lock),
+        Acquired::Held(_) if purpose == Purpose::Look => None,
+        Acquired::Held(holder) => {
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "the daemon that serves {} is running (process {holder}): stop it first",
+                    config.root
+                ),
+            ));
+        }
+    };
+    let open = match purpose {
+        Purpose::Look => Store::open_read_only,
+        Purpose::Change => Store::open,
+    };
+    let (store, completeness) = state::open_existing(&root, config, open)?;
+    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
+    writable::expect_recorded(&volumes, &store)?;
+    Ok(Visit {
+        lock,
+        completeness,
+        store,
+        volumes,
+    })
+}
+
+/// The identities that are recorded: the root's, as in its file `state`, and the
+/// writable volume's, as in its `.volume`.
+///
+/// # Errors
+///
+/// Those of the database.
+pub fn identities(store: &Store) -> Result<[Option<String>; 2]> {
+    let reader = store.read()?;
+    Ok([
+        reader.fact(Identity::FACT)?,
+        reader.fact(writable::IDENTITY)?,
+    ])
+}

@@ -1,0 +1,209 @@
+//! A snapshot as a person mounts it, without containerd: to look into, or to
+//! rescue from.
+
+use rustix::fd::AsFd;
+
+use super::Snapshotter;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mount::{self, ByHand};
+use crate::store::Snapshot;
+use crate::text::filter::Filters;
+use crate::types::{Kind, Quoted, SnapshotId, Volume};
+use crate::volume::Identity;
+
+/// How many keys a message names.
+const NAMED: usize = 10;
+
+/// What to mount for a person.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Rescue {
+    /// The snapshot's whole key.
+    pub key: String,
+    /// Its number.
+    pub id: SnapshotId,
+    /// Its kind.
+    pub kind: Kind,
+    /// Whether it has host directories for containers, which are left out.
+    pub has_host_directories: bool,
+    /// The directory with its `fs` and `work`, if it may be written to.
+    pub own: Option<String>,
+    /// The lower directories, the topmost first; two at least without `own`.
+    pub lowers: Vec<String>,
+}
+
+impl Snapshotter {
+    /// Tells how to mount a snapshot of any kind. Only an active one can be
+    /// written to, and not if `is_read_only`; a layer shows its image up to there.
+    /// Ids are not mapped, and host directories left out. For one to be written to,
+    /// [`Snapshotter::mounts`] refuses from here on for as long as it is mounted
+    /// under [`Snapshotter::source_by_hand`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] if no key is `name` or ends in `/name`, or several
+    /// do; [`ErrorKind::FailedPrecondition`] for one to be written to that is mounted
+    /// elsewhere, or if the writable volume is needed and not there;
+    /// [`ErrorKind::DataLoss`] if a layer is missing.
+    pub fn rescue(&self, name: &str, is_read_only: bool) -> Result<Rescue> {
+        let snapshot = self.find_by_name(name)?;
+        self.plan_rescue(snapshot, is_read_only)
+            .context(|| format!("mount snapshot {}", Quoted(name)))
+    }
+
+    fn plan_rescue(&self, snapshot: Snapshot, is_read_only: bool) -> Result<Rescue> {
+        let info = &snapshot.info;
+        let ancestors = match snapshot.parent_id {
+            Some(parent) => self.store.read()?.chain(parent)?,
+            None => Vec::new(),
+        };
+        let is_active = info.kind == Kind::Active;
+        // A layer is reached through the image volume, wherever its bytes are.
+        let volume = match (info.kind, snapshot.volume) {
+            (Kind::Committed, Some(volume)) => {
+                self.require_volume(volume)?;
+                Some(Volume::Image)
+            }
+            (_, volume) => volume,
+        };
+        let own = volume.map(|volume| {
+            let snapshots = self.volumes.snapshots_path(volume);
+            format!("{snapshots}/{}", snapshot.id)
+        });
+        let is_written_to = is_active && !is_read_only;
+        if let (true, Some(volume)) = (is_active, volume) {
+            let upper = self.volumes.open(volume)?.open_upper(snapshot.id)?;
+            if is_written_to {
+                self.volumes.image().mark_mounted_by_hand(snapshot.id)?;
+                require_unmounted(upper, snapshot.id)?;
+            }
+        }
+        for layer in &ancestors {
+            self.require_volume(layer.volume)?;
+            self.volumes.image().layer_owner(layer.id)?;
+        }
+
+        let mut lowers = Vec::new();
+        if let (false, Some(own)) = (is_written_to, &own) {
+            lowers.push(format!("{own}/fs"));
+        }
+        let snapshots = self.volumes.snapshots_path(Volume::Image);
+        lowers.extend(
+            ancestors
+                .iter()
+                .map(|layer| format!("{snapshots}/{}/fs", layer.id)),
+        );
+        let least = if is_written_to { 1 } else { 2 };
+        if lowers.len() < least {
+            lowers.push(self.volumes.image().empty_path());
+        }
+        Ok(Rescue {
+            id: snapshot.id,
+            kind: info.kind,
+            own: own.filter(|_| is_written_to),
+            has_host_directories: info.kind != Kind::Committed
+                && self.has_host_directories(&snapshot)?,
+            lowers,
+            key: snapshot.info.name,
+        })
+    }
+
+    /// The device name for the overlay of a snapshot that a person mounts.
+    ///
+    /// # Errors
+    ///
+    /// As of the database.
+    pub fn source_by_hand(&self, id: SnapshotId) -> Result<String> {
+        let identity = self.store.read()?.fact(Identity::FACT)?;
+        Ok(ByHand::source(&identity.unwrap_or_default(), id))
+    }
+
+    /// The snapshots of this root that persons have mounted. Another root on this
+    /// machine gives out the same numbers.
+    ///
+    /// # Errors
+    ///
+    /// As of the database, or the kernel's list of mounts.
+    pub fn mounted_by_hand(&self) -> Result<Vec<ByHand>> {
+        let identity = self.store.read()?.fact(Identity::FACT)?;
+        ByHand::of_root(identity.as_deref())
+    }
+
+    /// Refuses the mounts of a snapshot that a person has mounted to write to it.
+    pub(super) fn require_not_by_hand(&self, id: SnapshotId) -> Result<()> {
+        let image = self.volumes.image();
+        // The mark is cheap to look for, and may be an old one.
+        if !image.is_marked_mounted_by_hand(id) {
+            return Ok(());
+        }
+        let mut mounted = self.mounted_by_hand()?.into_iter();
+        match mounted.find(|by_hand| by_hand.id == id) {
+            None => image.unmark_mounted_by_hand(id),
+            Some(ByHand { point, .. }) => Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                format!(
+                    "snapshot {id} is mounted by hand at {}: unmount it there first",
+                    point.display()
+                ),
+            )),
+        }
+    }
+
+    fn require_volume(&self, volume: Volume) -> Result<()> {
+        self.volumes.open(volume).map(drop)
+    }
+
+    /// The snapshot of that key, or the only one whose key ends in it: containerd
+    /// puts `<namespace>/<number>/` before what its clients say.
+    fn find_by_name(&self, name: &str) -> Result<Snapshot> {
+        let not_found = |what: String| Err(Error::new(ErrorKind::NotFound, what));
+        let reader = self.store.read()?;
+        if let Some(snapshot) = reader.find(name)? {
+            return Ok(snapshot);
+        }
+        let mut found = Vec::new();
+        let all = Filters::parse::<&str>(&[])
+            .map_err(|error| Error::caused(ErrorKind::Internal, "look at all keys", error))?;
+        let suffix = format!("/{name}");
+        reader.list(&all, |snapshot| {
+            if snapshot.info.name.ends_with(&suffix) {
+                found.push(snapshot);
+            }
+            Ok(())
+        })?;
+        match (found.pop(), found.as_slice()) {
+            (Some(snapshot), []) => Ok(snapshot),
+            (None, _) => not_found(format!(
+                "no snapshot's key is {}, or ends in it after a slash: \
+                 'ctr snapshot ls' and 'status' tell keys",
+                Quoted(name)
+            )),
+            (Some(last), others) => {
+                let keys = others.iter().chain([&last]).take(NAMED);
+                let keys: Vec<_> = keys
+                    .map(|snapshot| Quoted(&snapshot.info.name).to_string())
+                    .collect();
+                not_found(format!(
+                    "{} snapshots have a key that ends in {}: give one in full: {}",
+                    others.len() + 1,
+                    Quoted(name),
+                    keys.join(", ")
+                ))
+            }
+        }
+    }
+}
+
+/// Two overlays on one upper directory damage what is in it
+/// (Documentation/filesystems/overlayfs.rst, "Sharing and copying layers").
+fn require_unmounted(upper: impl AsFd, id: SnapshotId) -> Result<()> {
+    match mount::mounted_at(upper)? {
+        None => Ok(()),
+        Some(point) => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "snapshot {id} is mounted already, at {}: stop its container, or give --read-only",
+                point.display()
+            ),
+        )),
+    }
+}

@@ -1,0 +1,231 @@
+//! Host directories above a snapshot's layers: which ones it gets, and when its
+//! links to them are made and removed.
+//!
+//! A label names some; it may be changed, for the next mount. Others the daemon
+//! chooses by the image: once, when the snapshot is made, and the choice is
+//! recorded. A container would otherwise find other files beneath what it has
+//! written only because the daemon was started with other flags meanwhile. What
+//! is allowed is asked anew each time: a directory that is not allowed any more
+//! is not shown any more.
+
+use super::Snapshotter;
+use super::labels::{IdMaps, invalid};
+use super::place::is_unpack;
+use crate::error::{Context, Result};
+use crate::host_dirs::{ImageRule, Lowers, parse_paths};
+use crate::store::{LabelChange, Snapshot};
+use crate::types::{
+    Kind, LABEL_GID_MAPPING, LABEL_IMAGE_REF, LABEL_LOWERS, LABEL_UID_MAPPING, Labels, Quoted,
+    SnapshotId,
+};
+
+/// Host directories for a snapshot.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Named by its label.
+    labelled: Vec<String>,
+    /// Chosen by the image that it stands on.
+    pub chosen: Vec<String>,
+}
+
+impl Wanted {
+    /// What a label asks for.
+    fn by_label(kind: Kind, key: &str, labels: &Labels) -> Result<Wanted> {
+        let labelled = match labels.get(LABEL_LOWERS) {
+            None => Vec::new(),
+            Some(text) => parse_paths(text).context(|| format!("read the label {LABEL_LOWERS}"))?,
+        };
+        if !labelled.is_empty() && kind == Kind::Active && is_unpack(key, labels) {
+            return Err(invalid(format!(
+                "the label {LABEL_LOWERS} is on a layer being unpacked, which the directories of \
+                 one host do not belong in: give it to containers"
+            )));
+        }
+        Ok(Wanted {
+            labelled,
+            chosen: Vec::new(),
+        })
+    }
+
+    fn all(&self) -> Vec<String> {
+        [&*self.labelled, &*self.chosen].concat()
+    }
+
+    /// Mapping the ids of a mount would have to cover the host's directories
+    /// too, whose file systems may be unable to, and whose owners would be
+    /// others than the administrator sees.
+    fn require_plain_ids(&self, id_maps: Option<&IdMaps>) -> Result<()> {
+        if id_maps.is_none() || self.labelled.is_empty() && self.chosen.is_empty() {
+            return Ok(());
+        }
+        Err(invalid(format!(
+            "host directories ({}) cannot be shown to a container with mapped ids, as their \
+             owners would not be mapped with the layers: leave one of both out",
+            Quoted(&self.all().join(":"))
+        )))
+    }
+}
+
+impl Snapshotter {
+    /// Which host directories a new snapshot is to have. None is looked at yet.
+    pub(super) fn wanted_lowers(
+        &self,
+        kind: Kind,
+        key: &str,
+        parent: &str,
+        labels: &Labels,
+        id_maps: Option<&IdMaps>,
+    ) -> Result<Wanted> {
+        let mut wanted = Wanted::by_label(kind, key, labels)?;
+        if kind == Kind::Active
+            && !parent.is_empty()
+            && !self.options.lower_rules.is_empty()
+            && !is_unpack(key, labels)
+            && let Some(layer) = self.store.read()?.find(parent)?
+        {
+            wanted.chosen = chosen_by(&self.options.lower_rules, &layer.info.labels);
+        }
+        wanted.require_plain_ids(id_maps)?;
+        Ok(wanted)
+    }
+
+    /// Finds them, and creates those that are missing.
+    pub(super) fn ensure_lowers(&self, wanted: &Wanted) -> Result<Lowers> {
+        self.options.lowers.ensure(&wanted.all())
+    }
+
+    /// The links by which a snapshot that is there already reaches its host
+    /// directories, after each has been found anew; `chosen` are those recorded.
+    pub(super) fn renew_lowers(
+        &self,
+        snapshot: &Snapshot,
+        chosen: Option<&str>,
+        id_maps: Option<&IdMaps>,
+    ) -> Result<Vec<String>> {
+        let info = &snapshot.info;
+        let mut wanted = Wanted::by_label(info.kind, &info.name, &info.labels)?;
+        wanted.chosen = chosen.map_or(Ok(Vec::new()), parse_paths)?;
+        wanted.require_plain_ids(id_maps)?;
+        let lowers = self.ensure_lowers(&wanted)?;
+        let image = self.volumes.image();
+        if !image.has_lower_links(snapshot.id, lowers.targets())? {
+            let transaction = self.store.write()?;
+            // Removed meanwhile, it would get links that nobody removes.
+            let now = transaction.rows().stat(&info.name)?;
+            if now.id == snapshot.id {
+                image.link_lowers(snapshot.id, lowers.targets())?.keep();
+            }
+        }
+        let links = image.lower_links(snapshot.id, lowers.targets().len());
+        lowers.keep();
+        Ok(links)
+    }
+
+    /// Whether a container on the snapshot is shown any.
+    pub(super) fn has_host_directories(&self, snapshot: &Snapshot) -> Result<bool> {
+        let labelled = snapshot.info.labels.get(LABEL_LOWERS);
+        let is_labelled = labelled.is_some_and(|text| !text.is_empty());
+        Ok(is_labelled || !self.chosen_lowers(snapshot.id)?.is_empty())
+    }
+
+    fn chosen_lowers(&self, id: SnapshotId) -> Result<Vec<String>> {
+        let recorded = self.store.read()?.chosen_lowers(id)?;
+        recorded.map_or(Ok(Vec::new()), |paths| parse_paths(&paths))
+    }
+
+    /// Refuses an Update after which a snapshot could not be mounted. Labels of
+    /// which nothing depends are nobody's business here, also where the host
+    /// directories of one that was good are gone by now.
+    pub(super) fn check_lowers_after(&self, key: &str, changes: &[LabelChange]) -> Result<()> {
+        let snapshot = self.store.read()?.stat(key)?;
+        let info = &snapshot.info;
+        let mut labels = info.labels.clone();
+        for change in changes {
+            change.clone().apply(&mut labels);
+        }
+        let is_same = |label: &&str| labels.get(*label) == info.labels.get(*label);
+        let watched = [LABEL_LOWERS, LABEL_UID_MAPPING, LABEL_GID_MAPPING];
+        if info.kind == Kind::Committed || watched.iter().all(is_same) {
+            return Ok(());
+        }
+        let mut wanted = Wanted::by_label(info.kind, key, &labels)?;
+        wanted.chosen = self.chosen_lowers(snapshot.id)?;
+        if wanted == Wanted::default() {
+            return Ok(());
+        }
+        wanted.require_plain_ids(IdMaps::from_labels(&labels)?.as_ref())?;
+        // Those chosen may not be allowed any more: no reason to keep a label.
+        self.options.lowers.check(&wanted.labelled)
+    }
+
+    /// Removes the links of a snapshot that is gone, or is a layer now.
+    pub(super) fn drop_lower_links(&self, id: SnapshotId) {
+        if let Err(error) = self.volumes.image().remove_lower_links(id) {
+            // It is done all the same; the next start removes them.
+            log::warn!("remove the links of snapshot {id}: {}", error.chain());
+        }
+    }
+}
+
+/// What the rules give to the containers of a layer's image, in their order.
+fn chosen_by(rules: &[ImageRule], labels: &Labels) -> Vec<String> {
+    let Some(image) = labels.get(LABEL_IMAGE_REF) else {
+        return Vec::new();
+    };
+    rules
+        .iter()
+        .filter(|rule| rule.matches(image))
+        .flat_map(|rule| rule.paths().iter().cloned())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::labels::tests::labels;
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::types::LABEL_SNAPSHOT_REF;
+
+    #[test]
+    fn an_unpack_gets_none() {
+        let asked = labels(&[(LABEL_LOWERS, "/a:/b")]);
+        let reference = labels(&[(LABEL_LOWERS, "/a"), (LABEL_SNAPSHOT_REF, "x")]);
+        let wanted = Wanted::by_label(Kind::Active, "1/web", &asked).unwrap();
+        assert_eq!(wanted.all(), ["/a", "/b"]);
+        assert!(Wanted::by_label(Kind::View, "1/extract-1", &asked).is_ok());
+        for (key, labels) in [("1/extract-1", &asked), ("1/web", &reference)] {
+            let error = Wanted::by_label(Kind::Active, key, labels).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        }
+        let empty = labels(&[(LABEL_LOWERS, "::")]);
+        let wanted = Wanted::by_label(Kind::Active, "1/extract-1", &empty).unwrap();
+        assert_eq!(wanted, Wanted::default());
+    }
+
+    #[test]
+    fn mapped_ids_and_host_directories_exclude_each_other() {
+        let ids = labels(&[(LABEL_UID_MAPPING, "0:1:9"), (LABEL_GID_MAPPING, "0:1:9")]);
+        let maps = IdMaps::from_labels(&ids).unwrap();
+        Wanted::default().require_plain_ids(maps.as_ref()).unwrap();
+        let wanted = Wanted {
+            labelled: Vec::new(),
+            chosen: vec!["/a".to_owned()],
+        };
+        wanted.require_plain_ids(None).unwrap();
+        let error = wanted.require_plain_ids(maps.as_ref()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.chain().contains("mapped ids"), "{}", error.chain());
+    }
+
+    #[test]
+    fn rules_go_by_the_topmost_layers_image_in_their_order() {
+        let rules: Vec<_> = ["*=/a", "x/*=/b:/c", "y/*=/d", "x/one:1=/e"]
+            .iter()
+            .map(|rule| ImageRule::parse(rule).unwrap())
+            .collect();
+        let of = |image| chosen_by(&rules, &labels(&[(LABEL_IMAGE_REF, image)]));
+        assert_eq!(of("x/one:1"), ["/a", "/b", "/c", "/e"]);
+        assert_eq!(of("y/one:1"), ["/a", "/d"]);
+        assert!(chosen_by(&rules, &labels(&[])).is_empty());
+    }
+}

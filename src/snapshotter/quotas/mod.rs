@@ -1,0 +1,493 @@
+//! Project ids of the snapshots on the writable volume: given out, limited,
+//! counted by, and given back.
+//!
+//! An id is recorded in the transaction that enters its snapshot, and set on the
+//! empty directories before that ends. It stays taken until the last inode that
+//! was charged to it is gone, wherever that was: the kernel is asked, not the
+//! database. Then its limit is cleared, then it is struck out. Whatever the
+//! database says, an id is not given out to which the kernel has anything charged,
+//! or for which it has a limit.
+//!
+//! A layer keeps its id and limit as long as its directory is on the writable
+//! volume's file system: nobody writes to it, or if somebody does (`ctr snapshot
+//! commit` of a running container), within the limit. What is copied gets none.
+//!
+//! After a crash a directory in the trash may have an id that is not recorded: the
+//! next start records it. Limits of ids that are not recorded are somebody else's.
+
+mod mount_headroom;
+mod recharge;
+mod recover;
+
+pub(super) use recharge::Uncharged;
+use rustix::fd::OwnedFd;
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::limits::Asked;
+use super::place::is_unpack;
+use super::{QuotaMode, Snapshotter};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::quota::{self, Quotas, Support};
+use crate::store::{Project, Snapshot, Transaction};
+use crate::types::{
+    Kind, LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_VOLUME, Labels, Limits,
+    ProjectId, SnapshotId, Usage, Volume,
+};
+use crate::util::fault_point::fault_point;
+use crate::util::lock::lock;
+use crate::volume::{Dirs, Parts};
+pub(super) use mount_headroom::Loans;
+
+/// How many ids of others are passed over, which the kernel is asked about while all
+/// that changes the database waits: ids that are not recorded here, and that the
+/// kernel has something of.
+const MOST_MISSES: u32 = 256;
+/// How many of them one after the other. A container whose root is the host's can give
+/// its files to all the ids that come next, but hardly to those of a billion.
+const MOST_NEIGHBOURS: u32 = 16;
+
+/// What limits of a running snapshot are to become.
+pub(super) struct LimitChange {
+    project: ProjectId,
+    from: Limits,
+    to: Limits,
+}
+
+impl LimitChange {
+    /// Whether no number is new: each limit stays, or goes.
+    fn only_lifts(&self) -> bool {
+        let lifts = |from: Option<u64>, to: Option<u64>| to.is_none() || to == from;
+        lifts(self.from.max_bytes, self.to.max_bytes)
+            && lifts(self.from.max_inodes, self.to.max_inodes)
+    }
+}
+
+/// A project just given to new directories; dropped without
+/// [`NewProject::keep`], it is taken from them.
+pub(super) struct NewProject<'a> {
+    quotas: &'a Quotas<'a>,
+    project: ProjectId,
+    limits: Limits,
+    parts: Parts,
+    keep: bool,
+}
+
+impl<'a> NewProject<'a> {
+    /// Gives it to a snapshot's directories, which are empty.
+    fn give(
+        quotas: &'a Quotas<'a>,
+        project: ProjectId,
+        limits: Limits,
+        parts: Parts,
+    ) -> Result<NewProject<'a>> {
+        let new = NewProject {
+            quotas,
+            project,
+            limits,
+            parts,
+            keep: false,
+        };
+        for part in new.parts.all() {
+            quota::set_project(part, project)?;
+        }
+        // It has none yet: such an id would not have been picked.
+        if limits != Limits::NONE {
+            quotas.set_limits(project, limits)?;
+        }
+        Ok(new)
+    }
+
+    /// The snapshot is entered.
+    pub(super) fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for NewProject<'_> {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        // First the limits: nobody would know whose they are. The directories go to
+        // the trash next.
+        let cleared = match self.limits {
+            Limits::NONE => Ok(()),
+            _ => self.quotas.set_limits(self.project, Limits::NONE),
+        };
+        let mut parts = self.parts.all();
+        let taken = parts.try_for_each(|part| quota::set_project(part, ProjectId::NONE));
+        for error in [cleared.err(), taken.err()].into_iter().flatten() {
+            log::warn!("undo a refused request: {}", error.chain());
+        }
+    }
+}
+
+/// How much a new snapshot may take; `None` if it is not to have a project.
+///
+/// # Errors
+///
+/// [`ErrorKind::InvalidArgument`] as of [`Asked::read`];
+/// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
+pub(super) fn plan_limits(
+    kind: Kind,
+    key: &str,
+    labels: &Labels,
+    volume: Option<Volume>,
+    default: Limits,
+) -> Result<Option<Limits>> {
+    let asked = Asked::read(labels)?;
+    // Nothing is written to a view, and how large a layer gets is its image's
+    // affair; containerd's label is a hint, and inherited by what unpacks.
+    if kind != Kind::Active {
+        return Ok(None);
+    }
+    let is_unpack = is_unpack(key, labels);
+    match volume {
+        Some(Volume::Writable) if is_unpack => Ok(Some(Limits::NONE)),
+        Some(Volume::Writable) => Ok(Some(asked.or(default))),
+        _ if asked.is_limit() && !is_unpack => Err(Error::new(
+            ErrorKind::FailedPrecondition,
+            format!(
+                "its labels ask for a limit, which is kept on the writable volume only, and \
+                 {LABEL_VOLUME} puts it on the image volume: leave one of them out"
+            ),
+        )),
+        _ => Ok(None),
+    }
+}
+
+impl Snapshotter {
+    /// What project quotas do on the writable volume.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if they do nothing: why, and what would
+    /// change that; or as of the volume.
+    pub fn quota_support(&self) -> Result<Support> {
+        if self.options.quota.mode == QuotaMode::Off {
+            return Err(switched_off());
+        }
+        let dirs = self.volumes.open(Volume::Writable)?;
+        match Quotas::probe(dirs.snapshots_fd())? {
+            Some(quotas) => Ok(quotas.support()),
+            None => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), None)),
+        }
+    }
+
+    /// The quotas for a new snapshot that may take so much; `None` if it gets no
+    /// project.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if they are needed and not there: what is
+    /// missing, and how to come by it.
+    pub(super) fn quotas_for<'a>(
+        &self,
+        dirs: &'a Dirs,
+        limits: Limits,
+    ) -> Result<Option<Quotas<'a>>> {
+        let mode = self.options.quota.mode;
+        if self.needs_quotas(limits) {
+            return require_limits(mode, dirs).map(Some);
+        }
+        if mode == QuotaMode::Off {
+            return Ok(None);
+        }
+        Quotas::probe(dirs.snapshots_fd()).or_else(|error| match error.kind() {
+            ErrorKind::FailedPrecondition => Ok(None),
+            _ => self.do_without_quotas(limits, error).map(|()| None),
+        })
+    }
+
+    /// Gives a new snapshot's directories, which are empty, a project; `None` where
+    /// that fails and the snapshot can do without.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::ResourceExhausted`] if no id is free; as of the volume's disk
+    /// and the database.
+    pub(super) fn give_project<'a>(
+        &self,
+        transaction: &Transaction<'_>,
+        quotas: &'a Quotas<'a>,
+        dirs: &Dirs,
+        id: SnapshotId,
+        limits: Limits,
+    ) -> Result<Option<NewProject<'a>>> {
+        let parts = dirs.open_parts(id)?;
+        let given = self
+            .pick_project(transaction, quotas)
+            .and_then(|project| NewProject::give(quotas, project, limits, parts));
+        let new = match given {
+            Err(error) if error.kind() != ErrorKind::ResourceExhausted => {
+                self.do_without_quotas(limits, error)?;
+                return Ok(None);
+            }
+            given => given?,
+        };
+        transaction.rows().record_project(&Project {
+            project: new.project,
+            snapshot: Some(id),
+            limits,
+        })?;
+        fault_point("project-given");
+        Ok(Some(new))
+    }
+
+    /// What is wrong with quotas is the affair of those who need them; everybody
+    /// else goes on without, and it is told once.
+    ///
+    /// # Errors
+    ///
+    /// The one given, where they are needed.
+    fn do_without_quotas(&self, limits: Limits, error: Error) -> Result<()> {
+        if self.needs_quotas(limits) {
+            return Err(error);
+        }
+        self.broken_quotas.call_once(|| {
+            log::warn!(
+                "new containers get no project, so that their files have to be counted: {}",
+                error.chain()
+            );
+        });
+        Ok(())
+    }
+
+    fn needs_quotas(&self, limits: Limits) -> bool {
+        limits != Limits::NONE || self.options.quota.mode == QuotaMode::Require
+    }
+
+    /// An id that nobody has, and of which the kernel has nothing.
+    fn pick_project(
+        &self,
+        transaction: &Transaction<'_>,
+        quotas: &Quotas<'_>,
+    ) -> Result<ProjectId> {
+        let rows = transaction.rows();
+        let range = self.options.quota.ids;
+        let mut last = lock(&self.last_project);
+        if last.is_none() {
+            let given = rows.projects()?;
+            let mut ids = given.iter().map(|given| given.project);
+            *last = ids.rfind(|project| range.contains(*project));
+        }
+        // An id given back rests until all others had their turn.
+        let mut candidate = last.unwrap_or(ProjectId::NONE);
+        let mut misses = 0;
+        // Our own are passed over without a question.
+        for _ in 0..rows.count_projects()? + u64::from(MOST_MISSES) {
+            candidate = range.after(candidate);
+            if rows.is_project_taken(candidate)? {
+                continue;
+            }
+            // Somebody's limit, of what is yet to come, counts as well.
+            if quotas.held(candidate)?.is_nothing() {
+                *last = Some(candidate);
+                return Ok(candidate);
+            }
+            misses += 1;
+            // A small range is looked through.
+            if misses % MOST_NEIGHBOURS == 0 && range.count() > MOST_MISSES {
+                candidate = range.at(random()?);
+            }
+        }
+        *last = Some(candidate);
+        Err(Error::new(
+            ErrorKind::ResourceExhausted,
+            format!(
+                "no project id of {range} was found free, {misses} are in use by others: remove \
+                 containers, or give --quota-ids another range"
+            ),
+        ))
+    }
+
+    /// What an update of labels asks of the limits of a running snapshot.
+    ///
+    /// # Errors
+    ///
+    /// As of [`plan_limits`]; [`ErrorKind::FailedPrecondition`] if the snapshot
+    /// has no project.
+    pub(super) fn plan_limit_change(
+        &self,
+        transaction: &Transaction<'_>,
+        before: &Snapshot,
+        after: &Snapshot,
+    ) -> Result<Option<LimitChange>> {
+        let info = &after.info;
+        // Only what a label changes: the default may be another by now.
+        let is_changed = |label: &str| before.info.labels.get(label) != info.labels.get(label);
+        let is_size_changed = is_changed(LABEL_MAX_SIZE) || is_changed(LABEL_OWN_MAX_SIZE);
+        let are_inodes_changed = is_changed(LABEL_MAX_INODES);
+        if !is_size_changed && !are_inodes_changed {
+            return Ok(None);
+        }
+        let default = self.options.quota.default;
+        let limits = plan_limits(info.kind, &info.name, &info.labels, after.volume, default)?;
+        let Some(mut to) = limits else {
+            return Ok(None);
+        };
+        let rows = transaction.rows();
+        if let Some(given) = rows.project_of(after.id)? {
+            if !is_size_changed {
+                to.max_bytes = given.limits.max_bytes;
+            }
+            if !are_inodes_changed {
+                to.max_inodes = given.limits.max_inodes;
+            }
+            rows.record_limits(given.project, to)?;
+            return Ok(Some(LimitChange {
+                project: given.project,
+                from: given.limits,
+                to,
+            }));
+        }
+        if Asked::read(&info.labels)?.is_limit() {
+            // What a file system lacks comes before what the snapshot does.
+            let dirs = self.volumes.open(Volume::Writable)?;
+            require_limits(self.options.quota.mode, &dirs)?;
+            return Err(Error::new(
+                ErrorKind::FailedPrecondition,
+                "it was made while the writable volume had no project quotas, so it has no \
+                 project that could be limited: make the container anew",
+            ));
+        }
+        Ok(None)
+    }
+
+    /// Changes limits before `record` makes the change durable; back again if that
+    /// fails. A start sets what is recorded, and so a limit can be taken away where
+    /// the kernel cannot be told now.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the volume or its quotas are not there;
+    /// as of its disk; those of `record`.
+    pub(super) fn change_limits(
+        &self,
+        change: &LimitChange,
+        record: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let are_kept = || matches!(self.quota_support(), Ok(Support::Limits));
+        if change.only_lifts() && !are_kept() {
+            log::info!(
+                "project {} keeps its limits until a start with quotas",
+                change.project
+            );
+            return record();
+        }
+        let dirs = self.volumes.open(Volume::Writable)?;
+        let quotas = require_limits(self.options.quota.mode, &dirs)?;
+        quotas
+            .set_limits(change.project, change.to)
+            .and_then(|()| {
+                fault_point("limits-changed");
+                record()
+            })
+            .inspect_err(|_| {
+                if let Err(error) = quotas.set_limits(change.project, change.from) {
+                    log::warn!("undo a refused update: {}", error.chain());
+                }
+            })
+    }
+
+    /// What a snapshot takes by its quota, in constant time; `None` if it has no
+    /// project, or its directory is not charged to it.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(super) fn usage_by_quota(
+        &self,
+        dirs: &Dirs,
+        id: SnapshotId,
+        upper: &OwnedFd,
+    ) -> Result<Option<Usage>> {
+        if self.options.quota.mode == QuotaMode::Off {
+            return Ok(None);
+        }
+        let Some(given) = self.store.read()?.project_of(id)? else {
+            return Ok(None);
+        };
+        if quota::project_of(upper)? != given.project {
+            return Ok(None);
+        }
+        // Who gets no answer can still walk: the kernel takes the question for a
+        // write, and has none on a volume that is read-only.
+        let Ok(Some(quotas)) = Quotas::probe(dirs.snapshots_fd()) else {
+            return Ok(None);
+        };
+        Ok(quotas.held(given.project).ok().map(|held| held.usage))
+    }
+
+    /// Gives the ids back to which nothing is charged any more. XFS may take a moment
+    /// for what has just been deleted: the next call finds it then.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(super) fn free_projects(&self) -> Result<()> {
+        let loose = self.store.read()?.loose_projects()?;
+        if loose.is_empty() || self.options.quota.mode == QuotaMode::Off {
+            return Ok(());
+        }
+        // Without the volume nobody can tell, and it is told elsewhere.
+        let Ok(dirs) = self.volumes.open(Volume::Writable) else {
+            return Ok(());
+        };
+        let quotas = match Quotas::probe(dirs.snapshots_fd()) {
+            Ok(Some(quotas)) => quotas,
+            Ok(None) => return Ok(()),
+            // The start has told it.
+            Err(error) if error.kind() == ErrorKind::FailedPrecondition => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        quotas.settle();
+        let mut unused = Vec::new();
+        for given in loose {
+            let held = quotas.held(given.project)?;
+            if held.is_unused() {
+                // First this: struck out, nobody would know of the limit.
+                quotas.set_limits(given.project, Limits::NONE)?;
+                unused.push(given.project);
+            }
+        }
+        if unused.is_empty() {
+            return Ok(());
+        }
+        fault_point("unlimited");
+        let mut transaction = self.store.write()?;
+        for project in unused {
+            transaction.rows().forget_project(project)?;
+        }
+        transaction.commit()
+    }
+}
+
+fn random() -> Result<u32> {
+    let mut bytes = [0; 4];
+    getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random bytes")?;
+    Ok(u32::from_ne_bytes(bytes))
+}
+
+fn switched_off() -> Error {
+    Error::new(
+        ErrorKind::FailedPrecondition,
+        "project quotas are switched off by --quota off, or by a user namespace, in which the \
+         kernel sets no projects",
+    )
+}
+
+/// The quotas of a volume that has to have them.
+fn require_limits(mode: QuotaMode, dirs: &Dirs) -> Result<Quotas<'_>> {
+    if mode == QuotaMode::Off {
+        return Err(switched_off());
+    }
+    let needing = || "limit what is written on the writable volume";
+    match Quotas::probe(dirs.snapshots_fd()).context(needing)? {
+        Some(quotas) if quotas.support() == Support::Limits => Ok(quotas),
+        other => {
+            let support = other.map(|quotas| quotas.support());
+            Err(quota::lack(dirs.snapshots_fd(), dirs.path(), support)).context(needing)
+        }
+    }
+}

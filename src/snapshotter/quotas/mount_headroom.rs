@@ -1,0 +1,206 @@
+//! Room for the start of a container that has filled its limit.
+//!
+//! overlayfs removes `work/work` at every mount and makes it anew, for which XFS
+//! sets blocks and an inode aside. It holds root to a limit as well, and so a mount
+//! in a full project comes up read-only, or fails. Therefore a snapshot whose mounts
+//! are asked for is lent what it lacks: the kernel's limit is raised over what the
+//! project takes, and is as recorded again when the mount has been seen, or after a
+//! while.
+//!
+//! Room that is always there would be filled like the rest by the first run, and be
+//! missing at the second start. `work` outside of the project would not do either: a
+//! rename from there into the project is refused (rename(2), EXDEV), and overlayfs
+//! copies that way.
+//!
+//! ext4 lets root mount in a full project, and is treated alike: it depends on the
+//! rights with which a kernel's overlayfs mounts.
+//!
+//! Loans are in memory only, the database always has the limit itself: after a crash
+//! the next start sets it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Snapshotter, require_limits};
+use crate::error::Result;
+use crate::quota::Quotas;
+use crate::snapshotter::QuotaMode;
+use crate::snapshotter::limits::with_room;
+use crate::types::{Limits, SnapshotId, Volume};
+use crate::util::lock::lock;
+use crate::util::threads::Background;
+use crate::volume::WorkMark;
+
+/// How often it is looked whether a mount was made. Once seen, a loan lasts until
+/// the next look: the directory comes before the last steps of the mount.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long a caller may take from asking for mounts to making them; a disk beneath
+/// the layers may have to wake up.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// The snapshots to which room is lent.
+#[derive(Default)]
+pub(in crate::snapshotter) struct Loans {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    loans: HashMap<SnapshotId, Loan>,
+    is_stopping: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Loan {
+    until: Instant,
+    /// Before the mount.
+    work: Option<WorkMark>,
+    is_mount_seen: bool,
+}
+
+impl Loans {
+    /// Also renews the one there is: its mount may have been another.
+    fn begin(&self, id: SnapshotId, work: Option<WorkMark>) {
+        let loan = Loan {
+            until: Instant::now() + LONGEST,
+            work,
+            is_mount_seen: false,
+        };
+        lock(&self.state).loans.insert(id, loan);
+        self.changed.notify_all();
+    }
+
+    /// `false` if it has been renewed.
+    fn replace(&self, id: SnapshotId, loan: Loan, by: Option<Loan>) -> bool {
+        let loans = &mut lock(&self.state).loans;
+        let is_it = loans.get(&id) == Some(&loan);
+        if is_it {
+            loans.remove(&id);
+            loans.extend(by.map(|by| (id, by)));
+        }
+        is_it
+    }
+
+    fn stop(&self) {
+        lock(&self.state).is_stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for a loan, and then until the next look; `None` at the stop.
+    fn await_look(&self) -> Option<Vec<(SnapshotId, Loan)>> {
+        let some = self.changed.wait_while(lock(&self.state), |state| {
+            state.loans.is_empty() && !state.is_stopping
+        });
+        let some = some.unwrap_or_else(PoisonError::into_inner);
+        let paused = self
+            .changed
+            .wait_timeout_while(some, LOOK, |state| !state.is_stopping);
+        let state = paused.unwrap_or_else(PoisonError::into_inner).0;
+        (!state.is_stopping).then(|| state.loans.iter().map(|(id, loan)| (*id, *loan)).collect())
+    }
+}
+
+impl Snapshotter {
+    /// Lends a snapshot that has limits what it lacks to be mounted. If that
+    /// fails its mounts are told all the same: they may do.
+    pub(in crate::snapshotter) fn lend_room(&self, id: SnapshotId) {
+        if let Err(error) = self.try_to_lend_room(id) {
+            log::warn!(
+                "snapshot {id} may lack the room to be mounted: {}",
+                error.chain()
+            );
+        }
+    }
+
+    fn try_to_lend_room(&self, id: SnapshotId) -> Result<()> {
+        if self.options.quota.mode == QuotaMode::Off {
+            return Ok(());
+        }
+        let given = self.store.read()?.project_of(id)?;
+        let Some(given) = given.filter(|given| given.limits != Limits::NONE) else {
+            return Ok(());
+        };
+        let dirs = self.volumes.open(Volume::Writable)?;
+        let Some(quotas) = Quotas::probe(dirs.snapshots_fd())? else {
+            return Ok(());
+        };
+        let lent = with_room(given.limits, quotas.held(given.project)?.usage);
+        if lent == given.limits {
+            return Ok(());
+        }
+        // Limits change under the writer's lock, and may have by now.
+        let transaction = self.store.write()?;
+        let Some(given) = transaction.rows().project_of(id)? else {
+            return Ok(());
+        };
+        let lent = with_room(given.limits, quotas.held(given.project)?.usage);
+        if lent == given.limits {
+            return Ok(());
+        }
+        let work = dirs.work_mark(id);
+        quotas.set_limits(given.project, lent)?;
+        self.loans.begin(id, work);
+        log::debug!("snapshot {id} has filled its limit: room is lent for its mount");
+        Ok(())
+    }
+
+    /// Starts the thread that takes room back.
+    ///
+    /// # Errors
+    ///
+    /// [`crate::error::ErrorKind::Internal`] if the system gives no thread.
+    pub fn start_lender(self: &Arc<Snapshotter>) -> Result<Background> {
+        let (told, looking) = (Arc::clone(self), Arc::clone(self));
+        Background::start(
+            "lender",
+            move || told.loans.stop(),
+            move || {
+                while let Some(loans) = looking.loans.await_look() {
+                    for (id, loan) in loans {
+                        looking.look_at_loan(id, loan);
+                    }
+                }
+            },
+        )
+    }
+
+    fn look_at_loan(&self, id: SnapshotId, loan: Loan) {
+        if !loan.is_mount_seen && Instant::now() < loan.until {
+            let volume = self.volumes.open(Volume::Writable);
+            let work = volume.ok().and_then(|dirs| dirs.work_mark(id));
+            if work != loan.work {
+                let seen = Loan {
+                    is_mount_seen: true,
+                    ..loan
+                };
+                self.loans.replace(id, loan, Some(seen));
+            }
+        } else if let Err(error) = self.take_room_back(id, loan) {
+            log::warn!(
+                "the limits of snapshot {id} are kept only from the next start on: {}",
+                error.chain()
+            );
+        }
+    }
+
+    fn take_room_back(&self, id: SnapshotId, loan: Loan) -> Result<()> {
+        // Nothing is lent, and no limit changed, as long as this is held.
+        let transaction = self.store.write()?;
+        if !self.loans.replace(id, loan, None) {
+            return Ok(());
+        }
+        let rows = transaction.rows();
+        let Some(given) = rows.project_of(id)? else {
+            return Ok(());
+        };
+        // The limits of these are cleared, by whoever gives the ids back.
+        let loose = rows.loose_projects()?;
+        if loose.iter().any(|loose| loose.project == given.project) {
+            return Ok(());
+        }
+        let dirs = self.volumes.open(Volume::Writable)?;
+        require_limits(self.options.quota.mode, &dirs)?.set_limits(given.project, given.limits)
+    }
+}

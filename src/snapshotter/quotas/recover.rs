@@ -1,0 +1,254 @@
+//! Making what the database has of projects and what the file system has one:
+//! at a start, and told by `check`.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use super::require_limits;
+use crate::error::{ErrorKind, Result};
+use crate::quota::{self, Held, Quotas, Support};
+use crate::snapshotter::problem::{Finding, Problem};
+use crate::snapshotter::{QuotaMode, Snapshotter};
+use crate::store::{Project, Snapshot, Transaction};
+use crate::types::{Limits, ProjectId, SnapshotId, Volume};
+use crate::volume::{Dirs, Parts};
+
+impl Snapshotter {
+    /// At a start, after strays have gone to the trash: what the database has of
+    /// projects, and what the file system has, are made one. Returns the snapshots
+    /// whose trees have to be charged, which is done beside the requests, once the
+    /// transaction has ended.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(in crate::snapshotter) fn recover_projects(
+        &self,
+        transaction: &Transaction<'_>,
+        dirs: &Arc<Dirs>,
+    ) -> Result<Vec<SnapshotId>> {
+        let rows = transaction.rows();
+        let mode = self.options.quota.mode;
+        let given = rows.projects()?;
+        let loose: HashSet<_> = rows
+            .loose_projects()?
+            .into_iter()
+            .map(|given| given.project)
+            .collect();
+        let quotas = match mode {
+            QuotaMode::Off => Err("--quota off".to_owned()),
+            QuotaMode::Auto => match Quotas::probe(dirs.snapshots_fd()) {
+                Ok(Some(quotas)) => Ok(quotas),
+                Ok(None) => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), None).chain()),
+                // Who may not ask is told the same the next time.
+                Err(error) if error.kind() == ErrorKind::FailedPrecondition => Err(error.chain()),
+                Err(error) => return Err(error),
+            },
+            QuotaMode::Require => Ok(require_limits(mode, dirs)?),
+        };
+        let quotas = match quotas {
+            Ok(quotas) => quotas,
+            Err(why) => {
+                if given.iter().any(|given| !loose.contains(&given.project)) {
+                    log::warn!(
+                        "containers that have limits or are counted by quotas are no longer: {why}"
+                    );
+                }
+                return Ok(Vec::new());
+            }
+        };
+        // A directory of another project cannot be moved into one that hands its
+        // own on (rename(2), EXDEV).
+        for directory in [dirs.snapshots_fd(), dirs.trash_fd()?] {
+            if quota::project_of(directory)? != ProjectId::NONE {
+                quota::set_project(directory, ProjectId::NONE)?;
+                log::warn!("a directory of {} is no longer in a project", dirs.path());
+            }
+        }
+        let mut uncharged = Vec::new();
+        for given in given.iter().filter(|given| !loose.contains(&given.project)) {
+            let Some(id) = given.snapshot.filter(|id| !self.uncharged.is_pending(*id)) else {
+                continue;
+            };
+            match self.restore_project(transaction, &quotas, dirs, id, given) {
+                Ok(State::Charged) => {}
+                Ok(State::Uncharged) => uncharged.push(id),
+                Err(error) => log::error!(
+                    "project {} of snapshot {id}: {}",
+                    given.project,
+                    error.chain()
+                ),
+            }
+        }
+        self.adopt_trashed(transaction, dirs)?;
+        Ok(uncharged)
+    }
+
+    /// A snapshot's limits are what is recorded, also when its directories were made
+    /// anew, or copied by somebody who knows no projects.
+    fn restore_project(
+        &self,
+        transaction: &Transaction<'_>,
+        quotas: &Quotas<'_>,
+        dirs: &Dirs,
+        id: SnapshotId,
+        given: &Project,
+    ) -> Result<State> {
+        let parts = match dirs.open_parts(id) {
+            // Reported by who looks for layers.
+            Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(State::Charged),
+            parts => parts?,
+        };
+        let mut project = given.project;
+        if !is_ours(&parts, given, &quotas.held(project)?)? {
+            match self.replace_project(transaction, quotas, id, given)? {
+                Some(other) => project = other,
+                None => return Ok(State::Charged),
+            }
+        }
+        if quotas.support() == Support::Limits
+            && !given.limits.are_kept_by(quotas.held(project)?.limits)
+        {
+            quotas.set_limits(project, given.limits)?;
+            log::warn!("project {project} of snapshot {id} has its limits again");
+        }
+        match is_charged(&parts, project)? {
+            true => Ok(State::Charged),
+            false => Ok(State::Uncharged),
+        }
+    }
+
+    /// Gives a snapshot another id for one that is somebody else's; none if none is
+    /// free.
+    fn replace_project(
+        &self,
+        transaction: &Transaction<'_>,
+        quotas: &Quotas<'_>,
+        id: SnapshotId,
+        given: &Project,
+    ) -> Result<Option<ProjectId>> {
+        let theirs = given.project;
+        let picked = match self.pick_project(transaction, quotas) {
+            Ok(project) => Some(project),
+            Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
+                log::error!(
+                    "snapshot {id} has no limit any more: its project {theirs} is somebody \
+                     else's on this disk, and {}",
+                    error.chain()
+                );
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        let rows = transaction.rows();
+        // Not to be given back: that would clear the limits of whose it is.
+        rows.forget_project(theirs)?;
+        if let Some(project) = picked {
+            rows.record_project(&Project {
+                project,
+                snapshot: Some(id),
+                limits: given.limits,
+            })?;
+            log::warn!(
+                "project {theirs} of snapshot {id} is somebody else's on this disk: it has \
+                 project {project} from now on"
+            );
+        }
+        Ok(picked)
+    }
+
+    /// What is not as recorded, in order of the ids; nothing where no quotas are.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database; as of the volume's disk.
+    pub(in crate::snapshotter) fn inspect_projects(
+        &self,
+        snapshots: &HashMap<SnapshotId, Snapshot>,
+    ) -> Result<Vec<Finding>> {
+        let mut findings = Vec::new();
+        let Ok(dirs) = self.volumes.open(Volume::Writable) else {
+            return Ok(findings);
+        };
+        if self.options.quota.mode == QuotaMode::Off {
+            return Ok(findings);
+        }
+        let Ok(Some(quotas)) = Quotas::probe(dirs.snapshots_fd()) else {
+            return Ok(findings);
+        };
+        let given = self.store.read()?.projects()?;
+        for given in &given {
+            let snapshot = given.snapshot.and_then(|id| snapshots.get(&id));
+            let is_there = |snapshot: &&Snapshot| snapshot.volume == Some(Volume::Writable);
+            let Some(snapshot) = snapshot.filter(is_there) else {
+                continue;
+            };
+            let project = given.project;
+            let about = |problem| Finding {
+                problem,
+                name: Some(snapshot.info.name.clone()),
+                id: Some(snapshot.id),
+                volume: Some(Volume::Writable),
+            };
+            // A missing directory is a finding of its own.
+            if let Ok(parts) = dirs.open_parts(snapshot.id)
+                && !is_charged(&parts, project)?
+            {
+                findings.push(about(Problem::NotCharged { project }));
+                continue;
+            }
+            let kept = quotas.held(project)?.limits;
+            if quotas.support() == Support::Limits && !given.limits.are_kept_by(kept) {
+                findings.push(about(Problem::LimitsDiffer { project }));
+            }
+        }
+        Ok(findings)
+    }
+
+    /// Records the ids of directories in the trash that are not recorded: a
+    /// request was cut off after it had set one.
+    fn adopt_trashed(&self, transaction: &Transaction<'_>, dirs: &Dirs) -> Result<()> {
+        let given = transaction.rows().projects()?;
+        let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
+        dirs.each_trashed(|directory| {
+            let project = quota::project_of(&directory)?;
+            if self.options.quota.ids.contains(project) && known.insert(project) {
+                transaction.rows().record_project(&Project {
+                    project,
+                    snapshot: None,
+                    limits: Limits::NONE,
+                })?;
+                log::info!("project {project} is taken by what is in the trash");
+            }
+            Ok(())
+        })
+    }
+}
+
+/// What a snapshot's directories were found to be.
+enum State {
+    Charged,
+    Uncharged,
+}
+
+/// Whether a recorded id is the snapshot's on this disk as well. After a move to
+/// another disk, or with a database from another day, it may be somebody else's: what
+/// is charged to it is not in the snapshot, or what it is limited to is not recorded.
+fn is_ours(parts: &Parts, given: &Project, held: &Held) -> Result<bool> {
+    for part in parts.all() {
+        if quota::project_of(part)? == given.project {
+            return Ok(true);
+        }
+    }
+    let limits = held.limits;
+    Ok(held.is_unused() && (limits == Limits::NONE || given.limits.are_kept_by(limits)))
+}
+
+/// Whether all of a snapshot's directories hand a project on.
+fn is_charged(parts: &Parts, project: ProjectId) -> Result<bool> {
+    let mut is_charged = true;
+    for part in parts.all() {
+        is_charged &= quota::project_of(part)? == project;
+    }
+    Ok(is_charged)
+}

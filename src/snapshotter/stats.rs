@@ -1,0 +1,185 @@
+//! How things stand, in numbers.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{Snapshotter, UsageFigures};
+use crate::error::{Error, Result};
+use crate::quota::Support;
+use crate::store::Held;
+use crate::text::filter::Filters;
+use crate::tree;
+use crate::types::{Kind, Limits, Volume};
+
+/// Everything that is counted.
+#[derive(Debug)]
+pub struct Figures {
+    /// Snapshots by kind and place.
+    pub snapshots: Vec<Held>,
+    /// Bytes of layers that are not home yet, as counted at their commits.
+    pub away_bytes: u64,
+    /// Both volumes, the image volume first.
+    pub volumes: [VolumeFigures; 2],
+    /// Layers that the last start has missed.
+    pub lost_layers: u64,
+    /// Layers moved home since the start.
+    pub relocations: u64,
+    /// Bytes copied for that.
+    pub relocated_bytes: u64,
+    /// Moves that have failed.
+    pub relocation_failures: u64,
+    /// What project quotas do on the writable volume: `None` if nothing, or if it
+    /// cannot be asked.
+    pub quotas: Option<Support>,
+    /// Project ids that are given out.
+    pub projects: u64,
+    /// How usages have been told.
+    pub usages: UsageFigures,
+}
+
+/// One volume. Sizes are zero where it cannot be asked.
+#[derive(Clone, Copy, Debug)]
+pub struct VolumeFigures {
+    /// Which one.
+    pub volume: Volume,
+    /// It is there, and has not failed to write since the start.
+    pub is_usable: bool,
+    /// The size of its file system.
+    pub size_bytes: u64,
+    /// What is free of that.
+    pub free_bytes: u64,
+}
+
+/// What a container has written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The snapshot's key.
+    pub key: String,
+    /// Allocated bytes.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+    /// How much of both it may take.
+    pub limits: Limits,
+}
+
+impl Figures {
+    /// Whether a volume cannot be used, or a layer is lost.
+    pub fn is_degraded(&self) -> bool {
+        self.lost_layers > 0 || self.volumes.iter().any(|volume| !volume.is_usable)
+    }
+}
+
+/// What the relocator has done since the start.
+#[derive(Default)]
+pub(super) struct Relocated {
+    layers: AtomicU64,
+    bytes: AtomicU64,
+    failures: AtomicU64,
+}
+
+impl Relocated {
+    pub(super) fn count(&self, bytes: u64) {
+        self.layers.fetch_add(1, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn count_failure(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Snapshotter {
+    /// Counts. Waits for no disk, as long as the database is in memory.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn figures(&self) -> Result<Figures> {
+        let reader = self.store.read()?;
+        let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
+        let is_away =
+            |held: &&Held| held.kind == Kind::Committed && held.volume == Some(Volume::Writable);
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Ok(Figures {
+            away_bytes: snapshots
+                .iter()
+                .filter(is_away)
+                .map(|held| held.bytes)
+                .sum(),
+            snapshots,
+            volumes: [Volume::Image, Volume::Writable].map(|volume| self.volume_figures(volume)),
+            lost_layers: self.lost.get().map_or(0, |lost| lost.len() as u64),
+            relocations: load(&self.relocated.layers),
+            relocated_bytes: load(&self.relocated.bytes),
+            relocation_failures: load(&self.relocated.failures),
+            quotas: self.quota_support().ok(),
+            projects,
+            usages: self.walks.figures(),
+        })
+    }
+
+    /// The active snapshots on the writable volume that take most of it, the
+    /// largest first, at most `limit`. Walks each that has no project quota; one
+    /// that is removed meanwhile, or cannot be read, is left out. None if the
+    /// volume is not there.
+    ///
+    /// # Errors
+    ///
+    /// Those of the database.
+    pub fn largest_writable(&self, limit: usize) -> Result<Vec<Written>> {
+        let Ok(dirs) = self.volumes.open(Volume::Writable) else {
+            return Ok(Vec::new());
+        };
+        let reader = self.store.read()?;
+        let given = reader.projects()?.into_iter();
+        let limits: HashMap<_, _> = given.map(|given| (given.snapshot, given.limits)).collect();
+        let mut active = Vec::new();
+        reader.list(&Filters::all(), |snapshot| {
+            if snapshot.info.kind == Kind::Active && snapshot.volume == Some(Volume::Writable) {
+                active.push((snapshot.id, snapshot.info.name));
+            }
+            Ok(())
+        })?;
+        let mut written = Vec::new();
+        for (id, key) in active {
+            let counted = dirs.open_upper(id).and_then(|upper| {
+                match self.usage_by_quota(&dirs, id, &upper)? {
+                    Some(usage) => Ok(usage),
+                    None => tree::count(upper).map(|content| content.usage),
+                }
+            });
+            if let Ok(usage) = counted {
+                written.push(Written {
+                    key,
+                    bytes: usage.size_bytes,
+                    inodes: usage.inodes,
+                    limits: limits.get(&Some(id)).copied().unwrap_or_default(),
+                });
+            }
+        }
+        written.sort_by_key(|written| std::cmp::Reverse(written.bytes));
+        written.truncate(limit);
+        Ok(written)
+    }
+
+    /// Why a volume cannot be used, if so.
+    pub fn problem_of(&self, volume: Volume) -> Option<Error> {
+        self.volumes.open(volume).err()
+    }
+
+    fn volume_figures(&self, volume: Volume) -> VolumeFigures {
+        let room = self.volumes.open(volume).and_then(|dirs| dirs.room());
+        let has_failed = self.suspect_up_to[volume as usize].load(Ordering::Acquire) > 0;
+        let (size_bytes, free_bytes) = match &room {
+            Ok(room) => (room.size_bytes, room.free_bytes),
+            Err(_) => (0, 0),
+        };
+        VolumeFigures {
+            volume,
+            is_usable: room.is_ok() && !has_failed,
+            size_bytes,
+            free_bytes,
+        }
+    }
+}

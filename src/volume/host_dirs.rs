@@ -1,0 +1,240 @@
+//! Links to extra lower directories: `<root>/lowers/<id>.<number>`.
+//!
+//! Mounting sides shorten long lists of lower directories by changing into the
+//! directory that all share, and cannot where one is elsewhere on the host. So
+//! each is reached through a link beneath the root, and whatever its path holds
+//! stays out of the mount options. Each snapshot has links of its own, by number
+//! from 0 on: nothing has to be counted, and none is touched for another's sake.
+//! After a crash there may be links of snapshots that are gone, or too few:
+//! a start removes the former, the next look at the mounts mends the latter.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{AtFlags, Dir, readlinkat, renameat, symlinkat, unlinkat};
+use rustix::io::Errno;
+
+use super::cached_lookup::{Glance, glance};
+use super::dirs::{ensure_directory, open_to_list};
+use super::image::Image;
+use crate::error::{Context, Result};
+use crate::types::SnapshotId;
+
+/// Opens `lowers/` of a root, if it is there.
+pub(super) fn open_lowers(top: impl AsFd) -> OnceLock<OwnedFd> {
+    open_to_list(top, LOWERS).map_or_else(|_| OnceLock::new(), OnceLock::from)
+}
+
+const LOWERS: &str = "lowers";
+/// What a link is called before it takes the place of another. Used under the
+/// writer's lock, by one at a time.
+const NEW: &str = ".new";
+
+/// Links just made; dropped without [`NewLinks::keep`], they are removed.
+pub struct NewLinks<'a> {
+    image: &'a Image,
+    id: SnapshotId,
+    keep: bool,
+}
+
+impl NewLinks<'_> {
+    /// The snapshot is entered: its links stay.
+    pub fn keep(mut self) {
+        self.keep = true;
+    }
+}
+
+impl Drop for NewLinks<'_> {
+    fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
+        if let Err(error) = self.image.remove_lower_links(self.id) {
+            // The next start does it.
+            log::warn!("undo a refused request: {}", error.chain());
+        }
+    }
+}
+
+impl Image {
+    /// The paths by which `count` extra lower directories of a snapshot are
+    /// mounted, the topmost first.
+    pub fn lower_links(&self, id: SnapshotId, count: usize) -> Vec<String> {
+        let path = self.lowers_path();
+        (0..count)
+            .map(|number| format!("{path}/{}", link_name(id, number)))
+            .collect()
+    }
+
+    /// Whether a snapshot's links are these, and no others.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn has_lower_links(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<bool> {
+        let Some(lowers) = self.lowers() else {
+            return Ok(targets.is_empty());
+        };
+        let none = [OsStr::new("")];
+        let wanted = targets.iter().map(|target| target.as_os_str()).chain(none);
+        for (number, wanted) in wanted.enumerate() {
+            let name = link_name(id, number);
+            let is_right = match readlinkat(lowers, name.as_str(), Vec::new()) {
+                Ok(found) => found.to_bytes() == wanted.as_bytes(),
+                Err(Errno::NOENT) => wanted.is_empty(),
+                Err(Errno::INVAL) => false,
+                Err(errno) => {
+                    return Err(errno)
+                        .context(|| format!("read the link {}/{name}", self.lowers_path()));
+                }
+            };
+            if !is_right {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether a snapshot has none, told without a disk: `false` if it may have some.
+    pub(super) fn has_no_links_for_sure(&self, id: SnapshotId) -> bool {
+        let first = |lowers| glance(lowers, &link_name(id, 0));
+        let first = self.lowers().map(first);
+        matches!(first, None | Some(Glance::Absent))
+    }
+
+    /// Makes a snapshot's links lead to these directories, one after another,
+    /// each in one step; further ones are removed. Under the writer's lock.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk. Nothing is left behind then.
+    pub fn link_lowers(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<NewLinks<'_>> {
+        let new = NewLinks {
+            image: self,
+            id,
+            keep: false,
+        };
+        if targets.is_empty() {
+            self.remove_lower_links(id)?;
+            return Ok(new);
+        }
+        let lowers = self.ensure_lowers()?;
+        for (number, target) in targets.iter().enumerate() {
+            let name = link_name(id, number);
+            let link = || match symlinkat(target, lowers, NEW) {
+                Err(Errno::EXIST) => {
+                    unlinkat(lowers, NEW, AtFlags::empty())?;
+                    symlinkat(target, lowers, NEW)
+                }
+                linked => linked,
+            };
+            link()
+                .and_then(|()| renameat(lowers, NEW, lowers, name.as_str()))
+                .context(|| {
+                    format!("link {}/{name} to {}", self.lowers_path(), target.display())
+                })?;
+        }
+        self.remove_lower_links_from(id, targets.len())?;
+        Ok(new)
+    }
+
+    /// Removes a snapshot's links, if it has any.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn remove_lower_links(&self, id: SnapshotId) -> Result<()> {
+        self.remove_lower_links_from(id, 0)
+    }
+
+    fn remove_lower_links_from(&self, id: SnapshotId, first: usize) -> Result<()> {
+        let Some(lowers) = self.lowers() else {
+            return Ok(());
+        };
+        for name in (first..).map(|number| link_name(id, number)) {
+            match unlinkat(lowers, name.as_str(), AtFlags::empty()) {
+                Ok(()) => {}
+                Err(Errno::NOENT) => break,
+                Err(errno) => {
+                    return Err(errno)
+                        .context(|| format!("remove the link {}/{name}", self.lowers_path()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes every link but those of the snapshots that `is_wanted` names.
+    ///
+    /// # Errors
+    ///
+    /// As of the image volume's disk.
+    pub fn sweep_lower_links(&self, is_wanted: impl Fn(SnapshotId) -> bool) -> Result<()> {
+        let Some(lowers) = self.lowers() else {
+            return Ok(());
+        };
+        let sweeping = || format!("look through {}", self.lowers_path());
+        for entry in Dir::read_from(lowers).context(sweeping)? {
+            let entry = entry.context(sweeping)?;
+            let name = entry.file_name();
+            let is_ours = name.to_bytes() == NEW.as_bytes() || linked_id(name.to_bytes()).is_some();
+            if linked_id(name.to_bytes()).is_some_and(&is_wanted) || !is_ours {
+                continue;
+            }
+            match unlinkat(lowers, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => {}
+                Err(errno) => return Err(errno).context(sweeping),
+            }
+            log::info!("the link {:?} in lowers/ led nowhere needed: removed", name);
+        }
+        Ok(())
+    }
+
+    fn lowers_path(&self) -> String {
+        format!("{}/{LOWERS}", self.path())
+    }
+
+    /// Where nobody has asked for extra directories, there is none.
+    fn lowers(&self) -> Option<BorrowedFd<'_>> {
+        self.lowers.get().map(AsFd::as_fd)
+    }
+
+    fn ensure_lowers(&self) -> Result<BorrowedFd<'_>> {
+        if let Some(lowers) = self.lowers() {
+            return Ok(lowers);
+        }
+        let made = ensure_directory(self.top(), self.path(), LOWERS)?;
+        Ok(self.lowers.get_or_init(|| made).as_fd())
+    }
+}
+
+fn link_name(id: SnapshotId, number: usize) -> String {
+    format!("{id}.{number}")
+}
+
+fn linked_id(name: &[u8]) -> Option<SnapshotId> {
+    let dot = name.iter().position(|byte| *byte == b'.')?;
+    let number = name.get(dot + 1..)?;
+    if number.is_empty() || !number.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    SnapshotId::from_directory_name(&name[..dot])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_named_by_snapshot_and_number() {
+        let id = SnapshotId::new(12);
+        assert_eq!(link_name(id, 3), "12.3");
+        assert_eq!(linked_id(b"12.3"), Some(id));
+        for strange in ["12", "12.", ".3", ".new", "12.x", "012.3", "12.3.4"] {
+            assert_eq!(linked_id(strange.as_bytes()), None, "{strange}");
+        }
+    }
+}

@@ -1,0 +1,186 @@
+#!/bin/sh
+# disks.sh, in the sandbox, with loop devices for the volumes of a NAS: what it
+# refuses, what it asks, what it writes; under OpenRC also that the daemon then
+# has its writes on the second disk.
+#
+#     sandbox.sh test-disks.sh
+set -eu
+
+program=overlay-read-write-splitting-snapshotter
+root=/var/lib/containerd/tech.imvictor.containerd.$program
+name=var-lib-containerd-tech.imvictor.containerd.overlay\\x2dread\\x2dwrite\\x2dsplitting\\x2dsnapshotter
+disks=/sandbox/packaging/disks.sh
+loops=
+
+fail() {
+    echo "test-disks.sh: $*" >&2
+    exit 1
+}
+
+clean_up() {
+    cd /
+    umount -l "$root/writable" "$root" /tmp/other 2>/dev/null || :
+    for loop in $loops; do
+        losetup -d "$loop" || :
+    done
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# disk NAME: a loop device of 64 MiB, and $NAME its name.
+disk() {
+    truncate -s 64M "/tmp/$1"
+    loop=$(losetup --find --show "/tmp/$1")
+    loops="$loops $loop"
+    eval "$1=$loop"
+}
+
+# refused TEXT OPTIONS...: it dies, says TEXT, and leaves the disks alone.
+refused() {
+    text=$1
+    shift
+    sums=$(cat /tmp/image /tmp/writable /tmp/third | cksum)
+    ! said=$(sh $disks "$@" 2>&1 </dev/null) || fail "not refused: $*"
+    case $said in
+    *"$text"*) ;;
+    *) fail "$*: does not say '$text', but: $said" ;;
+    esac
+    [ "$(cat /tmp/image /tmp/writable /tmp/third | cksum)" = "$sums" ] || fail "$*: a disk has changed"
+}
+
+disk image
+disk writable
+disk third
+# Set by disk().
+# shellcheck disable=SC2154
+both="--image-device $image --writable-device $writable"
+
+# Words and devices that are none.
+refused "unknown option" --image "$image"
+refused "is no block device" --image-device /tmp/image
+refused "cannot be both" --image-device "$image" --writable-device "$image"
+refused "--format goes with" --format
+refused "needs a value" --image-device
+refused "has to be a full path" --image-device "$image" --root-dir big
+# A name that was not typed. $both is words, here and below.
+# shellcheck disable=SC2086
+refused "no disk was formatted" --service systemd $both
+# Disks in use, also with --format.
+mkfs.ext4 -q "$image"
+refused "has a file system (ext4)" --image-device "$image"
+mkdir /tmp/other
+mount "$image" /tmp/other
+refused "is mounted at /tmp/other" --format --image-device "$image"
+umount /tmp/other
+mkswap "$image" >/dev/null 2>&1
+refused "belongs to something else (swap)" --format --image-device "$image"
+wipefs -q -a "$image" >/dev/null 2>&1
+# What cryptsetup puts at the beginning; LVM and RAID are told in the same way.
+printf 'LUKS\272\276\0\1' | dd of="$image" conv=notrunc status=none
+refused "belongs to something else (crypto_LUKS)" --format --image-device "$image"
+dd if=/dev/zero of="$image" bs=1k count=64 conv=notrunc status=none
+# A table with one Linux partition that the kernel has not looked for.
+printf '\0\0\0\0\203\0\0\0\0\10\0\0\0\140\0\0' | dd of="$image" bs=1 seek=446 conv=notrunc status=none
+printf '\125\252' | dd of="$image" bs=1 seek=510 conv=notrunc status=none
+refused "has a partition table" --format --image-device "$image"
+wipefs -q -a "$image" >/dev/null 2>&1
+blockdev --setro "$image"
+refused "is read-only" --image-device "$image"
+blockdev --setrw "$image"
+nested=$(losetup --find --show "$image")
+refused "is used by $nested" --image-device "$image"
+losetup -d "$nested"
+# A directory that the mount would hide.
+mkdir -p "$root/snapshots"
+refused "is not empty" --image-device "$image"
+rmdir "$root/snapshots" "$root"
+# Settings that are there.
+mkdir -p /etc/default
+echo 'OPTIONS="--reserve 1G"' >"/etc/default/$program"
+refused "is set already: --reserve 1G" --service systemd --image-device "$image"
+rm "/etc/default/$program"
+echo "disks.sh: refusals"
+
+#
+# systemd, below DESTDIR.
+#
+DESTDIR=/tmp/systemd
+export DESTDIR
+units=$DESTDIR/etc/systemd/system
+
+# shellcheck disable=SC2086
+printf '%s\n%s\n' "$image" "$writable" | sh $disks --service systemd $both >/tmp/said ||
+    fail "it does not format"
+for word in "$image" "$writable"; do
+    [ "$(blkid -p -s TYPE -o value "$word")" = ext4 ] || fail "$word was not formatted"
+done
+[ "$(grep -c . /tmp/said)" -ge 2 ] || fail "it asks nothing"
+uuid=$(blkid -p -s UUID -o value "$image")
+grep -qx "What=/dev/disk/by-uuid/$uuid" "$units/$name.mount" || fail "no unit for the image volume"
+grep -qx "Where=$root/writable" "$units/$name-writable.mount" || fail "none for the writable one"
+[ -L "$units/local-fs.target.wants/$name.mount" ] || fail "the mount is not enabled"
+[ -L "$units/$name.mount.wants/$program.service" ] || fail "the mount does not start the service"
+said=$(systemd-analyze verify --man=no "$units"/*.mount 2>&1) || fail "systemd-analyze: $said"
+[ -z "$said" ] || fail "systemd-analyze: $said"
+# Where the daemon looks by itself.
+grep -qx 'OPTIONS=""' "$DESTDIR/etc/default/$program" 2>/dev/null ||
+    [ ! -e "$DESTDIR/etc/default/$program" ] || fail "it sets $(cat "$DESTDIR/etc/default/$program")"
+rm -r "$DESTDIR"
+
+# Elsewhere, and kept as they are.
+# shellcheck disable=SC2086
+sh $disks --service systemd $both --keep --root-dir /mnt/big --writable-dir /mnt/fast \
+    --state-dir /mnt/fast/state </dev/null >/dev/null
+[ "$(blkid -p -s UUID -o value "$image")" = "$uuid" ] || fail "--keep has formatted"
+grep -qx 'OPTIONS="--root-dir /mnt/big --writable-dir /mnt/fast --state-dir /mnt/fast/state"' \
+    "$DESTDIR/etc/default/$program" || fail "$(cat "$DESTDIR/etc/default/$program")"
+grep -qx 'RequiresMountsFor=/mnt/big /mnt/fast/state' "$units/$program.service.d/10-mounts.conf" ||
+    fail "$(cat "$units/$program.service.d/10-mounts.conf")"
+rm -r "$DESTDIR"
+
+# An SD card: what containers write is in memory.
+sh $disks --service systemd --writable-tmpfs 64M
+grep -qx 'Options=size=64M,mode=700,nofail' "$units/$name-writable.mount" || fail "no tmpfs"
+grep -qx 'OPTIONS="--writable-volatile"' "$DESTDIR/etc/default/$program" || fail "not volatile"
+unset DESTDIR
+echo "disks.sh: systemd"
+
+#
+# OpenRC, for real.
+#
+echo '# of this machine' >/etc/fstab
+# shellcheck disable=SC2086
+printf '%s\n%s\n' "$image" "$writable" | sh $disks --service openrc --format $both >/dev/null ||
+    fail "it does not format what --format was given for"
+for path in "$root" "$root/writable"; do
+    mountpoint -q "$path" || fail "$path is not mounted"
+done
+grep -q '^# of this machine$' /etc/fstab || fail "fstab has lost a line"
+grep -q "^UUID=.*$root/writable.ext4.noatime,nofail.0.2\$" /etc/fstab || fail "$(cat /etc/fstab)"
+grep -qx 'OPTIONS="--require-mount"' "/etc/conf.d/$program" || fail "$(cat "/etc/conf.d/$program")"
+cp /etc/fstab /tmp/fstab
+# Once more: nothing to ask, nothing to do.
+# shellcheck disable=SC2086
+sh $disks --service openrc $both </dev/null >/dev/null || fail "it is not the same twice"
+cmp -s /etc/fstab /tmp/fstab || fail "fstab has changed the second time"
+
+tar xzf /sandbox/dist/$program-*-"$(uname -m)".tar.gz -C /tmp
+sh /sandbox/tests/packaging/build-client.sh /tmp/client
+: >/tmp/log
+# Words.
+# shellcheck disable=SC2046
+"$(echo /tmp/$program-*/$program)" $(sed -n 's/^OPTIONS="\(.*\)"/\1/p' "/etc/conf.d/$program") >/tmp/log 2>&1 &
+daemon=$!
+tries=100
+until grep -q ' serving on ' /tmp/log; do
+    tries=$((tries - 1))
+    [ "$tries" -gt 0 ] || fail "the daemon does not start: $(cat /tmp/log)"
+    sleep 0.1
+done
+/tmp/client "$root/grpc.socks" once || fail "it does not serve: $(cat /tmp/log)"
+upper=$(/tmp/client "$root/grpc.socks" prepare container)
+[ "$(df --output=source "$upper" | tail -n 1)" = "$writable" ] || fail "$upper is not on $writable"
+kill "$daemon"
+wait "$daemon" || :
+echo "disks.sh: OpenRC"

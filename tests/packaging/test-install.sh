@@ -1,0 +1,150 @@
+#!/bin/sh
+# install.sh of the archive for this machine, in the sandbox: installing,
+# upgrading and removing below DESTDIR for systemd, and for real under OpenRC,
+# with containers' snapshots there all the while.
+#
+#     sandbox.sh test-install.sh
+set -eu
+
+program=overlay-read-write-splitting-snapshotter
+root=/var/lib/containerd/tech.imvictor.containerd.$program
+
+fail() {
+    echo "test-install.sh: $*" >&2
+    ! [ -s "/var/log/$program.log" ] || tail -n 20 "/var/log/$program.log" >&2
+    exit 1
+}
+
+# expect TEXT COMMAND...: the command succeeds and says TEXT.
+expect() {
+    text=$1
+    shift
+    said=$("$@" 2>&1) || fail "'$*' failed: $said"
+    case $said in
+    *"$text"*) ;;
+    *) fail "'$*' does not say '$text', but: $said" ;;
+    esac
+}
+
+cd /tmp
+tar xzf /sandbox/dist/$program-*-"$(uname -m)".tar.gz
+archive=$(echo /tmp/$program-*)
+
+#
+# systemd, below DESTDIR.
+#
+DESTDIR=/tmp/systemd
+export DESTDIR
+unit=$DESTDIR/usr/local/lib/systemd/system/$program.service
+wants=$DESTDIR/etc/systemd/system/multi-user.target.wants/$program.service
+default=$DESTDIR/etc/default/$program
+
+expect "is installed" "$archive/install.sh" --service systemd
+for path in "$DESTDIR/usr/local/bin/$program" "$unit" "$default" \
+    "$DESTDIR/usr/local/share/man/man8/$program.8" \
+    "$DESTDIR/usr/local/share/$program/LICENSE"; do
+    [ -f "$path" ] || fail "$path is not there"
+done
+[ -L "$wants" ] || fail "the unit is not enabled"
+[ -x "$DESTDIR/usr/local/bin/$program" ] || fail "the program cannot be run"
+find "$DESTDIR" -type f -exec md5sum {} + | sort >first
+expect "is installed" "$archive/install.sh" --service systemd
+find "$DESTDIR" -type f -exec md5sum {} + | sort >second
+cmp -s first second || fail "installing twice is not the same as once: $(diff first second)"
+
+# What was disabled, or changed, stays so.
+rm "$wants"
+echo 'OPTIONS="--reserve 1G"' >>"$default"
+echo '# of the next version' >>"$archive/systemd/$program.default"
+echo '# of the next version' >>"$archive/systemd/$program.service"
+expect "was changed and stays" "$archive/install.sh" --service systemd
+[ ! -e "$wants" ] || fail "an upgrade enables the unit that was disabled"
+grep -q 'reserve 1G' "$default" || fail "an upgrade has overwritten what was changed"
+grep -q 'next version' "$unit" || fail "an upgrade has kept the old unit"
+expect "stays" "$archive/install.sh" uninstall --service systemd
+left=$(cd "$DESTDIR" && find . -type f)
+[ "$left" = "./etc/default/$program" ] || fail "uninstall leaves: $left"
+# What was not changed does not.
+rm "$default"
+expect "is installed" "$archive/install.sh" --service systemd
+echo '# of the version after' >>"$archive/systemd/$program.default"
+expect "is installed" "$archive/install.sh" --service systemd
+grep -q 'version after' "$default" || fail "an upgrade has kept an old configuration"
+
+# Directories that were moved are waited for.
+sed -i 's#^OPTIONS=.*#OPTIONS="--root-dir=/mnt/big/s --writable-dir /mnt/ssd/s"#' "$default"
+drop_in=$DESTDIR/etc/systemd/system/$program.service.d/10-mounts.conf
+expect '' "$archive/install.sh" --service systemd
+grep -qx 'RequiresMountsFor=/mnt/big/s' "$drop_in" || fail "no drop-in: $(cat "$drop_in")"
+grep -qx 'After=mnt-ssd-s.mount mnt-ssd.mount mnt.mount' "$drop_in" || fail "$(cat "$drop_in")"
+sed -i 's#^OPTIONS=.*#OPTIONS=""#' "$default"
+expect '' "$archive/install.sh" --service systemd
+[ ! -e "$drop_in" ] || fail "the drop-in has outlived its directories"
+expect "removed" "$archive/install.sh" uninstall --service systemd
+expect "removed" "$archive/install.sh" uninstall --service systemd
+unset DESTDIR
+echo "install.sh: systemd"
+
+#
+# OpenRC, for real.
+#
+# Unpacked only: as a package it would take the place of this machine's init.
+# /lib and /sbin are links.
+apt-get -q download openrc librc1 libeinfo1 >/dev/null 2>&1 || fail "openrc cannot be downloaded"
+for deb in /tmp/*.deb; do
+    dpkg-deb --fsys-tarfile "$deb" | tar --extract --keep-directory-symlink --directory /
+done
+# As after a boot, without starting what this machine has to start.
+for directory in daemons exclusive failed hotplugged inactive options scheduled started \
+    starting stopping tmp wasinactive; do
+    mkdir -p "/run/openrc/$directory"
+done
+touch /run/openrc/softlevel
+printf 'rc_provide="localmount net"\nrc_sys=""\n' >>/etc/rc.conf
+socket=$root/grpc.socks
+sh /sandbox/tests/packaging/build-client.sh /tmp/client
+
+pid() {
+    pgrep -x -f "/usr/local/bin/$program.*"
+}
+
+expect "is installed" "$archive/install.sh" --service openrc
+[ -L "/etc/runlevels/default/$program" ] || fail "the service is in no runlevel"
+# Started means: serves.
+[ -S "$socket" ] || fail "rc-service came back before the daemon served"
+/tmp/client "$socket" once || fail "it does not serve"
+upper=$(/tmp/client "$socket" prepare container)
+echo written >"$upper/file"
+first=$(pid)
+
+# In place, while a container is there.
+expect "is installed" "$archive/install.sh" --service openrc
+[ -S "$socket" ] || fail "rc-service came back before the daemon served"
+second=$(pid)
+[ "$first" != "$second" ] || fail "an upgrade has not started the new program"
+[ "$(cat "$upper/file")" = written ] || fail "an upgrade has lost data"
+/tmp/client "$socket" commit layer container || fail "it does not serve after an upgrade"
+
+# OpenRC has seen it, however often that is done.
+for _ in 1 2 3 4 5; do
+    expect "" rc-service "$program" restart
+    expect "started" rc-service "$program" status
+done
+second=$(pid)
+
+# A daemon that dies is started again.
+kill -KILL "$second"
+tries=150
+until pid >/dev/null && [ "$(pid)" != "$second" ] && /tmp/client "$socket" once; do
+    tries=$((tries - 1))
+    [ "$tries" -gt 0 ] || fail "a daemon that died is not started again"
+    sleep 0.1
+done 2>/dev/null
+
+expect "removed" "/usr/local/share/$program/install.sh" uninstall --service openrc
+! pid >/dev/null || fail "uninstall leaves the daemon running"
+for path in "/etc/init.d/$program" "/etc/conf.d/$program" "/usr/local/bin/$program"; do
+    [ ! -e "$path" ] || fail "uninstall leaves $path"
+done
+[ "$(cat "$upper/file")" = written ] || fail "uninstall has touched data"
+echo "install.sh: OpenRC"
