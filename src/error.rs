@@ -4,6 +4,10 @@
 //! states its own facts and never repeats its source; [`Error::chain`] prints
 //! them all. The place where an error arises sets its kind; layers above add
 //! what they were doing and never change it. Never: decides what to do.
+//!
+//! A doc comment has an `# Errors` section only where it names a kind that callers rely
+//! on. Every fallible function can also fail as the disk, the database or the kernel
+//! does, and that is not said again.
 
 use std::fmt;
 
@@ -52,6 +56,22 @@ impl Error {
             what: what.into(),
             source: None,
         }
+    }
+
+    /// [`ErrorKind::FailedPrecondition`]: the state of a snapshot, a volume or the
+    /// machine forbids it.
+    pub fn refused(what: impl Into<String>) -> Error {
+        Error::new(ErrorKind::FailedPrecondition, what)
+    }
+
+    /// [`ErrorKind::InvalidArgument`]: the request is wrong whatever the state.
+    pub fn invalid(what: impl Into<String>) -> Error {
+        Error::new(ErrorKind::InvalidArgument, what)
+    }
+
+    /// [`ErrorKind::DataLoss`]: something that should be on a disk is missing or damaged.
+    pub fn data_loss(what: impl Into<String>) -> Error {
+        Error::new(ErrorKind::DataLoss, what)
     }
 
     /// An error that another one caused; `what` says what was being done.

@@ -7,7 +7,7 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::Result;
@@ -15,7 +15,7 @@ use crate::quota::Support;
 use crate::service::Desk;
 use crate::snapshotter::{Figures, VolumeFigures};
 use crate::text::prometheus::{Kind, head, line};
-use crate::util::lock::lock;
+use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 
 /// Prometheus asks once a minute by default.
@@ -32,11 +32,11 @@ pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>>
         return Ok(None);
     };
     let (desk, path) = (Arc::clone(desk), path.to_owned());
-    let stop = Arc::new(Stop::default());
-    let told = Arc::clone(&stop);
+    let stop = Arc::new(Monitor::<()>::default());
+    let writing = Arc::clone(&stop);
     Background::start(
         "metrics writer",
-        move || told.tell(),
+        move || stop.stop(),
         move || {
             let mut is_broken = false;
             loop {
@@ -48,34 +48,13 @@ pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>>
                     log::warn!("write the figures to {path} (--metrics-file): {error}");
                 }
                 is_broken = written.is_err();
-                if !stop.wait(INTERVAL) {
+                if !writing.pause(INTERVAL) {
                     return;
                 }
             }
         },
     )
     .map(Some)
-}
-
-#[derive(Default)]
-struct Stop {
-    is_told: Mutex<bool>,
-    told: Condvar,
-}
-
-impl Stop {
-    fn tell(&self) {
-        *lock(&self.is_told) = true;
-        self.told.notify_all();
-    }
-
-    /// `false` as soon as it is told.
-    fn wait(&self, limit: Duration) -> bool {
-        let waited = self
-            .told
-            .wait_timeout_while(lock(&self.is_told), limit, |is_told| !*is_told);
-        !*waited.unwrap_or_else(PoisonError::into_inner).0
-    }
 }
 
 fn write(desk: &Desk, path: &str) -> std::io::Result<()> {

@@ -9,6 +9,7 @@ use crate::store::{Commit, DataBytes};
 use crate::tree;
 use crate::types::{Labels, Quoted, SnapshotId, Volume};
 use crate::util::lock::lock;
+use crate::util::undo::Undo;
 use crate::volume::Dirs;
 
 impl Snapshotter {
@@ -83,15 +84,17 @@ impl Snapshotter {
             if volume == Volume::Image {
                 return Ok(None);
             }
-            let link = NewLink {
-                snapshotter: self,
-                id: commit.id,
-                keep: false,
-            };
+            let link = Undo::new("the link of a refused commit", move || {
+                let removed = self.volumes.image().remove_link(commit.id);
+                if removed.is_err() {
+                    self.note_stray(Volume::Image);
+                }
+                removed
+            });
             self.volumes.link_home(commit.id)?;
             Ok(Some(link))
         })?;
-        linked.into_iter().for_each(NewLink::keep);
+        linked.into_iter().for_each(Undo::keep);
         Ok(())
     }
 
@@ -125,32 +128,6 @@ impl Snapshotter {
                  filled: remove it, look at the disk, and fill it anew"
             ),
         ))
-    }
-}
-
-/// The link of a layer on the writable volume; dropped without [`NewLink::keep`],
-/// it is removed.
-struct NewLink<'a> {
-    snapshotter: &'a Snapshotter,
-    id: SnapshotId,
-    keep: bool,
-}
-
-impl NewLink<'_> {
-    /// The layer is entered.
-    fn keep(mut self) {
-        self.keep = true;
-    }
-}
-
-impl Drop for NewLink<'_> {
-    fn drop(&mut self) {
-        if !self.keep
-            && let Err(error) = self.snapshotter.volumes.image().remove_link(self.id)
-        {
-            self.snapshotter.note_stray(Volume::Image);
-            log::warn!("undo the link of a refused commit: {}", error.chain());
-        }
     }
 }
 

@@ -6,13 +6,13 @@
 //! for again.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Snapshotter, SyncMode};
 use crate::error::Result;
 use crate::types::SnapshotId;
-use crate::util::lock::lock;
+use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::Flush;
 
@@ -23,57 +23,42 @@ const GIVEN_UP: Duration = Duration::from_secs(600);
 
 /// The snapshots that layers are being unpacked into.
 #[derive(Default)]
-pub(super) struct Unpacks {
-    state: Mutex<State>,
-    changed: Condvar,
-}
+pub(super) struct Unpacks(Monitor<UnderWay>);
 
 #[derive(Default)]
-struct State {
+struct UnderWay {
     ids: HashSet<SnapshotId>,
     last_begin: Option<Instant>,
-    is_stopping: bool,
 }
 
 impl Unpacks {
     pub(super) fn begin(&self, id: SnapshotId) {
-        let mut state = lock(&self.state);
-        state.ids.insert(id);
-        state.last_begin = Some(Instant::now());
-        self.changed.notify_all();
+        self.0.change(|unpacks| {
+            unpacks.ids.insert(id);
+            unpacks.last_begin = Some(Instant::now());
+        });
     }
 
     pub(super) fn end(&self, id: SnapshotId) {
-        lock(&self.state).ids.remove(&id);
+        self.0.look(|unpacks| unpacks.ids.remove(&id));
     }
 
     /// Forgets those under way if none has begun for that long.
     fn give_up_after(&self, idle: Duration) {
-        let mut state = lock(&self.state);
-        if state.last_begin.is_none_or(|begun| begun.elapsed() > idle) {
-            state.ids.clear();
-        }
-    }
-
-    fn stop(&self) {
-        lock(&self.state).is_stopping = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits while nothing is unpacked. `false` at the stop.
-    fn await_any(&self) -> bool {
-        let waited = self.changed.wait_while(lock(&self.state), |state| {
-            state.ids.is_empty() && !state.is_stopping
+        self.0.look(|unpacks| {
+            if unpacks
+                .last_begin
+                .is_none_or(|begun| begun.elapsed() > idle)
+            {
+                unpacks.ids.clear();
+            }
         });
-        !waited.unwrap_or_else(PoisonError::into_inner).is_stopping
     }
 
-    /// `false` at the stop.
-    fn pause(&self) -> bool {
-        let waited = self
-            .changed
-            .wait_timeout_while(lock(&self.state), INTERVAL, |state| !state.is_stopping);
-        !waited.unwrap_or_else(PoisonError::into_inner).0.is_stopping
+    /// Waits until something is unpacked, and then a moment. `false` at the stop.
+    fn await_any(&self) -> bool {
+        let waited = self.0.wait_while(|unpacks| unpacks.ids.is_empty(), |_| ());
+        waited.is_some() && self.0.pause(INTERVAL)
     }
 }
 
@@ -92,7 +77,7 @@ impl Snapshotter {
         let (told, flushed) = (Arc::clone(self), Arc::clone(self));
         Background::start(
             "flusher",
-            move || told.unpacks.stop(),
+            move || told.unpacks.0.stop(),
             move || run(&flushed.unpacks, &flush),
         )
         .map(Some)
@@ -102,7 +87,7 @@ impl Snapshotter {
 fn run(unpacks: &Unpacks, flush: &Flush) {
     let mut free_before = None;
     let mut last_change = Instant::now();
-    while unpacks.await_any() && unpacks.pause() {
+    while unpacks.await_any() {
         // A flush of nothing would still wake a sleeping disk.
         let free = flush.free_blocks().ok();
         if free != free_before {

@@ -1,0 +1,58 @@
+//! Taking back what a refused request has done to a disk.
+
+use crate::error::Result;
+
+/// Runs a closure when dropped, unless [`Undo::keep`] was called. Make one before or
+/// right after the step that it takes back.
+#[must_use = "dropping it takes the step back"]
+pub struct Undo<F: FnOnce() -> Result<()>> {
+    what: &'static str,
+    undo: Option<F>,
+}
+
+impl<F: FnOnce() -> Result<()>> Undo<F> {
+    /// `what` names the step in the log line that is written if taking it back fails,
+    /// for example "the directories of a refused snapshot".
+    pub fn new(what: &'static str, undo: F) -> Undo<F> {
+        Undo {
+            what,
+            undo: Some(undo),
+        }
+    }
+
+    /// The request succeeded: what was done stays.
+    pub fn keep(mut self) {
+        self.undo = None;
+    }
+}
+
+impl<F: FnOnce() -> Result<()>> Drop for Undo<F> {
+    fn drop(&mut self) {
+        if let Some(undo) = self.undo.take()
+            && let Err(error) = undo()
+        {
+            // The next start removes what stays.
+            log::warn!("undo {}: {}", self.what, error.chain());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn only_what_was_not_kept_is_undone() {
+        let undone = Cell::new(0);
+        let undo = || {
+            undone.set(undone.get() + 1);
+            Ok(())
+        };
+        Undo::new("a test", undo).keep();
+        assert_eq!(undone.get(), 0);
+        drop(Undo::new("a test", undo));
+        assert_eq!(undone.get(), 1);
+    }
+}
