@@ -1,5 +1,6 @@
 //! Deleting trees.
 
+use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 use std::panic::resume_unwind;
 use std::sync::Mutex;
@@ -21,9 +22,9 @@ use crate::util::lock::lock;
 /// moved up first, so that no tree needs more.
 const MAX_DEPTH: usize = 128;
 
-/// New entries can only come from something that still writes there; this many
-/// rounds through a directory outlast it or give up.
-const MAX_ROUNDS: u32 = 4;
+/// How often the directories of one tree are read again because new entries have
+/// appeared in them. Only something that still writes there makes such entries.
+const MAX_ROUNDS: u32 = 64;
 
 /// How many entries of a directory are worth a second thread. Deleting is the
 /// file system's work, which two can do at once in different directories, and a
@@ -31,8 +32,8 @@ const MAX_ROUNDS: u32 = 4;
 const WORTH_TWO: usize = 8;
 
 /// Deletes everything in the directory `top`, which itself stays. Goes on past
-/// what cannot be deleted and tells the first failure at the end. Something
-/// else deleting the same tree at once is no error.
+/// what cannot be deleted, tries that once, and returns the first failure at the end.
+/// Something else deleting the same tree at the same time is no error.
 ///
 /// # Errors
 ///
@@ -41,8 +42,10 @@ const WORTH_TWO: usize = 8;
 pub fn remove_children(top: impl AsFd) -> Result<()> {
     let top = top.as_fd();
     let last_name = AtomicU64::new(0);
+    let mut all = Removal::new(top, &last_name);
     loop {
-        let names = list(top).context(|| "list what is to be deleted")?;
+        let mut names = list(top).context(|| "list what is to be deleted")?;
+        names.retain(|name| !all.kept.contains(name));
         let threads = if names.len() < WORTH_TWO { 1 } else { 2 };
         let names = Mutex::new(names.into_iter());
         let work = || {
@@ -55,15 +58,17 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
         };
         let removal = thread::scope(|scope| {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let mut all = work();
+            let mut both = work();
             for other in others {
-                all.add(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
+                both.add(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
             }
-            all
+            both
         });
+        let moved_up = removal.moved_up;
+        all.add(removal);
         // What was moved up stands beside the others and is met in a next pass.
-        if removal.moved_up == 0 {
-            return removal.into_result();
+        if moved_up == 0 {
+            return all.into_result();
         }
     }
 }
@@ -79,12 +84,14 @@ fn list(dir: BorrowedFd<'_>) -> std::result::Result<Vec<CString>, Errno> {
     Ok(names)
 }
 
-/// A directory that is being emptied: its name in the one above, and how often
-/// it has been read to its end.
+/// A directory that is being emptied.
 struct Level {
     dir: Dir,
+    /// Its name in the directory above.
     name: CString,
-    rounds: u32,
+    /// Something in it cannot be deleted, and so it cannot be either. It is not read
+    /// again: each level would double the work for those below it.
+    is_kept: bool,
 }
 
 struct Removal<'a> {
@@ -94,6 +101,10 @@ struct Removal<'a> {
     moved_up: u64,
     failed: u64,
     first_failure: Option<(CString, Errno)>,
+    /// Entries of `top` in which something cannot be deleted.
+    kept: HashSet<CString>,
+    /// How often directories of the present tree were read again.
+    rounds: u32,
 }
 
 impl<'a> Removal<'a> {
@@ -104,20 +115,26 @@ impl<'a> Removal<'a> {
             moved_up: 0,
             failed: 0,
             first_failure: None,
+            kept: HashSet::new(),
+            rounds: 0,
         }
     }
 
     fn add(&mut self, other: Removal<'_>) {
         self.moved_up += other.moved_up;
+        self.kept.extend(other.kept);
         self.failed += other.failed;
         self.first_failure = self.first_failure.take().or(other.first_failure);
     }
 
     fn remove_tree(&mut self, name: &CStr) {
+        self.rounds = 0;
+        let failed_before = self.failed;
         let mut levels: Vec<Level> = Vec::new();
         // In the trash, nearly all are directories.
         levels.extend(self.visit(self.top, name, FileType::Directory, 0));
         while let Some(level) = levels.last_mut() {
+            let failed = self.failed;
             match level.dir.read() {
                 Some(Ok(entry)) if is_dot(entry.file_name()) => {}
                 Some(Ok(entry)) => {
@@ -137,12 +154,19 @@ impl<'a> Removal<'a> {
                     let level = levels.pop().expect("the loop holds one");
                     let parent = levels.last().map_or(Ok(self.top), |above| above.dir.fd());
                     let again = match parent {
+                        _ if level.is_kept => None,
                         Ok(parent) => self.finish(parent, level),
                         Err(errno) => self.fail(&level.name, errno),
                     };
                     levels.extend(again);
                 }
             }
+            if self.failed > failed {
+                levels.iter_mut().for_each(|level| level.is_kept = true);
+            }
+        }
+        if self.failed > failed_before {
+            self.kept.insert(name.to_owned());
         }
     }
 
@@ -172,7 +196,7 @@ impl<'a> Removal<'a> {
         if depth >= MAX_DEPTH {
             let number = self.last_name.fetch_add(1, Ordering::Relaxed) + 1;
             let away = format!("deep.{number}");
-            return match renameat(parent, name, self.top, away.as_str()) {
+            return match rename_mutable(parent, name, self.top, &away) {
                 // Or left by an earlier removal: the next name is tried in the
                 // next pass.
                 Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => {
@@ -187,7 +211,7 @@ impl<'a> Removal<'a> {
             Ok(dir) => Some(Level {
                 dir,
                 name: name.to_owned(),
-                rounds: 0,
+                is_kept: false,
             }),
             Err(Errno::NOENT) => None,
             Err(errno) => self.fail(name, errno),
@@ -198,8 +222,8 @@ impl<'a> Removal<'a> {
     fn finish(&mut self, parent: BorrowedFd<'_>, mut level: Level) -> Option<Level> {
         match unlink(parent, &level.name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => None,
-            Err(Errno::NOTEMPTY) if level.rounds < MAX_ROUNDS => {
-                level.rounds += 1;
+            Err(Errno::NOTEMPTY) if self.rounds < MAX_ROUNDS => {
+                self.rounds += 1;
                 level.dir.rewind();
                 Some(level)
             }
@@ -231,18 +255,40 @@ impl<'a> Removal<'a> {
 fn unlink(parent: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> std::result::Result<(), Errno> {
     match unlinkat(parent, name, flags) {
         Err(Errno::PERM) => {
-            let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-            let file_type = FileType::from_raw_mode(stat.st_mode);
-            // Others cannot carry the flag, and opening a device does things.
-            if matches!(file_type, FileType::RegularFile | FileType::Directory) {
-                let open = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                make_mutable(openat(parent, name, open, Mode::empty())?);
-            }
-            make_mutable(parent);
+            make_entry_mutable(parent, name)?;
             unlinkat(parent, name, flags)
         }
         unlinked => unlinked,
     }
+}
+
+/// `renameat` to another directory, and once more where such a flag was in the way.
+fn rename_mutable(
+    parent: BorrowedFd<'_>,
+    name: &CStr,
+    to: BorrowedFd<'_>,
+    new_name: &str,
+) -> std::result::Result<(), Errno> {
+    match renameat(parent, name, to, new_name) {
+        Err(Errno::PERM) => {
+            make_entry_mutable(parent, name)?;
+            renameat(parent, name, to, new_name)
+        }
+        renamed => renamed,
+    }
+}
+
+/// Clears the flags that forbid deletion, of an entry and of the directory it is in.
+fn make_entry_mutable(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Result<(), Errno> {
+    let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let file_type = FileType::from_raw_mode(stat.st_mode);
+    // Others cannot carry the flag, and opening a device does things.
+    if matches!(file_type, FileType::RegularFile | FileType::Directory) {
+        let open = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        make_mutable(openat(parent, name, open, Mode::empty())?);
+    }
+    make_mutable(parent);
+    Ok(())
 }
 
 /// Clears the flags that forbid deletion. Failure shows in the unlink after.

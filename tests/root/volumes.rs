@@ -1,7 +1,8 @@
 //! The writable volume comes and goes while the daemon runs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use grpcio::RpcStatusCode;
 use registered::registered;
@@ -12,7 +13,7 @@ use crate::support::client::{Client, Refusal, finish};
 use crate::support::daemon::{Split, is_empty, refused};
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
-use crate::support::{tree, unchanged};
+use crate::support::{run, tree, unchanged};
 
 /// A refusal because the volume is not there: it names the path and what to do.
 #[track_caller]
@@ -223,6 +224,44 @@ fn what_is_mounted_in_a_removed_snapshot() {
     client.cleanup().unwrap();
     assert!(is_empty(split.writable().join("trash")));
     assert!(elsewhere.path().join(file).exists());
+}
+
+/// A removal that read each directory above such an entry again, a few times each,
+/// would take longer than the universe has existed.
+#[registered(crate::Test)]
+fn what_cannot_be_deleted_is_tried_once_however_deep() {
+    let split = Split::start(&[]);
+    let client = split.client();
+    client.prepare("web", "", &[]).unwrap();
+    client.prepare("other", "", &[]).unwrap();
+    let levels = |number: usize| (0..number).map(|_| "d").collect::<PathBuf>();
+    let upper = split.writable().join("snapshots/1/fs");
+    let (mounted, beside) = (
+        upper.join(levels(100)),
+        upper.join(levels(50)).join("beside"),
+    );
+    fs::create_dir_all(&mounted).unwrap();
+    fs::write(&beside, "x").unwrap();
+    // An immutable directory where the removal moves what lies deeper to the top.
+    let immutable = split.writable().join("snapshots/2/fs").join(levels(140));
+    fs::create_dir_all(&immutable).unwrap();
+    for directory in immutable.ancestors().take(20) {
+        run(Command::new("chattr").arg("+i").arg(directory));
+    }
+    mount_bind(&upper, &mounted).unwrap();
+    client.remove("web").unwrap();
+    client.remove("other").unwrap();
+    let (_, text) = client.cleanup().unwrap_err();
+    assert!(
+        text.contains("1 entries cannot be deleted, the first one is \"d\""),
+        "{text}"
+    );
+    let left = split.writable().join("trash/1/fs");
+    assert!(!left.join(levels(50)).join("beside").exists());
+    assert!(!split.writable().join("trash/2").exists());
+    unmount(left.join(levels(100)), UnmountFlags::empty()).unwrap();
+    client.cleanup().unwrap();
+    assert!(is_empty(split.writable().join("trash")));
 }
 
 /// Whatever waits for the writable disk, a container that is there already can be
