@@ -278,9 +278,9 @@ stop_inside() {
     trap '' HUP INT TERM
     if [ -n "$container" ]; then
         for step in "tasks kill -s KILL" "tasks delete -f" "containers delete"; do
-            # $step is words.
+            # containerd may have ended by the same signal. $step is words.
             # shellcheck disable=SC2086
-            timeout 10 ctr $step "$name" >/dev/null 2>&1 || :
+            ! kill -0 "$containerd" 2>/dev/null || timeout 5 ctr $step "$name" >/dev/null 2>&1 || :
         done
         container=
     fi
