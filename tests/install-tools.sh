@@ -160,13 +160,12 @@ unpack() {
     missing=$1
     read_lists
     say "unpacking $1 into target/tools"
-    # Made by the builder, who writes to the target directory later.
-    as_builder mkdir -p "$checkout/target/tools"
+    # All of it is the builder's, who may remove the target directory.
     unpacked=$checkout/target/tools/$2
     rm -rf "$unpacked.new"
-    mkdir "$unpacked.new"
+    as_builder mkdir -p "$unpacked.new"
     (cd "$unpacked.new" && apt_get -o APT::Sandbox::User=root download "$1" &&
-        dpkg-deb -x ./*.deb . && rm ./*.deb && mv "$unpacked.new" "$unpacked") ||
+        as_builder dpkg-deb -x ./*.deb . && rm ./*.deb && mv "$unpacked.new" "$unpacked") ||
         die "$1 could not be unpacked: see above"
 }
 
