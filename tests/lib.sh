@@ -165,7 +165,9 @@ build_with_progress() {
     build_began=$(date +%s)
     grpc_dir=
     : >"$scratch/build.began"
-    say "building: $*"
+    # Without what sets the environment of cargo.
+    build_words=$*
+    say "building: cargo ${build_words#*cargo } (the first time several minutes, for gRPC's C++ core)"
     # $builder is words. cargo says how far it is only if it is asked to.
     # shellcheck disable=SC2086
     $builder env CARGO_TERM_PROGRESS_WHEN=always CARGO_TERM_PROGRESS_WIDTH=120 \
