@@ -15,55 +15,25 @@
 
 set -eu
 
-here=$(cd "$(dirname "$0")" && pwd)
-checkout=${here%/*}
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=tests/install-tools.sh
+. "$checkout/tests/install-tools.sh"
 
-die() {
-    echo "bench: $*" >&2
-    exit 1
-}
-
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-# --inside WORK SNAPSHOTTER ARGUMENT...: as process 1 of its own process and mount
+# --inside SCRATCH SNAPSHOTTER ARGUMENT...: as process 1 of its own process and mount
 # namespaces.
 inside() {
-    work=$1 snapshotter=$2
+    scratch=$1 snapshotter=$2
     shift 2
+    # The signal came before there were traps.
+    [ ! -e "$scratch/stop" ] || exit 143
     for disk in image writable; do
-        truncate -s 24G "$work/$disk.ext4"
         # Room for the inodes of 100,000 snapshots, all of them written now: the
         # kernel would do it in the background, while something is measured.
-        mkfs.ext4 -q -F -m 0 -i 8192 -E lazy_itable_init=0,lazy_journal_init=0 \
-            "$work/$disk.ext4"
-        mkdir "$work/$disk"
-        mount -o loop,noatime "$work/$disk.ext4" "$work/$disk"
+        make_volume "$scratch/$disk" 24G \
+            -m 0 -i 8192 -E lazy_itable_init=0,lazy_journal_init=0
     done
-    "$work/compare" -image "$work/image" -writable "$work/writable" \
+    "$scratch/compare" -image "$scratch/image" -writable "$scratch/writable" \
         -daemon "$snapshotter" "$@"
-}
-
-job=
-work=
-clean_up() {
-    trap '' HUP INT TERM
-    if [ -n "$job" ]; then
-        kill -TERM "$job" 2>/dev/null || :
-        wait "$job" || :
-    fi
-    [ -n "$work" ] || return 0
-    # The kernel lets go of a loop device a little after its last mount.
-    for file in "$work"/*.ext4; do
-        [ -e "$file" ] || continue
-        tries=50
-        while [ -n "$(losetup -j "$file")" ] && [ "$tries" -gt 0 ]; do
-            sleep 0.1
-            tries=$((tries - 1))
-        done
-    done
-    rm -rf --one-file-system "$work"
 }
 
 bench() {
@@ -87,39 +57,29 @@ bench() {
         json=$(realpath "$json")
     fi
 
-    # shellcheck source=tests/install-tools.sh
-    . "$here/install-tools.sh"
+    # Standard output is the table's.
     install_tools bench >&2
+    make_scratch
     if [ -n "${SNAPSHOTTER-}" ]; then
         snapshotter=$(realpath "$SNAPSHOTTER")
         [ -x "$snapshotter" ] || die "SNAPSHOTTER is no program: $SNAPSHOTTER"
     else
         cd "$checkout"
         # The user's configuration may name another target directory.
-        as_builder cargo build --release --locked --target-dir "$checkout/target"
+        build_with_progress cargo build --release --locked --target-dir "$checkout/target" >&2
         snapshotter=$checkout/target/release/overlay-read-write-splitting-snapshotter
     fi
 
-    trap clean_up EXIT
-    # Not in memory, as /tmp may be.
-    work=$(mktemp -d /var/tmp/bench.XXXXXX)
-    mkdir -p "$work/go/src"
-    ln -s "$here/compare" "$work/go/src/compare"
-    (cd "$work/go/src/compare" &&
-        GO111MODULE=off GOFLAGS='' GOPATH="$work/go:/usr/share/gocode" \
-            go build -o "$work/compare" .)
+    mkdir -p "$scratch/go/src"
+    ln -s "$checkout/tests/compare" "$scratch/go/src/compare"
+    (cd "$scratch/go/src/compare" &&
+        GO111MODULE=off GOFLAGS='' GOPATH="$scratch/go:/usr/share/gocode" \
+            go build -o "$scratch/compare" .)
 
-    # --kill-child: if unshare is killed, all in the namespaces is.
     # $quick is one word or none.
     # shellcheck disable=SC2086
-    unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
-        sh "$here/bench.sh" --inside "$work" "$snapshotter" $quick ${json:+-json "$json"} \
-        </dev/null &
-    job=$!
-    status=0
-    wait "$job" || status=$?
-    job=
-    return "$status"
+    run_job_in_namespaces sh "$checkout/tests/bench.sh" --inside "$scratch" "$snapshotter" \
+        $quick ${json:+-json "$json"}
 }
 
 case ${1-} in

@@ -57,6 +57,7 @@ clean_up() {
 
 end_script() {
     trap '' HUP INT TERM
+    [ -n "$scratch" ] || return 0
     # A job in namespaces of its own may not have set its traps yet.
     : >"$scratch/stop"
     [ -z "$job" ] || stop "-$job" 60
