@@ -107,7 +107,7 @@ install_tools() {
 # Packages.
 #
 
-# Is this, as tools_for has it, there?
+# is_installed TOOL: returns whether a tool, as tools_for names it, is there.
 is_installed() {
     case $1 in
     /*:*) [ -e "${1%%:*}" ] ;;
@@ -127,7 +127,7 @@ apt_get() {
     fi
 }
 
-# Reads the package lists, once, before the packages of the list $missing are had.
+# Reads the package lists, once, before the packages in $missing are fetched.
 lists_read=no
 read_lists() {
     [ "$lists_read" = no ] || return 0
@@ -140,7 +140,7 @@ read_lists() {
     apt_get update || say "apt-get update failed; going on with the lists that are there"
 }
 
-# Installs the packages of the list $missing.
+# Installs the packages in $missing.
 install_missing() {
     [ -n "$missing" ] || return 0
     missing=$(echo "$missing" | tr ' ' '\n' | sort -u | xargs)
@@ -169,12 +169,14 @@ unpack() {
         die "$1 could not be unpacked: see above"
 }
 
-# A container has none of the host's libraries. ldd fails on a static program.
+# is_static PROGRAM: returns whether a program needs no libraries, of which a container
+# has none of the host's. ldd fails on such a program.
 is_static() {
     command -v "$1" >/dev/null && ! ldd "$(command -v "$1")" >/dev/null 2>&1
 }
 
-# Debian's package of a static busybox would replace the busybox of the machine.
+# Sets BUSYBOX. The package is not installed, because it would replace the busybox that
+# the machine has.
 find_busybox() {
     for BUSYBOX in "${BUSYBOX:-busybox}" "$checkout/target/tools/busybox-static/bin/busybox"; do
         ! is_static "$BUSYBOX" || break
@@ -184,7 +186,8 @@ find_busybox() {
     export BUSYBOX
 }
 
-# An installed kernel would be the one that this machine boots next.
+# Unpacks a kernel for virtual machines. An installed one would be the kernel that this
+# machine boots next.
 unpack_kernel() {
     [ ! -d "$checkout/target/tools/kernel" ] || return 0
     missing=linux-image-cloud-amd64
@@ -209,8 +212,8 @@ unpack_uml() {
 # The user who builds, and the Rust of that user.
 #
 
-# The user who called sudo builds if the checkout, and what was built in it before,
-# belongs to that user.
+# Sets builder, for as_builder: the user who called sudo builds if the checkout, and what
+# was built in it before, belongs to that user.
 find_builder() {
     builder=
     builder_home=${HOME:-/root}
@@ -249,7 +252,7 @@ find_rust() {
     return 1
 }
 
-# rustfmt and clippy.
+# Adds rustfmt and clippy to the Rust in use.
 add_lints() {
     if as_builder cargo fmt --version >/dev/null 2>&1 &&
         as_builder cargo clippy --version >/dev/null 2>&1; then

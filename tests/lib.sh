@@ -50,11 +50,12 @@ make_scratch() {
     scratch=$(mktemp -d "/var/tmp/$script.XXXXXX")
 }
 
-# Scripts with more to remove define this again.
+# What a script has to remove besides: the script defines this again.
 clean_up() {
     :
 }
 
+# Runs at the end of a script that has called make_scratch, however it ends.
 end_script() {
     trap '' HUP INT TERM
     [ -n "$scratch" ] || return 0
@@ -82,7 +83,7 @@ wait_for_job() {
     return "$job_status"
 }
 
-# run_job_in_namespaces COMMAND...: the same, with mounts and processes of its own.
+# run_job_in_namespaces COMMAND...: run_job with mounts and processes of its own.
 # COMMAND is process 1 there: all its processes and mounts end with it, and it ends
 # if this script or unshare is killed.
 run_job_in_namespaces() {
