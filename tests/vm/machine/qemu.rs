@@ -92,6 +92,6 @@ fn kernel() -> PathBuf {
         name.starts_with("vmlinuz-")
     });
     found.into_iter().next().unwrap_or_else(|| {
-        panic!("no kernel in {KERNEL}: sudo sh tests/install-tools.sh test unpacks one")
+        panic!("no kernel in {KERNEL}: sudo sh tests/install-tools.sh all unpacks one")
     })
 }
