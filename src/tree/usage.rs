@@ -16,7 +16,8 @@ const COUNTING: &str = "count what a directory tree holds";
 /// What the tree below `top` holds, `top` itself included: allocated blocks of
 /// 512 bytes × 512, and inodes, a hard-linked one once, which follows
 /// containerd's `continuity/fs/du_unix.go`; and the lengths of its files. What
-/// vanishes during the walk is left out and no error.
+/// vanishes during the walk is left out and no error. The memory that the count takes
+/// does not depend on the tree.
 ///
 /// # Errors
 ///
@@ -35,24 +36,8 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
     /// Between two questions.
     const ENTRIES: u64 = 256;
     let mut entries: u64 = 0;
-    let mut content = Content::default();
-    // Only inodes with several names can be met twice.
-    let mut linked = HashSet::new();
-    let mut add = |stat: &Stat| {
-        let file_type = FileType::from_raw_mode(stat.st_mode);
-        let is_directory = file_type == FileType::Directory;
-        let is_first =
-            is_directory || stat.st_nlink < 2 || linked.insert((stat.st_dev, stat.st_ino));
-        if is_first {
-            content.usage.inodes += 1;
-            content.usage.size_bytes += u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
-            if file_type == FileType::RegularFile {
-                content.data_bytes += u64::try_from(stat.st_size).unwrap_or(0);
-            }
-        }
-        is_directory
-    };
-    add(&fstat(&top).context(|| COUNTING)?);
+    let mut tally = Tally::new(MOST_REMEMBERED);
+    tally.add(&fstat(&top).context(|| COUNTING)?);
     let mut walk = Walk::begin(&top, COUNTING)?;
     while let Some(entry) = walk.next()? {
         entries += 1;
@@ -67,7 +52,8 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
             Err(Errno::NOENT) => continue,
             stat => stat.context(|| COUNTING)?,
         };
-        if !add(&stat) {
+        tally.add(&stat);
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             continue;
         }
         match open_directory(parent, name) {
@@ -76,7 +62,77 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
             opened => walk.enter(opened.context(|| COUNTING)?)?,
         }
     }
-    Ok(content)
+    Ok(tally.total())
+}
+
+/// How many inodes with several names are remembered: a container can make any number
+/// of them, and a set of these takes less than 8 MiB, also while it grows.
+const MOST_REMEMBERED: usize = 200_000;
+
+/// What has been counted so far.
+struct Tally {
+    content: Content,
+    /// Inodes with several names that were counted whole.
+    remembered: HashSet<(u64, u64)>,
+    most_remembered: usize,
+    /// Of inodes that are not remembered, each name counts as its share of the inode: a
+    /// third if it is one of three. The sum is exact if all names are in the tree.
+    shares: Shares,
+}
+
+/// Sums in units of 2^-32.
+#[derive(Default)]
+struct Shares {
+    inodes: u128,
+    size_bytes: u128,
+    data_bytes: u128,
+}
+
+impl Tally {
+    fn new(most_remembered: usize) -> Tally {
+        Tally {
+            content: Content::default(),
+            remembered: HashSet::new(),
+            most_remembered,
+            shares: Shares::default(),
+        }
+    }
+
+    fn add(&mut self, stat: &Stat) {
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        let size_bytes = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+        let data_bytes = match file_type {
+            FileType::RegularFile => u64::try_from(stat.st_size).unwrap_or(0),
+            _ => 0,
+        };
+        let inode = (stat.st_dev, stat.st_ino);
+        if file_type != FileType::Directory && stat.st_nlink > 1 {
+            if self.remembered.contains(&inode) {
+                return;
+            }
+            if self.remembered.len() >= self.most_remembered {
+                let share = |whole: u64| (u128::from(whole) << 32) / u128::from(stat.st_nlink);
+                self.shares.inodes += share(1);
+                self.shares.size_bytes += share(size_bytes);
+                self.shares.data_bytes += share(data_bytes);
+                return;
+            }
+            self.remembered.insert(inode);
+        }
+        self.content.usage.inodes += 1;
+        self.content.usage.size_bytes += size_bytes;
+        // Lengths of sparse files can be anything.
+        self.content.data_bytes = self.content.data_bytes.saturating_add(data_bytes);
+    }
+
+    fn total(mut self) -> Content {
+        let rounded = |sum: u128| u64::try_from((sum + (1 << 31)) >> 32).unwrap_or(u64::MAX);
+        self.content.usage.inodes += rounded(self.shares.inodes);
+        self.content.usage.size_bytes += rounded(self.shares.size_bytes);
+        let data_bytes = rounded(self.shares.data_bytes);
+        self.content.data_bytes = self.content.data_bytes.saturating_add(data_bytes);
+        self.content
+    }
 }
 
 #[cfg(test)]
@@ -104,6 +160,30 @@ mod tests {
         assert_eq!(content.usage.inodes, 5);
         assert_eq!(content.usage.size_bytes, blocks * 512);
         assert_eq!(content.data_bytes, 100_000);
+    }
+
+    #[test]
+    fn more_linked_inodes_than_are_remembered_are_counted_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for number in 0..40 {
+            let file = dir.path().join(format!("{number} 0"));
+            fs::write(&file, vec![1; 1000 * number]).unwrap();
+            for link in 1..1 + number % 7 {
+                fs::hard_link(&file, dir.path().join(format!("{number} {link}"))).unwrap();
+            }
+        }
+        let counted = |most_remembered| {
+            let mut tally = Tally::new(most_remembered);
+            for entry in fs::read_dir(dir.path()).unwrap() {
+                tally.add(&rustix::fs::stat(entry.unwrap().path()).unwrap());
+            }
+            tally.total()
+        };
+        let exact = counted(usize::MAX);
+        assert_eq!(exact.usage.inodes, 40);
+        for most_remembered in [0, 1, 17] {
+            assert_eq!(counted(most_remembered), exact, "{most_remembered}");
+        }
     }
 
     #[test]
