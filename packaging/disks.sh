@@ -11,8 +11,8 @@
 #
 # With further options:
 #
-#     --format             an ext4 file system takes the place of the one on DEV;
-#                          without it, DEV has to be empty
+#     --format             an ext4 file system takes the place of what is on DEV;
+#                          without it, DEV has to be blank: zeros, as far as looked
 #     --keep               the file system on DEV is taken as it is
 #     --root-dir DIR       where the image device is mounted, and where the
 #     --writable-dir DIR   writable one is, if not where the daemon looks by
@@ -20,7 +20,9 @@
 #     --service systemd|openrc
 #     --check              changes nothing
 #
-# DEV is never a disk that is in use, and nothing is formatted before its name
+# DEV is never a disk that is in use, or one that holds anything but a single file
+# system on a single disk: a partition table, or a part of LVM, RAID, a ZFS pool or
+# encryption, is left alone with --format too. Nothing is formatted before its name
 # was typed. Units or fstab entries for the mounts are written and enabled.
 #
 # Environment: DESTDIR goes before every path that is written, for tests;
@@ -31,6 +33,10 @@ set -eu
 program=overlay-read-write-splitting-snapshotter
 default_root=/var/lib/containerd/tech.imvictor.containerd.$program
 destdir=${DESTDIR-}
+
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=packaging/devices.sh
+. "$here/devices.sh"
 
 say() {
     echo "disks.sh: $*"
@@ -45,26 +51,31 @@ die() {
 # The daemon's settings.
 #
 
+# read_settings: sets $settings to the last line that sets OPTIONS. A file that
+# cannot be read is not one without settings.
+read_settings() {
+    settings=
+    [ -e "$destdir$config" ] || [ -L "$destdir$config" ] || return 0
+    settings=$(cat "$destdir$config") || die "cannot read $config"
+    settings=$(echo "$settings" | sed -n 's/^[[:space:]]*OPTIONS=//p' | tail -n 1)
+}
+
 # option NAME: the value of --NAME in OPTIONS, given as two words or with `=`.
 option() {
-    awk -v name="--$1" '
-        { gsub(/^[[:space:]]*OPTIONS=|"|'"'"'/, "") }
+    echo "$settings" | awk -v name="--$1" '
+        { gsub(/"|'"'"'/, "") }
         {
             for (i = 1; i <= NF; i++) {
                 if ($i == name) value = $(i + 1)
                 else if (index($i, name "=") == 1) value = substr($i, length(name) + 2)
             }
         }
-        END { print value }
-    ' <<END
-$(sed -n '/^[[:space:]]*OPTIONS=/p' "$destdir$config" 2>/dev/null | tail -n 1)
-END
+        END { print value }'
 }
 
 # What OPTIONS says now, or nothing.
 options_now() {
-    sed -n 's/^[[:space:]]*OPTIONS=//p' "$destdir$config" 2>/dev/null | tail -n 1 |
-        sed -e 's/^"\(.*\)"$/\1/' -e "s/^'\(.*\)'\$/\1/"
+    echo "$settings" | sed -e 's/^"\(.*\)"$/\1/' -e "s/^'\(.*\)'\$/\1/"
 }
 
 # The options that the disks ask for, as one line.
@@ -75,7 +86,7 @@ options_wanted() {
     [ "$state" = "$root" ] || wanted="$wanted --state-dir $state"
     [ -z "$writable_tmpfs" ] || wanted="$wanted --writable-volatile"
     # systemd ties the service to the image volume's mount. OpenRC does not, and
-    # the daemon would begin anew on an empty mount point.
+    # the daemon would begin again, with nothing, on an empty mount point.
     [ "$service" = systemd ] || [ -z "$image_device" ] || [ -z "$writable_any" ] ||
         wanted="$wanted --require-mount"
     echo "${wanted# }"
@@ -84,13 +95,21 @@ options_wanted() {
 write_options() {
     mkdir -p "$destdir${config%/*}"
     [ -e "$destdir$config" ] || : >"$destdir$config"
-    {
-        # Its only line that sets OPTIONS.
-        grep -v '^[[:space:]]*OPTIONS=' "$destdir$config" || :
-        echo "OPTIONS=\"$1\""
-    } >"$destdir$config.new"
-    chmod 644 "$destdir$config.new"
-    mv -f "$destdir$config.new" "$destdir$config"
+    # Its only line that sets OPTIONS.
+    sed '/^[[:space:]]*OPTIONS=/d' "$destdir$config" >"$destdir$config.new" ||
+        die "cannot read $config"
+    echo "OPTIONS=\"$1\"" >>"$destdir$config.new"
+    replace "$destdir$config"
+    settings="\"$1\""
+}
+
+# replace PATH: PATH.new takes its place, and after a power cut one of the two is
+# there, whole.
+replace() {
+    chmod 644 "$1.new"
+    sync "$1.new" || die "cannot write $1.new to its disk"
+    mv -f "$1.new" "$1"
+    sync "${1%/*}" || die "cannot write ${1%/*} to its disk"
 }
 
 #
@@ -127,7 +146,7 @@ put_drop_in() {
     moved_root=${moved_root:-$default_root}
     mkdir -p "$destdir${drop_in%/*}"
     {
-        echo "# Written by disks.sh from OPTIONS in $config; it is written anew"
+        echo "# Written by disks.sh from OPTIONS in $config; it is written again"
         echo "# whenever that runs."
         echo "[Unit]"
         [ "$moved_root" = "$default_root" ] || {
@@ -139,92 +158,59 @@ put_drop_in() {
             echo "# Without the writable volume it serves what does not need it."
             echo "After=$(mount_units "$moved_writable")"
         }
-    } >"$destdir$drop_in"
+    } >"$destdir$drop_in.new"
+    replace "$destdir$drop_in"
 }
 
 #
-# Devices.
+# Mount points.
 #
 
-# probe DEV NAME: what blkid finds on the device itself, not in its cache.
-probe() {
-    blkid -p -s "$2" -o value "$1" 2>/dev/null || :
+# is_tmpfs DIR: whether a tmpfs is mounted there.
+is_tmpfs() {
+    awk -v where="$1" '
+        { for (i = 7; $i != "-"; i++); }
+        $5 == where { type = $(i + 1) }
+        END { exit type != "tmpfs" }' /proc/self/mountinfo
 }
 
-# mounted_at DEV: where it is mounted, a line each.
-mounted_at() {
-    number=$(lsblk -n -d -o MAJ:MIN "$1" | tr -d ' ')
-    awk -v number="$number" '$3 == number { print $5 }' /proc/self/mountinfo
+# check_hidden DIR WHAT: dies if the mount of WHAT would hide data.
+check_hidden() {
+    [ -e "$destdir$1" ] || [ -L "$destdir$1" ] || return 0
+    inside=$(ls -A "$destdir$1") || die "$flag: cannot read $1"
+    [ -n "$inside" ] || return 0
+    # A mount point in a mount point.
+    if [ -n "$image_device" ] && [ "$1" = "$root" ] && [ "$inside" = writable ]; then
+        inside=$(ls -A "$destdir$1/writable") || die "$flag: cannot read $1/writable"
+        [ -n "$inside" ] || return 0
+    fi
+    die "$flag: $1 is not empty: what is in it would be hidden by $2; stop containerd and the" \
+        "snapshotter and move it away"
 }
 
-# A device that was set up by an earlier run.
-is_set_up() {
-    [ "$(mounted_at "$1")" = "$2" ]
-}
-
-# check_device FLAG DEV DIR: dies unless DEV may be used.
-check_device() {
-    [ -b "$2" ] || die "$1: $2 is no block device"
-    ! is_set_up "$2" "$3" || return 0
-    node=$(readlink -f "$2")
-    name=${node##*/}
-    sys=/sys/class/block/$name
-    [ -d "$sys" ] || die "$1: the kernel does not know $2"
-    at=$(mounted_at "$2" | paste -s -d ' ')
-    [ -z "$at" ] || die "$1: $2 is mounted at $at"
-    ! awk '{ print $1 }' /proc/swaps | grep -qxF "$node" || die "$1: $2 is used for swapping"
-    for holder in "$sys"/holders/*; do
-        [ ! -e "$holder" ] || die "$1: $2 is used by ${holder##*/} (LVM, RAID or encryption)"
+# check_entries DIR WHAT: dies if fstab or a unit mounts another disk than WHAT there.
+# That it is not mounted, and DIR empty, is no proof that it is not needed.
+check_entries() {
+    entries=$(entries_of "$1") || die "$flag: cannot read what is mounted at $1 at boot"
+    for entry in $entries; do
+        [ "$entry" != "$2" ] || continue
+        case $entry in
+        "UUID=$uuid" | "/dev/disk/by-uuid/$uuid") continue ;;
+        /dev/*) [ "$(readlink -f "$entry")" != "$(readlink -f "$2")" ] || continue ;;
+        esac
+        die "$flag: there is an entry already that mounts $entry at $1; if that disk is not needed" \
+            "any more, take the entry away (/etc/fstab, or a unit in /etc/systemd/system)"
     done
-    for part in "$sys/$name"*; do
-        [ ! -e "$part/partition" ] || die "$1: $2 has partitions (${part##*/}); name one of them"
-    done
-    backed=$(losetup -j "$node" 2>/dev/null | sed -n '1s/:.*//p')
-    [ -z "$backed" ] || die "$1: $2 is used by $backed"
-    [ "$(cat "$sys/ro")" = 0 ] || die "$1: $2 is read-only"
-
-    type=$(probe "$2" TYPE)
-    case $(probe "$2" USAGE) in
-    filesystem | '') ;;
-    *) die "$1: $2 belongs to something else ($type); wipe it with wipefs if it does not" ;;
-    esac
-    [ -z "$(probe "$2" PTTYPE)" ] || [ "$type" != '' ] ||
-        die "$1: $2 has a partition table; name a partition, or wipe it with wipefs"
-    case $what:$type in
-    format:*) ;;
-    keep:ext4 | keep:xfs | keep:btrfs) ;;
-    keep:*) die "$1: $2 has no file system to keep (${type:-none}); it has to be ext4, xfs or btrfs" ;;
-    empty:) ;;
-    empty:*) die "$1: $2 has a file system ($type): give --format to lose it, or --keep to use it" ;;
-    esac
-    [ -z "$(ls -A "$destdir$3" 2>/dev/null)" ] || is_known "$3" ||
-        die "$3 is not empty: what is in it would be hidden by $2; stop containerd and the" \
-            "snapshotter and move it away"
 }
 
-# A mount point that has only another one's in it, or a mount of ours.
-is_known() {
-    [ -n "$image_device" ] && [ "$1" = "$root" ] && [ "$(ls -A "$destdir$1")" = writable ] &&
-        [ -z "$(ls -A "$destdir$1/writable")" ]
-}
-
-# ask DEV: before it is formatted.
-ask() {
-    size=$(lsblk -n -d -b -o SIZE "$1" | awk '{ printf "%.1f GB", $1 / 1e9 }')
-    type=$(probe "$1" TYPE)
-    printf 'All that is on %s (%s, %s) will be lost. Type its name to format it: ' \
-        "$1" "$size" "${type:-no file system}"
-    answer=
-    read -r answer || :
-    [ "$answer" = "$1" ] || die "that is not $1: no disk was formatted"
-}
-
-# format DEV LABEL. -m 0: what a file system keeps for root would be kept from
-# nobody, containers write as root.
-format() {
-    mkfs.ext4 -q -F -m 0 -L "$2" "$1" || die "mkfs.ext4 failed on $1"
-    # So that links by UUID are there before the mount looks for them.
-    ! command -v udevadm >/dev/null 2>&1 || udevadm settle --timeout=10 || :
+# entries_of DIR: what fstab and a unit of that name mount there.
+entries_of() {
+    [ ! -e "$destdir/etc/fstab" ] ||
+        awk -v where="$1" '$1 !~ /^#/ && $2 == where { print $1 }' "$destdir/etc/fstab" ||
+        return 1
+    [ "$service" = systemd ] || return 0
+    unit=$destdir/etc/systemd/system/$(systemd-escape --path --suffix=mount "$1")
+    [ ! -e "$unit" ] || sed -n 's/^What=//p' "$unit"
 }
 
 #
@@ -264,7 +250,8 @@ add_mount_unit() {
         case ${image_device:+$2} in
         "$root"/*) echo "WantedBy=$(systemd-escape --path --suffix=mount "$root")" ;;
         esac
-    } >"$destdir/etc/systemd/system/$unit"
+    } >"$destdir/etc/systemd/system/$unit.new"
+    replace "$destdir/etc/systemd/system/$unit"
     systemctl ${destdir:+--root="$destdir"} --quiet enable "$unit"
     [ -n "$destdir" ] || [ ! -d /run/systemd/system ] || {
         systemctl daemon-reload
@@ -292,30 +279,32 @@ add_fstab_line() {
     pass=2
     [ "$3" = ext4 ] || pass=0
     mkdir -p "$destdir/etc" "$destdir$2"
-    [ -e "$destdir/etc/fstab" ] || : >"$destdir/etc/fstab"
-    {
-        # In the place of what an earlier run has written.
-        awk -v where="$2" '$1 ~ /^#/ || $2 != where' "$destdir/etc/fstab"
-        printf '%s\t%s\t%s\t%s\t0\t%s\n' "$what_fstab" "$2" "$3" "$4" "$pass"
-    } >"$destdir/etc/fstab.new"
-    chmod 644 "$destdir/etc/fstab.new"
-    mv -f "$destdir/etc/fstab.new" "$destdir/etc/fstab"
-    [ -n "$destdir" ] || mount "$2" || die "$2 could not be mounted"
+    # A link's file, in which the system has it.
+    fstab=$(readlink -f "$destdir/etc/fstab") || die "/etc/fstab leads nowhere"
+    [ -e "$fstab" ] || : >"$fstab"
+    # In the place of what an earlier run has written.
+    awk -v where="$2" '$1 ~ /^#/ || $2 != where' "$fstab" >"$fstab.new" || die "cannot read $fstab"
+    printf '%s\t%s\t%s\t%s\t0\t%s\n' "$what_fstab" "$2" "$3" "$4" "$pass" >>"$fstab.new"
+    replace "$fstab"
+    [ -n "$destdir" ] || is_tmpfs "$2" || mount "$2" || die "$2 could not be mounted"
 }
 
-# set_up DEV DIR LABEL COMMENT
+# set_up FLAG DEV DIR STATE LABEL COMMENT. STATE is how DEV was found, perhaps minutes
+# ago.
 set_up() {
-    ! is_set_up "$1" "$2" || return 0
-    [ "$what" = keep ] || format "$1" "$3"
-    uuid=$(probe "$1" UUID)
-    [ -n "$uuid" ] || die "$1 has no UUID"
+    ! is_set_up "$2" "$3" || return 0
+    check_device "$1" "$2" "$3"
+    [ "$state" = "$4" ] ||
+        die "$1: $2 is another disk now, or holds something else: it was left as it is"
+    [ "$what" = keep ] || format "$2" "$5"
+    [ -n "$uuid" ] || die "$1: $2 has no UUID"
     mount_options=noatime,nofail
     # The pool of a zvol would never get back what was removed.
-    case $(readlink -f "$1") in
+    case $(readlink -f "$2") in
     /dev/zd*) mount_options=$mount_options,discard ;;
     esac
-    add_mount "/dev/disk/by-uuid/$uuid" "$2" "$(probe "$1" TYPE)" "$mount_options" "$4"
-    say "$4: $1, mounted at $2"
+    add_mount "/dev/disk/by-uuid/$uuid" "$3" "$found" "$mount_options" "$6"
+    say "$6: $2, mounted at $3"
 }
 
 #
@@ -380,12 +369,17 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "$service" ] || { [ -d /run/systemd/system ] && service=systemd || service=openrc; }
+if [ -z "$service" ]; then
+    # That systemd does not run does not mean that OpenRC does.
+    [ ! -x /sbin/openrc-run ] && [ ! -x /usr/sbin/openrc-run ] || service=openrc
+    [ ! -d /run/systemd/system ] || service=systemd
+fi
 case $service in
 systemd) config=/etc/default/$program ;;
 openrc) config=/etc/conf.d/$program ;;
 *) die "--service is '$service', it has to be systemd or openrc" ;;
 esac
+read_settings
 writable_any=$writable_device$writable_tmpfs
 
 if [ -z "$image_device$writable_any" ]; then
@@ -400,8 +394,9 @@ fi
 root=${root:-$default_root}
 writable=${writable:-$root/writable}
 state=${state:-$root}
-for command in lsblk blkid awk mkfs.ext4 ${image_device:+losetup}; do
-    command -v "$command" >/dev/null 2>&1 || die "$command is needed (util-linux, e2fsprogs)"
+for command in lsblk blkid wipefs blockdev losetup mkfs.ext4 cmp od awk; do
+    command -v "$command" >/dev/null 2>&1 ||
+        die "$command is needed (util-linux, e2fsprogs, diffutils, coreutils)"
 done
 blkid -V 2>&1 | grep -q util-linux || die "blkid of util-linux is needed, not another one"
 
@@ -409,20 +404,43 @@ now=$(options_now)
 wanted=$(options_wanted)
 [ -z "$now" ] || [ "$now" = "$wanted" ] ||
     die "OPTIONS in $config is set already: $now; empty it first"
-[ -z "$image_device" ] || check_device --image-device "$image_device" "$root"
-[ -z "$writable_device" ] || check_device --writable-device "$writable_device" "$writable"
+image_state=
+writable_state=
+if [ -n "$image_device" ]; then
+    check_device --image-device "$image_device" "$root"
+    image_state=$state
+fi
+if [ -n "$writable_device" ]; then
+    check_device --writable-device "$writable_device" "$writable"
+    writable_state=$state
+fi
+if [ -n "$writable_tmpfs" ] && ! is_tmpfs "$writable"; then
+    flag=--writable-tmpfs
+    uuid=
+    check_entries "$writable" tmpfs
+    check_hidden "$writable" tmpfs
+fi
 [ -z "$image_device" ] || [ -z "$writable_device" ] ||
-    [ "$(readlink -f "$image_device")" != "$(readlink -f "$writable_device")" ] ||
+    [ "$(sys_of "$image_device")" != "$(sys_of "$writable_device")" ] ||
     die "$image_device cannot be both"
 [ "$check_only" = no ] || exit 0
 
 # All questions before the first change.
 if [ "$what" != keep ]; then
-    [ -z "$image_device" ] || is_set_up "$image_device" "$root" || ask "$image_device"
-    [ -z "$writable_device" ] || is_set_up "$writable_device" "$writable" || ask "$writable_device"
+    if [ -n "$image_device" ] && ! is_set_up "$image_device" "$root"; then
+        ask --image-device "$image_device"
+        image_state=$state
+    fi
+    if [ -n "$writable_device" ] && ! is_set_up "$writable_device" "$writable"; then
+        ask --writable-device "$writable_device"
+        writable_state=$state
+    fi
 fi
-[ -z "$image_device" ] || set_up "$image_device" "$root" rwsplit-image "Image volume"
-[ -z "$writable_device" ] || set_up "$writable_device" "$writable" rwsplit-writable "Writable volume"
+[ -z "$image_device" ] ||
+    set_up --image-device "$image_device" "$root" "$image_state" rwsplit-image "Image volume"
+[ -z "$writable_device" ] ||
+    set_up --writable-device "$writable_device" "$writable" "$writable_state" rwsplit-writable \
+        "Writable volume"
 [ -z "$writable_tmpfs" ] ||
     add_mount tmpfs "$writable" tmpfs "size=$writable_tmpfs,mode=700,nofail" "Writable volume"
 [ -z "$image_device" ] || start_with_image_volume

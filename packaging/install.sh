@@ -96,6 +96,7 @@ install_files() {
     put 755 "$here/$program" "$bin/$program"
     put 644 "$here/$program.8" "$man/$program.8"
     put 755 "$here/disks.sh" "$share/disks.sh"
+    put 644 "$here/devices.sh" "$share/devices.sh"
     # To remove it when the archive is gone.
     put 755 "$here/install.sh" "$share/install.sh"
     for file in README.md CHANGELOG.md LICENSE; do

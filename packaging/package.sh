@@ -54,6 +54,7 @@ put 755 "$binary" "$scratch/$name/$program"
 put 644 "$scratch/$program.8" "$scratch/$name/$program.8"
 put 755 packaging/install.sh "$scratch/$name/install.sh"
 put 755 packaging/disks.sh "$scratch/$name/disks.sh"
+put 644 packaging/devices.sh "$scratch/$name/devices.sh"
 for file in docs/*.md; do
     put 644 "$file" "$scratch/$name/$file"
 done
@@ -75,6 +76,7 @@ sed "s#/usr/local/bin/#/usr/bin/#" "systemd/$program.service" \
     >"$deb/usr/lib/systemd/system/$program.service"
 put 644 "systemd/$program.default" "$deb/etc/default/$program"
 put 755 packaging/disks.sh "$deb/usr/share/$program/disks.sh"
+put 644 packaging/devices.sh "$deb/usr/share/$program/devices.sh"
 put 644 "openrc/$program.initd" "$deb/usr/share/$program/openrc/$program.initd"
 put 644 "openrc/$program.confd" "$deb/usr/share/$program/openrc/$program.confd"
 put 644 "$scratch/$program.8" "$deb/usr/share/man/man8/$program.8"

@@ -60,7 +60,11 @@ tools_for() {
         ;;
     test)
         tools_for bench
-        echo shellcheck:shellcheck
+        # The rest is for tests/packaging/test-devices.sh.
+        echo shellcheck:shellcheck mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs \
+            mkfs.vfat:dosfstools mkfs.exfat:exfatprogs mkntfs:ntfs-3g mkfs.f2fs:f2fs-tools \
+            mkfs.reiserfs:reiserfsprogs mksquashfs:squashfs-tools sfdisk:fdisk \
+            cryptsetup:cryptsetup-bin pvcreate:lvm2 make-bcache:bcache-tools
         ;;
     dist)
         # packaging/cross.sh brings the compilers.
@@ -73,7 +77,7 @@ tools_for() {
         tools_for test
         tools_for dist
         echo qemu-system-x86_64:qemu-system-x86 strip:binutils dmsetup:dmsetup \
-            mkfs.xfs:xfsprogs debugfs:e2fsprogs mmdebstrap:mmdebstrap
+            debugfs:e2fsprogs mmdebstrap:mmdebstrap
         ;;
     esac
 }

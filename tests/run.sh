@@ -213,6 +213,7 @@ SNAPSHOTTER_WRITABLE="$scratch/disk" suite "writable volume on another file syst
 SNAPSHOTTER_WRITABLE="$scratch/disk" SNAPSHOTTER_FLAGS="--async-remove false" \
     suite "--async-remove false"
 unset SNAPSHOTTER
+step "contents of disks" sh tests/packaging/sandbox.sh test-devices.sh
 step "demo" sh tests/demo.sh
 ring_ends "The tests of every day"
 
