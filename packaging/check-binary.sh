@@ -4,7 +4,7 @@
 # if this machine can run it without an emulator, that it is sparing with memory.
 set -eu
 
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 binary=$(realpath "$1")
 machine=$2
 # The budget.

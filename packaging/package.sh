@@ -5,7 +5,7 @@
 # bytes. Needs no root.
 set -eu
 
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 program=overlay-read-write-splitting-snapshotter
 binary=$1
 machine=$2
