@@ -370,9 +370,15 @@ while [ $# -gt 0 ]; do
     shift
 done
 if [ -z "$service" ]; then
-    # That systemd does not run does not mean that OpenRC does.
-    [ ! -x /sbin/openrc-run ] && [ ! -x /usr/sbin/openrc-run ] || service=openrc
-    [ ! -d /run/systemd/system ] || service=systemd
+    if [ -d /run/systemd/system ]; then
+        service=systemd
+    elif [ -x /sbin/openrc-run ] || [ -x /usr/sbin/openrc-run ]; then
+        service=openrc
+    elif command -v systemctl >/dev/null 2>&1; then
+        service=systemd
+    else
+        die "neither systemd nor OpenRC is here; choose with --service"
+    fi
 fi
 case $service in
 systemd) config=/etc/default/$program ;;

@@ -1,7 +1,7 @@
 #!/bin/sh
 # disks.sh, in the sandbox, with loop devices for the volumes of a NAS: what it
 # refuses, what it asks, what it writes; under OpenRC also that the daemon then
-# has its writes on the second disk.
+# has its writes on the second disk. What disks may hold is in test-devices.sh.
 #
 #     sandbox.sh test-disks.sh
 set -eu
@@ -34,6 +34,11 @@ disk() {
     loop=$(losetup --find --show "/tmp/$1")
     loops="$loops $loop"
     eval "$1=$loop"
+}
+
+# blank DEV: nothing but zeros is on it.
+blank() {
+    dd if=/dev/zero of="$1" bs=1M count=64 status=none
 }
 
 # refused TEXT OPTIONS...: it dies, says TEXT, and leaves the disks alone.
@@ -73,18 +78,7 @@ mkdir /tmp/other
 mount "$image" /tmp/other
 refused "is mounted at /tmp/other" --format --image-device "$image"
 umount /tmp/other
-mkswap "$image" >/dev/null 2>&1
-refused "belongs to something else (swap)" --format --image-device "$image"
-wipefs -q -a "$image" >/dev/null 2>&1
-# What cryptsetup puts at the beginning; LVM and RAID are told in the same way.
-printf 'LUKS\272\276\0\1' | dd of="$image" conv=notrunc status=none
-refused "belongs to something else (crypto_LUKS)" --format --image-device "$image"
-dd if=/dev/zero of="$image" bs=1k count=64 conv=notrunc status=none
-# A table with one Linux partition that the kernel has not looked for.
-printf '\0\0\0\0\203\0\0\0\0\10\0\0\0\140\0\0' | dd of="$image" bs=1 seek=446 conv=notrunc status=none
-printf '\125\252' | dd of="$image" bs=1 seek=510 conv=notrunc status=none
-refused "has a partition table" --format --image-device "$image"
-wipefs -q -a "$image" >/dev/null 2>&1
+blank "$image"
 blockdev --setro "$image"
 refused "is read-only" --image-device "$image"
 blockdev --setrw "$image"
@@ -94,7 +88,23 @@ losetup -d "$nested"
 # A directory that the mount would hide.
 mkdir -p "$root/snapshots"
 refused "is not empty" --image-device "$image"
-rmdir "$root/snapshots" "$root"
+rmdir "$root/snapshots"
+mkdir -p "$root/writable/snapshots"
+for service in systemd openrc; do
+    refused "is not empty" --service $service --writable-tmpfs 1G
+    refused "is not empty" --service $service --image-device "$image"
+done
+rm -r "$root"
+# One that belongs to a disk which is not there now.
+cp /etc/fstab /tmp/fstab
+echo "UUID=5c3b6f0e-0000-4000-8000-000000000000 $root/writable ext4 nofail 0 2" >>/etc/fstab
+refused "mounts UUID=5c3b6f0e-" --writable-tmpfs 1G
+refused "mounts UUID=5c3b6f0e-" --writable-device "$writable"
+cp /tmp/fstab /etc/fstab
+unit=/etc/systemd/system/$(systemd-escape --path --suffix=mount "$root")
+printf '[Mount]\nWhat=/dev/disk/by-uuid/5c3b6f0e-0000\nWhere=%s\n' "$root" >"$unit"
+refused "mounts /dev/disk/by-uuid/5c3b6f0e-0000" --service systemd --image-device "$image"
+rm "$unit"
 # Settings that are there.
 mkdir -p /etc/default
 echo 'OPTIONS="--reserve 1G"' >"/etc/default/$program"
@@ -149,7 +159,10 @@ echo "disks.sh: systemd"
 #
 # OpenRC, for real.
 #
-echo '# of this machine' >/etc/fstab
+# A system whose /etc cannot be written to may have it elsewhere.
+mkdir /tmp/persistent
+echo '# of this machine' >/tmp/persistent/fstab
+ln -sf /tmp/persistent/fstab /etc/fstab
 # shellcheck disable=SC2086
 printf '%s\n%s\n' "$image" "$writable" | sh $disks --service openrc --format $both >/dev/null ||
     fail "it does not format what --format was given for"
@@ -159,6 +172,8 @@ done
 grep -q '^# of this machine$' /etc/fstab || fail "fstab has lost a line"
 grep -q "^UUID=.*$root/writable.ext4.noatime,nofail.0.2\$" /etc/fstab || fail "$(cat /etc/fstab)"
 grep -qx 'OPTIONS="--require-mount"' "/etc/conf.d/$program" || fail "$(cat "/etc/conf.d/$program")"
+[ -L /etc/fstab ] || fail "the link /etc/fstab is a file now"
+[ -z "$(find /etc /tmp/persistent -name '*.new')" ] || fail "it leaves $(find /etc -name '*.new')"
 cp /etc/fstab /tmp/fstab
 # Once more: nothing to ask, nothing to do.
 # shellcheck disable=SC2086
