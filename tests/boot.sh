@@ -1,7 +1,8 @@
 #!/bin/sh
 # Boots virtual machines with a small Debian in which the archive of dist/ is
 # installed, used, upgraded and removed as the README and docs say, and whose disks come
-# late or not at all. What is tested in them is boot/guest.sh.
+# late or not at all. What is tested in them is boot/guest.sh, how they are run
+# boot/machines.sh.
 #
 #     sudo sh tests/boot.sh systemd|openrc
 #
@@ -33,9 +34,9 @@ fail() {
 }
 
 scratch=$(mktemp -d /var/tmp/boot.XXXXXX)
-qemu=
+machine=
 clean_up() {
-    [ -z "$qemu" ] || kill -KILL "$qemu" 2>/dev/null || :
+    [ -z "$machine" ] || kill -KILL "$machine" 2>/dev/null || :
     rm -rf "$scratch"
 }
 trap clean_up EXIT
@@ -47,14 +48,28 @@ trap 'exit 143' TERM
 #
 
 kernel=$PWD/target/tools/kernel
+# shellcheck source=tests/boot/machines.sh
+. tests/boot/machines.sh
+
+modules=$(echo "$kernel"/lib/modules/*)
+# How a machine is run where its kernel does not matter.
+fast=qemu
+if [ -e target/tools/uml/linux ]; then
+    fast=uml
+    modules="$modules $(echo "$PWD"/target/tools/uml/modules/*)"
+else
+    echo "boot.sh: $manager: there is no user-mode Linux: all boots are emulated"
+fi
 # Made again when what it is made from has changed.
 made_from=$({ cat tests/boot/root.sh tests/boot/boot-test.service tests/boot/containerd.initd &&
-    ls "$kernel/lib/modules"; } | sha256sum | cut -c 1-16)
+    echo "$modules"; } | sha256sum | cut -c 1-16)
 root=target/tools/boot-$manager-$made_from.ext4
 if [ ! -e "$root" ]; then
     began=$(date +%s)
     rm -f target/tools/boot-"$manager"-*
-    sh tests/boot/root.sh "$manager" "$kernel" "$root.new" || fail "no root disk"
+    # $modules is a list of words.
+    # shellcheck disable=SC2086
+    sh tests/boot/root.sh "$manager" "$root.new" $modules || fail "no root disk"
     mv "$root.new" "$root"
     echo "boot.sh: $manager: root disk made in $(($(date +%s) - began)) s"
 fi
@@ -80,46 +95,21 @@ mkfs.ext4 -q -F -L test -d "$scratch/test" "$scratch/test.ext4"
 # Boots.
 #
 
-# boot PHASE DISKS: turns a machine on that has the disks of the list DISKS, and
-# hands it others when it asks for them, until it turns itself off.
+# boot KIND PHASE DISKS: turns a machine of that kind (qemu, uml) on that has the
+# disks of the list DISKS, and hands it others when it asks for them, until it turns
+# itself off.
 boot() {
-    phase=$1
-    disks=$2
+    kind=$1
+    phase=$2
+    disks=$3
     began=$(date +%s)
-    rm -f "$scratch/monitor.in" "$scratch/monitor.out"
-    mkfifo "$scratch/monitor.in" "$scratch/monitor.out"
     : >"$scratch/records"
     : >"$scratch/console"
-    # The disks of the volumes are there for qemu, and turned into devices as
-    # they are plugged in. A machine whose test has failed is of no use any more,
-    # so nothing has to be flushed.
-    devices=
-    for disk in $disks; do
-        devices="$devices -device virtio-blk-pci,drive=$disk,serial=$disk"
-    done
     # On a busy machine systemd shall not give a disk up that is there.
-    parameters="root=/dev/nvme0n1 rw console=ttyS0 quiet panic=-1 mitigations=off \
-systemd.default_timeout_start_sec=$limit_seconds boot-test=$phase"
-    # Emulated also where there is a /dev/kvm: one that can be opened may still
-    # not run a machine, as within another virtual machine. $devices is words.
-    # shellcheck disable=SC2086
-    qemu-system-x86_64 -nodefaults -no-user-config -display none \
-        -accel tcg,thread=multi -cpu qemu64,+rdrand -smp 2 -m 1024 \
-        -kernel "$kernel"/boot/vmlinuz-* \
-        -append "$parameters" \
-        -drive "if=none,id=root,format=raw,cache=unsafe,file=$scratch/root" \
-        -device nvme,drive=root,serial=root \
-        -drive "if=virtio,format=raw,readonly=on,file=$scratch/test.ext4" \
-        -drive "if=none,id=image,format=raw,cache=unsafe,file=$scratch/image" \
-        -drive "if=none,id=writable,format=raw,cache=unsafe,file=$scratch/writable" \
-        $devices -no-reboot \
-        -chardev "file,id=console,path=$scratch/console" -serial chardev:console \
-        -chardev "file,id=records,path=$scratch/records" -serial chardev:records \
-        -chardev "pipe,id=monitor,path=$scratch/monitor" -mon chardev=monitor,mode=readline \
-        >"$scratch/qemu" 2>&1 &
-    qemu=$!
+    "start_$kind" "rw console=ttyS0 quiet panic=-1 \
+systemd.default_timeout_start_sec=$limit_seconds boot-test=$phase" "$disks"
     read_lines=0
-    while kill -0 "$qemu" 2>/dev/null; do
+    while kill -0 "$machine" 2>/dev/null; do
         follow
         ! grep -q 'You are in emergency mode' "$scratch/console" || boot_failed "it does not boot"
         [ $(($(date +%s) - began)) -lt "$limit_seconds" ] || boot_failed "it does not end"
@@ -127,11 +117,11 @@ systemd.default_timeout_start_sec=$limit_seconds boot-test=$phase"
     done
     follow
     status=0
-    wait "$qemu" || status=$?
-    qemu=
-    [ "$status" = 0 ] || boot_failed "qemu ended with status $status: $(cat "$scratch/qemu")"
+    wait "$machine" || status=$?
+    machine=
+    [ "$status" = 0 ] || boot_failed "$kind ended with status $status: $(cat "$scratch/said")"
     [ "$(tail -n 1 "$scratch/records")" = "done" ] || boot_failed "it went off before the end"
-    echo "boot.sh: $manager: $phase: $(($(date +%s) - began)) s"
+    echo "boot.sh: $manager: $phase ($kind): $(($(date +%s) - began)) s"
 }
 
 # Does as the machine has said since the last time.
@@ -142,10 +132,7 @@ follow() {
         read_lines=$((read_lines + 1))
         line=$(sed -n "${read_lines}p" "$scratch/records")
         case $line in
-        "plug "*)
-            disk=${line#plug }
-            echo "device_add virtio-blk-pci,drive=$disk,serial=$disk" >"$scratch/monitor.in"
-            ;;
+        "plug "*) "plug_$kind" "${line#plug }" ;;
         "failed: "*) boot_failed "${line#failed: }" ;;
         esac
         echo "boot.sh: $manager: $phase: $line"
@@ -160,13 +147,13 @@ boot_failed() {
 }
 
 both="image writable"
-boot install "$both"
-boot again "$both"
+boot qemu install "$both"
+boot "$fast" again "$both"
 case $manager in
 systemd)
-    boot late image
-    boot no-writable image
-    boot no-image writable
+    boot "$fast" late image
+    boot "$fast" no-writable image
+    boot "$fast" no-image writable
     ;;
-openrc) boot no-disks "" ;;
+openrc) boot "$fast" no-disks "" ;;
 esac

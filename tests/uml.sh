@@ -12,7 +12,7 @@
 # What is in target/tools/uml:
 #
 #     linux, libc.so.6, ld-linux-x86-64.so.2   to be started in this directory
-#     modules/                                 the kernel's modules, *.ko
+#     modules/VERSION/                         the kernel's modules
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -64,8 +64,9 @@ rm -rf "$out.new"
 mkdir -p "$out.new/modules"
 libraries=$scratch/root/usr/lib/x86_64-linux-gnu
 cp "$libraries/libc.so.6" "$libraries/ld-linux-x86-64.so.2" "$out.new/"
-(cd "$scratch/root"/usr/lib/uml/modules/*/kernel &&
-    find fs drivers/block drivers/md -name '*.ko' -exec cp -t "$out.new/modules" {} +)
+(cd "$scratch/root/usr/lib/uml/modules" &&
+    find . \( -path '*/kernel/fs/*' -o -path '*/drivers/block/*' -o -path '*/drivers/md/*' \
+        -o -name 'modules.*' \) -type f -exec cp --parents -t "$out.new/modules" {} +)
 # It needs a newer C library than Debian 12 has. A program's loader is named in the
 # program: here by a path of the same length, in the directory where it is started.
 LC_ALL=C sed 's|/lib64/ld-linux|./././/ld-linux|' "$scratch/root/usr/bin/linux.uml" >"$out.new/linux"

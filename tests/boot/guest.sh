@@ -8,7 +8,8 @@
 #     failed: WHAT     the end; the console has the logs
 #     done             the end
 #
-# The disks have their names as serial numbers.
+# Under qemu the disks have their names as serial numbers, under user-mode Linux they
+# are always the third and the fourth.
 set -eu
 
 exec </dev/null >/dev/console 2>&1
@@ -18,8 +19,13 @@ program=overlay-read-write-splitting-snapshotter
 root=/var/lib/containerd/tech.imvictor.containerd.$program
 writable=$root/writable
 share=/usr/local/share/$program
-disk_image=/dev/disk/by-id/virtio-image
-disk_writable=/dev/disk/by-id/virtio-writable
+if [ -e /sys/block/ubda ]; then
+    disk_image=/dev/ubdc
+    disk_writable=/dev/ubdd
+else
+    disk_image=/dev/disk/by-id/virtio-image
+    disk_writable=/dev/disk/by-id/virtio-writable
+fi
 image=docker.io/library/split-test:latest
 label_max_size=containerd.io/snapshot/overlay-read-write-splitting.max-size
 # By the container "limited".
@@ -84,6 +90,14 @@ daemon_pid() {
     pgrep -x -f "/usr/local/bin/$program( .*)?"
 }
 
+# The device of a volume.
+disk_of() {
+    case $1 in
+    image) echo "$disk_image" ;;
+    writable) echo "$disk_writable" ;;
+    esac
+}
+
 # The unit that disks.sh has made for a volume.
 unit_of() {
     case $1 in
@@ -119,7 +133,7 @@ serves() {
 # In the next boots systemd waits for this disk alone, and not for long.
 give_up_soon() {
     rm -rf /etc/systemd/system/dev-*.device.d
-    uuid=$(blkid -s UUID -o value "/dev/disk/by-id/virtio-$1")
+    uuid=$(blkid -s UUID -o value "$(disk_of "$1")")
     drop_in=/etc/systemd/system/$(systemd-escape --path --suffix=device \
         "/dev/disk/by-uuid/$uuid").d
     mkdir "$drop_in"
@@ -164,7 +178,7 @@ started() {
 # on DISK PATH: the path's file system is on this disk.
 on() {
     source=$(df --output=source "$2" | tail -n 1)
-    [ "$(readlink -f "$source")" = "$(readlink -f "/dev/disk/by-id/virtio-$1")" ] ||
+    [ "$(readlink -f "$source")" = "$(readlink -f "$(disk_of "$1")")" ] ||
         fail "$2 is on $source, not on the $1 disk"
 }
 
@@ -232,7 +246,7 @@ is_bare() {
 # The disk is there some time after the host was asked for it.
 plug() {
     report "plug $1"
-    wait_for "the $1 disk" test -e "/dev/disk/by-id/virtio-$1"
+    wait_for "the $1 disk" test -e "$(disk_of "$1")"
 }
 
 # What the first container has written is there.

@@ -1,15 +1,16 @@
 #!/bin/sh
-# root.sh MANAGER KERNEL OUT: makes the root disk of a virtual machine, an ext4
+# root.sh MANAGER OUT MODULES...: makes the root disk of a virtual machine, an ext4
 # file system in the file OUT: a small Debian under MANAGER (systemd, openrc) with
-# containerd, and the modules of the kernel unpacked in KERNEL. Run by root.
+# containerd. Each MODULES is a kernel's directory of modules (/lib/modules/VERSION).
+# Run by root.
 #
 # The snapshotter is not in it. At the end of each boot it runs /test/guest.sh,
 # from a disk with the label "test".
 set -eu
 
 manager=$1
-kernel=$2
-out=$3
+out=$2
+shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 bytes=1G
 
@@ -48,20 +49,20 @@ fi
 
 # Drivers of the disks, what containers need, and quotas. With all of them udev
 # would load many, which takes an emulated processor long.
-(cd "$kernel" && find lib/modules \( -name 'virtio*.ko' -o -name overlay.ko \
-    -o -name 'quota_*.ko' -o -name 'modules.*' \) \
-    -exec cp --parents --target-directory="$root" {} +)
-for version in "$root/lib/modules/"*; do
-    chroot "$root" depmod "${version##*/}"
+mkdir -p "$root/lib/modules"
+for modules in "$@"; do
+    (cd "${modules%/*}" && find "${modules##*/}" \( -name 'virtio*.ko' -o -name overlay.ko \
+        -o -name 'quota_*.ko' -o -name 'modules.*' \) \
+        -exec cp --parents --target-directory="$root/lib/modules" {} +)
+    chroot "$root" depmod "${modules##*/}"
 done
 # So that no boot is the first one.
 echo 0123456789abcdef0123456789abcdef >"$root/etc/machine-id"
 echo boot-test >"$root/etc/hostname"
 mkdir "$root/test"
-# The kernel has a driver of its own for this one, others come as modules.
 cat >"$root/etc/fstab" <<'END'
-/dev/nvme0n1  /      ext4  noatime  0 1
-LABEL=test    /test  ext4  ro       0 0
+LABEL=root  /      ext4  noatime  0 1
+LABEL=test  /test  ext4  ro       0 0
 END
 case $manager in
 systemd)
@@ -79,4 +80,4 @@ openrc)
 esac
 rm -f "$out"
 truncate -s "$bytes" "$out"
-mkfs.ext4 -q -F -d "$root" "$out"
+mkfs.ext4 -q -F -L root -d "$root" "$out"
