@@ -147,8 +147,9 @@ boot_failed() {
 }
 
 both="image writable"
-boot qemu install "$both"
-boot "$fast" again "$both"
+boot "$fast" install "$both"
+# With Debian's own kernel, which users have: reboot, mounts, containers and limits.
+boot qemu again "$both"
 case $manager in
 systemd)
     boot "$fast" late image

@@ -69,14 +69,15 @@ start_uml() {
     [ "${available:-0}" -lt 4194304 ] || memory=/dev/shm
     uml=$PWD/target/tools/uml
     # A serial line is written to a descriptor at once. Nothing is read, so that the one
-    # of its input is free for that. $1 and $disks are words.
+    # of its input is free for that. udev would look at each of 512 old terminals for a
+    # while. $1 and $disks are words.
     # shellcheck disable=SC2086
     (
         cd "$uml" || exit
         TMPDIR=$memory exec setpriv --pdeathsig KILL setarch -R env LD_LIBRARY_PATH=. \
             ./linux mem=1024M "uml_dir=$scratch/" umid=uml root=/dev/ubda \
             "ubd0=$scratch/root" "ubd1r=$scratch/test.ext4" $disks \
-            con=null ssl=null ssl0=null,fd:1 ssl1=null,fd:0 $1
+            con=null ssl=null ssl0=null,fd:1 ssl1=null,fd:0 pty.legacy_count=0 $1
     ) 0>>"$scratch/records" >"$scratch/console" 2>&1 &
     machine=$!
     : >"$scratch/said"

@@ -77,9 +77,10 @@ static DRIVER: OnceLock<&Driver> = OnceLock::new();
 /// that there is.
 pub fn choose_driver(name: Option<&str>) -> &'static Driver {
     let driver = match name {
-        Some("uml") => &uml::DRIVER,
-        Some("qemu") => &qemu::DRIVER,
-        Some(other) => panic!("--machine takes qemu or uml, not {other}"),
+        Some(name) => [&uml::DRIVER, &qemu::DRIVER]
+            .into_iter()
+            .find(|driver| driver.name == name)
+            .unwrap_or_else(|| panic!("--machine takes uml or qemu, not {name}")),
         None if uml::is_there() => &uml::DRIVER,
         None => {
             eprintln!(
