@@ -294,6 +294,22 @@ projects() {
     ' "$(readlink -f "$disk_writable")" || fail "the kernel has no project quotas"
 }
 
+# The limits in KiB of all projects, in one line.
+limits() {
+    projects | cut -d ' ' -f 2 | paste -s -d ' '
+}
+
+# limits_are LIST
+limits_are() {
+    [ "$(limits)" = "$1" ]
+}
+
+# Makes containerd look for what nobody needs.
+collect_garbage() {
+    ctr leases create --id collect >/dev/null
+    ctr leases rm --sync collect
+}
+
 has_no_projects() {
     [ -z "$(projects)" ]
 }
@@ -348,9 +364,7 @@ limited_life() {
     says 'got more' || fail "a larger limit makes no difference"
     [ "$(grep -c 'Disk quota exceeded' "$limited_said")" = 2 ] ||
         fail "the larger limit is not kept"
-    # Makes containerd look for what nobody needs.
-    ctr leases create --id collect >/dev/null
-    ctr leases rm --sync collect
+    collect_garbage
     wait_for "the end of its project" has_no_projects
     status_says 'limits are kept, 0 project ids given out'
     report "ok: its limit was raised, and nothing is left of it"
@@ -438,13 +452,15 @@ phase_again() {
     run second
     if [ "$manager" = systemd ]; then
         # Of all of them, and none but these.
-        of_limits=$(projects | cut -d ' ' -f 2 | paste -s -d ' ')
-        [ "$of_limits" = '65536 65536 65536 65536' ] || fail "limits after a reboot: $(projects)"
+        of_limits='65536 65536 65536 65536'
+        limits_are "$of_limits" || fail "limits after a reboot: $(limits)"
         ! ctr run --rm --snapshotter rwsplit "$image" full \
             dd if=/dev/zero of=/full bs=1M count=80 >/tmp/said 2>&1 ||
             fail "a container writes more than it may after a reboot"
         grep -q 'Disk quota exceeded' /tmp/said ||
             fail "at its limit a container sees: $(cat /tmp/said)"
+        collect_garbage
+        wait_for "the end of its project" limits_are "$of_limits"
     fi
     report "ok: after a reboot"
 }
