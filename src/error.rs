@@ -144,10 +144,6 @@ impl std::error::Error for Error {
 /// Adds what was being done to a failed system call or a failed step.
 pub trait Context<T> {
     /// On failure, says what was being done; `what` is only built then.
-    ///
-    /// # Errors
-    ///
-    /// The error it was called on, as an [`Error`].
     fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T>;
 }
 

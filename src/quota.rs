@@ -17,7 +17,7 @@ use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{FileType, fstat, major, minor, stat};
 use rustix::io::Errno;
 
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 use crate::mount::mountinfo;
 use crate::sys::quota::{self as sys, Target};
 use crate::types::{Limits, ProjectId, Usage};
@@ -138,8 +138,8 @@ impl<'a> Quotas<'a> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if this process may not ask;
-    /// [`ErrorKind::Internal`] for what else the kernel says.
+    /// `ErrorKind::FailedPrecondition` if this process may not ask;
+    /// `ErrorKind::Internal` for what else the kernel says.
     pub fn probe(directory: BorrowedFd<'a>) -> Result<Option<Quotas<'a>>> {
         let device = match has_quotactl_fd() {
             true => None,
@@ -161,8 +161,7 @@ impl<'a> Quotas<'a> {
                 return Ok(None);
             }
             Err(Errno::PERM | Errno::ACCESS) => {
-                return Err(Error::new(
-                    ErrorKind::FailedPrecondition,
+                return Err(Error::refused(
                     "this process may not use quotas (quotactl(2) says EPERM): it has to be root, \
                      and a service manager's filter of system calls has to let quotactl and \
                      quotactl_fd through",
@@ -179,10 +178,6 @@ impl<'a> Quotas<'a> {
     }
 
     /// What a project takes and may take.
-    ///
-    /// # Errors
-    ///
-    /// As of the file system.
     pub fn held(&self, project: ProjectId) -> Result<Held> {
         match sys::quota(self.target(), project.number()) {
             // Nothing was ever charged to it.
@@ -194,10 +189,6 @@ impl<'a> Quotas<'a> {
     }
 
     /// Limits a project. Durable when the file system's journal is.
-    ///
-    /// # Errors
-    ///
-    /// As of the file system.
     pub fn set_limits(&self, project: ProjectId, limits: Limits) -> Result<()> {
         let kib = limits.max_bytes.map_or(0, |bytes| (bytes / 1024).max(1));
         sys::set_quota(
@@ -211,11 +202,6 @@ impl<'a> Quotas<'a> {
 
     /// Shows `each` project of a range that takes something or is limited, in order:
     /// they may be very many.
-    ///
-    /// # Errors
-    ///
-    /// As of the file system, and the first one of `each`; the kernel is Linux 4.6 or
-    /// later.
     pub fn each_in_use(
         &self,
         range: ProjectRange,
@@ -258,18 +244,11 @@ impl<'a> Quotas<'a> {
 /// What a file system lacks to keep limits, where [`Quotas::probe`] has found
 /// that much support, and how to come by it. `path` is where it was looked for.
 pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> Error {
-    Error::new(
-        ErrorKind::FailedPrecondition,
-        lack_in_words(directory, path, support),
-    )
+    Error::refused(lack_in_words(directory, path, support))
 }
 
 /// The project that an open directory's new entries are charged to:
 /// [`ProjectId::NONE`] if it hands none on.
-///
-/// # Errors
-///
-/// As of the file system.
 pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
     match sys::file_attributes(directory) {
         Ok(attributes) if attributes.flags & sys::INHERIT != 0 => {
@@ -283,10 +262,6 @@ pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
 
 /// Charges an open directory, and what will be made in it, to a project, or to
 /// none. What is in it already stays where it is.
-///
-/// # Errors
-///
-/// As of the file system.
 pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
     let setting = || format!("charge a directory to project {project}");
     let mut attributes = sys::file_attributes(&directory).context(setting)?;
@@ -299,10 +274,6 @@ pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
 }
 
 /// Charges an open regular file to a project.
-///
-/// # Errors
-///
-/// As of the file system.
 pub fn charge_file(file: impl AsFd, project: ProjectId) -> Result<()> {
     let charging = || format!("charge a file to project {project}");
     let mut attributes = sys::file_attributes(&file).context(charging)?;
@@ -380,6 +351,7 @@ mod tests {
     use std::fs::File;
 
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn a_range_has_at_least_one_project() {

@@ -73,10 +73,6 @@ impl Drop for Lowers {
 
 impl Policy {
     /// Looks whether these directories could be used; creates nothing.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Policy::ensure`].
     pub fn check(&self, paths: &[String]) -> Result<()> {
         if paths.is_empty() {
             return Ok(());
@@ -90,11 +86,11 @@ impl Policy {
     /// # Errors
     ///
     /// [`ErrorKind::InvalidArgument`] for a path that is not beneath an allowed
-    /// directory, also after links have been followed, is no directory, or is or
-    /// overlaps another one or a directory of the snapshotter's own;
-    /// [`ErrorKind::FailedPrecondition`] if the allowed directory itself is not
-    /// there; [`ErrorKind::Unavailable`] if it has changed meanwhile; otherwise
-    /// as of its disk. Nothing is left behind then.
+    /// directory, also after links have been followed, is no directory, or is or overlaps
+    /// another one or a directory of the snapshotter's own;
+    /// [`ErrorKind::FailedPrecondition`] if the allowed directory itself is not there;
+    /// [`ErrorKind::Unavailable`] if it has changed meanwhile. Nothing is left behind
+    /// then.
     pub fn ensure(&self, paths: &[String]) -> Result<Lowers> {
         let mut lowers = Lowers {
             targets: Vec::new(),
@@ -134,23 +130,17 @@ impl Policy {
 
     fn find(&self, paths: &[String]) -> Result<Found> {
         if self.allowed.is_empty() {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "host directories are asked for ({}), and none are allowed: start the daemon \
+            return Err(Error::invalid(format!(
+                "host directories are asked for ({}), and none are allowed: start the daemon \
                      with --allow-lower",
-                    Quoted(&paths.join(":"))
-                ),
-            ));
+                Quoted(&paths.join(":"))
+            )));
         }
         if paths.len() > MAX_PATHS {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "{} host directories are asked for, at most {MAX_PATHS} are possible",
-                    paths.len()
-                ),
-            ));
+            return Err(Error::invalid(format!(
+                "{} host directories are asked for, at most {MAX_PATHS} are possible",
+                paths.len()
+            )));
         }
         let surroundings = Surroundings::look(&self.kept_apart)?;
         let mut starts = Vec::new();
@@ -186,13 +176,10 @@ impl Policy {
                     Some(absent.swap_remove(at).1)
                 };
                 let error = refusal.or_else(missing).unwrap_or_else(|| {
-                    Error::new(
-                        ErrorKind::InvalidArgument,
-                        format!(
-                            "it is not beneath what --allow-lower names: {}",
-                            self.allowed.join(", ")
-                        ),
-                    )
+                    Error::invalid(format!(
+                        "it is not beneath what --allow-lower names: {}",
+                        self.allowed.join(", ")
+                    ))
                 });
                 return Err(error.while_doing(using()));
             };
@@ -244,13 +231,10 @@ impl<'a> Taken<'a> {
         }
         let clashes = |other: &Place| other.is_within(&place) || place.is_within(other);
         if let Some((_, other)) = self.0.iter().find(|(other, _)| clashes(other)) {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "one of it and {} holds the other, which overlayfs refuses: name one",
-                    Quoted(other)
-                ),
-            ));
+            return Err(Error::invalid(format!(
+                "one of it and {} holds the other, which overlayfs refuses: name one",
+                Quoted(other)
+            )));
         }
         self.0.push((place, path));
         Ok(Turn::First)
@@ -291,13 +275,10 @@ impl Surroundings {
         };
         match self.kept.iter().find(|(kept, _)| clashes(kept)) {
             None => Ok(()),
-            Some((_, path)) => Err(Error::new(
-                ErrorKind::InvalidArgument,
-                format!(
-                    "it is {path}, in it or holds it, which the snapshotter keeps its own data \
+            Some((_, path)) => Err(Error::invalid(format!(
+                "it is {path}, in it or holds it, which the snapshotter keeps its own data \
                      in: name a directory apart from that"
-                ),
-            )),
+            ))),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What a label or a flag asks for, as text. Pure.
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::types::Quoted;
 
 /// The most directories that one snapshot may have. Together with 128 layers,
@@ -12,7 +12,7 @@ pub const MAX_PATHS: usize = 32;
 ///
 /// # Errors
 ///
-/// [`ErrorKind::InvalidArgument`] for a path that is not absolute, has `..`, or
+/// `ErrorKind::InvalidArgument` for a path that is not absolute, has `..`, or
 /// a character that would mean something in a mount option; and for more than
 /// [`MAX_PATHS`].
 pub fn parse_paths(text: &str) -> Result<Vec<String>> {
@@ -76,8 +76,7 @@ impl ImageRule {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`] if one of both is missing, or as of
-    /// [`parse_paths`].
+    /// `ErrorKind::InvalidArgument` if one of both is missing.
     pub fn parse(text: &str) -> Result<ImageRule> {
         // No image's name has a `=` in it.
         let (pattern, paths) = text.split_once('=').unwrap_or((text, ""));
@@ -123,12 +122,13 @@ impl ImageRule {
 }
 
 fn invalid(what: String) -> Error {
-    Error::new(ErrorKind::InvalidArgument, what)
+    Error::invalid(what)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn paths_keep_their_order_and_empty_parts_are_skipped() {

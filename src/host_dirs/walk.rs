@@ -18,7 +18,7 @@ use rustix::fs::{CWD, Mode, OFlags, mkdirat, open, openat, readlinkat};
 use rustix::io::Errno;
 
 use super::parse::strip_prefix;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 
 /// How many links may be followed on the way (path_resolution(7)).
 const MAX_LINKS: u32 = 40;
@@ -45,12 +45,9 @@ impl Start {
     pub fn open(prefix: &str) -> Result<Start> {
         let fd = match open(prefix, DIRECTORY, Mode::empty()) {
             Err(Errno::NOENT | Errno::NOTDIR) => {
-                return Err(Error::new(
-                    ErrorKind::FailedPrecondition,
-                    format!(
-                        "{prefix}, which --allow-lower names, is no directory: create or mount it"
-                    ),
-                ));
+                return Err(Error::refused(format!(
+                    "{prefix}, which --allow-lower names, is no directory: create or mount it"
+                )));
             }
             fd => fd.context(|| format!("open {prefix}"))?,
         };
@@ -200,5 +197,5 @@ fn leads_out() -> Error {
 }
 
 fn invalid(why: &str) -> Error {
-    Error::new(ErrorKind::InvalidArgument, format!("it {why}"))
+    Error::invalid(format!("it {why}"))
 }

@@ -129,8 +129,7 @@ fn require_entry_types(scratch: &Path) -> Result<()> {
         let entry = entry.context(listing)?;
         let is_own = !matches!(entry.file_name().to_bytes(), b"." | b"..");
         if is_own && entry.file_type() == FileType::Unknown {
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
+            return Err(Error::refused(
                 "it does not tell the types of directory entries (d_type)",
             ));
         }
@@ -379,10 +378,9 @@ pub fn enter_mount_namespace() -> Result<()> {
 pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
     let release = kernel_release();
     if kernel_version(&release) < Some((5, 19)) {
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!("Linux {release} does not id-map the layers of an overlay, 5.19 does"),
-        ));
+        return Err(Error::refused(format!(
+            "Linux {release} does not id-map the layers of an overlay, 5.19 does"
+        )));
     }
     let namespace = mapped_user_namespace().context(|| "make a user namespace")?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -421,10 +419,7 @@ fn mapped_user_namespace() -> Result<fs::File> {
     let stdout = child.0.stdout.as_mut();
     let said = stdout.map_or(Ok(0), |stdout| stdout.read(&mut ready));
     if said.map_err(failed("listen to the child process"))? == 0 {
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            "the child process could not enter one",
-        ));
+        return Err(Error::refused("the child process could not enter one"));
     }
     for map in ["uid_map", "gid_map"] {
         fs::write(format!("/proc/{id}/{map}"), "0 65536 1").map_err(failed("map its ids"))?;

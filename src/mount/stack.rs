@@ -127,16 +127,13 @@ impl Stack<'_> {
         }
         let most = page_size() - 1;
         if data.len() > most {
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "the options of {} layers have {} bytes, of which mount(2) takes {most}: Linux \
+            return Err(Error::refused(format!(
+                "the options of {} layers have {} bytes, of which mount(2) takes {most}: Linux \
                      6.7 and later mount them, if no directory's path is longer than \
                      {MAX_VALUE_BYTES} bytes",
-                    self.lowers.len(),
-                    data.len()
-                ),
-            ));
+                self.lowers.len(),
+                data.len()
+            )));
         }
         let data = CString::new(data).map_err(|_| refused(path, Errno::INVAL, ""))?;
         let mut flags = MountFlags::NOSUID | MountFlags::NODEV;

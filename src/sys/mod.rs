@@ -72,10 +72,6 @@ pub fn idmap_mount(mount: impl AsFd, user_namespace: impl AsFd) -> Result<(), Er
 /// Gives the calling thread the idle I/O priority (`ioprio_set(2)`): its reads
 /// and writes go when nobody else's are waiting, where the disk's scheduler
 /// knows priorities (BFQ does).
-///
-/// # Errors
-///
-/// What the kernel says; the thread then goes on as it was.
 pub fn lower_io_priority() -> Result<(), Errno> {
     const WHO_PROCESS: libc::c_int = 1;
     const CLASS_IDLE: libc::c_int = 3;

@@ -257,10 +257,6 @@ impl Copy<'_> {
 type Entry<'a> = (BorrowedFd<'a>, &'a CStr);
 
 /// Copies what is neither a directory nor a regular file, whose metadata is `stat`.
-///
-/// # Errors
-///
-/// As of the disk; also if something has the new name.
 pub(super) fn copy_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
     make_node(from, to, stat)?;
     XattrBuffers::new().set_all_attributes(from, to, stat)

@@ -19,7 +19,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 pub use copy::copy_tree;
 pub use remake::remake;
@@ -55,10 +55,9 @@ fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
 const MAX_LEVELS: usize = 4096;
 
 fn too_deep() -> Error {
-    Error::new(
-        ErrorKind::FailedPrecondition,
-        format!("directories are nested more than {MAX_LEVELS} deep"),
-    )
+    Error::refused(format!(
+        "directories are nested more than {MAX_LEVELS} deep"
+    ))
 }
 
 fn is_dot(name: &CStr) -> bool {

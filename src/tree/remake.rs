@@ -23,8 +23,8 @@ const NEW: &CStr = c"new";
 ///
 /// # Errors
 ///
-/// As of the disk; `EXDEV` if `scratch` does not give to what is made in it what
-/// `parent` asks for (rename(2)).
+/// `EXDEV` if `scratch` does not give to what is made in it what `parent` asks for
+/// (rename(2)).
 pub fn remake(parent: BorrowedFd<'_>, name: &CStr, scratch: impl AsFd) -> Result<bool> {
     let remaking = || format!("make {name:?} anew");
     let scratch = scratch.as_fd();

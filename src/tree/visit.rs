@@ -25,10 +25,6 @@ pub enum Visited<'a> {
 
 /// Shows what is below `top` to `each`, and `top` itself first, a directory before
 /// what is in it. What vanishes meanwhile is left out.
-///
-/// # Errors
-///
-/// As of the disk, and the first one of `each`.
 pub fn visit_open(top: impl AsFd, mut each: impl FnMut(Visited<'_>) -> Result<()>) -> Result<()> {
     let mut walk = Walk::begin(&top, VISITING)?;
     each(Visited::Directory(walk.parent()?))?;

@@ -34,8 +34,7 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if `snapshots` is no directory, or as of
-    /// its disk.
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots` is no directory.
     pub fn open(volume: Volume, path: &str) -> Result<Option<Filled>> {
         let top = match identity::open_top(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
@@ -73,7 +72,7 @@ impl Filled {
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`] if the file system does not tell what is a
-    /// directory, or as of the volume's disk.
+    /// directory.
     pub fn numbered(&self) -> Result<(HashMap<SnapshotId, FileType>, Vec<String>)> {
         let mut numbered = HashMap::new();
         let mut others = Vec::new();
@@ -91,10 +90,6 @@ impl Filled {
     }
 
     /// Whether a snapshot has `fs` here.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk: what cannot be looked at may be there.
     pub fn has_upper(&self, id: SnapshotId) -> Result<bool> {
         // A link in the place of its own directory is followed by no opening.
         Ok(self.is_directory(&id.to_string())? && self.is_directory(&format!("{id}/fs"))?)
@@ -113,16 +108,12 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is not there, or as of the volume's disk.
+    /// [`ErrorKind::DataLoss`] if it is not there.
     pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
         open_upper(&self.snapshots, &self.path, id)
     }
 
     /// The directory that holds all snapshots.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn stat_snapshots(&self) -> Result<Stat> {
         fstat(&self.snapshots).context(|| format!("look at {}/{SNAPSHOTS}", self.path))
     }
@@ -137,8 +128,7 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if `left-out` is no directory, or as of
-    /// the volume's disk.
+    /// [`ErrorKind::FailedPrecondition`] if `left-out` is no directory.
     pub fn left_out(&self) -> Result<Vec<SnapshotId>> {
         Ok(self.open_left_out()?.map_or(Vec::new(), |(_, ids)| ids))
     }
@@ -160,10 +150,6 @@ impl Filled {
     }
 
     /// Moves what has these numbers to `left-out/`, durably.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk; some may have been moved then.
     pub fn set_aside(&self, ids: &[SnapshotId]) -> Result<()> {
         if ids.is_empty() {
             return Ok(());
@@ -182,8 +168,7 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if a name there has been taken
-    /// meanwhile, or as of the volume's disk.
+    /// [`ErrorKind::FailedPrecondition`] if a name there has been taken meanwhile.
     pub fn put_back(&self) -> Result<()> {
         let path = &self.path;
         let Some((left_out, ids)) = self.open_left_out()? else {
@@ -193,13 +178,10 @@ impl Filled {
             let name = id.to_string();
             match move_into(&left_out, &self.snapshots, &name) {
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {
-                    return Err(Error::new(
-                        ErrorKind::FailedPrecondition,
-                        format!(
-                            "{path}/{SNAPSHOTS}/{id} and {path}/{LEFT_OUT}/{id} are both there: \
+                    return Err(Error::refused(format!(
+                        "{path}/{SNAPSHOTS}/{id} and {path}/{LEFT_OUT}/{id} are both there: \
                              move one of them away, and run the command again"
-                        ),
-                    ));
+                    )));
                 }
                 moved => moved.context(|| {
                     format!("move {path}/{LEFT_OUT}/{id} back to {path}/{SNAPSHOTS}")
@@ -253,10 +235,7 @@ fn move_into(from: &OwnedFd, to: &OwnedFd, name: &str) -> std::result::Result<()
 }
 
 fn no_directory(path: &str, name: &str) -> Error {
-    Error::new(
-        ErrorKind::FailedPrecondition,
-        format!("{path}/{name} is not a directory: move it away"),
-    )
+    Error::refused(format!("{path}/{name} is not a directory: move it away"))
 }
 
 #[cfg(test)]

@@ -71,11 +71,7 @@ impl Dirs {
 
     /// Creates the directories of a new snapshot; `fs` is 0755 and belongs to
     /// `owner`, `work` is 0711. What an unfinished request has left under that
-    /// id goes to the trash first.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk. Nothing is left behind then.
+    /// id goes to the trash first. Leaves nothing behind on failure.
     pub fn create(&self, id: SnapshotId, shape: Shape, owner: Owner) -> Result<NewDirs<'_>> {
         let creating = || format!("create the directory {}", self.snapshot_path(id));
         let name = id.to_string();
@@ -110,10 +106,6 @@ impl Dirs {
 
     /// Makes what a snapshot's directory lacks, as after a power cut between
     /// the parts that [`Dirs::create`] makes; what is there stays.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn complete(&self, id: SnapshotId, shape: Shape, owner: Owner) -> Result<()> {
         open_path(&self.snapshots, &id.to_string())
             .and_then(|top| fill(top, "", shape, owner))
@@ -122,20 +114,12 @@ impl Dirs {
 
     /// Moves a snapshot's directory, or whatever has its name, to the trash.
     /// `false` if there was nothing.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn trash(&self, id: SnapshotId) -> Result<bool> {
         self.trash_entry(&id.to_string())
     }
 
     /// Moves the entry `name` of `snapshots/` to the trash. `false` if there
     /// was nothing.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn trash_entry(&self, name: &str) -> Result<bool> {
         let trash = self.trash_fd()?;
         let trashing = || format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path);
@@ -181,20 +165,12 @@ impl Dirs {
     }
 
     /// Everything in `snapshots/`, in the order of the directory.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn entries(&self) -> Result<Vec<Entry>> {
         list(&self.snapshots, &self.path, SNAPSHOTS)
     }
 
     /// The highest number that an entry of `snapshots/` or of `trash/` has; 0
     /// without any.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn highest_id(&self) -> Result<u64> {
         let mut all = self.entries()?;
         all.extend(self.trashed()?);
@@ -233,10 +209,6 @@ impl Dirs {
     }
 
     /// The trash, to be filled or emptied; created if it is missing.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn trash_fd(&self) -> Result<BorrowedFd<'_>> {
         if let Some(trash) = self.trash.get() {
             return Ok(trash.as_fd());
@@ -438,10 +410,9 @@ pub(super) fn ensure_directory(parent: impl AsFd, path: &str, name: &str) -> Res
         opened => opened,
     };
     match opened {
-        Err(Errno::NOTDIR | Errno::LOOP) => Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!("{path}/{name} is not a directory: move it away"),
-        )),
+        Err(Errno::NOTDIR | Errno::LOOP) => Err(Error::refused(format!(
+            "{path}/{name} is not a directory: move it away"
+        ))),
         opened => opened.context(opening),
     }
 }

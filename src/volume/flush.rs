@@ -16,10 +16,6 @@ pub struct Flush {
 
 impl Image {
     /// Opens such a file.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn flush(&self) -> Result<Flush> {
         open_to_list(self.top(), ".")
             .map(|file| Flush { file })
@@ -29,20 +25,12 @@ impl Image {
 
 impl Flush {
     /// Makes everything written so far durable.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn run(&self) -> Result<()> {
         syncfs(&self.file).context(|| "flush the image volume")
     }
 
     /// How much is free, in blocks: another number whenever something was
     /// written. Asks no disk.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume.
     pub fn free_blocks(&self) -> Result<u64> {
         let state = fstatvfs(&self.file).context(|| "look how full the image volume is")?;
         Ok(state.f_bfree)

@@ -70,10 +70,6 @@ impl Image {
     }
 
     /// Whether a snapshot's links are these, and no others.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn has_lower_links(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<bool> {
         let Some(lowers) = self.lowers() else {
             return Ok(targets.is_empty());
@@ -106,11 +102,8 @@ impl Image {
     }
 
     /// Makes a snapshot's links lead to these directories, one after another,
-    /// each in one step; further ones are removed. Under the writer's lock.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk. Nothing is left behind then.
+    /// each in one step; further ones are removed. Under the writer's lock. Leaves
+    /// nothing behind on failure.
     pub fn link_lowers(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<NewLinks<'_>> {
         let new = NewLinks {
             image: self,
@@ -142,10 +135,6 @@ impl Image {
     }
 
     /// Removes a snapshot's links, if it has any.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn remove_lower_links(&self, id: SnapshotId) -> Result<()> {
         self.remove_lower_links_from(id, 0)
     }
@@ -168,10 +157,6 @@ impl Image {
     }
 
     /// Removes every link but those of the snapshots that `is_wanted` names.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn sweep_lower_links(&self, is_wanted: impl Fn(SnapshotId) -> bool) -> Result<()> {
         let Some(lowers) = self.lowers() else {
             return Ok(());

@@ -13,7 +13,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::cached_lookup::{Glance, glance};
 use super::file::replace_file;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 
 const FILE: &str = ".volume";
 const HEX_DIGITS: usize = 32;
@@ -30,7 +30,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if the kernel gives no random bytes.
+    /// `ErrorKind::Internal` if the kernel gives no random bytes.
     pub fn random() -> Result<Identity> {
         let mut bytes = [0_u8; HEX_DIGITS / 2];
         let length =
@@ -73,8 +73,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// As of its disk; [`ErrorKind::FailedPrecondition`] if its mark is no
-    /// mark of ours.
+    /// `ErrorKind::FailedPrecondition` if its mark is no mark of ours.
     pub fn look(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         Ok(match read_mark(top, path)? {
             Some(found) if found == *self => Claim::Ours,
@@ -88,8 +87,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// As of its disk; [`ErrorKind::FailedPrecondition`] if its mark is no
-    /// mark of ours.
+    /// `ErrorKind::FailedPrecondition` if its mark is no mark of ours.
     pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         match self.look(&top, path)? {
             Claim::Free => {
@@ -102,10 +100,6 @@ impl Identity {
     }
 
     /// Takes this mark from the directory `top`, durably; any other stays.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Identity::look`].
     pub fn unmark(&self, top: impl AsFd, path: &str) -> Result<()> {
         if self.look(&top, path)? != Claim::Ours {
             return Ok(());
@@ -175,13 +169,10 @@ pub(super) fn confirm(top: impl AsFd, path: &str, identity: &Identity) -> Result
 }
 
 fn missing(path: &str, identity: &Identity, why: &str) -> Error {
-    Error::new(
-        ErrorKind::FailedPrecondition,
-        format!(
-            "the writable volume is not at {path}: {why}; \
+    Error::refused(format!(
+        "the writable volume is not at {path}: {why}; \
              mount the disk that was there (volume {identity})"
-        ),
-    )
+    ))
 }
 
 /// Opens the directory in which the volume of that identity should be.
@@ -220,13 +211,10 @@ fn read_mark(top: impl AsFd, path: &str) -> Result<Option<Identity>> {
         .ok()
         .and_then(|text| Identity::parse(text.trim_end()));
     identity.map(Some).ok_or_else(|| {
-        Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "{path}/{FILE} is not the mark of a writable volume: choose another directory, or, \
+        Error::refused(format!(
+            "{path}/{FILE} is not the mark of a writable volume: choose another directory, or, \
                  if this is the one that was marked, remove that file and run `check --repair`"
-            ),
-        )
+        ))
     })
 }
 
@@ -235,6 +223,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::error::ErrorKind;
 
     fn claim(identity: &Identity, dir: &std::path::Path) -> Result<Claim> {
         let path = dir.to_str().unwrap();

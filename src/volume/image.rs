@@ -53,8 +53,7 @@ impl Root {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] on such a file system, or as of the
-    /// root's disk.
+    /// [`ErrorKind::FailedPrecondition`] on such a file system.
     pub fn require_entry_types(&self) -> Result<()> {
         let path = &self.path;
         let looking = || format!("list {path}");
@@ -77,8 +76,7 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or as of its
-    /// disk.
+    /// [`ErrorKind::FailedPrecondition`] if it is no directory.
     pub fn open_root(path: &str) -> Result<Root> {
         create_directory(path, "root", "--root-dir")?;
         let top = open_top(path).context(|| format!("open the root directory {path}"))?;
@@ -92,13 +90,12 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it is not there, or as of its disk.
+    /// [`ErrorKind::FailedPrecondition`] if it is not there.
     pub fn open_existing_root(path: &str) -> Result<Root> {
         match open_top(path) {
-            Err(Errno::NOENT | Errno::NOTDIR) => Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!("there is no root directory {path}: give the --root-dir of the daemon"),
-            )),
+            Err(Errno::NOENT | Errno::NOTDIR) => Err(Error::refused(format!(
+                "there is no root directory {path}: give the --root-dir of the daemon"
+            ))),
             top => Ok(Root {
                 path: path.to_owned(),
                 top: top.context(|| format!("open the root directory {path}"))?,
@@ -107,10 +104,6 @@ impl Image {
     }
 
     /// Whether `snapshots/` of a root holds anything.
-    ///
-    /// # Errors
-    ///
-    /// As of its disk.
     pub fn holds_snapshots(root: &Root) -> Result<bool> {
         let looking = || format!("look into {}/snapshots", root.path);
         match open_to_list(&root.top, "snapshots") {
@@ -123,8 +116,7 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As of its disk; [`ErrorKind::FailedPrecondition`] if one of the names is
-    /// taken by something else.
+    /// [`ErrorKind::FailedPrecondition`] if one of the names is taken by something else.
     pub fn open(root: Root) -> Result<Image> {
         ensure_directory(&root.top, &root.path, Image::EMPTY)?;
         let lowers = open_lowers(&root.top);
@@ -199,10 +191,6 @@ impl Image {
     }
 
     /// Whether `snapshots/<id>` is a link to `target`.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn links_to(&self, id: SnapshotId, target: &str) -> Result<bool> {
         match readlinkat(self.dirs.snapshots_fd(), id.to_string(), Vec::new()) {
             Ok(found) => Ok(found.to_bytes() == target.as_bytes()),
@@ -215,10 +203,6 @@ impl Image {
     }
 
     /// Removes the link `snapshots/<id>`, if it is there and a link.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn remove_link(&self, id: SnapshotId) -> Result<()> {
         match unlinkat(self.dirs.snapshots_fd(), id.to_string(), AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => Ok(()),
@@ -231,10 +215,6 @@ impl Image {
     /// Says that a person may have mounted the snapshot to write to it. Only a hint:
     /// nobody takes it away at a reboot, and a root that cannot be written to gets
     /// none.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let marking = || format!("write {}/{BY_HAND}/{id}", self.path);
         let marked = ensure_directory(self.top(), &self.path, BY_HAND).and_then(|directory| {
@@ -261,10 +241,6 @@ impl Image {
     }
 
     /// Takes it back.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn unmark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let mark = format!("{BY_HAND}/{id}");
         match unlinkat(self.top(), &*mark, AtFlags::empty()) {
@@ -280,14 +256,11 @@ impl Image {
 }
 
 pub(super) fn no_entry_types(path: &str) -> Error {
-    Error::new(
-        ErrorKind::FailedPrecondition,
-        format!(
-            "the file system of {path} does not tell the types of directory entries (d_type), \
+    Error::refused(format!(
+        "the file system of {path} does not tell the types of directory entries (d_type), \
              which overlayfs needs: make it anew with them (mkfs.xfs -n ftype=1, mkfs.ext4 -O \
              filetype) or use another disk"
-        ),
-    )
+    ))
 }
 
 /// Creates a directory (0700, with its parents) unless it is there. `what` and
@@ -295,10 +268,9 @@ pub(super) fn no_entry_types(path: &str) -> Error {
 pub(super) fn create_directory(path: &str, what: &str, flag: &str) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(|error| match error.kind() {
-        IoKind::NotADirectory | IoKind::AlreadyExists => Error::new(
-            ErrorKind::FailedPrecondition,
-            format!("the {what} {path} is not a directory: give another {flag}"),
-        ),
+        IoKind::NotADirectory | IoKind::AlreadyExists => Error::refused(format!(
+            "the {what} {path} is not a directory: give another {flag}"
+        )),
         _ => Error::caused(
             ErrorKind::Internal,
             format!("create the {what} {path}"),

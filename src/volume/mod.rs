@@ -55,7 +55,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Dir, fstat};
 use rustix::io::Errno;
 
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 use crate::types::{SnapshotId, Volume};
 use crate::util::lock::lock;
 
@@ -96,8 +96,8 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is not there or
-    /// is another one, [`ErrorKind::Internal`] if it cannot be read.
+    /// `ErrorKind::FailedPrecondition` if the writable volume is not there or
+    /// is another one, `ErrorKind::Internal` if it cannot be read.
     pub fn open(&self, volume: Volume) -> Result<Arc<Dirs>> {
         match volume {
             Volume::Image => Ok(Arc::clone(self.image.dirs())),
@@ -118,10 +118,6 @@ impl Volumes {
     }
 
     /// As [`Volumes::open`] of the writable volume, where nothing on it is needed.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Volumes::open`].
     pub fn require_writable(&self) -> Result<()> {
         if self.is_confirmed(Seen::in_path(&self.writable_path)) {
             return Ok(());
@@ -144,8 +140,8 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or if its mark
-    /// is no mark of ours; otherwise as of its disk.
+    /// `ErrorKind::FailedPrecondition` if it is no directory, or if its mark is no mark
+    /// of ours.
     pub fn look_at_writable(&self, identity: &Identity) -> Result<Claim> {
         let path = &self.writable_path;
         image::create_directory(path, "writable directory", "--writable-dir")?;
@@ -154,10 +150,6 @@ impl Volumes {
 
     /// Makes the writable directory the volume of that identity, unless it has
     /// a mark already: marks it durably, makes the directories it lacks.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Volumes::look_at_writable`].
     pub fn claim_writable(&self, identity: &Identity) -> Result<()> {
         let path = &self.writable_path;
         let dirs = Dirs::open(Volume::Writable, path, self.open_writable_top()?)?;
@@ -169,8 +161,8 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it carries the mark of another one,
-    /// or none is expected; otherwise as of [`Volumes::look_at_writable`].
+    /// `ErrorKind::FailedPrecondition` if it carries the mark of another one, or none
+    /// is expected.
     pub fn mark_writable(&self) -> Result<()> {
         let identity = self.expected_writable()?;
         match self.look_at_writable(identity)? {
@@ -181,10 +173,6 @@ impl Volumes {
 
     /// The numbers of the directories in a writable directory that is there but
     /// carries no mark; `None` if it is not there or marked. Changes nothing.
-    ///
-    /// # Errors
-    ///
-    /// As of its disk.
     pub fn unmarked_snapshots(&self) -> Result<Option<Vec<SnapshotId>>> {
         let path = &self.writable_path;
         let looking = || format!("look into the writable directory {path}");
@@ -211,10 +199,6 @@ impl Volumes {
     }
 
     /// What there is in the writable directory, beside a mark.
-    ///
-    /// # Errors
-    ///
-    /// As of its disk.
     pub fn writable_holding(&self) -> Result<Holding> {
         let path = &self.writable_path;
         identity::open_top(path)
@@ -224,32 +208,21 @@ impl Volumes {
 
     fn expected_writable(&self) -> Result<&Identity> {
         self.writable_identity.get().ok_or_else(|| {
-            Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "the writable volume {} has not been set up",
-                    self.writable_path
-                ),
-            )
+            Error::refused(format!(
+                "the writable volume {} has not been set up",
+                self.writable_path
+            ))
         })
     }
 
     /// Whether the writable directory can be a volume that a reboot has emptied:
     /// on a file system in memory, or a mount point itself.
-    ///
-    /// # Errors
-    ///
-    /// As of its disk.
     pub fn is_writable_mounted_anew(&self) -> Result<bool> {
         let path = &self.writable_path;
         preconditions::is_mounted_anew(path).context(|| format!("look what is mounted at {path}"))
     }
 
     /// The number of the writable directory's type of file system (statfs(2)).
-    ///
-    /// # Errors
-    ///
-    /// As of its disk.
     pub fn writable_file_system(&self) -> Result<u64> {
         let path = &self.writable_path;
         preconditions::file_system_type(Path::new(path))
@@ -276,10 +249,9 @@ impl Volumes {
         if (root.st_dev, root.st_ino) != (top.st_dev, top.st_ino) {
             return Ok(());
         }
-        Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!("{path} is the root directory by another name: give another --writable-dir"),
-        ))
+        Err(Error::refused(format!(
+            "{path} is the root directory by another name: give another --writable-dir"
+        )))
     }
 
     /// `<volume>/snapshots`.
@@ -297,10 +269,6 @@ impl Volumes {
 
     /// Links `<root>/snapshots/<id>` to the snapshot's directory on the
     /// writable volume, durably.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn link_home(&self, id: SnapshotId) -> Result<()> {
         self.image.link(id, &self.link_target(id))
     }

@@ -40,10 +40,6 @@ pub struct Target {
 impl Image {
     /// Makes the directories to copy a layer to; an unfinished copy goes to the
     /// trash first.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn begin_move(&self, id: SnapshotId) -> Result<Target> {
         let name = moving_name(id);
         self.dirs().trash_entry(&name)?;
@@ -58,10 +54,6 @@ impl Image {
     }
 
     /// Makes a finished copy durable.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn finish_copy(&self, target: &Target) -> Result<()> {
         unlinkat(&target.top, SCRATCH, AtFlags::REMOVEDIR)
             .context(|| "remove the copy's scratch directory")?;
@@ -74,8 +66,7 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the file system cannot exchange two
-    /// names; or as of its disk.
+    /// [`ErrorKind::FailedPrecondition`] if the file system cannot exchange two names.
     pub fn exchange(&self, id: SnapshotId) -> Result<()> {
         let snapshots = self.dirs().snapshots_fd();
         let (name, moving) = (id.to_string(), moving_name(id));
@@ -119,29 +110,17 @@ impl Image {
 
     /// Makes an exchange durable that was found, not made: a crash may have come
     /// between the exchange and its own flush.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn settle_names(&self) -> Result<()> {
         fsync(self.dirs().snapshots_fd()).context(|| format!("flush {}", self.snapshots_path()))
     }
 
     /// Removes what a move has left under its own name: the link after the
     /// exchange; an unfinished copy goes to the trash.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn end_move(&self, id: SnapshotId) -> Result<()> {
         self.dirs().trash_entry(&moving_name(id)).map(drop)
     }
 
     /// What has a layer's name: a link, a directory, or nothing.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn layer_entry(&self, id: SnapshotId) -> Result<Option<FileType>> {
         self.entry_type(&id.to_string())
     }
@@ -158,10 +137,6 @@ impl Image {
 
     /// Moves a layer's directory under the move's own name by a rename, where
     /// both volumes are one file system. `false` where they are not.
-    ///
-    /// # Errors
-    ///
-    /// As of the volumes' disks.
     pub fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
         let moving = moving_name(id);
         let renaming = || format!("move layer {id} to the image volume");
@@ -183,10 +158,6 @@ impl Image {
     }
 
     /// Takes [`Image::rename_home`] back.
-    ///
-    /// # Errors
-    ///
-    /// As of the volumes' disks; the next start finds the layer then.
     pub fn rename_back(&self, id: SnapshotId, writable: &Dirs) -> Result<()> {
         let (moving, name) = (moving_name(id), id.to_string());
         let (image, writable) = (self.dirs().snapshots_fd(), writable.snapshots_fd());
@@ -201,10 +172,6 @@ impl Image {
 
     /// Whether what has the move's own name is a layer that a rename has put
     /// there, and no copy: only that has overlayfs's `work` beside `fs`.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk.
     pub fn is_renamed_layer(&self, id: SnapshotId) -> Result<bool> {
         let work = self.entry_type(&format!("{}/work", moving_name(id)))?;
         Ok(work == Some(FileType::Directory))

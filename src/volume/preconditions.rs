@@ -74,10 +74,6 @@ pub struct Room {
 
 impl Dirs {
     /// Tells how full the volume is. Asks no disk.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume.
     pub fn room(&self) -> Result<Room> {
         let state = fstatvfs(self.snapshots_fd())
             .context(|| format!("look how full {} is", self.path()))?;
@@ -91,8 +87,7 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::ResourceExhausted`] saying how much is free and how much
-    /// should be, or as of the volume's disk.
+    /// [`ErrorKind::ResourceExhausted`] saying how much is free and how much should be.
     pub fn require_room(&self, reserve: Reserve) -> Result<()> {
         if reserve == Reserve::Bytes(0) {
             return Ok(());
@@ -129,13 +124,10 @@ pub fn require_mount_points(directories: &[(&str, &str)]) -> Result<()> {
             Err(Errno::NOENT | Errno::NOTDIR) => "does not exist",
             Err(errno) => return Err(errno).context(|| format!("look at {path}")),
         };
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "{flag} {path} {why}: mount its disk there (--require-mount asks for it before \
+        return Err(Error::refused(format!(
+            "{flag} {path} {why}: mount its disk there (--require-mount asks for it before \
                  anything is written)"
-            ),
-        ));
+        )));
     }
     Ok(())
 }
@@ -179,10 +171,6 @@ fn is_dot(name: &CStr) -> bool {
 /// Whether a writable directory that is empty, or not there, can be a volume
 /// that a reboot has emptied, and not the bare mount point of one that is not
 /// mounted: it is a mount point, or on (to be made on) a file system in memory.
-///
-/// # Errors
-///
-/// What the kernel says.
 pub(super) fn is_mounted_anew(path: &str) -> std::result::Result<bool, Errno> {
     let mut existing = Path::new(path);
     while !existing.exists() {

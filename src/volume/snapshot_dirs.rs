@@ -30,19 +30,11 @@ impl Parts {
 
     /// Makes a directory beside them, for whoever puts things into them by a rename;
     /// one that a crash has left is taken.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn ensure_scratch(&self) -> Result<OwnedFd> {
         ensure_directory(&self.top, "<id>", SCRATCH)
     }
 
     /// Removes it, which has to be empty.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn remove_scratch(&self) -> Result<()> {
         unlinkat(&self.top, SCRATCH, AtFlags::REMOVEDIR)
             .context(|| "remove a snapshot's scratch directory")
@@ -95,10 +87,6 @@ impl Dirs {
 
     /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or on the way
     /// there: nobody has written into it, and it is no link, as a layer's is.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk.
     pub fn is_unfilled(&self, id: SnapshotId) -> Result<bool> {
         let looking = || format!("look into {}/snapshots/{id}", self.path());
         let entries = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
@@ -127,10 +115,6 @@ impl Dirs {
 
     /// Shows `each` directory in the trash, as an open one. What is not one, or is
     /// gone by then, is left out.
-    ///
-    /// # Errors
-    ///
-    /// As of the volume's disk, and the first one of `each`.
     pub fn each_trashed(&self, mut each: impl FnMut(OwnedFd) -> Result<()>) -> Result<()> {
         let trash = self.trash_fd()?;
         for entry in self.trashed()? {
