@@ -108,10 +108,6 @@ impl Snapshotter {
     }
 
     /// The device name for the overlay of a snapshot that a person mounts.
-    ///
-    /// # Errors
-    ///
-    /// As of the database.
     pub fn source_by_hand(&self, id: SnapshotId) -> Result<String> {
         let identity = self.store.read()?.fact(Identity::FACT)?;
         Ok(ByHand::source(&identity.unwrap_or_default(), id))
@@ -119,10 +115,6 @@ impl Snapshotter {
 
     /// The snapshots of this root that persons have mounted. Another root on this
     /// machine gives out the same numbers.
-    ///
-    /// # Errors
-    ///
-    /// As of the database, or the kernel's list of mounts.
     pub fn mounted_by_hand(&self) -> Result<Vec<ByHand>> {
         let identity = self.store.read()?.fact(Identity::FACT)?;
         ByHand::of_root(identity.as_deref())
@@ -138,13 +130,10 @@ impl Snapshotter {
         let mut mounted = self.mounted_by_hand()?.into_iter();
         match mounted.find(|by_hand| by_hand.id == id) {
             None => image.unmark_mounted_by_hand(id),
-            Some(ByHand { point, .. }) => Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "snapshot {id} is mounted by hand at {}: unmount it there first",
-                    point.display()
-                ),
-            )),
+            Some(ByHand { point, .. }) => Err(Error::refused(format!(
+                "snapshot {id} is mounted by hand at {}: unmount it there first",
+                point.display()
+            ))),
         }
     }
 
@@ -198,12 +187,9 @@ impl Snapshotter {
 fn require_unmounted(upper: impl AsFd, id: SnapshotId) -> Result<()> {
     match mount::mounted_at(upper)? {
         None => Ok(()),
-        Some(point) => Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "snapshot {id} is mounted already, at {}: stop its container, or give --read-only",
-                point.display()
-            ),
-        )),
+        Some(point) => Err(Error::refused(format!(
+            "snapshot {id} is mounted already, at {}: stop its container, or give --read-only",
+            point.display()
+        ))),
     }
 }

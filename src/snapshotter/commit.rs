@@ -35,10 +35,7 @@ impl Snapshotter {
         let labels = labels::check_labels(labels)?;
         let (snapshot, _) = self.store.read()?.committable(key, name, parent)?;
         let volume = snapshot.volume.ok_or_else(|| {
-            Error::new(
-                ErrorKind::DataLoss,
-                "the database is damaged: the active snapshot is on no volume",
-            )
+            Error::data_loss("the database is damaged: the active snapshot is on no volume")
         })?;
 
         let dirs = self.volumes.open(volume)?;
@@ -121,13 +118,10 @@ impl Snapshotter {
         if id.number() > self.suspect_up_to[volume as usize].load(Ordering::Acquire) {
             return Ok(());
         }
-        Err(Error::new(
-            ErrorKind::DataLoss,
-            format!(
-                "the {volume} volume has failed to write data while this snapshot was being \
+        Err(Error::data_loss(format!(
+            "the {volume} volume has failed to write data while this snapshot was being \
                  filled: remove it, look at the disk, and fill it anew"
-            ),
-        ))
+        )))
     }
 }
 

@@ -9,9 +9,9 @@
 //! is not shown any more.
 
 use super::Snapshotter;
-use super::labels::{IdMaps, invalid};
+use super::labels::IdMaps;
 use super::place::is_unpack;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::host_dirs::{ImageRule, Lowers, parse_paths};
 use crate::store::{LabelChange, Snapshot};
 use crate::types::{
@@ -36,7 +36,7 @@ impl Wanted {
             Some(text) => parse_paths(text).context(|| format!("read the label {LABEL_LOWERS}"))?,
         };
         if !labelled.is_empty() && kind == Kind::Active && is_unpack(key, labels) {
-            return Err(invalid(format!(
+            return Err(Error::invalid(format!(
                 "the label {LABEL_LOWERS} is on a layer being unpacked, which the directories of \
                  one host do not belong in: give it to containers"
             )));
@@ -58,7 +58,7 @@ impl Wanted {
         if id_maps.is_none() || self.labelled.is_empty() && self.chosen.is_empty() {
             return Ok(());
         }
-        Err(invalid(format!(
+        Err(Error::invalid(format!(
             "host directories ({}) cannot be shown to a container with mapped ids, as their \
              owners would not be mapped with the layers: leave one of both out",
             Quoted(&self.all().join(":"))

@@ -36,10 +36,6 @@ struct Rows {
 impl Snapshotter {
     /// Looks at every snapshot, directory and link, and counts every layer. A
     /// daemon at work on them makes for findings that are gone at a second look.
-    ///
-    /// # Errors
-    ///
-    /// As of the database or the image volume's disk.
     pub fn inspect(&self) -> Result<Inspection> {
         // The disks first: a snapshot is entered after its directory is made.
         let image = self.volumes.open(Volume::Image)?;

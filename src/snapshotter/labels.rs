@@ -10,7 +10,7 @@ use crate::volume::Owner;
 /// Refuses an empty key or name; any other string is one.
 pub fn check_key(what: &str, key: &str) -> Result<()> {
     if key.is_empty() {
-        return Err(invalid(format!("the {what} is empty")));
+        return Err(Error::invalid(format!("the {what} is empty")));
     }
     Ok(())
 }
@@ -28,14 +28,14 @@ pub fn check_labels(labels: Labels) -> Result<Labels> {
 
 fn check_label(key: &str, value: &str) -> Result<()> {
     if key.is_empty() {
-        return Err(invalid(format!(
+        return Err(Error::invalid(format!(
             "the label with value {} has no key",
             Quoted(value)
         )));
     }
     let length = key.len() + value.len();
     if length > MAX_LABEL_BYTES {
-        return Err(invalid(format!(
+        return Err(Error::invalid(format!(
             "label {} has {length} bytes with its value, at most {MAX_LABEL_BYTES} are allowed",
             Quoted(key)
         )));
@@ -56,7 +56,7 @@ pub fn plan_update(paths: &[String], given: &Labels) -> Result<Vec<LabelChange>>
         }
         // All after the first dot is the key, whatever is in it.
         let Some(key) = path.strip_prefix("labels.").filter(|key| !key.is_empty()) else {
-            return Err(invalid(format!(
+            return Err(Error::invalid(format!(
                 "field {} cannot be updated, only \"labels\" and \"labels.<key>\" can",
                 Quoted(path)
             )));
@@ -98,7 +98,7 @@ impl IdMaps {
         ) {
             (None, None) => Ok(None),
             (Some(uid), Some(gid)) => Ok(Some(IdMaps { uid, gid })),
-            _ => Err(invalid(format!(
+            _ => Err(Error::invalid(format!(
                 "the labels {LABEL_UID_MAPPING} and {LABEL_GID_MAPPING} only go together"
             ))),
         }
@@ -108,7 +108,7 @@ impl IdMaps {
     pub fn root(&self) -> Result<Owner> {
         match (self.uid.host_id(0), self.gid.host_id(0)) {
             (Some(uid), Some(gid)) => Ok(Owner { uid, gid }),
-            _ => Err(invalid(format!(
+            _ => Err(Error::invalid(format!(
                 "the labels {LABEL_UID_MAPPING} ({}) and {LABEL_GID_MAPPING} ({}) \
                  have to map the container's id 0",
                 self.uid, self.gid
@@ -123,10 +123,6 @@ impl IdMaps {
             format!("gidmap={}", self.gid),
         ]
     }
-}
-
-pub(super) fn invalid(what: String) -> Error {
-    Error::new(ErrorKind::InvalidArgument, what)
 }
 
 #[cfg(test)]

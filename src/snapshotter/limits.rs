@@ -1,7 +1,6 @@
 //! How much a snapshot may take, as its labels and the configuration say. Pure.
 
-use super::labels::invalid;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::text::size::{parse_bytes, parse_number};
 use crate::types::{
     LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Limits, Quoted, Usage,
@@ -122,7 +121,7 @@ fn read(
         return Ok(None);
     };
     parse(text).map(Some).map_err(|wanted| {
-        invalid(format!(
+        Error::invalid(format!(
             "label {label} is {}, it has to be {wanted}",
             Quoted(text)
         ))

@@ -172,10 +172,6 @@ impl Snapshotter {
     }
 
     /// Makes a read-only view of a committed parent, or of nothing.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Snapshotter::prepare`].
     pub fn view(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
         self.create(Kind::View, key, parent, labels)
             .context(|| format!("make view {}", Quoted(key)))

@@ -4,7 +4,9 @@
 use super::labels::IdMaps;
 use super::place::is_unpack;
 use super::{IdMappedMounts, QuotaMode, Snapshotter};
-use crate::error::{Context, Error, ErrorKind, Result};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Context, Error, Result};
 use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::{Ancestor, Reader, Snapshot};
 use crate::types::{Kind, LABEL_LOWERS, Limits, Mount, Quoted, SnapshotId, Volume};
@@ -57,10 +59,6 @@ impl Snapshotter {
 
     /// As [`Snapshotter::mounts`], but waits for no disk other than the database's:
     /// `None` if one has to be asked, or anything be done first.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Snapshotter::mounts`].
     pub fn mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
         self.find_mounts_at_once(key)
             .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
@@ -101,13 +99,10 @@ impl Snapshotter {
         reader.at_one_moment(|| {
             let snapshot = reader.stat(key)?;
             if snapshot.info.kind == Kind::Committed {
-                return Err(Error::new(
-                    ErrorKind::FailedPrecondition,
-                    format!(
-                        "snapshot {} is committed: prepare or view a snapshot on it",
-                        Quoted(key)
-                    ),
-                ));
+                return Err(Error::refused(format!(
+                    "snapshot {} is committed: prepare or view a snapshot on it",
+                    Quoted(key)
+                )));
             }
             let parent = snapshot.parent_id;
             Ok(Stored {

@@ -6,7 +6,7 @@
 //! with `extract-` (`core/snapshots/snapshotter.go`, `UnpackKeyPrefix`).
 //! Everything else that is active is written to by a container.
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::types::{Kind, LABEL_SNAPSHOT_REF, LABEL_VOLUME, Labels, Quoted, Volume};
 
 /// Whether the snapshot is being unpacked into.
@@ -21,18 +21,15 @@ pub fn is_unpack(key: &str, labels: &Labels) -> bool {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::InvalidArgument`] if [`LABEL_VOLUME`] names no volume.
+/// [`crate::error::ErrorKind::InvalidArgument`] if [`LABEL_VOLUME`] names no volume.
 pub fn choose_volume(kind: Kind, key: &str, labels: &Labels) -> Result<Volume> {
     match labels.get(LABEL_VOLUME).map(String::as_str) {
         Some("image") => Ok(Volume::Image),
         Some("writable") => Ok(Volume::Writable),
-        Some(other) => Err(Error::new(
-            ErrorKind::InvalidArgument,
-            format!(
-                "label {LABEL_VOLUME} is {}, it has to be \"image\" or \"writable\"",
-                Quoted(other)
-            ),
-        )),
+        Some(other) => Err(Error::invalid(format!(
+            "label {LABEL_VOLUME} is {}, it has to be \"image\" or \"writable\"",
+            Quoted(other)
+        ))),
         // Nothing is ever written into a view.
         None if kind == Kind::View || is_unpack(key, labels) => Ok(Volume::Image),
         None => Ok(Volume::Writable),
@@ -42,6 +39,7 @@ pub fn choose_volume(kind: Kind, key: &str, labels: &Labels) -> Result<Volume> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     #[test]
     fn the_split() {

@@ -42,16 +42,13 @@ impl Inventory {
         let Some(forgotten) = first_forgotten(dirs, ids, self.highest)? else {
             return Ok(());
         };
-        Err(Error::new(
-            ErrorKind::DataLoss,
-            format!(
-                "the {volume} volume has snapshots/{forgotten}, but the database has given out \
+        Err(Error::data_loss(format!(
+            "the {volume} volume has snapshots/{forgotten}, but the database has given out \
                  numbers up to {} only: it is an older state of itself, unless somebody has made \
                  that directory by hand. Put the latest one back, or run `check --repair`, which \
                  removes what it does not know",
-                self.highest
-            ),
-        ))
+            self.highest
+        )))
     }
 
     /// The ids whose name belongs into `snapshots/` of that volume.
@@ -281,10 +278,6 @@ impl Snapshotter {
 /// The first of these entries that a database must have forgotten which has given
 /// out ids up to `highest`. Requests that were cut off before they were answered
 /// leave empty directories, as many as become durable together.
-///
-/// # Errors
-///
-/// As of the volume's disk.
 pub(super) fn first_forgotten(
     dirs: &Dirs,
     ids: impl Iterator<Item = SnapshotId>,
@@ -305,10 +298,6 @@ type Found = HashMap<SnapshotId, FileType>;
 /// Moves to the trash what no row places on that volume, and returns the rest.
 /// Names that are no ids are left alone: this program did not make them. Comes
 /// after [`Inventory::require_latest`].
-///
-/// # Errors
-///
-/// As of the volume's disk.
 pub(super) fn trash_strays(
     dirs: &Arc<Dirs>,
     volume: Volume,

@@ -118,10 +118,6 @@ impl Snapshotter {
     }
 
     /// Whether something may still write into a snapshot: it is mounted.
-    ///
-    /// # Errors
-    ///
-    /// As of the kernel's list of mounts.
     pub(super) fn is_mounted(&self, id: SnapshotId, volume: Volume) -> Result<bool> {
         // What unpacks a layer has unmounted it before the commit.
         Ok(volume == Volume::Writable && self.mounted_on(volume)?.contains(&id))
@@ -145,10 +141,6 @@ impl Snapshotter {
     /// committed while they were mounted, and still are. containerd asks that
     /// nobody uses a snapshot after its commit, but `ctr snapshot commit` lets
     /// a user do it to a running container, which goes on writing.
-    ///
-    /// # Errors
-    ///
-    /// As of the kernel's list of mounts, or the database.
     pub(super) fn held_layers(&self) -> Result<HashSet<SnapshotId>> {
         let mounted = self.mounted_on(Volume::Writable)?;
         self.store.read()?.layers_of(&mounted)
@@ -207,14 +199,11 @@ impl Snapshotter {
             .filter(|layer| layer.volume == Volume::Writable);
         for layer in away {
             if self.options.relocation == Relocation::Never {
-                return Err(Error::new(
-                    ErrorKind::FailedPrecondition,
-                    format!(
-                        "a container with mapped ids cannot use layer {}, which is on the \
+                return Err(Error::refused(format!(
+                    "a container with mapped ids cannot use layer {}, which is on the \
                          writable volume and stays there by --relocate never",
-                        layer.id
-                    ),
-                ));
+                    layer.id
+                )));
             }
             let moved = self.relocate(layer.id).context(|| {
                 format!(
@@ -223,14 +212,11 @@ impl Snapshotter {
                 )
             })?;
             if moved == Moved::Held {
-                return Err(Error::new(
-                    ErrorKind::FailedPrecondition,
-                    format!(
-                        "layer {} was committed while it was mounted, and still is: it cannot \
+                return Err(Error::refused(format!(
+                    "layer {} was committed while it was mounted, and still is: it cannot \
                          move to where a container with mapped ids could use it",
-                        layer.id
-                    ),
-                ));
+                    layer.id
+                )));
             }
         }
         Ok(())
@@ -239,10 +225,6 @@ impl Snapshotter {
     /// At start, before strays are looked for: finishes moves whose exchange
     /// has happened, drops the others, and forgets left directories of an
     /// earlier boot, which nothing has mounted any more.
-    ///
-    /// # Errors
-    ///
-    /// As of the image volume's disk or the database.
     pub(super) fn recover_moves(&self, transaction: &Transaction<'_>) -> Result<()> {
         let rows = transaction.rows();
         let image = self.volumes.image();

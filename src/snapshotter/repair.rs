@@ -4,7 +4,9 @@ use std::collections::HashSet;
 
 use super::Snapshotter;
 use super::problem::{Finding, Problem};
-use crate::error::{Context, Error, ErrorKind, Result};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Context, Error, Result};
 use crate::store::Snapshot;
 use crate::text::filter::Filters;
 use crate::types::{SnapshotId, Volume};
@@ -12,10 +14,6 @@ use crate::types::{SnapshotId, Volume};
 impl Snapshotter {
     /// The snapshots that a repair drops: layers that are missing or damaged, and
     /// everything that stands on them.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn doomed(&self, findings: &[Finding]) -> Result<Vec<Snapshot>> {
         let fatal = findings.iter().filter(|finding| finding.problem.is_fatal());
         let mut doomed: HashSet<SnapshotId> = fatal.filter_map(|finding| finding.id).collect();
@@ -62,8 +60,7 @@ impl Snapshotter {
             )
         });
         if forgets && has(|problem| matches!(problem, Problem::VolumeMissing { .. })) {
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
+            return Err(Error::refused(
                 "the database is not the latest, and without the writable volume nobody can tell \
                  which numbers it has given out: mount that volume, or give it up with \
                  --reset-writable",

@@ -91,10 +91,6 @@ impl Relocated {
 
 impl Snapshotter {
     /// Counts. Waits for no disk, as long as the database is in memory.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn figures(&self) -> Result<Figures> {
         let reader = self.store.read()?;
         let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
@@ -123,10 +119,6 @@ impl Snapshotter {
     /// largest first, at most `limit`. Walks each that has no project quota; one
     /// that is removed meanwhile, or cannot be read, is left out. None if the
     /// volume is not there.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn largest_writable(&self, limit: usize) -> Result<Vec<Written>> {
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(Vec::new());

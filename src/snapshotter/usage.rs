@@ -433,7 +433,7 @@ mod tests {
     fn an_error_reaches_all_and_is_not_kept() {
         let walks = Walks::default();
         let long = Duration::from_secs(60);
-        let fail = || Err(Error::new(ErrorKind::DataLoss, "gone"));
+        let fail = || Err(Error::data_loss("gone"));
         thread::scope(|scope| {
             let leader = scope.spawn(|| {
                 walks.tell(SnapshotId::new(1), long, &Caller::default(), |_| {

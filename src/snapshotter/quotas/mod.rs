@@ -145,13 +145,10 @@ pub(super) fn plan_limits(
     match volume {
         Some(Volume::Writable) if is_unpack => Ok(Some(Limits::NONE)),
         Some(Volume::Writable) => Ok(Some(asked.or(default))),
-        _ if asked.is_limit() && !is_unpack => Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "its labels ask for a limit, which is kept on the writable volume only, and \
+        _ if asked.is_limit() && !is_unpack => Err(Error::refused(format!(
+            "its labels ask for a limit, which is kept on the writable volume only, and \
                  {LABEL_VOLUME} puts it on the image volume: leave one of them out"
-            ),
-        )),
+        ))),
         _ => Ok(None),
     }
 }
@@ -236,10 +233,6 @@ impl Snapshotter {
 
     /// What is wrong with quotas is the affair of those who need them; everybody
     /// else goes on without, and it is told once.
-    ///
-    /// # Errors
-    ///
-    /// The one given, where they are needed.
     fn do_without_quotas(&self, limits: Limits, error: Error) -> Result<()> {
         if self.needs_quotas(limits) {
             return Err(error);
@@ -345,8 +338,7 @@ impl Snapshotter {
             // What a file system lacks comes before what the snapshot does.
             let dirs = self.volumes.open(Volume::Writable)?;
             require_limits(self.options.quota.mode, &dirs)?;
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
+            return Err(Error::refused(
                 "it was made while the writable volume had no project quotas, so it has no \
                  project that could be limited: make the container anew",
             ));
@@ -392,10 +384,6 @@ impl Snapshotter {
 
     /// What a snapshot takes by its quota, in constant time; `None` if it has no
     /// project, or its directory is not charged to it.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database; as of the volume's disk.
     pub(super) fn usage_by_quota(
         &self,
         dirs: &Dirs,
@@ -421,10 +409,6 @@ impl Snapshotter {
 
     /// Gives the ids back to which nothing is charged any more. XFS may take a moment
     /// for what has just been deleted: the next call finds it then.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database; as of the volume's disk.
     pub(super) fn free_projects(&self) -> Result<()> {
         let loose = self.store.read()?.loose_projects()?;
         if loose.is_empty() || self.options.quota.mode == QuotaMode::Off {
@@ -470,8 +454,7 @@ fn random() -> Result<u32> {
 }
 
 fn switched_off() -> Error {
-    Error::new(
-        ErrorKind::FailedPrecondition,
+    Error::refused(
         "project quotas are switched off by --quota off, or by a user namespace, in which the \
          kernel sets no projects",
     )

@@ -132,10 +132,6 @@ impl Snapshotter {
     }
 
     /// Charges all that wait, in the calling thread.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database; as of the volume's disk.
     pub(in crate::snapshotter) fn charge_waiting(&self) -> Result<()> {
         while let Some(id) = self.uncharged.begin_next() {
             self.charge(id)?;

@@ -18,10 +18,6 @@ impl Snapshotter {
     /// projects, and what the file system has, are made one. Returns the snapshots
     /// whose trees have to be charged, which is done beside the requests, once the
     /// transaction has ended.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database; as of the volume's disk.
     pub(in crate::snapshotter) fn recover_projects(
         &self,
         transaction: &Transaction<'_>,
@@ -158,10 +154,6 @@ impl Snapshotter {
     }
 
     /// What is not as recorded, in order of the ids; nothing where no quotas are.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database; as of the volume's disk.
     pub(in crate::snapshotter) fn inspect_projects(
         &self,
         snapshots: &HashMap<SnapshotId, Snapshot>,
