@@ -21,12 +21,8 @@ const INTERVAL: Duration = Duration::from_secs(3600);
 ///
 /// [`crate::error::ErrorKind::Internal`] if the system gives no thread.
 pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Background> {
-    let (told, kept) = (Arc::clone(snapshotter), Arc::clone(snapshotter));
-    Background::start(
-        "keeper",
-        move || told.store().end_waiting(),
-        move || keep(&kept),
-    )
+    let stop = |snapshotter: &Snapshotter| snapshotter.store().end_waiting();
+    Background::start("keeper", snapshotter, stop, keep)
 }
 
 fn keep(snapshotter: &Snapshotter) {

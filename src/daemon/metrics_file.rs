@@ -33,28 +33,23 @@ pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>>
     };
     let (desk, path) = (Arc::clone(desk), path.to_owned());
     let stop = Arc::new(Monitor::<()>::default());
-    let writing = Arc::clone(&stop);
-    Background::start(
-        "metrics writer",
-        move || stop.stop(),
-        move || {
-            let mut is_broken = false;
-            loop {
-                let written = write(&desk, &path);
-                // Once for each time that it breaks.
-                if let Err(error) = &written
-                    && !is_broken
-                {
-                    log::warn!("write the figures to {path} (--metrics-file): {error}");
-                }
-                is_broken = written.is_err();
-                if !writing.pause(INTERVAL) {
-                    return;
-                }
+    let work = move |stop: &Monitor<()>| {
+        let mut is_broken = false;
+        loop {
+            let written = write(&desk, &path);
+            // Once for each time that it breaks.
+            if let Err(error) = &written
+                && !is_broken
+            {
+                log::warn!("write the figures to {path} (--metrics-file): {error}");
             }
-        },
-    )
-    .map(Some)
+            is_broken = written.is_err();
+            if !stop.pause(INTERVAL) {
+                return;
+            }
+        }
+    };
+    Background::start("metrics writer", &stop, Monitor::stop, work).map(Some)
 }
 
 fn write(desk: &Desk, path: &str) -> std::io::Result<()> {

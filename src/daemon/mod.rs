@@ -92,9 +92,7 @@ pub fn run(config: &Config) -> Result<()> {
     });
     let mut server = Server::start(&config.address, service::build(&desk))?;
     // After the socket was made, for which the process's umask changes.
-    let relocator = snapshotter.start_relocator()?;
-    let flusher = snapshotter.start_flusher()?;
-    let lender = snapshotter.start_lender()?;
+    let threads = snapshotter.start_threads()?;
     let keeper = backup::start(&snapshotter)?;
     let metrics_file = metrics_file::start(&desk, config.metrics_file.as_deref())?;
     log::info!(
@@ -105,8 +103,6 @@ pub fn run(config: &Config) -> Result<()> {
         config.writable
     );
     notify(NotifyState::Ready);
-    // Trees may be large.
-    let charger = snapshotter.start_charger()?;
 
     let signal = signals.forever().next();
     log::info!("stopping on signal {}", signal.unwrap_or_default());
@@ -119,10 +115,7 @@ pub fn run(config: &Config) -> Result<()> {
     }
     server.stop(deadline);
     drop(metrics_file);
-    drop(relocator);
-    drop(charger);
-    drop(flusher);
-    drop(lender);
+    drop(threads);
     drop(keeper);
     // What is cut off may hold the database; the next start reads the log.
     if is_drained {

@@ -3,7 +3,7 @@
 
 use rustix::fd::AsFd;
 
-use super::Snapshotter;
+use super::{Snapshotter, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::{self, ByHand};
 use crate::store::Snapshot;
@@ -113,13 +113,6 @@ impl Snapshotter {
         Ok(ByHand::source(&identity.unwrap_or_default(), id))
     }
 
-    /// The snapshots of this root that persons have mounted. Another root on this
-    /// machine gives out the same numbers.
-    pub fn mounted_by_hand(&self) -> Result<Vec<ByHand>> {
-        let identity = self.store.read()?.fact(Identity::FACT)?;
-        ByHand::of_root(identity.as_deref())
-    }
-
     /// Refuses the mounts of a snapshot that a person has mounted to write to it.
     pub(super) fn require_not_by_hand(&self, id: SnapshotId) -> Result<()> {
         let image = self.volumes.image();
@@ -127,7 +120,7 @@ impl Snapshotter {
         if !image.is_marked_mounted_by_hand(id) {
             return Ok(());
         }
-        let mut mounted = self.mounted_by_hand()?.into_iter();
+        let mut mounted = in_use::mounted_by_hand(&self.store)?.into_iter();
         match mounted.find(|by_hand| by_hand.id == id) {
             None => image.unmark_mounted_by_hand(id),
             Some(ByHand { point, .. }) => Err(Error::refused(format!(

@@ -1,16 +1,15 @@
 //! Turning an active snapshot into a layer.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{Snapshotter, SyncMode, labels};
-use crate::error::{Context, Error, ErrorKind, Result};
+use super::{Snapshotter, SyncMode, in_use, labels};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Context, Error, Result};
 use crate::store::{Commit, DataBytes};
 use crate::tree;
-use crate::types::{Labels, Quoted, SnapshotId, Volume};
-use crate::util::lock::lock;
+use crate::types::{Labels, Quoted, Volume};
 use crate::util::undo::Undo;
-use crate::volume::Dirs;
 
 impl Snapshotter {
     /// Turns the active snapshot `key` into the layer `name`; with `parent`,
@@ -33,6 +32,9 @@ impl Snapshotter {
         labels::check_key("key", key)?;
         labels::check_key("name", name)?;
         let labels = labels::check_labels(labels)?;
+        // A first look, so that a commit that cannot be is refused before it waits for the
+        // disk. All of it may change meanwhile: `Rows::commit` asks again within the
+        // transaction, and only that answer counts.
         let (snapshot, _) = self.store.read()?.committable(key, name, parent)?;
         let volume = snapshot.volume.ok_or_else(|| {
             Error::data_loss("the database is damaged: the active snapshot is on no volume")
@@ -41,12 +43,13 @@ impl Snapshotter {
         let dirs = self.volumes.open(volume)?;
         if self.options.sync == SyncMode::AtCommit {
             let begun = Instant::now();
-            self.flush(&dirs, volume)?;
-            tell_wait(volume, begun.elapsed());
+            self.flusher.flush(&dirs, volume)?;
+            log_wait(volume, begun.elapsed());
         }
         // After the flush: until then some file systems cannot tell blocks.
         let content = tree::count(self.open_upper(key, &snapshot, &dirs)?)?;
-        self.refuse_suspect(snapshot.id, volume)?;
+        self.flusher.refuse_suspect(snapshot.id, volume)?;
+        let is_mounted = in_use::is_mounted(&self.store, &self.volumes, snapshot.id, volume)?;
         self.enter_layer(
             volume,
             &Commit {
@@ -56,18 +59,18 @@ impl Snapshotter {
                 parent,
                 labels: &labels,
                 content,
-                data_bytes: match self.is_mounted(snapshot.id, volume)? {
+                data_bytes: match is_mounted {
                     true => DataBytes::WasMounted,
                     false => DataBytes::Counted(content.data_bytes),
                 },
             },
         )?;
-        self.unpacks.end(snapshot.id);
+        self.flusher.end_unpack(snapshot.id);
         self.walks.forget(snapshot.id);
         self.drop_lower_links(snapshot.id);
         match volume {
             Volume::Writable => self.relocator.wake(),
-            Volume::Image => self.relocator.tell_end(),
+            Volume::Image => self.relocator.note_end(),
         }
         Ok(())
     }
@@ -84,7 +87,7 @@ impl Snapshotter {
             let link = Undo::new("the link of a refused commit", move || {
                 let removed = self.volumes.image().remove_link(commit.id);
                 if removed.is_err() {
-                    self.note_stray(Volume::Image);
+                    self.trash.note_stray(Volume::Image);
                 }
                 removed
             });
@@ -94,42 +97,13 @@ impl Snapshotter {
         linked.into_iter().for_each(Undo::keep);
         Ok(())
     }
-
-    /// Makes everything on a volume durable. A disk that fails to write says so
-    /// once, to whoever asks first: the data of every snapshot that was there then
-    /// may be what it has lost.
-    pub(super) fn flush(&self, dirs: &Dirs, volume: Volume) -> Result<()> {
-        // One after another: who comes second must hear of a failure that the
-        // kernel told the first.
-        let _syncing = lock(&self.syncing[volume as usize]);
-        let flushed = dirs.sync();
-        if let Err(error) = &flushed
-            && error.kind() == ErrorKind::DataLoss
-        {
-            let highest = self.store.read().and_then(|reader| reader.highest_id());
-            let highest = highest.unwrap_or(u64::MAX);
-            self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);
-            log::error!("the {volume} volume has failed to write data: look at its disk");
-        }
-        flushed
-    }
-
-    fn refuse_suspect(&self, id: SnapshotId, volume: Volume) -> Result<()> {
-        if id.number() > self.suspect_up_to[volume as usize].load(Ordering::Acquire) {
-            return Ok(());
-        }
-        Err(Error::data_loss(format!(
-            "the {volume} volume has failed to write data while this snapshot was being \
-                 filled: remove it, look at the disk, and fill it anew"
-        )))
-    }
 }
 
-/// What a slow disk costs is told where somebody may look for the reason why a
-/// pull takes long: containerd waits meanwhile.
+/// From here on a wait is logged without `--log-level debug`: containerd waits as well,
+/// and the log is where one looks for the reason why a pull takes long.
 const SLOW_FLUSH: Duration = Duration::from_secs(2);
 
-fn tell_wait(volume: Volume, waited: Duration) {
+fn log_wait(volume: Volume, waited: Duration) {
     let level = match waited >= SLOW_FLUSH {
         true => log::Level::Info,
         false => log::Level::Debug,

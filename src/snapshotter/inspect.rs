@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use rustix::fs::FileType;
 
-use super::Snapshotter;
 use super::problem::{Finding, Problem, Recorded};
-use super::recover::first_forgotten;
+use super::trash::first_forgotten;
+use super::{Snapshotter, in_use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
 use crate::text::filter::Filters;
@@ -43,7 +43,7 @@ impl Snapshotter {
         let writable = self.volumes.open(Volume::Writable);
         let on_writable = writable.as_ref().ok().map(entries).transpose()?;
         let rows = self.rows()?;
-        let held = self.held_layers()?;
+        let held = in_use::mounted_layers(&self.store, &self.volumes)?;
 
         let forgotten = |dirs: &Dirs, entries: &Entries| {
             first_forgotten(dirs, entries.keys().copied(), rows.highest)
@@ -72,8 +72,8 @@ impl Snapshotter {
             };
             let on = |entries: &Entries| entries.get(&snapshot.id) == Some(&FileType::Directory);
             let is_held = held.contains(&snapshot.id);
-            let is_away = volume == Volume::Writable && snapshot.info.kind == Kind::Committed;
-            if is_away && on(&on_image) {
+            let is_unmoved = snapshot.place().is_unmoved();
+            if is_unmoved && on(&on_image) {
                 findings.push(about(snapshot, Problem::MoveNotRecorded));
                 findings.extend(self.inspect_directory(snapshot, Volume::Image, true, is_held)?);
                 continue;
@@ -84,12 +84,12 @@ impl Snapshotter {
                 (Volume::Writable, None) => continue,
             };
             // Between the two renames of a move within one file system.
-            if is_away && !is_there && self.volumes.image().is_renamed_layer(snapshot.id)? {
+            if is_unmoved && !is_there && self.volumes.image().is_renamed_layer(snapshot.id)? {
                 findings.push(about(snapshot, Problem::MoveNotRecorded));
                 continue;
             }
             findings.extend(self.inspect_directory(snapshot, volume, is_there, is_held)?);
-            if is_away && !self.is_linked(snapshot.id)? {
+            if is_unmoved && !self.is_linked(snapshot.id)? {
                 let target = self.volumes.link_target(snapshot.id);
                 findings.push(about(snapshot, Problem::WrongLink { target }));
             }
@@ -98,7 +98,7 @@ impl Snapshotter {
         if let Some(on_writable) = &on_writable {
             findings.extend(rows.orphans(Volume::Writable, on_writable));
         }
-        findings.extend(self.inspect_projects(&rows.by_id)?);
+        findings.extend(self.projects.inspect(&rows.by_id)?);
         Ok(Inspection {
             snapshots: rows.by_id.len(),
             findings,

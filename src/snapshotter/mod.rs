@@ -9,8 +9,9 @@
 
 mod by_hand;
 mod commit;
-mod flush;
+mod flusher;
 mod host_dirs;
+mod in_use;
 mod inspect;
 mod labels;
 pub mod limits;
@@ -20,27 +21,29 @@ mod place;
 mod problem;
 mod quotas;
 mod recover;
-mod relocate;
+mod relocator;
 mod removal;
 mod repair;
 mod stats;
+mod trash;
 mod usage;
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, Once, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount;
 use crate::mount::overlay::Layout;
+use crate::quota::Support;
 use crate::store::{Ancestor, New, Snapshot, Store};
 use crate::text::filter::Filters;
-use crate::types::{
-    Info, Kind, LABEL_UPPERDIR, Labels, Mount, ProjectId, Quoted, SnapshotId, Volume,
-};
+use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Volume};
+use crate::util::threads::Background;
+use crate::util::undo::Undo;
 use crate::volume::{NewDirs, Owner, Shape, Volumes};
 pub use by_hand::Rescue;
+use flusher::Flusher;
 pub use inspect::Inspection;
 use labels::IdMaps;
 use mounting::Mounted;
@@ -49,8 +52,10 @@ pub use options::{
 };
 use place::{choose_volume, is_unpack};
 pub use problem::{Finding, Problem, Recorded};
-use quotas::NewProject;
+use quotas::Projects;
+use relocator::Relocator;
 pub use stats::{Figures, VolumeFigures, Written};
+use trash::Trash;
 pub use usage::{Caller, UsageFigures};
 
 /// What the kernel does with mounts whose ids are to be mapped.
@@ -62,41 +67,22 @@ enum IdMappedMounts {
     Unsupported,
 }
 
-/// The ten operations of containerd's snapshots API.
+/// The ten operations of containerd's snapshots API. What goes on beside them has owners
+/// of its own.
 pub struct Snapshotter {
-    store: Store,
-    volumes: Volumes,
+    store: Arc<Store>,
+    volumes: Arc<Volumes>,
     layout: Layout,
     options: Options,
-    /// One cleanup at a time: whoever comes second must not answer before what
-    /// the first is still deleting is gone.
-    cleaning: Mutex<()>,
-    /// Set when a directory without a row may be on a volume: the next Cleanup
-    /// looks for it. In order: image, writable.
-    strays: [AtomicBool; 2],
-    /// Snapshots up to these ids may have lost data to a failing disk, in the
-    /// order of `strays`.
-    suspect_up_to: [AtomicU64; 2],
-    syncing: [Mutex<()>; 2],
-    /// On the image volume, since the start.
-    unpacks: flush::Unpacks,
-    /// Set once, when the daemon stops: long work ends early.
-    stopping: AtomicBool,
-    /// One layer moves at a time.
-    relocating: Mutex<()>,
-    relocator: relocate::Signal,
-    relocated: stats::Relocated,
+    projects: Arc<Projects>,
+    flusher: Arc<Flusher>,
+    trash: Arc<Trash>,
+    relocator: Arc<Relocator>,
     /// Layers that the start has missed. Ids are never given out again.
     lost: OnceLock<HashSet<SnapshotId>>,
     /// Asked of the kernel when it is first needed: few need it, and the answer
     /// takes longer than everything else at a start.
     id_mapped_mounts: OnceLock<IdMappedMounts>,
-    /// The project id given out last, of which the next is looked for.
-    last_project: Mutex<Option<ProjectId>>,
-    uncharged: quotas::Uncharged,
-    loans: quotas::Loans,
-    /// That they fail where they could be done without is told once.
-    broken_quotas: Once,
     walks: usage::Walks,
 }
 
@@ -108,28 +94,50 @@ impl Snapshotter {
             empty: volumes.image().empty_path(),
             options: options.mount_options.clone(),
         };
+        let (store, volumes) = (Arc::new(store), Arc::new(volumes));
+        let disks = || (Arc::clone(&store), Arc::clone(&volumes));
+        let projects = Arc::new(Projects::new(disks(), options.quota));
+        let flusher = Arc::new(Flusher::new(Arc::clone(&store)));
+        let trash = Arc::new(Trash::new(disks(), Arc::clone(&projects)));
+        let relocator = Arc::new(Relocator::new(
+            disks(),
+            Arc::clone(&flusher),
+            Arc::clone(&trash),
+            options.relocation,
+        ));
         Snapshotter {
             store,
             volumes,
             layout,
             options,
-            cleaning: Mutex::new(()),
-            strays: [AtomicBool::new(false), AtomicBool::new(false)],
-            suspect_up_to: [AtomicU64::new(0), AtomicU64::new(0)],
-            syncing: [Mutex::new(()), Mutex::new(())],
-            unpacks: flush::Unpacks::default(),
-            stopping: AtomicBool::new(false),
-            relocating: Mutex::new(()),
-            relocator: relocate::Signal::default(),
-            relocated: stats::Relocated::default(),
+            projects,
+            flusher,
+            trash,
+            relocator,
             lost: OnceLock::new(),
             id_mapped_mounts: OnceLock::new(),
-            last_project: Mutex::new(None),
-            uncharged: quotas::Uncharged::default(),
-            loans: quotas::Loans::default(),
-            broken_quotas: Once::new(),
             walks: usage::Walks::default(),
         }
+    }
+
+    /// Starts the threads that work beside the requests. Each ends when its value is
+    /// dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Internal`] if the system gives no thread.
+    pub fn start_threads(&self) -> Result<Vec<Background>> {
+        let mut threads: Vec<_> = self.relocator.start()?.into_iter().collect();
+        // Without flushes at commits there is nothing to have ready for them.
+        if self.options.sync == SyncMode::AtCommit {
+            threads.push(self.flusher.start(self.volumes.image().flush()?)?);
+        }
+        threads.push(self.projects.start_lender()?);
+        let trash = Arc::clone(&self.trash);
+        // Once the volume is back, a Cleanup asks for the rest again.
+        let on_missing_volume = move || trash.note_stray(Volume::Writable);
+        threads.push(self.projects.start_charger(on_missing_volume)?);
+        Ok(threads)
     }
 
     /// The database, for what the daemon does with it at start and stop.
@@ -151,11 +159,20 @@ impl Snapshotter {
     }
 
     /// The daemon is stopping: moves of layers, in whatever thread, end with
-    /// [`ErrorKind::Unavailable`], the relocator ends, and no further file is charged
-    /// to a project.
+    /// [`ErrorKind::Unavailable`], and no further file is charged to a project.
     pub fn begin_stop(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
-        self.relocator.wake();
+        self.relocator.stop();
+        self.projects.stop_charging();
+    }
+
+    /// What project quotas do on the writable volume.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if they do nothing: why, and what would
+    /// change that.
+    pub fn quota_support(&self) -> Result<Support> {
+        self.projects.support()
     }
 
     /// Makes an active snapshot on a committed parent, or on nothing.
@@ -195,12 +212,12 @@ impl Snapshotter {
             dirs.require_room(self.options.reserve)?;
         }
         let quotas = match (limits, &dirs) {
-            (Some(limits), Some(dirs)) => self.quotas_for(dirs, limits)?,
+            (Some(limits), Some(dirs)) => self.projects.for_new(dirs, limits)?,
             _ => None,
         };
         let needs_home = id_maps.is_some() && self.id_mapped_mounts() == IdMappedMounts::Supported;
         if needs_home && !parent.is_empty() {
-            self.bring_home(&self.ancestors_of(parent)?)?;
+            self.relocator.bring_home(&self.ancestors_of(parent)?)?;
         }
         // Before the writer's lock: the disk they are on may be slow, or gone.
         let lowers = self.ensure_lowers(&wanted)?;
@@ -229,7 +246,8 @@ impl Snapshotter {
             };
             let new_project = match (&quotas, &dirs, limits) {
                 (Some(quotas), Some(dirs), Some(limits)) => {
-                    self.give_project(transaction, quotas, dirs, created.id, limits)?
+                    self.projects
+                        .give(transaction, quotas, dirs, created.id, limits)?
                 }
                 _ => None,
             };
@@ -240,13 +258,13 @@ impl Snapshotter {
         })?;
         let (new_links, new_project, new_dirs, created) = made;
         new_links.keep();
-        new_project.into_iter().for_each(NewProject::keep);
+        new_project.into_iter().for_each(Undo::keep);
         new_dirs.into_iter().for_each(NewDirs::keep);
         let extras = image.lower_links(created.id, lowers.targets().len());
         lowers.keep();
         let is_unpack = kind == Kind::Active && is_unpack(key, &labels);
         if is_unpack && volume == Some(Volume::Image) {
-            self.unpacks.begin(created.id);
+            self.flusher.begin_unpack(created.id);
         }
         Ok(self.mounts_of(&Mounted {
             kind,
@@ -308,9 +326,13 @@ impl Snapshotter {
             let mut transaction = self.store.write()?;
             let before = transaction.rows().stat(key)?;
             let after = transaction.rows().update(key, changes)?;
-            let change = self.plan_limit_change(&transaction, &before, &after)?;
+            let change = self
+                .projects
+                .plan_limit_change(&transaction, &before, &after)?;
             match change {
-                Some(change) => self.change_limits(&change, || transaction.commit())?,
+                Some(change) => self
+                    .projects
+                    .change_limits(&change, || transaction.commit())?,
                 None => transaction.commit()?,
             }
             Ok(after)

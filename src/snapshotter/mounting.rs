@@ -3,13 +3,13 @@
 
 use super::labels::IdMaps;
 use super::place::is_unpack;
-use super::{IdMappedMounts, QuotaMode, Snapshotter};
+use super::{IdMappedMounts, Snapshotter};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
 use crate::mount::overlay::{Plan, plan_mounts};
-use crate::store::{Ancestor, Reader, Snapshot};
-use crate::types::{Kind, LABEL_LOWERS, Limits, Mount, Quoted, SnapshotId, Volume};
+use crate::store::{Ancestor, Snapshot};
+use crate::types::{Kind, LABEL_LOWERS, Mount, Quoted, SnapshotId, Volume};
 
 /// A snapshot about to be shown as mounts.
 pub(super) struct Mounted<'a> {
@@ -76,7 +76,7 @@ impl Snapshotter {
         let chosen = stored.chosen.as_deref();
         let extras = self.renew_lowers(&stored.snapshot, chosen, id_maps.as_ref())?;
         if stored.is_limited {
-            self.lend_room(id);
+            self.projects.lend_room(id);
         }
         Ok(self.stored_mounts(&stored, &extras, id_maps))
     }
@@ -108,21 +108,10 @@ impl Snapshotter {
             Ok(Stored {
                 ancestors: parent.map_or(Ok(Vec::new()), |parent| reader.chain(parent))?,
                 chosen: reader.chosen_lowers(snapshot.id)?,
-                is_limited: self.is_limited(&reader, &snapshot),
+                is_limited: self.projects.is_limited(&reader, &snapshot),
                 snapshot,
             })
         })
-    }
-
-    fn is_limited(&self, reader: &Reader<'_>, snapshot: &Snapshot) -> bool {
-        if snapshot.volume != Some(Volume::Writable) || self.options.quota.mode == QuotaMode::Off {
-            return false;
-        }
-        match reader.project_of(snapshot.id) {
-            Ok(given) => given.is_some_and(|given| given.limits != Limits::NONE),
-            // Told where room is lent, and no reason not to mount.
-            Err(_) => true,
-        }
     }
 
     /// A layer whose bytes are on the writable volume is reached through a

@@ -1,15 +1,9 @@
 //! Removing snapshots, and giving back what they took.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-
-use super::{RemovalMode, Snapshotter, labels, recover};
+use super::{RemovalMode, Snapshotter, in_use, labels};
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{Place, Transaction};
-use crate::tree;
-use crate::types::{Kind, Quoted, SnapshotId, Volume};
-use crate::util::lock::lock;
-use crate::volume::Dirs;
+use crate::types::{Quoted, SnapshotId, Volume};
 
 impl Snapshotter {
     /// Removes a snapshot that nothing stands on. Its bytes go to the trash.
@@ -27,16 +21,16 @@ impl Snapshotter {
         labels::check_key("key", key)?;
         let (removed, released) = self.strike_out(key)?;
 
-        self.unpacks.end(removed.id);
+        self.flusher.end_unpack(removed.id);
         self.walks.forget(removed.id);
         self.drop_lower_links(removed.id);
 
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
         if let Some(volume) = removed.volume
-            && let Err(error) = self.trash(&removed, volume)
+            && let Err(error) = self.trash_removed(&removed, volume)
         {
-            self.note_stray(volume);
+            self.trash.note_stray(volume);
             log::warn!(
                 "remove the directory of snapshot {}: {}",
                 removed.id,
@@ -44,8 +38,8 @@ impl Snapshotter {
             );
         }
         for layer in &released {
-            if let Err(error) = self.trash_old(*layer) {
-                self.note_stray(Volume::Writable);
+            if let Err(error) = self.trash_leftover(*layer) {
+                self.trash.note_stray(Volume::Writable);
                 log::warn!("remove what layer {layer} has left: {}", error.chain());
             }
         }
@@ -53,13 +47,11 @@ impl Snapshotter {
             let old = (!released.is_empty()).then_some(Volume::Writable);
             let link = (removed.volume == Some(Volume::Writable)).then_some(Volume::Image);
             for volume in removed.volume.into_iter().chain(old).chain(link) {
-                if let Err(error) = self.empty_trash(volume) {
-                    log::warn!("empty the trash of the {volume} volume: {}", error.chain());
-                }
+                self.trash.try_to_empty(volume);
             }
-            self.relocator.tell_room();
+            self.relocator.note_room();
         }
-        self.relocator.tell_end();
+        self.relocator.note_end();
         Ok(())
     }
 
@@ -95,7 +87,10 @@ impl Snapshotter {
         // Before the row is gone by which it is known what stands on what.
         let held = match rows.retired()?.is_empty() {
             true => None,
-            false => Some(rows.layers_of(&self.mounted_on(Volume::Writable)?)?),
+            false => {
+                let mounted = in_use::mounted_on_writable(&self.store, &self.volumes)?;
+                Some(rows.layers_of(&mounted)?)
+            }
         };
         let removed = rows.remove(key)?;
         let released = match held {
@@ -105,18 +100,18 @@ impl Snapshotter {
         Ok((removed, released))
     }
 
-    fn trash(&self, removed: &Place, volume: Volume) -> Result<()> {
-        if volume == Volume::Writable && removed.kind == Kind::Committed {
+    fn trash_removed(&self, removed: &Place, volume: Volume) -> Result<()> {
+        if removed.is_unmoved() {
             // Its link, or the copy that a move was about to record.
             let image = self.volumes.image().dirs();
             image
                 .trash(removed.id)
-                .inspect_err(|_| self.note_stray(Volume::Image))?;
+                .inspect_err(|_| self.trash.note_stray(Volume::Image))?;
         }
         self.volumes.open(volume)?.trash(removed.id).map(drop)
     }
 
-    fn trash_old(&self, layer: SnapshotId) -> Result<()> {
+    fn trash_leftover(&self, layer: SnapshotId) -> Result<()> {
         self.volumes.open(Volume::Writable)?.trash(layer).map(drop)
     }
 
@@ -128,53 +123,11 @@ impl Snapshotter {
     /// (the image volume has been cleaned then); [`ErrorKind::Internal`] if
     /// something cannot be deleted.
     pub fn cleanup(&self) -> Result<()> {
-        let image = self.empty_trash(Volume::Image);
-        self.relocator.tell_room();
-        let writable = self.empty_trash(Volume::Writable);
+        let image = self.trash.empty(Volume::Image);
+        self.relocator.note_room();
+        let writable = self.trash.empty(Volume::Writable);
         self.store.refill_ballast();
         image.and(writable).context(|| "clean removed snapshots up")
-    }
-
-    pub(super) fn empty_trash(&self, volume: Volume) -> Result<()> {
-        let _cleaning = lock(&self.cleaning);
-        let dirs = self.volumes.open(volume)?;
-        if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
-            self.sweep(&dirs, volume)
-                .inspect_err(|_| self.note_stray(volume))?;
-        }
-        let emptied = tree::remove_children(dirs.trash_fd()?)
-            .context(|| format!("empty the trash of the {volume} volume"));
-        // What could be deleted may have been the last of a project; where both
-        // volumes are one file system, on either.
-        if let Err(error) = self.free_projects() {
-            log::warn!("give project ids back: {}", error.chain());
-        }
-        emptied
-    }
-
-    pub(super) fn note_stray(&self, volume: Volume) {
-        self.strays[volume as usize].store(true, Ordering::Release);
-    }
-
-    fn sweep(&self, dirs: &Arc<Dirs>, volume: Volume) -> Result<()> {
-        let mut transaction = self.store.write()?;
-        let inventory = recover::Inventory::read(&transaction)?;
-        inventory.require_latest(volume, dirs)?;
-        recover::trash_strays(dirs, volume, &inventory)?;
-        let mut uncharged = Vec::new();
-        if volume == Volume::Writable {
-            match self.recover_projects(&transaction, dirs) {
-                Ok(found) => uncharged = found,
-                // Whatever is wrong with quotas, what was removed is deleted.
-                Err(error) => {
-                    self.note_stray(volume);
-                    log::warn!("look at the project quotas: {}", error.chain());
-                }
-            }
-        }
-        transaction.commit()?;
-        self.uncharged.add(&uncharged);
-        Ok(())
     }
 }
 

@@ -89,7 +89,7 @@ impl Snapshotter {
         // Into the file itself: a copy with a log looks like one with another's.
         self.store.settle()?;
         self.recover().context(|| "recover, as at a start")?;
-        self.charge_waiting()
+        self.projects.recharge_now()
     }
 
     /// The highest number that anything on either volume has; 0 without any.

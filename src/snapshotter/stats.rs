@@ -1,7 +1,6 @@
 //! How things stand, in numbers.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Snapshotter, UsageFigures};
 use crate::error::{Error, Result};
@@ -70,25 +69,6 @@ impl Figures {
     }
 }
 
-/// What the relocator has done since the start.
-#[derive(Default)]
-pub(super) struct Relocated {
-    layers: AtomicU64,
-    bytes: AtomicU64,
-    failures: AtomicU64,
-}
-
-impl Relocated {
-    pub(super) fn count(&self, bytes: u64) {
-        self.layers.fetch_add(1, Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn count_failure(&self) {
-        self.failures.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
 impl Snapshotter {
     /// Counts. Waits for no disk, as long as the database is in memory.
     pub fn figures(&self) -> Result<Figures> {
@@ -96,7 +76,7 @@ impl Snapshotter {
         let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
         let is_away =
             |held: &&Held| held.kind == Kind::Committed && held.volume == Some(Volume::Writable);
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let moves = self.relocator.moves();
         Ok(Figures {
             away_bytes: snapshots
                 .iter()
@@ -106,9 +86,9 @@ impl Snapshotter {
             snapshots,
             volumes: [Volume::Image, Volume::Writable].map(|volume| self.volume_figures(volume)),
             lost_layers: self.lost.get().map_or(0, |lost| lost.len() as u64),
-            relocations: load(&self.relocated.layers),
-            relocated_bytes: load(&self.relocated.bytes),
-            relocation_failures: load(&self.relocated.failures),
+            relocations: moves.layers,
+            relocated_bytes: moves.bytes,
+            relocation_failures: moves.failures,
             quotas: self.quota_support().ok(),
             projects,
             usages: self.walks.figures(),
@@ -136,7 +116,7 @@ impl Snapshotter {
         let mut written = Vec::new();
         for (id, key) in active {
             let counted = dirs.open_upper(id).and_then(|upper| {
-                match self.usage_by_quota(&dirs, id, &upper)? {
+                match self.projects.usage(&dirs, id, &upper)? {
                     Some(usage) => Ok(usage),
                     None => tree::count(upper).map(|content| content.usage),
                 }
@@ -162,7 +142,7 @@ impl Snapshotter {
 
     fn volume_figures(&self, volume: Volume) -> VolumeFigures {
         let room = self.volumes.open(volume).and_then(|dirs| dirs.room());
-        let has_failed = self.suspect_up_to[volume as usize].load(Ordering::Acquire) > 0;
+        let has_failed = self.flusher.has_failed(volume);
         let (size_bytes, free_bytes) = match &room {
             Ok(room) => (room.size_bytes, room.free_bytes),
             Err(_) => (0, 0),

@@ -256,8 +256,8 @@ impl Snapshotter {
         let upper = self.open_upper(key, snapshot, &dirs)?;
         // Of a tree that is being charged, the quota knows a part.
         if volume == Volume::Writable
-            && !self.uncharged.has(snapshot.id)
-            && let Some(usage) = self.usage_by_quota(&dirs, snapshot.id, &upper)?
+            && !self.projects.is_uncharged(snapshot.id)
+            && let Some(usage) = self.projects.usage(&dirs, snapshot.id, &upper)?
         {
             self.walks.by_quota.fetch_add(1, Ordering::Relaxed);
             return Ok(usage);

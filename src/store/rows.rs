@@ -30,6 +30,17 @@ pub struct Snapshot {
     pub data_bytes: DataBytes,
 }
 
+impl Snapshot {
+    /// What it is, and where its directory.
+    pub fn place(&self) -> Place {
+        Place {
+            id: self.id,
+            kind: self.info.kind,
+            volume: self.volume,
+        }
+    }
+}
+
 /// What is known of the length of all of a layer's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DataBytes {
@@ -101,6 +112,13 @@ pub struct Place {
     pub kind: Kind,
     /// Where its directory is, if it has one.
     pub volume: Option<Volume>,
+}
+
+impl Place {
+    /// Whether it is a layer whose bytes have not moved to the image volume yet.
+    pub fn is_unmoved(&self) -> bool {
+        self.kind == Kind::Committed && self.volume == Some(Volume::Writable)
+    }
 }
 
 /// Snapshots of one kind, with their directories in one place.

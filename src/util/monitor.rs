@@ -38,6 +38,11 @@ impl<T> Monitor<T> {
         self.changed.notify_all();
     }
 
+    /// Whether [`Monitor::stop`] was called.
+    pub fn is_stopping(&self) -> bool {
+        lock(&self.state).is_stopping
+    }
+
     /// Waits while `is_idle` holds, and then calls `take` under the same lock. `None`
     /// after [`Monitor::stop`].
     pub fn wait_while<R>(

@@ -1,38 +1,40 @@
 //! A thread that works beside the requests and ends with the value that stands
 //! for it.
 
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// A running thread; told to end, and waited for, when dropped.
+/// A running thread. Dropping it has the thread end, and waits for that.
 pub struct Background {
     name: &'static str,
-    tell_to_end: Box<dyn Fn() + Send>,
+    stop: Box<dyn Fn() + Send>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Background {
-    /// Starts `work` in a thread of that name, of which `tell_to_end` has to make
-    /// an end.
+    /// Starts a thread of that name, which does `work` on `part` until `stop` is called.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Internal`] if the system gives no thread.
-    pub fn start(
+    pub fn start<T: Send + Sync + 'static>(
         name: &'static str,
-        tell_to_end: impl Fn() + Send + 'static,
-        work: impl FnOnce() + Send + 'static,
+        part: &Arc<T>,
+        stop: impl Fn(&T) + Send + 'static,
+        work: impl FnOnce(&T) + Send + 'static,
     ) -> Result<Background> {
+        let (stopped, working) = (Arc::clone(part), Arc::clone(part));
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(work)
+            .spawn(move || work(&working))
             .map_err(|error| {
                 Error::caused(ErrorKind::Internal, format!("start the {name}"), error)
             })?;
         Ok(Background {
             name,
-            tell_to_end: Box::new(tell_to_end),
+            stop: Box::new(move || stop(&stopped)),
             thread: Some(thread),
         })
     }
@@ -40,7 +42,7 @@ impl Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        (self.tell_to_end)();
+        (self.stop)();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

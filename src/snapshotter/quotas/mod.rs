@@ -19,24 +19,29 @@ mod mount_headroom;
 mod recharge;
 mod recover;
 
-pub(super) use recharge::Uncharged;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Once};
+
 use rustix::fd::OwnedFd;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::limits::Asked;
 use super::place::is_unpack;
-use super::{QuotaMode, Snapshotter};
+use super::{QuotaMode, QuotaOptions};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::quota::{self, Quotas, Support};
-use crate::store::{Project, Snapshot, Transaction};
+use crate::store::{Project, Reader, Snapshot, Store, Transaction};
 use crate::types::{
     Kind, LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_VOLUME, Labels, Limits,
     ProjectId, SnapshotId, Usage, Volume,
 };
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
-use crate::volume::{Dirs, Parts};
-pub(super) use mount_headroom::Loans;
+use crate::util::monitor::Monitor;
+use crate::util::undo::Undo;
+use crate::volume::{Dirs, Volumes};
+use mount_headroom::Loan;
+use recharge::Uncharged;
 
 /// How many ids of others are passed over, which the kernel is asked about while all
 /// that changes the database waits: ids that are not recorded here, and that the
@@ -62,64 +67,18 @@ impl LimitChange {
     }
 }
 
-/// A project just given to new directories; dropped without
-/// [`NewProject::keep`], it is taken from them.
-pub(super) struct NewProject<'a> {
-    quotas: &'a Quotas<'a>,
-    project: ProjectId,
-    limits: Limits,
-    parts: Parts,
-    keep: bool,
-}
-
-impl<'a> NewProject<'a> {
-    /// Gives it to a snapshot's directories, which are empty.
-    fn give(
-        quotas: &'a Quotas<'a>,
-        project: ProjectId,
-        limits: Limits,
-        parts: Parts,
-    ) -> Result<NewProject<'a>> {
-        let new = NewProject {
-            quotas,
-            project,
-            limits,
-            parts,
-            keep: false,
-        };
-        for part in new.parts.all() {
-            quota::set_project(part, project)?;
-        }
-        // It has none yet: such an id would not have been picked.
-        if limits != Limits::NONE {
-            quotas.set_limits(project, limits)?;
-        }
-        Ok(new)
-    }
-
-    /// The snapshot is entered.
-    pub(super) fn keep(mut self) {
-        self.keep = true;
-    }
-}
-
-impl Drop for NewProject<'_> {
-    fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
-        // First the limits: nobody would know whose they are. The directories go to
-        // the trash next.
-        let cleared = match self.limits {
-            Limits::NONE => Ok(()),
-            _ => self.quotas.set_limits(self.project, Limits::NONE),
-        };
-        let mut parts = self.parts.all();
-        let taken = parts.try_for_each(|part| quota::set_project(part, ProjectId::NONE));
-        for error in [cleared.err(), taken.err()].into_iter().flatten() {
-            log::warn!("undo a refused request: {}", error.chain());
-        }
-    }
+/// The project quotas of the snapshots on the writable volume.
+pub(super) struct Projects {
+    store: Arc<Store>,
+    volumes: Arc<Volumes>,
+    options: QuotaOptions,
+    /// The project id given out last, from which the search for the next starts.
+    last: Mutex<Option<ProjectId>>,
+    uncharged: Monitor<Uncharged>,
+    /// The snapshots to which room is lent.
+    loans: Monitor<HashMap<SnapshotId, Loan>>,
+    /// That quotas fail where a snapshot can do without is logged once.
+    failing: Once,
 }
 
 /// How much a new snapshot may take; `None` if it is not to have a project.
@@ -153,22 +112,70 @@ pub(super) fn plan_limits(
     }
 }
 
-impl Snapshotter {
-    /// What project quotas do on the writable volume.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::FailedPrecondition`] if they do nothing: why, and what would
-    /// change that; or as of the volume.
-    pub fn quota_support(&self) -> Result<Support> {
-        if self.options.quota.mode == QuotaMode::Off {
-            return Err(switched_off());
+impl Projects {
+    pub(super) fn new(
+        (store, volumes): (Arc<Store>, Arc<Volumes>),
+        options: QuotaOptions,
+    ) -> Projects {
+        Projects {
+            store,
+            volumes,
+            options,
+            last: Mutex::new(None),
+            uncharged: Monitor::default(),
+            loans: Monitor::default(),
+            failing: Once::new(),
         }
-        let dirs = self.volumes.open(Volume::Writable)?;
+    }
+
+    /// The quotas of the writable volume; `None` if they are switched off, its file
+    /// system has none, or this process may not use them.
+    fn available<'a>(&self, dirs: &'a Dirs) -> Result<Option<Quotas<'a>>> {
+        if self.options.mode == QuotaMode::Off {
+            return Ok(None);
+        }
+        match Quotas::probe(dirs.snapshots_fd()) {
+            Err(error) if error.kind() == ErrorKind::FailedPrecondition => Ok(None),
+            probed => probed,
+        }
+    }
+
+    /// The quotas of the writable volume; [`ErrorKind::FailedPrecondition`] if it has
+    /// none: why, and what would change that.
+    fn require<'a>(&self, dirs: &'a Dirs) -> Result<Quotas<'a>> {
+        self.require_switched_on()?;
         match Quotas::probe(dirs.snapshots_fd())? {
-            Some(quotas) => Ok(quotas.support()),
+            Some(quotas) => Ok(quotas),
             None => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), None)),
         }
+    }
+
+    /// As [`Projects::require`], for quotas that also keep limits.
+    fn require_limits<'a>(&self, dirs: &'a Dirs) -> Result<Quotas<'a>> {
+        let quotas = self
+            .require(dirs)
+            .and_then(|quotas| match quotas.support() {
+                Support::Limits => Ok(quotas),
+                counts => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), Some(counts))),
+            });
+        quotas.context(|| "limit what is written on the writable volume")
+    }
+
+    fn require_switched_on(&self) -> Result<()> {
+        match self.options.mode {
+            QuotaMode::Auto | QuotaMode::Require => Ok(()),
+            QuotaMode::Off => Err(Error::refused(
+                "project quotas are switched off by --quota off, or by a user namespace, in \
+                 which the kernel sets no projects",
+            )),
+        }
+    }
+
+    /// See [`super::Snapshotter::quota_support`].
+    pub(super) fn support(&self) -> Result<Support> {
+        self.require_switched_on()?;
+        let dirs = self.volumes.open(Volume::Writable)?;
+        Ok(self.require(&dirs)?.support())
     }
 
     /// The quotas for a new snapshot that may take so much; `None` if it gets no
@@ -178,22 +185,12 @@ impl Snapshotter {
     ///
     /// [`ErrorKind::FailedPrecondition`] if they are needed and not there: what is
     /// missing, and how to come by it.
-    pub(super) fn quotas_for<'a>(
-        &self,
-        dirs: &'a Dirs,
-        limits: Limits,
-    ) -> Result<Option<Quotas<'a>>> {
-        let mode = self.options.quota.mode;
-        if self.needs_quotas(limits) {
-            return require_limits(mode, dirs).map(Some);
+    pub(super) fn for_new<'a>(&self, dirs: &'a Dirs, limits: Limits) -> Result<Option<Quotas<'a>>> {
+        if self.are_needed(limits) {
+            return self.require_limits(dirs).map(Some);
         }
-        if mode == QuotaMode::Off {
-            return Ok(None);
-        }
-        Quotas::probe(dirs.snapshots_fd()).or_else(|error| match error.kind() {
-            ErrorKind::FailedPrecondition => Ok(None),
-            _ => self.do_without_quotas(limits, error).map(|()| None),
-        })
+        self.available(dirs)
+            .or_else(|error| self.do_without(limits, error).map(|()| None))
     }
 
     /// Gives a new snapshot's directories, which are empty, a project; `None` where
@@ -201,43 +198,42 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::ResourceExhausted`] if no id is free; as of the volume's disk
-    /// and the database.
-    pub(super) fn give_project<'a>(
+    /// [`ErrorKind::ResourceExhausted`] if no id is free.
+    pub(super) fn give<'a>(
         &self,
         transaction: &Transaction<'_>,
         quotas: &'a Quotas<'a>,
-        dirs: &Dirs,
+        dirs: &'a Dirs,
         id: SnapshotId,
         limits: Limits,
-    ) -> Result<Option<NewProject<'a>>> {
-        let parts = dirs.open_parts(id)?;
-        let given = self
-            .pick_project(transaction, quotas)
-            .and_then(|project| NewProject::give(quotas, project, limits, parts));
-        let new = match given {
+    ) -> Result<Option<Undo<impl FnOnce() -> Result<()> + use<'a>>>> {
+        let given = self.pick(transaction, quotas).and_then(|project| {
+            let set = set_project(quotas, dirs, id, project, limits)?;
+            Ok((project, set))
+        });
+        let (project, set) = match given {
             Err(error) if error.kind() != ErrorKind::ResourceExhausted => {
-                self.do_without_quotas(limits, error)?;
+                self.do_without(limits, error)?;
                 return Ok(None);
             }
             given => given?,
         };
         transaction.rows().record_project(&Project {
-            project: new.project,
+            project,
             snapshot: Some(id),
             limits,
         })?;
         fault_point("project-given");
-        Ok(Some(new))
+        Ok(Some(set))
     }
 
-    /// What is wrong with quotas is the affair of those who need them; everybody
-    /// else goes on without, and it is told once.
-    fn do_without_quotas(&self, limits: Limits, error: Error) -> Result<()> {
-        if self.needs_quotas(limits) {
+    /// Returns the error where quotas are needed. Everywhere else the snapshot goes on
+    /// without them, and the error is logged once.
+    fn do_without(&self, limits: Limits, error: Error) -> Result<()> {
+        if self.are_needed(limits) {
             return Err(error);
         }
-        self.broken_quotas.call_once(|| {
+        self.failing.call_once(|| {
             log::warn!(
                 "new containers get no project, so that their files have to be counted: {}",
                 error.chain()
@@ -246,19 +242,15 @@ impl Snapshotter {
         Ok(())
     }
 
-    fn needs_quotas(&self, limits: Limits) -> bool {
-        limits != Limits::NONE || self.options.quota.mode == QuotaMode::Require
+    fn are_needed(&self, limits: Limits) -> bool {
+        limits != Limits::NONE || self.options.mode == QuotaMode::Require
     }
 
     /// An id that nobody has, and of which the kernel has nothing.
-    fn pick_project(
-        &self,
-        transaction: &Transaction<'_>,
-        quotas: &Quotas<'_>,
-    ) -> Result<ProjectId> {
+    fn pick(&self, transaction: &Transaction<'_>, quotas: &Quotas<'_>) -> Result<ProjectId> {
         let rows = transaction.rows();
-        let range = self.options.quota.ids;
-        let mut last = lock(&self.last_project);
+        let range = self.options.ids;
+        let mut last = lock(&self.last);
         if last.is_none() {
             let given = rows.projects()?;
             let mut ids = given.iter().map(|given| given.project);
@@ -314,7 +306,7 @@ impl Snapshotter {
         if !is_size_changed && !are_inodes_changed {
             return Ok(None);
         }
-        let default = self.options.quota.default;
+        let default = self.options.default;
         let limits = plan_limits(info.kind, &info.name, &info.labels, after.volume, default)?;
         let Some(mut to) = limits else {
             return Ok(None);
@@ -337,7 +329,7 @@ impl Snapshotter {
         if Asked::read(&info.labels)?.is_limit() {
             // What a file system lacks comes before what the snapshot does.
             let dirs = self.volumes.open(Volume::Writable)?;
-            require_limits(self.options.quota.mode, &dirs)?;
+            self.require_limits(&dirs)?;
             return Err(Error::refused(
                 "it was made while the writable volume had no project quotas, so it has no \
                  project that could be limited: make the container anew",
@@ -359,7 +351,7 @@ impl Snapshotter {
         change: &LimitChange,
         record: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let are_kept = || matches!(self.quota_support(), Ok(Support::Limits));
+        let are_kept = || matches!(self.support(), Ok(Support::Limits));
         if change.only_lifts() && !are_kept() {
             log::info!(
                 "project {} keeps its limits until a start with quotas",
@@ -368,7 +360,7 @@ impl Snapshotter {
             return record();
         }
         let dirs = self.volumes.open(Volume::Writable)?;
-        let quotas = require_limits(self.options.quota.mode, &dirs)?;
+        let quotas = self.require_limits(&dirs)?;
         quotas
             .set_limits(change.project, change.to)
             .and_then(|()| {
@@ -382,17 +374,31 @@ impl Snapshotter {
             })
     }
 
+    /// Whether a snapshot has limits that are kept, or may have.
+    pub(super) fn is_limited(&self, reader: &Reader<'_>, snapshot: &Snapshot) -> bool {
+        if snapshot.volume != Some(Volume::Writable) || self.options.mode == QuotaMode::Off {
+            return false;
+        }
+        match reader.project_of(snapshot.id) {
+            Ok(given) => given.is_some_and(|given| given.limits != Limits::NONE),
+            // Logged where room is lent, and no reason not to mount.
+            Err(_) => true,
+        }
+    }
+
+    /// Has no further file charged to a project.
+    pub(super) fn stop_charging(&self) {
+        self.uncharged.stop();
+    }
+
     /// What a snapshot takes by its quota, in constant time; `None` if it has no
     /// project, or its directory is not charged to it.
-    pub(super) fn usage_by_quota(
+    pub(super) fn usage(
         &self,
         dirs: &Dirs,
         id: SnapshotId,
         upper: &OwnedFd,
     ) -> Result<Option<Usage>> {
-        if self.options.quota.mode == QuotaMode::Off {
-            return Ok(None);
-        }
         let Some(given) = self.store.read()?.project_of(id)? else {
             return Ok(None);
         };
@@ -401,7 +407,7 @@ impl Snapshotter {
         }
         // Who gets no answer can still walk: the kernel takes the question for a
         // write, and has none on a volume that is read-only.
-        let Ok(Some(quotas)) = Quotas::probe(dirs.snapshots_fd()) else {
+        let Ok(Some(quotas)) = self.available(dirs) else {
             return Ok(None);
         };
         Ok(quotas.held(given.project).ok().map(|held| held.usage))
@@ -409,21 +415,18 @@ impl Snapshotter {
 
     /// Gives the ids back to which nothing is charged any more. XFS may take a moment
     /// for what has just been deleted: the next call finds it then.
-    pub(super) fn free_projects(&self) -> Result<()> {
+    pub(super) fn free_unused(&self) -> Result<()> {
         let loose = self.store.read()?.loose_projects()?;
-        if loose.is_empty() || self.options.quota.mode == QuotaMode::Off {
+        if loose.is_empty() {
             return Ok(());
         }
         // Without the volume nobody can tell, and it is told elsewhere.
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(());
         };
-        let quotas = match Quotas::probe(dirs.snapshots_fd()) {
-            Ok(Some(quotas)) => quotas,
-            Ok(None) => return Ok(()),
-            // The start has told it.
-            Err(error) if error.kind() == ErrorKind::FailedPrecondition => return Ok(()),
-            Err(error) => return Err(error),
+        // The start has logged why there are none.
+        let Some(quotas) = self.available(&dirs)? else {
+            return Ok(());
         };
         quotas.settle();
         let mut unused = Vec::new();
@@ -453,24 +456,33 @@ fn random() -> Result<u32> {
     Ok(u32::from_ne_bytes(bytes))
 }
 
-fn switched_off() -> Error {
-    Error::refused(
-        "project quotas are switched off by --quota off, or by a user namespace, in which the \
-         kernel sets no projects",
-    )
-}
-
-/// The quotas of a volume that has to have them.
-fn require_limits(mode: QuotaMode, dirs: &Dirs) -> Result<Quotas<'_>> {
-    if mode == QuotaMode::Off {
-        return Err(switched_off());
+/// Gives a project to a snapshot's directories, which are empty. Before the snapshot is
+/// entered, that can be taken back.
+fn set_project<'a>(
+    quotas: &'a Quotas<'a>,
+    dirs: &'a Dirs,
+    id: SnapshotId,
+    project: ProjectId,
+    limits: Limits,
+) -> Result<Undo<impl FnOnce() -> Result<()> + 'a>> {
+    let set_on_all = move |project| -> Result<()> {
+        let parts = dirs.open_parts(id)?;
+        let mut parts = parts.all();
+        parts.try_for_each(|part| quota::set_project(part, project))
+    };
+    let undo = Undo::new("the project of a refused snapshot", move || {
+        // First the limits: no row says whose they are. The directories go to the trash
+        // next.
+        let cleared = match limits {
+            Limits::NONE => Ok(()),
+            _ => quotas.set_limits(project, Limits::NONE),
+        };
+        set_on_all(ProjectId::NONE).and(cleared)
+    });
+    set_on_all(project)?;
+    // The project has no limits yet: an id that has any is not picked.
+    if limits != Limits::NONE {
+        quotas.set_limits(project, limits)?;
     }
-    let needing = || "limit what is written on the writable volume";
-    match Quotas::probe(dirs.snapshots_fd()).context(needing)? {
-        Some(quotas) if quotas.support() == Support::Limits => Ok(quotas),
-        other => {
-            let support = other.map(|quotas| quotas.support());
-            Err(quota::lack(dirs.snapshots_fd(), dirs.path(), support)).context(needing)
-        }
-    }
+    Ok(undo)
 }

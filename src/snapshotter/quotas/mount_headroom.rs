@@ -19,90 +19,32 @@
 //! the next start sets it.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Snapshotter, require_limits};
+use super::Projects;
 use crate::error::Result;
-use crate::quota::Quotas;
-use crate::snapshotter::QuotaMode;
 use crate::snapshotter::limits::with_room;
 use crate::types::{Limits, SnapshotId, Volume};
-use crate::util::lock::lock;
 use crate::util::threads::Background;
 use crate::volume::WorkMark;
 
-/// How often it is looked whether a mount was made. Once seen, a loan lasts until
-/// the next look: the directory comes before the last steps of the mount.
+/// How often to check whether the mount has happened. The loan is kept for one more
+/// interval after that: overlayfs creates `work/work` before the mount is complete.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long a caller may take from asking for mounts to making them; a disk beneath
 /// the layers may have to wake up.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// The snapshots to which room is lent.
-#[derive(Default)]
-pub(in crate::snapshotter) struct Loans {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    loans: HashMap<SnapshotId, Loan>,
-    is_stopping: bool,
-}
-
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Loan {
+pub(super) struct Loan {
     until: Instant,
     /// Before the mount.
     work: Option<WorkMark>,
     is_mount_seen: bool,
 }
 
-impl Loans {
-    /// Also renews the one there is: its mount may have been another.
-    fn begin(&self, id: SnapshotId, work: Option<WorkMark>) {
-        let loan = Loan {
-            until: Instant::now() + LONGEST,
-            work,
-            is_mount_seen: false,
-        };
-        lock(&self.state).loans.insert(id, loan);
-        self.changed.notify_all();
-    }
-
-    /// `false` if it has been renewed.
-    fn replace(&self, id: SnapshotId, loan: Loan, by: Option<Loan>) -> bool {
-        let loans = &mut lock(&self.state).loans;
-        let is_it = loans.get(&id) == Some(&loan);
-        if is_it {
-            loans.remove(&id);
-            loans.extend(by.map(|by| (id, by)));
-        }
-        is_it
-    }
-
-    fn stop(&self) {
-        lock(&self.state).is_stopping = true;
-        self.changed.notify_all();
-    }
-
-    /// Waits for a loan, and then until the next look; `None` at the stop.
-    fn await_look(&self) -> Option<Vec<(SnapshotId, Loan)>> {
-        let some = self.changed.wait_while(lock(&self.state), |state| {
-            state.loans.is_empty() && !state.is_stopping
-        });
-        let some = some.unwrap_or_else(PoisonError::into_inner);
-        let paused = self
-            .changed
-            .wait_timeout_while(some, LOOK, |state| !state.is_stopping);
-        let state = paused.unwrap_or_else(PoisonError::into_inner).0;
-        (!state.is_stopping).then(|| state.loans.iter().map(|(id, loan)| (*id, *loan)).collect())
-    }
-}
-
-impl Snapshotter {
+impl Projects {
     /// Lends a snapshot that has limits what it lacks to be mounted. If that
     /// fails its mounts are told all the same: they may do.
     pub(in crate::snapshotter) fn lend_room(&self, id: SnapshotId) {
@@ -115,15 +57,12 @@ impl Snapshotter {
     }
 
     fn try_to_lend_room(&self, id: SnapshotId) -> Result<()> {
-        if self.options.quota.mode == QuotaMode::Off {
-            return Ok(());
-        }
         let given = self.store.read()?.project_of(id)?;
         let Some(given) = given.filter(|given| given.limits != Limits::NONE) else {
             return Ok(());
         };
         let dirs = self.volumes.open(Volume::Writable)?;
-        let Some(quotas) = Quotas::probe(dirs.snapshots_fd())? else {
+        let Some(quotas) = self.available(&dirs)? else {
             return Ok(());
         };
         let lent = with_room(given.limits, quotas.held(given.project)?.usage);
@@ -141,29 +80,49 @@ impl Snapshotter {
         }
         let work = dirs.work_mark(id);
         quotas.set_limits(given.project, lent)?;
-        self.loans.begin(id, work);
+        let loan = Loan {
+            until: Instant::now() + LONGEST,
+            work,
+            is_mount_seen: false,
+        };
+        // Also in place of the one there is: its mount may have been another.
+        self.loans.change(|loans| loans.insert(id, loan));
         log::debug!("snapshot {id} has filled its limit: room is lent for its mount");
         Ok(())
     }
 
     /// Starts the thread that takes room back.
-    ///
-    /// # Errors
-    ///
-    /// [`crate::error::ErrorKind::Internal`] if the system gives no thread.
-    pub fn start_lender(self: &Arc<Snapshotter>) -> Result<Background> {
-        let (told, looking) = (Arc::clone(self), Arc::clone(self));
-        Background::start(
-            "lender",
-            move || told.loans.stop(),
-            move || {
-                while let Some(loans) = looking.loans.await_look() {
-                    for (id, loan) in loans {
-                        looking.look_at_loan(id, loan);
-                    }
+    pub(in crate::snapshotter) fn start_lender(self: &Arc<Projects>) -> Result<Background> {
+        let stop = |projects: &Projects| projects.loans.stop();
+        Background::start("lender", self, stop, |projects| {
+            while let Some(loans) = projects.await_loans() {
+                for (id, loan) in loans {
+                    projects.look_at_loan(id, loan);
                 }
-            },
-        )
+            }
+        })
+    }
+
+    /// Waits for a loan, and then until the next look; `None` at the stop.
+    fn await_loans(&self) -> Option<Vec<(SnapshotId, Loan)>> {
+        self.loans.wait_while(HashMap::is_empty, |_| ())?;
+        if !self.loans.pause(LOOK) {
+            return None;
+        }
+        let all = |loans: &mut HashMap<_, _>| loans.iter().map(|(id, loan)| (*id, *loan)).collect();
+        Some(self.loans.look(all))
+    }
+
+    /// `false`, and nothing done, if the loan has been renewed.
+    fn replace_loan(&self, id: SnapshotId, loan: Loan, by: Option<Loan>) -> bool {
+        self.loans.look(|loans| {
+            let is_it = loans.get(&id) == Some(&loan);
+            if is_it {
+                loans.remove(&id);
+                loans.extend(by.map(|by| (id, by)));
+            }
+            is_it
+        })
     }
 
     fn look_at_loan(&self, id: SnapshotId, loan: Loan) {
@@ -175,7 +134,7 @@ impl Snapshotter {
                     is_mount_seen: true,
                     ..loan
                 };
-                self.loans.replace(id, loan, Some(seen));
+                self.replace_loan(id, loan, Some(seen));
             }
         } else if let Err(error) = self.take_room_back(id, loan) {
             log::warn!(
@@ -188,7 +147,7 @@ impl Snapshotter {
     fn take_room_back(&self, id: SnapshotId, loan: Loan) -> Result<()> {
         // Nothing is lent, and no limit changed, as long as this is held.
         let transaction = self.store.write()?;
-        if !self.loans.replace(id, loan, None) {
+        if !self.replace_loan(id, loan, None) {
             return Ok(());
         }
         let rows = transaction.rows();
@@ -201,6 +160,7 @@ impl Snapshotter {
             return Ok(());
         }
         let dirs = self.volumes.open(Volume::Writable)?;
-        require_limits(self.options.quota.mode, &dirs)?.set_limits(given.project, given.limits)
+        self.require_limits(&dirs)?
+            .set_limits(given.project, given.limits)
     }
 }

@@ -7,37 +7,29 @@
 //! before what they hold: what a container makes in them is charged by itself.
 
 use std::collections::{BTreeSet, HashSet};
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 
+use super::Projects;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quota;
-use crate::snapshotter::Snapshotter;
+use crate::snapshotter::in_use;
 use crate::sys;
 use crate::tree::{self, Visited};
 use crate::types::{Kind, ProjectId, SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
-use crate::util::lock::lock;
 use crate::util::threads::Background;
 use crate::volume::Parts;
 
 /// The snapshots whose trees are to be charged.
 #[derive(Default)]
-pub(in crate::snapshotter) struct Uncharged {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
+pub(super) struct Uncharged {
     waiting: BTreeSet<SnapshotId>,
     under_way: Option<SnapshotId>,
-    /// Until somebody asks for them again.
+    /// Until they are asked for again.
     failed: HashSet<SnapshotId>,
-    is_stopping: bool,
 }
 
-impl State {
+impl Uncharged {
     fn is_pending(&self, id: SnapshotId) -> bool {
         self.under_way == Some(id) || self.waiting.contains(&id)
     }
@@ -48,92 +40,63 @@ impl State {
     }
 }
 
-impl Uncharged {
-    pub(in crate::snapshotter) fn add(&self, ids: &[SnapshotId]) {
-        let mut state = lock(&self.state);
-        for id in ids {
-            state.failed.remove(id);
-            state.waiting.insert(*id);
-        }
-        self.changed.notify_all();
-    }
-
-    /// Whether part of its tree may not be charged to its project.
-    pub(in crate::snapshotter) fn has(&self, id: SnapshotId) -> bool {
-        let state = lock(&self.state);
-        state.is_pending(id) || state.failed.contains(&id)
-    }
-
-    /// Whether that is being dealt with.
-    pub(super) fn is_pending(&self, id: SnapshotId) -> bool {
-        lock(&self.state).is_pending(id)
-    }
-
-    fn begin_next(&self) -> Option<SnapshotId> {
-        lock(&self.state).begin_next()
-    }
-
-    /// Waits while there is none. `None` at the stop.
-    fn await_next(&self) -> Option<SnapshotId> {
-        let waited = self.changed.wait_while(lock(&self.state), |state| {
-            state.waiting.is_empty() && !state.is_stopping
+impl Projects {
+    /// Has these snapshots charged to their projects, beside the requests.
+    pub(in crate::snapshotter) fn recharge_later(&self, ids: &[SnapshotId]) {
+        self.uncharged.change(|uncharged| {
+            for id in ids {
+                uncharged.failed.remove(id);
+                uncharged.waiting.insert(*id);
+            }
         });
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner);
-        match state.is_stopping {
-            true => None,
-            false => state.begin_next(),
-        }
     }
 
-    fn end(&self, id: SnapshotId, is_charged: bool) {
-        let mut state = lock(&self.state);
-        state.under_way = None;
-        if !is_charged {
-            state.failed.insert(id);
-        }
+    /// Whether part of a snapshot's tree may not be charged to its project.
+    pub(in crate::snapshotter) fn is_uncharged(&self, id: SnapshotId) -> bool {
+        self.uncharged
+            .look(|uncharged| uncharged.is_pending(id) || uncharged.failed.contains(&id))
     }
 
-    fn stop(&self) {
-        lock(&self.state).is_stopping = true;
-        self.changed.notify_all();
+    /// Whether a snapshot's tree is being charged, or waits for that.
+    pub(super) fn is_recharge_pending(&self, id: SnapshotId) -> bool {
+        self.uncharged.look(|uncharged| uncharged.is_pending(id))
     }
-}
 
-impl Snapshotter {
-    /// Starts the thread. Told to end, it does so within a file.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Internal`] if the system gives no thread.
-    pub fn start_charger(self: &Arc<Snapshotter>) -> Result<Background> {
-        let (told, charging) = (Arc::clone(self), Arc::clone(self));
-        let tell_to_end = move || {
-            told.begin_stop();
-            told.uncharged.stop();
-        };
-        Background::start("charger", tell_to_end, move || {
+    /// Starts the thread, which calls `on_missing_volume` when it cannot go on without
+    /// the writable volume. Stopped, it ends within a file.
+    pub(in crate::snapshotter) fn start_charger(
+        self: &Arc<Projects>,
+        on_missing_volume: impl Fn() + Send + 'static,
+    ) -> Result<Background> {
+        let stop = |projects: &Projects| projects.uncharged.stop();
+        Background::start("charger", self, stop, move |projects| {
             if let Err(errno) = sys::lower_io_priority() {
                 log::debug!("the charger has no idle I/O priority: {errno}");
             }
-            while let Some(id) = charging.uncharged.await_next() {
-                let Err(error) = charging.charge(id) else {
+            let is_idle = |uncharged: &Uncharged| uncharged.waiting.is_empty();
+            let begin_next = || {
+                projects
+                    .uncharged
+                    .wait_while(is_idle, Uncharged::begin_next)
+            };
+            while let Some(id) = begin_next().flatten() {
+                let Err(error) = projects.charge(id) else {
                     continue;
                 };
                 if error.kind() == ErrorKind::Unavailable {
                     continue;
                 }
                 log::error!("snapshot {id} stays out of its project: {}", error.chain());
-                if charging.volumes.open(Volume::Writable).is_err() {
-                    // Once it is back, a Cleanup asks for it again.
-                    charging.note_stray(Volume::Writable);
+                if projects.volumes.open(Volume::Writable).is_err() {
+                    on_missing_volume();
                 }
             }
         })
     }
 
     /// Charges all that wait, in the calling thread.
-    pub(in crate::snapshotter) fn charge_waiting(&self) -> Result<()> {
-        while let Some(id) = self.uncharged.begin_next() {
+    pub(in crate::snapshotter) fn recharge_now(&self) -> Result<()> {
+        while let Some(id) = self.uncharged.look(Uncharged::begin_next) {
             self.charge(id)?;
         }
         Ok(())
@@ -145,7 +108,12 @@ impl Snapshotter {
             Err(_) if self.is_gone(id) => Ok(()),
             charged => charged,
         };
-        self.uncharged.end(id, charged.is_ok());
+        self.uncharged.look(|uncharged| {
+            uncharged.under_way = None;
+            if charged.is_err() {
+                uncharged.failed.insert(id);
+            }
+        });
         charged
     }
 
@@ -186,7 +154,7 @@ impl Snapshotter {
             if std::mem::take(&mut is_top) {
                 return Ok(());
             }
-            if self.stopping.load(Ordering::Relaxed) {
+            if self.uncharged.is_stopping() {
                 return Err(Error::new(ErrorKind::Unavailable, "the daemon is stopping"));
             }
             let charged = match (visited, &scratch) {
@@ -195,9 +163,7 @@ impl Snapshotter {
                     quota::charge_file(fd, project).inspect(|()| fault_point("file-charged"))
                 }
                 // It may have been mounted meanwhile, and be somebody's to change.
-                (Visited::Node(parent, name), Some(scratch))
-                    if !self.is_mounted(id, Volume::Writable)? =>
-                {
+                (Visited::Node(parent, name), Some(scratch)) if !self.is_mounted(id)? => {
                     tree::remake(parent, name, scratch).map(|is_made| linked += u64::from(!is_made))
                 }
                 // They take inodes, and hardly a block.
@@ -235,6 +201,10 @@ impl Snapshotter {
     fn may_make_anew(&self, id: SnapshotId) -> Result<bool> {
         let place = self.store.read()?.place(id)?;
         let is_active = place.is_some_and(|place| place.kind == Kind::Active);
-        Ok(is_active && !self.is_mounted(id, Volume::Writable)?)
+        Ok(is_active && !self.is_mounted(id)?)
+    }
+
+    fn is_mounted(&self, id: SnapshotId) -> Result<bool> {
+        in_use::is_mounted(&self.store, &self.volumes, id, Volume::Writable)
     }
 }

@@ -4,54 +4,48 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::require_limits;
+use super::Projects;
 use crate::error::{ErrorKind, Result};
 use crate::quota::{self, Held, Quotas, Support};
+use crate::snapshotter::options::QuotaMode;
 use crate::snapshotter::problem::{Finding, Problem};
-use crate::snapshotter::{QuotaMode, Snapshotter};
 use crate::store::{Project, Snapshot, Transaction};
 use crate::types::{Limits, ProjectId, SnapshotId, Volume};
 use crate::volume::{Dirs, Parts};
 
-impl Snapshotter {
+impl Projects {
     /// At a start, after strays have gone to the trash: what the database has of
     /// projects, and what the file system has, are made one. Returns the snapshots
     /// whose trees have to be charged, which is done beside the requests, once the
     /// transaction has ended.
-    pub(in crate::snapshotter) fn recover_projects(
+    pub(in crate::snapshotter) fn recover(
         &self,
         transaction: &Transaction<'_>,
         dirs: &Arc<Dirs>,
     ) -> Result<Vec<SnapshotId>> {
         let rows = transaction.rows();
-        let mode = self.options.quota.mode;
         let given = rows.projects()?;
         let loose: HashSet<_> = rows
             .loose_projects()?
             .into_iter()
             .map(|given| given.project)
             .collect();
-        let quotas = match mode {
-            QuotaMode::Off => Err("--quota off".to_owned()),
-            QuotaMode::Auto => match Quotas::probe(dirs.snapshots_fd()) {
-                Ok(Some(quotas)) => Ok(quotas),
-                Ok(None) => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), None).chain()),
-                // Who may not ask is told the same the next time.
-                Err(error) if error.kind() == ErrorKind::FailedPrecondition => Err(error.chain()),
-                Err(error) => return Err(error),
-            },
-            QuotaMode::Require => Ok(require_limits(mode, dirs)?),
-        };
-        let quotas = match quotas {
-            Ok(quotas) => quotas,
-            Err(why) => {
-                if given.iter().any(|given| !loose.contains(&given.project)) {
-                    log::warn!(
-                        "containers that have limits or are counted by quotas are no longer: {why}"
-                    );
+        let quotas = match self.options.mode {
+            QuotaMode::Require => self.require_limits(dirs)?,
+            QuotaMode::Auto | QuotaMode::Off => match self.require(dirs) {
+                // Nothing changes about that by another try.
+                Err(error) if error.kind() == ErrorKind::FailedPrecondition => {
+                    if given.iter().any(|given| !loose.contains(&given.project)) {
+                        log::warn!(
+                            "containers that have limits or are counted by quotas are no longer: \
+                             {}",
+                            error.chain()
+                        );
+                    }
+                    return Ok(Vec::new());
                 }
-                return Ok(Vec::new());
-            }
+                required => required?,
+            },
         };
         // A directory of another project cannot be moved into one that hands its
         // own on (rename(2), EXDEV).
@@ -63,12 +57,12 @@ impl Snapshotter {
         }
         let mut uncharged = Vec::new();
         for given in given.iter().filter(|given| !loose.contains(&given.project)) {
-            let Some(id) = given.snapshot.filter(|id| !self.uncharged.is_pending(*id)) else {
+            let Some(id) = given.snapshot.filter(|id| !self.is_recharge_pending(*id)) else {
                 continue;
             };
             match self.restore_project(transaction, &quotas, dirs, id, given) {
-                Ok(State::Charged) => {}
-                Ok(State::Uncharged) => uncharged.push(id),
+                Ok(true) => {}
+                Ok(false) => uncharged.push(id),
                 Err(error) => log::error!(
                     "project {} of snapshot {id}: {}",
                     given.project,
@@ -80,8 +74,9 @@ impl Snapshotter {
         Ok(uncharged)
     }
 
-    /// A snapshot's limits are what is recorded, also when its directories were made
-    /// anew, or copied by somebody who knows no projects.
+    /// Sets a snapshot's limits to what is recorded, also when its directories were made
+    /// again, or copied by a program that knows no projects. Returns whether its
+    /// directories are charged to its project.
     fn restore_project(
         &self,
         transaction: &Transaction<'_>,
@@ -89,17 +84,17 @@ impl Snapshotter {
         dirs: &Dirs,
         id: SnapshotId,
         given: &Project,
-    ) -> Result<State> {
+    ) -> Result<bool> {
         let parts = match dirs.open_parts(id) {
             // Reported by who looks for layers.
-            Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(State::Charged),
+            Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(true),
             parts => parts?,
         };
         let mut project = given.project;
         if !is_ours(&parts, given, &quotas.held(project)?)? {
             match self.replace_project(transaction, quotas, id, given)? {
                 Some(other) => project = other,
-                None => return Ok(State::Charged),
+                None => return Ok(true),
             }
         }
         if quotas.support() == Support::Limits
@@ -108,10 +103,7 @@ impl Snapshotter {
             quotas.set_limits(project, given.limits)?;
             log::warn!("project {project} of snapshot {id} has its limits again");
         }
-        match is_charged(&parts, project)? {
-            true => Ok(State::Charged),
-            false => Ok(State::Uncharged),
-        }
+        is_charged(&parts, project)
     }
 
     /// Gives a snapshot another id for one that is somebody else's; none if none is
@@ -124,7 +116,7 @@ impl Snapshotter {
         given: &Project,
     ) -> Result<Option<ProjectId>> {
         let theirs = given.project;
-        let picked = match self.pick_project(transaction, quotas) {
+        let picked = match self.pick(transaction, quotas) {
             Ok(project) => Some(project),
             Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
                 log::error!(
@@ -154,7 +146,7 @@ impl Snapshotter {
     }
 
     /// What is not as recorded, in order of the ids; nothing where no quotas are.
-    pub(in crate::snapshotter) fn inspect_projects(
+    pub(in crate::snapshotter) fn inspect(
         &self,
         snapshots: &HashMap<SnapshotId, Snapshot>,
     ) -> Result<Vec<Finding>> {
@@ -162,10 +154,7 @@ impl Snapshotter {
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(findings);
         };
-        if self.options.quota.mode == QuotaMode::Off {
-            return Ok(findings);
-        }
-        let Ok(Some(quotas)) = Quotas::probe(dirs.snapshots_fd()) else {
+        let Ok(Some(quotas)) = self.available(&dirs) else {
             return Ok(findings);
         };
         let given = self.store.read()?.projects()?;
@@ -204,7 +193,7 @@ impl Snapshotter {
         let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
         dirs.each_trashed(|directory| {
             let project = quota::project_of(&directory)?;
-            if self.options.quota.ids.contains(project) && known.insert(project) {
+            if self.options.ids.contains(project) && known.insert(project) {
                 transaction.rows().record_project(&Project {
                     project,
                     snapshot: None,
@@ -215,12 +204,6 @@ impl Snapshotter {
             Ok(())
         })
     }
-}
-
-/// What a snapshot's directories were found to be.
-enum State {
-    Charged,
-    Uncharged,
 }
 
 /// Whether a recorded id is the snapshot's on this disk as well. After a move to

@@ -12,20 +12,23 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 
-use super::{Relocation, Snapshotter};
+use super::flusher::Flusher;
+use super::trash::Trash;
+use super::{Relocation, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{Ancestor, Away, Transaction};
-use crate::types::{Kind, Quoted, SnapshotId, Timestamp, Volume};
+use crate::store::{Ancestor, Away, Store, Transaction};
+use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
+use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
-use crate::volume::Dirs;
-use crate::{mount, sys, tree};
+use crate::volume::{Dirs, Volumes};
+use crate::{sys, tree};
 
 /// Below this a layer waits until nothing stands on it: Docker's init layers,
 /// gone with their container as a rule.
@@ -51,10 +54,99 @@ enum Moved {
     Held,
 }
 
-impl Snapshotter {
+pub(super) struct Relocator {
+    store: Arc<Store>,
+    volumes: Arc<Volumes>,
+    flusher: Arc<Flusher>,
+    trash: Arc<Trash>,
+    relocation: Relocation,
+    /// One layer moves at a time.
+    moving: Mutex<()>,
+    news: Monitor<News>,
+    /// An unmoved layer was there when the thread last looked, or it is just looking.
+    has_layers: AtomicBool,
+    /// Ends a copy under way.
+    is_stopping: AtomicBool,
+    moves: Mutex<Moves>,
+}
+
+/// What has happened since the thread last looked for layers to move.
+#[derive(Default)]
+struct News {
+    /// Something that a layer may have waited for.
+    is_any: bool,
+    /// Something on the image volume was removed.
+    has_room: bool,
+}
+
+/// What the relocator has done since the start.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Moves {
+    pub layers: u64,
+    pub bytes: u64,
+    pub failures: u64,
+}
+
+impl Relocator {
+    pub(super) fn new(
+        (store, volumes): (Arc<Store>, Arc<Volumes>),
+        flusher: Arc<Flusher>,
+        trash: Arc<Trash>,
+        relocation: Relocation,
+    ) -> Relocator {
+        Relocator {
+            store,
+            volumes,
+            flusher,
+            trash,
+            relocation,
+            moving: Mutex::new(()),
+            news: Monitor::default(),
+            has_layers: AtomicBool::new(false),
+            is_stopping: AtomicBool::new(false),
+            moves: Mutex::default(),
+        }
+    }
+
+    /// Ends the thread, and all moves in whatever thread with
+    /// [`ErrorKind::Unavailable`].
+    pub(super) fn stop(&self) {
+        self.is_stopping.store(true, Ordering::Relaxed);
+        self.news.stop();
+    }
+
+    /// Has the thread look for layers to move.
+    pub(super) fn wake(&self) {
+        self.news.change(|news| news.is_any = true);
+    }
+
+    /// Something has ended that a layer may have waited for. If there is no layer, the
+    /// thread need not look.
+    pub(super) fn note_end(&self) {
+        if self.has_layers.load(Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+
+    /// Something on the image volume was removed.
+    pub(super) fn note_room(&self) {
+        self.news.change(|news| {
+            news.has_room = true;
+            news.is_any = true;
+        });
+    }
+
+    pub(super) fn moves(&self) -> Moves {
+        *lock(&self.moves)
+    }
+
+    fn mounted_layers(&self) -> Result<HashSet<SnapshotId>> {
+        in_use::mounted_layers(&self.store, &self.volumes)
+    }
+
     /// Moves one layer home, in the calling thread.
     fn relocate(&self, id: SnapshotId) -> Result<Moved> {
-        let _one_at_a_time = lock(&self.relocating);
+        let _one_at_a_time = lock(&self.moving);
         let image = self.volumes.image();
         let writable = self.volumes.open(Volume::Writable)?;
 
@@ -63,7 +155,7 @@ impl Snapshotter {
         if is_exchanged {
             image.settle_names()?;
         } else {
-            if self.held_layers()?.contains(&id) {
+            if self.mounted_layers()?.contains(&id) {
                 return Ok(Moved::Held);
             }
             if self.rename_home(id, &writable)? {
@@ -73,14 +165,12 @@ impl Snapshotter {
                 Ok(copied) => bytes = copied,
                 Err(error) => {
                     image.end_move(id)?;
-                    if !is_away(&self.store.write()?, id)? {
+                    if !is_unmoved(&self.store.write()?, id)? {
                         return Ok(Moved::Gone);
                     }
                     if error.kind() == ErrorKind::ResourceExhausted {
                         // At once: half a copy is no use to a disk that is full.
-                        if let Err(error) = self.empty_trash(Volume::Image) {
-                            log::warn!("{}", error.chain());
-                        }
+                        self.trash.try_to_empty(Volume::Image);
                     }
                     return Err(error);
                 }
@@ -88,7 +178,7 @@ impl Snapshotter {
         }
 
         let mut transaction = self.store.write()?;
-        if !is_away(&transaction, id)? {
+        if !is_unmoved(&transaction, id)? {
             image.end_move(id)?;
             return Ok(Moved::Gone);
         }
@@ -100,7 +190,7 @@ impl Snapshotter {
         // If recording fails, the copy stays in place: it is whole, and the
         // next try, or the next start, finds it and only records it. What is
         // held is asked again: what stood on it may have been committed since.
-        let held = self.held_layers()?;
+        let held = self.mounted_layers()?;
         let is_in_use = transaction.rows().move_home(id, &held, &boot_id()?)?;
         transaction.commit()?;
         drop(transaction);
@@ -110,40 +200,11 @@ impl Snapshotter {
             false => writable.trash(id).map(drop),
         });
         if let Err(error) = tidied {
-            self.note_stray(Volume::Writable);
+            self.trash.note_stray(Volume::Writable);
             log::warn!("tidy up after the move of layer {id}: {}", error.chain());
         }
         fault_point("trashed");
         Ok(Moved::Home(bytes))
-    }
-
-    /// Whether something may still write into a snapshot: it is mounted.
-    pub(super) fn is_mounted(&self, id: SnapshotId, volume: Volume) -> Result<bool> {
-        // What unpacks a layer has unmounted it before the commit.
-        Ok(volume == Volume::Writable && self.mounted_on(volume)?.contains(&id))
-    }
-
-    pub(super) fn mounted_on(&self, volume: Volume) -> Result<Vec<SnapshotId>> {
-        let prefix = format!("{}/", self.volumes.snapshots_path(volume));
-        let uppers = mount::upper_directories()?;
-        let ids = uppers.iter().filter_map(|upper| {
-            let name = upper.strip_prefix(&prefix)?.split('/').next()?;
-            SnapshotId::from_directory_name(name.as_bytes())
-        });
-        // Whoever looks into a layer wants to read it to its end.
-        let by_hand = self.mounted_by_hand()?;
-        Ok(ids
-            .chain(by_hand.into_iter().map(|mounted| mounted.id))
-            .collect())
-    }
-
-    /// The layers, below and including themselves, of snapshots that were
-    /// committed while they were mounted, and still are. containerd asks that
-    /// nobody uses a snapshot after its commit, but `ctr snapshot commit` lets
-    /// a user do it to a running container, which goes on writing.
-    pub(super) fn held_layers(&self) -> Result<HashSet<SnapshotId>> {
-        let mounted = self.mounted_on(Volume::Writable)?;
-        self.store.read()?.layers_of(&mounted)
     }
 
     fn copy_home(&self, id: SnapshotId, writable: &Dirs) -> Result<u64> {
@@ -151,7 +212,13 @@ impl Snapshotter {
         let image = self.volumes.image();
         let target = image.begin_move(id)?;
         fault_point("begun");
-        let bytes = tree::copy_tree(&source, &target.top, c"fs", &target.scratch, &self.stopping)?;
+        let bytes = tree::copy_tree(
+            &source,
+            &target.top,
+            c"fs",
+            &target.scratch,
+            &self.is_stopping,
+        )?;
         fault_point("copied");
         image.finish_copy(&target)?;
         fault_point("durable");
@@ -163,7 +230,7 @@ impl Snapshotter {
     fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
         let image = self.volumes.image();
         let mut transaction = self.store.write()?;
-        if !is_away(&transaction, id)? || !image.rename_home(id, writable)? {
+        if !is_unmoved(&transaction, id)? || !image.rename_home(id, writable)? {
             return Ok(false);
         }
         fault_point("renamed");
@@ -198,7 +265,7 @@ impl Snapshotter {
             .iter()
             .filter(|layer| layer.volume == Volume::Writable);
         for layer in away {
-            if self.options.relocation == Relocation::Never {
+            if self.relocation == Relocation::Never {
                 return Err(Error::refused(format!(
                     "a container with mapped ids cannot use layer {}, which is on the \
                          writable volume and stays there by --relocate never",
@@ -236,7 +303,7 @@ impl Snapshotter {
             };
             if is_exchanged {
                 image.settle_names()?;
-                rows.move_home(away.id, &self.held_layers()?, &boot_id)?;
+                rows.move_home(away.id, &self.mounted_layers()?, &boot_id)?;
                 log::info!("layer {} had been moved home: recorded", Quoted(&away.name));
             }
         }
@@ -248,7 +315,7 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// After a crash between the two renames of [`Snapshotter::rename_home`]:
+    /// After a crash between the two renames of [`Relocator::rename_home`]:
     /// the layer is nowhere but under the move's own name.
     fn finish_rename(&self, id: SnapshotId) -> Result<bool> {
         let image = self.volumes.image();
@@ -271,77 +338,34 @@ impl Snapshotter {
     }
 }
 
-fn is_away(transaction: &Transaction<'_>, id: SnapshotId) -> Result<bool> {
+fn is_unmoved(transaction: &Transaction<'_>, id: SnapshotId) -> Result<bool> {
     let place = transaction.rows().place(id)?;
-    Ok(place.is_some_and(|place| {
-        place.kind == Kind::Committed && place.volume == Some(Volume::Writable)
-    }))
+    Ok(place.is_some_and(|place| place.is_unmoved()))
 }
 
-/// What the relocator is told from outside.
-#[derive(Default)]
-pub(super) struct Signal {
-    state: Mutex<State>,
-    changed: Condvar,
-    /// A layer was away when the relocator last looked, or it is just looking.
-    has_layers: AtomicBool,
-}
-
-#[derive(Default)]
-struct State {
-    /// Something it may have waited for has happened.
-    is_woken: bool,
-    /// Something on the image volume was removed.
-    has_room: bool,
-}
-
-impl Signal {
-    pub(super) fn wake(&self) {
-        lock(&self.state).is_woken = true;
-        self.changed.notify_all();
-    }
-
-    /// Something has ended that a layer may have waited for. If there is none, it
-    /// need not look.
-    pub(super) fn tell_end(&self) {
-        if self.has_layers.load(Ordering::SeqCst) {
-            self.wake();
-        }
-    }
-
-    pub(super) fn tell_room(&self) {
-        let mut state = lock(&self.state);
-        state.has_room = true;
-        state.is_woken = true;
-        self.changed.notify_all();
-    }
-}
-
-impl Snapshotter {
-    /// Starts the thread, unless layers are to stay. Told to end, it does so within
-    /// a file's chunk.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Internal`] if the system gives no thread.
-    pub fn start_relocator(self: &Arc<Snapshotter>) -> Result<Option<Background>> {
-        let Relocation::Background { after } = self.options.relocation else {
+impl Relocator {
+    /// Starts the thread, unless layers are to stay. Stopped, it ends within a file's
+    /// chunk.
+    pub(super) fn start(self: &Arc<Relocator>) -> Result<Option<Background>> {
+        let Relocation::Background { after } = self.relocation else {
             return Ok(None);
         };
-        let mut worker = Worker {
-            snapshotter: Arc::clone(self),
-            after,
-            unmovable: HashSet::new(),
-            put_off: HashSet::new(),
-            is_full: false,
+        let work = move |relocator: &Relocator| {
+            let mut worker = Worker {
+                relocator,
+                after,
+                unmovable: HashSet::new(),
+                put_off: HashSet::new(),
+                is_full: false,
+            };
+            worker.run();
         };
-        let told = Arc::clone(self);
-        Background::start("relocator", move || told.begin_stop(), move || worker.run()).map(Some)
+        Background::start("relocator", self, Relocator::stop, work).map(Some)
     }
 }
 
-struct Worker {
-    snapshotter: Arc<Snapshotter>,
+struct Worker<'a> {
+    relocator: &'a Relocator,
     after: Duration,
     /// Layers that cannot be moved, until the next start.
     unmovable: HashSet<SnapshotId>,
@@ -358,7 +382,7 @@ enum Next {
     WhenWoken,
 }
 
-impl Worker {
+impl Worker<'_> {
     fn run(&mut self) {
         if let Err(errno) = sys::lower_io_priority() {
             log::debug!("the relocator has no idle I/O priority: {errno}");
@@ -377,12 +401,12 @@ impl Worker {
 
     /// Moves at most one layer.
     fn step(&mut self) -> Result<Next> {
-        let has_layers = &self.snapshotter.relocator.has_layers;
+        let has_layers = &self.relocator.has_layers;
         // Before the look: what ends after it has to wake.
         has_layers.store(true, Ordering::SeqCst);
-        let away = self.snapshotter.store.read()?.away()?;
+        let away = self.relocator.store.read()?.away()?;
         has_layers.store(!away.is_empty(), Ordering::SeqCst);
-        if !away.is_empty() && self.snapshotter.volumes.open(Volume::Writable).is_err() {
+        if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
             // Its return wakes nobody.
             return Ok(Next::In(Duration::from_secs(60)));
         }
@@ -401,7 +425,7 @@ impl Worker {
                 break;
             }
             let is_small = layer.size_bytes < SMALL_BYTES;
-            if is_small && self.snapshotter.store.read()?.is_in_use(layer.id)? {
+            if is_small && self.relocator.store.read()?.is_in_use(layer.id)? {
                 self.say_put_off(&layer, "it is small and in use");
                 continue;
             }
@@ -419,25 +443,26 @@ impl Worker {
     fn move_home(&mut self, layer: &Away) -> Option<Moved> {
         let begun = Instant::now();
         let name = Quoted(&layer.name);
-        let moved = self.snapshotter.relocate(layer.id);
+        let moved = self.relocator.relocate(layer.id);
         match &moved {
             Ok(Moved::Home(bytes)) => {
-                self.snapshotter.relocated.count(*bytes);
+                let mut moves = lock(&self.relocator.moves);
+                moves.layers += 1;
+                moves.bytes += bytes;
+                drop(moves);
                 log::info!(
                     "layer {name} is home: {bytes} bytes copied in {:.1} s",
                     begun.elapsed().as_secs_f64()
                 );
                 // The fast disk is the small one: what was left goes now.
-                if let Err(error) = self.snapshotter.empty_trash(Volume::Writable) {
-                    log::warn!("{}", error.chain());
-                }
+                self.relocator.trash.try_to_empty(Volume::Writable);
             }
             Ok(Moved::Held) => {}
             Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
             Err(error) => match error.kind() {
                 ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
                 ErrorKind::ResourceExhausted => {
-                    self.snapshotter.relocated.count_failure();
+                    lock(&self.relocator.moves).failures += 1;
                     self.is_full = true;
                     log::warn!(
                         "layer {name} stays on the writable volume until something on the image \
@@ -446,7 +471,7 @@ impl Worker {
                     );
                 }
                 _ => {
-                    self.snapshotter.relocated.count_failure();
+                    lock(&self.relocator.moves).failures += 1;
                     self.unmovable.insert(layer.id);
                     log::error!(
                         "layer {name} stays on the writable volume until the next start: {}",
@@ -464,41 +489,26 @@ impl Worker {
         }
     }
 
-    /// `false` if it is time to end.
+    /// Waits until it is time to look again. `false` after [`Relocator::stop`].
     fn wait(&mut self, next: &Next) -> bool {
-        let signal = &self.snapshotter.relocator;
-        let mut state = lock(&signal.state);
         let deadline = match next {
             Next::Now => Some(Instant::now()),
             Next::In(wait) => Some(Instant::now() + *wait),
             Next::WhenWoken => None,
         };
-        while !state.is_woken {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            state = match left {
-                Some(Duration::ZERO) => break,
-                Some(left) => {
-                    let waited = signal.changed.wait_timeout(state, left);
-                    waited.unwrap_or_else(PoisonError::into_inner).0
-                }
-                None => signal
-                    .changed
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner),
-            };
-        }
-        state.is_woken = false;
-        let has_room = std::mem::take(&mut state.has_room);
-        drop(state);
-        if has_room && std::mem::take(&mut self.is_full) {
+        let is_idle = |news: &News| !news.is_any;
+        let news = &self.relocator.news;
+        let Some(news) = news.wait_until(deadline, is_idle, std::mem::take) else {
+            return false;
+        };
+        if news.has_room && std::mem::take(&mut self.is_full) {
             // ext4 gives the blocks of deleted files back with its next journal
             // commit, and only then are they room for anything else.
-            let image = self.snapshotter.volumes.image().dirs();
-            if let Err(error) = self.snapshotter.flush(image, Volume::Image) {
+            let image = self.relocator.volumes.image().dirs();
+            if let Err(error) = self.relocator.flusher.flush(image, Volume::Image) {
                 log::warn!("{}", error.chain());
             }
         }
-        // Set before the wake that tells of it.
-        !self.snapshotter.stopping.load(Ordering::Relaxed)
+        true
     }
 }
