@@ -1,10 +1,11 @@
 //! The program: reads its arguments, runs the daemon or a command, prints what
 //! went wrong.
 
-use std::io::Write;
 use std::process::ExitCode;
 
-use overlay_read_write_splitting_snapshotter::commands::{self, check, doctor, import, status};
+use overlay_read_write_splitting_snapshotter::commands::{
+    self, check, doctor, import, output, status,
+};
 use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
 use overlay_read_write_splitting_snapshotter::error::Error;
 use overlay_read_write_splitting_snapshotter::{daemon, mount};
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
         }
         Ok(Parsed::Check(config, options)) => {
             start_log();
-            found(check::run(&config, options).map(|outcome| outcome == check::Outcome::Clean))
+            found(check::run(&config, options))
         }
         Ok(Parsed::Status(config, format)) => {
             start_log();
@@ -37,11 +38,11 @@ fn main() -> ExitCode {
         }
         Ok(Parsed::Doctor(config, options)) => {
             start_log();
-            found(doctor::run(&config, &options).map(|outcome| outcome == doctor::Outcome::Fit))
+            found(doctor::run(&config, &options))
         }
         Ok(Parsed::Import(config, options)) => {
             start_log();
-            found(import::run(&config, options).map(|outcome| outcome == import::Outcome::Whole))
+            found(import::run(&config, options))
         }
         Ok(Parsed::Mount(config, options)) => {
             start_log();
@@ -49,8 +50,7 @@ fn main() -> ExitCode {
         }
         Ok(Parsed::Unmount(target)) => finish(commands::mount::umount(&target)),
         Ok(Parsed::Print(text)) => {
-            // A closed pipe (`--help | head`) is no failure.
-            let _ = std::io::stdout().write_all(text.as_bytes());
+            output::print(&text);
             ExitCode::SUCCESS
         }
         Err(error) if is_finding => found(Err(error)),

@@ -3,6 +3,7 @@
 pub mod check;
 pub mod doctor;
 pub mod import;
+mod losses;
 pub mod mount;
-mod output;
+pub mod output;
 pub mod status;

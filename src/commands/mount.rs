@@ -5,7 +5,6 @@
 //! and changes nothing else.
 
 use std::fs;
-use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +13,7 @@ use rustix::fs::{Dir, Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
+use crate::commands::output::print;
 use crate::config::{Access, Config, MountOptions};
 use crate::daemon;
 use crate::error::{Error, ErrorKind, Result};
@@ -25,12 +25,11 @@ use crate::types::{Kind, Quoted};
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
-/// Mounts a snapshot, and tells so on standard output.
+/// Mounts a snapshot for a person, and prints where.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] for a directory that will not do; as of
-/// [`Snapshotter::rescue`]; or what the kernel says.
+/// [`ErrorKind::FailedPrecondition`] for a directory that will not do.
 pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     let (target, path) = empty_directory(&options.target)?;
     for volume in [&config.root, &config.writable] {
@@ -44,7 +43,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
         ..
     } = visit(config, Purpose::Look)?;
     if lock.is_none() && UnixStream::connect(&config.address).is_err() {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "somebody works on {} who serves nobody on {}: wait until a check, an import or the \
              start of a daemon is done",
             config.root, config.address
@@ -77,7 +76,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
         true => "The host directories that its container is shown are left out.\n",
         false => "",
     };
-    say(&format!(
+    print(&format!(
         "{kind} {}\nis mounted on {}, {access}.\n{left_out}{duty}: {PROGRAM} umount DIR\n",
         Quoted(&rescue.key),
         path.display()
@@ -85,7 +84,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     Ok(())
 }
 
-/// Ends such a mount.
+/// Unmounts what [`mount`] has mounted on a directory.
 ///
 /// # Errors
 ///
@@ -97,20 +96,20 @@ pub fn umount(target: &str) -> Result<()> {
     let topmost = mounts.iter().rev().find(|mounted| mounted.point == path);
     let is_by_hand = topmost.is_some_and(|mounted| ByHand::parse(mounted).is_some());
     if !is_by_hand {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "unmount {target}: no snapshot was mounted there by \"mount\""
         )));
     }
     match unmount(&path, UnmountFlags::NOFOLLOW) {
         Ok(()) => Ok(()),
-        Err(Errno::BUSY) => Err(refused(format!(
+        Err(Errno::BUSY) => Err(Error::refused(format!(
             "unmount {target}: it is in use: a shell is in it, or a file is open"
         ))),
         Err(errno) => Err(cannot("unmount", target, errno.into())),
     }
 }
 
-/// Opens the directory to mount on, and tells where it is by now.
+/// Opens the directory to mount on, and returns its path with links followed.
 fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
     let opening = |errno: Errno| cannot("open", target, errno.into());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -118,7 +117,7 @@ fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
     for entry in Dir::read_from(&directory).map_err(opening)? {
         let entry = entry.map_err(opening)?;
         if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{target} is not empty, and what is in it would be hidden: give an empty one"
             )));
         }
@@ -126,10 +125,6 @@ fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
     let link = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
     let path = fs::read_link(link).map_err(|error| cannot("find", target, error))?;
     Ok((directory, path))
-}
-
-fn refused(what: String) -> Error {
-    Error::new(ErrorKind::FailedPrecondition, what)
 }
 
 fn cannot(what: &str, target: &str, error: std::io::Error) -> Error {
@@ -140,20 +135,12 @@ fn cannot(what: &str, target: &str, error: std::io::Error) -> Error {
 /// A mount in there would be taken for a snapshot's files.
 fn refuse_within(target: &Path, volume: &str) -> Result<()> {
     match fs::canonicalize(volume) {
-        Ok(volume) if target.starts_with(&volume) => Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "{} is in {}, where snapshots are kept: give a directory elsewhere",
-                target.display(),
-                volume.display()
-            ),
-        )),
+        Ok(volume) if target.starts_with(&volume) => Err(Error::refused(format!(
+            "{} is in {}, where snapshots are kept: give a directory elsewhere",
+            target.display(),
+            volume.display()
+        ))),
         // What is not there holds nothing; the visit says more about it.
         _ => Ok(()),
     }
-}
-
-fn say(text: &str) {
-    // A closed pipe is no failure: it is mounted.
-    let _ = std::io::stdout().write_all(text.as_bytes());
 }

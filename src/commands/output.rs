@@ -1,9 +1,27 @@
-//! What a person reads on a terminal: sizes, lines that fit, a little colour.
+//! Printing what a command found: sentences or JSON, sizes, lines that fit a terminal,
+//! a little colour.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
+
+use serde_json::Value;
+
+use crate::config::Format;
 
 /// How many columns lines have at most, apart from words that are longer.
 const COLUMNS: usize = 80;
+
+/// Prints a report in the format that the user asked for.
+pub fn show(format: Format, sentences: impl FnOnce() -> String, json: impl FnOnce() -> Value) {
+    print(&match format {
+        Format::Human => sentences(),
+        Format::Json => format!("{:#}\n", json()),
+    });
+}
+
+/// Prints on standard output. A closed pipe (`status | head`) is no failure.
+pub fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
 
 /// In powers of 1024, as `df -h` and `du -h` tell them.
 pub fn bytes(bytes: u64) -> String {

@@ -2,11 +2,9 @@
 //!
 //! Owns: what is told and how. Changes nothing; works beside a running daemon.
 
-use std::io::Write;
-
 use serde_json::{Value, json};
 
-use crate::commands::output::{bytes, paragraph};
+use crate::commands::output::{bytes, paragraph, show};
 use crate::config::{Config, Format};
 use crate::daemon;
 use crate::error::{Error, Result};
@@ -39,11 +37,7 @@ struct Status {
     largest: Vec<Written>,
 }
 
-/// Tells on standard output.
-///
-/// # Errors
-///
-/// Whatever keeps it from looking, in one line.
+/// Prints how things stand.
 pub fn run(config: &Config, format: Format) -> Result<()> {
     let visit = visit(config, Purpose::Look)?;
     let is_running = visit.lock.is_none();
@@ -71,12 +65,7 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
         no_quotas: snapshotter.quota_support().err().map(|error| error.chain()),
         largest: snapshotter.largest_writable(LARGEST)?,
     };
-    let text = match format {
-        Format::Human => status.sentences(),
-        Format::Json => format!("{:#}\n", status.json()),
-    };
-    // A closed pipe (`status | head`) is no failure.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    show(format, || status.sentences(), || status.json());
     Ok(())
 }
 

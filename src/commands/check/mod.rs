@@ -18,31 +18,18 @@ use crate::mount::ByHand;
 use crate::root::open::{Purpose, Visit, visit};
 use crate::root::writable;
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
-use crate::store::{Completeness, Snapshot, Store};
-use crate::types::LABEL_IMAGE_REF;
+use crate::store::{Completeness, Store};
 use crate::volume::{Identity, Image, Lifetime, Volumes};
 use report::Report;
-
-/// What a check came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Database and disks agree.
-    Clean,
-    /// They do not.
-    Findings,
-}
 
 /// How often a finding must be seen beside a running daemon, whose own work
 /// looks like one for a moment, and how long apart.
 const LOOKS: u32 = 3;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
-/// Checks, and mends if that is asked for; tells on standard output.
-///
-/// # Errors
-///
-/// Whatever keeps it from looking or from mending, in one line.
-pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
+/// Checks, repairs if that is asked for, and prints a report. Returns whether database
+/// and disks agree in the end.
+pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     daemon::raise_descriptor_limit();
     let mends = options.mending != Mending::Never;
     let purpose = if mends {
@@ -60,7 +47,7 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
     let identity = store.read()?.fact(Identity::FACT)?;
     let by_hand = ByHand::of_root(identity.as_deref())?;
     if mends && let Some(ByHand { id, point, .. }) = by_hand.first() {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "snapshot {id} is mounted by hand at {}, and a repair may remove it: unmount it first",
             point.display()
         )));
@@ -73,23 +60,21 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<Outcome> {
 
     let inspection = inspect(&snapshotter, &completeness, lock.is_none())?;
     let doomed = snapshotter.doomed(&inspection.findings)?;
-    let mut report = Report::new(lock.is_none(), inspection);
-    report.doom(doomed);
+    let mut report = Report::new(lock.is_none(), inspection, doomed);
     if !mends || report.is_clean() {
         report.print(options.format);
-        return Ok(report.outcome());
+        return Ok(report.is_clean());
     }
     if options.format == Format::Human {
         report.print(options.format);
     }
     if !asked(options, &report.question())? {
-        return Ok(Outcome::Findings);
+        return Ok(false);
     }
     snapshotter.repair(report.findings())?;
-    let after = snapshotter.inspect()?;
-    report.mended(after);
+    report.mended(snapshotter.inspect()?);
     report.print(options.format);
-    Ok(report.outcome())
+    Ok(report.is_clean())
 }
 
 /// What is found, as often as need be to leave out the daemon's own work.
@@ -153,7 +138,7 @@ fn give_up(
         config.writable
     );
     if !asked(options, &question)? {
-        return Err(refused("nothing was changed".to_owned()));
+        return Err(Error::refused("nothing was changed"));
     }
     let mount_options = daemon::options(config).mount_options;
     writable::give_up(&volumes, store, &mount_options)?;
@@ -168,8 +153,8 @@ fn asked(options: CheckOptions, question: &str) -> Result<bool> {
         return Ok(true);
     }
     if !std::io::stdin().is_terminal() {
-        return Err(refused(
-            "nobody is there to be asked: give --yes with --repair".to_owned(),
+        return Err(Error::refused(
+            "nobody is there to be asked: give --yes with --repair",
         ));
     }
     print!("\n{question}\nGo on? [y/N] ");
@@ -179,25 +164,4 @@ fn asked(options: CheckOptions, question: &str) -> Result<bool> {
         .and_then(|()| std::io::stdin().lock().read_line(&mut answer))
         .map_err(|error| Error::caused(ErrorKind::Internal, "ask", error))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
-}
-
-fn refused(what: String) -> Error {
-    Error::new(ErrorKind::FailedPrecondition, what)
-}
-
-/// The parts of a key as containerd makes them: `<namespace>/<number>/<name>`.
-pub(crate) fn split_key(key: &str) -> (Option<&str>, &str) {
-    let mut parts = key.splitn(3, '/');
-    match (parts.next(), parts.next(), parts.next()) {
-        (Some(namespace), Some(_), Some(name)) => (Some(namespace), name),
-        _ => (None, key),
-    }
-}
-
-fn image_of(snapshot: &Snapshot) -> Option<&str> {
-    snapshot
-        .info
-        .labels
-        .get(LABEL_IMAGE_REF)
-        .map(String::as_str)
 }

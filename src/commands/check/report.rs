@@ -1,48 +1,34 @@
 //! What `check` says, to people and to programs.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
-
 use serde_json::{Value, json};
 
-use super::{Outcome, image_of, split_key};
+use crate::commands::losses::{image_of, losses};
+use crate::commands::output;
 use crate::config::Format;
 use crate::snapshotter::{Finding, Inspection};
 use crate::store::Snapshot;
-use crate::types::{Kind, Quoted};
+use crate::types::Quoted;
 
 /// Everything that a check has to tell.
 pub(super) struct Report {
     is_running: bool,
     snapshots: usize,
     findings: Vec<Finding>,
+    /// The snapshots that a repair drops.
     doomed: Vec<Snapshot>,
     /// What is left, once a repair has been made.
     left: Option<Vec<Finding>>,
 }
 
-/// The layers that are lost to one of containerd's namespaces.
-#[derive(Default)]
-struct Loss<'a> {
-    images: BTreeSet<&'a str>,
-    layers: BTreeSet<&'a str>,
-    containers: BTreeSet<&'a str>,
-}
-
 impl Report {
-    pub(super) fn new(is_running: bool, inspection: Inspection) -> Report {
+    pub(super) fn new(is_running: bool, inspection: Inspection, doomed: Vec<Snapshot>) -> Report {
         Report {
             is_running,
             snapshots: inspection.snapshots,
             findings: inspection.findings,
-            doomed: Vec::new(),
+            doomed,
             left: None,
         }
-    }
-
-    /// Adds the snapshots that a repair drops.
-    pub(super) fn doom(&mut self, doomed: Vec<Snapshot>) {
-        self.doomed = doomed;
     }
 
     /// Adds what a look after the repair has found.
@@ -59,13 +45,6 @@ impl Report {
         self.left.as_ref().unwrap_or(&self.findings).is_empty()
     }
 
-    pub(super) fn outcome(&self) -> Outcome {
-        match self.is_clean() {
-            true => Outcome::Clean,
-            false => Outcome::Findings,
-        }
-    }
-
     /// What a repair would do, before it does it.
     pub(super) fn question(&self) -> String {
         match self.doomed.len() {
@@ -75,12 +54,7 @@ impl Report {
     }
 
     pub(super) fn print(&self, format: Format) {
-        let text = match format {
-            Format::Human => self.sentences(),
-            Format::Json => format!("{:#}\n", self.json()),
-        };
-        // A closed pipe (`check | head`) is no failure.
-        let _ = std::io::stdout().write_all(text.as_bytes());
+        output::show(format, || self.sentences(), || self.json());
     }
 
     fn sentences(&self) -> String {
@@ -106,7 +80,7 @@ impl Report {
     }
 
     fn tell_losses(&self, text: &mut String, dropped: &str) {
-        for (namespace, loss) in self.losses() {
+        for (namespace, loss) in losses(self.doomed.iter().map(|snapshot| &snapshot.info)) {
             text.push_str(&format!(
                 "\n{dropped} in containerd's namespace {}:\n",
                 Quoted(namespace)
@@ -133,20 +107,6 @@ impl Report {
         }
     }
 
-    fn losses(&self) -> BTreeMap<&str, Loss<'_>> {
-        let mut losses = BTreeMap::<&str, Loss<'_>>::new();
-        for snapshot in &self.doomed {
-            let (namespace, name) = split_key(&snapshot.info.name);
-            let loss = losses.entry(namespace.unwrap_or("?")).or_default();
-            loss.images.extend(image_of(snapshot));
-            match snapshot.info.kind {
-                Kind::Committed => loss.layers.insert(name),
-                Kind::Active | Kind::View => loss.containers.insert(name),
-            };
-        }
-        losses
-    }
-
     fn json(&self) -> Value {
         let mut value = json!({
             "daemon": if self.is_running { "running" } else { "stopped" },
@@ -156,7 +116,7 @@ impl Report {
             "dropped": self.doomed.iter().map(|snapshot| json!({
                 "key": snapshot.info.name,
                 "kind": snapshot.info.kind.word(),
-                "image": image_of(snapshot),
+                "image": image_of(&snapshot.info),
             })).collect::<Vec<_>>(),
         });
         if self.left.is_some() {

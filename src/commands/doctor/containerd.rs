@@ -7,7 +7,7 @@ use std::process::Command;
 
 use toml::{Table, Value};
 
-use super::{Finding, Verdict};
+use super::Finding;
 use crate::config::{Config, DoctorOptions};
 use crate::types::Quoted;
 
@@ -22,9 +22,8 @@ pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
         Ok(said) => version_of(&said),
         Err(why) => {
             return vec![
-                Finding::new(
+                Finding::note(
                     "containerd",
-                    Verdict::Note,
                     format!(
                         "{why}; if it is part of something else (k3s, say), its configuration \
                          needs this"
@@ -34,14 +33,13 @@ pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
             ];
         }
     };
-    let mut findings = vec![Finding::new("containerd", Verdict::Good, version)];
+    let mut findings = vec![Finding::good("containerd", version)];
     let dumped = ask(options, &["config", "dump"]);
     let parsed = dumped.and_then(|text| text.parse::<Table>().map_err(|error| error.to_string()));
     match parsed {
         Ok(table) => findings.extend(judge(config, &table)),
-        Err(why) => findings.push(Finding::new(
+        Err(why) => findings.push(Finding::bad(
             "plugin",
-            Verdict::Bad,
             format!("containerd's configuration cannot be read: {why}"),
         )),
     }
@@ -138,9 +136,8 @@ fn missing(config: &Config, proxies: &Table, version: i64) -> Finding {
         [] => String::new(),
         others => format!(" ({})", others.join(", ")),
     };
-    Finding::new(
+    Finding::bad(
         "plugin",
-        Verdict::Bad,
         format!(
             "containerd's configuration has no proxy plugin with the address {}{others}",
             config.address
@@ -152,9 +149,8 @@ fn missing(config: &Config, proxies: &Table, version: i64) -> Finding {
 fn plugin(name: &str, proxy: &Value) -> Finding {
     let kind = proxy.get("type").and_then(Value::as_str);
     if kind != Some("snapshot") {
-        return Finding::new(
+        return Finding::bad(
             "plugin",
-            Verdict::Bad,
             format!(
                 "the type of {} is {}, it has to be \"snapshot\"",
                 Quoted(name),
@@ -162,9 +158,8 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
             ),
         );
     }
-    Finding::new(
+    Finding::good(
         "plugin",
-        Verdict::Good,
         format!(
             "{} leads here, once containerd was restarted with it",
             Quoted(name)
@@ -183,14 +178,9 @@ fn unpacking(table: &Table, name: &str) -> Finding {
             .is_some_and(|snapshotter| snapshotter == name)
     });
     match is_there {
-        true => Finding::new(
+        true => Finding::good("unpacking", "ctr and nerdctl can pull for it"),
+        false => Finding::note(
             "unpacking",
-            Verdict::Good,
-            "ctr and nerdctl can pull for it",
-        ),
-        false => Finding::new(
-            "unpacking",
-            Verdict::Note,
             "ctr and nerdctl can pull for it with --local only, as there is no unpack_config",
         )
         .with_stanza(unpack_stanza(name)),
@@ -202,18 +192,13 @@ fn exports(config: &Config, name: &str, proxy: &Value) -> Finding {
     let root = proxy.get("exports").and_then(|exports| exports.get("root"));
     let root = root.and_then(Value::as_str);
     if root == Some(&config.root) {
-        return Finding::new(
-            "exports",
-            Verdict::Good,
-            "the kubelet finds the image volume",
-        );
+        return Finding::good("exports", "the kubelet finds the image volume");
     }
     let is = root.map_or("is not set".to_owned(), |root| {
         format!("is {}", Quoted(root))
     });
-    Finding::new(
+    Finding::note(
         "exports",
-        Verdict::Note,
         format!("exports.root {is}, so the kubelet looks at another disk for its images"),
     )
     .with_stanza(format!(
@@ -248,9 +233,8 @@ fn kubernetes(config: &Config, table: &Table, name: &str) -> Option<Finding> {
             .collect();
         let stanza = format!("[{}]\n  snapshotter = \"{name}\"\n", quoted.join("."));
         return Some(
-            Finding::new(
+            Finding::note(
                 "Kubernetes",
-                Verdict::Note,
                 format!("pods get the snapshotter {}", Quoted(snapshotter)),
             )
             .with_stanza(stanza),
@@ -258,18 +242,13 @@ fn kubernetes(config: &Config, table: &Table, name: &str) -> Option<Finding> {
     }
     let hides = at(within, &["disable_snapshot_annotations"]).and_then(Value::as_bool);
     if hides == Some(true) && !config.lower_rules.is_empty() {
-        return Some(Finding::new(
+        return Some(Finding::bad(
             "Kubernetes",
-            Verdict::Bad,
             "--lower-for is in vain: disable_snapshot_annotations has to be false, so that \
              layers say which image they are of",
         ));
     }
-    Some(Finding::new(
-        "Kubernetes",
-        Verdict::Good,
-        "pods get this snapshotter",
-    ))
+    Some(Finding::good("Kubernetes", "pods get this snapshotter"))
 }
 
 /// What leads containerd here, in the version of its configuration.
@@ -303,6 +282,7 @@ fn unpack_stanza(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::doctor::Verdict;
     use crate::config::{Parsed, parse};
 
     /// What is said of a configuration, by topic.

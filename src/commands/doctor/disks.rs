@@ -33,7 +33,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     let mut look_at = |topic, flag, path: &str| match find(path) {
         Err(error) => {
             let text = format!("{}: give another {flag}", error.chain());
-            findings.push(Finding::new(topic, Verdict::Bad, text));
+            findings.push(Finding::bad(topic, text));
             None
         }
         Ok(place) => {
@@ -49,10 +49,9 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     };
     let is_one = image.mounted.device == writable.mounted.device;
     findings.push(match is_one {
-        false => Finding::new("split", Verdict::Good, "two file systems"),
-        true => Finding::new(
+        false => Finding::good("split", "two file systems"),
+        true => Finding::note(
             "split",
-            Verdict::Note,
             format!(
                 "both volumes are on one file system ({}), so nothing is split: mount the small, \
                  fast disk on the writable directory, or name another with --writable-dir",
@@ -68,14 +67,13 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
             ("--writable-dir", &*config.writable),
         ];
         if let Err(error) = require_mount_points(&directories) {
-            findings.push(Finding::new("mounts", Verdict::Bad, error.chain()));
+            findings.push(Finding::bad("mounts", error.chain()));
         }
     }
     findings.push(match probe_idmapped_mounts(&image.there) {
-        Ok(()) => Finding::new("mapped ids", Verdict::Good, "layers can be id-mapped"),
-        Err(error) => Finding::new(
+        Ok(()) => Finding::good("mapped ids", "layers can be id-mapped"),
+        Err(error) => Finding::note(
             "mapped ids",
-            Verdict::Note,
             format!(
                 "{}: leave \"remap-ids\" out of the capabilities of the proxy plugin",
                 error.chain()
@@ -115,9 +113,8 @@ fn limits(config: &Config, writable: &Place) -> Option<Finding> {
 fn lasting(config: &Config, writable: &Place) -> Option<Finding> {
     let is_memory = matches!(&*writable.mounted.file_system, "tmpfs" | "ramfs");
     (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
-        Finding::new(
+        Finding::note(
             "writable",
-            Verdict::Note,
             "what is in memory is gone after a reboot: if that is meant, give --writable-volatile",
         )
     })
@@ -138,12 +135,12 @@ fn find(path: &str) -> Result<Place> {
     let meta = fs::metadata(&there).map_err(cannot)?;
     if !meta.is_dir() {
         let what = format!("{} is no directory", there.display());
-        return Err(Error::new(ErrorKind::FailedPrecondition, what));
+        return Err(Error::refused(what));
     }
     let text = there.to_str().unwrap_or(path);
     let mounted = mountinfo::of_path(text)?.ok_or_else(|| {
         let what = format!("the kernel does not tell what {text} is on");
-        Error::new(ErrorKind::FailedPrecondition, what)
+        Error::refused(what)
     })?;
     Ok(Place {
         is_whole: there == Path::new(path),
@@ -168,7 +165,7 @@ fn describe(topic: &'static str, path: &str, place: &Place) -> Finding {
             place.there.display()
         ),
     };
-    Finding::new(topic, Verdict::Good, format!("{path}{where_to}: {on}"))
+    Finding::good(topic, format!("{path}{where_to}: {on}"))
 }
 
 /// The directory that is tried in; nobody else's, and if one was left by a doctor
@@ -191,18 +188,17 @@ fn try_overlay(topic: &'static str, place: &Place, options: &[String]) -> Findin
             _ => "another directory may do",
         };
         let text = format!("cannot {what} {}: {error}: {hint}", scratch.display());
-        return Finding::new(topic, Verdict::Bad, text);
+        return Finding::bad(topic, text);
     }
     let probed = probe_upper(&scratch, options);
     unmount_stale(&scratch.join(MERGED));
     if let Err((what, error)) = remove() {
         let text = format!("cannot {what} {}: {error}", scratch.display());
-        return Finding::new(topic, Verdict::Note, text);
+        return Finding::note(topic, text);
     }
     match probed {
-        Ok(()) => Finding::new(
+        Ok(()) => Finding::good(
             topic,
-            Verdict::Good,
             "overlayfs writes there, directory entries have types",
         ),
         Err(error) => {
@@ -213,7 +209,7 @@ fn try_overlay(topic: &'static str, place: &Place, options: &[String]) -> Findin
             };
             let path = place.there.display();
             let text = format!("no overlay on {path}: {}: {hint}", error.chain());
-            Finding::new(topic, Verdict::Bad, text)
+            Finding::bad(topic, text)
         }
     }
 }

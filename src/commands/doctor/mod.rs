@@ -7,23 +7,12 @@
 mod containerd;
 mod disks;
 
-use std::io::Write;
-
 use serde_json::json;
 
-use crate::commands::output::{Colour, coloured, paragraph};
-use crate::config::{Config, DoctorOptions, Format};
-use crate::error::{Error, ErrorKind, Result};
+use crate::commands::output::{Colour, coloured, paragraph, show};
+use crate::config::{Config, DoctorOptions};
+use crate::error::{Error, Result};
 use crate::mount;
-
-/// What the looking came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Nothing keeps it from working.
-    Fit,
-    /// Something does.
-    Unfit,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
@@ -53,6 +42,18 @@ impl Finding {
         }
     }
 
+    fn good(topic: &'static str, text: impl Into<String>) -> Finding {
+        Finding::new(topic, Verdict::Good, text)
+    }
+
+    fn note(topic: &'static str, text: impl Into<String>) -> Finding {
+        Finding::new(topic, Verdict::Note, text)
+    }
+
+    fn bad(topic: &'static str, text: impl Into<String>) -> Finding {
+        Finding::new(topic, Verdict::Bad, text)
+    }
+
     fn with_stanza(self, stanza: String) -> Finding {
         Finding {
             stanza: Some(stanza),
@@ -61,16 +62,15 @@ impl Finding {
     }
 }
 
-/// Looks, and tells on standard output.
+/// Looks at this machine and prints what was found. Returns whether nothing keeps the
+/// snapshotter from working.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] without root, or as of
-/// [`mount::enter_mount_namespace`].
-pub fn run(config: &Config, options: &DoctorOptions) -> Result<Outcome> {
+/// [`FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) without root.
+pub fn run(config: &Config, options: &DoctorOptions) -> Result<bool> {
     if !rustix::process::geteuid().is_root() {
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
+        return Err(Error::refused(
             "doctor mounts overlays to try the disks: run it as root",
         ));
     }
@@ -78,24 +78,16 @@ pub fn run(config: &Config, options: &DoctorOptions) -> Result<Outcome> {
     mount::enter_mount_namespace()?;
     let release = rustix::system::uname();
     let kernel = format!("Linux {}", release.release().to_string_lossy());
-    let mut findings = vec![Finding::new("kernel", Verdict::Good, kernel)];
+    let mut findings = vec![Finding::good("kernel", kernel)];
     findings.extend(disks::look(config));
     findings.extend(containerd::look(config, options));
-    let text = match options.format {
-        Format::Human => sentences(&findings),
-        Format::Json => format!("{:#}\n", in_json(&findings)),
-    };
-    // A closed pipe is no failure.
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    Ok(
-        match findings
-            .iter()
-            .any(|finding| finding.verdict == Verdict::Bad)
-        {
-            true => Outcome::Unfit,
-            false => Outcome::Fit,
-        },
-    )
+    show(
+        options.format,
+        || sentences(&findings),
+        || in_json(&findings),
+    );
+    let is_bad = |finding: &Finding| finding.verdict == Verdict::Bad;
+    Ok(!findings.iter().any(is_bad))
 }
 
 impl Verdict {

@@ -5,7 +5,6 @@ use std::fs::{self, DirBuilder, File, Metadata};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::refused;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::root::state;
@@ -58,7 +57,7 @@ impl Paths {
         match look(&self.draft)? {
             None => Ok(false),
             Some(found) if found.is_dir() => Ok(true),
-            Some(_) => Err(refused(format!(
+            Some(_) => Err(Error::refused(format!(
                 "{} is not a directory: move it away",
                 self.draft.display()
             ))),

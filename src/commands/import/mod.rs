@@ -34,7 +34,7 @@ mod undo;
 use crate::commands::import::bolt::snapshots::{Contents, read};
 use crate::config::{Config, ImportOptions, ImportTask, MissingSnapshots};
 use crate::daemon;
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Result};
 use crate::root::lock;
 use crate::store::{FileFormat, Snapshot, probe_format};
 use crate::types::{Kind, Volume};
@@ -52,23 +52,10 @@ const WRITABLE_DIR: &str = "import_writable_dir";
 /// it under its second name.
 const TRANSACTION: &str = "import_transaction";
 
-/// What an import came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Everything was done.
-    Whole,
-    /// Some snapshots are left out.
-    Partial,
-}
-
-/// Imports, tells what an import would do, or undoes one; tells on standard
-/// output.
-///
-/// # Errors
-///
-/// Whatever keeps it from that, in one line; nothing was done then, or the command
+/// Imports, looks what an import would do, or undoes one, and prints a report. Returns
+/// whether no snapshot was left out. After an error nothing was done, or the command
 /// can be run again.
-pub fn run(config: &Config, options: ImportOptions) -> Result<Outcome> {
+pub fn run(config: &Config, options: ImportOptions) -> Result<bool> {
     daemon::raise_descriptor_limit();
     let root = Image::open_existing_root(&config.root)?;
     // Held to the end: no daemon starts on what is half done.
@@ -86,17 +73,17 @@ pub fn run(config: &Config, options: ImportOptions) -> Result<Outcome> {
     match options.task {
         ImportTask::Undo => {
             undo::run(&root, config, options.format)?;
-            Ok(Outcome::Whole)
+            Ok(true)
         }
         ImportTask::Import if draft::is_all_but_cleared(&Paths::new(config))? => {
             Paths::new(config).remove_draft()?;
             report::print_finished(options.format, config);
-            Ok(Outcome::Whole)
+            Ok(true)
         }
         ImportTask::Import | ImportTask::Look => {
             let report = import(&root, config, options)?;
             report.print(options.format);
-            Ok(report.outcome())
+            Ok(report.is_whole())
         }
     }
 }
@@ -172,8 +159,4 @@ fn take_back_failed(root: &Root, config: &Config, paths: &Paths) {
 
 fn is_away(snapshot: &Snapshot) -> bool {
     snapshot.info.kind == Kind::Committed && snapshot.volume == Some(Volume::Writable)
-}
-
-fn refused(what: String) -> Error {
-    Error::new(ErrorKind::FailedPrecondition, what)
 }

@@ -13,10 +13,9 @@ use rustix::io::Errno;
 
 use super::files::{Paths, file_error, is_one_file, look};
 use super::plan::{Disks, LeftOut, Plan, Reason, belongs_to};
-use super::refused;
 use crate::commands::import::bolt::snapshots::Contents;
 use crate::config::Config;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::mount::mountinfo::{self, Mounted};
 use crate::root::state;
 use crate::store::{FileFormat, Store, find_remains, probe_format};
@@ -28,7 +27,7 @@ pub(super) fn require_nothing_half_done(paths: &Paths) -> Result<()> {
     if probe_format(&paths.source)? != FileFormat::Bolt || !paths.has_draft()? {
         return Ok(());
     }
-    Err(refused(format!(
+    Err(Error::refused(format!(
         "an import or its undoing was cut short, as {} tells: run `import` or `import --undo`",
         paths.draft.display()
     )))
@@ -40,24 +39,24 @@ pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) ->
     match probe_format(&paths.source)? {
         FileFormat::Bolt => {}
         FileFormat::Ours => {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{shown} is a database of this program already: there is nothing to import"
             )));
         }
         FileFormat::Absent if probe_format(&paths.target)? == FileFormat::Ours => {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{} is a database of this program already, and {path} has none of the Go \
                  original: there is nothing to import",
                 paths.target.display()
             )));
         }
         FileFormat::Absent => {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{path} has no metadata.db of the Go original: give the --root-dir that it had"
             )));
         }
         FileFormat::OtherSqlite | FileFormat::Unknown => {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{shown} is no database of the Go original (bbolt): give the --root-dir that it had"
             )));
         }
@@ -67,7 +66,7 @@ pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) ->
         require_replaceable(root, config, paths)?;
     }
     if look(&paths.kept)?.is_some() && !paths.is_source_kept()? {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "{} is there already, from an earlier import: move it away",
             paths.kept.display()
         )));
@@ -85,7 +84,7 @@ fn require_no_remains(paths: &Paths) -> Result<()> {
     let Some(remains) = find_remains(&paths.target)? else {
         return Ok(());
     };
-    Err(refused(format!(
+    Err(Error::refused(format!(
         "{} is there without the database of this program that it belongs to: move it away, it \
          may be all that is left of that database",
         remains.display()
@@ -98,7 +97,7 @@ pub(super) fn require_unknown(root: &Root, config: &Config) -> Result<()> {
     let Some(database) = state::recorded(root, config)? else {
         return Ok(());
     };
-    Err(refused(format!(
+    Err(Error::refused(format!(
         "{path}/state says that the database of this program is {}: mount the disk that it is on \
          and give the --state-dir that it had, or, if it is not needed any more, remove \
          {path}/state",
@@ -119,7 +118,7 @@ fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()
     if is_free {
         return Ok(());
     }
-    Err(refused(format!(
+    Err(Error::refused(format!(
         "{} is there already, beside the original's {}: move the one away that is not needed, or \
          give another --state-dir",
         target.display(),
@@ -147,7 +146,7 @@ pub(super) fn is_half_placed(root: &Root, config: &Config, paths: &Paths) -> Res
 pub(super) fn open_source(path: &Path) -> Result<File> {
     let opening = || format!("open {}", path.display());
     if look(path)?.is_some_and(|found| !found.is_file()) {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "{} is not a plain file: put the database itself there",
             path.display()
         )));
@@ -158,7 +157,7 @@ pub(super) fn open_source(path: &Path) -> Result<File> {
         .open(path)
         .map_err(|error| file_error(error, opening()))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Err(Errno::WOULDBLOCK) => Err(refused(format!(
+        Err(Errno::WOULDBLOCK) => Err(Error::refused(format!(
             "{} is in use: stop the Go snapshotter first",
             path.display()
         ))),
@@ -171,7 +170,7 @@ pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
     let usual = format!("{}/grpc.socks", config.root);
     for address in [&config.address, &usual] {
         if UnixStream::connect(address).is_ok() {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "a snapshotter answers on {address}: stop it first"
             )));
         }
@@ -202,7 +201,7 @@ pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -
             }) || is_bound(mounted, filled)
         };
         if let Some(mounted) = mounts.iter().find(|mounted| is_of(mounted)) {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "a snapshot of {} is mounted at {}: stop the containers first",
                 filled.path(),
                 mounted.point.display()
@@ -249,7 +248,7 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
         let (volume, path) = (found.filled.volume(), found.filled.path());
         let stat = found.filled.stat_snapshots()?;
         if !inodes.insert((stat.st_dev, stat.st_ino)) {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{path} is the root directory by another name: give the --writable-dir that the \
                  original had"
             )));
@@ -258,14 +257,14 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
         // time.
         let known = contents.highest_id;
         if let Some(newest) = found.newest().filter(|id| id.number() > known + 1) {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{path} has snapshots/{newest}, but the database has given out numbers up to \
                  {known} only: put the latest metadata.db there, or give the directories that \
                  belong to this one"
             )));
         }
         if let [id, ..] = found.filled.left_out()?.as_slice() {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{path}/left-out/{id} is there already, from an earlier import: move \
                  {path}/left-out away"
             )));
@@ -282,7 +281,7 @@ fn require_unmarked(writable: &Filled) -> Result<()> {
     // Nobody's mark is this one.
     match Identity::random()?.look(writable.top(), path)? {
         Claim::Free => Ok(()),
-        Claim::Ours | Claim::Foreign(_) => Err(refused(format!(
+        Claim::Ours | Claim::Foreign(_) => Err(Error::refused(format!(
             "{path} is the writable volume of another root: give the --writable-dir that the \
              original had, or, if no other root uses this one, remove {path}/.volume"
         ))),
@@ -307,7 +306,7 @@ pub(super) fn require_volumes(
     let on_writable = missing(&|_| true);
     let may_be_gone = config.writable_lifetime == Lifetime::UntilReboot;
     if on_writable > 0 && !is_there(Volume::Writable) && !may_be_gone {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "{}/snapshots has none of the {on_writable} snapshots that are not on the image volume \
              {}: mount its disk, or give the right --writable-dir; if what containers had written \
              is gone for good, --writable-volatile has them begin anew from their images",
@@ -316,7 +315,7 @@ pub(super) fn require_volumes(
     }
     let on_image = missing(&|found| belongs_to(&found.snapshot) == Volume::Image);
     if on_image > 0 && !is_there(Volume::Image) {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "{}/snapshots has none of the {on_image} snapshots that have to be there: mount its \
              disk, or, if they are gone for good, there is nothing to import: move metadata.db and \
              snapshots away, and begin anew",
@@ -338,7 +337,7 @@ pub(super) fn require_directories(plan: &Plan, config: &Config) -> Result<()> {
         0 => String::new(),
         more => format!(" (and {more} more)"),
     };
-    Err(refused(format!(
+    Err(Error::refused(format!(
         "neither {root}/snapshots nor {writable}/snapshots has {id}/fs of the snapshot \
          {name}{others}: mount both disks, or give the directories that the original had; if it \
          is gone for good, --leave-out-missing goes on without what is missing",

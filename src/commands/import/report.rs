@@ -1,17 +1,17 @@
 //! What `import` says, to people and to programs.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::io::Write;
+use std::collections::HashSet;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::is_away;
 use super::plan::{LeftOut, Plan, belongs_to};
-use super::{Outcome, is_away};
-use crate::commands::check::split_key;
+use crate::commands::losses::{image_of, losses};
+use crate::commands::output::show;
 use crate::config::{Config, Format, ImportTask};
 use crate::store::Snapshot;
-use crate::types::{Kind, LABEL_IMAGE_REF, Quoted, SnapshotId, Volume};
+use crate::types::{Kind, Quoted, SnapshotId, Volume};
 
 /// Everything that an import has to tell.
 pub(super) struct Report {
@@ -31,18 +31,12 @@ impl Report {
         }
     }
 
-    pub(super) fn outcome(&self) -> Outcome {
-        match self.plan.left_out.is_empty() {
-            true => Outcome::Whole,
-            false => Outcome::Partial,
-        }
+    pub(super) fn is_whole(&self) -> bool {
+        self.plan.left_out.is_empty()
     }
 
     pub(super) fn print(&self, format: Format) {
-        say(&match format {
-            Format::Human => self.sentences(),
-            Format::Json => format!("{:#}\n", self.json()),
-        });
+        show(format, || self.sentences(), || self.json());
     }
 
     fn count(&self, kind: Kind) -> usize {
@@ -134,12 +128,12 @@ impl Report {
             };
             text.push_str(&format!("  {kind} {}:\n    {found}\n", Quoted(&info.name)));
         }
-        for (namespace, loss) in self.losses() {
+        for (namespace, loss) in losses(left_out.iter().map(|found| &found.snapshot.info)) {
             text.push_str(&format!(
                 "\n{} in containerd's namespace {namespace}:\n",
                 self.by_task("to be done", "to be done afterwards")
             ));
-            if loss.has_layers {
+            if !loss.layers.is_empty() {
                 text.push_str("  remove the images that use these layers and pull them again");
                 match loss.images.is_empty() {
                     true => text.push_str(&format!(
@@ -245,22 +239,6 @@ impl Report {
         }
     }
 
-    fn losses(&self) -> BTreeMap<&str, Loss<'_>> {
-        let mut losses = BTreeMap::<&str, Loss<'_>>::new();
-        for found in &self.plan.left_out {
-            let info = &found.snapshot.info;
-            let (namespace, name) = split_key(&info.name);
-            let loss = losses.entry(namespace.unwrap_or("?")).or_default();
-            loss.images
-                .extend(info.labels.get(LABEL_IMAGE_REF).map(String::as_str));
-            match info.kind {
-                Kind::Committed => loss.has_layers = true,
-                Kind::Active | Kind::View => drop(loss.containers.insert(name)),
-            }
-        }
-        losses
-    }
-
     fn json(&self) -> Value {
         json!({
             "dry_run": self.task == ImportTask::Look,
@@ -295,45 +273,28 @@ impl Report {
             "id": found.snapshot.id.number(),
             "code": found.why.code(),
             "text": found.to_string(),
-            "image": info.labels.get(LABEL_IMAGE_REF),
+            "image": image_of(info),
             "kept_on": found.volumes.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "kept_at": self.kept_at(found),
         })
     }
 }
 
-/// What is lost to one of containerd's namespaces.
-#[derive(Default)]
-struct Loss<'a> {
-    has_layers: bool,
-    images: BTreeSet<&'a str>,
-    containers: BTreeSet<&'a str>,
-}
-
-/// Tells that an earlier import has been brought to its end.
+/// Reports that an earlier import has been brought to its end.
 pub(super) fn print_finished(format: Format, config: &Config) {
-    say(&match format {
-        Format::Human => format!(
+    let sentences = || {
+        format!(
             "an import that was cut short had done everything already, and is finished now; what \
              it has\nleft out, if anything, is in {}/left-out and {}/left-out\n",
             config.root, config.writable
-        ),
-        Format::Json => format!("{:#}\n", json!({"finished": true})),
-    });
+        )
+    };
+    show(format, sentences, || json!({"finished": true}));
 }
 
-/// Tells that an import was undone.
+/// Reports that an import was undone.
 pub(super) fn print_undone(format: Format, database: &Path) {
-    say(&match format {
-        Format::Human => format!(
-            "undone: {} is the Go original's again\n",
-            database.display()
-        ),
-        Format::Json => format!("{:#}\n", json!({"undone": true})),
-    });
-}
-
-fn say(text: &str) {
-    // A closed pipe (`import | head`) is no failure.
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    let database = database.display();
+    let sentences = || format!("undone: {database} is the Go original's again\n");
+    show(format, sentences, || json!({"undone": true}));
 }

@@ -12,10 +12,10 @@ use super::draft::take_for_draft;
 use super::files::{self, Paths, is_one_file};
 use super::preconditions::{is_half_placed, open_source, require_unknown, require_unmounted};
 use super::report::print_undone;
-use super::{TRANSACTION, WRITABLE_DIR, refused};
+use super::{TRANSACTION, WRITABLE_DIR};
 use crate::commands::import::bolt;
 use crate::config::{Config, Format};
-use crate::error::{Context, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::root::{state, writable};
 use crate::store::{Completeness, FileFormat, Store, probe_format, remove_companions};
 use crate::types::{Kind, Volume};
@@ -68,7 +68,7 @@ fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
 /// while the original's database is in its place. Changes nothing.
 fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
     let nothing = || {
-        refused(format!(
+        Error::refused(format!(
             "nothing has been imported into {}: there is nothing to undo",
             config.root
         ))
@@ -84,7 +84,7 @@ fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
                 || target == FileFormat::Ours && is_half_placed(root, config, paths)?;
             match may_be_replaced {
                 true => Ok(None),
-                false => Err(refused(format!(
+                false => Err(Error::refused(format!(
                     "{} is no database of an import into {} that was cut short: give the \
                      --state-dir of that import",
                     paths.target.display(),
@@ -92,11 +92,11 @@ fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
                 ))),
             }
         }
-        FileFormat::Ours if !paths.is_one_place() => Err(refused(format!(
+        FileFormat::Ours if !paths.is_one_place() => Err(Error::refused(format!(
             "{} is in the place of the original's database: give the --state-dir of the import",
             paths.source.display()
         ))),
-        FileFormat::OtherSqlite | FileFormat::Unknown => Err(refused(format!(
+        FileFormat::OtherSqlite | FileFormat::Unknown => Err(Error::refused(format!(
             "{} is in the place of the original's database, and no database of this program: \
              move it away",
             paths.source.display()
@@ -104,7 +104,7 @@ fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
         FileFormat::Ours | FileFormat::Absent if target != FileFormat::Ours => Err(nothing()),
         FileFormat::Ours | FileFormat::Absent => {
             if probe_format(&paths.kept)? != FileFormat::Bolt {
-                return Err(refused(format!(
+                return Err(Error::refused(format!(
                     "{} is not there: there is no database of the Go original to go back to",
                     paths.kept.display()
                 )));
@@ -117,22 +117,20 @@ fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
 fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
     let (store, completeness) = state::open_existing(root, config, Store::open)?;
     if completeness != Completeness::Whole || store.read()?.copied()?.is_some() {
-        return Err(refused(
+        return Err(Error::refused(
             "the database is not the latest state of itself, so nobody can tell what was written \
-             since the import"
-                .to_owned(),
+             since the import",
         ));
     }
     let is_as_imported = store.read()?.is_as_imported()?;
     match is_as_imported {
         Some(true) => Ok(store),
-        Some(false) => Err(refused(
+        Some(false) => Err(Error::refused(
             "snapshots have been made, changed, removed or moved since the import: the original's \
-             database does not describe the disks any more"
-                .to_owned(),
+             database does not describe the disks any more",
         )),
-        None => Err(refused(
-            "the database was not made by an import: there is nothing to undo".to_owned(),
+        None => Err(Error::refused(
+            "the database was not made by an import: there is nothing to undo",
         )),
     }
 }
@@ -148,7 +146,7 @@ fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
         .transaction();
     let imported = store.read()?.fact(TRANSACTION)?;
     match imported {
-        Some(imported) if imported != now.to_string() => Err(refused(format!(
+        Some(imported) if imported != now.to_string() => Err(Error::refused(format!(
             "{shown} was written to after the import (its last transaction is {now}, and was \
              {imported}): a Go snapshotter that was started during the import has served from it, \
              and it does not describe the disks any more"
@@ -199,7 +197,7 @@ pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<(
         // Killed before there was anything in it.
         FileFormat::Absent => {}
         FileFormat::Bolt | FileFormat::OtherSqlite | FileFormat::Unknown => {
-            return Err(refused(format!(
+            return Err(Error::refused(format!(
                 "{} is no database of this program: move it away",
                 paths.draft_database().display()
             )));
@@ -239,7 +237,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
         writable::clear_probe(&config.writable)?;
     }
     let image = Filled::open(Volume::Image, &config.root)?.ok_or_else(|| {
-        refused(format!(
+        Error::refused(format!(
             "{}/snapshots is not there: mount its disk",
             config.root
         ))
@@ -308,7 +306,7 @@ fn require_writable(config: &Config, store: &Store) -> Result<Option<Filled>> {
                 .map_or(String::new(), |given| {
                     format!(", or give --writable-dir {given}, as before")
                 });
-            Err(refused(format!(
+            Err(Error::refused(format!(
                 "{path} is not the writable volume of this import (volume {identity}): mount the \
                  disk that was there{was}"
             )))
