@@ -4,87 +4,65 @@
 use std::process::ExitCode;
 
 use overlay_read_write_splitting_snapshotter::commands::{
-    self, check, doctor, import, output, status,
+    check, doctor, import, mount, output, status,
 };
-use overlay_read_write_splitting_snapshotter::config::{Parsed, parse};
-use overlay_read_write_splitting_snapshotter::error::Error;
-use overlay_read_write_splitting_snapshotter::{daemon, mount};
+use overlay_read_write_splitting_snapshotter::config::{Command, Parsed, parse};
+use overlay_read_write_splitting_snapshotter::daemon;
+use overlay_read_write_splitting_snapshotter::error::Result;
+use overlay_read_write_splitting_snapshotter::mount::{USER_NAMESPACE_CHILD, hold_user_namespace};
 
-/// The commands whose exit code 1 says that not all is well.
-const FINDING: [&str; 3] = ["check", "doctor", "import"];
-/// What theirs is where they could not look.
-const COULD_NOT: u8 = 2;
+/// The exit code of `check`, `doctor` and `import` if they fail: their exit code 1 says
+/// that not all is well.
+const COULD_NOT_LOOK: u8 = 2;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    if arguments == [mount::USER_NAMESPACE_CHILD] {
-        return finish(mount::hold_user_namespace());
-    }
-    let is_finding = arguments
-        .iter()
-        .any(|argument| FINDING.iter().any(|command| argument == command));
-    match parse(arguments) {
-        Ok(Parsed::Run(config)) => {
-            start_log();
-            finish(daemon::run(&config))
-        }
-        Ok(Parsed::Check(config, options)) => {
-            start_log();
-            found(check::run(&config, options))
-        }
-        Ok(Parsed::Status(config, format)) => {
-            start_log();
-            finish(status::run(&config, format))
-        }
-        Ok(Parsed::Doctor(config, options)) => {
-            start_log();
-            found(doctor::run(&config, &options))
-        }
-        Ok(Parsed::Import(config, options)) => {
-            start_log();
-            found(import::run(&config, options))
-        }
-        Ok(Parsed::Mount(config, options)) => {
-            start_log();
-            finish(commands::mount::mount(&config, &options))
-        }
-        Ok(Parsed::Unmount(target)) => finish(commands::mount::umount(&target)),
-        Ok(Parsed::Print(text)) => {
-            output::print(&text);
-            ExitCode::SUCCESS
-        }
-        Err(error) if is_finding => found(Err(error)),
-        Err(error) => finish(Err(error)),
-    }
-}
-
-fn finish(result: Result<(), Error>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            complain(&error);
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// For a command that tells whether all is well.
-fn found(is_well: Result<bool, Error>) -> ExitCode {
+    let is_any = |word: &&str| arguments.iter().any(|argument| argument == word);
+    let mut finds = ["check", "doctor", "import"].iter().any(is_any);
+    let is_well = if arguments == [USER_NAMESPACE_CHILD] {
+        hold_user_namespace().map(|()| true)
+    } else {
+        parse(arguments).and_then(|parsed| {
+            finds = matches!(
+                parsed,
+                Parsed::Run(
+                    _,
+                    Command::Check(_) | Command::Doctor(_) | Command::Import(_)
+                )
+            );
+            run(parsed)
+        })
+    };
     match is_well {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            complain(&error);
-            ExitCode::from(COULD_NOT)
+            eprintln!("{}: {}", env!("CARGO_PKG_NAME"), error.chain());
+            ExitCode::from(if finds { COULD_NOT_LOOK } else { 1 })
         }
     }
 }
 
-fn complain(error: &Error) {
-    eprintln!(
-        "overlay-read-write-splitting-snapshotter: {}",
-        error.chain()
-    );
+/// Does what the arguments ask for. Returns `false` if not all is well.
+fn run(parsed: Parsed) -> Result<bool> {
+    let (config, command) = match parsed {
+        Parsed::Print(text) => {
+            output::print(&text);
+            return Ok(true);
+        }
+        Parsed::Run(config, command) => (config, command),
+    };
+    start_log();
+    match command {
+        Command::Check(options) => return check::run(&config, options),
+        Command::Doctor(options) => return doctor::run(&config, &options),
+        Command::Import(options) => return import::run(&config, options),
+        Command::Serve => daemon::run(&config)?,
+        Command::Status(format) => status::run(&config, format)?,
+        Command::Mount(options) => mount::mount(&config, &options)?,
+        Command::Unmount(target) => mount::umount(&target)?,
+    }
+    Ok(true)
 }
 
 /// On standard error, level by `RUST_LOG` (default info); the journal adds the

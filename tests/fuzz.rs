@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 
-use overlay_read_write_splitting_snapshotter::config::{self, Config, Parsed};
+use overlay_read_write_splitting_snapshotter::config::{self, Command, Config, Parsed};
 use overlay_read_write_splitting_snapshotter::text::filter::{Filters, Subject};
 
 use fuzzing::{cases, spoil};
@@ -323,7 +323,7 @@ fn arguments_are_understood_or_refused() {
         let arguments = arguments(&mut random);
         let said = format!("case {case}: {arguments:?}");
         match config::parse(arguments) {
-            Ok(Parsed::Run(config)) => {
+            Ok(Parsed::Run(config, Command::Serve)) => {
                 taken += 1;
                 assert_checked(&config, &said);
             }

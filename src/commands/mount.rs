@@ -14,8 +14,7 @@ use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
 use crate::commands::output::print;
-use crate::config::{Access, Config, MountOptions};
-use crate::daemon;
+use crate::config::{Config, MountOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::mountinfo;
 use crate::mount::{ByHand, Stack};
@@ -49,14 +48,15 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
             config.root, config.address
         )));
     }
-    let snapshotter = Snapshotter::new(store, volumes, daemon::options(config));
-    let rescue = snapshotter.rescue(&options.key, options.access == Access::ReadOnly)?;
+    let daemons = config.options.for_this_kernel();
+    let snapshotter = Snapshotter::new(store, volumes, daemons.clone());
+    let rescue = snapshotter.rescue(&options.key, options.is_read_only)?;
     let stack = Stack {
         source: &snapshotter.source_by_hand(rescue.id)?,
         base: &format!("{}/snapshots", config.root),
         lowers: &rescue.lowers,
         own: rescue.own.as_deref(),
-        options: &daemon::options(config).mount_options,
+        options: &daemons.mount_options,
     };
     stack.mount(&target, &path)?;
     drop(lock);

@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 
 use crate::commands::output::{bytes, paragraph, show};
 use crate::config::{Config, Format};
-use crate::daemon;
 use crate::error::{Error, Result};
 use crate::mount::mountinfo;
 use crate::quota::Support;
@@ -43,7 +42,8 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
     let is_running = visit.lock.is_none();
     // Counting may take long, and a daemon may start meanwhile.
     drop(visit.lock);
-    let snapshotter = Snapshotter::new(visit.store, visit.volumes, daemon::options(config));
+    let snapshotter =
+        Snapshotter::new(visit.store, visit.volumes, config.options.for_this_kernel());
     let [root, writable] = identities(snapshotter.store())?;
     let place = |path: &str, volume, identity| -> Result<Place> {
         Ok(Place {

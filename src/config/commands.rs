@@ -1,9 +1,9 @@
 //! The words of the command line, and the flags that belong to them.
 
-use super::{Flags, invalid};
-use crate::error::Result;
+use super::Flags;
+use crate::error::{Error, Result};
 
-/// How a command tells what it found.
+/// How a command prints what it found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// In sentences.
@@ -12,24 +12,15 @@ pub enum Format {
     Json,
 }
 
-/// What `check` is to do about what it finds.
+/// Whether `check` repairs what it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mending {
-    /// Nothing.
+    /// It does not.
     Never,
-    /// Put it right if the user says so.
+    /// It does if the user agrees.
     AfterAsking,
-    /// Put it right.
+    /// It does, without asking.
     AtOnce,
-}
-
-/// What becomes of a writable volume that is not there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MissingVolume {
-    /// It is waited for.
-    AwaitIt,
-    /// It is given up for the one at the writable directory.
-    GiveItUp,
 }
 
 /// How to check.
@@ -39,8 +30,8 @@ pub struct CheckOptions {
     pub format: Format,
     /// From `--repair` and `--yes`.
     pub mending: Mending,
-    /// From `--reset-writable`.
-    pub missing: MissingVolume,
+    /// From `--reset-writable`: a missing writable volume is given up for a new one.
+    pub resets_writable: bool,
 }
 
 /// How to look at a machine.
@@ -52,15 +43,6 @@ pub struct DoctorOptions {
     pub containerd_config: Option<String>,
 }
 
-/// Whether a person's mount may change a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// Only what is read-only by its kind stays so.
-    AsTheKindAllows,
-    /// It may not.
-    ReadOnly,
-}
-
 /// What to mount.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MountOptions {
@@ -68,28 +50,19 @@ pub struct MountOptions {
     pub key: String,
     /// Where: a directory.
     pub target: String,
-    /// From `--read-only`.
-    pub access: Access,
+    /// From `--read-only`. Layers and views are read-only without it.
+    pub is_read_only: bool,
 }
 
 /// What `import` is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImportTask {
-    /// To take over what the Go original has left.
+    /// Take over the snapshots of the Go original.
     Import,
-    /// To tell what that would be.
+    /// Report what an import would do.
     Look,
-    /// To put things back as they were.
+    /// Put things back as they were before the import.
     Undo,
-}
-
-/// What becomes of an import if a snapshot's directory is on neither volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MissingSnapshots {
-    /// It is refused: a disk that is not mounted looks like that.
-    Refuse,
-    /// It goes on without them.
-    LeaveOut,
 }
 
 /// How to import.
@@ -99,26 +72,38 @@ pub struct ImportOptions {
     pub format: Format,
     /// From `--dry-run` and `--undo`.
     pub task: ImportTask,
-    /// From `--leave-out-missing`.
-    pub missing: MissingSnapshots,
+    /// From `--leave-out-missing`. Without it an import is refused if a snapshot's
+    /// directory is on neither volume: a disk that is not mounted looks like that.
+    pub leaves_out_missing: bool,
 }
 
-/// What the words ask for.
-pub(super) enum Command {
+/// What the program is asked to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Serve containerd.
     Serve,
+    /// Look whether database and disks agree.
     Check(CheckOptions),
+    /// Report how things stand.
     Status(Format),
+    /// Look whether this machine and its containerd will do.
     Doctor(DoctorOptions),
+    /// Mount a snapshot for a person.
     Mount(MountOptions),
+    /// Unmount what was mounted by [`Command::Mount`] on this directory.
     Unmount(String),
+    /// Take over the snapshots of the Go original.
     Import(ImportOptions),
 }
+
+/// The commands that print a report, which can be JSON.
+const REPORTING: [&str; 4] = ["check", "status", "doctor", "import"];
 
 /// The commands, for messages.
 const COMMANDS: &str =
     "\"status\", \"check\", \"doctor\", \"import\", \"mount KEY DIR\" and \"umount DIR\"";
 
-/// Reads the words, with the flags that belong to them.
+/// Reads the command's words, with the flags that belong to them.
 ///
 /// # Errors
 ///
@@ -140,54 +125,44 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
         ["mount", key, target] => Ok(Command::Mount(MountOptions {
             key: (*key).to_owned(),
             target: (*target).to_owned(),
-            access: match flags.read_only {
-                true => Access::ReadOnly,
-                false => Access::AsTheKindAllows,
-            },
+            is_read_only: flags.read_only,
         })),
         ["umount", target] => Ok(Command::Unmount((*target).to_owned())),
-        ["mount", ..] => Err(invalid(format!(
+        ["mount", ..] => Err(Error::invalid(format!(
             "mount takes two words, KEY and DIR: the snapshot and where to mount it, not {}",
             words.len() - 1
         ))),
-        ["umount", ..] => Err(invalid(format!(
+        ["umount", ..] => Err(Error::invalid(format!(
             "umount takes one word, DIR, not {}",
             words.len() - 1
         ))),
-        [word @ ("check" | "status" | "doctor" | "import"), extra, ..] => {
-            Err(invalid(format!("{word} takes no {extra:?}")))
+        [word, extra, ..] if REPORTING.contains(word) => {
+            Err(Error::invalid(format!("{word} takes no {extra:?}")))
         }
-        [word, ..] => Err(invalid(format!(
+        [word, ..] => Err(Error::invalid(format!(
             "{word:?} is no command of this program: it knows {COMMANDS}, and serves without one"
         ))),
     }
 }
 
-/// Refuses a flag that the command would not heed.
+/// Refuses a flag of another command.
 fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
+    let has_config = flags.containerd_config.is_some();
     let given: [(&str, bool, &[&str]); 9] = [
         ("--repair", flags.repair, &["check"]),
         ("--yes", flags.yes, &["check"]),
         ("--reset-writable", flags.reset_writable, &["check"]),
-        (
-            "--json",
-            flags.json,
-            &["check", "status", "doctor", "import"],
-        ),
+        ("--json", flags.json, &REPORTING),
         ("--dry-run", flags.dry_run, &["import"]),
         ("--undo", flags.undo, &["import"]),
         ("--leave-out-missing", flags.leave_out_missing, &["import"]),
-        (
-            "--containerd-config",
-            flags.containerd_config.is_some(),
-            &["doctor"],
-        ),
+        ("--containerd-config", has_config, &["doctor"]),
         ("--read-only", flags.read_only, &["mount"]),
     ];
     for (flag, is_given, commands) in given {
         if is_given && !command.is_some_and(|command| commands.contains(&command)) {
             let commands: Vec<_> = commands.iter().map(|word| format!("{word:?}")).collect();
-            return Err(invalid(format!(
+            return Err(Error::invalid(format!(
                 "{flag} goes with the command {}",
                 commands.join(" or ")
             )));
@@ -206,11 +181,11 @@ fn format(flags: &Flags) -> Format {
 fn check_options(flags: &Flags) -> Result<CheckOptions> {
     let mends = flags.repair || flags.reset_writable;
     if flags.yes && !mends {
-        return Err(invalid("--yes goes with --repair".to_owned()));
+        return Err(Error::invalid("--yes goes with --repair"));
     }
     if flags.json && mends && !flags.yes {
-        return Err(invalid(
-            "--json leaves no room for questions: give --yes with --repair".to_owned(),
+        return Err(Error::invalid(
+            "--json leaves no room for questions: give --yes with --repair",
         ));
     }
     Ok(CheckOptions {
@@ -220,10 +195,7 @@ fn check_options(flags: &Flags) -> Result<CheckOptions> {
             (true, false) => Mending::AfterAsking,
             (true, true) => Mending::AtOnce,
         },
-        missing: match flags.reset_writable {
-            true => MissingVolume::GiveItUp,
-            false => MissingVolume::AwaitIt,
-        },
+        resets_writable: flags.reset_writable,
     })
 }
 
@@ -233,20 +205,17 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
         (true, false) => ImportTask::Look,
         (false, true) => ImportTask::Undo,
         (true, true) => {
-            return Err(invalid("--undo has no --dry-run".to_owned()));
+            return Err(Error::invalid("--undo has no --dry-run"));
         }
     };
     if task == ImportTask::Undo && flags.leave_out_missing {
-        return Err(invalid(
-            "--undo leaves nothing out: give no --leave-out-missing".to_owned(),
+        return Err(Error::invalid(
+            "--undo leaves nothing out: give no --leave-out-missing",
         ));
     }
     Ok(ImportOptions {
         format: format(flags),
         task,
-        missing: match flags.leave_out_missing {
-            true => MissingSnapshots::LeaveOut,
-            false => MissingSnapshots::Refuse,
-        },
+        leaves_out_missing: flags.leave_out_missing,
     })
 }

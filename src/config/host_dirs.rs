@@ -1,8 +1,7 @@
 //! Which host directories containers may be shown.
 
-use super::invalid;
 use super::paths::check_path;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::host_dirs::{ImageRule, strip_prefix};
 
 /// With these, an upper directory holds parts of what overlayfs found beneath
@@ -37,7 +36,7 @@ pub(super) fn check(
     };
     let paths = || rules.iter().flat_map(ImageRule::paths);
     if let Some(path) = paths().find(|path| !is_allowed(path)) {
-        return Err(invalid(format!(
+        return Err(Error::invalid(format!(
             "--lower-for names {path:?}, which no --allow-lower allows: give \
              --allow-lower {path:?} or one above it"
         )));
@@ -46,7 +45,7 @@ pub(super) fn check(
     if !allowed.is_empty()
         && let Some(option) = mount_options.iter().find(tied)
     {
-        return Err(invalid(format!(
+        return Err(Error::invalid(format!(
             "--mount-option {option} ties what containers write to what is beneath it, and host \
              directories change: it does not go with --allow-lower"
         )));

@@ -14,22 +14,21 @@ mod size;
 mod tests;
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::num::NonZeroUsize;
 use std::thread;
 use std::time::Duration;
 
 use argh::FromArgs;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::host_dirs::ImageRule;
-use crate::snapshotter::{QuotaOptions, Relocation, RemovalMode, SyncMode, UpperdirLabel};
-use crate::volume::{Lifetime, MountPoints, Reserve};
-use commands::Command;
+use crate::error::{Error, Result};
+use crate::host_dirs::Policy;
+use crate::snapshotter::{Options, Relocation, SyncMode};
+use crate::volume::Lifetime;
 pub use commands::{
-    Access, CheckOptions, DoctorOptions, Format, ImportOptions, ImportTask, Mending,
-    MissingSnapshots, MissingVolume, MountOptions,
+    CheckOptions, Command, DoctorOptions, Format, ImportOptions, ImportTask, Mending, MountOptions,
 };
-use paths::{ROOT_NAMES, WRITABLE_NAMES, check_apart, check_mount_option, check_path};
+use paths::{check_all_apart, check_mount_options, check_path};
 
 /// The original's root, so that a drop-in replacement finds its place.
 pub const DEFAULT_ROOT: &str =
@@ -208,29 +207,13 @@ pub struct Config {
     pub state_dir: String,
     /// The socket.
     pub address: String,
-    /// From `--require-mount`.
-    pub mount_points: MountPoints,
+    /// From `--require-mount`: the directories of both volumes have to be mount points,
+    /// so that a disk that is not mounted is noticed before anything else.
+    pub requires_mounts: bool,
     /// From `--writable-volatile`.
     pub writable_lifetime: Lifetime,
-    /// From `--reserve`.
-    pub reserve: Reserve,
-    /// From `--async-remove`.
-    pub removal: RemovalMode,
-    /// From `--upperdir-label`.
-    pub upperdir_label: UpperdirLabel,
-    /// From `--mount-option`.
-    pub mount_options: Vec<String>,
-    /// From `--allow-lower`.
-    pub allowed_lowers: Vec<String>,
-    /// From `--lower-for`.
-    pub lower_rules: Vec<ImageRule>,
-    /// From `--sync`.
-    pub sync: SyncMode,
-    /// From `--relocate` and `--relocate-after`.
-    pub relocation: Relocation,
-    /// From `--quota`, `--quota-ids`, `--default-max-size`, `--default-max-inodes`
-    /// and `--usage-max-age`.
-    pub quota: QuotaOptions,
+    /// How snapshots are kept, before [`Options::for_this_kernel`].
+    pub options: Options,
     /// How many workers.
     pub threads: usize,
     /// From `--metrics-file`.
@@ -240,21 +223,9 @@ pub struct Config {
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// To serve.
-    Run(Config),
-    /// To look whether database and disks agree.
-    Check(Config, CheckOptions),
-    /// To tell how things stand.
-    Status(Config, Format),
-    /// To look whether this machine and its containerd will do.
-    Doctor(Config, DoctorOptions),
-    /// To mount a snapshot for a person.
-    Mount(Config, MountOptions),
-    /// To end such a mount, on this directory.
-    Unmount(String),
-    /// To take over what the Go original has left.
-    Import(Config, ImportOptions),
-    /// To print this and be done.
+    /// Run a command.
+    Run(Box<Config>, Command),
+    /// Print this text.
     Print(String),
 }
 
@@ -262,8 +233,8 @@ pub enum Parsed {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::InvalidArgument`] naming the flag, the value and what would be
-/// right.
+/// [`InvalidArgument`](crate::error::ErrorKind::InvalidArgument) naming the flag, the
+/// value and what would be right.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
     let arguments = normalize(arguments)?;
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -274,19 +245,10 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
         ))),
         Ok(flags) => {
             let command = commands::parse(&flags)?;
-            let config = check(flags)?;
-            Ok(match command {
-                Command::Serve => Parsed::Run(config),
-                Command::Check(options) => Parsed::Check(config, options),
-                Command::Status(format) => Parsed::Status(config, format),
-                Command::Doctor(options) => Parsed::Doctor(config, options),
-                Command::Mount(options) => Parsed::Mount(config, options),
-                Command::Unmount(target) => Parsed::Unmount(target),
-                Command::Import(options) => Parsed::Import(config, options),
-            })
+            Ok(Parsed::Run(Box::new(check(flags)?), command))
         }
         Err(exit) if exit.status.is_ok() => Ok(Parsed::Print(exit.output)),
-        Err(exit) => Err(invalid(exit.output.trim().replace('\n', " "))),
+        Err(exit) => Err(Error::invalid(exit.output.trim().replace('\n', " "))),
     }
 }
 
@@ -299,9 +261,9 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
     let mut normal = Vec::with_capacity(arguments.len() + 4);
     let mut waiting_boolean = false;
     for argument in arguments {
-        let argument = argument
-            .into_string()
-            .map_err(|argument| invalid(format!("the argument {argument:?} is not UTF-8")))?;
+        let argument = argument.into_string().map_err(|argument| {
+            Error::invalid(format!("the argument {argument:?} is not UTF-8"))
+        })?;
         if waiting_boolean && argument != "true" && argument != "false" {
             normal.push("true".to_owned());
         }
@@ -326,77 +288,36 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
 const MAX_ADDRESS_BYTES: usize = 107;
 
 fn check(flags: Flags) -> Result<Config> {
-    let root = check_path(
-        "--root-dir",
-        flags.root_dir.as_deref().unwrap_or(DEFAULT_ROOT),
-    )?;
-    let writable = match flags.writable_dir {
-        Some(path) => check_path("--writable-dir", &path)?,
-        None => format!("{root}/writable"),
+    let path_or = |flag: &str, given: Option<String>, default: String| match given {
+        Some(path) => check_path(flag, &path),
+        None => Ok(default),
     };
-    let state_dir = match flags.state_dir {
-        Some(path) => check_path("--state-dir", &path)?,
-        None => root.clone(),
-    };
-    let address = match flags.address {
-        Some(path) => check_path("--address", &path)?,
-        None => format!("{root}/grpc.socks"),
-    };
+    let root = path_or("--root-dir", flags.root_dir, DEFAULT_ROOT.to_owned())?;
+    let in_root = |name| format!("{root}/{name}");
+    let writable = path_or("--writable-dir", flags.writable_dir, in_root("writable"))?;
+    let state_dir = path_or("--state-dir", flags.state_dir, root.clone())?;
+    let address = path_or("--address", flags.address, in_root("grpc.socks"))?;
     if address.len() > MAX_ADDRESS_BYTES {
-        return Err(invalid(format!(
+        return Err(Error::invalid(format!(
             "the socket's path {address} has {} bytes, the system allows {MAX_ADDRESS_BYTES}: \
              give a shorter --address",
             address.len()
         )));
     }
-    check_apart(
-        ("--root-dir", &root),
-        ROOT_NAMES,
-        ("--writable-dir", &writable),
-    )?;
-    check_apart(
-        ("--writable-dir", &writable),
-        WRITABLE_NAMES,
-        ("--root-dir", &root),
-    )?;
-    if state_dir != root {
-        check_apart(
-            ("--root-dir", &root),
-            ROOT_NAMES,
-            ("--state-dir", &state_dir),
-        )?;
-    }
-    if state_dir != writable {
-        check_apart(
-            ("--writable-dir", &writable),
-            WRITABLE_NAMES,
-            ("--state-dir", &state_dir),
-        )?;
-    }
-    for option in &flags.mount_option {
-        check_mount_option(option)?;
-        // overlayfs then keeps a handle of the topmost layer in the upper
-        // directory, and refuses the upper once that layer has moved (ESTALE).
-        if flags.relocate != "never" && matches!(option.as_str(), "index=on" | "nfs_export=on") {
-            return Err(invalid(format!(
-                "--mount-option {option} ties containers to the place of their layers: \
-                 it needs --relocate never"
-            )));
-        }
-    }
-    let (allowed_lowers, lower_rules) =
-        host_dirs::check(&flags.allow_lower, &flags.lower_for, &flags.mount_option)?;
     let metrics_file = flags
         .metrics_file
-        .map(|path| check_path("--metrics-file", &path))
-        .transpose()?;
-    if let Some(path) = &metrics_file {
-        let file = ("--metrics-file", path.as_str());
-        check_apart(("--root-dir", &root), ROOT_NAMES, file)?;
-        check_apart(("--writable-dir", &writable), WRITABLE_NAMES, file)?;
-        check_apart(("--state-dir", &state_dir), ROOT_NAMES, file)?;
-        check_apart(("--address", &address), &[], file)?;
-    }
+        .map(|path| check_path("--metrics-file", &path));
+    let metrics_file = metrics_file.transpose()?;
+    check_all_apart(
+        &root,
+        &writable,
+        &state_dir,
+        &address,
+        metrics_file.as_deref(),
+    )?;
+    check_mount_options(&flags.mount_option, &flags.relocate)?;
+    let (allowed, lower_rules) =
+        host_dirs::check(&flags.allow_lower, &flags.lower_for, &flags.mount_option)?;
     let quota = quota::check(&quota::Given {
         mode: &flags.quota,
         ids: flags.quota_ids.as_deref(),
@@ -404,52 +325,41 @@ fn check(flags: Flags) -> Result<Config> {
         max_inodes: flags.default_max_inodes.as_deref(),
         usage_max_age: flags.usage_max_age,
     })?;
-    Ok(Config {
-        root,
-        writable,
-        state_dir,
-        address,
-        mount_points: match flags.require_mount {
-            true => MountPoints::Required,
-            false => MountPoints::Optional,
-        },
-        writable_lifetime: match flags.writable_volatile {
-            true => Lifetime::UntilReboot,
-            false => Lifetime::Lasting,
-        },
-        reserve: size::parse_reserve("--reserve", &flags.reserve)?,
-        removal: match flags.async_remove {
-            true => RemovalMode::OnCleanup,
-            false => RemovalMode::AtOnce,
-        },
-        upperdir_label: match flags.upperdir_label {
-            true => UpperdirLabel::Shown,
-            false => UpperdirLabel::Hidden,
-        },
+    let options = Options {
         mount_options: flags.mount_option,
-        allowed_lowers,
-        lower_rules,
+        removes_at_once: !flags.async_remove,
         sync: match flags.sync.as_str() {
             "commit" => SyncMode::AtCommit,
             "none" => SyncMode::Never,
-            other => {
-                return Err(invalid(format!(
-                    "--sync is {other:?}, it has to be \"commit\" or \"none\""
-                )));
-            }
+            other => return Err(wrong("--sync", other, "\"commit\" or \"none\"")),
         },
         relocation: match flags.relocate.as_str() {
             "background" => Relocation::Background {
                 after: Duration::from_secs(flags.relocate_after.into()),
             },
             "never" => Relocation::Never,
-            other => {
-                return Err(invalid(format!(
-                    "--relocate is {other:?}, it has to be \"background\" or \"never\""
-                )));
-            }
+            other => return Err(wrong("--relocate", other, "\"background\" or \"never\"")),
         },
+        reserve: size::parse_reserve("--reserve", &flags.reserve)?,
+        shows_upperdir: flags.upperdir_label,
         quota,
+        lowers: Policy {
+            allowed,
+            kept_apart: vec![root.clone(), writable.clone(), state_dir.clone()],
+        },
+        lower_rules,
+    };
+    Ok(Config {
+        root,
+        writable,
+        state_dir,
+        address,
+        requires_mounts: flags.require_mount,
+        writable_lifetime: match flags.writable_volatile {
+            true => Lifetime::UntilReboot,
+            false => Lifetime::Lasting,
+        },
+        options,
         threads: flags
             .threads
             .map_or_else(default_threads, NonZeroUsize::get),
@@ -465,6 +375,7 @@ fn default_threads() -> usize {
         .clamp(8, 16)
 }
 
-fn invalid(what: String) -> Error {
-    Error::new(ErrorKind::InvalidArgument, what)
+/// The error for a flag's value that is not one of those it can have.
+fn wrong(flag: &str, value: &str, right: impl Display) -> Error {
+    Error::invalid(format!("{flag} is {value:?}, it has to be {right}"))
 }

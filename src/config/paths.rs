@@ -3,8 +3,7 @@
 
 use std::path::{Component, Path};
 
-use super::invalid;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Names in `<root>` that are ours; the writable directory may be in the root,
 /// but in none of them.
@@ -44,7 +43,7 @@ pub(super) const WRITABLE_NAMES: &[&str] = &[
 /// option: a comma ends an option, a colon a lower directory, a backslash
 /// escapes.
 pub(super) fn check_path(flag: &str, path: &str) -> Result<String> {
-    let refuse = |why: &str| Err(invalid(format!("{flag} is {path:?}: {why}")));
+    let refuse = |why: &str| Err(Error::invalid(format!("{flag} is {path:?}: {why}")));
     if path.is_empty() {
         return refuse("a path is needed");
     }
@@ -78,9 +77,37 @@ pub(super) fn check_path(flag: &str, path: &str) -> Result<String> {
     Ok(normal)
 }
 
-/// Refuses `other` where it is `base` itself or in a directory that is ours.
-pub(super) fn check_apart(base: (&str, &str), names: &[&str], other: (&str, &str)) -> Result<()> {
-    let Some(below) = other.1.strip_prefix(base.1) else {
+/// Refuses paths of which one lies where the other keeps files of its own.
+pub(super) fn check_all_apart(
+    root: &str,
+    writable: &str,
+    state_dir: &str,
+    address: &str,
+    metrics_file: Option<&str>,
+) -> Result<()> {
+    let in_root = ("--root-dir", root, ROOT_NAMES);
+    let in_writable = ("--writable-dir", writable, WRITABLE_NAMES);
+    check_apart(in_root, ("--writable-dir", writable))?;
+    check_apart(in_writable, ("--root-dir", root))?;
+    if state_dir != root {
+        check_apart(in_root, ("--state-dir", state_dir))?;
+    }
+    if state_dir != writable {
+        check_apart(in_writable, ("--state-dir", state_dir))?;
+    }
+    if let Some(path) = metrics_file {
+        let in_state = ("--state-dir", state_dir, ROOT_NAMES);
+        for taken in [in_root, in_writable, in_state, ("--address", address, &[])] {
+            check_apart(taken, ("--metrics-file", path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses `other` where it is `base` itself or below it in one of these names.
+fn check_apart(base: (&str, &str, &[&str]), other: (&str, &str)) -> Result<()> {
+    let (base_flag, base, names) = base;
+    let Some(below) = other.1.strip_prefix(base) else {
         return Ok(());
     };
     let is_taken = match below.strip_prefix('/') {
@@ -90,9 +117,9 @@ pub(super) fn check_apart(base: (&str, &str), names: &[&str], other: (&str, &str
     if !is_taken {
         return Ok(());
     }
-    Err(invalid(format!(
-        "{} {} is used for {} already: choose another directory",
-        other.0, other.1, base.0
+    Err(Error::invalid(format!(
+        "{} {} is used for {base_flag} already: choose another directory",
+        other.0, other.1
     )))
 }
 
@@ -107,8 +134,27 @@ const OWN_OPTIONS: &[&str] = &[
     "gidmap",
 ];
 
-pub(super) fn check_mount_option(option: &str) -> Result<()> {
-    let refuse = |why: &str| Err(invalid(format!("--mount-option is {option:?}: {why}")));
+pub(super) fn check_mount_options(options: &[String], relocate: &str) -> Result<()> {
+    for option in options {
+        check_mount_option(option)?;
+        // overlayfs then keeps a handle of the topmost layer in the upper
+        // directory, and refuses the upper once that layer has moved (ESTALE).
+        if relocate != "never" && matches!(option.as_str(), "index=on" | "nfs_export=on") {
+            return Err(Error::invalid(format!(
+                "--mount-option {option} ties containers to the place of their layers: \
+                 it needs --relocate never"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn check_mount_option(option: &str) -> Result<()> {
+    let refuse = |why: &str| {
+        Err(Error::invalid(format!(
+            "--mount-option is {option:?}: {why}"
+        )))
+    };
     let name = option.split('=').next().unwrap_or(option);
     if name.is_empty() {
         return refuse("an option of overlayfs is needed");

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use super::invalid;
-use crate::error::Result;
+use super::wrong;
+use crate::error::{Error, Result};
 use crate::quota::ProjectRange;
 use crate::snapshotter::{QuotaMode, QuotaOptions, limits};
+use crate::text::size::parse_number;
 use crate::types::Limits;
 
 /// The flags as they were given.
@@ -23,29 +24,26 @@ pub(super) fn check(given: &Given<'_>) -> Result<QuotaOptions> {
         "require" => QuotaMode::Require,
         "off" => QuotaMode::Off,
         other => {
-            return Err(invalid(format!(
-                "--quota is {other:?}, it has to be \"auto\", \"require\" or \"off\""
-            )));
+            return Err(wrong("--quota", other, "\"auto\", \"require\" or \"off\""));
         }
     };
     let ids = match given.ids {
         None => ProjectRange::DEFAULT,
         Some(text) => parse_range(text).ok_or_else(|| {
-            invalid(format!(
-                "--quota-ids is {text:?}, it has to be two numbers from 1 to 4294967294 with a \
-                 dash between them, such as {}",
+            let right = format!(
+                "two numbers from 1 to 4294967294 with a dash between them, such as {}",
                 ProjectRange::DEFAULT
-            ))
+            );
+            wrong("--quota-ids", text, right)
         })?,
     };
     let limit = |flag: &str, text: Option<&str>, parse: fn(&str) -> Option<u64>, wanted: String| {
         let Some(text) = text else {
             return Ok(None);
         };
-        let number = parse(text)
-            .ok_or_else(|| invalid(format!("{flag} is {text:?}, it has to be {wanted}")))?;
+        let number = parse(text).ok_or_else(|| wrong(flag, text, wanted))?;
         if number > 0 && mode == QuotaMode::Off {
-            return Err(invalid(format!(
+            return Err(Error::invalid(format!(
                 "{flag} {text} needs quotas, which --quota off switches off"
             )));
         }
@@ -74,10 +72,7 @@ pub(super) fn check(given: &Given<'_>) -> Result<QuotaOptions> {
 
 fn parse_range(text: &str) -> Option<ProjectRange> {
     let (first, last) = text.split_once('-')?;
-    let number = |text: &str| {
-        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
-        is_number.then(|| text.parse().ok()).flatten()
-    };
+    let number = |text| parse_number(text)?.try_into().ok();
     ProjectRange::new(number(first)?, number(last)?)
 }
 

@@ -1,6 +1,6 @@
 //! What has to stay free, as people write it.
 
-use super::invalid;
+use super::wrong;
 use crate::error::Result;
 use crate::text::size::{parse_bytes, parse_number};
 use crate::volume::Reserve;
@@ -15,12 +15,8 @@ pub(super) fn parse_reserve(flag: &str, text: &str) -> Result<Reserve> {
             .map(Reserve::Percent),
         None => parse_bytes(text).map(Reserve::Bytes),
     };
-    parsed.ok_or_else(|| {
-        invalid(format!(
-            "{flag} is {text:?}, it has to be a size such as 500M or 2G, or a percentage from \
-             0% to 99%"
-        ))
-    })
+    let right = "a size such as 500M or 2G, or a percentage from 0% to 99%";
+    parsed.ok_or_else(|| wrong(flag, text, right))
 }
 
 #[cfg(test)]

@@ -1,17 +1,19 @@
 //! What the command line may say.
 
 use super::*;
+use crate::error::ErrorKind;
+use crate::volume::Reserve;
 
 fn run(arguments: &[&str]) -> Result<Config> {
     match parse(arguments.iter().map(OsString::from).collect())? {
-        Parsed::Run(config) => Ok(config),
+        Parsed::Run(config, Command::Serve) => Ok(*config),
         other => panic!("{other:?}"),
     }
 }
 
 fn checked(arguments: &[&str]) -> CheckOptions {
     match parse(arguments.iter().map(OsString::from).collect()).unwrap() {
-        Parsed::Check(_, options) => options,
+        Parsed::Run(_, Command::Check(options)) => options,
         other => panic!("{other:?}"),
     }
 }
@@ -31,11 +33,11 @@ fn defaults_are_the_originals() {
     assert_eq!(config.writable, format!("{DEFAULT_ROOT}/writable"));
     assert_eq!(config.state_dir, DEFAULT_ROOT);
     assert_eq!(config.address, format!("{DEFAULT_ROOT}/grpc.socks"));
-    assert_eq!(config.removal, RemovalMode::OnCleanup);
-    assert_eq!(config.upperdir_label, UpperdirLabel::Hidden);
-    assert_eq!(config.sync, SyncMode::AtCommit);
+    assert!(!config.options.removes_at_once);
+    assert!(!config.options.shows_upperdir);
+    assert_eq!(config.options.sync, SyncMode::AtCommit);
     let after = Duration::from_secs(60);
-    assert_eq!(config.relocation, Relocation::Background { after });
+    assert_eq!(config.options.relocation, Relocation::Background { after });
     assert!((8..=16).contains(&config.threads));
 }
 
@@ -65,12 +67,12 @@ fn both_ways_to_give_a_value_mean_the_same() {
     ]);
     let apart = apart.unwrap();
     assert_eq!(apart.root, "/a");
-    assert_eq!(apart.mount_options, ["xino=auto", "metacopy=on"]);
-    assert_eq!(apart.upperdir_label, UpperdirLabel::Shown);
-    assert_eq!(apart.removal, RemovalMode::AtOnce);
+    assert_eq!(apart.options.mount_options, ["xino=auto", "metacopy=on"]);
+    assert!(apart.options.shows_upperdir);
+    assert!(apart.options.removes_at_once);
     assert_eq!(apart, joined.unwrap());
     let alone = run(&["--async-remove", "--root-dir", "/a"]).unwrap();
-    assert_eq!(alone.removal, RemovalMode::OnCleanup);
+    assert!(!alone.options.removes_at_once);
 }
 
 #[test]
@@ -137,7 +139,8 @@ fn nonsense_is_refused_in_one_line() {
 #[test]
 fn host_directories_are_off_unless_allowed() {
     let usual = run(&[]).unwrap();
-    assert!(usual.allowed_lowers.is_empty() && usual.lower_rules.is_empty());
+    let options = usual.options;
+    assert!(options.lowers.allowed.is_empty() && options.lower_rules.is_empty());
     let config = run(&[
         "--allow-lower=/srv/cache/",
         "--allow-lower",
@@ -147,9 +150,9 @@ fn host_directories_are_off_unless_allowed() {
         "*=/srv/cache",
     ])
     .unwrap();
-    assert_eq!(config.allowed_lowers, ["/srv/cache", "/opt/a b"]);
-    let [first, second] = config.lower_rules.as_slice() else {
-        panic!("{:?}", config.lower_rules);
+    assert_eq!(config.options.lowers.allowed, ["/srv/cache", "/opt/a b"]);
+    let [first, second] = config.options.lower_rules.as_slice() else {
+        panic!("{:?}", config.options.lower_rules);
     };
     assert_eq!(first.paths(), ["/srv/cache/npm", "/opt/a b"]);
     assert!(first.matches("reg:5000/x:1") && second.matches("any"));
@@ -170,13 +173,13 @@ fn host_directories_are_off_unless_allowed() {
 #[test]
 fn guards_are_off_unless_asked_for() {
     let usual = run(&[]).unwrap();
-    assert_eq!(usual.mount_points, MountPoints::Optional);
+    assert!(!usual.requires_mounts);
     assert_eq!(usual.writable_lifetime, Lifetime::Lasting);
-    assert_eq!(usual.reserve, Reserve::Bytes(0));
+    assert_eq!(usual.options.reserve, Reserve::Bytes(0));
     let guarded = run(&["--require-mount", "--writable-volatile", "--reserve=5%"]).unwrap();
-    assert_eq!(guarded.mount_points, MountPoints::Required);
+    assert!(guarded.requires_mounts);
     assert_eq!(guarded.writable_lifetime, Lifetime::UntilReboot);
-    assert_eq!(guarded.reserve, Reserve::Percent(5));
+    assert_eq!(guarded.options.reserve, Reserve::Percent(5));
     assert!(refused(&["--reserve", "much"]).contains("--reserve"));
 }
 
@@ -185,7 +188,7 @@ fn check_takes_the_daemons_flags_in_any_order() {
     let plain = CheckOptions {
         format: Format::Human,
         mending: Mending::Never,
-        missing: MissingVolume::AwaitIt,
+        resets_writable: false,
     };
     assert_eq!(checked(&["check"]), plain);
     assert_eq!(
@@ -197,7 +200,7 @@ fn check_takes_the_daemons_flags_in_any_order() {
     assert_eq!(asking.mending, Mending::AfterAsking);
     let all = checked(&["check", "--reset-writable", "--yes", "--json"]);
     assert_eq!(all.mending, Mending::AtOnce);
-    assert_eq!(all.missing, MissingVolume::GiveItUp);
+    assert!(all.resets_writable);
     for mistake in [
         &["chekc"][..],
         &["check", "check"],
@@ -220,11 +223,11 @@ fn status_is_a_command() {
     let parsed = |arguments: &[&str]| parse(arguments.iter().map(OsString::from).collect());
     assert!(matches!(
         parsed(&["--root-dir=/a", "status"]),
-        Ok(Parsed::Status(_, Format::Human))
+        Ok(Parsed::Run(_, Command::Status(Format::Human)))
     ));
     assert!(matches!(
         parsed(&["status", "--json"]),
-        Ok(Parsed::Status(_, Format::Json))
+        Ok(Parsed::Run(_, Command::Status(Format::Json)))
     ));
 }
 
@@ -274,7 +277,7 @@ fn import_takes_the_daemons_flags_and_its_own() {
     let imported = |arguments: &[&str]| {
         let arguments = arguments.iter().map(Into::into).collect();
         match parse(arguments).unwrap() {
-            Parsed::Import(config, options) => (config.root, options),
+            Parsed::Run(config, Command::Import(options)) => (config.root, options),
             other => panic!("{other:?}"),
         }
     };
@@ -285,9 +288,9 @@ fn import_takes_the_daemons_flags_and_its_own() {
     assert_eq!(imported(&["--dry-run", "import"]).1.task, ImportTask::Look);
     let (_, undo) = imported(&["import", "--undo", "--json"]);
     assert_eq!((undo.task, undo.format), (ImportTask::Undo, Format::Json));
-    assert_eq!(plain.missing, MissingSnapshots::Refuse);
+    assert!(!plain.leaves_out_missing);
     let (_, without) = imported(&["import", "--leave-out-missing"]);
-    assert_eq!(without.missing, MissingSnapshots::LeaveOut);
+    assert!(without.leaves_out_missing);
     for mistake in [
         &["import", "check"][..],
         &["import", "--repair"],

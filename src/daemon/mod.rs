@@ -12,21 +12,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, umask};
+use rustix::process::umask;
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
-use crate::host_dirs::Policy;
-use crate::mount;
 use crate::quota::Support;
+use crate::root::open::require_mounts;
 use crate::root::{lock, state, writable};
 use crate::service::{self, Desk, Metrics, Pool, Sending};
-use crate::snapshotter::{Options, QuotaMode, QuotaOptions, Snapshotter};
+use crate::snapshotter::Snapshotter;
 use crate::types::Limits;
-use crate::volume::{Image, MountPoints, Volumes, require_mount_points};
+use crate::util::descriptors;
+use crate::volume::{Image, Volumes};
 use server::Server;
 
 /// How long a stop waits for requests under way; with what follows it takes
@@ -44,22 +44,17 @@ pub fn run(config: &Config) -> Result<()> {
     // Before any other thread is started, so that none is hit unprepared.
     let mut signals = Signals::new([SIGTERM, SIGINT])
         .map_err(|error| Error::caused(ErrorKind::Internal, "handle signals", error))?;
-    raise_descriptor_limit();
+    descriptors::raise_limit();
     // Modes are those that are asked for, whoever started this.
     umask(Mode::from_raw_mode(0o022));
 
-    if config.mount_points == MountPoints::Required {
-        require_mount_points(&[
-            ("--root-dir", &config.root),
-            ("--writable-dir", &config.writable),
-        ])?;
-    }
+    require_mounts(config)?;
     let root = Image::open_root(&config.root)?;
     let lock = lock::require(&root)?;
     root.require_entry_types()?;
     let store = state::open(&root, config)?;
     let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
-    let options = options(config);
+    let options = config.options.for_this_kernel();
     writable::set_up(
         &volumes,
         &store,
@@ -144,7 +139,7 @@ pub fn run(config: &Config) -> Result<()> {
 
 /// What containers will be refused for is told before the first one is.
 fn tell_quotas(snapshotter: &Snapshotter, config: &Config) {
-    let wants_limits = config.quota.default != Limits::NONE;
+    let wants_limits = config.options.quota.default != Limits::NONE;
     match snapshotter.quota_support() {
         Ok(Support::Limits) => log::info!("project quotas: limits are kept"),
         Ok(Support::Counts) if !wants_limits => log::info!("project quotas: usage is counted"),
@@ -158,79 +153,6 @@ fn tell_quotas(snapshotter: &Snapshotter, config: &Config) {
             error.chain()
         ),
         Err(error) => log::debug!("project quotas: {}", error.chain()),
-    }
-}
-
-/// How the snapshotter is to behave on this machine.
-pub(crate) fn options(config: &Config) -> Options {
-    Options {
-        mount_options: mount_options(config),
-        removal: config.removal,
-        sync: config.sync,
-        relocation: config.relocation,
-        reserve: config.reserve,
-        upperdir_label: config.upperdir_label,
-        quota: quota_options(config),
-        lowers: Policy {
-            allowed: config.allowed_lowers.clone(),
-            kept_apart: vec![
-                config.root.clone(),
-                config.writable.clone(),
-                config.state_dir.clone(),
-            ],
-        },
-        lower_rules: config.lower_rules.clone(),
-    }
-}
-
-/// In a user namespace the kernel lets nobody set a project (ioctl_fssetxattr), so
-/// nothing is to be had for who does not insist.
-fn quota_options(config: &Config) -> QuotaOptions {
-    let mut options = config.quota;
-    if options.mode == QuotaMode::Auto && mount::probe_user_namespace() {
-        options.mode = QuotaMode::Off;
-    }
-    options
-}
-
-/// The configured options, with those that the kernel here makes necessary.
-fn mount_options(config: &Config) -> Vec<String> {
-    let mut options = Vec::new();
-    let configured = |name: &str| {
-        config
-            .mount_options
-            .iter()
-            .any(|option| option.split('=').next() == Some(name))
-    };
-    if !configured("index") && mount::probe_parameter("index").is_some() {
-        options.push("index=off".to_owned());
-    }
-    // With these, an upper directory holds parts of what is beneath it; the
-    // host's directories change. Some kernels have them on by default.
-    for name in ["metacopy", "redirect_dir"] {
-        let is_on = || mount::probe_parameter(name).is_some_and(|value| value != "N");
-        if !config.allowed_lowers.is_empty() && !configured(name) && is_on() {
-            options.push(format!("{name}=off"));
-        }
-    }
-    if !configured("userxattr") && mount::probe_user_namespace() {
-        options.push("userxattr".to_owned());
-    }
-    options.extend_from_slice(&config.mount_options);
-    options
-}
-
-/// As far as it goes: service managers and shells start with a soft limit of 1024
-/// for the sake of programs that use select(2). Each connection is a descriptor,
-/// and so is each level of a tree that is walked.
-pub(crate) fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(errno) = setrlimit(Resource::Nofile, raised) {
-        log::debug!("cannot raise the limit of open files: {errno}");
     }
 }
 

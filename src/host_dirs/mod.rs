@@ -28,7 +28,7 @@ pub use parse::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
 use walk::{Made, Reached, Start, path_of};
 
 /// Which directories may be used.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     /// These and all beneath, absolute and normalised. None: the whole is off.
     pub allowed: Vec<String>,

@@ -389,7 +389,8 @@ pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
         .map_err(|errno| unsuitable(format!("id-map a mount of {}", directory.display()), errno))
 }
 
-fn kernel_release() -> String {
+/// The release of the running kernel, for example "6.1.0-18-amd64".
+pub fn kernel_release() -> String {
     let name = rustix::system::uname();
     name.release().to_string_lossy().into_owned()
 }

@@ -5,7 +5,22 @@ use super::{state, writable};
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Completeness, Store};
-use crate::volume::{Identity, Image, Volumes};
+use crate::volume::{Identity, Image, Volumes, require_mount_points};
+
+/// Refuses directories that are no mount points, if `--require-mount` was given.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] naming the directory.
+pub fn require_mounts(config: &Config) -> Result<()> {
+    if !config.requires_mounts {
+        return Ok(());
+    }
+    require_mount_points(&[
+        ("--root-dir", &config.root),
+        ("--writable-dir", &config.writable),
+    ])
+}
 
 /// What a command is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

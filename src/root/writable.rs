@@ -74,10 +74,9 @@ pub fn adopt(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Resu
 /// Under what a probe has been passed: with another kernel, on another file
 /// system or with other options it is worth another.
 fn circumstances(volumes: &Volumes, mount_options: &[String]) -> Result<String> {
-    let release = rustix::system::uname();
     Ok(format!(
         "{} {} {}",
-        release.release().to_string_lossy(),
+        mount::kernel_release(),
         volumes.writable_file_system()?,
         mount_options.join(",")
     ))

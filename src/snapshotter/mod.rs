@@ -47,9 +47,7 @@ use flusher::Flusher;
 pub use inspect::Inspection;
 use labels::IdMaps;
 use mounting::Mounted;
-pub use options::{
-    Options, QuotaMode, QuotaOptions, Relocation, RemovalMode, SyncMode, UpperdirLabel,
-};
+pub use options::{Options, QuotaMode, QuotaOptions, Relocation, SyncMode};
 use place::{choose_volume, is_unpack};
 pub use problem::{Finding, Problem, Recorded};
 use quotas::Projects;
@@ -358,7 +356,7 @@ impl Snapshotter {
 
     fn shown(&self, snapshot: Snapshot) -> Info {
         let mut info = snapshot.info;
-        if self.options.upperdir_label == UpperdirLabel::Shown
+        if self.options.shows_upperdir
             && let Some(volume) = snapshot.volume
         {
             // A layer's path stays the same wherever its bytes are.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::host_dirs::{ImageRule, Policy};
+use crate::mount;
 use crate::quota::ProjectRange;
 #[cfg(doc)]
 use crate::snapshotter::Snapshotter;
@@ -10,15 +11,6 @@ use crate::snapshotter::Snapshotter;
 use crate::types::LABEL_UPPERDIR;
 use crate::types::Limits;
 use crate::volume::Reserve;
-
-/// When deleted bytes are given back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RemovalMode {
-    /// By Cleanup; Remove only moves to the trash.
-    OnCleanup,
-    /// Before Remove answers.
-    AtOnce,
-}
 
 /// When a layer's data is made durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,34 +59,59 @@ pub struct QuotaOptions {
     pub usage_max_age: Duration,
 }
 
-/// Whether answers carry [`LABEL_UPPERDIR`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UpperdirLabel {
-    /// They do.
-    Shown,
-    /// They do not.
-    Hidden,
-}
-
 /// How a [`Snapshotter`] is to behave.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Options of every overlay mount, in order.
     pub mount_options: Vec<String>,
-    /// See [`RemovalMode`].
-    pub removal: RemovalMode,
+    /// Whether Remove deletes before it answers. Otherwise it moves to the trash,
+    /// which Cleanup empties.
+    pub removes_at_once: bool,
     /// See [`SyncMode`].
     pub sync: SyncMode,
     /// See [`Relocation`].
     pub relocation: Relocation,
     /// What has to stay free on the writable volume.
     pub reserve: Reserve,
-    /// See [`UpperdirLabel`].
-    pub upperdir_label: UpperdirLabel,
+    /// Whether answers carry [`LABEL_UPPERDIR`].
+    pub shows_upperdir: bool,
     /// See [`QuotaOptions`].
     pub quota: QuotaOptions,
     /// Which host directories may be shown to containers.
     pub lowers: Policy,
     /// Which are shown to the containers of some images, in order.
     pub lower_rules: Vec<ImageRule>,
+}
+
+impl Options {
+    /// These options, with what this machine's kernel makes necessary.
+    pub fn for_this_kernel(&self) -> Options {
+        let mut options = self.clone();
+        let is_in_user_namespace = mount::probe_user_namespace();
+        // The kernel lets nobody set a project there (ioctl_fssetxattr).
+        if is_in_user_namespace && options.quota.mode == QuotaMode::Auto {
+            options.quota.mode = QuotaMode::Off;
+        }
+        let is_configured = |name: &str| {
+            let mut names = self.mount_options.iter().map(|it| it.split('=').next());
+            names.any(|configured| configured == Some(name))
+        };
+        let mut added = Vec::new();
+        if !is_configured("index") && mount::probe_parameter("index").is_some() {
+            added.push("index=off".to_owned());
+        }
+        // With these, an upper directory holds parts of what is beneath it, and the
+        // host's directories change. Some kernels have them on by default.
+        for name in ["metacopy", "redirect_dir"] {
+            let is_on = || mount::probe_parameter(name).is_some_and(|value| value != "N");
+            if !self.lowers.allowed.is_empty() && !is_configured(name) && is_on() {
+                added.push(format!("{name}=off"));
+            }
+        }
+        if is_in_user_namespace && !is_configured("userxattr") {
+            added.push("userxattr".to_owned());
+        }
+        options.mount_options.splice(0..0, added);
+        options
+    }
 }

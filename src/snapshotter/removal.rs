@@ -1,6 +1,6 @@
 //! Removing snapshots, and giving back what they took.
 
-use super::{RemovalMode, Snapshotter, in_use, labels};
+use super::{Snapshotter, in_use, labels};
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{Place, Transaction};
 use crate::types::{Quoted, SnapshotId, Volume};
@@ -43,7 +43,7 @@ impl Snapshotter {
                 log::warn!("remove what layer {layer} has left: {}", error.chain());
             }
         }
-        if self.options.removal == RemovalMode::AtOnce {
+        if self.options.removes_at_once {
             let old = (!released.is_empty()).then_some(Volume::Writable);
             let link = (removed.volume == Some(Volume::Writable)).then_some(Volume::Image);
             for volume in removed.volume.into_iter().chain(old).chain(link) {

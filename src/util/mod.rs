@@ -1,5 +1,6 @@
 //! What belongs to no domain.
 
+pub(crate) mod descriptors;
 pub(crate) mod fault_point;
 pub(crate) mod fnv;
 pub(crate) mod lock;

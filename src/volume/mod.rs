@@ -45,7 +45,7 @@ use identity::Seen;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use moving::{Target, moving_id};
-pub use preconditions::{Holding, Lifetime, MountPoints, Reserve, Room, require_mount_points};
+pub use preconditions::{Holding, Lifetime, Reserve, Room, require_mount_points};
 pub use snapshot_dirs::{Parts, WorkMark};
 
 use std::path::Path;

@@ -12,15 +12,6 @@ use super::Dirs;
 use super::dirs::open_to_list;
 use crate::error::{Context, Error, ErrorKind, Result};
 
-/// Whether the directories of the volumes must be mount points themselves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MountPoints {
-    /// They must: a disk that is not mounted is noticed before anything else.
-    Required,
-    /// They may be directories on any file system.
-    Optional,
-}
-
 /// How long what is on the writable volume is meant to last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lifetime {

@@ -11,14 +11,14 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::thread;
 use std::time::Duration;
 
-use crate::config::{CheckOptions, Config, Format, Mending, MissingVolume};
-use crate::daemon;
+use crate::config::{CheckOptions, Config, Format, Mending};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::ByHand;
 use crate::root::open::{Purpose, Visit, visit};
 use crate::root::writable;
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Store};
+use crate::util::descriptors;
 use crate::volume::{Identity, Image, Lifetime, Volumes};
 use report::Report;
 
@@ -30,7 +30,7 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 /// Checks, repairs if that is asked for, and prints a report. Returns whether database
 /// and disks agree in the end.
 pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
-    daemon::raise_descriptor_limit();
+    descriptors::raise_limit();
     let mends = options.mending != Mending::Never;
     let purpose = if mends {
         Purpose::Change
@@ -52,11 +52,11 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
             point.display()
         )));
     }
-    let volumes = match options.missing {
-        MissingVolume::AwaitIt => volumes,
-        MissingVolume::GiveItUp => give_up(config, options, volumes, &store)?,
+    let volumes = match options.resets_writable {
+        false => volumes,
+        true => give_up(config, options, volumes, &store)?,
     };
-    let snapshotter = Snapshotter::new(store, volumes, daemon::options(config));
+    let snapshotter = Snapshotter::new(store, volumes, config.options.for_this_kernel());
 
     let inspection = inspect(&snapshotter, &completeness, lock.is_none())?;
     let doomed = snapshotter.doomed(&inspection.findings)?;
@@ -140,7 +140,7 @@ fn give_up(
     if !asked(options, &question)? {
         return Err(Error::refused("nothing was changed"));
     }
-    let mount_options = daemon::options(config).mount_options;
+    let mount_options = config.options.for_this_kernel().mount_options;
     writable::give_up(&volumes, store, &mount_options)?;
     let root = Image::open_existing_root(&config.root)?;
     let anew = Volumes::new(Image::open(root)?, config.writable.clone());

@@ -241,7 +241,7 @@ fn kubernetes(config: &Config, table: &Table, name: &str) -> Option<Finding> {
         );
     }
     let hides = at(within, &["disable_snapshot_annotations"]).and_then(Value::as_bool);
-    if hides == Some(true) && !config.lower_rules.is_empty() {
+    if hides == Some(true) && !config.options.lower_rules.is_empty() {
         return Some(Finding::bad(
             "Kubernetes",
             "--lower-for is in vain: disable_snapshot_annotations has to be false, so that \
@@ -288,7 +288,7 @@ mod tests {
     /// What is said of a configuration, by topic.
     fn judged(configuration: &str) -> Vec<(&'static str, Verdict, Finding)> {
         let arguments = ["--root-dir", "/big"].map(Into::into).to_vec();
-        let Parsed::Run(config) = parse(arguments).unwrap() else {
+        let Parsed::Run(config, _) = parse(arguments).unwrap() else {
             panic!("the daemon's flags");
         };
         let table = configuration.parse().unwrap();

@@ -11,14 +11,14 @@ use rustix::fs::{Mode, OFlags, open, statvfs};
 use super::{Finding, Verdict};
 use crate::commands::output::bytes;
 use crate::config::Config;
-use crate::daemon;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::mountinfo::{self, Mounted};
 use crate::mount::{MERGED, probe_idmapped_mounts, probe_upper, unmount_stale};
 use crate::quota::{self, Quotas, Support};
+use crate::root::open::require_mounts;
 use crate::snapshotter::QuotaMode;
 use crate::types::Limits;
-use crate::volume::{Lifetime, MountPoints, require_mount_points};
+use crate::volume::Lifetime;
 
 /// A directory, or the nearest one above it that is there.
 struct Place {
@@ -28,7 +28,7 @@ struct Place {
 }
 
 pub(super) fn look(config: &Config) -> Vec<Finding> {
-    let options = daemon::options(config).mount_options;
+    let options = config.options.for_this_kernel().mount_options;
     let mut findings = Vec::new();
     let mut look_at = |topic, flag, path: &str| match find(path) {
         Err(error) => {
@@ -61,14 +61,8 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     });
     findings.extend(lasting(config, &writable));
     findings.extend(limits(config, &writable));
-    if config.mount_points == MountPoints::Required {
-        let directories = [
-            ("--root-dir", &*config.root),
-            ("--writable-dir", &*config.writable),
-        ];
-        if let Err(error) = require_mount_points(&directories) {
-            findings.push(Finding::bad("mounts", error.chain()));
-        }
+    if let Err(error) = require_mounts(config) {
+        findings.push(Finding::bad("mounts", error.chain()));
     }
     findings.push(match probe_idmapped_mounts(&image.there) {
         Ok(()) => Finding::good("mapped ids", "layers can be id-mapped"),
@@ -85,7 +79,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
 
 /// Whether containers can have a size.
 fn limits(config: &Config, writable: &Place) -> Option<Finding> {
-    let options = &config.quota;
+    let options = &config.options.quota;
     if options.mode == QuotaMode::Off {
         return None;
     }

@@ -76,8 +76,7 @@ pub fn run(config: &Config, options: &DoctorOptions) -> Result<bool> {
     }
     // What is mounted to try is nobody else's, and gone with this process.
     mount::enter_mount_namespace()?;
-    let release = rustix::system::uname();
-    let kernel = format!("Linux {}", release.release().to_string_lossy());
+    let kernel = format!("Linux {}", mount::kernel_release());
     let mut findings = vec![Finding::good("kernel", kernel)];
     findings.extend(disks::look(config));
     findings.extend(containerd::look(config, options));

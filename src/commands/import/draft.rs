@@ -6,7 +6,6 @@ use super::files::{self, Paths};
 use super::plan::{Disks, Plan};
 use super::{TRANSACTION, WRITABLE_DIR, is_away};
 use crate::config::Config;
-use crate::daemon;
 use crate::error::Result;
 use crate::root::{state, writable};
 use crate::store::{FileFormat, Store, probe_format, remove_companions, set_space_aside};
@@ -45,7 +44,7 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
         Image::open(Image::open_existing_root(&config.root)?)?,
         config.writable.clone(),
     );
-    let options = daemon::options(config);
+    let options = config.options.for_this_kernel();
     writable::adopt(&volumes, &store, &options.mount_options)?;
     fault_point("import-marked");
 

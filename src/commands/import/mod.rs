@@ -32,13 +32,14 @@ mod report;
 mod undo;
 
 use crate::commands::import::bolt::snapshots::{Contents, read};
-use crate::config::{Config, ImportOptions, ImportTask, MissingSnapshots};
-use crate::daemon;
+use crate::config::{Config, ImportOptions, ImportTask};
 use crate::error::{Context, Result};
 use crate::root::lock;
+use crate::root::open::require_mounts;
 use crate::store::{FileFormat, Snapshot, probe_format};
 use crate::types::{Kind, Volume};
-use crate::volume::{Image, Lifetime, MountPoints, Root, require_mount_points};
+use crate::util::descriptors;
+use crate::volume::{Image, Lifetime, Root};
 use files::Paths;
 use plan::{Disks, Plan};
 use report::Report;
@@ -56,7 +57,7 @@ const TRANSACTION: &str = "import_transaction";
 /// whether no snapshot was left out. After an error nothing was done, or the command
 /// can be run again.
 pub fn run(config: &Config, options: ImportOptions) -> Result<bool> {
-    daemon::raise_descriptor_limit();
+    descriptors::raise_limit();
     let root = Image::open_existing_root(&config.root)?;
     // Held to the end: no daemon starts on what is half done.
     let _lock = match options.task {
@@ -64,12 +65,7 @@ pub fn run(config: &Config, options: ImportOptions) -> Result<bool> {
         ImportTask::Import | ImportTask::Undo => Some(lock::require(&root)?),
     };
     preconditions::require_nobody_serves(config)?;
-    if config.mount_points == MountPoints::Required {
-        require_mount_points(&[
-            ("--root-dir", &config.root),
-            ("--writable-dir", &config.writable),
-        ])?;
-    }
+    require_mounts(config)?;
     match options.task {
         ImportTask::Undo => {
             undo::run(&root, config, options.format)?;
@@ -115,7 +111,7 @@ fn import(root: &Root, config: &Config, options: ImportOptions) -> Result<Report
         disks = look()?;
     }
     preconditions::require_disks(&contents, &disks)?;
-    let plan = plan(config, contents, &disks, options.missing)?;
+    let plan = plan(config, contents, &disks, options)?;
     if task == ImportTask::Import {
         draft::carry_out(config, &paths, &plan, &disks).inspect_err(|_| {
             take_back_failed(root, config, &paths);
@@ -128,7 +124,7 @@ fn plan(
     config: &Config,
     contents: Contents,
     disks: &Disks,
-    missing: MissingSnapshots,
+    options: ImportOptions,
 ) -> Result<Plan> {
     let are_there = [Volume::Image, Volume::Writable]
         .into_iter()
@@ -137,7 +133,7 @@ fn plan(
     let is_volatile = config.writable_lifetime == Lifetime::UntilReboot;
     let plan = plan::plan(contents, disks, is_volatile)?;
     preconditions::require_volumes(&plan, |volume| are_there.contains(&volume), config)?;
-    if missing == MissingSnapshots::Refuse && !is_volatile {
+    if !options.leaves_out_missing && !is_volatile {
         preconditions::require_directories(&plan, config)?;
     }
     Ok(plan)

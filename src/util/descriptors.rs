@@ -1,0 +1,17 @@
+//! The limit of open files.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Raises the soft limit of open files to the hard one. Service managers and shells
+/// start programs with a soft limit of 1024, for the sake of those that use select(2).
+/// Each connection is a descriptor, and so is each level of a tree that is walked.
+pub fn raise_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(errno) = setrlimit(Resource::Nofile, raised) {
+        log::debug!("cannot raise the limit of open files: {errno}");
+    }
+}
