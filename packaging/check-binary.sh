@@ -43,9 +43,12 @@ emulator=
 [ "$(uname -m)" = "$machine" ] || emulator=qemu-$machine-static
 
 # Static: no program interpreter, no shared library.
-readelf -h "$binary" | grep -q "Machine: *$elf_machine\$" || fail "$binary is for another machine"
-! readelf -lW "$binary" | grep -q INTERP || fail "$binary has a program interpreter"
-! readelf -dW "$binary" 2>/dev/null | grep NEEDED || fail "$binary needs shared libraries"
+headers=$(readelf -hldW "$binary") || fail "readelf cannot read $binary"
+case $headers in
+*INTERP*) fail "$binary has a program interpreter" ;;
+*NEEDED*) fail "$binary needs shared libraries" ;;
+esac
+echo "$headers" | grep -q "Machine: *$elf_machine\$" || fail "$binary is for another machine"
 # Nothing of the machine that it was built on.
 for path in "$PWD" "${HOME:-/root}"; do
     [ "$path" != / ] || continue

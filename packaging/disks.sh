@@ -116,13 +116,16 @@ replace() {
 # Which mounts the service waits for.
 #
 
-# mount_units DIR: the units of all mounts that DIR may be on.
+# mount_units DIR: sets $units to the units of all mounts that DIR may be on.
 mount_units() {
     directory=$1
+    units=
     while [ "$directory" != / ] && [ -n "$directory" ]; do
-        systemd-escape --path --suffix=mount "$directory"
+        unit=$(systemd-escape --path --suffix=mount "$directory")
+        units="$units $unit"
         directory=${directory%/*}
-    done | paste -s -d ' '
+    done
+    units=${units# }
 }
 
 # A drop-in if OPTIONS moves a directory; none if not: the unit knows the
@@ -145,6 +148,7 @@ put_drop_in() {
     fi
     moved_root=${moved_root:-$default_root}
     mkdir -p "$destdir${drop_in%/*}"
+    mount_units "$moved_writable"
     {
         echo "# Written by disks.sh from OPTIONS in $config; it is written again"
         echo "# whenever that runs."
@@ -156,7 +160,7 @@ put_drop_in() {
         echo "RequiresMountsFor=$moved_root${moved_state:+ $moved_state}"
         [ -z "$moved_writable" ] || {
             echo "# Without the writable volume it serves what does not need it."
-            echo "After=$(mount_units "$moved_writable")"
+            echo "After=$units"
         }
     } >"$destdir$drop_in.new"
     replace "$destdir$drop_in"

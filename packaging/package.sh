@@ -41,7 +41,8 @@ put() {
 sed -e "s/@VERSION@/$version/" \
     -e "s/@DATE@/$(LC_ALL=C date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%d)/" \
     "packaging/$program.8.md" >"$scratch/page.md"
-lowdown -s --out-no-smarty -tman "$scratch/page.md" | sed 's/--/\\-\\-/g' >"$scratch/$program.8"
+lowdown -s --out-no-smarty -tman "$scratch/page.md" >"$scratch/page.man"
+sed 's/--/\\-\\-/g' "$scratch/page.man" >"$scratch/$program.8"
 said=$(groff -man -ww -z "$scratch/$program.8" 2>&1)
 [ -z "$said" ] || {
     echo "package.sh: the man page is not well made: $said" >&2
