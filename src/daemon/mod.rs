@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::Mode;
 use rustix::process::umask;
 use sd_notify::NotifyState;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::config::Config;
@@ -42,7 +42,7 @@ const DRAIN: Duration = Duration::from_secs(9);
 pub fn run(config: &Config) -> Result<()> {
     let begun = Instant::now();
     // Before any other thread is started, so that none is hit unprepared.
-    let mut signals = Signals::new([SIGTERM, SIGINT])
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
         .map_err(|error| Error::caused(ErrorKind::Internal, "handle signals", error))?;
     descriptors::raise_limit();
     // Modes are those that are asked for, whoever started this.
@@ -99,7 +99,7 @@ pub fn run(config: &Config) -> Result<()> {
     );
     notify(NotifyState::Ready);
 
-    let signal = signals.forever().next();
+    let signal = signals.forever().find(|&signal| is_stop(signal));
     log::info!("stopping on signal {}", signal.unwrap_or_default());
     notify(NotifyState::Stopping);
     let deadline = Instant::now() + DRAIN;
@@ -135,6 +135,15 @@ pub fn run(config: &Config) -> Result<()> {
     }
     log::info!("stopped; containers keep running");
     Ok(())
+}
+
+/// Whether the daemon stops on this signal. SIGHUP asks other daemons to read their
+/// settings, and would leave this host without one that serves.
+fn is_stop(signal: i32) -> bool {
+    if signal == SIGHUP {
+        log::info!("SIGHUP is ignored: settings are read at a restart");
+    }
+    signal != SIGHUP
 }
 
 /// What containers will be refused for is told before the first one is.

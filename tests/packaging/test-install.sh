@@ -130,16 +130,29 @@ for _ in 1 2 3 4 5; do
     expect "" rc-service "$program" restart
     expect "started" rc-service "$program" status
 done
-second=$(pid)
 
-# A daemon that dies is started again.
-kill -KILL "$second"
-tries=150
-until pid >/dev/null && [ "$(pid)" != "$second" ] && /tmp/client "$socket" once; do
+# A daemon that dies is started again, also if it was asked to end.
+for signal in KILL TERM; do
+    second=$(pid)
+    kill -"$signal" "$second"
+    tries=150
+    until pid >/dev/null && [ "$(pid)" != "$second" ] && /tmp/client "$socket" once; do
+        tries=$((tries - 1))
+        [ "$tries" -gt 0 ] || fail "a daemon that died of SIG$signal is not started again"
+        sleep 0.1
+    done 2>/dev/null
+done
+# SIGHUP does not end it.
+second=$(pid)
+kill -HUP "$second"
+tries=50
+until grep -q 'SIGHUP is ignored' "/var/log/$program.log"; do
     tries=$((tries - 1))
-    [ "$tries" -gt 0 ] || fail "a daemon that died is not started again"
+    [ "$tries" -gt 0 ] || fail "the log has nothing of SIGHUP"
     sleep 0.1
-done 2>/dev/null
+done
+[ "$(pid)" = "$second" ] || fail "SIGHUP has ended the daemon"
+/tmp/client "$socket" once || fail "it does not serve after SIGHUP"
 
 expect "removed" "/usr/local/share/$program/install.sh" uninstall --service openrc
 ! pid >/dev/null || fail "uninstall leaves the daemon running"

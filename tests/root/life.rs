@@ -180,6 +180,21 @@ fn signals_stop_it() {
 }
 
 #[registered(crate::Test)]
+fn a_hangup_does_not_stop_it() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    for number in 0..3 {
+        split.daemon.signal(Signal::HUP);
+        until("reported", || {
+            split.daemon.log().matches("SIGHUP is ignored").count() > number
+        });
+        client.prepare(&format!("web-{number}"), "", &[]).unwrap();
+    }
+    split.daemon.signal(Signal::TERM);
+    assert_eq!(split.daemon.wait().code(), Some(0));
+}
+
+#[registered(crate::Test)]
 fn a_stop_waits_for_running_requests() {
     let manager = Manager::new();
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
