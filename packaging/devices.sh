@@ -96,25 +96,26 @@ look_at() {
     uuid=$(value UUID)
     table=$(value PTTYPE)
     case $status in
-    0)
-        [ -z "$table" ] || leave "$1" "it has a partition table ($table${found:+ and $found}); name a" \
-            "partition, or take the table away with 'wipefs --all $1' and give --format"
-        [ "${found:-nothing}" = "$types" ] ||
-            leave "$1" "blkid finds $found, and wipefs finds $types"
-        ;;
-    2)
-        # blkid ends so as well if the device cannot be read.
-        [ -z "$probed$types" ] || leave "$1" "blkid finds nothing ($probed), wipefs finds $types"
-        is_blank "$1" "$(blockdev --getsize64 "$1")" || found=unknown
-        # util-linux before 2.39 does not know it.
-        [ "$(od -A n -t x8 -j 4120 -N 8 "$1" | tr -d ' ')" != ca451a4ef67385c6 ] || found=bcachefs
-        ;;
+    # 2 is that nothing was found, and also that the device cannot be read. A partition
+    # always has a place in a table to be found, and ends with 0.
+    0 | 2) ;;
     8)
         leave "$1" "it holds more than one thing ($types); 'wipefs --all --types TYPE $1' takes" \
             "away one that is only left over"
         ;;
     *) die "$flag: blkid cannot look at $1 (it ended with status $status): $probed" ;;
     esac
+    [ "$status" = 0 ] || [ -z "$probed" ] || die "$flag: blkid cannot look at $1: $probed"
+    [ -z "$table" ] ||
+        leave "$1" "it has a partition table ($table${found:+ and $found}); name a partition, or" \
+            "take the table away with 'wipefs --all $1' and give --format"
+    [ "$found" = "$types" ] ||
+        leave "$1" "blkid finds ${found:-nothing}, and wipefs finds ${types:-nothing}"
+    if [ -z "$found" ] && ! is_blank "$1" "$(blockdev --getsize64 "$1")"; then
+        found=unknown
+        # util-linux before 2.39 does not know it.
+        [ "$(od -A n -t x8 -j 4120 -N 8 "$1" | tr -d ' ')" != ca451a4ef67385c6 ] || found=bcachefs
+    fi
     identity=$(lsblk --inverse --noheadings --bytes --output MAJ:MIN,SIZE,SERIAL,WWN "$1")
     [ -n "$identity" ] || die "$flag: lsblk cannot look at $1"
     sys=$(sys_of "$1")
@@ -136,7 +137,7 @@ check_content() {
     case $what:$found in
     empty: | keep:ext4 | keep:xfs | keep:btrfs) ;;
     empty:unknown)
-        leave "$1" "it holds data of an unknown kind ('hexdump -C $1 | less' shows it); give" \
+        leave "$1" "it holds data of an unknown kind ('od -c $1 | less' shows it); give" \
             "--format to lose it"
         ;;
     empty:*) leave "$1" "it has a file system ($found): give --format to lose it, or --keep to use it" ;;

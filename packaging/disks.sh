@@ -285,6 +285,10 @@ add_fstab_line() {
     mkdir -p "$destdir/etc" "$destdir$2"
     # A link's file, in which the system has it.
     fstab=$(readlink -f "$destdir/etc/fstab") || die "/etc/fstab leads nowhere"
+    case $fstab in
+    "$(readlink -f "${destdir:-/}")"*) ;;
+    *) die "/etc/fstab leads out of $destdir" ;;
+    esac
     [ -e "$fstab" ] || : >"$fstab"
     # In the place of what an earlier run has written.
     awk -v where="$2" '$1 ~ /^#/ || $2 != where' "$fstab" >"$fstab.new" || die "cannot read $fstab"

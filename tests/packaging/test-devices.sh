@@ -12,6 +12,8 @@ export DESTDIR=/tmp/destdir
 size=$((320 * 1024 * 1024))
 device=
 second=
+# The one that $device is a partition of.
+disk=
 kinds=0
 
 fail() {
@@ -20,9 +22,11 @@ fail() {
 }
 
 drop_devices() {
-    for loop in $device $second; do
+    [ -z "$disk" ] || partx --delete "$disk"
+    for loop in ${disk:-$device} $second; do
         losetup -d "$loop"
     done
+    disk=
     device=
     second=
 }
@@ -42,7 +46,7 @@ fresh() {
 # changes: how much was written to and discarded from $device since it is there.
 changes() {
     blockdev --flushbufs "$device"
-    awk '{ print $7, $14 }' "/sys/block/${device##*/}/stat"
+    awk '{ print $7, $14 }' "/sys/class/block/${device##*/}/stat"
 }
 
 # refused TEXT OPTIONS...: disks.sh dies and says TEXT; $device is not written to.
@@ -328,5 +332,25 @@ changed "has a file system (ext4)" run mkfs.ext4 -q -F
 format=--format
 kind "made since" run mkfs.vfat
 changed "is another disk now, or holds something else" run mkfs.ext4 -q -F
+
+#
+# A partition of a disk.
+#
+
+kind "a disk with a partition" table gpt
+disk=$device
+partx --add "$disk"
+refused "has partitions" --format
+device=${disk}p1
+size=$(blockdev --getsize64 "$device")
+kind="a blank partition"
+formatted "no data, but zeros wherever it was read"
+rm -r "$DESTDIR"
+kind="a partition"
+refused "has a file system (ext4)"
+mkswap -q "$device"
+refused "belongs to something else (swap)" --format
+drop_devices
+
 [ "$kinds" -ge 40 ] || fail "there are only $kinds kinds"
 echo "devices.sh: $kinds kinds of content"
