@@ -9,7 +9,7 @@
 #
 # shellcheck disable=SC2034,SC2154 # disks.sh has what seems unused or not assigned.
 
-# What option is being looked at, for messages.
+# The option that names the device, for messages.
 flag=
 
 # leave DEV WHY...: dies, because of what was found on DEV.
@@ -25,7 +25,7 @@ sys_of() {
 }
 
 # mounted_at DEV: where DEV is mounted, a line each. A mount of btrfs has a device
-# number of its own, but names the device.
+# number of its own, and names the device.
 mounted_at() {
     sys=$(sys_of "$1")
     mapped=$(cat "$sys/dm/name" 2>/dev/null || :)
@@ -49,7 +49,8 @@ check_use() {
     [ -d "$sys" ] || die "$flag: the kernel does not know $1"
     at=$(mounted_at "$1") || die "$flag: cannot read where $1 is mounted"
     [ -z "$at" ] || die "$flag: $1 is mounted at $(echo "$at" | paste -s -d ' ')"
-    ! awk '{ print $1 }' /proc/swaps 2>/dev/null | grep -qxF "$node" || die "$flag: $1 is used for swapping"
+    ! awk '{ print $1 }' /proc/swaps 2>/dev/null | grep -qxF "$node" ||
+        die "$flag: $1 is used for swapping"
     for holder in "$sys"/holders/*; do
         [ ! -e "$holder" ] || die "$flag: $1 is used by ${holder##*/} (LVM, RAID or encryption)"
     done
@@ -78,7 +79,7 @@ is_blank() {
     done
 }
 
-# value NAME: what blkid said of it.
+# value NAME: the value that blkid has reported under this name.
 value() {
     echo "$probed" | sed -n "s/^$1=//p"
 }
@@ -140,8 +141,12 @@ check_content() {
         leave "$1" "it holds data of an unknown kind ('od -c $1 | less' shows it); give" \
             "--format to lose it"
         ;;
-    empty:*) leave "$1" "it has a file system ($found): give --format to lose it, or --keep to use it" ;;
-    keep:*) leave "$1" "it has no file system to keep (${found:-none}), which is ext4, xfs or btrfs" ;;
+    empty:*)
+        leave "$1" "it has a file system ($found): give --format to lose it, or --keep to use it"
+        ;;
+    keep:*)
+        leave "$1" "it has no file system to keep (${found:-none}), which is ext4, xfs or btrfs"
+        ;;
     format:btrfs)
         # num_devices in its superblock.
         [ "$(od -A n -t u8 -j 65672 -N 8 "$1" | tr -d ' ')" = 1 ] ||

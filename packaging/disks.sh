@@ -202,8 +202,8 @@ check_entries() {
         "UUID=$uuid" | "/dev/disk/by-uuid/$uuid") continue ;;
         /dev/*) [ "$(readlink -f "$entry")" != "$(readlink -f "$2")" ] || continue ;;
         esac
-        die "$flag: there is an entry already that mounts $entry at $1; if that disk is not needed" \
-            "any more, take the entry away (/etc/fstab, or a unit in /etc/systemd/system)"
+        die "$flag: there is an entry already that mounts $entry at $1; if that disk is not" \
+            "needed any more, take the entry away (/etc/fstab, or a unit in /etc/systemd/system)"
     done
 }
 
@@ -283,7 +283,7 @@ add_fstab_line() {
     pass=2
     [ "$3" = ext4 ] || pass=0
     mkdir -p "$destdir/etc" "$destdir$2"
-    # A link's file, in which the system has it.
+    # The file itself, where /etc/fstab is a link to it.
     fstab=$(readlink -f "$destdir/etc/fstab") || die "/etc/fstab leads nowhere"
     case $fstab in
     "$(readlink -f "${destdir:-/}")"*) ;;

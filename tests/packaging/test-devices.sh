@@ -287,7 +287,8 @@ echo "devices.sh: what belongs to something else"
 kind "mounted elsewhere" run mkfs.ext4 -q -F
 mkdir -p /tmp/elsewhere
 mkfifo /tmp/mounted /tmp/done
-unshare --mount sh -c "mount $device /tmp/elsewhere && echo yes >/tmp/mounted && read -r _ </tmp/done" &
+unshare --mount sh -c \
+    "mount $device /tmp/elsewhere && echo yes >/tmp/mounted && read -r _ </tmp/done" &
 read -r _ </tmp/mounted
 refused "is in use" --format
 refused "is in use" --keep
@@ -300,6 +301,7 @@ changed() {
     shift
     rm -f /tmp/answer
     mkfifo /tmp/answer
+    : >/tmp/said
     sh $disks --service openrc --writable-device "$device" $format </tmp/answer >/tmp/said 2>&1 &
     asked=$!
     exec 9>/tmp/answer
