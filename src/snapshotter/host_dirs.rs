@@ -10,51 +10,51 @@
 
 use super::Snapshotter;
 use super::labels::IdMaps;
-use super::place::is_unpack;
+use super::new_snapshot::Purpose;
 use crate::error::{Context, Error, Result};
-use crate::host_dirs::{ImageRule, Lowers, parse_paths};
+use crate::host_dirs::{ImageRule, parse_paths};
 use crate::store::{LabelChange, Snapshot};
 use crate::types::{
     Kind, LABEL_GID_MAPPING, LABEL_IMAGE_REF, LABEL_LOWERS, LABEL_UID_MAPPING, Labels, Quoted,
     SnapshotId,
 };
 
-/// Host directories for a snapshot.
+/// The host directories that a snapshot is to have.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Wanted {
+pub(super) struct WantedHostDirs {
     /// Named by its label.
     labelled: Vec<String>,
     /// Chosen by the image that it stands on.
     pub chosen: Vec<String>,
 }
 
-impl Wanted {
+impl WantedHostDirs {
     /// What a label asks for.
-    fn by_label(kind: Kind, key: &str, labels: &Labels) -> Result<Wanted> {
+    pub(super) fn by_label(purpose: Purpose, labels: &Labels) -> Result<WantedHostDirs> {
         let labelled = match labels.get(LABEL_LOWERS) {
             None => Vec::new(),
             Some(text) => parse_paths(text).context(|| format!("read the label {LABEL_LOWERS}"))?,
         };
-        if !labelled.is_empty() && kind == Kind::Active && is_unpack(key, labels) {
+        if !labelled.is_empty() && purpose == Purpose::Unpack {
             return Err(Error::invalid(format!(
                 "the label {LABEL_LOWERS} is on a layer being unpacked, which the directories of \
                  one host do not belong in: give it to containers"
             )));
         }
-        Ok(Wanted {
+        Ok(WantedHostDirs {
             labelled,
             chosen: Vec::new(),
         })
     }
 
-    fn all(&self) -> Vec<String> {
+    pub(super) fn all(&self) -> Vec<String> {
         [&*self.labelled, &*self.chosen].concat()
     }
 
     /// Mapping the ids of a mount would have to cover the host's directories
     /// too, whose file systems may be unable to, and whose owners would be
     /// others than the administrator sees.
-    fn require_plain_ids(&self, id_maps: Option<&IdMaps>) -> Result<()> {
+    pub(super) fn require_plain_ids(&self, id_maps: Option<&IdMaps>) -> Result<()> {
         if id_maps.is_none() || self.labelled.is_empty() && self.chosen.is_empty() {
             return Ok(());
         }
@@ -67,35 +67,8 @@ impl Wanted {
 }
 
 impl Snapshotter {
-    /// Which host directories a new snapshot is to have. None is looked at yet.
-    pub(super) fn wanted_lowers(
-        &self,
-        kind: Kind,
-        key: &str,
-        parent: &str,
-        labels: &Labels,
-        id_maps: Option<&IdMaps>,
-    ) -> Result<Wanted> {
-        let mut wanted = Wanted::by_label(kind, key, labels)?;
-        if kind == Kind::Active
-            && !parent.is_empty()
-            && !self.options.lower_rules.is_empty()
-            && !is_unpack(key, labels)
-            && let Some(layer) = self.store.read()?.find(parent)?
-        {
-            wanted.chosen = chosen_by(&self.options.lower_rules, &layer.info.labels);
-        }
-        wanted.require_plain_ids(id_maps)?;
-        Ok(wanted)
-    }
-
-    /// Finds them, and creates those that are missing.
-    pub(super) fn ensure_lowers(&self, wanted: &Wanted) -> Result<Lowers> {
-        self.options.lowers.ensure(&wanted.all())
-    }
-
     /// The links by which a snapshot that is there already reaches its host
-    /// directories, after each has been found anew; `chosen` are those recorded.
+    /// directories, after each has been found again; `chosen` are those recorded.
     pub(super) fn renew_lowers(
         &self,
         snapshot: &Snapshot,
@@ -103,10 +76,10 @@ impl Snapshotter {
         id_maps: Option<&IdMaps>,
     ) -> Result<Vec<String>> {
         let info = &snapshot.info;
-        let mut wanted = Wanted::by_label(info.kind, &info.name, &info.labels)?;
+        let mut wanted = WantedHostDirs::by_label(Purpose::of_stored(info), &info.labels)?;
         wanted.chosen = chosen.map_or(Ok(Vec::new()), parse_paths)?;
         wanted.require_plain_ids(id_maps)?;
-        let lowers = self.ensure_lowers(&wanted)?;
+        let lowers = self.options.lowers.ensure(&wanted.all())?;
         let image = self.volumes.image();
         if !image.has_lower_links(snapshot.id, lowers.targets())? {
             let transaction = self.store.write()?;
@@ -133,27 +106,28 @@ impl Snapshotter {
         recorded.map_or(Ok(Vec::new()), |paths| parse_paths(&paths))
     }
 
-    /// Refuses an Update after which a snapshot could not be mounted. Labels of
-    /// which nothing depends are nobody's business here, also where the host
-    /// directories of one that was good are gone by now.
+    /// Refuses an Update that would leave the snapshot unmountable. Only labels that
+    /// affect host directories are checked, so unrelated labels can still change after
+    /// those directories have disappeared.
     pub(super) fn check_lowers_after(&self, key: &str, changes: &[LabelChange]) -> Result<()> {
         let snapshot = self.store.read()?.stat(key)?;
-        let info = &snapshot.info;
-        let mut labels = info.labels.clone();
+        let before = snapshot.info.labels.clone();
+        let mut info = snapshot.info;
         for change in changes {
-            change.clone().apply(&mut labels);
+            change.clone().apply(&mut info.labels);
         }
-        let is_same = |label: &&str| labels.get(*label) == info.labels.get(*label);
+        let labels = &info.labels;
+        let is_same = |label: &&str| labels.get(*label) == before.get(*label);
         let watched = [LABEL_LOWERS, LABEL_UID_MAPPING, LABEL_GID_MAPPING];
         if info.kind == Kind::Committed || watched.iter().all(is_same) {
             return Ok(());
         }
-        let mut wanted = Wanted::by_label(info.kind, key, &labels)?;
+        let mut wanted = WantedHostDirs::by_label(Purpose::of_stored(&info), labels)?;
         wanted.chosen = self.chosen_lowers(snapshot.id)?;
-        if wanted == Wanted::default() {
+        if wanted == WantedHostDirs::default() {
             return Ok(());
         }
-        wanted.require_plain_ids(IdMaps::from_labels(&labels)?.as_ref())?;
+        wanted.require_plain_ids(IdMaps::from_labels(labels)?.as_ref())?;
         // Those chosen may not be allowed any more: no reason to keep a label.
         self.options.lowers.check(&wanted.labelled)
     }
@@ -168,7 +142,7 @@ impl Snapshotter {
 }
 
 /// What the rules give to the containers of a layer's image, in their order.
-fn chosen_by(rules: &[ImageRule], labels: &Labels) -> Vec<String> {
+pub(super) fn chosen_by(rules: &[ImageRule], labels: &Labels) -> Vec<String> {
     let Some(image) = labels.get(LABEL_IMAGE_REF) else {
         return Vec::new();
     };
@@ -190,24 +164,29 @@ mod tests {
     fn an_unpack_gets_none() {
         let asked = labels(&[(LABEL_LOWERS, "/a:/b")]);
         let reference = labels(&[(LABEL_LOWERS, "/a"), (LABEL_SNAPSHOT_REF, "x")]);
-        let wanted = Wanted::by_label(Kind::Active, "1/web", &asked).unwrap();
+        let by_label = |kind, key: &str, labels: &Labels| {
+            WantedHostDirs::by_label(Purpose::of(kind, key, labels), labels)
+        };
+        let wanted = by_label(Kind::Active, "1/web", &asked).unwrap();
         assert_eq!(wanted.all(), ["/a", "/b"]);
-        assert!(Wanted::by_label(Kind::View, "1/extract-1", &asked).is_ok());
+        assert!(by_label(Kind::View, "1/extract-1", &asked).is_ok());
         for (key, labels) in [("1/extract-1", &asked), ("1/web", &reference)] {
-            let error = Wanted::by_label(Kind::Active, key, labels).unwrap_err();
+            let error = by_label(Kind::Active, key, labels).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         }
         let empty = labels(&[(LABEL_LOWERS, "::")]);
-        let wanted = Wanted::by_label(Kind::Active, "1/extract-1", &empty).unwrap();
-        assert_eq!(wanted, Wanted::default());
+        let wanted = by_label(Kind::Active, "1/extract-1", &empty).unwrap();
+        assert_eq!(wanted, WantedHostDirs::default());
     }
 
     #[test]
     fn mapped_ids_and_host_directories_exclude_each_other() {
         let ids = labels(&[(LABEL_UID_MAPPING, "0:1:9"), (LABEL_GID_MAPPING, "0:1:9")]);
         let maps = IdMaps::from_labels(&ids).unwrap();
-        Wanted::default().require_plain_ids(maps.as_ref()).unwrap();
-        let wanted = Wanted {
+        WantedHostDirs::default()
+            .require_plain_ids(maps.as_ref())
+            .unwrap();
+        let wanted = WantedHostDirs {
             labelled: Vec::new(),
             chosen: vec!["/a".to_owned()],
         };

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rustix::fs::FileType;
 
+use super::prepare::shape_of;
 use super::problem::{Finding, Problem, Recorded};
 use super::trash::first_forgotten;
 use super::{Snapshotter, in_use};
@@ -13,7 +14,7 @@ use crate::store::{DataBytes, Snapshot};
 use crate::text::filter::Filters;
 use crate::tree;
 use crate::types::{Content, Kind, Quoted, SnapshotId, Volume};
-use crate::volume::{Dirs, Shape, moving_id};
+use crate::volume::{Dirs, moving_id};
 
 /// What an inspection has found.
 pub struct Inspection {
@@ -145,8 +146,7 @@ impl Snapshotter {
                 let problem = inspect_layer(&dirs, snapshot, is_there, is_held)?;
                 return Ok(problem.map(|problem| about(snapshot, problem)));
             }
-            Kind::Active => Shape::UpperAndWork,
-            Kind::View => Shape::UpperOnly,
+            kind => shape_of(kind),
         };
         let is_whole = is_there && dirs.is_whole(snapshot.id, shape);
         let problem = Problem::NoDirectory(snapshot.info.kind);

@@ -73,6 +73,7 @@ pub fn plan_update(paths: &[String], given: &Labels) -> Result<Vec<LabelChange>>
 }
 
 /// How a snapshot's ids are mapped, as its labels say.
+#[derive(Debug)]
 pub struct IdMaps {
     uid: IdMapping,
     gid: IdMapping,

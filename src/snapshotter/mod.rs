@@ -16,8 +16,9 @@ mod inspect;
 mod labels;
 pub mod limits;
 mod mounting;
+mod new_snapshot;
 mod options;
-mod place;
+mod prepare;
 mod problem;
 mod quotas;
 mod recover;
@@ -36,19 +37,15 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount;
 use crate::mount::overlay::Layout;
 use crate::quota::Support;
-use crate::store::{Ancestor, New, Snapshot, Store};
+use crate::store::{Snapshot, Store};
 use crate::text::filter::Filters;
-use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Mount, Quoted, SnapshotId, Volume};
+use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Quoted, SnapshotId, Volume};
 use crate::util::threads::Background;
-use crate::util::undo::Undo;
-use crate::volume::{NewDirs, Owner, Shape, Volumes};
+use crate::volume::Volumes;
 pub use by_hand::Rescue;
 use flusher::Flusher;
 pub use inspect::Inspection;
-use labels::IdMaps;
-use mounting::Mounted;
 pub use options::{Options, QuotaMode, QuotaOptions, Relocation, SyncMode};
-use place::{choose_volume, is_unpack};
 pub use problem::{Finding, Problem, Recorded};
 use quotas::Projects;
 use relocator::Relocator;
@@ -171,128 +168,6 @@ impl Snapshotter {
     /// change that.
     pub fn quota_support(&self) -> Result<Support> {
         self.projects.support()
-    }
-
-    /// Makes an active snapshot on a committed parent, or on nothing.
-    ///
-    /// # Errors
-    ///
-    /// See [`crate::store::Rows::create`]; [`ErrorKind::InvalidArgument`] for a
-    /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if the
-    /// writable volume is needed and not there, or cannot keep the limit that is
-    /// asked for; [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the reserve. No trace is left of a refused one.
-    pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
-        self.create(Kind::Active, key, parent, labels)
-            .context(|| format!("prepare snapshot {}", Quoted(key)))
-    }
-
-    /// Makes a read-only view of a committed parent, or of nothing.
-    pub fn view(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
-        self.create(Kind::View, key, parent, labels)
-            .context(|| format!("make view {}", Quoted(key)))
-    }
-
-    fn create(&self, kind: Kind, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
-        labels::check_key("key", key)?;
-        let labels = labels::check_labels(labels)?;
-        let id_maps = IdMaps::from_labels(&labels)?;
-        if let Some(maps) = &id_maps {
-            maps.root()?;
-        }
-        let volume = choose_volume(kind, key, &labels)?;
-        let default = self.options.quota.default;
-        let limits = quotas::plan_limits(kind, key, &labels, Some(volume), default)?;
-        let wanted = self.wanted_lowers(kind, key, parent, &labels, id_maps.as_ref())?;
-        // A view of a parent is that parent's directories.
-        let volume = (kind == Kind::Active || parent.is_empty()).then_some(volume);
-        let dirs = volume.map(|volume| self.volumes.open(volume)).transpose()?;
-        if let (Some(Volume::Writable), Some(dirs)) = (volume, &dirs) {
-            dirs.require_room(self.options.reserve)?;
-        }
-        let quotas = match (limits, &dirs) {
-            (Some(limits), Some(dirs)) => self.projects.for_new(dirs, limits)?,
-            _ => None,
-        };
-        let needs_home = id_maps.is_some() && self.id_mapped_mounts() == IdMappedMounts::Supported;
-        if needs_home && !parent.is_empty() {
-            self.relocator.bring_home(&self.ancestors_of(parent)?)?;
-        }
-        // Before the writer's lock: the disk they are on may be slow, or gone.
-        let lowers = self.ensure_lowers(&wanted)?;
-
-        let image = self.volumes.image();
-        let made = self.store.together(|transaction| {
-            let created = transaction.rows().create(&New {
-                kind,
-                key,
-                parent,
-                labels: &labels,
-                volume,
-            })?;
-            self.require_present(&created.ancestors)?;
-            let new_dirs = match &dirs {
-                None => None,
-                Some(dirs) => {
-                    let parent = created.ancestors.first().map(|parent| parent.id);
-                    let owner = self.owner_for(id_maps.as_ref(), parent)?;
-                    let shape = match kind {
-                        Kind::View => Shape::UpperOnly,
-                        Kind::Active | Kind::Committed => Shape::UpperAndWork,
-                    };
-                    Some(dirs.create(created.id, shape, owner)?)
-                }
-            };
-            let new_project = match (&quotas, &dirs, limits) {
-                (Some(quotas), Some(dirs), Some(limits)) => {
-                    self.projects
-                        .give(transaction, quotas, dirs, created.id, limits)?
-                }
-                _ => None,
-            };
-            let new_links = image.link_lowers(created.id, lowers.targets())?;
-            let rows = transaction.rows();
-            rows.record_lowers(created.id, &wanted.chosen)?;
-            Ok((new_links, new_project, new_dirs, created))
-        })?;
-        let (new_links, new_project, new_dirs, created) = made;
-        new_links.keep();
-        new_project.into_iter().for_each(Undo::keep);
-        new_dirs.into_iter().for_each(NewDirs::keep);
-        let extras = image.lower_links(created.id, lowers.targets().len());
-        lowers.keep();
-        let is_unpack = kind == Kind::Active && is_unpack(key, &labels);
-        if is_unpack && volume == Some(Volume::Image) {
-            self.flusher.begin_unpack(created.id);
-        }
-        Ok(self.mounts_of(&Mounted {
-            kind,
-            id: created.id,
-            volume,
-            ancestors: &created.ancestors,
-            extras: &extras,
-            over_empty: is_unpack,
-            id_maps,
-        }))
-    }
-
-    /// Whom a new snapshot's `fs` belongs to: the container's root where its
-    /// ids are mapped, else whom the parent's belongs to.
-    fn owner_for(&self, maps: Option<&IdMaps>, parent: Option<SnapshotId>) -> Result<Owner> {
-        match (maps, parent) {
-            (Some(maps), _) => maps.root(),
-            (None, Some(parent)) => self.volumes.image().layer_owner(parent),
-            (None, None) => Ok(Owner { uid: 0, gid: 0 }),
-        }
-    }
-
-    /// The layers from that one downwards; none if there is no such layer,
-    /// which the store then refuses.
-    fn ancestors_of(&self, parent: &str) -> Result<Vec<Ancestor>> {
-        let reader = self.store.read()?;
-        match reader.find(parent)? {
-            Some(layer) if layer.info.kind == Kind::Committed => reader.chain(layer.id),
-            _ => Ok(Vec::new()),
-        }
     }
 
     /// Tells one snapshot.

@@ -2,7 +2,7 @@
 //! before it is mounted, and the mounts themselves.
 
 use super::labels::IdMaps;
-use super::place::is_unpack;
+use super::new_snapshot::Purpose;
 use super::{IdMappedMounts, Snapshotter};
 #[cfg(doc)]
 use crate::error::ErrorKind;
@@ -145,7 +145,7 @@ impl Snapshotter {
             volume: stored.snapshot.volume,
             ancestors: &stored.ancestors,
             extras,
-            over_empty: info.kind == Kind::Active && is_unpack(&info.name, &info.labels),
+            over_empty: Purpose::of_stored(info) == Purpose::Unpack,
             id_maps,
         })
     }

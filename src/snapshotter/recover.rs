@@ -7,12 +7,13 @@ use std::sync::Arc;
 use rustix::fs::FileType;
 
 use super::labels::IdMaps;
+use super::prepare::shape_of;
 use super::trash::{Found, Inventory, trash_entry, trash_strays};
 use super::{QuotaMode, Snapshotter};
 use crate::error::Result;
 use crate::store::Transaction;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
-use crate::volume::{Dirs, NewDirs, Owner, Shape, moving_id};
+use crate::volume::{Dirs, NewDirs, Owner, moving_id};
 
 impl Snapshotter {
     /// After a start: finishes or drops moves, trashes directories that no row
@@ -177,8 +178,7 @@ impl Snapshotter {
                     lost.insert(snapshot.id);
                     continue;
                 }
-                Kind::Active => Shape::UpperAndWork,
-                Kind::View => Shape::UpperOnly,
+                kind => shape_of(kind),
             };
             let is_whole = is_there && dirs.is_whole(snapshot.id, shape);
             if is_whole {

@@ -26,14 +26,14 @@ use rustix::fd::OwnedFd;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::limits::Asked;
-use super::place::is_unpack;
+use super::new_snapshot::{Purpose, plan_limits};
 use super::{QuotaMode, QuotaOptions};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::quota::{self, Quotas, Support};
 use crate::store::{Project, Reader, Snapshot, Store, Transaction};
 use crate::types::{
-    Kind, LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, LABEL_VOLUME, Labels, Limits,
-    ProjectId, SnapshotId, Usage, Volume,
+    LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Limits, ProjectId, SnapshotId, Usage,
+    Volume,
 };
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
@@ -81,35 +81,11 @@ pub(super) struct Projects {
     failing: Once,
 }
 
-/// How much a new snapshot may take; `None` if it is not to have a project.
-///
-/// # Errors
-///
-/// [`ErrorKind::InvalidArgument`] as of [`Asked::read`];
-/// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
-pub(super) fn plan_limits(
-    kind: Kind,
-    key: &str,
-    labels: &Labels,
-    volume: Option<Volume>,
-    default: Limits,
-) -> Result<Option<Limits>> {
-    let asked = Asked::read(labels)?;
-    // Nothing is written to a view, and how large a layer gets is its image's
-    // affair; containerd's label is a hint, and inherited by what unpacks.
-    if kind != Kind::Active {
-        return Ok(None);
-    }
-    let is_unpack = is_unpack(key, labels);
-    match volume {
-        Some(Volume::Writable) if is_unpack => Ok(Some(Limits::NONE)),
-        Some(Volume::Writable) => Ok(Some(asked.or(default))),
-        _ if asked.is_limit() && !is_unpack => Err(Error::refused(format!(
-            "its labels ask for a limit, which is kept on the writable volume only, and \
-                 {LABEL_VOLUME} puts it on the image volume: leave one of them out"
-        ))),
-        _ => Ok(None),
-    }
+/// The project that a new snapshot is to get.
+pub(super) struct PlannedProject<'a> {
+    quotas: Quotas<'a>,
+    dirs: &'a Dirs,
+    limits: Limits,
 }
 
 impl Projects {
@@ -178,22 +154,31 @@ impl Projects {
         Ok(self.require(&dirs)?.support())
     }
 
-    /// The quotas for a new snapshot that may take so much; `None` if it gets no
-    /// project.
+    /// The project for a new snapshot that may take so much; `None` if it gets none.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if they are needed and not there: what is
+    /// [`ErrorKind::FailedPrecondition`] if quotas are needed and not there: what is
     /// missing, and how to come by it.
-    pub(super) fn for_new<'a>(&self, dirs: &'a Dirs, limits: Limits) -> Result<Option<Quotas<'a>>> {
-        if self.are_needed(limits) {
-            return self.require_limits(dirs).map(Some);
-        }
-        self.available(dirs)
-            .or_else(|error| self.do_without(limits, error).map(|()| None))
+    pub(super) fn plan<'a>(
+        &self,
+        dirs: &'a Dirs,
+        limits: Limits,
+    ) -> Result<Option<PlannedProject<'a>>> {
+        let quotas = match self.are_needed(limits) {
+            true => Some(self.require_limits(dirs)?),
+            false => self
+                .available(dirs)
+                .or_else(|error| self.do_without(limits, error).map(|()| None))?,
+        };
+        Ok(quotas.map(|quotas| PlannedProject {
+            quotas,
+            dirs,
+            limits,
+        }))
     }
 
-    /// Gives a new snapshot's directories, which are empty, a project; `None` where
+    /// Gives a new snapshot's directories, which are empty, their project; `None` where
     /// that fails and the snapshot can do without.
     ///
     /// # Errors
@@ -202,15 +187,13 @@ impl Projects {
     pub(super) fn give<'a>(
         &self,
         transaction: &Transaction<'_>,
-        quotas: &'a Quotas<'a>,
-        dirs: &'a Dirs,
+        planned: &'a PlannedProject<'a>,
         id: SnapshotId,
-        limits: Limits,
     ) -> Result<Option<Undo<impl FnOnce() -> Result<()> + use<'a>>>> {
-        let given = self.pick(transaction, quotas).and_then(|project| {
-            let set = set_project(quotas, dirs, id, project, limits)?;
-            Ok((project, set))
-        });
+        let limits = planned.limits;
+        let given = self
+            .pick(transaction, &planned.quotas)
+            .and_then(|project| Ok((project, planned.set(id, project)?)));
         let (project, set) = match given {
             Err(error) if error.kind() != ErrorKind::ResourceExhausted => {
                 self.do_without(limits, error)?;
@@ -307,7 +290,8 @@ impl Projects {
             return Ok(None);
         }
         let default = self.options.default;
-        let limits = plan_limits(info.kind, &info.name, &info.labels, after.volume, default)?;
+        let purpose = Purpose::of_stored(info);
+        let limits = plan_limits(purpose, after.volume, &info.labels, default)?;
         let Some(mut to) = limits else {
             return Ok(None);
         };
@@ -456,33 +440,29 @@ fn random() -> Result<u32> {
     Ok(u32::from_ne_bytes(bytes))
 }
 
-/// Gives a project to a snapshot's directories, which are empty. Before the snapshot is
-/// entered, that can be taken back.
-fn set_project<'a>(
-    quotas: &'a Quotas<'a>,
-    dirs: &'a Dirs,
-    id: SnapshotId,
-    project: ProjectId,
-    limits: Limits,
-) -> Result<Undo<impl FnOnce() -> Result<()> + 'a>> {
-    let set_on_all = move |project| -> Result<()> {
-        let parts = dirs.open_parts(id)?;
-        let mut parts = parts.all();
-        parts.try_for_each(|part| quota::set_project(part, project))
-    };
-    let undo = Undo::new("the project of a refused snapshot", move || {
-        // First the limits: no row says whose they are. The directories go to the trash
-        // next.
-        let cleared = match limits {
-            Limits::NONE => Ok(()),
-            _ => quotas.set_limits(project, Limits::NONE),
+impl PlannedProject<'_> {
+    /// Gives a project to a snapshot's directories, which are empty. Until the snapshot is
+    /// entered, that can be taken back.
+    fn set(&self, id: SnapshotId, project: ProjectId) -> Result<Undo<impl FnOnce() -> Result<()>>> {
+        let set_on_all = move |project| -> Result<()> {
+            let parts = self.dirs.open_parts(id)?;
+            let mut parts = parts.all();
+            parts.try_for_each(|part| quota::set_project(part, project))
         };
-        set_on_all(ProjectId::NONE).and(cleared)
-    });
-    set_on_all(project)?;
-    // The project has no limits yet: an id that has any is not picked.
-    if limits != Limits::NONE {
-        quotas.set_limits(project, limits)?;
+        let undo = Undo::new("the project of a refused snapshot", move || {
+            // First the limits: no row says whose they are. The directories go to the
+            // trash next.
+            let cleared = match self.limits {
+                Limits::NONE => Ok(()),
+                _ => self.quotas.set_limits(project, Limits::NONE),
+            };
+            set_on_all(ProjectId::NONE).and(cleared)
+        });
+        set_on_all(project)?;
+        // The project has no limits yet: an id that has any is not picked.
+        if self.limits != Limits::NONE {
+            self.quotas.set_limits(project, self.limits)?;
+        }
+        Ok(undo)
     }
-    Ok(undo)
 }

@@ -1,0 +1,422 @@
+//! A request to prepare or view a snapshot, parsed once into what it asks for.
+//!
+//! Owns: what a snapshot is for, who its labels come from, which volume its directory
+//! goes to. Never: I/O, but for one question about the parent's labels.
+//!
+//! What is unpacked is going to be an image layer and belongs on the image
+//! volume. containerd tells an unpack apart in two ways, of which some callers
+//! use only one: the label that names the layer to come, and a key beginning
+//! with `extract-` (`core/snapshots/snapshotter.go`, `UnpackKeyPrefix`).
+//! Everything else that is active is written to by a container.
+
+use super::Options;
+use super::host_dirs::{WantedHostDirs, chosen_by};
+use super::labels::{self, IdMaps};
+use super::limits::Asked;
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Error, Result};
+use crate::store::New;
+use crate::types::{Info, Kind, LABEL_SNAPSHOT_REF, LABEL_VOLUME, Labels, Limits, Quoted, Volume};
+
+/// What a snapshot is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A layer of an image is unpacked into it.
+    Unpack,
+    /// A container, or a build, writes to it.
+    Container,
+    /// Nothing is written to it.
+    View,
+}
+
+impl Purpose {
+    pub(super) fn of(kind: Kind, key: &str, labels: &Labels) -> Purpose {
+        // containerd puts `<namespace>/<number>/` before the key; a direct client
+        // may put anything, or nothing.
+        let last = key.rsplit('/').next().unwrap_or(key);
+        match kind {
+            Kind::View | Kind::Committed => Purpose::View,
+            Kind::Active if labels.contains_key(LABEL_SNAPSHOT_REF) => Purpose::Unpack,
+            Kind::Active if last.starts_with("extract-") => Purpose::Unpack,
+            Kind::Active => Purpose::Container,
+        }
+    }
+
+    /// What a snapshot that is there already is for.
+    pub(super) fn of_stored(info: &Info) -> Purpose {
+        Purpose::of(info.kind, &info.name, &info.labels)
+    }
+}
+
+/// Whose word the labels of a new snapshot are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LabelSource {
+    /// The manifest of the image that is unpacked.
+    Image,
+    /// The annotations of a pod.
+    Pod,
+    /// The administrator of this machine, or a tool that he runs.
+    Administrator,
+}
+
+impl LabelSource {
+    /// The namespace before the key is containerd's, which no pod can choose.
+    fn of(purpose: Purpose, key: &str) -> LabelSource {
+        match purpose {
+            Purpose::Unpack => LabelSource::Image,
+            _ if key.starts_with("k8s.io/") => LabelSource::Pod,
+            _ => LabelSource::Administrator,
+        }
+    }
+}
+
+/// A snapshot as it is asked for.
+#[derive(Debug)]
+pub(super) struct NewSnapshot<'a> {
+    pub kind: Kind,
+    pub key: &'a str,
+    /// The parent's name; empty without one.
+    pub parent: &'a str,
+    pub labels: Labels,
+    pub label_source: LabelSource,
+    pub purpose: Purpose,
+    /// Where its directory goes; `None` for a view of a parent, which is that parent's
+    /// directories.
+    pub volume: Option<Volume>,
+    pub id_maps: Option<IdMaps>,
+    /// How much it may take; `None` if it is not to have a project.
+    pub limits: Option<Limits>,
+    pub host_dirs: WantedHostDirs,
+}
+
+impl<'a> NewSnapshot<'a> {
+    /// Parses a request. `parent_labels` is called for a container if the image that it
+    /// stands on may give it host directories.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`] for a bad key, label, host directory or id mapping;
+    /// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
+    pub(super) fn plan(
+        kind: Kind,
+        key: &'a str,
+        parent: &'a str,
+        labels: Labels,
+        options: &Options,
+        parent_labels: impl FnOnce() -> Result<Option<Labels>>,
+    ) -> Result<NewSnapshot<'a>> {
+        labels::check_key("key", key)?;
+        let labels = labels::check_labels(labels)?;
+        let id_maps = IdMaps::from_labels(&labels)?;
+        if let Some(maps) = &id_maps {
+            maps.root()?;
+        }
+        let purpose = Purpose::of(kind, key, &labels);
+        let volume = choose_volume(purpose, &labels)?;
+        let volume = (kind == Kind::Active || parent.is_empty()).then_some(volume);
+        let limits = plan_limits(purpose, volume, &labels, options.quota.default)?;
+        let mut host_dirs = WantedHostDirs::by_label(purpose, &labels)?;
+        let has_rules = !options.lower_rules.is_empty();
+        if has_rules
+            && purpose == Purpose::Container
+            && !parent.is_empty()
+            && let Some(labels) = parent_labels()?
+        {
+            host_dirs.chosen = chosen_by(&options.lower_rules, &labels);
+        }
+        host_dirs.require_plain_ids(id_maps.as_ref())?;
+        Ok(NewSnapshot {
+            kind,
+            key,
+            parent,
+            label_source: LabelSource::of(purpose, key),
+            labels,
+            purpose,
+            volume,
+            id_maps,
+            limits,
+            host_dirs,
+        })
+    }
+
+    /// As the database takes it.
+    pub(super) fn row(&self) -> New<'_> {
+        New {
+            kind: self.kind,
+            key: self.key,
+            parent: self.parent,
+            labels: &self.labels,
+            volume: self.volume,
+        }
+    }
+}
+
+fn choose_volume(purpose: Purpose, labels: &Labels) -> Result<Volume> {
+    match labels.get(LABEL_VOLUME).map(String::as_str) {
+        Some("image") => Ok(Volume::Image),
+        Some("writable") => Ok(Volume::Writable),
+        Some(other) => Err(Error::invalid(format!(
+            "label {LABEL_VOLUME} is {}, it has to be \"image\" or \"writable\"",
+            Quoted(other)
+        ))),
+        None if purpose == Purpose::Container => Ok(Volume::Writable),
+        None => Ok(Volume::Image),
+    }
+}
+
+/// How much a snapshot may take; `None` if it is not to have a project.
+///
+/// # Errors
+///
+/// [`ErrorKind::InvalidArgument`] as of [`Asked::read`];
+/// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
+pub(super) fn plan_limits(
+    purpose: Purpose,
+    volume: Option<Volume>,
+    labels: &Labels,
+    default: Limits,
+) -> Result<Option<Limits>> {
+    let asked = Asked::read(labels)?;
+    match (purpose, volume) {
+        // How large a layer gets is its image's affair; containerd's label is a hint,
+        // and inherited by what unpacks.
+        (Purpose::Unpack, Some(Volume::Writable)) => Ok(Some(Limits::NONE)),
+        (Purpose::Container, Some(Volume::Writable)) => Ok(Some(asked.or(default))),
+        (Purpose::Container, _) if asked.is_limit() => Err(Error::refused(format!(
+            "its labels ask for a limit, which is kept on the writable volume only, and \
+             {LABEL_VOLUME} puts it on the image volume: leave one of them out"
+        ))),
+        _ => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::labels::tests::labels;
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::host_dirs::{ImageRule, Policy};
+    use crate::quota::ProjectRange;
+    use crate::snapshotter::{QuotaMode, QuotaOptions, Relocation, SyncMode};
+    use crate::types::{
+        LABEL_GID_MAPPING, LABEL_IMAGE_REF, LABEL_LOWERS, LABEL_OWN_MAX_SIZE, LABEL_UID_MAPPING,
+    };
+    use crate::volume::Reserve;
+
+    const UIDS: (&str, &str) = (LABEL_UID_MAPPING, "0:1000:10");
+    const GIDS: (&str, &str) = (LABEL_GID_MAPPING, "0:1000:10");
+
+    /// On a daemon with a default limit, and with a rule that gives images named `ruled`
+    /// the host directory `/rule`.
+    fn options() -> Options {
+        Options {
+            mount_options: Vec::new(),
+            removes_at_once: false,
+            sync: SyncMode::AtCommit,
+            relocation: Relocation::Never,
+            reserve: Reserve::Bytes(0),
+            shows_upperdir: false,
+            quota: QuotaOptions {
+                mode: QuotaMode::Auto,
+                ids: ProjectRange::DEFAULT,
+                default: Limits {
+                    max_bytes: Some(5 << 20),
+                    max_inodes: None,
+                },
+                usage_max_age: Duration::ZERO,
+            },
+            lowers: Policy::default(),
+            lower_rules: vec![ImageRule::parse("ruled=/rule").unwrap()],
+        }
+    }
+
+    fn plan<'a>(
+        kind: Kind,
+        key: &'a str,
+        parent: &'a str,
+        pairs: &[(&str, &str)],
+    ) -> Result<NewSnapshot<'a>> {
+        let parent_labels = || Ok(Some(labels(&[(LABEL_IMAGE_REF, parent)])));
+        NewSnapshot::plan(kind, key, parent, labels(pairs), &options(), parent_labels)
+    }
+
+    #[test]
+    fn a_request_is_parsed_once() {
+        use Kind::{Active, View};
+        use LabelSource::{Administrator, Image, Pod};
+        const ON_IMAGE: (&str, &str) = (LABEL_VOLUME, "image");
+        const ON_WRITABLE: (&str, &str) = (LABEL_VOLUME, "writable");
+        const SIZE: (&str, &str) = (LABEL_OWN_MAX_SIZE, "2Mi");
+        const LOWER: (&str, &str) = (LABEL_LOWERS, "/host");
+        let default = Some(5 << 20);
+        let image = Some(Volume::Image);
+        let writable = Some(Volume::Writable);
+        type Pairs = &'static [(&'static str, &'static str)];
+        // The limit is `None` without a project, `Some(None)` for a project without limit.
+        type Row = (
+            (Kind, &'static str, &'static str, Pairs),
+            (Purpose, LabelSource, Option<Volume>, Option<Option<u64>>),
+            &'static [&'static str],
+        );
+        let unpack = (Purpose::Unpack, Image, image, None);
+        let container = (Purpose::Container, Administrator, writable, Some(default));
+        let table: &[Row] = &[
+            // Rules are for containers, limits too.
+            ((Active, "a/1/extract-1 x", "", &[]), unpack, &[]),
+            (
+                (Active, "k8s.io/1/extract-1 x", "ruled", &[SIZE]),
+                unpack,
+                &[],
+            ),
+            (
+                (Active, "a/1/extract-1 x", "", &[ON_WRITABLE, SIZE]),
+                (Purpose::Unpack, Image, writable, Some(None)),
+                &[],
+            ),
+            ((Active, "a/1/web", "", &[]), container, &[]),
+            (
+                (Active, "a/1/web", "ruled", &[LOWER]),
+                container,
+                &["/host", "/rule"],
+            ),
+            ((Active, "a/1/web", "other", &[UIDS, GIDS]), container, &[]),
+            (
+                (Active, "a/1/web", "", &[ON_IMAGE]),
+                (Purpose::Container, Administrator, image, None),
+                &[],
+            ),
+            (
+                (Active, "k8s.io/1/web", "ruled", &[SIZE]),
+                (Purpose::Container, Pod, writable, Some(Some(2 << 20))),
+                &["/rule"],
+            ),
+            // A view of a parent has no directory of its own.
+            (
+                (View, "a/1/extract-1", "ruled", &[LOWER, SIZE]),
+                (Purpose::View, Administrator, None, None),
+                &["/host"],
+            ),
+            (
+                (View, "k8s.io/1/v", "", &[]),
+                (Purpose::View, Pod, image, None),
+                &[],
+            ),
+        ];
+        for ((kind, key, parent, labels), expected, host_dirs) in table {
+            let asked = format!("{kind} {key} on {parent:?}: {labels:?}");
+            let new = plan(*kind, key, parent, labels).unwrap();
+            let limit = new.limits.map(|limits| limits.max_bytes);
+            let found = (new.purpose, new.label_source, new.volume, limit);
+            assert_eq!(found, *expected, "{asked}");
+            assert_eq!(new.host_dirs.all(), *host_dirs, "{asked}");
+            assert_eq!(new.id_maps.is_some(), labels.contains(&UIDS), "{asked}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        use ErrorKind::{FailedPrecondition, InvalidArgument};
+        type Pairs = &'static [(&'static str, &'static str)];
+        const NO_ROOT: (&str, &str) = (LABEL_UID_MAPPING, "1:1000:10");
+        let table: &[(&str, &str, Pairs, ErrorKind)] = &[
+            ("", "", &[], InvalidArgument),
+            ("a/1/web", "", &[("", "x")], InvalidArgument),
+            ("a/1/web", "", &[UIDS], InvalidArgument),
+            ("a/1/web", "", &[NO_ROOT, GIDS], InvalidArgument),
+            ("a/1/web", "ruled", &[UIDS, GIDS], InvalidArgument),
+            ("a/1/web", "", &[(LABEL_OWN_MAX_SIZE, "x")], InvalidArgument),
+            (
+                "a/1/web",
+                "",
+                &[(LABEL_LOWERS, "relative")],
+                InvalidArgument,
+            ),
+            (
+                "a/1/extract-1",
+                "",
+                &[(LABEL_LOWERS, "/host")],
+                InvalidArgument,
+            ),
+            (
+                "a/1/web",
+                "",
+                &[(LABEL_VOLUME, "image"), (LABEL_OWN_MAX_SIZE, "2Mi")],
+                FailedPrecondition,
+            ),
+        ];
+        for (key, parent, labels, expected) in table {
+            let error = plan(Kind::Active, key, parent, labels).unwrap_err();
+            assert_eq!(error.kind(), *expected, "{key} on {parent:?}: {labels:?}");
+        }
+    }
+
+    #[test]
+    fn the_split() {
+        use Kind::{Active, View};
+        use Volume::{Image, Writable};
+        const REFERENCE: (&str, &str) = (LABEL_SNAPSHOT_REF, "sha256:1");
+        const ON_IMAGE: (&str, &str) = (LABEL_VOLUME, "image");
+        const ON_WRITABLE: (&str, &str) = (LABEL_VOLUME, "writable");
+        type Pairs = &'static [(&'static str, &'static str)];
+        let table: &[(Kind, &str, Pairs, Volume)] = &[
+            // How containerd unpacks.
+            (
+                Active,
+                "default/7/extract-123-AbC sha256:1",
+                &[REFERENCE],
+                Image,
+            ),
+            (Active, "default/7/extract-123-AbC sha256:1", &[], Image),
+            (Active, "k8s.io/7/anything", &[REFERENCE], Image),
+            // A direct client's keys, in any shape.
+            (Active, "extract-123 sha256:1", &[], Image),
+            (Active, "extract-", &[], Image),
+            (Active, "/////extract-1", &[], Image),
+            // How containers run, are built and committed.
+            (Active, "default/8/web", &[], Writable),
+            (Active, "moby/9/0123abcd-init-key", &[], Writable),
+            (Active, "moby/9/0123abcd", &[], Writable),
+            (Active, "buildkit/3/xyz", &[], Writable),
+            // Nearly an unpack, and yet none.
+            (Active, "default/8/extract", &[], Writable),
+            (Active, "default/8/my-extract-1", &[], Writable),
+            (Active, "extract-/8/web", &[], Writable),
+            (Active, "extract-1/", &[], Writable),
+            (Active, "default/8/EXTRACT-1", &[], Writable),
+            (
+                Active,
+                "web",
+                &[("containerd.io/snapshot.reference", "x")],
+                Writable,
+            ),
+            (Active, "/", &[], Writable),
+            // By hand.
+            (Active, "default/8/web", &[ON_IMAGE], Image),
+            (
+                Active,
+                "default/7/extract-1",
+                &[REFERENCE, ON_WRITABLE],
+                Writable,
+            ),
+            (View, "default/8/web", &[ON_WRITABLE], Writable),
+            // Views.
+            (View, "default/8/web", &[], Image),
+            (View, "default/7/extract-1", &[], Image),
+        ];
+        for (kind, key, labels, expected) in table {
+            let new = plan(*kind, key, "", labels).unwrap();
+            assert_eq!(new.volume, Some(*expected), "{kind} {key:?} {labels:?}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_volume_is_refused() {
+        for other in ["Image", "ssd", "/mnt", " image"] {
+            let error = plan(Kind::Active, "web", "", &[(LABEL_VOLUME, other)]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{other}");
+        }
+    }
+}

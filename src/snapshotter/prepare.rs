@@ -1,0 +1,142 @@
+//! Making a snapshot: Prepare and View.
+
+use super::labels::IdMaps;
+use super::mounting::Mounted;
+use super::new_snapshot::{NewSnapshot, Purpose};
+use super::{IdMappedMounts, Snapshotter};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Context, Result};
+use crate::store::{Ancestor, Created};
+use crate::types::{Kind, Labels, Mount, Quoted, SnapshotId, Volume};
+use crate::util::undo::Undo;
+use crate::volume::{Dirs, NewDirs, Owner, Shape};
+
+impl Snapshotter {
+    /// Makes an active snapshot on a committed parent, or on nothing.
+    ///
+    /// # Errors
+    ///
+    /// See [`crate::store::Rows::create`]; [`ErrorKind::InvalidArgument`] for a
+    /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if the
+    /// writable volume is needed and not there, or cannot keep the limit that is
+    /// asked for; [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the reserve. No trace is left of a refused one.
+    pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
+        self.create(Kind::Active, key, parent, labels)
+            .context(|| format!("prepare snapshot {}", Quoted(key)))
+    }
+
+    /// Makes a read-only view of a committed parent, or of nothing.
+    pub fn view(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
+        self.create(Kind::View, key, parent, labels)
+            .context(|| format!("make view {}", Quoted(key)))
+    }
+
+    fn create(&self, kind: Kind, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
+        let parent_labels = || {
+            let parent = self.store.read()?.find(parent)?;
+            Ok(parent.map(|layer| layer.info.labels))
+        };
+        let new = NewSnapshot::plan(kind, key, parent, labels, &self.options, parent_labels)?;
+        log::debug!(
+            "snapshot {} is for {:?}, its labels are from {:?}",
+            Quoted(key),
+            new.purpose,
+            new.label_source
+        );
+        let dirs = new.volume.map(|volume| self.volumes.open(volume));
+        let dirs = dirs.transpose()?;
+        if let (Some(Volume::Writable), Some(dirs)) = (new.volume, &dirs) {
+            dirs.require_room(self.options.reserve)?;
+        }
+        let project = match dirs.as_deref().zip(new.limits) {
+            Some((dirs, limits)) => self.projects.plan(dirs, limits)?,
+            None => None,
+        };
+        if new.id_maps.is_some() && self.id_mapped_mounts() == IdMappedMounts::Supported {
+            self.relocator.bring_home(&self.ancestors_of(parent)?)?;
+        }
+        // Before the writer's lock: the disk they are on may be slow, or gone.
+        let host_dirs = self.options.lowers.ensure(&new.host_dirs.all())?;
+
+        let image = self.volumes.image();
+        let made = self.store.together(|transaction| {
+            let created = transaction.rows().create(&new.row())?;
+            self.require_present(&created.ancestors)?;
+            let new_dirs = match &dirs {
+                Some(dirs) => Some(self.make_directory(dirs, &new, &created)?),
+                None => None,
+            };
+            let new_project = match &project {
+                Some(planned) => self.projects.give(transaction, planned, created.id)?,
+                None => None,
+            };
+            let new_links = image.link_lowers(created.id, host_dirs.targets())?;
+            let rows = transaction.rows();
+            rows.record_lowers(created.id, &new.host_dirs.chosen)?;
+            Ok((new_links, new_project, new_dirs, created))
+        })?;
+        let (new_links, new_project, new_dirs, created) = made;
+        new_links.keep();
+        new_project.into_iter().for_each(Undo::keep);
+        new_dirs.into_iter().for_each(NewDirs::keep);
+        let extras = image.lower_links(created.id, host_dirs.targets().len());
+        host_dirs.keep();
+        let is_unpack = new.purpose == Purpose::Unpack;
+        if is_unpack && new.volume == Some(Volume::Image) {
+            self.flusher.begin_unpack(created.id);
+        }
+        Ok(self.mounts_of(&Mounted {
+            kind,
+            id: created.id,
+            volume: new.volume,
+            ancestors: &created.ancestors,
+            extras: &extras,
+            over_empty: is_unpack,
+            id_maps: new.id_maps,
+        }))
+    }
+
+    fn make_directory<'a>(
+        &self,
+        dirs: &'a Dirs,
+        new: &NewSnapshot<'_>,
+        created: &Created,
+    ) -> Result<NewDirs<'a>> {
+        let parent = created.ancestors.first().map(|parent| parent.id);
+        let owner = self.owner_for(new.id_maps.as_ref(), parent)?;
+        dirs.create(created.id, shape_of(new.kind), owner)
+    }
+
+    /// The owner of a new snapshot's `fs`: the container's root where its ids are
+    /// mapped, else the owner of the parent's.
+    pub(super) fn owner_for(
+        &self,
+        maps: Option<&IdMaps>,
+        parent: Option<SnapshotId>,
+    ) -> Result<Owner> {
+        match (maps, parent) {
+            (Some(maps), _) => maps.root(),
+            (None, Some(parent)) => self.volumes.image().layer_owner(parent),
+            (None, None) => Ok(Owner { uid: 0, gid: 0 }),
+        }
+    }
+
+    /// The layers from that one downwards; none if there is no such layer,
+    /// which the store then refuses.
+    fn ancestors_of(&self, parent: &str) -> Result<Vec<Ancestor>> {
+        let reader = self.store.read()?;
+        match reader.find(parent)? {
+            Some(layer) if layer.info.kind == Kind::Committed => reader.chain(layer.id),
+            _ => Ok(Vec::new()),
+        }
+    }
+}
+
+/// What the directory of a snapshot that is no layer holds.
+pub(super) fn shape_of(kind: Kind) -> Shape {
+    match kind {
+        Kind::View => Shape::UpperOnly,
+        Kind::Active | Kind::Committed => Shape::UpperAndWork,
+    }
+}
