@@ -7,7 +7,6 @@ use super::{Snapshotter, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::{self, ByHand};
 use crate::store::Snapshot;
-use crate::text::filter::Filters;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::volume::Identity;
 
@@ -60,7 +59,7 @@ impl Snapshotter {
         // A layer is reached through the image volume, wherever its bytes are.
         let volume = match (info.kind, snapshot.volume) {
             (Kind::Committed, Some(volume)) => {
-                self.require_volume(volume)?;
+                self.volumes.open(volume)?;
                 Some(Volume::Image)
             }
             (_, volume) => volume,
@@ -78,7 +77,7 @@ impl Snapshotter {
             }
         }
         for layer in &ancestors {
-            self.require_volume(layer.volume)?;
+            self.volumes.open(layer.volume)?;
             self.volumes.image().layer_owner(layer.id)?;
         }
 
@@ -130,28 +129,16 @@ impl Snapshotter {
         }
     }
 
-    fn require_volume(&self, volume: Volume) -> Result<()> {
-        self.volumes.open(volume).map(drop)
-    }
-
     /// The snapshot of that key, or the only one whose key ends in it: containerd
     /// puts `<namespace>/<number>/` before what its clients say.
     fn find_by_name(&self, name: &str) -> Result<Snapshot> {
         let not_found = |what: String| Err(Error::new(ErrorKind::NotFound, what));
-        let reader = self.store.read()?;
-        if let Some(snapshot) = reader.find(name)? {
+        if let Some(snapshot) = self.store.read()?.find(name)? {
             return Ok(snapshot);
         }
-        let mut found = Vec::new();
-        let all = Filters::parse::<&str>(&[])
-            .map_err(|error| Error::caused(ErrorKind::Internal, "look at all keys", error))?;
         let suffix = format!("/{name}");
-        reader.list(&all, |snapshot| {
-            if snapshot.info.name.ends_with(&suffix) {
-                found.push(snapshot);
-            }
-            Ok(())
-        })?;
+        let mut found = self.all_snapshots()?;
+        found.retain(|snapshot| snapshot.info.name.ends_with(&suffix));
         match (found.pop(), found.as_slice()) {
             (Some(snapshot), []) => Ok(snapshot),
             (None, _) => not_found(format!(

@@ -7,7 +7,7 @@ use rustix::fs::FileType;
 
 use super::prepare::shape_of;
 use super::problem::{Finding, Problem, Recorded};
-use super::trash::first_forgotten;
+use super::trash::{first_forgotten, known_on};
 use super::{Snapshotter, in_use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
@@ -30,7 +30,7 @@ type Entries = HashMap<SnapshotId, FileType>;
 /// What the database says, as of one moment.
 struct Rows {
     by_id: HashMap<SnapshotId, Snapshot>,
-    retired: HashSet<SnapshotId>,
+    leftover: HashSet<SnapshotId>,
     highest: u64,
 }
 
@@ -115,7 +115,7 @@ impl Snapshotter {
         })?;
         Ok(Rows {
             by_id,
-            retired: reader.retired()?.iter().map(|retired| retired.id).collect(),
+            leftover: reader.retired()?.iter().map(|left| left.id).collect(),
             highest: reader.highest_id()?,
         })
     }
@@ -239,24 +239,15 @@ impl Rows {
     }
 
     fn orphans(&self, volume: Volume, entries: &Entries) -> Vec<Finding> {
-        let is_owned = |id: &SnapshotId| {
-            let snapshot = self.by_id.get(id);
-            let place = snapshot.and_then(|snapshot| snapshot.volume);
-            let is_layer = snapshot.is_some_and(|found| found.info.kind == Kind::Committed);
-            match volume {
-                // As its directory, or as the link of a layer that is elsewhere.
-                Volume::Image => place == Some(volume) || place.is_some() && is_layer,
-                Volume::Writable => place == Some(volume) || self.retired.contains(id),
-            }
-        };
-        let mut orphans: Vec<_> = entries.keys().filter(|id| !is_owned(id)).collect();
+        let places = self.by_id.values().map(Snapshot::place);
+        let known = known_on(volume, places, &self.leftover);
+        let ids = entries.keys().copied();
+        let mut orphans: Vec<_> = ids.filter(|id| !known.contains(id)).collect();
         orphans.sort();
-        let finding = |id: &SnapshotId| Finding {
-            problem: Problem::Orphan {
-                entry: id.to_string(),
-            },
+        let finding = |id| Finding {
+            problem: Problem::Orphan,
             name: None,
-            id: Some(*id),
+            id: Some(id),
             volume: Some(volume),
         };
         orphans.into_iter().map(finding).collect()

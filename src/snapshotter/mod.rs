@@ -53,15 +53,6 @@ pub use stats::{Figures, VolumeFigures, Written};
 use trash::Trash;
 pub use usage::{Caller, UsageFigures};
 
-/// What the kernel does with mounts whose ids are to be mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum IdMappedMounts {
-    /// It maps them: mounts carry `uidmap=` and `gidmap=`.
-    Supported,
-    /// It cannot; only a snapshot's own top directory is given its owner.
-    Unsupported,
-}
-
 /// The ten operations of containerd's snapshots API. What goes on beside them has owners
 /// of its own.
 pub struct Snapshotter {
@@ -75,9 +66,10 @@ pub struct Snapshotter {
     relocator: Arc<Relocator>,
     /// Layers that the start has missed. Ids are never given out again.
     lost: OnceLock<HashSet<SnapshotId>>,
-    /// Asked of the kernel when it is first needed: few need it, and the answer
-    /// takes longer than everything else at a start.
-    id_mapped_mounts: OnceLock<IdMappedMounts>,
+    /// Whether the kernel maps the ids of mounts with `uidmap=` and `gidmap=`; else only a
+    /// snapshot's own top directory is given its owner. Asked when it is first needed: few
+    /// need it, and the answer takes longer than everything else at a start.
+    maps_ids: OnceLock<bool>,
     walks: usage::Walks,
 }
 
@@ -110,7 +102,7 @@ impl Snapshotter {
             trash,
             relocator,
             lost: OnceLock::new(),
-            id_mapped_mounts: OnceLock::new(),
+            maps_ids: OnceLock::new(),
             walks: usage::Walks::default(),
         }
     }
@@ -140,16 +132,14 @@ impl Snapshotter {
         &self.store
     }
 
-    fn id_mapped_mounts(&self) -> IdMappedMounts {
-        *self.id_mapped_mounts.get_or_init(|| {
+    fn maps_ids(&self) -> bool {
+        *self.maps_ids.get_or_init(|| {
             let snapshots = self.volumes.snapshots_path(Volume::Image);
-            match mount::probe_idmapped_mounts(Path::new(&snapshots)) {
-                Ok(()) => IdMappedMounts::Supported,
-                Err(error) => {
-                    log::info!("layers cannot be id-mapped: {}", error.chain());
-                    IdMappedMounts::Unsupported
-                }
+            let probed = mount::probe_idmapped_mounts(Path::new(&snapshots));
+            if let Err(error) = &probed {
+                log::info!("layers cannot be id-mapped: {}", error.chain());
             }
+            probed.is_ok()
         })
     }
 
@@ -227,6 +217,15 @@ impl Snapshotter {
             each(self.shown(snapshot));
             Ok(())
         })
+    }
+
+    fn all_snapshots(&self) -> Result<Vec<Snapshot>> {
+        let mut all = Vec::new();
+        self.store.read()?.list(&Filters::all(), |snapshot| {
+            all.push(snapshot);
+            Ok(())
+        })?;
+        Ok(all)
     }
 
     fn shown(&self, snapshot: Snapshot) -> Info {

@@ -1,9 +1,9 @@
 //! A snapshot as mounts: what the database says of it, what has to be seen to
 //! before it is mounted, and the mounts themselves.
 
+use super::Snapshotter;
 use super::labels::IdMaps;
 use super::new_snapshot::Purpose;
-use super::{IdMappedMounts, Snapshotter};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
@@ -153,7 +153,7 @@ impl Snapshotter {
     pub(super) fn mounts_of(&self, mounted: &Mounted<'_>) -> Vec<Mount> {
         let id_options = match &mounted.id_maps {
             None => Vec::new(),
-            Some(maps) if self.id_mapped_mounts() == IdMappedMounts::Supported => maps.options(),
+            Some(maps) if self.maps_ids() => maps.options(),
             Some(_) => {
                 log::warn!(
                     "snapshot {} asks for mapped ids, which this kernel or file system cannot \

@@ -1,9 +1,9 @@
 //! Making a snapshot: Prepare and View.
 
+use super::Snapshotter;
 use super::labels::IdMaps;
 use super::mounting::Mounted;
 use super::new_snapshot::{NewSnapshot, Purpose};
-use super::{IdMappedMounts, Snapshotter};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Result};
@@ -53,7 +53,7 @@ impl Snapshotter {
             Some((dirs, limits)) => self.projects.plan(dirs, limits)?,
             None => None,
         };
-        if new.id_maps.is_some() && self.id_mapped_mounts() == IdMappedMounts::Supported {
+        if new.id_maps.is_some() && self.maps_ids() {
             self.relocator.bring_home(&self.ancestors_of(parent)?)?;
         }
         // Before the writer's lock: the disk they are on may be slow, or gone.

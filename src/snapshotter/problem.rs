@@ -21,10 +21,7 @@ pub struct Finding {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
     /// A directory that no snapshot owns.
-    Orphan {
-        /// Its name in `snapshots/`.
-        entry: String,
-    },
+    Orphan,
     /// An active snapshot or a view has not all of its directory.
     NoDirectory(Kind),
     /// A layer's directory is not there.
@@ -101,45 +98,46 @@ pub struct Recorded {
 impl Problem {
     /// A word for programs.
     pub fn code(&self) -> &'static str {
-        match self {
-            Problem::Orphan { .. } => "orphan",
-            Problem::NoDirectory(_) => "no-directory",
-            Problem::LayerMissing => "layer-missing",
-            Problem::LayerDamaged { .. } => "layer-damaged",
-            Problem::LayerChanged { .. } => "layer-changed",
-            Problem::MoveNotRecorded => "move-not-recorded",
-            Problem::LayerUnreadable { .. } => "layer-unreadable",
-            Problem::WrongLink { .. } => "wrong-link",
-            Problem::BadParent { .. } => "bad-parent",
-            Problem::VolumeMissing { .. } => "volume-missing",
-            Problem::MarkMissing => "mark-missing",
-            Problem::NotCharged { .. } => "not-charged",
-            Problem::LimitsDiffer { .. } => "limits-differ",
-            Problem::DatabaseOlder { .. } => "database-older",
-            Problem::DatabaseIncomplete { .. } => "database-incomplete",
-        }
+        self.code_and_remedy().0
     }
 
     /// What a repair does about it; `None` if it cannot do anything.
     pub fn remedy(&self) -> Option<&'static str> {
+        self.code_and_remedy().1
+    }
+
+    fn code_and_remedy(&self) -> (&'static str, Option<&'static str>) {
+        const DROPS: Option<&str> = Some("drops it and everything that stands on it");
+        const GOES_ON: Option<&str> = Some("goes on with it as it is");
+        const TRASHES: &str = "moves it to the trash, as the next start does";
+        const CHARGES: &str = "charges them, and what is in them, as the next start does";
         match self {
-            Problem::Orphan { .. } => Some("moves it to the trash, as the next start does"),
-            Problem::NoDirectory(_) => Some("makes an empty one, as the next start does"),
-            Problem::LayerMissing | Problem::LayerDamaged { .. } | Problem::BadParent { .. } => {
-                Some("drops it and everything that stands on it")
+            Problem::Orphan => ("orphan", Some(TRASHES)),
+            Problem::NoDirectory(_) => (
+                "no-directory",
+                Some("makes an empty one, as the next start does"),
+            ),
+            Problem::LayerMissing => ("layer-missing", DROPS),
+            Problem::LayerDamaged { .. } => ("layer-damaged", DROPS),
+            Problem::LayerChanged { .. } => ("layer-changed", Some("records what it holds now")),
+            Problem::MoveNotRecorded => (
+                "move-not-recorded",
+                Some("records it, as the next start does"),
+            ),
+            Problem::LayerUnreadable { .. } => ("layer-unreadable", None),
+            Problem::WrongLink { .. } => {
+                ("wrong-link", Some("makes the link, as the next start does"))
             }
-            Problem::LayerChanged { .. } => Some("records what it holds now"),
-            Problem::MoveNotRecorded => Some("records it, as the next start does"),
-            Problem::WrongLink { .. } => Some("makes the link, as the next start does"),
-            Problem::MarkMissing => Some("marks it anew"),
-            Problem::NotCharged { .. } => {
-                Some("charges them, and what is in them, as the next start does")
-            }
-            Problem::LimitsDiffer { .. } => Some("sets those recorded, as the next start does"),
-            Problem::DatabaseOlder { .. } | Problem::DatabaseIncomplete { .. } => {
-                Some("goes on with it as it is")
-            }
-            Problem::VolumeMissing { .. } | Problem::LayerUnreadable { .. } => None,
+            Problem::BadParent { .. } => ("bad-parent", DROPS),
+            Problem::VolumeMissing { .. } => ("volume-missing", None),
+            Problem::MarkMissing => ("mark-missing", Some("marks it anew")),
+            Problem::NotCharged { .. } => ("not-charged", Some(CHARGES)),
+            Problem::LimitsDiffer { .. } => (
+                "limits-differ",
+                Some("sets those recorded, as the next start does"),
+            ),
+            Problem::DatabaseOlder { .. } => ("database-older", GOES_ON),
+            Problem::DatabaseIncomplete { .. } => ("database-incomplete", GOES_ON),
         }
     }
 
@@ -157,10 +155,13 @@ impl fmt::Display for Finding {
         let name = Quoted(self.name.as_deref().unwrap_or_default());
         let volume = self.volume.unwrap_or(Volume::Image);
         match &self.problem {
-            Problem::Orphan { entry } => write!(
-                out,
-                "{volume} volume: snapshots/{entry} belongs to no snapshot"
-            ),
+            Problem::Orphan => {
+                let id = self.id.map_or(0, SnapshotId::number);
+                write!(
+                    out,
+                    "{volume} volume: snapshots/{id} belongs to no snapshot"
+                )
+            }
             Problem::NoDirectory(kind) => write!(
                 out,
                 "the {kind} snapshot {name} has no whole directory on the {volume} volume"

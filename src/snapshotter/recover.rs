@@ -17,15 +17,14 @@ use crate::volume::{Dirs, NewDirs, Owner, moving_id};
 
 impl Snapshotter {
     /// After a start: finishes or drops moves, trashes directories that no row
-    /// knows, makes missing uppers anew, sets links and project quotas right, and
-    /// reports layers that are missing.
+    /// knows, makes missing uppers again, sets links and project quotas right, and
+    /// reports layers that are missing. The writable volume may be missing: what
+    /// concerns it is then left as it is.
     ///
     /// # Errors
     ///
-    /// As of the image volume's disk or the database;
-    /// [`crate::error::ErrorKind::FailedPrecondition`] without quotas that have to
-    /// be there. The writable volume may
-    /// be missing: what concerns it is then left as it is.
+    /// [`crate::error::ErrorKind::FailedPrecondition`] without quotas that have to be
+    /// there.
     pub fn recover(&self) -> Result<()> {
         // Nobody is served yet; the transaction is for the rule that
         // directories change under the writer's lock.
@@ -57,7 +56,11 @@ impl Snapshotter {
                         &inventory,
                         &found,
                     ));
-                    uncharged = self.recover_quotas(&transaction, &writable)?;
+                    // Without quotas that have to be there nothing is served.
+                    uncharged = match self.options.quota.mode {
+                        QuotaMode::Require => self.projects.recover(&transaction, &writable)?,
+                        _ => self.trash.recover_projects(&transaction, &writable),
+                    };
                 }
                 // A disk that has become read-only, for one.
                 Err(error) => {
@@ -82,23 +85,6 @@ impl Snapshotter {
         transaction.commit()?;
         self.projects.recharge_later(&uncharged);
         Ok(())
-    }
-
-    /// Without quotas that have to be there nothing is served; for anything else
-    /// about them the next Cleanup tries again. Returns whose trees are to be charged.
-    fn recover_quotas(
-        &self,
-        transaction: &Transaction<'_>,
-        writable: &Arc<Dirs>,
-    ) -> Result<Vec<SnapshotId>> {
-        match self.projects.recover(transaction, writable) {
-            Err(error) if self.options.quota.mode != QuotaMode::Require => {
-                self.trash.note_stray(Volume::Writable);
-                log::warn!("look at the project quotas: {}", error.chain());
-                Ok(Vec::new())
-            }
-            recovered => recovered,
-        }
     }
 
     /// What moves have left under their own names is not needed any more: copies

@@ -375,13 +375,6 @@ struct Worker<'a> {
     is_full: bool,
 }
 
-/// When to look again if nothing wakes the relocator.
-enum Next {
-    Now,
-    In(Duration),
-    WhenWoken,
-}
-
 impl Worker<'_> {
     fn run(&mut self) {
         if let Err(errno) = sys::lower_io_priority() {
@@ -391,16 +384,16 @@ impl Worker<'_> {
             let next = self.step().unwrap_or_else(|error| {
                 log::warn!("look for layers to move home: {}", error.chain());
                 // A database that cannot be read now is no reason to spin.
-                Next::In(Duration::from_secs(60))
+                Some(Duration::from_secs(60))
             });
-            if !self.wait(&next) {
+            if !self.wait(next) {
                 return;
             }
         }
     }
 
-    /// Moves at most one layer.
-    fn step(&mut self) -> Result<Next> {
+    /// Moves at most one layer. Returns when to look again if nothing wakes the thread.
+    fn step(&mut self) -> Result<Option<Duration>> {
         let has_layers = &self.relocator.has_layers;
         // Before the look: what ends after it has to wake.
         has_layers.store(true, Ordering::SeqCst);
@@ -408,9 +401,9 @@ impl Worker<'_> {
         has_layers.store(!away.is_empty(), Ordering::SeqCst);
         if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
             // Its return wakes nobody.
-            return Ok(Next::In(Duration::from_secs(60)));
+            return Ok(Some(Duration::from_secs(60)));
         }
-        let mut next = Next::WhenWoken;
+        let mut next = None;
         for layer in away {
             if self.is_full || self.unmovable.contains(&layer.id) {
                 continue;
@@ -421,7 +414,7 @@ impl Worker<'_> {
             let age = Duration::from_nanos(age.try_into().unwrap_or(0));
             if age < self.after {
                 // They come in order of their commit.
-                next = Next::In(self.after - age);
+                next = Some(self.after - age);
                 break;
             }
             let is_small = layer.size_bytes < SMALL_BYTES;
@@ -432,10 +425,10 @@ impl Worker<'_> {
             if self.move_home(&layer) == Some(Moved::Held) {
                 self.say_put_off(&layer, "it is still mounted");
                 // An unmount wakes nobody.
-                next = Next::In(Duration::from_secs(60));
+                next = Some(Duration::from_secs(60));
                 continue;
             }
-            return Ok(Next::Now);
+            return Ok(Some(Duration::ZERO));
         }
         Ok(next)
     }
@@ -490,12 +483,8 @@ impl Worker<'_> {
     }
 
     /// Waits until it is time to look again. `false` after [`Relocator::stop`].
-    fn wait(&mut self, next: &Next) -> bool {
-        let deadline = match next {
-            Next::Now => Some(Instant::now()),
-            Next::In(wait) => Some(Instant::now() + *wait),
-            Next::WhenWoken => None,
-        };
+    fn wait(&mut self, next: Option<Duration>) -> bool {
+        let deadline = next.map(|wait| Instant::now() + wait);
         let is_idle = |news: &News| !news.is_any;
         let news = &self.relocator.news;
         let Some(news) = news.wait_until(deadline, is_idle, std::mem::take) else {

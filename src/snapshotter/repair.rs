@@ -8,7 +8,6 @@ use super::problem::{Finding, Problem};
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
 use crate::store::Snapshot;
-use crate::text::filter::Filters;
 use crate::types::{SnapshotId, Volume};
 
 impl Snapshotter {
@@ -20,11 +19,7 @@ impl Snapshotter {
         if doomed.is_empty() {
             return Ok(Vec::new());
         }
-        let mut all = Vec::new();
-        self.store.read()?.list(&Filters::all(), |snapshot| {
-            all.push(snapshot);
-            Ok(())
-        })?;
+        let mut all = self.all_snapshots()?;
         loop {
             let before = doomed.len();
             let stands_on = |snapshot: &&Snapshot| {

@@ -6,7 +6,6 @@ use super::{Snapshotter, UsageFigures};
 use crate::error::{Error, Result};
 use crate::quota::Support;
 use crate::store::Held;
-use crate::text::filter::Filters;
 use crate::tree;
 use crate::types::{Kind, Limits, Volume};
 
@@ -103,18 +102,14 @@ impl Snapshotter {
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(Vec::new());
         };
-        let reader = self.store.read()?;
-        let given = reader.projects()?.into_iter();
+        let given = self.store.read()?.projects()?.into_iter();
         let limits: HashMap<_, _> = given.map(|given| (given.snapshot, given.limits)).collect();
-        let mut active = Vec::new();
-        reader.list(&Filters::all(), |snapshot| {
-            if snapshot.info.kind == Kind::Active && snapshot.volume == Some(Volume::Writable) {
-                active.push((snapshot.id, snapshot.info.name));
-            }
-            Ok(())
-        })?;
         let mut written = Vec::new();
-        for (id, key) in active {
+        for snapshot in self.all_snapshots()? {
+            if snapshot.info.kind != Kind::Active || snapshot.volume != Some(Volume::Writable) {
+                continue;
+            }
+            let id = snapshot.id;
             let counted = dirs.open_upper(id).and_then(|upper| {
                 match self.projects.usage(&dirs, id, &upper)? {
                     Some(usage) => Ok(usage),
@@ -123,7 +118,7 @@ impl Snapshotter {
             });
             if let Ok(usage) = counted {
                 written.push(Written {
-                    key,
+                    key: snapshot.info.name,
                     bytes: usage.size_bytes,
                     inodes: usage.inodes,
                     limits: limits.get(&Some(id)).copied().unwrap_or_default(),

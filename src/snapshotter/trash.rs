@@ -81,20 +81,28 @@ impl Trash {
         let inventory = Inventory::read(&transaction)?;
         inventory.require_latest(volume, dirs)?;
         trash_strays(dirs, volume, &inventory)?;
-        let mut uncharged = Vec::new();
-        if volume == Volume::Writable {
-            match self.projects.recover(&transaction, dirs) {
-                Ok(found) => uncharged = found,
-                // Whatever is wrong with quotas, what was removed is deleted.
-                Err(error) => {
-                    self.note_stray(volume);
-                    log::warn!("look at the project quotas: {}", error.chain());
-                }
-            }
-        }
+        let uncharged = match volume {
+            Volume::Image => Vec::new(),
+            Volume::Writable => self.recover_projects(&transaction, dirs),
+        };
         transaction.commit()?;
         self.projects.recharge_later(&uncharged);
         Ok(())
+    }
+
+    /// As [`Projects::recover`]; if that fails, the next Cleanup tries again. Whatever is
+    /// wrong with quotas, what was removed is deleted.
+    pub(super) fn recover_projects(
+        &self,
+        transaction: &Transaction<'_>,
+        dirs: &Arc<Dirs>,
+    ) -> Vec<SnapshotId> {
+        let recovered = self.projects.recover(transaction, dirs);
+        recovered.unwrap_or_else(|error| {
+            self.note_stray(Volume::Writable);
+            log::warn!("look at the project quotas: {}", error.chain());
+            Vec::new()
+        })
     }
 }
 
@@ -136,22 +144,28 @@ impl Inventory {
         )))
     }
 
-    /// The ids whose name belongs into `snapshots/` of that volume.
     fn known(&self, volume: Volume) -> HashSet<SnapshotId> {
-        // On the image volume also as the link of a layer that was not moved yet.
-        let belongs = |place: &Place| {
-            place.volume == Some(volume) || volume == Volume::Image && place.is_unmoved()
-        };
-        let snapshots = self.snapshots.iter().map(|(place, _)| place);
-        let mut known: HashSet<_> = snapshots
-            .filter(|place| belongs(place))
-            .map(|place| place.id)
-            .collect();
-        if volume == Volume::Writable {
-            known.extend(&self.leftover);
-        }
-        known
+        let places = self.snapshots.iter().map(|(place, _)| *place);
+        known_on(volume, places, &self.leftover)
     }
+}
+
+/// The ids whose name belongs into `snapshots/` of a volume: those of the snapshots that
+/// are there, on the image volume also of layers that have not moved there yet, by their
+/// links, and on the writable volume also of `leftover` directories.
+pub(super) fn known_on(
+    volume: Volume,
+    places: impl Iterator<Item = Place>,
+    leftover: &HashSet<SnapshotId>,
+) -> HashSet<SnapshotId> {
+    let belongs = |place: &Place| {
+        place.volume == Some(volume) || volume == Volume::Image && place.is_unmoved()
+    };
+    let mut known: HashSet<_> = places.filter(belongs).map(|place| place.id).collect();
+    if volume == Volume::Writable {
+        known.extend(leftover);
+    }
+    known
 }
 
 /// The first of these entries that a database must have forgotten which has given

@@ -5,8 +5,8 @@
 //! then all who ask for one snapshot at the same time wait for one walk.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fd::OwnedFd;
@@ -17,6 +17,7 @@ use crate::store::Snapshot;
 use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Usage, Volume};
 use crate::util::lock::lock;
+use crate::util::monitor::Monitor;
 use crate::volume::Dirs;
 
 /// Somebody who waits for an answer, and may cease to.
@@ -50,32 +51,24 @@ pub struct UsageFigures {
 
 /// The walks under way, and what earlier ones have found.
 #[derive(Default)]
-pub(super) struct Walks {
-    state: Mutex<State>,
-    by_quota: AtomicU64,
-    by_walk: AtomicU64,
-    by_shared_walk: AtomicU64,
-    by_earlier_walk: AtomicU64,
-}
+pub(super) struct Walks(Mutex<Known>);
 
 #[derive(Default)]
-struct State {
+struct Known {
     running: HashMap<SnapshotId, Arc<Walk>>,
-    found: HashMap<SnapshotId, Found>,
+    found: HashMap<SnapshotId, Counted>,
+    figures: UsageFigures,
 }
 
 #[derive(Clone, Copy)]
-struct Found {
+struct Counted {
     at: Instant,
     usage: Usage,
 }
 
 /// One walk.
 #[derive(Default)]
-struct Walk {
-    progress: Mutex<Progress>,
-    ended: Condvar,
-}
+struct Walk(Monitor<Progress>);
 
 #[derive(Default)]
 struct Progress {
@@ -84,38 +77,37 @@ struct Progress {
     result: Option<std::result::Result<Usage, (ErrorKind, String)>>,
 }
 
+impl Progress {
+    fn is_given_up(&self) -> bool {
+        self.callers.iter().all(Caller::has_left)
+    }
+}
+
 impl Walk {
     /// `false` if it has ended, or is about to because all have left.
     fn join(&self, caller: &Caller) -> bool {
-        let mut progress = lock(&self.progress);
-        let can_join =
-            progress.result.is_none() && progress.callers.iter().any(|caller| !caller.has_left());
-        if can_join {
-            progress.callers.push(caller.clone());
-        }
-        can_join
-    }
-
-    fn is_given_up(&self) -> bool {
-        lock(&self.progress).callers.iter().all(Caller::has_left)
+        self.0.look(|progress| {
+            let can_join = progress.result.is_none() && !progress.is_given_up();
+            if can_join {
+                progress.callers.push(caller.clone());
+            }
+            can_join
+        })
     }
 
     /// Waits for the end; `None` if the caller has left before.
     fn wait(&self, caller: &Caller) -> Option<Result<Usage>> {
         /// How soon a caller that leaves frees its thread.
         const LOOK: Duration = Duration::from_millis(50);
-        let mut progress = lock(&self.progress);
-        loop {
-            if let Some(result) = &progress.result {
-                let told = result.clone();
-                return Some(told.map_err(|(kind, text)| Error::new(kind, text)));
+        while !caller.has_left() {
+            let deadline = Some(Instant::now() + LOOK);
+            let is_running = |progress: &Progress| progress.result.is_none();
+            let result = |progress: &mut Progress| progress.result.clone();
+            if let Some(result) = self.0.wait_until(deadline, is_running, result).flatten() {
+                return Some(result.map_err(|(kind, text)| Error::new(kind, text)));
             }
-            if caller.has_left() {
-                return None;
-            }
-            let waited = self.ended.wait_timeout(progress, LOOK);
-            progress = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        None
     }
 }
 
@@ -132,19 +124,21 @@ impl Leader<'_> {
             Ok(usage) => Ok(*usage),
             Err(error) => Err((error.kind(), error.chain())),
         };
-        lock(&self.walk.progress).result.get_or_insert(told);
-        self.walk.ended.notify_all();
+        let walk = &self.walk.0;
+        walk.change(|progress| {
+            progress.result.get_or_insert(told);
+        });
     }
 }
 
 impl Drop for Leader<'_> {
     fn drop(&mut self) {
-        let mut state = lock(&self.walks.state);
+        let mut known = lock(&self.walks.0);
         let is_this = |walk: &Arc<Walk>| Arc::ptr_eq(walk, &self.walk);
-        if state.running.get(&self.id).is_some_and(is_this) {
-            state.running.remove(&self.id);
+        if known.running.get(&self.id).is_some_and(is_this) {
+            known.running.remove(&self.id);
         }
-        drop(state);
+        drop(known);
         self.end(&Err(Error::new(
             ErrorKind::Internal,
             "the walk has ended by a bug; the log says where",
@@ -154,18 +148,12 @@ impl Drop for Leader<'_> {
 
 impl Walks {
     pub(super) fn figures(&self) -> UsageFigures {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        UsageFigures {
-            by_quota: load(&self.by_quota),
-            by_walk: load(&self.by_walk),
-            by_shared_walk: load(&self.by_shared_walk),
-            by_earlier_walk: load(&self.by_earlier_walk),
-        }
+        lock(&self.0).figures
     }
 
     /// The snapshot is gone, or is a layer now.
     pub(super) fn forget(&self, id: SnapshotId) {
-        lock(&self.state).found.remove(&id);
+        lock(&self.0).found.remove(&id);
     }
 
     /// Tells a snapshot's usage: as found at most `max_age` ago, as another walk
@@ -178,25 +166,24 @@ impl Walks {
         caller: &Caller,
         walk: impl FnOnce(&dyn Fn() -> bool) -> Result<Usage>,
     ) -> Result<Usage> {
-        let mut state = lock(&self.state);
-        if let Some(found) = state.found.get(&id)
-            && found.at.elapsed() < max_age
-        {
-            self.by_earlier_walk.fetch_add(1, Ordering::Relaxed);
-            return Ok(found.usage);
+        let mut known = lock(&self.0);
+        let earlier = known.found.get(&id).copied();
+        if let Some(earlier) = earlier.filter(|found| found.at.elapsed() < max_age) {
+            known.figures.by_earlier_walk += 1;
+            return Ok(earlier.usage);
         }
-        if let Some(running) = state.running.get(&id).filter(|walk| walk.join(caller)) {
-            let running = Arc::clone(running);
-            drop(state);
-            self.by_shared_walk.fetch_add(1, Ordering::Relaxed);
+        let running = known.running.get(&id).filter(|walk| walk.join(caller));
+        if let Some(running) = running.map(Arc::clone) {
+            known.figures.by_shared_walk += 1;
+            drop(known);
             return running.wait(caller).unwrap_or_else(|| Err(left()));
         }
         let new = Arc::new(Walk::default());
-        lock(&new.progress).callers.push(caller.clone());
-        state.running.insert(id, Arc::clone(&new));
-        drop(state);
+        new.0.look(|progress| progress.callers.push(caller.clone()));
+        known.running.insert(id, Arc::clone(&new));
+        known.figures.by_walk += 1;
+        drop(known);
 
-        self.by_walk.fetch_add(1, Ordering::Relaxed);
         let leader = Leader {
             walks: self,
             id,
@@ -204,13 +191,13 @@ impl Walks {
         };
         // It has begun, and so it is of that moment.
         let at = Instant::now();
-        let result = walk(&|| leader.walk.is_given_up());
+        let result = walk(&|| leader.walk.0.look(|progress| progress.is_given_up()));
         if let Ok(usage) = result
             && !max_age.is_zero()
         {
-            let found = &mut lock(&self.state).found;
+            let found = &mut lock(&self.0).found;
             found.retain(|_, found| found.at.elapsed() < max_age);
-            found.insert(id, Found { at, usage });
+            found.insert(id, Counted { at, usage });
         }
         leader.end(&result);
         result
@@ -259,7 +246,7 @@ impl Snapshotter {
             && !self.projects.is_uncharged(snapshot.id)
             && let Some(usage) = self.projects.usage(&dirs, snapshot.id, &upper)?
         {
-            self.walks.by_quota.fetch_add(1, Ordering::Relaxed);
+            lock(&self.walks.0).figures.by_quota += 1;
             return Ok(usage);
         }
         let max_age = self.options.quota.usage_max_age;
@@ -376,7 +363,7 @@ mod tests {
                 assert_eq!(error.kind(), ErrorKind::Cancelled);
             }
         });
-        assert!(lock(&walks.state).running.is_empty());
+        assert!(lock(&walks.0).running.is_empty());
     }
 
     #[test]
@@ -426,7 +413,7 @@ mod tests {
         let other = SnapshotId::new(2);
         let caller = Caller::default();
         walks.tell(other, short, &caller, |_| Ok(USAGE)).unwrap();
-        assert_eq!(lock(&walks.state).found.len(), 1);
+        assert_eq!(lock(&walks.0).found.len(), 1);
     }
 
     #[test]
