@@ -258,31 +258,24 @@ impl Relocator {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if layers are away and stay there by
-    /// configuration; or those of the move.
+    /// [`ErrorKind::FailedPrecondition`] if a layer stays on the writable volume by
+    /// configuration, or because it is still mounted.
     pub(super) fn bring_home(&self, layers: &[Ancestor]) -> Result<()> {
-        let away = layers
-            .iter()
-            .filter(|layer| layer.volume == Volume::Writable);
-        for layer in away {
+        let is_unmoved = |layer: &&Ancestor| layer.volume == Volume::Writable;
+        for Ancestor { id, .. } in layers.iter().filter(is_unmoved) {
             if self.relocation == Relocation::Never {
                 return Err(Error::refused(format!(
-                    "a container with mapped ids cannot use layer {}, which is on the \
-                         writable volume and stays there by --relocate never",
-                    layer.id
+                    "a container with mapped ids cannot use layer {id}, which is on the \
+                     writable volume and stays there by --relocate never"
                 )));
             }
-            let moved = self.relocate(layer.id).context(|| {
-                format!(
-                    "move layer {} home for a container with mapped ids",
-                    layer.id
-                )
-            })?;
+            let moved = self
+                .relocate(*id)
+                .context(|| format!("move layer {id} home for a container with mapped ids"))?;
             if moved == Moved::Held {
                 return Err(Error::refused(format!(
-                    "layer {} was committed while it was mounted, and still is: it cannot \
-                         move to where a container with mapped ids could use it",
-                    layer.id
+                    "layer {id} was committed while it was mounted, and still is: it cannot \
+                     move to where a container with mapped ids could use it"
                 )));
             }
         }
