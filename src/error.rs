@@ -153,6 +153,15 @@ impl<T> Context<T> for std::result::Result<T, Errno> {
     }
 }
 
+impl<T> Context<T> for std::io::Result<T> {
+    fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
+        self.map_err(|error| match Errno::from_io_error(&error) {
+            Some(errno) => Error::system(errno, what()),
+            None => Error::caused(ErrorKind::Internal, what(), error),
+        })
+    }
+}
+
 impl<T> Context<T> for Result<T> {
     fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T> {
         self.map_err(|error| error.while_doing(what()))

@@ -1,37 +1,33 @@
-//! One daemon for each root: `<root>/lock`, held with flock(2) by the running
-//! one. The kernel lets go of it however the daemon ends.
+//! One daemon for each root: `<root>/lock`, locked with flock(2) by the running
+//! daemon. The kernel releases the lock however the daemon ends.
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, ftruncate, openat};
 use rustix::io::{Errno, read, write};
 
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 use crate::volume::Root;
 
-/// The lock; let go when dropped.
+/// The lock of a root, released when dropped.
 pub struct Lock {
     _file: OwnedFd,
 }
 
-/// What trying to take a lock comes to.
+/// The result of trying to take a lock.
 pub enum Acquired {
-    /// It is ours.
+    /// The lock is taken.
     Lock(Lock),
-    /// The process of that number has it.
+    /// The process of that number has the lock.
     Held(String),
 }
 
-/// Takes the lock of a root, if nobody has it.
-///
-/// # Errors
-///
-/// As of the root's disk.
+/// Takes the lock of a root, if no process has it.
 pub fn acquire(root: &Root) -> Result<Acquired> {
     let locking = || format!("lock {}/lock", root.path());
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let open = |flags| openat(root.fd(), "lock", flags, Mode::from_raw_mode(0o600));
     let file = match open(flags) {
-        // To look at what is there, no writing is needed.
+        // A command that only looks needs no writing.
         Err(Errno::ROFS) => open(OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC),
         file => file,
     }
@@ -39,18 +35,20 @@ pub fn acquire(root: &Root) -> Result<Acquired> {
     if let Some(holder) = holder_of(&file, root)? {
         return Ok(Acquired::Held(holder));
     }
-    // Who has it; that the file can be written is no condition.
+    // The file names the process that has the lock. That it can be written is no
+    // condition.
     let text = format!("{}\n", std::process::id());
     let _ = ftruncate(&file, 0).and_then(|()| write(&file, text.as_bytes()));
     Ok(Acquired::Lock(Lock { _file: file }))
 }
 
-/// Refuses a root whose lock somebody has. Changes nothing, so that a daemon may
+/// Refuses a root whose lock another process has. Changes nothing, so that a daemon may
 /// start at any moment after.
 ///
 /// # Errors
 ///
-/// As of [`require`].
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) naming
+/// the process that has the lock.
 pub fn require_free(root: &Root) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = match openat(root.fd(), "lock", flags, Mode::empty()) {
@@ -67,8 +65,8 @@ pub fn require_free(root: &Root) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] naming the process that has it; as of the
-/// root's disk.
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) naming
+/// the process that has the lock.
 pub fn require(root: &Root) -> Result<Lock> {
     match acquire(root)? {
         Acquired::Lock(lock) => Ok(lock),
@@ -76,7 +74,7 @@ pub fn require(root: &Root) -> Result<Lock> {
     }
 }
 
-/// Locks the file as long as it is open, or tells which process has done so.
+/// Locks the file as long as it is open, or returns which process has locked it.
 fn holder_of(file: &OwnedFd, root: &Root) -> Result<Option<String>> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => {
@@ -92,12 +90,9 @@ fn holder_of(file: &OwnedFd, root: &Root) -> Result<Option<String>> {
 }
 
 fn held(root: &Root, holder: &str) -> Error {
-    Error::new(
-        ErrorKind::FailedPrecondition,
-        format!(
-            "another snapshotter (process {holder}) serves the root {path}, or checks it: \
-             stop that one, or give this one another --root-dir",
-            path = root.path()
-        ),
-    )
+    Error::refused(format!(
+        "another snapshotter (process {holder}) serves the root {path}, or checks it: \
+         stop that one, or give this one another --root-dir",
+        path = root.path()
+    ))
 }

@@ -1,9 +1,9 @@
-//! Opening what a daemon serves, for a command beside it or in its place.
+//! Opening a root for a command that works beside the daemon or in its place.
 
 use super::lock::{self, Acquired, Lock};
 use super::{state, writable};
 use crate::config::Config;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::store::{Completeness, Store};
 use crate::volume::{Identity, Image, Volumes, require_mount_points};
 
@@ -11,7 +11,8 @@ use crate::volume::{Identity, Image, Volumes, require_mount_points};
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] naming the directory.
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) naming
+/// the directory.
 pub fn require_mounts(config: &Config) -> Result<()> {
     if !config.requires_mounts {
         return Ok(());
@@ -22,19 +23,19 @@ pub fn require_mounts(config: &Config) -> Result<()> {
     ])
 }
 
-/// What a command is about.
+/// What a command opens a root for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// To look, also beside a running daemon.
     Look,
-    /// To change something, while none is running.
+    /// To change something while no daemon is running.
     Change,
 }
 
-/// What is there.
+/// An open root.
 pub struct Visit {
-    /// Held for as long as it lives, so that no daemon starts meanwhile; `None`
-    /// if one is running.
+    /// The lock of the root, so that no daemon starts meanwhile; `None` if one is
+    /// running.
     pub lock: Option<Lock>,
     /// What is known of the database before it was opened.
     pub completeness: Completeness,
@@ -48,21 +49,18 @@ pub struct Visit {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if no daemon has ever served there, or if
-/// one is running and in the way; or as of the database and the disks.
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if no
+/// daemon has ever served there, or if one is running and in the way.
 pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
     let root = Image::open_existing_root(&config.root)?;
     let lock = match lock::acquire(&root)? {
         Acquired::Lock(lock) => Some(lock),
         Acquired::Held(_) if purpose == Purpose::Look => None,
         Acquired::Held(holder) => {
-            return Err(Error::new(
-                ErrorKind::FailedPrecondition,
-                format!(
-                    "the daemon that serves {} is running (process {holder}): stop it first",
-                    config.root
-                ),
-            ));
+            return Err(Error::refused(format!(
+                "the daemon that serves {} is running (process {holder}): stop it first",
+                config.root
+            )));
         }
     };
     let open = match purpose {
@@ -80,12 +78,8 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
     })
 }
 
-/// The identities that are recorded: the root's, as in its file `state`, and the
-/// writable volume's, as in its `.volume`.
-///
-/// # Errors
-///
-/// Those of the database.
+/// The identities that the database has recorded: the root's, as in its file `state`,
+/// and the writable volume's, as in its `.volume`.
 pub fn identities(store: &Store) -> Result<[Option<String>; 2]> {
     let reader = store.read()?;
     Ok([

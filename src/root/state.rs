@@ -1,10 +1,10 @@
-//! Finding the database that belongs to a root, and making one only where
-//! nothing was before: an empty database beside existing layers would have
-//! containerd delete them all.
+//! Finding the database that belongs to a root, and making one only where nothing was
+//! before: with an empty database beside existing layers, containerd would delete them
+//! all.
 //!
-//! `<root>/state` says where the database is and which. After a crash during
-//! the very first start the database is there and untouched and `state` may be
-//! missing; only such a database is taken without it.
+//! `<root>/state` says which database it is and where. After a crash during the very
+//! first start the database is there and untouched and `state` may be missing; only
+//! such a database is taken without it.
 
 use std::path::{Path, PathBuf};
 
@@ -14,12 +14,9 @@ use rustix::io::{Errno, read};
 use crate::config::Config;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{
-    Completeness, FileFormat, IN_USE, Store, peek_fact, probe_completeness, probe_format,
+    Completeness, DATABASE, FileFormat, IN_USE, Store, peek_fact, probe_completeness, probe_format,
 };
 use crate::volume::{Identity, Image, Root, replace_file};
-
-/// What every database is called, the Go original's as well.
-pub(crate) const FILE: &str = "metadata.db";
 
 /// Opens the database of a root.
 ///
@@ -27,11 +24,10 @@ pub(crate) const FILE: &str = "metadata.db";
 ///
 /// [`ErrorKind::FailedPrecondition`] if it is another program's, missing, or
 /// another root's, saying which disk to look for; [`ErrorKind::DataLoss`] if it
-/// is damaged or not the latest, saying how to go on; or those of
-/// [`Store::open`].
+/// is damaged or not the latest, saying how to go on.
 pub fn open(root: &Root, config: &Config) -> Result<Store> {
-    let path = Path::new(&config.state_dir).join(FILE);
-    let in_root = Path::new(&config.root).join(FILE);
+    let path = Path::new(&config.state_dir).join(DATABASE);
+    let in_root = Path::new(&config.root).join(DATABASE);
     let state = read_state(root, config)?;
     let format = require_ours(&path, state.as_ref())?;
     if in_root != path {
@@ -45,7 +41,7 @@ pub fn open(root: &Root, config: &Config) -> Result<Store> {
         (None, _) => adopt_untouched(root, config, &path),
     };
     let store = opened.map_err(|error| with_way_back(error, &path))?;
-    // A repair that was cut short may have given it a log.
+    // A repair that was cut short may have given a copy a log.
     let copied = store.read()?.copied()?;
     match copied {
         Some(made) => Err(outdated(&path, &made)),
@@ -53,24 +49,23 @@ pub fn open(root: &Root, config: &Config) -> Result<Store> {
     }
 }
 
-/// Opens the database of a root that has been in use, whatever it lacks: to be
-/// looked at, or mended.
+/// Opens the database of a root that has been in use, to look at it or to mend it: it
+/// may lack the latest changes.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::FailedPrecondition`] if there is none, or it is another root's;
-/// [`ErrorKind::DataLoss`] if it is damaged, saying how to go on; or those of
-/// `open`.
+/// [`ErrorKind::DataLoss`] if it is damaged, saying how to go on.
 pub fn open_existing(
     root: &Root,
     config: &Config,
     open: fn(&Path) -> Result<Store>,
 ) -> Result<(Store, Completeness)> {
-    let path = Path::new(&config.state_dir).join(FILE);
+    let path = Path::new(&config.state_dir).join(DATABASE);
     let state = read_state(root, config)?;
     let format = require_ours(&path, state.as_ref())?;
     let Some(state) = state else {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "{} has no file \"state\": no snapshotter has ever served it; give the --root-dir \
              of one that has",
             config.root
@@ -89,7 +84,7 @@ pub fn open_existing(
     Ok((store, completeness))
 }
 
-/// How to go on with a damaged database.
+/// Adds to the error of a damaged database how to go on.
 fn with_way_back(error: Error, path: &Path) -> Error {
     if error.kind() != ErrorKind::DataLoss {
         return error;
@@ -105,9 +100,9 @@ fn with_way_back(error: Error, path: &Path) -> Error {
     error.while_doing(format!("the database {shown} cannot be used; {way_back}"))
 }
 
-/// Refuses a database that has forgotten what it has acknowledged: containerd
-/// would be told that those snapshots do not exist, and their directories would
-/// be taken for strays.
+/// Refuses a database that has forgotten acknowledged changes: the daemon would report
+/// to containerd that those snapshots do not exist, and would take their directories for
+/// strays.
 fn require_latest(path: &Path) -> Result<()> {
     let shown = path.display();
     let why = match probe_completeness(path)? {
@@ -123,22 +118,19 @@ fn require_latest(path: &Path) -> Result<()> {
              not its log: move that file away, then run `check --repair`"
         ),
     };
-    Err(Error::new(ErrorKind::DataLoss, why))
+    Err(Error::data_loss(why))
 }
 
 fn outdated(path: &Path, made: &str) -> Error {
-    Error::new(
-        ErrorKind::DataLoss,
-        format!(
-            "the database {} is a copy of an earlier state, made {made}: run `check --repair` \
-             first, which removes what it does not know",
-            path.display()
-        ),
-    )
+    Error::data_loss(format!(
+        "the database {} is a copy of an earlier state, made {made}: run `check --repair` \
+         first, which removes what it does not know",
+        path.display()
+    ))
 }
 
-/// What is there, if it can be ours. With a `state` that names the path, what is
-/// not ours any more is damaged.
+/// Refuses a file that cannot be our database. If `state` names its path, a file that
+/// is not ours any more is damaged.
 fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
     let shown = path.display();
     let why = match probe_format(path)? {
@@ -148,29 +140,29 @@ fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
              command `import`, or give another --root-dir"
         }
         _ if state.is_some_and(|state| state.database == path) => {
-            let error = Error::new(ErrorKind::DataLoss, "its first bytes are damaged");
+            let error = Error::data_loss("its first bytes are damaged");
             return Err(with_way_back(error, path));
         }
         FileFormat::OtherSqlite => "is the database of another program: give another --root-dir",
         FileFormat::Unknown => "is no database of this program: give another --root-dir",
     };
-    Err(refused(format!("{shown} {why}")))
+    Err(Error::refused(format!("{shown} {why}")))
 }
 
 fn missing(state: &State, path: &Path) -> Error {
     let shown = path.display();
     if state.database == path && path.exists() {
-        return Error::new(ErrorKind::DataLoss, "it is empty");
+        return Error::data_loss("it is empty");
     }
     if state.database == path {
-        return refused(format!(
+        return Error::refused(format!(
             "the database {shown} is missing, but it was there before: mount the disk it is on \
              (it has the identity {}), or restore it from a backup",
             state.identity
         ));
     }
     let was = state.database.display();
-    refused(format!(
+    Error::refused(format!(
         "there is no database {shown}: that of this root is {was}; give the --state-dir it had, \
          or move the file (with its -wal, if there is one)"
     ))
@@ -178,13 +170,8 @@ fn missing(state: &State, path: &Path) -> Error {
 
 fn create(root: &Root, config: &Config, path: &Path) -> Result<Store> {
     require_no_snapshots(root, config, path)?;
-    std::fs::create_dir_all(&config.state_dir).map_err(|error| {
-        Error::caused(
-            ErrorKind::Internal,
-            format!("create the state directory {}", config.state_dir),
-            error,
-        )
-    })?;
+    std::fs::create_dir_all(&config.state_dir)
+        .context(|| format!("create the state directory {}", config.state_dir))?;
     let store = Store::open(path)?;
     record(root, config, path, &store)?;
     Ok(store)
@@ -192,7 +179,7 @@ fn create(root: &Root, config: &Config, path: &Path) -> Result<Store> {
 
 fn require_no_snapshots(root: &Root, config: &Config, path: &Path) -> Result<()> {
     if Image::holds_snapshots(root)? {
-        return Err(refused(format!(
+        return Err(Error::refused(format!(
             "{}/snapshots holds layers, but their database {} is not there: mount the disk it \
              is on, give the right --state-dir, or restore it from a backup",
             config.root,
@@ -204,14 +191,14 @@ fn require_no_snapshots(root: &Root, config: &Config, path: &Path) -> Result<()>
 
 fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
     let of_another = || {
-        refused(format!(
+        Error::refused(format!(
             "the database {} has been in use, but {} has no file \"state\": mount the image \
              disk there, or give the --root-dir that belongs to this database",
             path.display(),
             config.root
         ))
     };
-    // It may be in use by its own daemon at this moment.
+    // Another root's daemon may be using it at this moment.
     if peek_fact(path, IN_USE).is_some() {
         return Err(of_another());
     }
@@ -224,21 +211,15 @@ fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
     Ok(store)
 }
 
-/// Gives the database its identity and writes it down in the root, as of the
-/// database that is, or will be, at `path`.
-///
-/// # Errors
-///
-/// Those of the database and of the root's disk.
+/// Gives the database an identity, and records in the root that the database of this
+/// identity is, or will be, at `path`.
 pub(crate) fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
     let mut transaction = store.write()?;
-    let identity = match transaction.rows().fact(Identity::FACT)? {
+    let identity = match transaction.fact(Identity::FACT)? {
         Some(text) => parse_identity(&text)?,
         None => Identity::random()?,
     };
-    transaction
-        .rows()
-        .record_fact(Identity::FACT, &identity.to_string())?;
+    transaction.record_fact(Identity::FACT, &identity.to_string())?;
     transaction.commit()?;
     let state = State {
         database: path.to_owned(),
@@ -248,10 +229,6 @@ pub(crate) fn record(root: &Root, config: &Config, path: &Path, store: &Store) -
 }
 
 /// Forgets that the root has a database.
-///
-/// # Errors
-///
-/// As of its disk.
 pub(crate) fn forget(root: &Root) -> Result<()> {
     match unlinkat(root.fd(), STATE, AtFlags::empty()) {
         Err(Errno::NOENT) => Ok(()),
@@ -259,22 +236,17 @@ pub(crate) fn forget(root: &Root) -> Result<()> {
     }
 }
 
-/// Where the root's database is, if it knows of one.
+/// Where the root's database is, if the root has one.
 ///
 /// # Errors
 ///
-/// As of its disk; [`ErrorKind::FailedPrecondition`] if what it says makes no
-/// sense.
+/// [`ErrorKind::FailedPrecondition`] if the file `state` is damaged.
 pub(crate) fn recorded(root: &Root, config: &Config) -> Result<Option<PathBuf>> {
     read_state(root, config).map(|state| state.map(|state| state.database))
 }
 
-/// Whether the database at `path` is the one that the root knows of, and at rest.
-/// Looks only at the file by itself.
-///
-/// # Errors
-///
-/// As of [`recorded`].
+/// Whether the database at `path` is the root's, and at rest: only the file itself is
+/// read.
 pub(crate) fn is_at_rest(root: &Root, config: &Config, path: &Path) -> Result<bool> {
     let state = read_state(root, config)?;
     let is_known = state.is_some_and(|state| {
@@ -303,10 +275,11 @@ fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Resul
     Ok(store)
 }
 
-/// Before it is opened, which changes it: it may be another daemon's.
+/// Refuses the database of another root before it is opened, which would change it:
+/// another daemon may be using it.
 fn refuse_other(root: &Root, path: &Path, state: &State) -> Result<()> {
     match peek_fact(path, Identity::FACT) {
-        // Damaged, or not written into the file yet: told once it is open.
+        // Damaged, or not written into the file yet: that is found once it is open.
         None => Ok(()),
         found => compare_identity(found, root, path, state),
     }
@@ -320,7 +293,7 @@ fn compare_identity(found: Option<String>, root: &Root, path: &Path, state: &Sta
     if found == Some(state.identity.to_string()) {
         return Ok(());
     }
-    Err(refused(format!(
+    Err(Error::refused(format!(
         "the database {} (identity {}) belongs to another root than {}, whose database has the \
          identity {}: give the --state-dir that goes with this --root-dir",
         path.display(),
@@ -332,15 +305,8 @@ fn compare_identity(found: Option<String>, root: &Root, path: &Path, state: &Sta
 
 fn parse_identity(text: &str) -> Result<Identity> {
     Identity::parse(text).ok_or_else(|| {
-        Error::new(
-            ErrorKind::DataLoss,
-            format!("the database is damaged: its identity is {text:?}"),
-        )
+        Error::data_loss(format!("the database is damaged: its identity is {text:?}"))
     })
-}
-
-fn refused(what: String) -> Error {
-    Error::new(ErrorKind::FailedPrecondition, what)
 }
 
 /// What `<root>/state` says.
@@ -363,7 +329,7 @@ fn read_state(root: &Root, config: &Config) -> Result<Option<State>> {
     let length = read(&file, bytes.as_mut_slice()).context(reading)?;
     let text = String::from_utf8_lossy(&bytes[..length]);
     parse_state(&text).map(Some).ok_or_else(|| {
-        refused(format!(
+        Error::refused(format!(
             "{}/{STATE} is damaged: it has to have a line \"database <path>\" and a line \
              \"identity <32 hexadecimal digits>\"",
             config.root

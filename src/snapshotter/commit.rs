@@ -33,7 +33,7 @@ impl Snapshotter {
         labels::check_key("name", name)?;
         let labels = labels::check_labels(labels)?;
         // A first look, so that a commit that cannot be is refused before it waits for the
-        // disk. All of it may change meanwhile: `Rows::commit` asks again within the
+        // disk. All of it may change meanwhile: `commit_snapshot` asks again within the
         // transaction, and only that answer counts.
         let (snapshot, _) = self.store.read()?.committable(key, name, parent)?;
         let volume = snapshot.volume.ok_or_else(|| {
@@ -79,7 +79,7 @@ impl Snapshotter {
     /// removes, moves or sweeps the same snapshot comes before or after.
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
         let linked = self.store.together(|transaction| {
-            transaction.rows().commit(commit)?;
+            transaction.commit_snapshot(commit)?;
             transaction.rows().forget_lowers(commit.id)?;
             if volume == Volume::Image {
                 return Ok(None);

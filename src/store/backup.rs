@@ -3,65 +3,37 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
 
-use super::{Store, beside, completeness, schema, sql_error};
-use crate::error::{Error, ErrorKind, Result};
-use crate::util::lock::lock;
+use super::files::{COPY, JOURNAL, NEW_COPY, beside, remove_file};
+use super::sql::sql_error;
+use super::{Store, completeness, schema};
+use crate::error::{Context, Error, ErrorKind, Result};
 
-/// Whether there is anything that the last copy does not have.
-#[derive(Default)]
-pub(super) struct Changes {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    is_changed: bool,
-    is_stopped: bool,
-}
-
-impl Changes {
-    pub(super) fn note(&self) {
-        let mut state = lock(&self.state);
-        if !std::mem::replace(&mut state.is_changed, true) {
-            self.changed.notify_all();
+impl Store {
+    /// Notes that the last copy does not have everything any more. A change that is not
+    /// the first since that copy wakes no thread.
+    pub(super) fn note_change(&self) {
+        if !self.is_changed.look(|is_changed| *is_changed) {
+            self.is_changed.change(|is_changed| *is_changed = true);
         }
     }
 
-    pub(super) fn stop(&self) {
-        lock(&self.state).is_stopped = true;
-        self.changed.notify_all();
-    }
-}
-
-impl Store {
     /// Waits until there is something to copy, and then until `not_before`, but
     /// at least `settling`, for the changes that come together. `false` if the
     /// store was closed meanwhile.
     pub fn await_change(&self, not_before: Instant, settling: Duration) -> bool {
-        let state = lock(&self.changes.state);
-        let waited = self
-            .changes
-            .changed
-            .wait_while(state, |state| !state.is_changed && !state.is_stopped);
-        let state = waited.unwrap_or_else(PoisonError::into_inner);
-        let left = settling.max(not_before.saturating_duration_since(Instant::now()));
-        let waited = self
-            .changes
-            .changed
-            .wait_timeout_while(state, left, |state| !state.is_stopped);
-        !waited.unwrap_or_else(PoisonError::into_inner).0.is_stopped
+        let changed = self.is_changed.wait_while(|is_changed| !is_changed, |_| ());
+        let left = || settling.max(not_before.saturating_duration_since(Instant::now()));
+        changed.is_some() && self.is_changed.pause(left())
     }
 
-    /// Wakes whoever waits in [`Store::await_change`], for good.
+    /// Ends the waiting in [`Store::await_change`], for good.
     pub fn end_waiting(&self) {
-        self.changes.stop();
+        self.is_changed.stop();
     }
 
     /// Copies the database, as of this moment and found sound, to
@@ -71,43 +43,31 @@ impl Store {
     /// # Errors
     ///
     /// [`ErrorKind::ResourceExhausted`] if the disk is full,
-    /// [`ErrorKind::DataLoss`] if the database is damaged, or as of the disk;
-    /// the last copy stays then.
+    /// [`ErrorKind::DataLoss`] if the database is damaged. The last copy stays then.
     pub fn copy(&self) -> Result<()> {
-        if !std::mem::replace(&mut lock(&self.changes.state).is_changed, false) {
+        if !self.is_changed.look(std::mem::take) {
             return Ok(());
         }
-        let target = beside(&self.path, ".copy");
-        let new = beside(&self.path, ".copy.new");
+        let target = beside(&self.path, COPY);
+        let new = beside(&self.path, NEW_COPY);
         self.copy_to(&new, &target).map_err(|error| {
-            lock(&self.changes.state).is_changed = true;
+            self.is_changed.look(|is_changed| *is_changed = true);
             let _ = fs::remove_file(&new);
             error.while_doing(format!("copy the database to {}", target.display()))
         })
     }
 
     fn copy_to(&self, new: &Path, target: &Path) -> Result<()> {
-        let file_error = |error: std::io::Error| {
-            let kind = match error.kind() {
-                std::io::ErrorKind::StorageFull => ErrorKind::ResourceExhausted,
-                _ => ErrorKind::Internal,
-            };
-            Error::caused(kind, format!("write {}", new.display()), error)
-        };
-        for stale in [new.to_owned(), beside(new, "-journal")] {
-            match fs::remove_file(stale) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(file_error(error));
-                }
-                _ => {}
-            }
+        let writing = || format!("write {}", new.display());
+        for stale in [new.to_owned(), beside(new, JOURNAL)] {
+            remove_file(&stale).context(writing)?;
         }
         OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o600)
             .open(new)
-            .map_err(file_error)?;
+            .context(writing)?;
 
         let reader = self.read()?;
         let mut copy = Connection::open(new).map_err(|error| sql_error(error, "open it"))?;
@@ -128,6 +88,6 @@ impl Store {
         let directory = target.parent().unwrap_or(Path::new("/"));
         fs::rename(new, target)
             .and_then(|()| File::open(directory)?.sync_all())
-            .map_err(file_error)
+            .context(writing)
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, fallocate, openat, unlink};
 use rustix::io::Errno;
 
-use super::beside;
+use super::files::{BALLAST, beside};
 
 /// Sets space aside beside the closed database at `path`, if there is some: its next
 /// opening may find the disk full.
@@ -15,9 +15,7 @@ pub fn set_space_aside(path: &Path) {
     Ballast::of(path).fill();
 }
 
-/// Two files, for their inodes.
-const SUFFIXES: [&str; 2] = [".ballast-1", ".ballast-2"];
-/// Of each; enough for dozens of removals, of which one is to free more.
+/// The size of each file; enough for dozens of removals, one of which frees more.
 const BYTES: u64 = 1 << 19;
 
 /// The files that hold the space.
@@ -26,14 +24,14 @@ pub(super) struct Ballast {
 }
 
 impl Ballast {
-    /// That of the database at `path`.
+    /// The ballast of the database at `path`.
     pub(super) fn of(path: &Path) -> Ballast {
         Ballast {
-            paths: SUFFIXES.map(|suffix| beside(path, suffix)),
+            paths: BALLAST.map(|suffix| beside(path, suffix)),
         }
     }
 
-    /// Takes the space, unless it is taken or not there to be had.
+    /// Takes the space, unless it is taken already or the disk does not have it.
     pub(super) fn fill(&self) {
         for path in &self.paths {
             fill(path);
@@ -51,7 +49,7 @@ fn fill(path: &Path) {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let filled = openat(CWD, path, flags, Mode::from_raw_mode(0o600))
         .and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, BYTES));
-    // On a full disk it has taken what there was, and takes the rest another time.
+    // On a full disk the file has taken what there was; the next call takes the rest.
     if let Err(errno) = filled {
         log::debug!("set space aside in {}: {errno}", path.display());
     }

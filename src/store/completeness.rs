@@ -10,8 +10,10 @@ use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
 
-use super::{FileFormat, beside, probe_format, sql_error};
-use crate::error::{Error, ErrorKind, Result};
+use super::files::{LOG, beside};
+use super::sql::{Rows, sql_error};
+use super::{FileFormat, probe_format};
+use crate::error::{Context, Error, ErrorKind, Result};
 
 /// The fact that marks a database in use.
 pub const IN_USE: &str = "in_use";
@@ -30,23 +32,19 @@ pub enum Completeness {
     CopyWithLog(String),
 }
 
-/// Tells whether the database at `path` is complete, by the file itself: nothing
-/// is opened that SQLite would create or change.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if it cannot be read. What is damaged is for
-/// [`super::Store::open`] to tell.
+/// Reports whether the database at `path` is complete, by the file itself: nothing
+/// is opened that SQLite would create or change. Damage is for
+/// [`super::Store::open`] to find.
 pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     if probe_format(path)? != FileFormat::Ours {
         return Ok(Completeness::Whole);
     }
-    let has_log = match std::fs::metadata(beside(path, "-wal")) {
+    let has_log = match std::fs::metadata(beside(path, LOG)) {
         Ok(metadata) => metadata.len() > 0,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
         Err(error) => {
-            let what = format!("look at the log of the database {}", path.display());
-            return Err(Error::caused(ErrorKind::Internal, what, error));
+            return Err(error)
+                .context(|| format!("look at the log of the database {}", path.display()));
         }
     };
     // In the middle of a checkpoint the file by itself may make no sense.
@@ -100,14 +98,10 @@ pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
 
 /// Puts the mark into the file itself, with all that the log holds so far. The
 /// log keeps it too: from now on an empty one is a damaged one.
-pub(super) fn mark_in_use(connection: &Connection) -> Result<()> {
-    connection
-        .execute(
-            "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING",
-            [IN_USE],
-        )
-        .map_err(|error| sql_error(error, "mark the database as in use"))?;
-    match settle(connection) {
+pub(super) fn mark_in_use(rows: &Rows) -> Result<()> {
+    let sql = "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING";
+    rows.execute(sql, [IN_USE], "mark the database as in use")?;
+    match settle(rows) {
         // Only the mark's purpose suffers: that a lost log is noticed.
         Err(error)
             if matches!(
@@ -123,32 +117,35 @@ pub(super) fn mark_in_use(connection: &Connection) -> Result<()> {
 }
 
 /// Moves all that the log holds into the file itself.
-pub(super) fn settle(connection: &Connection) -> Result<()> {
-    checkpoint(connection, "FULL")
+pub(super) fn settle(rows: &Rows) -> Result<()> {
+    checkpoint(rows, "FULL")
 }
 
-/// Takes the mark off, and moves the log into the file.
-pub(super) fn mark_unused(connection: &Connection) -> Result<()> {
-    connection
-        .execute("DELETE FROM fact WHERE name = ?1", [IN_USE])
-        .map_err(|error| sql_error(error, "close the database"))?;
-    checkpoint(connection, "TRUNCATE")
+/// Moves into the file itself what no reader needs to find in the log.
+pub(super) fn shrink_log(rows: &Rows) -> Result<()> {
+    checkpoint(rows, "PASSIVE")
+}
+
+/// Removes the mark, and moves the log into the file.
+pub(super) fn mark_unused(rows: &Rows) -> Result<()> {
+    let sql = "DELETE FROM fact WHERE name = ?1";
+    rows.execute(sql, [IN_USE], "close the database")?;
+    checkpoint(rows, "TRUNCATE")
 }
 
 /// Waits for readers in the way as long as the connection waits for anything.
-fn checkpoint(connection: &Connection, mode: &str) -> Result<()> {
-    let is_busy: bool = connection
-        .query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |row| {
-            row.get(0)
-        })
-        .map_err(|error| sql_error(error, "move the database's log into it"))?;
-    match is_busy {
-        false => Ok(()),
-        true => Err(Error::new(
+fn checkpoint(rows: &Rows, mode: &str) -> Result<()> {
+    let sql = format!("PRAGMA wal_checkpoint({mode})");
+    let is_busy = rows.one(&sql, [], "move the database's log into it", |row| {
+        row.get(0)
+    })?;
+    if is_busy == Some(true) {
+        return Err(Error::new(
             ErrorKind::Unavailable,
             "the database's log cannot be moved into it: something else reads it",
-        )),
+        ));
     }
+    Ok(())
 }
 
 /// Makes a copy out of a database: without the mark, and saying what it is.

@@ -5,7 +5,7 @@ use std::io::{ErrorKind as IoKind, Read};
 use std::path::Path;
 
 use super::schema;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Result};
 
 /// What a file is, by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,14 +22,10 @@ pub enum FileFormat {
     Unknown,
 }
 
-/// Tells what the file at `path` is without opening it as a database. The
+/// Reports what the file at `path` is without opening it as a database. The
 /// application id is read from the header of the file itself: a database that
 /// has only just been created keeps it there too, because it is written before
 /// WAL mode is switched on.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if the file cannot be read.
 pub fn probe_format(path: &Path) -> Result<FileFormat> {
     let mut head = Vec::with_capacity(HEADER_BYTES);
     let read = match OpenOptions::new().read(true).open(path) {
@@ -37,13 +33,7 @@ pub fn probe_format(path: &Path) -> Result<FileFormat> {
         Err(error) if error.kind() == IoKind::NotFound => return Ok(FileFormat::Absent),
         Err(error) => Err(error),
     };
-    read.map_err(|error| {
-        Error::caused(
-            ErrorKind::Internal,
-            format!("read the database {}", path.display()),
-            error,
-        )
-    })?;
+    read.context(|| format!("read the database {}", path.display()))?;
     Ok(format_of(&head))
 }
 

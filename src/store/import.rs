@@ -1,29 +1,23 @@
 //! A database filled at once with the snapshots of another program, and whether
 //! it is still as it was then.
 
-use std::path::{Path, PathBuf};
-
+use rusqlite::params;
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, params};
 
-use super::convert::{sql_data_bytes, sql_id, sql_kind, sql_number, sql_volume};
-use super::rows::{Rows, Snapshot};
-use super::{beside, labels, sql_error};
-use crate::error::{Error, ErrorKind, Result};
+use super::snapshots::Snapshot;
+use super::sql::{Number, Rows, sql_error};
+use super::{Transaction, labels};
+use crate::error::Result;
 use crate::types::Quoted;
 use crate::util::fnv::Fnv;
 
 /// The sum over all that an import has entered.
 const IMPORTED: &str = "imported";
 
-impl Rows<&Connection> {
+impl Transaction<'_> {
     /// Makes these all the snapshots there are, with no id up to `highest_id`
-    /// ever to be given out again, and remembers that they were imported.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database; [`ErrorKind::Internal`] if a parent is not among
-    /// them.
+    /// ever to be given out again, and remembers that they were imported. The parent
+    /// of each has to be among them.
     pub fn import(&self, snapshots: &[Snapshot], highest_id: u64) -> Result<()> {
         self.connection()
             .execute_batch(
@@ -46,39 +40,31 @@ impl Rows<&Connection> {
 
     fn enter(&self, snapshot: &Snapshot) -> Result<()> {
         let info = &snapshot.info;
-        self.connection()
-            .prepare_cached(
-                "INSERT INTO snapshot (id, name, parent_id, kind, volume, created_ns, updated_ns,
-                     size_bytes, inodes, data_bytes, labels)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
-            )
-            .and_then(|mut insert| {
-                insert.execute(params![
-                    sql_id(snapshot.id),
-                    info.name,
-                    snapshot.parent_id.map(sql_id),
-                    sql_kind(info.kind),
-                    snapshot.volume.map(sql_volume),
-                    info.created.nanos(),
-                    info.updated.nanos(),
-                    sql_number(snapshot.usage.size_bytes),
-                    sql_number(snapshot.usage.inodes),
-                    sql_data_bytes(snapshot.data_bytes),
-                    labels::encode(&info.labels),
-                ])
-            })
-            .map_err(|error| sql_error(error, format!("enter snapshot {}", Quoted(&info.name))))?;
-        Ok(())
+        self.execute(
+            "INSERT INTO snapshot (id, name, parent_id, kind, volume, created_ns, updated_ns,
+                 size_bytes, inodes, data_bytes, labels)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+            params![
+                snapshot.id,
+                info.name,
+                snapshot.parent_id,
+                info.kind,
+                snapshot.volume,
+                info.created,
+                info.updated,
+                Number(snapshot.usage.size_bytes),
+                Number(snapshot.usage.inodes),
+                snapshot.data_bytes,
+                labels::encode(&info.labels),
+            ],
+            format_args!("enter snapshot {}", Quoted(&info.name)),
+        )
     }
 }
 
-impl<C: std::borrow::Borrow<Connection>> Rows<C> {
+impl Rows {
     /// Whether nothing was entered, changed, removed or moved since the import
     /// that made this database; `None` if none has made it.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn is_as_imported(&self) -> Result<Option<bool>> {
         let sum = self.fact(IMPORTED)?;
         sum.map(|sum| Ok(sum == self.sum()?)).transpose()
@@ -87,22 +73,19 @@ impl<C: std::borrow::Borrow<Connection>> Rows<C> {
     /// Over every row that a request or a move of a layer changes: whatever was
     /// done, and undone again, leaves a trace in the times or in the ids given out.
     fn sum(&self) -> Result<String> {
-        let summing = |error| sql_error(error, "look through all rows");
         let mut sum = Fnv::new();
-        for statement in [
+        for sql in [
             "SELECT id, name, parent_id, kind, volume, created_ns, updated_ns, size_bytes, inodes,
                  data_bytes, labels FROM snapshot ORDER BY id",
             "SELECT id, highest_id, boot_id FROM retired ORDER BY id",
             "SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'",
         ] {
-            let mut query = self.connection().prepare(statement).map_err(summing)?;
-            let columns = query.column_count();
-            let mut rows = query.query([]).map_err(summing)?;
-            while let Some(row) = rows.next().map_err(summing)? {
-                for column in 0..columns {
-                    add(&mut sum, row.get_ref(column).map_err(summing)?);
+            self.all(sql, "look through all rows", |row| {
+                for column in 0..row.as_ref().column_count() {
+                    add(&mut sum, row.get_ref(column)?);
                 }
-            }
+                Ok(())
+            })?;
             sum.add(b"\n");
         }
         Ok(format!("{:016x}", sum.sum()))
@@ -128,63 +111,6 @@ fn add(sum: &mut Fnv, value: ValueRef<'_>) {
     sum.add(&[kind]);
     sum.add(&(bytes.len() as u64).to_le_bytes());
     sum.add(bytes);
-}
-
-/// What may be beside a database of ours, and is of no use beside another.
-const COMPANIONS: &[&str] = &[
-    "-wal",
-    "-shm",
-    "-journal",
-    ".copy",
-    ".copy.new",
-    ".copy.new-journal",
-    ".ballast-1",
-    ".ballast-2",
-];
-
-/// Those of them in which there may be all that is left of a lost database.
-const REMAINS: &[&str] = &["-wal", ".copy"];
-
-/// A file at `path` with something in it that may be what is left of a database of
-/// ours; `None` if there is no such file.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if it cannot be looked for.
-pub fn find_remains(path: &Path) -> Result<Option<PathBuf>> {
-    for suffix in REMAINS {
-        let companion = beside(path, suffix);
-        match std::fs::symlink_metadata(&companion) {
-            Ok(found) if found.is_file() && found.len() == 0 => {}
-            Ok(_) => return Ok(Some(companion)),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => {
-                let what = format!("look at {}", companion.display());
-                return Err(Error::caused(ErrorKind::Internal, what, error));
-            }
-        }
-    }
-    Ok(None)
-}
-
-/// Removes the files that belong to a closed database at `path`, but not the
-/// database itself.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if one cannot be removed.
-pub fn remove_companions(path: &Path) -> Result<()> {
-    for suffix in COMPANIONS {
-        let companion = beside(path, suffix);
-        match std::fs::remove_file(&companion) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                let what = format!("remove {}", companion.display());
-                return Err(Error::caused(ErrorKind::Internal, what, error));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -241,7 +167,7 @@ mod tests {
 
     #[test]
     fn every_change_is_noticed() {
-        let changes: [fn(&Rows<&Connection>); 4] = [
+        let changes: [fn(&Transaction<'_>); 4] = [
             |rows| {
                 let new = New {
                     kind: Kind::Active,
@@ -274,7 +200,7 @@ mod tests {
             store.copy().unwrap();
             assert_eq!(store.read().unwrap().is_as_imported().unwrap(), Some(true));
             let mut transaction = store.write().unwrap();
-            change(&transaction.rows());
+            change(transaction.rows());
             transaction.commit().unwrap();
             drop(transaction);
             assert_eq!(store.read().unwrap().is_as_imported().unwrap(), Some(false));

@@ -1,14 +1,11 @@
 //! Statements about project ids: which are given out, to which snapshot, and
 //! how much that may take. An id is recorded before anything is charged to it,
-//! and struck out after nothing is.
+//! and deleted after nothing is.
 
-use std::borrow::Borrow;
+use rusqlite::{Row, params};
 
-use rusqlite::{Connection, OptionalExtension, Row, params};
-
-use super::convert::{damaged, id_from_sql, sql_id, sql_number};
-use super::rows::Rows;
-use super::sql_error;
+use super::Transaction;
+use super::sql::{Number, Rows};
 use crate::error::Result;
 use crate::types::{Limits, ProjectId, SnapshotId};
 
@@ -24,160 +21,99 @@ pub struct Project {
     pub limits: Limits,
 }
 
-type Raw = (i64, Option<i64>, Option<i64>, Option<i64>);
-
-fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
-    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
-}
-
-fn project((project, snapshot, max_bytes, max_inodes): Raw) -> Result<Project> {
-    let number = u32::try_from(project);
-    let number = number.map_err(|_| damaged(format!("{project} is no project id")))?;
-    let limit = |number: Option<i64>| number.and_then(|number| u64::try_from(number).ok());
+fn project(row: &Row<'_>) -> rusqlite::Result<Project> {
+    let limit = |column| row.get::<_, Option<Number>>(column);
     Ok(Project {
-        project: ProjectId::new(number),
-        snapshot: snapshot.map(id_from_sql).transpose()?,
+        project: row.get(0)?,
+        snapshot: row.get(1)?,
         limits: Limits {
-            max_bytes: limit(max_bytes),
-            max_inodes: limit(max_inodes),
+            max_bytes: limit(2)?.map(|Number(bytes)| bytes),
+            max_inodes: limit(3)?.map(|Number(inodes)| inodes),
         },
     })
 }
 
-fn sql_project(project: ProjectId) -> i64 {
-    i64::from(project.number())
-}
+const SELECT: &str = "SELECT project, snapshot_id, max_bytes, max_inodes FROM project";
 
-const COLUMNS: &str = "SELECT project, snapshot_id, max_bytes, max_inodes FROM project";
-/// A layer that has left the writable volume may have left its directory there.
-const LOOSE: &str = "WHERE NOT EXISTS (SELECT 1 FROM snapshot s
-     WHERE s.id = project.snapshot_id AND s.volume = 1)";
-
-impl<C: Borrow<Connection>> Rows<C> {
+impl Rows {
     /// All ids that are given out, in order.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn projects(&self) -> Result<Vec<Project>> {
         self.list_projects("")
     }
 
-    /// Those whose snapshot is not on the writable volume any more: to be given
+    /// Ids whose snapshot is not on the writable volume any more: they are to be given
     /// back when nothing is charged to them.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn loose_projects(&self) -> Result<Vec<Project>> {
-        self.list_projects(LOOSE)
-    }
-
-    /// How many ids are given out.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
-    pub fn count_projects(&self) -> Result<u64> {
-        let count: i64 = self
-            .connection()
-            .prepare_cached("SELECT count(*) FROM project")
-            .and_then(|mut query| query.query_row([], |row| row.get(0)))
-            .map_err(|error| sql_error(error, "count the project ids"))?;
-        Ok(count.try_into().unwrap_or(0))
+        // A layer that has left the writable volume may have left its directory there.
+        self.list_projects(
+            "WHERE NOT EXISTS (SELECT 1 FROM snapshot s
+             WHERE s.id = project.snapshot_id AND s.volume = 1)",
+        )
     }
 
     fn list_projects(&self, which: &str) -> Result<Vec<Project>> {
-        let doing = |error| sql_error(error, "list the project ids");
-        let mut query = self
-            .connection()
-            .prepare_cached(&format!("{COLUMNS} {which} ORDER BY project"))
-            .map_err(doing)?;
-        let rows = query.query_map([], raw).map_err(doing)?;
-        rows.map(|row| project(row.map_err(doing)?)).collect()
+        let sql = format!("{SELECT} {which} ORDER BY project");
+        self.all(&sql, "list the project ids", project)
+    }
+
+    /// How many ids are given out.
+    pub fn count_projects(&self) -> Result<u64> {
+        let sql = "SELECT count(*) FROM project";
+        let count = self.one(sql, [], "count the project ids", |row| row.get(0))?;
+        Ok(count.map_or(0, |Number(count)| count))
     }
 
     /// The id that a snapshot has, if it has one.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn project_of(&self, id: SnapshotId) -> Result<Option<Project>> {
-        self.connection()
-            .prepare_cached(&format!("{COLUMNS} WHERE snapshot_id = ?1"))
-            .and_then(|mut query| query.query_row([sql_id(id)], raw).optional())
-            .map_err(|error| sql_error(error, format!("look up the project of snapshot {id}")))?
-            .map(project)
-            .transpose()
+        let sql = format!("{SELECT} WHERE snapshot_id = ?1");
+        let doing = format_args!("look up the project of snapshot {id}");
+        self.one(&sql, [id], doing, project)
     }
 
     /// Whether an id is given out.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn is_project_taken(&self, project: ProjectId) -> Result<bool> {
-        self.connection()
-            .prepare_cached("SELECT EXISTS (SELECT 1 FROM project WHERE project = ?1)")
-            .and_then(|mut query| query.query_row([sql_project(project)], |row| row.get(0)))
-            .map_err(|error| sql_error(error, format!("look up project {project}")))
+        let sql = "SELECT 1 FROM project WHERE project = ?1";
+        let doing = format_args!("look up project {project}");
+        let found = self.one(sql, [project], doing, |_| Ok(()))?;
+        Ok(found.is_some())
     }
 }
 
-impl Rows<&Connection> {
-    /// Records that an id is given out.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database; also if the id, or the snapshot, is recorded already.
+impl Transaction<'_> {
+    /// Records that an id is given out. Fails if the id, or the snapshot, is recorded
+    /// already.
     pub fn record_project(&self, given: &Project) -> Result<()> {
-        self.connection()
-            .prepare_cached(
-                "INSERT INTO project (project, snapshot_id, max_bytes, max_inodes)
-                 VALUES (?1, ?2, ?3, ?4)",
-            )
-            .and_then(|mut insert| {
-                insert.execute(params![
-                    sql_project(given.project),
-                    given.snapshot.map(sql_id),
-                    given.limits.max_bytes.map(sql_number),
-                    given.limits.max_inodes.map(sql_number),
-                ])
-            })
-            .map_err(|error| sql_error(error, format!("record project {}", given.project)))?;
-        Ok(())
+        self.execute(
+            "INSERT INTO project (project, snapshot_id, max_bytes, max_inodes)
+             VALUES (?1, ?2, ?3, ?4)",
+            params![
+                given.project,
+                given.snapshot,
+                given.limits.max_bytes.map(Number),
+                given.limits.max_inodes.map(Number),
+            ],
+            format_args!("record project {}", given.project),
+        )
     }
 
     /// Records how much a project may take.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
     pub fn record_limits(&self, project: ProjectId, limits: Limits) -> Result<()> {
-        self.connection()
-            .prepare_cached("UPDATE project SET max_bytes = ?2, max_inodes = ?3 WHERE project = ?1")
-            .and_then(|mut update| {
-                update.execute(params![
-                    sql_project(project),
-                    limits.max_bytes.map(sql_number),
-                    limits.max_inodes.map(sql_number),
-                ])
-            })
-            .map_err(|error| sql_error(error, format!("record the limits of project {project}")))?;
-        Ok(())
+        self.execute(
+            "UPDATE project SET max_bytes = ?2, max_inodes = ?3 WHERE project = ?1",
+            params![
+                project,
+                limits.max_bytes.map(Number),
+                limits.max_inodes.map(Number)
+            ],
+            format_args!("record the limits of project {project}"),
+        )
     }
 
-    /// Strikes an id out: it may be given out again.
-    ///
-    /// # Errors
-    ///
-    /// Those of the database.
+    /// Forgets an id: it may be given out again.
     pub fn forget_project(&self, project: ProjectId) -> Result<()> {
-        self.connection()
-            .prepare_cached("DELETE FROM project WHERE project = ?1")
-            .and_then(|mut delete| delete.execute([sql_project(project)]))
-            .map_err(|error| sql_error(error, format!("forget project {project}")))?;
-        Ok(())
+        let sql = "DELETE FROM project WHERE project = ?1";
+        let doing = format_args!("forget project {project}");
+        self.execute(sql, [project], doing)
     }
 }
 

@@ -1,13 +1,13 @@
 //! The schema and its history.
 //!
 //! `user_version` counts the migrations that a database has been through.
-//! [`MIGRATIONS`] only ever grows at its end: what is in it has run on
-//! somebody's disk and is never edited.
+//! [`MIGRATIONS`] only ever grows at its end: a migration that has been released is
+//! never edited.
 
 use rusqlite::{Connection, TransactionBehavior};
 
-use super::sql_error;
-use crate::error::{Error, ErrorKind, Result};
+use super::sql::{damaged, sql_error};
+use crate::error::{Error, Result};
 
 /// "orws", in the header of each database of ours (`PRAGMA application_id`).
 pub const APPLICATION_ID: i32 = 0x6F72_7773;
@@ -61,7 +61,7 @@ const MIGRATIONS: &[&str] = &[
      ) STRICT;",
 ];
 
-/// Looks the whole file through.
+/// Checks the whole file.
 pub fn require_sound(connection: &Connection) -> Result<()> {
     let checking = |error| sql_error(error, "check the database");
     let said: String = connection
@@ -70,13 +70,10 @@ pub fn require_sound(connection: &Connection) -> Result<()> {
     if said == "ok" {
         return Ok(());
     }
-    Err(Error::new(
-        ErrorKind::DataLoss,
-        format!("the database is damaged: {}", said.replace('\n', " ")),
-    ))
+    Err(damaged(said.replace('\n', " ")))
 }
 
-/// For who may not bring it up to date.
+/// Refuses a schema of another version, for a caller that may not migrate it.
 pub fn require_current(connection: &Connection) -> Result<()> {
     let version: u32 = connection
         .query_row("PRAGMA user_version", [], |row| row.get(0))
@@ -84,14 +81,11 @@ pub fn require_current(connection: &Connection) -> Result<()> {
     if version as usize == MIGRATIONS.len() {
         return Ok(());
     }
-    Err(Error::new(
-        ErrorKind::FailedPrecondition,
-        format!(
-            "its schema has version {version}, this program reads version {}: another release \
-             wrote it, start the daemon of this one first",
-            MIGRATIONS.len()
-        ),
-    ))
+    Err(Error::refused(format!(
+        "its schema has version {version}, this program reads version {}: another release \
+         wrote it, start the daemon of this one first",
+        MIGRATIONS.len()
+    )))
 }
 
 /// Brings the database up to date: each missing migration in a transaction of
@@ -107,14 +101,11 @@ fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<(
         .map_err(migrating)?;
     let version = version as usize;
     if version > migrations.len() {
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "its schema has version {version}, this program knows versions up to {}: \
-                 a newer release wrote it, run that one",
-                migrations.len()
-            ),
-        ));
+        return Err(Error::refused(format!(
+            "its schema has version {version}, this program knows versions up to {}: \
+             a newer release wrote it, run that one",
+            migrations.len()
+        )));
     }
     if version == 0 {
         connection
@@ -137,13 +128,10 @@ fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<(
         .pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))
         .map_err(migrating)?;
     if mode != "wal" {
-        return Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!(
-                "SQLite cannot use a write-ahead log there (journal mode is {mode}): \
-                 put the database on a local disk with --state-dir"
-            ),
-        ));
+        return Err(Error::refused(format!(
+            "SQLite cannot use a write-ahead log there (journal mode is {mode}): \
+             put the database on a local disk with --state-dir"
+        )));
     }
     Ok(())
 }
@@ -151,6 +139,7 @@ fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
 
     fn version(connection: &Connection) -> u32 {
         connection

@@ -41,7 +41,7 @@ impl Fixture {
             .rows()
             .find(key)?
             .map_or(SnapshotId::new(u64::MAX), |found| found.id);
-        transaction.rows().commit(&Commit {
+        transaction.rows().commit_snapshot(&Commit {
             id,
             key,
             name,

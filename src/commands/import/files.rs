@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
-use crate::root::state;
-use crate::store::remove_companions;
+use crate::store::{DATABASE, remove_companions};
 
 /// The files that are concerned.
 pub(super) struct Paths {
@@ -32,10 +31,10 @@ impl Paths {
             PathBuf::from(&config.state_dir),
         );
         Paths {
-            source: root.join(state::FILE),
-            kept: root.join(format!("{}.bbolt", state::FILE)),
-            target: state.join(state::FILE),
-            draft: state.join(format!("{}.import", state::FILE)),
+            source: root.join(DATABASE),
+            kept: root.join(format!("{}.bbolt", DATABASE)),
+            target: state.join(DATABASE),
+            draft: state.join(format!("{}.import", DATABASE)),
             root,
             state,
         }
@@ -43,7 +42,7 @@ impl Paths {
 
     /// Ours, as long as it is a draft.
     pub(super) fn draft_database(&self) -> PathBuf {
-        self.draft.join(state::FILE)
+        self.draft.join(DATABASE)
     }
 
     /// Whether both databases have one place, so that one rename changes which of

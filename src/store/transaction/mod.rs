@@ -1,45 +1,44 @@
 //! Write transactions, and how those of callers who come at once become durable
 //! together.
 //!
-//! What makes a transaction durable takes longer than all else in it, and one
-//! flush serves any number. So who commits while others wait for the writer leaves
-//! SQLite's transaction open for them, and waits: the work of each is a savepoint
-//! in it, and the one behind whom nobody waits commits for all. That is a batch.
-//! It is durable as a whole or not at all, and nobody is told before it is.
+//! Making a transaction durable takes longer than all else in it, and one flush serves
+//! any number of transactions. So a caller that commits while others wait for the
+//! writer leaves SQLite's transaction open for them, and waits: the work of each is a
+//! savepoint in it, and the caller behind whom no other waits commits for all. That is
+//! a batch. It is durable as a whole or not at all, and no caller returns before it is.
 
 #[cfg(test)]
 mod tests;
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use rusqlite::Connection;
-
-use super::rows::Rows;
-use super::{Store, not_writable, sql_error};
+use super::sql::Rows;
+use super::{Store, not_writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::util::lock::lock;
+use crate::util::monitor::Monitor;
 
 /// How many become durable together at most: after a crash, so many snapshots may
 /// have a directory and no row.
 pub const MOST_TOGETHER: usize = 16;
 
-/// The one connection that writes, and who is around it.
+/// The one connection that writes, and the callers around it.
 pub(super) struct Writer {
     state: Mutex<State>,
-    /// Callers of [`Store::write`] and [`Store::together`] who do not have it yet: each
-    /// ends a batch that is left open, or leaves it to one that comes later.
+    /// How many callers of [`Store::write`] and [`Store::together`] wait for the
+    /// connection: each ends a batch that is left open, or leaves it to a later one.
     coming: AtomicUsize,
-    /// Members of a batch that has failed who may still have something to undo on a
-    /// disk.
-    undoing: Mutex<usize>,
-    undone: Condvar,
+    /// How many members of a batch that has failed may still have something to undo on
+    /// a disk.
+    undoing: Monitor<usize>,
 }
 
 pub(super) struct State {
     /// `None` once closed.
-    connection: Option<Connection>,
-    /// Whose work the open transaction holds.
+    rows: Option<Rows>,
+    /// The batch whose work the open transaction holds.
     batch: Option<Batch>,
     /// Rows changed by the connection before the transaction.
     changes_before: u64,
@@ -50,14 +49,11 @@ struct Batch {
     end: Arc<End>,
 }
 
-/// How a batch has ended.
+/// How a batch has ended, once it has.
 #[derive(Default)]
-struct End {
-    told: Mutex<Option<std::result::Result<(), Failure>>>,
-    changed: Condvar,
-}
+struct End(Monitor<Option<std::result::Result<(), Failure>>>);
 
-/// An error to be told to several.
+/// An error that several callers return.
 #[derive(Clone)]
 struct Failure {
     kind: ErrorKind,
@@ -76,9 +72,9 @@ pub struct Transaction<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sharing {
     Alone,
-    /// May be the first of a batch, or the only one.
+    /// The transaction may be the first of a batch, or its only one.
     First,
-    /// Within a savepoint: what others have done before stays, whatever comes.
+    /// The transaction is a savepoint: the work of earlier members stays if it fails.
     Joined,
 }
 
@@ -86,26 +82,25 @@ enum Sharing {
 enum Progress {
     Begun,
     Committed,
-    /// With its batch.
+    /// The batch has failed.
     Failed,
 }
 
 impl Writer {
-    pub(super) fn new(connection: Option<Connection>) -> Writer {
+    pub(super) fn new(rows: Option<Rows>) -> Writer {
         Writer {
             state: Mutex::new(State {
-                connection,
+                rows,
                 batch: None,
                 changes_before: 0,
             }),
             coming: AtomicUsize::new(0),
-            undoing: Mutex::new(0),
-            undone: Condvar::new(),
+            undoing: Monitor::default(),
         }
     }
 
-    /// Waits for the connection, and for those who undo: what they have left on a
-    /// disk has the ids that are given out next.
+    /// Waits for the connection, and for members of a failed batch that undo their
+    /// work: what they have left on a disk has the ids that are given out next.
     fn acquire(&self) -> MutexGuard<'_, State> {
         self.coming.fetch_add(1, Ordering::SeqCst);
         let state = lock(&self.state);
@@ -115,9 +110,7 @@ impl Writer {
     }
 
     fn await_undone(&self) {
-        let undoing = lock(&self.undoing);
-        let undone = self.undone.wait_while(undoing, |members| *members > 0);
-        drop(undone.unwrap_or_else(PoisonError::into_inner));
+        self.undoing.wait_while(|members| *members > 0, |_| ());
     }
 
     fn is_awaited(&self) -> bool {
@@ -126,32 +119,27 @@ impl Writer {
 }
 
 impl State {
-    pub(super) fn connection(&self) -> Result<&Connection> {
-        self.connection.as_ref().ok_or_else(not_writable)
+    pub(super) fn rows(&self) -> Result<&Rows> {
+        self.rows.as_ref().ok_or_else(not_writable)
     }
 
-    pub(super) fn close(&mut self) -> Option<Connection> {
-        self.connection.take()
-    }
-
-    fn execute(&self, statement: &str) -> rusqlite::Result<()> {
-        let Some(connection) = &self.connection else {
-            return Err(rusqlite::Error::InvalidQuery);
-        };
-        connection.prepare_cached(statement)?.execute([]).map(drop)
+    pub(super) fn close(&mut self) -> Option<Rows> {
+        self.rows.take()
     }
 
     fn has_transaction(&self) -> bool {
-        self.connection
+        self.rows
             .as_ref()
-            .is_some_and(|connection| !connection.is_autocommit())
+            .is_some_and(|rows| !rows.connection().is_autocommit())
     }
 
     fn roll_back(&self) {
-        if self.has_transaction()
-            && let Err(error) = self.execute("ROLLBACK")
-        {
-            log::error!("cannot roll a database transaction back: {error}");
+        let Some(rows) = self.rows.as_ref().filter(|_| self.has_transaction()) else {
+            return;
+        };
+        let doing = "roll a database transaction back";
+        if let Err(error) = rows.execute("ROLLBACK", [], doing) {
+            log::error!("{}", error.chain());
         }
     }
 }
@@ -163,23 +151,24 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] once it is closed, or was opened to be read
-    /// only; [`ErrorKind::Internal`] if SQLite cannot begin.
+    /// [`ErrorKind::Unavailable`] once the store is closed, or if it was opened to be
+    /// read only.
     pub fn write(&self) -> Result<Transaction<'_>> {
         let writer = self.alone();
         self.begin(writer, Sharing::Alone)
     }
 
-    /// Makes what `work` does durable, perhaps together with what others do at the
-    /// same time. `work` may see what has been done before it and is not durable
-    /// yet, which no reader sees. What it returns is dropped before anybody is given
-    /// the same ids if it cannot be made durable, and so can undo what it stands
-    /// for.
+    /// Makes what `work` does durable, perhaps together with what other callers do at
+    /// the same time. `work` sees the uncommitted changes of earlier members of its
+    /// batch; readers do not. If the batch fails, the value that `work` returned is
+    /// dropped before its ids are given out again, so its `Drop` can undo what was done
+    /// on a disk. An error of `work` is returned only once the changes that may have
+    /// caused it are durable.
     ///
     /// # Errors
     ///
-    /// As of [`Store::write`] and [`Transaction::commit`]; those of `work`, once what
-    /// it may have been refused for is durable.
+    /// [`ErrorKind::Unavailable`] as of [`Store::write`], or if changes that `work` has
+    /// seen cannot be made durable.
     pub fn together<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
         let writer = self.writer.acquire();
         let sharing = match writer.batch {
@@ -206,15 +195,14 @@ impl Store {
         mut writer: MutexGuard<'a, State>,
         sharing: Sharing,
     ) -> Result<Transaction<'a>> {
-        let begun = writer.connection().and_then(|connection| {
-            let changes = connection.total_changes();
-            let begun = writer.execute(match sharing {
+        let begun = writer.rows().and_then(|rows| {
+            let changes = rows.connection().total_changes();
+            let sql = match sharing {
                 Sharing::Alone | Sharing::First => "BEGIN IMMEDIATE",
                 Sharing::Joined => "SAVEPOINT member",
-            });
-            begun
-                .map(|()| changes)
-                .map_err(|error| sql_error(error, format!("begin to change {}", self.shown())))
+            };
+            rows.execute(sql, [], format_args!("begin to change {}", self.shown()))?;
+            Ok(changes)
         });
         match begun {
             Ok(_) if sharing == Sharing::Joined => {}
@@ -232,7 +220,7 @@ impl Store {
         })
     }
 
-    /// Lets go of the writer. A batch is left open only to somebody who comes.
+    /// Releases the writer. A batch is left open only if another caller waits.
     fn leave(&self, mut writer: MutexGuard<'_, State>) {
         let members = writer.batch.as_ref().map_or(0, |batch| batch.members);
         if members == MOST_TOGETHER || !self.writer.is_awaited() {
@@ -250,59 +238,52 @@ impl Store {
         });
         if ended.is_err() {
             writer.roll_back();
-            *lock(&self.writer.undoing) += batch.members;
+            let undoing = &self.writer.undoing;
+            undoing.look(|members| *members += batch.members);
         }
-        batch.end.tell(ended);
+        batch.end.0.change(|end| *end = Some(ended));
     }
 
     fn make_durable(&self, writer: &State) -> Result<()> {
-        let connection = writer.connection()?;
-        if connection.is_autocommit() {
+        let rows = writer.rows()?;
+        if !writer.has_transaction() {
             return Err(taken_back());
         }
-        writer
-            .execute("COMMIT")
-            .map_err(|error| sql_error(error, format!("commit to {}", self.shown())))?;
-        if connection.total_changes() != writer.changes_before {
-            self.changes.note();
+        rows.execute("COMMIT", [], format_args!("commit to {}", self.shown()))?;
+        if rows.connection().total_changes() != writer.changes_before {
+            self.note_change();
         }
         Ok(())
     }
 }
 
 impl End {
-    fn tell(&self, ended: std::result::Result<(), Failure>) {
-        *lock(&self.told) = Some(ended);
-        self.changed.notify_all();
-    }
-
     fn wait(&self) -> Result<()> {
-        let waited = self
-            .changed
-            .wait_while(lock(&self.told), |told| told.is_none());
-        match &*waited.unwrap_or_else(PoisonError::into_inner) {
-            Some(Err(failure)) => Err(Error::new(failure.kind, failure.text.clone())),
-            Some(Ok(())) | None => Ok(()),
-        }
+        let ended = self.0.wait_while(|end| end.is_none(), |end| end.clone());
+        let ended = ended.flatten().unwrap_or(Ok(()));
+        ended.map_err(|failure| Error::new(failure.kind, failure.text))
+    }
+}
+
+/// The rows as the transaction sees them, until its commit.
+impl Deref for Transaction<'_> {
+    type Target = Rows;
+
+    fn deref(&self) -> &Rows {
+        let rows = self.writer.as_ref().and_then(|writer| writer.rows.as_ref());
+        rows.expect("a transaction has begun, and its guard keeps it")
     }
 }
 
 impl Transaction<'_> {
-    /// The rows as this transaction sees and changes them, until its commit.
-    pub fn rows(&self) -> Rows<&Connection> {
-        let connection = self
-            .writer
-            .as_ref()
-            .and_then(|writer| writer.connection.as_ref());
-        Rows::new(connection.expect("a transaction has begun, and its guard keeps it"))
+    /// For callers that have not changed yet.
+    pub fn rows(&self) -> &Self {
+        self
     }
 
-    /// Makes everything done in it durable. Nobody is given the same ids before the
-    /// value is dropped, so that what a failure leaves on a disk can be undone.
-    ///
-    /// # Errors
-    ///
-    /// As of the database's disk; nothing of the transaction remains then.
+    /// Makes everything done in the transaction durable; if that fails, nothing of it
+    /// remains. Its ids are not given out again before the value is dropped, so that
+    /// what a failure leaves on a disk can be undone.
     pub fn commit(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
             let writer = self.writer.as_ref().ok_or_else(not_writable)?;
@@ -319,8 +300,8 @@ impl Transaction<'_> {
         ended
     }
 
-    /// Takes everything back. What it was refused for may be the work of others of its
-    /// batch: told before that is durable, it would be told too early.
+    /// Rolls this member back. Its error may be caused by another member's uncommitted
+    /// change (a key that exists, say), so it is returned only after the batch is durable.
     fn refuse(&mut self, error: Error) -> Error {
         let batch = self
             .writer
@@ -341,16 +322,15 @@ impl Transaction<'_> {
         }
     }
 
-    /// Leaves what it has done to its batch, and ends that if nobody else will.
+    /// Adds this member's work to its batch, and ends the batch if no other caller will.
     fn join_batch(&mut self) -> Result<Arc<End>> {
         let writer = self.writer.as_mut().ok_or_else(not_writable)?;
         if !writer.has_transaction() {
             return Err(taken_back());
         }
         if self.sharing == Sharing::Joined {
-            writer.execute("RELEASE member").map_err(|error| {
-                sql_error(error, format!("add a change to {}", self.store.shown()))
-            })?;
+            let doing = format_args!("add a change to {}", self.store.shown());
+            writer.rows()?.execute("RELEASE member", [], doing)?;
         }
         let batch = writer.batch.get_or_insert_with(|| Batch {
             members: 0,
@@ -364,7 +344,7 @@ impl Transaction<'_> {
         Ok(end)
     }
 
-    /// Takes back what is not committed, and lets go of the writer.
+    /// Rolls back what is not committed, and releases the writer.
     fn roll_back(&mut self) {
         let Some(mut writer) = self.writer.take() else {
             return;
@@ -373,9 +353,11 @@ impl Transaction<'_> {
             _ if self.progress != Progress::Begun => {}
             Sharing::Alone | Sharing::First => writer.roll_back(),
             Sharing::Joined => {
-                let undone = writer
-                    .execute("ROLLBACK TO member")
-                    .and_then(|()| writer.execute("RELEASE member"));
+                let undone = writer.rows().and_then(|rows| {
+                    let doing = "roll a member of a batch back";
+                    rows.execute("ROLLBACK TO member", [], doing)?;
+                    rows.execute("RELEASE member", [], doing)
+                });
                 if undone.is_err() {
                     // After some failures, as of a full disk, SQLite has rolled
                     // everything back already.
@@ -391,8 +373,8 @@ impl Transaction<'_> {
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
         if self.progress == Progress::Failed {
-            *lock(&self.store.writer.undoing) -= 1;
-            self.store.writer.undone.notify_all();
+            let undoing = &self.store.writer.undoing;
+            undoing.change(|members| *members -= 1);
         }
         self.roll_back();
     }

@@ -1,0 +1,71 @@
+//! The names of the files of a database.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Result};
+
+/// The name of every database, the Go original's as well.
+pub const DATABASE: &str = "metadata.db";
+/// The log, without which a database may lack its latest transactions.
+pub(super) const LOG: &str = "-wal";
+/// An earlier state of the database.
+pub(super) const COPY: &str = ".copy";
+/// The copy while it is made.
+pub(super) const NEW_COPY: &str = ".copy.new";
+/// SQLite's journal of a database without a log, such as a copy.
+pub(super) const JOURNAL: &str = "-journal";
+/// Two files of ballast, for their inodes.
+pub(super) const BALLAST: [&str; 2] = [".ballast-1", ".ballast-2"];
+
+/// What may be beside a database of ours, and is of no use beside another.
+pub const COMPANIONS: &[&str] = &[
+    LOG,
+    "-shm",
+    JOURNAL,
+    COPY,
+    NEW_COPY,
+    ".copy.new-journal",
+    BALLAST[0],
+    BALLAST[1],
+];
+
+/// The file beside a database that has its name and `suffix`.
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Removes a file, if it is there.
+pub(super) fn remove_file(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// A file at `path` with something in it that may be all that is left of a lost
+/// database of ours; `None` if there is no such file.
+pub fn find_remains(path: &Path) -> Result<Option<PathBuf>> {
+    for companion in [LOG, COPY].map(|suffix| beside(path, suffix)) {
+        match std::fs::symlink_metadata(&companion) {
+            Ok(found) if found.is_file() && found.len() == 0 => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            found => {
+                found.context(|| format!("look at {}", companion.display()))?;
+                return Ok(Some(companion));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Removes the files that belong to a closed database at `path`, but not the
+/// database itself.
+pub fn remove_companions(path: &Path) -> Result<()> {
+    for companion in COMPANIONS.iter().map(|suffix| beside(path, suffix)) {
+        remove_file(&companion).context(|| format!("remove {}", companion.display()))?;
+    }
+    Ok(())
+}

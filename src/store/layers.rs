@@ -1,0 +1,179 @@
+//! Statements about layers: what stands on what, which layers have to move from the
+//! writable volume to the image volume, and the directories they leave behind.
+
+use std::collections::HashSet;
+
+use rusqlite::params;
+
+use super::Transaction;
+use super::snapshots::Ancestor;
+use super::sql::{Number, Rows, damaged};
+use crate::error::Result;
+use crate::types::{Kind, SnapshotId, Timestamp, Volume};
+
+/// A layer whose bytes are on the writable volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Away {
+    /// Its number.
+    pub id: SnapshotId,
+    /// Its name.
+    pub name: String,
+    /// When it was committed.
+    pub committed: Timestamp,
+    /// What it holds, in bytes.
+    pub size_bytes: u64,
+}
+
+/// A directory on the writable volume that a layer has left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Retired {
+    /// The layer.
+    pub id: SnapshotId,
+    /// On which boot of the host something may have had it mounted.
+    pub boot_id: String,
+}
+
+impl Rows {
+    /// The layers from `id` downwards, itself first.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`](crate::error::ErrorKind::DataLoss) if one of them has no
+    /// directory of its own, as only a view may, or stands on itself.
+    pub fn chain(&self, id: SnapshotId) -> Result<Vec<Ancestor>> {
+        // Not one recursive statement: for that SQLite makes two tables of its own each
+        // time, which takes several times as long.
+        self.at_one_moment(|| {
+            let mut chain: Vec<Ancestor> = Vec::new();
+            let mut next = Some(id);
+            while let Some(id) = next {
+                if chain.iter().any(|layer| layer.id == id) {
+                    return Err(damaged(format_args!("layer {id} stands on itself")));
+                }
+                let layer: Option<(_, Option<Volume>)> = self.one(
+                    "SELECT parent_id, volume FROM snapshot WHERE id = ?1",
+                    [id],
+                    format_args!("look up what snapshot {id} stands on"),
+                    |row| Ok((row.get(0)?, row.get(1)?)),
+                )?;
+                let Some((parent, volume)) = layer else {
+                    break;
+                };
+                let volume =
+                    volume.ok_or_else(|| damaged(format_args!("layer {id} has no volume")))?;
+                chain.push(Ancestor { id, volume });
+                next = parent;
+            }
+            Ok(chain)
+        })
+    }
+
+    /// The layers among these snapshots, and all that those stand on.
+    pub fn layers_of(&self, snapshots: &[SnapshotId]) -> Result<HashSet<SnapshotId>> {
+        let mut layers = HashSet::new();
+        for id in snapshots {
+            let place = self.place(*id)?;
+            if place.is_some_and(|place| place.kind == Kind::Committed) {
+                layers.extend(self.chain(*id)?.into_iter().map(|layer| layer.id));
+            }
+        }
+        Ok(layers)
+    }
+
+    /// The layers that have not moved to the image volume, in the order of their commits.
+    pub fn away(&self) -> Result<Vec<Away>> {
+        let sql = "SELECT id, name, created_ns, size_bytes FROM snapshot
+             WHERE kind = 3 AND volume = 1 ORDER BY created_ns, id";
+        self.all(sql, "list the layers on the writable volume", |row| {
+            Ok(Away {
+                id: row.get(0)?,
+                name: row.get(1)?,
+                committed: row.get(2)?,
+                size_bytes: row.get::<_, Number>(3)?.0,
+            })
+        })
+    }
+
+    /// Whether an active snapshot or a view stands on that layer, directly or
+    /// on other layers.
+    pub fn is_in_use(&self, layer: SnapshotId) -> Result<bool> {
+        self.is_in_use_up_to(layer, Number(u64::MAX))
+    }
+
+    /// The same, for snapshots with an id up to `highest_id`.
+    fn is_in_use_up_to(&self, layer: SnapshotId, highest_id: Number) -> Result<bool> {
+        let found = self.one(
+            "WITH RECURSIVE upon (id, kind) AS (
+                 SELECT id, kind FROM snapshot WHERE parent_id = ?1
+                 UNION
+                 SELECT s.id, s.kind FROM upon JOIN snapshot s ON s.parent_id = upon.id
+             )
+             SELECT 1 FROM upon WHERE kind IN (1, 2) AND id <= ?2 LIMIT 1",
+            params![layer, highest_id],
+            format_args!("look what stands on layer {layer}"),
+            |_| Ok(()),
+        )?;
+        Ok(found.is_some())
+    }
+
+    /// The directories that layers have left and that are still kept.
+    pub fn retired(&self) -> Result<Vec<Retired>> {
+        let sql = "SELECT id, boot_id FROM retired ORDER BY id";
+        self.all(sql, "list the directories that layers have left", |row| {
+            Ok(Retired {
+                id: row.get(0)?,
+                boot_id: row.get(1)?,
+            })
+        })
+    }
+}
+
+impl Transaction<'_> {
+    /// Records that a layer's bytes are on the image volume now. `true` if
+    /// something may have its old directory mounted, because it stands on the
+    /// layer or the layer is in `held`: that is recorded too, and the directory
+    /// has to stay until [`Transaction::release_retired`] returns it.
+    pub fn move_home(
+        &self,
+        layer: SnapshotId,
+        held: &HashSet<SnapshotId>,
+        boot_id: &str,
+    ) -> Result<bool> {
+        let doing = format!("record that layer {layer} has moved");
+        let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
+        self.execute(sql, [layer], &doing)?;
+        if !held.contains(&layer) && !self.is_in_use(layer)? {
+            return Ok(false);
+        }
+        self.execute(
+            "INSERT OR REPLACE INTO retired (id, highest_id, boot_id)
+             SELECT ?1, seq, ?2 FROM sqlite_sequence WHERE name = 'snapshot'",
+            params![layer, boot_id],
+            &doing,
+        )?;
+        Ok(true)
+    }
+
+    /// Forgets, and returns, the left directories that nothing can have mounted any
+    /// more because what stood on their layers is gone; those in `held` stay.
+    pub fn release_retired(&self, held: &HashSet<SnapshotId>) -> Result<Vec<SnapshotId>> {
+        let sql = "SELECT id, highest_id FROM retired";
+        let doing = "release the directories that layers have left";
+        let kept = self.all(sql, doing, |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let mut released = Vec::new();
+        for (id, highest_id) in kept {
+            if !held.contains(&id) && !self.is_in_use_up_to(id, highest_id)? {
+                self.forget_retired(id)?;
+                released.push(id);
+            }
+        }
+        Ok(released)
+    }
+
+    /// Forgets the directory that a layer has left.
+    pub fn forget_retired(&self, layer: SnapshotId) -> Result<()> {
+        let sql = "DELETE FROM retired WHERE id = ?1";
+        let doing = format_args!("forget what layer {layer} has left");
+        self.execute(sql, [layer], doing)
+    }
+}

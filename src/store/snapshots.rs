@@ -1,0 +1,367 @@
+//! What is recorded of snapshots, and the queries that ask for it.
+
+use rusqlite::Row;
+use rusqlite::types::FromSqlError;
+
+use super::labels;
+use super::sql::{Number, Rows, damaged, sql_error};
+use crate::error::{Error, ErrorKind, Result};
+use crate::text::filter::{Filters, Subject};
+use crate::types::{Content, Info, Kind, Labels, Quoted, SnapshotId, Usage, Volume};
+
+/// One snapshot as it is recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The number of its directories.
+    pub id: SnapshotId,
+    /// The parent's number.
+    pub parent_id: Option<SnapshotId>,
+    /// Where its directory is; `None` for a view of a parent, which has none.
+    pub volume: Option<Volume>,
+    /// What callers see.
+    pub info: Info,
+    /// As counted at commit; zero before.
+    pub usage: Usage,
+    /// What is known of [`Content::data_bytes`].
+    pub data_bytes: DataBytes,
+}
+
+impl Snapshot {
+    /// What the snapshot is, and where its directory is.
+    pub fn place(&self) -> Place {
+        Place {
+            id: self.id,
+            kind: self.info.kind,
+            volume: self.volume,
+        }
+    }
+}
+
+/// What is known of the length of all of a layer's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataBytes {
+    /// It was counted at the commit.
+    Counted(u64),
+    /// It was counted at a commit after which a container could still write: the
+    /// layer is what it came to be.
+    WasMounted,
+    /// It was not counted: no layer, or one older than this count.
+    Unknown,
+}
+
+/// One layer below a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ancestor {
+    /// The layer.
+    pub id: SnapshotId,
+    /// Where its bytes are.
+    pub volume: Volume,
+}
+
+/// A snapshot to be prepared.
+pub struct New<'a> {
+    /// [`Kind::Active`] or [`Kind::View`].
+    pub kind: Kind,
+    /// Its key.
+    pub key: &'a str,
+    /// The parent's name; empty without one.
+    pub parent: &'a str,
+    /// Its labels, already checked.
+    pub labels: &'a Labels,
+    /// Where its directory will be, if it gets one.
+    pub volume: Option<Volume>,
+}
+
+/// A snapshot that [`Transaction::create`] has entered.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Created {
+    /// Its number.
+    pub id: SnapshotId,
+    /// The layers below it, nearest first.
+    pub ancestors: Vec<Ancestor>,
+}
+
+/// An active snapshot to become a layer.
+pub struct Commit<'a> {
+    /// Its number: another snapshot may have got the key meanwhile.
+    pub id: SnapshotId,
+    /// The key it has.
+    pub key: &'a str,
+    /// The name it gets.
+    pub name: &'a str,
+    /// A parent named only now (rebase); empty to keep the one it has.
+    pub parent: &'a str,
+    /// The labels it gets, already checked.
+    pub labels: &'a Labels,
+    /// What it holds.
+    pub content: Content,
+    /// [`DataBytes::Counted`], unless it is mounted.
+    pub data_bytes: DataBytes,
+}
+
+/// What a snapshot is, and where its directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its number.
+    pub id: SnapshotId,
+    /// What it was.
+    pub kind: Kind,
+    /// Where its directory is, if it has one.
+    pub volume: Option<Volume>,
+}
+
+impl Place {
+    /// Whether it is a layer whose bytes have not moved to the image volume yet.
+    pub fn is_unmoved(&self) -> bool {
+        self.kind == Kind::Committed && self.volume == Some(Volume::Writable)
+    }
+}
+
+/// Snapshots of one kind, with their directories in one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// What they are.
+    pub kind: Kind,
+    /// Where, if they have directories.
+    pub volume: Option<Volume>,
+    /// How many.
+    pub count: u64,
+    /// What the layers among them took at their commits.
+    pub bytes: u64,
+}
+
+/// One step of an update of labels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LabelChange {
+    /// All labels are replaced.
+    Replace(Labels),
+    /// One label is set.
+    Set(String, String),
+    /// One label is dropped, if it is there.
+    Delete(String),
+}
+
+impl LabelChange {
+    /// Makes the change.
+    pub fn apply(self, labels: &mut Labels) {
+        match self {
+            LabelChange::Replace(all) => *labels = all,
+            LabelChange::Set(key, value) => {
+                labels.insert(key, value);
+            }
+            LabelChange::Delete(key) => {
+                labels.remove(&key);
+            }
+        }
+    }
+}
+
+const SELECT: &str = "SELECT s.id, s.name, s.kind, s.volume, s.created_ns, s.updated_ns, \
+     s.size_bytes, s.inodes, s.data_bytes, s.labels, s.parent_id, p.name \
+     FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id";
+
+fn snapshot(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
+    let id: SnapshotId = row.get(0)?;
+    let labels = row.get_ref(9)?.as_blob().ok().and_then(labels::decode);
+    let damage = || damaged(format_args!("the labels of snapshot {id}"));
+    Ok(Snapshot {
+        id,
+        parent_id: row.get(10)?,
+        volume: row.get(3)?,
+        usage: Usage {
+            size_bytes: row.get::<_, Number>(6)?.0,
+            inodes: row.get::<_, Number>(7)?.0,
+        },
+        data_bytes: row.get(8)?,
+        info: Info {
+            name: row.get(1)?,
+            parent: row.get::<_, Option<String>>(11)?.unwrap_or_default(),
+            kind: row.get(2)?,
+            created: row.get(4)?,
+            updated: row.get(5)?,
+            labels: labels.ok_or_else(|| FromSqlError::other(damage()))?,
+        },
+    })
+}
+
+fn place(row: &Row<'_>) -> rusqlite::Result<Place> {
+    Ok(Place {
+        id: row.get(0)?,
+        kind: row.get(1)?,
+        volume: row.get(2)?,
+    })
+}
+
+impl Rows {
+    /// The snapshot of that key or name, if there is one.
+    pub fn find(&self, name: &str) -> Result<Option<Snapshot>> {
+        let sql = format!("{SELECT} WHERE s.name = ?1");
+        let doing = format_args!("look snapshot {} up", Quoted(name));
+        self.one(&sql, [name], doing, snapshot)
+    }
+
+    /// The snapshot of that key or name.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`].
+    pub fn stat(&self, name: &str) -> Result<Snapshot> {
+        self.find(name)?.ok_or_else(|| {
+            let what = format!("snapshot {} does not exist", Quoted(name));
+            Error::new(ErrorKind::NotFound, what)
+        })
+    }
+
+    /// Calls `each` with every snapshot that the filters let through, in order of name,
+    /// until it fails.
+    pub fn list(
+        &self,
+        filters: &Filters,
+        mut each: impl FnMut(Snapshot) -> Result<()>,
+    ) -> Result<()> {
+        let listing = |error| sql_error(error, "list snapshots");
+        let mut query = self
+            .connection()
+            .prepare_cached(&format!("{SELECT} ORDER BY s.name"))
+            .map_err(listing)?;
+        let mut rows = query.query([]).map_err(listing)?;
+        while let Some(row) = rows.next().map_err(listing)? {
+            let snapshot = snapshot(row).map_err(listing)?;
+            let info = &snapshot.info;
+            let subject = Subject {
+                name: &info.name,
+                parent: &info.parent,
+                kind: info.kind.word(),
+                labels: &info.labels,
+            };
+            if filters.is_all() || filters.matches(&subject) {
+                each(snapshot)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The id, the kind and the volume of a snapshot, if it is still there.
+    pub fn place(&self, id: SnapshotId) -> Result<Option<Place>> {
+        let sql = "SELECT id, kind, volume FROM snapshot WHERE id = ?1";
+        self.one(sql, [id], format_args!("look up snapshot {id}"), place)
+    }
+
+    /// Every snapshot's id, kind, volume and name, in no order.
+    pub fn inventory(&self) -> Result<Vec<(Place, String)>> {
+        let sql = "SELECT id, kind, volume, name FROM snapshot";
+        self.all(sql, "list the snapshots' directories", |row| {
+            Ok((place(row)?, row.get(3)?))
+        })
+    }
+
+    /// How many snapshots there are, by kind and volume.
+    pub fn tally(&self) -> Result<Vec<Held>> {
+        let sql = "SELECT kind, volume, count(*), sum(size_bytes) FROM snapshot
+             GROUP BY kind, volume ORDER BY kind, volume";
+        self.all(sql, "count the snapshots", |row| {
+            Ok(Held {
+                kind: row.get(0)?,
+                volume: row.get(1)?,
+                count: row.get::<_, Number>(2)?.0,
+                bytes: row.get::<_, Number>(3)?.0,
+            })
+        })
+    }
+
+    /// Whether no snapshot has ever been entered.
+    pub fn is_untouched(&self) -> Result<bool> {
+        let sql = "SELECT 1 FROM sqlite_sequence WHERE name = 'snapshot'";
+        let doing = "look whether the database was ever used";
+        let found = self.one(sql, [], doing, |_| Ok(()))?;
+        Ok(found.is_none())
+    }
+
+    /// The highest id that was ever given out; 0 before the first.
+    pub fn highest_id(&self) -> Result<u64> {
+        let sql = "SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'";
+        let highest = self.one(sql, [], "look up the highest id", |row| row.get(0))?;
+        Ok(highest.map_or(0, |Number(highest)| highest))
+    }
+
+    /// Checks that `key` can be committed as `name` (onto `parent`, if given),
+    /// and returns the snapshot and the parent it will have.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AlreadyExists`] if the name is in use (checked first);
+    /// [`ErrorKind::NotFound`] for an unknown key or parent;
+    /// [`ErrorKind::FailedPrecondition`] if the snapshot is not active or the
+    /// parent not committed; [`ErrorKind::InvalidArgument`] if the snapshot
+    /// stands on another parent already.
+    pub fn committable(
+        &self,
+        key: &str,
+        name: &str,
+        parent: &str,
+    ) -> Result<(Snapshot, Option<SnapshotId>)> {
+        self.refuse_taken(name)?;
+        let snapshot = self.stat(key)?;
+        if snapshot.info.kind != Kind::Active {
+            return Err(Error::refused(format!(
+                "snapshot {} is {}, only an active one can be committed",
+                Quoted(key),
+                snapshot.info.kind
+            )));
+        }
+        let parent_id = match (parent, snapshot.info.parent.as_str()) {
+            ("", _) => snapshot.parent_id,
+            (given, "") => Some(self.committed_parent(given, ErrorKind::FailedPrecondition)?),
+            (given, has) if given == has => snapshot.parent_id,
+            (given, has) => {
+                return Err(Error::invalid(format!(
+                    "snapshot {} stands on {} and cannot be committed onto {}",
+                    Quoted(key),
+                    Quoted(has),
+                    Quoted(given)
+                )));
+            }
+        };
+        Ok((snapshot, parent_id))
+    }
+
+    /// The id of a parent; `otherwise` is the kind of error if it is not committed.
+    pub(super) fn committed_parent(&self, name: &str, otherwise: ErrorKind) -> Result<SnapshotId> {
+        let parent = self.find(name)?.ok_or_else(|| {
+            let what = format!("parent snapshot {} does not exist", Quoted(name));
+            Error::new(ErrorKind::NotFound, what)
+        })?;
+        if parent.info.kind != Kind::Committed {
+            let what = format!(
+                "parent snapshot {} is {}, it has to be committed",
+                Quoted(name),
+                parent.info.kind
+            );
+            return Err(Error::new(otherwise, what));
+        }
+        Ok(parent.id)
+    }
+
+    pub(super) fn refuse_taken(&self, name: &str) -> Result<()> {
+        if self.find(name)?.is_none() {
+            return Ok(());
+        }
+        let what = format!("snapshot {} already exists", Quoted(name));
+        Err(Error::new(ErrorKind::AlreadyExists, what))
+    }
+
+    /// Runs `work` so that all its queries see the database as of one moment, and
+    /// SQLite's locks are taken once for all of them.
+    pub fn at_one_moment<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let connection = self.connection();
+        if !connection.is_autocommit() {
+            return work();
+        }
+        let begun = connection
+            .unchecked_transaction()
+            .map_err(|error| sql_error(error, "begin to read the database"))?;
+        let found = work();
+        drop(begun);
+        found
+    }
+}
