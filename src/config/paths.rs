@@ -4,20 +4,10 @@
 use std::path::{Component, Path};
 
 use crate::error::{Error, Result};
+use crate::store::is_database_file;
 
-/// Names in `<root>` that are ours; the writable directory may be in the root,
-/// but in none of them.
-pub(super) const ROOT_NAMES: &[&str] = &[
-    "metadata.db",
-    "metadata.db-wal",
-    "metadata.db-shm",
-    "metadata.db.ballast-1",
-    "metadata.db.ballast-2",
-    "metadata.db.bbolt",
-    "metadata.db.import",
-    "metadata.db.copy",
-    "metadata.db.copy.new",
-    "metadata.db.copy.new-journal",
+/// Names in `<root>` that are ours, beside the files of the database.
+const ROOT_NAMES: &[&str] = &[
     "state",
     "state.new",
     "lock",
@@ -29,8 +19,8 @@ pub(super) const ROOT_NAMES: &[&str] = &[
     "trash",
     "left-out",
 ];
-/// The same for `<writable>`.
-pub(super) const WRITABLE_NAMES: &[&str] = &[
+/// Names in `<writable>` that are ours.
+const WRITABLE_NAMES: &[&str] = &[
     ".volume",
     ".volume.new",
     ".probe",
@@ -85,8 +75,8 @@ pub(super) fn check_all_apart(
     address: &str,
     metrics_file: Option<&str>,
 ) -> Result<()> {
-    let in_root = ("--root-dir", root, ROOT_NAMES);
-    let in_writable = ("--writable-dir", writable, WRITABLE_NAMES);
+    let in_root = ("--root-dir", root, is_root_name as IsOurs);
+    let in_writable = ("--writable-dir", writable, is_writable_name as IsOurs);
     check_apart(in_root, ("--writable-dir", writable))?;
     check_apart(in_writable, ("--root-dir", root))?;
     if state_dir != root {
@@ -96,23 +86,36 @@ pub(super) fn check_all_apart(
         check_apart(in_writable, ("--state-dir", state_dir))?;
     }
     if let Some(path) = metrics_file {
-        let in_state = ("--state-dir", state_dir, ROOT_NAMES);
-        for taken in [in_root, in_writable, in_state, ("--address", address, &[])] {
+        let in_state = ("--state-dir", state_dir, is_root_name as IsOurs);
+        let socket = ("--address", address, (|_| false) as IsOurs);
+        for taken in [in_root, in_writable, in_state, socket] {
             check_apart(taken, ("--metrics-file", path))?;
         }
     }
     Ok(())
 }
 
-/// Refuses `other` where it is `base` itself or below it in one of these names.
-fn check_apart(base: (&str, &str, &[&str]), other: (&str, &str)) -> Result<()> {
-    let (base_flag, base, names) = base;
+/// Whether a name in a directory is one of ours; other directories may be in that one,
+/// but not below such a name.
+type IsOurs = fn(&str) -> bool;
+
+fn is_root_name(name: &str) -> bool {
+    is_database_file(name) || ROOT_NAMES.contains(&name)
+}
+
+fn is_writable_name(name: &str) -> bool {
+    WRITABLE_NAMES.contains(&name)
+}
+
+/// Refuses `other` where it is `base` itself or below it in a name of ours.
+fn check_apart(base: (&str, &str, IsOurs), other: (&str, &str)) -> Result<()> {
+    let (base_flag, base, is_ours) = base;
     let Some(below) = other.1.strip_prefix(base) else {
         return Ok(());
     };
     let is_taken = match below.strip_prefix('/') {
         None => below.is_empty(),
-        Some(below) => names.contains(&below.split('/').next().unwrap_or(below)),
+        Some(below) => is_ours(below.split('/').next().unwrap_or(below)),
     };
     if !is_taken {
         return Ok(());

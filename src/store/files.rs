@@ -18,8 +18,13 @@ pub(super) const JOURNAL: &str = "-journal";
 /// Two files of ballast, for their inodes.
 pub(super) const BALLAST: [&str; 2] = [".ballast-1", ".ballast-2"];
 
+/// The database of the Go original, after an import.
+pub const ORIGINAL: &str = ".bbolt";
+/// The directory in which an import makes the new database.
+pub const DRAFT: &str = ".import";
+
 /// What may be beside a database of ours, and is of no use beside another.
-pub const COMPANIONS: &[&str] = &[
+const COMPANIONS: &[&str] = &[
     LOG,
     "-shm",
     JOURNAL,
@@ -35,6 +40,13 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()
+}
+
+/// Whether a file of that name is a database or belongs to one.
+pub fn is_database_file(name: &str) -> bool {
+    name.strip_prefix(DATABASE).is_some_and(|suffix| {
+        ["", ORIGINAL, DRAFT].contains(&suffix) || COMPANIONS.contains(&suffix)
+    })
 }
 
 /// Removes a file, if it is there.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{DATABASE, remove_companions};
+use crate::store::{DATABASE, DRAFT, ORIGINAL, remove_companions};
 
 /// The files that are concerned.
 pub(super) struct Paths {
@@ -32,9 +32,9 @@ impl Paths {
         );
         Paths {
             source: root.join(DATABASE),
-            kept: root.join(format!("{}.bbolt", DATABASE)),
+            kept: root.join(format!("{DATABASE}{ORIGINAL}")),
             target: state.join(DATABASE),
-            draft: state.join(format!("{}.import", DATABASE)),
+            draft: state.join(format!("{DATABASE}{DRAFT}")),
             root,
             state,
         }
