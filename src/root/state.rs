@@ -78,9 +78,8 @@ pub fn open_existing(
     if let Completeness::CopyWithLog(_) = completeness {
         require_latest(&path)?;
     }
-    refuse_other(root, &path, &state)?;
-    let store = open(&path).map_err(|error| with_way_back(error, &path))?;
-    require_identity(&store, root, &path, &state)?;
+    let store = open_own(root, &path, &state, open);
+    let store = store.map_err(|error| with_way_back(error, &path))?;
     Ok((store, completeness))
 }
 
@@ -216,7 +215,9 @@ fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
 pub(crate) fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
     let mut transaction = store.write()?;
     let identity = match transaction.fact(Identity::FACT)? {
-        Some(text) => parse_identity(&text)?,
+        Some(text) => Identity::parse(&text).ok_or_else(|| {
+            Error::data_loss(format!("the database is damaged: its identity is {text:?}"))
+        })?,
         None => Identity::random()?,
     };
     transaction.record_fact(Identity::FACT, &identity.to_string())?;
@@ -257,9 +258,7 @@ pub(crate) fn is_at_rest(root: &Root, config: &Config, path: &Path) -> Result<bo
 }
 
 fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Result<Store> {
-    refuse_other(root, path, state)?;
-    let store = Store::open(path)?;
-    require_identity(&store, root, path, state)?;
+    let store = open_own(root, path, state, Store::open)?;
     if state.database != path {
         log::info!(
             "the database has moved from {} to {}",
@@ -275,38 +274,34 @@ fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Resul
     Ok(store)
 }
 
-/// Refuses the database of another root before it is opened, which would change it:
-/// another daemon may be using it.
-fn refuse_other(root: &Root, path: &Path, state: &State) -> Result<()> {
-    match peek_fact(path, Identity::FACT) {
-        // Damaged, or not written into the file yet: that is found once it is open.
-        None => Ok(()),
-        found => compare_identity(found, root, path, state),
+/// Opens the database at `path`, and refuses that of another root.
+fn open_own(
+    root: &Root,
+    path: &Path,
+    state: &State,
+    open: fn(&Path) -> Result<Store>,
+) -> Result<Store> {
+    let refuse_other = |found: Option<String>| {
+        if found == Some(state.identity.to_string()) {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "the database {} (identity {}) belongs to another root than {}, whose database has \
+             the identity {}: give the --state-dir that goes with this --root-dir",
+            path.display(),
+            found.as_deref().unwrap_or("unknown"),
+            root.path(),
+            state.identity
+        )))
+    };
+    // Opening changes the file, which another root's daemon may be using. An identity that
+    // cannot be read yet is damaged, or still in the log.
+    if let found @ Some(_) = peek_fact(path, Identity::FACT) {
+        refuse_other(found)?;
     }
-}
-
-fn require_identity(store: &Store, root: &Root, path: &Path, state: &State) -> Result<()> {
-    compare_identity(store.read()?.fact(Identity::FACT)?, root, path, state)
-}
-
-fn compare_identity(found: Option<String>, root: &Root, path: &Path, state: &State) -> Result<()> {
-    if found == Some(state.identity.to_string()) {
-        return Ok(());
-    }
-    Err(Error::refused(format!(
-        "the database {} (identity {}) belongs to another root than {}, whose database has the \
-         identity {}: give the --state-dir that goes with this --root-dir",
-        path.display(),
-        found.as_deref().unwrap_or("unknown"),
-        root.path(),
-        state.identity
-    )))
-}
-
-fn parse_identity(text: &str) -> Result<Identity> {
-    Identity::parse(text).ok_or_else(|| {
-        Error::data_loss(format!("the database is damaged: its identity is {text:?}"))
-    })
+    let store = open(path)?;
+    refuse_other(store.read()?.fact(Identity::FACT)?)?;
+    Ok(store)
 }
 
 /// What `<root>/state` says.
