@@ -16,10 +16,6 @@ const SETTLING: Duration = Duration::from_secs(60);
 const INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Starts the thread that makes them.
-///
-/// # Errors
-///
-/// [`crate::error::ErrorKind::Internal`] if the system gives no thread.
 pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Background> {
     let stop = |snapshotter: &Snapshotter| snapshotter.store().end_waiting();
     Background::start("keeper", snapshotter, stop, keep)

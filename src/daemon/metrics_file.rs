@@ -23,10 +23,6 @@ const INTERVAL: Duration = Duration::from_secs(15);
 
 /// Starts the thread that writes the file, if one is asked for. That it cannot be
 /// written is a line in the log: containers matter more.
-///
-/// # Errors
-///
-/// [`crate::error::ErrorKind::Internal`] if the system gives no thread.
 pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>> {
     let Some(path) = path else {
         return Ok(None);

@@ -35,10 +35,6 @@ use server::Server;
 const DRAIN: Duration = Duration::from_secs(9);
 
 /// Serves until SIGTERM or SIGINT.
-///
-/// # Errors
-///
-/// Whatever keeps it from serving, as one line that says what to do.
 pub fn run(config: &Config) -> Result<()> {
     let begun = Instant::now();
     // Before any other thread is started, so that none is hit unprepared.

@@ -15,7 +15,8 @@ use grpcio::{ChannelBuilder, EnvBuilder, Environment, ServerBuilder, ServerCrede
 use rustix::fs::Mode;
 use rustix::process::umask;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::text::uri::encode_path;
 
 /// A serving gRPC server.
 pub struct Server {
@@ -56,22 +57,15 @@ impl Server {
 
         // Only root may talk to a snapshotter: no moment with a wider mode.
         let usual = umask(Mode::from_raw_mode(0o177));
-        let bound = server.add_listening_port(uri(address), ServerCredentials::insecure());
+        let uri = format!("unix:{}", encode_path(address.as_bytes()));
+        let bound = server.add_listening_port(uri, ServerCredentials::insecure());
         umask(usual);
         bound.map_err(|error| {
-            Error::caused(
-                ErrorKind::FailedPrecondition,
-                format!("listen on {address}"),
-                error,
-            )
+            let what = format!("listen on {address}");
+            Error::caused(ErrorKind::FailedPrecondition, what, error)
         })?;
-        let metadata = fs::symlink_metadata(address).map_err(|error| {
-            Error::caused(
-                ErrorKind::Internal,
-                format!("look at the socket {address}"),
-                error,
-            )
-        })?;
+        let metadata =
+            fs::symlink_metadata(address).context(|| format!("look at the socket {address}"))?;
         server.start();
         Ok(Server {
             server,
@@ -103,44 +97,21 @@ impl Server {
 
 /// Makes room for the socket: removes one that nobody listens on.
 fn clear_address(address: &str) -> Result<()> {
-    let refuse = |why: &str| {
-        Err(Error::new(
-            ErrorKind::FailedPrecondition,
-            format!("cannot listen on {address}: {why}"),
-        ))
-    };
-    let failed = |doing: &str, error| {
-        Error::caused(ErrorKind::Internal, format!("{doing} {address}"), error)
-    };
+    let refuse = |why| Err(Error::refused(format!("cannot listen on {address}: {why}")));
     if let Some(parent) = Path::new(address).parent() {
-        fs::create_dir_all(parent).map_err(|error| failed("create the directory of", error))?;
+        fs::create_dir_all(parent).context(|| format!("create the directory of {address}"))?;
     }
-    match fs::symlink_metadata(address) {
+    let found = match fs::symlink_metadata(address) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed("look at", error)),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return refuse("something that is no socket has that name, move it away");
-        }
-        Ok(_) => {}
+        found => found.context(|| format!("look at {address}"))?,
+    };
+    if !found.file_type().is_socket() {
+        return refuse("something that is no socket has that name, move it away");
     }
     if UnixStream::connect(address).is_ok() {
         return refuse("another program serves there, stop it or give another --address");
     }
-    fs::remove_file(address).map_err(|error| failed("remove the stale socket", error))
-}
-
-/// gRPC reads an address as a URI (RFC 3986): what is not plain in one is
-/// written as its bytes in hexadecimal.
-fn uri(path: &str) -> String {
-    let mut uri = String::from("unix:");
-    for byte in path.bytes() {
-        match byte {
-            b'/' | b'-' | b'.' | b'_' | b'~' => uri.push(char::from(byte)),
-            _ if byte.is_ascii_alphanumeric() => uri.push(char::from(byte)),
-            _ => uri.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    uri
+    fs::remove_file(address).context(|| format!("remove the stale socket {address}"))
 }
 
 struct Unpark(Thread);
@@ -172,12 +143,6 @@ fn wait<F: Future>(future: F, limit: Duration) -> Option<F::Output> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn addresses_survive_as_uris() {
-        assert_eq!(uri("/run/a-b_c.sock"), "unix:/run/a-b_c.sock");
-        assert_eq!(uri("/a b%é?#"), "unix:/a%20b%25%C3%A9%3F%23");
-    }
 
     #[test]
     fn waiting_ends_with_the_future_or_the_limit() {

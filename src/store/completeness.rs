@@ -14,6 +14,7 @@ use super::files::{LOG, beside};
 use super::sql::{Rows, sql_error};
 use super::{FileFormat, probe_format};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::text::uri::encode_path;
 
 /// The fact that marks a database in use.
 pub const IN_USE: &str = "in_use";
@@ -65,15 +66,8 @@ pub fn peek_fact(path: &Path, name: &str) -> Option<String> {
 
 /// `immutable` keeps SQLite from looking for a log, and from locking.
 fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>> {
-    let mut uri = String::from("file:");
-    for byte in path.as_os_str().as_encoded_bytes() {
-        match byte {
-            b'/' => uri.push('/'),
-            _ if byte.is_ascii_alphanumeric() => uri.push(char::from(*byte)),
-            _ => uri.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    uri.push_str("?immutable=1");
+    let path = encode_path(path.as_os_str().as_encoded_bytes());
+    let uri = format!("file:{path}?immutable=1");
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
         | OpenFlags::SQLITE_OPEN_URI
         | OpenFlags::SQLITE_OPEN_NO_MUTEX;

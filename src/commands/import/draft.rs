@@ -1,7 +1,5 @@
 //! Making the new database, and putting it into the place of the old one.
 
-use std::path::Path;
-
 use super::files::{self, Paths};
 use super::plan::{Disks, Plan};
 use super::{TRANSACTION, WRITABLE_DIR, is_away};
@@ -15,24 +13,17 @@ use crate::volume::{Image, Volumes};
 
 /// Does what the plan says, in steps that [`super::undo::take_back`] can take
 /// back, up to the one that counts.
-///
-/// # Errors
-///
-/// As of the disks; nothing has been taken back then.
+/// After an error, what was done until then stays.
 pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Disks) -> Result<()> {
     paths.make_draft()?;
     fault_point("import-begun");
     let store = Store::open(&paths.draft_database())?;
     // Before anything is done to that directory.
-    let mut transaction = store.write()?;
-    transaction
-        .rows()
-        .record_fact(WRITABLE_DIR, &config.writable)?;
-    transaction
-        .rows()
-        .record_fact(TRANSACTION, &plan.transaction.to_string())?;
-    transaction.commit()?;
-    drop(transaction);
+    store.together(|transaction| {
+        let rows = transaction.rows();
+        rows.record_fact(WRITABLE_DIR, &config.writable)?;
+        rows.record_fact(TRANSACTION, &plan.transaction.to_string())
+    })?;
     fault_point("import-drafted");
 
     // With another state directory the draft would not be found again.
@@ -57,10 +48,7 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     }
     fault_point("import-set-aside");
 
-    let mut transaction = store.write()?;
-    transaction.rows().import(&plan.kept, plan.highest_id)?;
-    transaction.commit()?;
-    drop(transaction);
+    store.together(|transaction| transaction.rows().import(&plan.kept, plan.highest_id))?;
     fault_point("import-entered");
 
     for snapshot in plan.kept.iter().filter(|snapshot| is_away(snapshot)) {
@@ -103,10 +91,6 @@ fn exchange(paths: &Paths) -> Result<()> {
 
 /// Whether an import has been cut short when all that was left to do was to remove
 /// the draft's directory.
-///
-/// # Errors
-///
-/// As of the disk.
 pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
     Ok(paths.has_draft()?
         && probe_format(&paths.draft_database())? == FileFormat::Absent
@@ -116,20 +100,12 @@ pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
 
 /// Where the databases have places of their own, ours may be in its place
 /// already, and the original's too: then ours is a draft once more.
-///
-/// # Errors
-///
-/// As of the disk.
 pub(super) fn take_for_draft(paths: &Paths) -> Result<()> {
     let is_placed = !paths.is_one_place() && probe_format(&paths.target)? == FileFormat::Ours;
-    if !is_placed || is_drafted(&paths.draft_database())? {
+    if !is_placed || probe_format(&paths.draft_database())? == FileFormat::Ours {
         return Ok(());
     }
     remove_companions(&paths.target)?;
     files::rename(&paths.target, &paths.draft_database())?;
     paths.flush()
-}
-
-fn is_drafted(database: &Path) -> Result<bool> {
-    Ok(probe_format(database)? == FileFormat::Ours)
 }

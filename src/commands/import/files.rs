@@ -2,11 +2,12 @@
 //! it stays moved.
 
 use std::fs::{self, DirBuilder, File, Metadata};
+use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::config::Config;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 use crate::store::{DATABASE, DRAFT, ORIGINAL, remove_companions};
 
 /// The files that are concerned.
@@ -68,7 +69,7 @@ impl Paths {
         for path in [&self.state, &self.draft] {
             let mut builder = DirBuilder::new();
             let made = builder.recursive(true).mode(0o700).create(path);
-            made.map_err(|error| file_error(error, format!("create {}", path.display())))?;
+            made.context(|| format!("create {}", path.display()))?;
         }
         flush(&self.state)
     }
@@ -77,14 +78,8 @@ impl Paths {
     pub(super) fn remove_draft(&self) -> Result<()> {
         remove_file(&self.draft_database())?;
         remove_companions(&self.draft_database())?;
-        match fs::remove_dir(&self.draft) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            removed => {
-                removed.map_err(|error| {
-                    file_error(error, format!("remove {}", self.draft.display()))
-                })?;
-            }
-        }
+        if_there(fs::remove_dir(&self.draft))
+            .context(|| format!("remove {}", self.draft.display()))?;
         flush(&self.state)
     }
 
@@ -109,54 +104,38 @@ pub(super) fn is_one_file(one: &Path, other: &Path) -> Result<bool> {
 
 /// What has that name, no link followed; `None` if nothing has.
 pub(super) fn look(path: &Path) -> Result<Option<Metadata>> {
-    match fs::symlink_metadata(path) {
-        Ok(found) => Ok(Some(found)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(file_error(error, format!("look at {}", path.display()))),
-    }
+    if_there(fs::symlink_metadata(path)).context(|| format!("look at {}", path.display()))
 }
 
 pub(super) fn remove_file(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        removed => removed.map_err(|error| file_error(error, format!("remove {}", path.display()))),
-    }
+    if_there(fs::remove_file(path))
+        .map(drop)
+        .context(|| format!("remove {}", path.display()))
 }
 
-/// One step, also for whoever looks after a power cut: what had the second name
-/// has lost it.
+/// Renames in one step, also if the power fails: what had the second name has lost it.
 pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).map_err(|error| {
-        let what = format!("rename {} to {}", from.display(), to.display());
-        file_error(error, what)
-    })
+    fs::rename(from, to).context(|| format!("rename {} to {}", from.display(), to.display()))
 }
 
 /// Gives a file a second name, which must be free.
 pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
-    fs::hard_link(from, to).map_err(|error| {
-        let what = format!("give {} the second name {}", from.display(), to.display());
-        file_error(error, what)
-    })
+    fs::hard_link(from, to)
+        .context(|| format!("give {} the second name {}", from.display(), to.display()))
 }
 
-/// Makes changes of the names in a directory last. One that is not there, as a
-/// state directory before the first import, has none.
+/// Makes the names in a directory durable. A directory that is not there, as a state
+/// directory before the first import, has none.
 pub(super) fn flush(directory: &Path) -> Result<()> {
-    match File::open(directory).and_then(|opened| opened.sync_all()) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        flushed => {
-            flushed.map_err(|error| file_error(error, format!("flush {}", directory.display())))
-        }
-    }
+    if_there(File::open(directory).and_then(|opened| opened.sync_all()))
+        .map(drop)
+        .context(|| format!("flush {}", directory.display()))
 }
 
-pub(super) fn file_error(error: std::io::Error, what: impl Into<String>) -> Error {
-    let kind = match error.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
-            ErrorKind::ResourceExhausted
-        }
-        _ => ErrorKind::Internal,
-    };
-    Error::caused(kind, what, error)
+/// `None` if nothing of that name is there.
+fn if_there<T>(done: io::Result<T>) -> io::Result<Option<T>> {
+    match done {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        done => done.map(Some),
+    }
 }

@@ -95,7 +95,7 @@ fn import(root: &Root, config: &Config, options: ImportOptions) -> Result<Report
     let source = preconditions::open_source(&paths.source)?;
     let contents = source
         .try_clone()
-        .map_err(|error| files::file_error(error, "open the file once more"))
+        .context(|| "open the file once more")
         .and_then(read)
         .context(|| format!("read {}", paths.source.display()))?;
 

@@ -119,11 +119,7 @@ pub(super) struct Disks {
 }
 
 impl Disks {
-    /// Looks at both; changes nothing.
-    ///
-    /// # Errors
-    ///
-    /// As of their disks.
+    /// Looks at both volumes; changes nothing.
     pub(super) fn look(image: &str, writable: &str) -> Result<Disks> {
         Ok(Disks {
             image: Found::look(Volume::Image, image)?,
@@ -181,11 +177,7 @@ struct Judged {
 }
 
 /// Decides. `volatile` says that what containers wrote is meant to be lost at a
-/// reboot: then they begin anew without their directories.
-///
-/// # Errors
-///
-/// As of the disks, naming the snapshot that cannot be looked at.
+/// reboot: then they start again from their images without their directories.
 pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<Plan> {
     let newest = disks.present().filter_map(Found::newest).max();
     let highest_id = newest

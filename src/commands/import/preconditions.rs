@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
-use super::files::{Paths, file_error, is_one_file, look};
+use super::files::{Paths, is_one_file, look};
 use super::plan::{Disks, LeftOut, Plan, Reason, belongs_to};
 use crate::commands::import::bolt::snapshots::Contents;
 use crate::config::Config;
@@ -155,7 +155,7 @@ pub(super) fn open_source(path: &Path) -> Result<File> {
         .read(true)
         .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
         .open(path)
-        .map_err(|error| file_error(error, opening()))?;
+        .context(opening)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Err(Error::refused(format!(
             "{} is in use: stop the Go snapshotter first",

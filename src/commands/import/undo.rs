@@ -30,8 +30,8 @@ const UNDOING: &str = "undoing";
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if
-/// it is too late, or if a disk is not there; as of the disks.
+/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if it is too late, or
+/// if a disk is not there.
 pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
     let paths = Paths::new(config);
     undo(root, config, &paths).map_err(|error| match error.kind() {
@@ -140,7 +140,7 @@ fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
     let shown = paths.kept.display();
     let now = kept
         .try_clone()
-        .map_err(|error| files::file_error(error, "open the file once more"))
+        .context(|| "open the file once more")
         .and_then(bolt::Database::open)
         .context(|| format!("read {shown}"))?
         .transaction();
@@ -159,13 +159,11 @@ fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
 fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
     // The disk may be full.
     store.make_room();
-    let mut transaction = store.write()?;
-    transaction.rows().forget_fact(UNDOING)?;
-    transaction
-        .rows()
-        .record_fact(WRITABLE_DIR, &config.writable)?;
-    transaction.commit()?;
-    drop(transaction);
+    store.together(|transaction| {
+        transaction.rows().forget_fact(UNDOING)?;
+        let rows = transaction.rows();
+        rows.record_fact(WRITABLE_DIR, &config.writable)
+    })?;
     // Nothing of it may be in its log when it gets another name.
     store.close()?;
     drop(store);
@@ -186,8 +184,8 @@ fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if the writable directory is
-/// not the one that the draft was made with, or as of the disks.
+/// [`ErrorKind::FailedPrecondition`] if the writable directory is not the one that the
+/// draft was made with.
 pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     take_for_draft(paths)?;
     // The space that is set aside there is needed, if the disk is full.
@@ -253,10 +251,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     // Without its mark nobody looks at the writable volume again.
     filled().for_each(Filled::leave);
     if let Some(writable) = &writable {
-        let mut transaction = store.write()?;
-        transaction.rows().record_fact(UNDOING, "yes")?;
-        transaction.commit()?;
-        drop(transaction);
+        store.together(|transaction| transaction.rows().record_fact(UNDOING, "yes"))?;
         fault_point("undo-noted");
         if let Some((identity, _)) = known {
             identity.unmark(writable.top(), writable.path())?;

@@ -40,7 +40,6 @@ pub struct Snapshot {
 ///
 /// # Errors
 ///
-/// As of [`Database::open`] and [`Database::entries`];
 /// [`crate::error::ErrorKind::DataLoss`] if a snapshot makes no sense by itself.
 pub fn read(file: File) -> Result<Contents> {
     let mut database = Database::open(file)?;
