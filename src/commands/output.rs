@@ -23,6 +23,14 @@ pub fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
+/// How reports call the state of the daemon.
+pub fn daemon_state(is_running: bool) -> &'static str {
+    match is_running {
+        true => "running",
+        false => "stopped",
+    }
+}
+
 /// In powers of 1024, as `df -h` and `du -h` tell them.
 pub fn bytes(bytes: u64) -> String {
     let mut size = bytes as f64;

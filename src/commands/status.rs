@@ -4,9 +4,9 @@
 
 use serde_json::{Value, json};
 
-use crate::commands::output::{bytes, paragraph, show};
+use crate::commands::output::{bytes, daemon_state, paragraph, show};
 use crate::config::{Config, Format};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::mount::mountinfo;
 use crate::quota::Support;
 use crate::root::open::{Purpose, identities, visit};
@@ -50,9 +50,7 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
             path: path.to_owned(),
             identity,
             mounted: mountinfo::of_path(path)?.map(|mounted| (mounted.source, mounted.file_system)),
-            problem: snapshotter
-                .problem_of(volume)
-                .map(|error: Error| error.chain()),
+            problem: snapshotter.problem_of(volume).map(|error| error.chain()),
         })
     };
     let status = Status {
@@ -76,23 +74,12 @@ impl Status {
         let row = |text: &mut String, name: &str, what: &str| {
             text.push_str(&format!("{}{what}\n", head(name)));
         };
-        row(
-            &mut text,
-            "daemon",
-            if self.is_running {
-                "running"
-            } else {
-                "stopped"
-            },
-        );
+        row(&mut text, "daemon", daemon_state(self.is_running));
         for (place, figures) in self.places.iter().zip(&self.figures.volumes) {
             row(&mut text, &figures.volume.to_string(), &place.path);
             if let Some((source, file_system)) = &place.mounted {
-                row(
-                    &mut text,
-                    "",
-                    &format!("{source}, {file_system}{}", room(figures)),
-                );
+                let on = format!("{source}, {file_system}{}", room(figures));
+                row(&mut text, "", &on);
             }
             if let Some(identity) = &place.identity {
                 row(&mut text, "", identity);
@@ -103,39 +90,22 @@ impl Status {
             }
         }
         text.push_str(&paragraph(&head("quotas"), &self.quotas()));
-        let count = |kind| {
-            let of_kind = self
-                .figures
-                .snapshots
-                .iter()
-                .filter(|held| held.kind == kind);
+        let [committed, active, views] = [Kind::Committed, Kind::Active, Kind::View].map(|kind| {
+            let held = self.figures.snapshots.iter();
+            let of_kind = held.filter(|held| held.kind == kind);
             of_kind.map(|held| held.count).sum::<u64>()
-        };
-        row(
-            &mut text,
-            "snapshots",
-            &format!(
-                "{} committed, {} active, {} views",
-                count(Kind::Committed),
-                count(Kind::Active),
-                count(Kind::View)
-            ),
-        );
+        });
+        let counts = format!("{committed} committed, {active} active, {views} views");
+        row(&mut text, "snapshots", &counts);
         let away = bytes(self.figures.away_bytes);
-        row(
-            &mut text,
-            "away",
-            &format!("{away} in layers that are not home yet"),
-        );
+        let away = format!("{away} in layers that are not home yet");
+        row(&mut text, "away", &away);
         for (number, written) in self.largest.iter().enumerate() {
             let name = if number == 0 { "largest" } else { "" };
             let key = Quoted(&written.key);
             let of = limits(&written.limits);
-            row(
-                &mut text,
-                name,
-                &format!("{:>7}  {key}{of}", bytes(written.bytes)),
-            );
+            let what = format!("{:>7}  {key}{of}", bytes(written.bytes));
+            row(&mut text, name, &what);
         }
         text
     }
@@ -170,7 +140,7 @@ impl Status {
         let [image, writable] = &self.places;
         let [image_figures, writable_figures] = &self.figures.volumes;
         json!({
-            "daemon": if self.is_running { "running" } else { "stopped" },
+            "daemon": daemon_state(self.is_running),
             "volumes": [volume(image, image_figures), volume(writable, writable_figures)],
             "quotas": {
                 "state": match self.figures.quotas {

@@ -9,7 +9,6 @@ mod commands;
 mod host_dirs;
 mod paths;
 mod quota;
-mod size;
 #[cfg(test)]
 mod tests;
 
@@ -288,15 +287,15 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
 const MAX_ADDRESS_BYTES: usize = 107;
 
 fn check(flags: Flags) -> Result<Config> {
-    let path_or = |flag: &str, given: Option<String>, default: String| match given {
-        Some(path) => check_path(flag, &path),
+    let path_or = |flag: &str, given: &Option<String>, default: String| match given {
+        Some(path) => check_path(flag, path),
         None => Ok(default),
     };
-    let root = path_or("--root-dir", flags.root_dir, DEFAULT_ROOT.to_owned())?;
+    let root = path_or("--root-dir", &flags.root_dir, DEFAULT_ROOT.to_owned())?;
     let in_root = |name| format!("{root}/{name}");
-    let writable = path_or("--writable-dir", flags.writable_dir, in_root("writable"))?;
-    let state_dir = path_or("--state-dir", flags.state_dir, root.clone())?;
-    let address = path_or("--address", flags.address, in_root("grpc.socks"))?;
+    let writable = path_or("--writable-dir", &flags.writable_dir, in_root("writable"))?;
+    let state_dir = path_or("--state-dir", &flags.state_dir, root.clone())?;
+    let address = path_or("--address", &flags.address, in_root("grpc.socks"))?;
     if address.len() > MAX_ADDRESS_BYTES {
         return Err(Error::invalid(format!(
             "the socket's path {address} has {} bytes, the system allows {MAX_ADDRESS_BYTES}: \
@@ -304,9 +303,8 @@ fn check(flags: Flags) -> Result<Config> {
             address.len()
         )));
     }
-    let metrics_file = flags
-        .metrics_file
-        .map(|path| check_path("--metrics-file", &path));
+    let metrics_file = flags.metrics_file.as_deref();
+    let metrics_file = metrics_file.map(|path| check_path("--metrics-file", path));
     let metrics_file = metrics_file.transpose()?;
     check_all_apart(
         &root,
@@ -318,13 +316,7 @@ fn check(flags: Flags) -> Result<Config> {
     check_mount_options(&flags.mount_option, &flags.relocate)?;
     let (allowed, lower_rules) =
         host_dirs::check(&flags.allow_lower, &flags.lower_for, &flags.mount_option)?;
-    let quota = quota::check(&quota::Given {
-        mode: &flags.quota,
-        ids: flags.quota_ids.as_deref(),
-        max_size: flags.default_max_size.as_deref(),
-        max_inodes: flags.default_max_inodes.as_deref(),
-        usage_max_age: flags.usage_max_age,
-    })?;
+    let quota = quota::check(&flags)?;
     let options = Options {
         mount_options: flags.mount_option,
         removes_at_once: !flags.async_remove,
@@ -340,7 +332,7 @@ fn check(flags: Flags) -> Result<Config> {
             "never" => Relocation::Never,
             other => return Err(wrong("--relocate", other, "\"background\" or \"never\"")),
         },
-        reserve: size::parse_reserve("--reserve", &flags.reserve)?,
+        reserve: quota::parse_reserve(&flags.reserve)?,
         shows_upperdir: flags.upperdir_label,
         quota,
         lowers: Policy {

@@ -1,25 +1,18 @@
-//! How much containers may write.
+//! How much containers may write, and what has to stay free.
 
 use std::time::Duration;
 
-use super::wrong;
+use super::{Flags, wrong};
 use crate::error::{Error, Result};
 use crate::quota::ProjectRange;
 use crate::snapshotter::{QuotaMode, QuotaOptions, limits};
-use crate::text::size::parse_number;
+use crate::text::size::{parse_bytes, parse_number};
 use crate::types::Limits;
+use crate::volume::Reserve;
 
-/// The flags as they were given.
-pub(super) struct Given<'a> {
-    pub mode: &'a str,
-    pub ids: Option<&'a str>,
-    pub max_size: Option<&'a str>,
-    pub max_inodes: Option<&'a str>,
-    pub usage_max_age: u32,
-}
-
-pub(super) fn check(given: &Given<'_>) -> Result<QuotaOptions> {
-    let mode = match given.mode {
+/// Reads the flags of quotas.
+pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
+    let mode = match given.quota.as_str() {
         "auto" => QuotaMode::Auto,
         "require" => QuotaMode::Require,
         "off" => QuotaMode::Off,
@@ -27,7 +20,7 @@ pub(super) fn check(given: &Given<'_>) -> Result<QuotaOptions> {
             return Err(wrong("--quota", other, "\"auto\", \"require\" or \"off\""));
         }
     };
-    let ids = match given.ids {
+    let ids = match given.quota_ids.as_deref() {
         None => ProjectRange::DEFAULT,
         Some(text) => parse_range(text).ok_or_else(|| {
             let right = format!(
@@ -55,13 +48,13 @@ pub(super) fn check(given: &Given<'_>) -> Result<QuotaOptions> {
         default: Limits {
             max_bytes: limit(
                 "--default-max-size",
-                given.max_size,
+                given.default_max_size.as_deref(),
                 limits::parse_size,
                 limits::size_wanted(),
             )?,
             max_inodes: limit(
                 "--default-max-inodes",
-                given.max_inodes,
+                given.default_max_inodes.as_deref(),
                 limits::parse_inodes,
                 limits::inodes_wanted(),
             )?,
@@ -76,8 +69,24 @@ fn parse_range(text: &str) -> Option<ProjectRange> {
     ProjectRange::new(number(first)?, number(last)?)
 }
 
+/// Reads `--reserve`: bytes, with or without a unit (K, M, G, T: powers of 1024; `iB` may
+/// follow), or a percentage from 0% to 99%.
+pub(super) fn parse_reserve(text: &str) -> Result<Reserve> {
+    let parsed = match text.strip_suffix('%') {
+        Some(number) => parse_number(number)
+            .and_then(|percent| u8::try_from(percent).ok())
+            .filter(|percent| *percent < 100)
+            .map(Reserve::Percent),
+        None => parse_bytes(text).map(Reserve::Bytes),
+    };
+    let right = "a size such as 500M or 2G, or a percentage from 0% to 99%";
+    parsed.ok_or_else(|| wrong("--reserve", text, right))
+}
+
 #[cfg(test)]
 mod tests {
+    use argh::FromArgs;
+
     use super::*;
 
     #[test]
@@ -107,14 +116,11 @@ mod tests {
 
     #[test]
     fn limits_need_quotas() {
-        let given = |mode, max_size, max_inodes| {
-            check(&Given {
-                mode,
-                ids: None,
-                max_size,
-                max_inodes,
-                usage_max_age: 0,
-            })
+        let given = |mode, max_size: Option<&str>, max_inodes: Option<&str>| {
+            let mut flags = Flags::from_args(&[""], &["--quota", mode]).unwrap();
+            flags.default_max_size = max_size.map(str::to_owned);
+            flags.default_max_inodes = max_inodes.map(str::to_owned);
+            check(&flags)
         };
         let limited = given("auto", Some("10G"), Some("1000")).unwrap().default;
         assert_eq!(limited.max_bytes, Some(10 << 30));
@@ -133,6 +139,34 @@ mod tests {
         ] {
             let text = given(mode, size, inodes).unwrap_err().chain();
             assert!(text.contains(said), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_percentages() {
+        let read = |text| parse_reserve(text).ok();
+        assert_eq!(read("0"), Some(Reserve::Bytes(0)));
+        assert_eq!(read("4096"), Some(Reserve::Bytes(4096)));
+        assert_eq!(read("3K"), Some(Reserve::Bytes(3 << 10)));
+        assert_eq!(read("500m"), Some(Reserve::Bytes(500 << 20)));
+        assert_eq!(read("2GiB"), Some(Reserve::Bytes(2 << 30)));
+        assert_eq!(read("1T"), Some(Reserve::Bytes(1 << 40)));
+        assert_eq!(read("0%"), Some(Reserve::Percent(0)));
+        assert_eq!(read("99%"), Some(Reserve::Percent(99)));
+        for nonsense in [
+            "",
+            "G",
+            "-1",
+            "+1",
+            "1.5G",
+            "1 G",
+            "1Q",
+            "100%",
+            "%",
+            "5%%",
+            "99999999999T",
+        ] {
+            assert_eq!(read(nonsense), None, "{nonsense:?}");
         }
     }
 }

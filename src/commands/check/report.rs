@@ -61,11 +61,7 @@ impl Report {
         let mut text = String::new();
         match &self.left {
             None => {
-                let daemon = if self.is_running {
-                    "running"
-                } else {
-                    "stopped"
-                };
+                let daemon = output::daemon_state(self.is_running);
                 text.push_str(&format!("{} snapshots, daemon {daemon}\n", self.snapshots));
                 tell(&mut text, &self.findings);
                 self.tell_losses(&mut text, "a repair drops");
@@ -109,7 +105,7 @@ impl Report {
 
     fn json(&self) -> Value {
         let mut value = json!({
-            "daemon": if self.is_running { "running" } else { "stopped" },
+            "daemon": output::daemon_state(self.is_running),
             "snapshots": self.snapshots,
             "findings": self.left.as_ref().unwrap_or(&self.findings).iter()
                 .map(finding_json).collect::<Vec<_>>(),

@@ -31,10 +31,7 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     state::record(&root, config, &paths.target, &store)?;
     fault_point("import-recorded");
 
-    let volumes = Volumes::new(
-        Image::open(Image::open_existing_root(&config.root)?)?,
-        config.writable.clone(),
-    );
+    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
     let options = config.options.for_this_kernel();
     writable::adopt(&volumes, &store, &options.mount_options)?;
     fault_point("import-marked");

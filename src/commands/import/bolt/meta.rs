@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 
 use super::page::HEADER_BYTES;
 use super::{damaged, unreadable};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::util::fnv::Fnv;
 
 /// How many there are, on as many pages.
@@ -82,12 +82,11 @@ fn read(bytes: &[u8; BYTES]) -> Found {
     let large = |at: usize| -> u64 {
         u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
     };
-    let foreign = |what: String| Found::Foreign(Error::new(ErrorKind::FailedPrecondition, what));
+    let foreign = |what: &str| Found::Foreign(Error::refused(what));
     if small(0) == MAGIC.swap_bytes() {
         return foreign(
             "the bbolt database was written on a machine with the other byte order \
-             (big-endian), which this program does not read"
-                .to_owned(),
+             (big-endian), which this program does not read",
         );
     }
     let mut sum = Fnv::new();
@@ -96,7 +95,7 @@ fn read(bytes: &[u8; BYTES]) -> Found {
         return Found::Damaged;
     }
     if small(4) != VERSION {
-        return foreign(format!(
+        return foreign(&format!(
             "the bbolt database has version {} of its format, this program reads version \
              {VERSION}",
             small(4)
@@ -104,7 +103,7 @@ fn read(bytes: &[u8; BYTES]) -> Found {
     }
     let page_size = u64::from(small(8));
     if !PAGE_SIZES.contains(&page_size) || !page_size.is_power_of_two() {
-        return foreign(format!(
+        return foreign(&format!(
             "the bbolt database has pages of {page_size} bytes, this program reads those of {} \
              to {}",
             PAGE_SIZES.start(),

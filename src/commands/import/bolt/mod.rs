@@ -238,11 +238,7 @@ impl Database {
 }
 
 fn damaged(what: impl Into<String>) -> Error {
-    let what = what.into();
-    Error::new(
-        ErrorKind::DataLoss,
-        format!("the bbolt database is damaged: {what}"),
-    )
+    Error::data_loss(format!("the bbolt database is damaged: {}", what.into()))
 }
 
 fn unreadable(error: std::io::Error, doing: impl Into<String>) -> Error {
