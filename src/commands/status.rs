@@ -17,7 +17,7 @@ use crate::types::{Kind, Limits, Quoted, Volume};
 const LARGEST: usize = 10;
 
 /// A volume's directory and what it is on.
-struct Place {
+struct VolumeState {
     path: String,
     /// What is mounted there, and its file system; `None` if it cannot be told.
     mounted: Option<(String, String)>,
@@ -29,7 +29,7 @@ struct Place {
 
 struct Status {
     is_running: bool,
-    places: [Place; 2],
+    places: [VolumeState; 2],
     figures: Figures,
     /// Why quotas do nothing, if so.
     no_quotas: Option<String>,
@@ -45,8 +45,8 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
     let snapshotter =
         Snapshotter::new(visit.store, visit.volumes, config.options.for_this_kernel());
     let [root, writable] = identities(snapshotter.store())?;
-    let place = |path: &str, volume, identity| -> Result<Place> {
-        Ok(Place {
+    let place = |path: &str, volume, identity| -> Result<VolumeState> {
+        Ok(VolumeState {
             path: path.to_owned(),
             identity,
             mounted: mountinfo::of_path(path)?.map(|mounted| (mounted.source, mounted.file_system)),
@@ -125,7 +125,7 @@ impl Status {
     }
 
     fn json(&self) -> Value {
-        let volume = |place: &Place, figures: &VolumeFigures| {
+        let volume = |place: &VolumeState, figures: &VolumeFigures| {
             json!({
                 "volume": figures.volume.to_string(),
                 "path": place.path,

@@ -20,7 +20,7 @@ use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Store};
 use crate::util::descriptors;
 use crate::volume::{Identity, Image, Lifetime, Volumes};
-use report::Report;
+use report::CheckReport;
 
 /// How often a finding must be seen beside a running daemon, whose own work
 /// looks like one for a moment, and how long apart.
@@ -60,7 +60,7 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
 
     let inspection = inspect(&snapshotter, &completeness, lock.is_none())?;
     let doomed = snapshotter.doomed(&inspection.findings)?;
-    let mut report = Report::new(lock.is_none(), inspection, doomed);
+    let mut report = CheckReport::new(lock.is_none(), inspection, doomed);
     if !mends || report.is_clean() {
         report.print(options.format);
         return Ok(report.is_clean());

@@ -10,7 +10,7 @@ use crate::store::Snapshot;
 use crate::types::Quoted;
 
 /// Everything that a check has to tell.
-pub(super) struct Report {
+pub(super) struct CheckReport {
     is_running: bool,
     snapshots: usize,
     findings: Vec<Finding>,
@@ -20,9 +20,13 @@ pub(super) struct Report {
     left: Option<Vec<Finding>>,
 }
 
-impl Report {
-    pub(super) fn new(is_running: bool, inspection: Inspection, doomed: Vec<Snapshot>) -> Report {
-        Report {
+impl CheckReport {
+    pub(super) fn new(
+        is_running: bool,
+        inspection: Inspection,
+        doomed: Vec<Snapshot>,
+    ) -> CheckReport {
+        CheckReport {
             is_running,
             snapshots: inspection.snapshots,
             findings: inspection.findings,

@@ -21,7 +21,7 @@ use crate::types::Limits;
 use crate::volume::Lifetime;
 
 /// A directory, or the nearest one above it that is there.
-struct Place {
+struct Nearest {
     there: PathBuf,
     is_whole: bool,
     mounted: Mounted,
@@ -78,7 +78,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
 }
 
 /// Whether containers can have a size.
-fn limits(config: &Config, writable: &Place) -> Option<Finding> {
+fn limits(config: &Config, writable: &Nearest) -> Option<Finding> {
     let options = &config.options.quota;
     if options.mode == QuotaMode::Off {
         return None;
@@ -104,7 +104,7 @@ fn limits(config: &Config, writable: &Place) -> Option<Finding> {
 }
 
 /// Memory forgets, and the daemon then takes the volume for a missing one.
-fn lasting(config: &Config, writable: &Place) -> Option<Finding> {
+fn lasting(config: &Config, writable: &Nearest) -> Option<Finding> {
     let is_memory = matches!(&*writable.mounted.file_system, "tmpfs" | "ramfs");
     (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
         Finding::note(
@@ -114,7 +114,7 @@ fn lasting(config: &Config, writable: &Place) -> Option<Finding> {
     })
 }
 
-fn find(path: &str) -> Result<Place> {
+fn find(path: &str) -> Result<Nearest> {
     let cannot = |error| {
         let what = format!("look at {path}");
         Error::caused(ErrorKind::FailedPrecondition, what, error)
@@ -136,14 +136,14 @@ fn find(path: &str) -> Result<Place> {
         let what = format!("the kernel does not tell what {text} is on");
         Error::refused(what)
     })?;
-    Ok(Place {
+    Ok(Nearest {
         is_whole: there == Path::new(path),
         there,
         mounted,
     })
 }
 
-fn describe(topic: &'static str, path: &str, place: &Place) -> Finding {
+fn describe(topic: &'static str, path: &str, place: &Nearest) -> Finding {
     let mounted = &place.mounted;
     let room = statvfs(&place.there).map_or(String::new(), |state| {
         let size = state.f_blocks.saturating_mul(state.f_frsize);
@@ -168,7 +168,7 @@ fn describe(topic: &'static str, path: &str, place: &Place) -> Finding {
 const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
 
 /// Really mounts one there.
-fn try_overlay(topic: &'static str, place: &Place, options: &[String]) -> Finding {
+fn try_overlay(topic: &'static str, place: &Nearest, options: &[String]) -> Finding {
     let scratch = place.there.join(SCRATCH);
     let remove = || match fs::remove_dir_all(&scratch) {
         Err(error) if error.kind() != IoKind::NotFound => Err(("remove", error)),

@@ -42,7 +42,7 @@ use crate::util::descriptors;
 use crate::volume::{Image, Lifetime, Root};
 use files::Paths;
 use plan::{Disks, Plan};
-use report::Report;
+use report::ImportReport;
 
 /// The fact that tells with which writable directory the step under way is made:
 /// with another one it would be finished on the wrong disk.
@@ -84,7 +84,7 @@ pub fn run(config: &Config, options: ImportOptions) -> Result<bool> {
     }
 }
 
-fn import(root: &Root, config: &Config, options: ImportOptions) -> Result<Report> {
+fn import<'a>(root: &Root, config: &'a Config, options: ImportOptions) -> Result<ImportReport<'a>> {
     let task = options.task;
     let paths = Paths::new(config);
     if task == ImportTask::Look {
@@ -117,7 +117,7 @@ fn import(root: &Root, config: &Config, options: ImportOptions) -> Result<Report
             take_back_failed(root, config, &paths);
         })?;
     }
-    Ok(Report::new(plan, config, task))
+    Ok(ImportReport { plan, task, config })
 }
 
 fn plan(
@@ -126,13 +126,11 @@ fn plan(
     disks: &Disks,
     options: ImportOptions,
 ) -> Result<Plan> {
-    let are_there = [Volume::Image, Volume::Writable]
-        .into_iter()
-        .filter(|volume| disks.has_any(*volume, &contents))
-        .collect::<Vec<_>>();
+    let mut are_there = vec![Volume::Image, Volume::Writable];
+    are_there.retain(|volume| disks.has_any(*volume, &contents));
     let is_volatile = config.writable_lifetime == Lifetime::UntilReboot;
     let plan = plan::plan(contents, disks, is_volatile)?;
-    preconditions::require_volumes(&plan, |volume| are_there.contains(&volume), config)?;
+    preconditions::require_volumes(&plan, &are_there, config)?;
     if !options.leaves_out_missing && !is_volatile {
         preconditions::require_directories(&plan, config)?;
     }

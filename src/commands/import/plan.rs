@@ -9,7 +9,7 @@ use std::fmt;
 
 use rustix::fs::FileType;
 
-use crate::commands::import::bolt::snapshots::{Contents, Snapshot as Original};
+use crate::commands::import::bolt::snapshots::{Contents, Original};
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
 use crate::tree;

@@ -2,7 +2,7 @@
 //!
 //! Owns: the refusals. Never: changes anything.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
@@ -181,24 +181,16 @@ pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
 /// What a container uses is neither counted nor moved.
 pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -> Result<()> {
     let mounts = mountinfo::read()?;
-    let mut inodes = HashMap::new();
-    let mut inode_of = |path: &Path| {
-        let found = inodes.entry(path.to_owned());
-        *found.or_insert_with(|| {
-            fs::metadata(path)
-                .ok()
-                .map(|found| (found.dev(), found.ino()))
-        })
-    };
     for filled in volumes {
         let stat = filled.stat_snapshots()?;
-        let snapshots = Some((stat.st_dev, stat.st_ino));
-        let mut is_of = |mounted: &Mounted| {
+        let is_snapshots = |directory: &Path| {
+            let found = fs::metadata(directory);
+            found.is_ok_and(|found| (found.dev(), found.ino()) == (stat.st_dev, stat.st_ino))
+        };
+        let is_of = |mounted: &Mounted| {
             let mut directories = overlaid(mounted).into_iter();
-            directories.any(|path| {
-                let above = path.ancestors().nth(2);
-                above.is_some_and(|above| inode_of(above) == snapshots)
-            }) || is_bound(mounted, filled)
+            let is_inside = |path: PathBuf| path.ancestors().nth(2).is_some_and(is_snapshots);
+            directories.any(is_inside) || is_bound(mounted, filled)
         };
         if let Some(mounted) = mounts.iter().find(|mounted| is_of(mounted)) {
             return Err(Error::refused(format!(
@@ -211,8 +203,8 @@ pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -
     Ok(())
 }
 
-/// The directories that an overlay is made of, but for those that are told by
-/// their place below the directory in which somebody stood.
+/// The upper and lower directories of an overlay mount. Relative ones (mount(8) was run
+/// inside some directory) cannot be found, and are left out.
 fn overlaid(mounted: &Mounted) -> Vec<PathBuf> {
     if mounted.file_system != "overlay" {
         return Vec::new();
@@ -289,23 +281,14 @@ fn require_unmarked(writable: &Filled) -> Result<()> {
 }
 
 /// A disk that is not mounted looks like one from which all has been deleted.
-pub(super) fn require_volumes(
-    plan: &Plan,
-    is_there: impl Fn(Volume) -> bool,
-    config: &Config,
-) -> Result<()> {
-    let missing = |could_be_on: &dyn Fn(&LeftOut) -> bool| {
-        let left_out = plan.left_out.iter();
-        left_out
-            .filter(|found| found.why == Reason::Missing && found.volumes.is_empty())
-            .filter(|found| could_be_on(found))
-            .count()
-    };
+pub(super) fn require_volumes(plan: &Plan, are_there: &[Volume], config: &Config) -> Result<()> {
+    let is_missing = |found: &&LeftOut| found.why == Reason::Missing && found.volumes.is_empty();
+    let missing = || plan.left_out.iter().filter(is_missing);
     // A layer may be there as well: the original commits what a container has
     // written where it is.
-    let on_writable = missing(&|_| true);
+    let on_writable = missing().count();
     let may_be_gone = config.writable_lifetime == Lifetime::UntilReboot;
-    if on_writable > 0 && !is_there(Volume::Writable) && !may_be_gone {
+    if on_writable > 0 && !are_there.contains(&Volume::Writable) && !may_be_gone {
         return Err(Error::refused(format!(
             "{}/snapshots has none of the {on_writable} snapshots that are not on the image volume \
              {}: mount its disk, or give the right --writable-dir; if what containers had written \
@@ -313,8 +296,9 @@ pub(super) fn require_volumes(
             config.writable, config.root
         )));
     }
-    let on_image = missing(&|found| belongs_to(&found.snapshot) == Volume::Image);
-    if on_image > 0 && !is_there(Volume::Image) {
+    let belongs_on_image = |found: &&LeftOut| belongs_to(&found.snapshot) == Volume::Image;
+    let on_image = missing().filter(belongs_on_image).count();
+    if on_image > 0 && !are_there.contains(&Volume::Image) {
         return Err(Error::refused(format!(
             "{}/snapshots has none of the {on_image} snapshots that have to be there: mount its \
              disk, or, if they are gone for good, there is nothing to import: move metadata.db and \

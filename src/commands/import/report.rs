@@ -13,24 +13,14 @@ use crate::config::{Config, Format, ImportTask};
 use crate::store::Snapshot;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 
-/// Everything that an import has to tell.
-pub(super) struct Report {
-    plan: Plan,
-    task: ImportTask,
-    root: String,
-    writable: String,
+/// Everything that an import reports.
+pub(super) struct ImportReport<'a> {
+    pub(super) plan: Plan,
+    pub(super) task: ImportTask,
+    pub(super) config: &'a Config,
 }
 
-impl Report {
-    pub(super) fn new(plan: Plan, config: &Config, task: ImportTask) -> Report {
-        Report {
-            plan,
-            task,
-            root: config.root.clone(),
-            writable: config.writable.clone(),
-        }
-    }
-
+impl ImportReport<'_> {
     pub(super) fn is_whole(&self) -> bool {
         self.plan.left_out.is_empty()
     }
@@ -65,16 +55,16 @@ impl Report {
             self.count(Kind::Active),
             self.count(Kind::View),
         );
-        if self.away().next().is_some() {
-            text.push_str(&format!(
-                "\nlayers that the original could not use after their commit; they are whole, and \
-                 {}\nto the image volume while the daemon runs:\n",
-                self.by_task("move", "would move")
-            ));
-            for layer in self.away() {
-                text.push_str(&format!("  {}\n", Quoted(&layer.info.name)));
-            }
-        }
+        let moved = self.by_task("move", "would move");
+        list(
+            &mut text,
+            &format!(
+                "layers that the original could not use after their commit; they are whole, and \
+                 {moved}\nto the image volume while the daemon runs:"
+            ),
+            self.away()
+                .map(|layer| Quoted(&layer.info.name).to_string()),
+        );
         self.tell_shrunk(&mut text);
         self.tell_left_out(&mut text);
         self.tell_containers_data(&mut text);
@@ -85,29 +75,24 @@ impl Report {
             ImportTask::Import | ImportTask::Undo => text.push_str(&format!(
                 "\nthe original's database is {}/metadata.db.bbolt now; `import --undo` goes back \
                  to it\nas long as no snapshot has been made, changed, removed or moved\n",
-                self.root
+                self.config.root
             )),
         }
         text
     }
 
     fn tell_shrunk(&self, text: &mut String) {
-        if self.plan.shrunk.is_empty() {
-            return;
-        }
-        text.push_str(
-            "\nlayers that take far less of their disk than at their commit: a power cut may have \
+        let lines = self.plan.shrunk.iter().map(|found| {
+            let (name, counted) = (Quoted(&found.name), found.counted_bytes >> 10);
+            format!("{name}: {counted} KiB of {}", found.recorded_bytes >> 10)
+        });
+        list(
+            text,
+            "layers that take far less of their disk than at their commit: a power cut may have \
              emptied\nfiles in them; if their images do not work, remove those and pull them \
-             again:\n",
+             again:",
+            lines,
         );
-        for found in &self.plan.shrunk {
-            text.push_str(&format!(
-                "  {}: {} KiB of {}\n",
-                Quoted(&found.name),
-                found.counted_bytes >> 10,
-                found.recorded_bytes >> 10
-            ));
-        }
     }
 
     fn tell_left_out(&self, text: &mut String) {
@@ -157,8 +142,8 @@ impl Report {
     /// Where there is something of a snapshot that is left out.
     fn kept_at(&self, found: &LeftOut) -> Vec<String> {
         let top = |volume: &Volume| match volume {
-            Volume::Image => &self.root,
-            Volume::Writable => &self.writable,
+            Volume::Image => &self.config.root,
+            Volume::Writable => &self.config.writable,
         };
         let id = found.snapshot.id;
         let volumes = found.volumes.iter();
@@ -173,21 +158,20 @@ impl Report {
             found.snapshot.info.kind == Kind::Active
                 && belongs_to(&found.snapshot) == Volume::Writable
         });
-        let mut is_first = true;
-        for found in left_out {
-            for path in self.kept_at(found) {
-                if std::mem::take(&mut is_first) {
-                    text.push_str(&format!(
-                        "\nwhat containers that {} left out have written is nowhere else; copy \
-                         out what you need:\n",
-                        self.by_task("are", "would be")
-                    ));
-                }
-                let name = Quoted(&found.snapshot.info.name);
-                let is = self.by_task("in", "would be in");
-                text.push_str(&format!("  {name}: {is} {path}/fs\n"));
-            }
-        }
+        let lines = left_out.flat_map(|found| {
+            let (name, is) = (
+                Quoted(&found.snapshot.info.name),
+                self.by_task("in", "would be in"),
+            );
+            let paths = self.kept_at(found).into_iter();
+            paths.map(move |path| format!("{name}: {is} {path}/fs"))
+        });
+        let head = format!(
+            "what containers that {} left out have written is nowhere else; copy out what you \
+             need:",
+            self.by_task("are", "would be")
+        );
+        list(text, &head, lines);
     }
 
     /// Those that belong to no snapshot that has been named as left out.
@@ -203,40 +187,35 @@ impl Report {
     }
 
     fn tell_strays(&self, text: &mut String) {
-        if self.strays().next().is_some() {
-            text.push_str(&format!(
-                "\n{} from where no snapshot has them:\n",
-                self.by_task("taken", "would be taken")
-            ));
-            for (volume, id) in self.strays() {
-                text.push_str(&format!("  {volume} volume: snapshots/{id}\n"));
-            }
-        }
+        let taken = self.by_task("taken", "would be taken");
+        let strays = self.strays();
+        list(
+            text,
+            &format!("{taken} from where no snapshot has them:"),
+            strays.map(|(volume, id)| format!("{volume} volume: snapshots/{id}")),
+        );
         if !self.plan.aside.is_empty() {
             text.push_str(&format!(
                 "\nwhat there is of all that {} kept in {}/left-out and {}/left-out;\nno snapshot \
                  uses it: delete it once you have copied out what you need\n",
                 self.by_task("is", "would be"),
-                self.root,
-                self.writable
+                self.config.root,
+                self.config.writable
             ));
         }
     }
 
     fn tell_others(&self, text: &mut String) {
-        if self.plan.others.is_empty() {
-            return;
-        }
-        text.push_str(&format!(
-            "\nof no snapshot, and {} where it is:\n",
-            self.by_task("left", "would be left")
-        ));
-        for (volume, name) in &self.plan.others {
-            text.push_str(&format!(
-                "  {volume} volume: {}\n",
-                Quoted(&format!("snapshots/{name}"))
-            ));
-        }
+        let left = self.by_task("left", "would be left");
+        let lines = self.plan.others.iter().map(|(volume, name)| {
+            let directory = format!("snapshots/{name}");
+            format!("{volume} volume: {}", Quoted(&directory))
+        });
+        list(
+            text,
+            &format!("of no snapshot, and {left} where it is:"),
+            lines,
+        );
     }
 
     fn json(&self) -> Value {
@@ -277,6 +256,16 @@ impl Report {
             "kept_on": found.volumes.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "kept_at": self.kept_at(found),
         })
+    }
+}
+
+/// Adds an indented list below its heading, if there is anything in it.
+fn list(text: &mut String, heading: &str, lines: impl Iterator<Item = String>) {
+    for (number, line) in lines.enumerate() {
+        if number == 0 {
+            text.push_str(&format!("\n{heading}\n"));
+        }
+        text.push_str(&format!("  {line}\n"));
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) struct Meta {
 }
 
 /// What is where a meta should be.
-enum Found {
+enum Candidate {
     Whole(Meta),
     Foreign(Error),
     Damaged,
@@ -45,12 +45,12 @@ pub(super) fn newest(file: &File, length: u64) -> Result<Meta> {
     let first = look(file, length, 0)?;
     // Where the second is depends on the page size, which the first may not tell.
     let sizes = match &first {
-        Found::Whole(meta) => meta.page_size..=meta.page_size,
+        Candidate::Whole(meta) => meta.page_size..=meta.page_size,
         _ => PAGE_SIZES,
     };
     let mut second = None;
     for size in sizes.filter(|size| size.is_power_of_two()) {
-        if let Found::Whole(meta) = look(file, length, size)?
+        if let Candidate::Whole(meta) = look(file, length, size)?
             && meta.page_size == size
         {
             second = Some(meta);
@@ -58,16 +58,16 @@ pub(super) fn newest(file: &File, length: u64) -> Result<Meta> {
         }
     }
     match (first, second) {
-        (Found::Whole(one), Some(other)) if other.transaction > one.transaction => Ok(other),
-        (Found::Whole(meta), _) | (_, Some(meta)) => Ok(meta),
-        (Found::Foreign(error), None) => Err(error),
-        (Found::Damaged, None) => Err(damaged("neither of its two metas is whole")),
+        (Candidate::Whole(one), Some(other)) if other.transaction > one.transaction => Ok(other),
+        (Candidate::Whole(meta), _) | (_, Some(meta)) => Ok(meta),
+        (Candidate::Foreign(error), None) => Err(error),
+        (Candidate::Damaged, None) => Err(damaged("neither of its two metas is whole")),
     }
 }
 
-fn look(file: &File, length: u64, page_at: u64) -> Result<Found> {
+fn look(file: &File, length: u64, page_at: u64) -> Result<Candidate> {
     if length < page_at + (HEADER_BYTES + BYTES) as u64 {
-        return Ok(Found::Damaged);
+        return Ok(Candidate::Damaged);
     }
     let mut bytes = [0; BYTES];
     file.read_exact_at(&mut bytes, page_at + HEADER_BYTES as u64)
@@ -75,14 +75,14 @@ fn look(file: &File, length: u64, page_at: u64) -> Result<Found> {
     Ok(read(&bytes))
 }
 
-fn read(bytes: &[u8; BYTES]) -> Found {
+fn read(bytes: &[u8; BYTES]) -> Candidate {
     let small = |at: usize| -> u32 {
         u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
     };
     let large = |at: usize| -> u64 {
         u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
     };
-    let foreign = |what: &str| Found::Foreign(Error::refused(what));
+    let foreign = |what: &str| Candidate::Foreign(Error::refused(what));
     if small(0) == MAGIC.swap_bytes() {
         return foreign(
             "the bbolt database was written on a machine with the other byte order \
@@ -92,7 +92,7 @@ fn read(bytes: &[u8; BYTES]) -> Found {
     let mut sum = Fnv::new();
     sum.add(&bytes[..SUMMED_BYTES]);
     if small(0) != MAGIC || large(SUMMED_BYTES) != sum.sum() {
-        return Found::Damaged;
+        return Candidate::Damaged;
     }
     if small(4) != VERSION {
         return foreign(&format!(
@@ -110,7 +110,7 @@ fn read(bytes: &[u8; BYTES]) -> Found {
             PAGE_SIZES.end()
         ));
     }
-    Found::Whole(Meta {
+    Candidate::Whole(Meta {
         page_size,
         root: large(16),
         page_count: large(40),

@@ -39,7 +39,7 @@ const MAX_HANDED_OUT_BYTES: usize = 256 << 20;
 const ELEMENT_COST_BYTES: usize = 128;
 
 /// An open file, as of its last complete transaction.
-pub struct Database {
+pub(crate) struct Database {
     file: File,
     meta: Meta,
     /// Pages that have been read.
@@ -49,29 +49,24 @@ pub struct Database {
 
 /// A bucket, as its value tells it: where its pages are, or the page itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bucket {
+pub(crate) struct Bucket {
     root: u64,
     sequence: u64,
     /// The page of a bucket that has no pages of its own.
     inline: Vec<u8>,
 }
 
-/// What stands under a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Value {
-    /// Bytes.
+pub(crate) enum Value {
     Data(Vec<u8>),
-    /// A bucket.
     Bucket(Bucket),
 }
 
-/// A key with what stands under it.
+/// A key, which is never empty, and what is stored under it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// The key, never empty.
-    pub key: Vec<u8>,
-    /// What stands under it.
-    pub value: Value,
+pub(crate) struct Entry {
+    pub(crate) key: Vec<u8>,
+    pub(crate) value: Value,
 }
 
 impl Bucket {
@@ -92,13 +87,13 @@ impl Bucket {
     }
 
     /// The last number that the bucket has given out (bbolt's `NextSequence`).
-    pub fn sequence(&self) -> u64 {
+    pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }
 }
 
 impl Database {
-    /// Reads a file's metas. Whoever may write to it has to be kept out.
+    /// Reads a file's metas. The caller keeps out every process that may write to it.
     ///
     /// # Errors
     ///
@@ -106,7 +101,7 @@ impl Database {
     /// than its meta says; [`ErrorKind::FailedPrecondition`] for another version
     /// of the format, or if a machine with the other byte order wrote it;
     /// [`ErrorKind::Internal`] if it cannot be read.
-    pub fn open(file: File) -> Result<Database> {
+    pub(crate) fn open(file: File) -> Result<Database> {
         let length = file
             .metadata()
             .map_err(|error| unreadable(error, "look at its length"))?
@@ -128,12 +123,12 @@ impl Database {
     }
 
     /// The number of the last complete transaction.
-    pub fn transaction(&self) -> u64 {
+    pub(crate) fn transaction(&self) -> u64 {
         self.meta.transaction
     }
 
     /// The bucket that all others are in.
-    pub fn root(&self) -> Bucket {
+    pub(crate) fn root(&self) -> Bucket {
         Bucket {
             root: self.meta.root,
             sequence: 0,
@@ -147,7 +142,7 @@ impl Database {
     ///
     /// [`ErrorKind::DataLoss`] if something there makes no sense;
     /// [`ErrorKind::Internal`] if the file cannot be read.
-    pub fn entries(&mut self, bucket: &Bucket) -> Result<Vec<Entry>> {
+    pub(crate) fn entries(&mut self, bucket: &Bucket) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
         if bucket.root == 0 {
             match page::read(&bucket.inline, 0)? {

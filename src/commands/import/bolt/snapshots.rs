@@ -18,16 +18,16 @@ use crate::types::{Info, Kind, Labels, Quoted, SnapshotId, Timestamp, Usage};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// The snapshots, in order of key.
-    pub snapshots: Vec<Snapshot>,
+    pub snapshots: Vec<Original>,
     /// The highest id that was ever given out.
     pub highest_id: u64,
     /// The number of the last transaction.
     pub transaction: u64,
 }
 
-/// One snapshot.
+/// One snapshot of the Go original.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Snapshot {
+pub struct Original {
     /// The number of its directories.
     pub id: SnapshotId,
     /// What callers see.
@@ -87,7 +87,7 @@ fn find_bucket(database: &mut Database, within: &Bucket, name: &[u8]) -> Result<
     }))
 }
 
-fn read_snapshot(database: &mut Database, bucket: &Bucket, name: String) -> Result<Snapshot> {
+fn read_snapshot(database: &mut Database, bucket: &Bucket, name: String) -> Result<Original> {
     let entries = database.entries(bucket)?;
     let labels = match find(&entries, b"labels") {
         Some(Value::Bucket(labels)) => read_labels(database, labels)?,
@@ -125,7 +125,7 @@ fn read_snapshot(database: &mut Database, bucket: &Bucket, name: String) -> Resu
         (Some(size_bytes), Some(inodes)) => Some(Usage { size_bytes, inodes }),
         _ => None,
     };
-    Ok(Snapshot {
+    Ok(Original {
         id: SnapshotId::new(id.ok_or_else(|| bad("id"))?),
         info: Info {
             name,
