@@ -31,7 +31,7 @@ pub fn daemon_state(is_running: bool) -> &'static str {
     }
 }
 
-/// In powers of 1024, as `df -h` and `du -h` tell them.
+/// A number of bytes in powers of 1024, as `df -h` and `du -h` print it.
 pub fn bytes(bytes: u64) -> String {
     let mut size = bytes as f64;
     for unit in ["B", "K", "M", "G", "T"] {

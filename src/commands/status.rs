@@ -1,6 +1,6 @@
 //! The command `status`: how things stand, for the person in front of it.
 //!
-//! Owns: what is told and how. Changes nothing; works beside a running daemon.
+//! Owns: the report. Changes nothing; works beside a running daemon.
 
 use serde_json::{Value, json};
 
@@ -13,13 +13,13 @@ use crate::root::open::{Purpose, identities, visit};
 use crate::snapshotter::{Figures, Snapshotter, VolumeFigures, Written};
 use crate::types::{Kind, Limits, Quoted, Volume};
 
-/// How many of the largest are told.
+/// How many of the largest writable snapshots are reported.
 const LARGEST: usize = 10;
 
 /// A volume's directory and what it is on.
 struct VolumeState {
     path: String,
-    /// What is mounted there, and its file system; `None` if it cannot be told.
+    /// What is mounted there, and its file system; `None` if that is unknown.
     mounted: Option<(String, String)>,
     /// Which one it is, as it is recorded.
     identity: Option<String>,

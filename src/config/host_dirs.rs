@@ -14,8 +14,8 @@ const TIED: &[&str] = &[
     "redirect_dir=on",
 ];
 
-/// Checks `--allow-lower` and `--lower-for`, as far as it can be told without
-/// a look at the disks: links are followed when a directory is used.
+/// Checks `--allow-lower` and `--lower-for`, as far as possible without a
+/// look at the disks: links are followed when a directory is used.
 pub(super) fn check(
     allowed: &[String],
     rules: &[String],

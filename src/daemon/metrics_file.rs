@@ -1,7 +1,7 @@
 //! Figures for Prometheus, in a file that the textfile collector of its node
 //! exporter reads.
 //!
-//! What is told of the volumes the kernel has in its memory. The file is replaced
+//! The kernel has the figures of the volumes in its memory. The file is replaced
 //! whole, so a reader sees the old one or the new one; it need not outlive a crash.
 
 use std::fs::OpenOptions;

@@ -41,7 +41,7 @@ pub fn run(config: &Config) -> Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
         .map_err(|error| Error::caused(ErrorKind::Internal, "handle signals", error))?;
     descriptors::raise_limit();
-    // Modes are those that are asked for, whoever started this.
+    // Files get the modes that are asked for, whatever umask the daemon was started with.
     umask(Mode::from_raw_mode(0o022));
 
     require_mounts(config)?;
@@ -125,8 +125,8 @@ pub fn run(config: &Config) -> Result<()> {
     if is_drained {
         drop(lock);
     } else {
-        // What is cut off works until the process has ended; so long, nobody
-        // else may begin.
+        // Requests that were cut off run until the process ends; until then no other
+        // daemon may start.
         std::mem::forget(lock);
     }
     log::info!("stopped; containers keep running");
@@ -142,7 +142,7 @@ fn is_stop(signal: i32) -> bool {
     signal != SIGHUP
 }
 
-/// What containers will be refused for is told before the first one is.
+/// Logs at the start what containers will be refused for.
 fn tell_quotas(snapshotter: &Snapshotter, config: &Config) {
     let wants_limits = config.options.quota.default != Limits::NONE;
     match snapshotter.quota_support() {

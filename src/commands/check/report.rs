@@ -9,7 +9,7 @@ use crate::snapshotter::{Finding, Inspection};
 use crate::store::Snapshot;
 use crate::types::Quoted;
 
-/// Everything that a check has to tell.
+/// Everything that a check reports.
 pub(super) struct CheckReport {
     is_running: bool,
     snapshots: usize,

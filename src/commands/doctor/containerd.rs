@@ -57,7 +57,7 @@ fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
         .output()
         .map_err(|error| format!("the program containerd cannot be run: {error}"))?;
     if !output.status.success() {
-        // It panics on some configurations, and then tells where.
+        // On some configurations it panics, and then prints where.
         let said = String::from_utf8_lossy(&output.stderr);
         let first = said.lines().find(|line| !line.trim().is_empty());
         let first = first.unwrap_or_default();

@@ -103,7 +103,8 @@ fn limits(config: &Config, writable: &Nearest) -> Option<Finding> {
     Some(Finding::new("limits", verdict, text))
 }
 
-/// Memory forgets, and the daemon then takes the volume for a missing one.
+/// What is in memory is gone after a reboot; the daemon then takes the volume for a
+/// missing one.
 fn lasting(config: &Config, writable: &Nearest) -> Option<Finding> {
     let is_memory = matches!(&*writable.mounted.file_system, "tmpfs" | "ramfs");
     (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
@@ -162,12 +163,12 @@ fn describe(topic: &'static str, path: &str, place: &Nearest) -> Finding {
     Finding::good(topic, format!("{path}{where_to}: {on}"))
 }
 
-/// The directory that is tried in; nobody else's, and if one was left by a doctor
-/// that was killed, the next one removes it. What was mounted in it has gone with
-/// that one's mount namespace.
+/// The directory in which an overlay is tried; no other program uses that name. If a
+/// doctor that was killed has left one, the next doctor removes it. What was mounted
+/// in it has gone with the mount namespace of the killed process.
 const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
 
-/// Really mounts one there.
+/// Really mounts an overlay there.
 fn try_overlay(topic: &'static str, place: &Nearest, options: &[String]) -> Finding {
     let scratch = place.there.join(SCRATCH);
     let remove = || match fs::remove_dir_all(&scratch) {

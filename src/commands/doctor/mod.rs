@@ -1,7 +1,7 @@
 //! The command `doctor`: whether this machine, its disks and its containerd will
 //! do, before anything is installed or when a container does not start.
 //!
-//! Owns: what is looked at, in which order, and how it is told. Leaves nothing
+//! Owns: what is looked at, in which order, and the report. Leaves nothing
 //! behind on the disks.
 
 mod containerd;
@@ -74,7 +74,7 @@ pub fn run(config: &Config, options: &DoctorOptions) -> Result<bool> {
             "doctor mounts overlays to try the disks: run it as root",
         ));
     }
-    // What is mounted to try is nobody else's, and gone with this process.
+    // Mounts made to try the disks are seen by this process only, and end with it.
     mount::enter_mount_namespace()?;
     let kernel = format!("Linux {}", mount::kernel_release());
     let mut findings = vec![Finding::good("kernel", kernel)];

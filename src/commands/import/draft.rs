@@ -61,9 +61,9 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     exchange(paths)
 }
 
-/// Puts ours into the place of the original's.
+/// Puts our database into the place of the original's.
 fn exchange(paths: &Paths) -> Result<()> {
-    // A log of another database would be taken for one of ours.
+    // SQLite would take the log of another database for the log of this one.
     remove_companions(&paths.target)?;
     if !paths.is_source_kept()? {
         files::link(&paths.source, &paths.kept)?;
@@ -78,7 +78,7 @@ fn exchange(paths: &Paths) -> Result<()> {
         paths.flush()?;
     }
     fault_point("import-complete");
-    // What stays is for nobody to find.
+    // The import is complete; a draft that stays is only in the way.
     if let Err(error) = paths.remove_draft() {
         log::warn!("{}", error.chain());
     }
@@ -95,8 +95,9 @@ pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
         && (paths.is_one_place() || probe_format(&paths.source)? == FileFormat::Absent))
 }
 
-/// Where the databases have places of their own, ours may be in its place
-/// already, and the original's too: then ours is a draft once more.
+/// Moves our database back into the draft's directory if it is in its place already
+/// while the original's is in its own, as an import leaves it that was cut short
+/// between these two steps and had a state directory of its own.
 pub(super) fn take_for_draft(paths: &Paths) -> Result<()> {
     let is_placed = !paths.is_one_place() && probe_format(&paths.target)? == FileFormat::Ours;
     if !is_placed || probe_format(&paths.draft_database())? == FileFormat::Ours {

@@ -44,13 +44,13 @@ use files::Paths;
 use plan::{Disks, Plan};
 use report::ImportReport;
 
-/// The fact that tells with which writable directory the step under way is made:
-/// with another one it would be finished on the wrong disk.
+/// The fact with the writable directory of the import or undoing that is under way: with
+/// another directory it would be finished on the wrong disk.
 const WRITABLE_DIR: &str = "import_writable_dir";
 
-/// The fact that tells the last transaction of the original's database. An original
-/// that was started during the import has waited for that file, and goes on with
-/// it under its second name.
+/// The fact with the last transaction of the original's database. An original that was
+/// started during the import has waited for that file, and then writes to it under its
+/// second name.
 const TRANSACTION: &str = "import_transaction";
 
 /// Imports, looks what an import would do, or undoes one, and prints a report. Returns

@@ -280,8 +280,8 @@ fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
     })
 }
 
-/// Takes the first place where all of it is; otherwise tells what is wrong with
-/// the one where it belongs.
+/// Takes the first place that holds the whole layer. Without one, the reason is what is
+/// wrong with the layer in the place where it belongs.
 fn judge_layer(snapshot: &Original, places: &[&Found]) -> Judgement {
     let mut why = None;
     for found in places {
@@ -366,8 +366,8 @@ fn leave_out_upon(snapshots: &[Original], reasons: &mut HashMap<String, Reason>)
     }
 }
 
-/// Everything numbered but the directories of what is kept, where it is kept. A
-/// link is never one of those: whoever has made it shall find it again.
+/// All numbered entries except the directories of kept snapshots on their volumes. A
+/// link is always set aside, so that its owner finds it again.
 fn aside(kept: &[Snapshot], disks: &Disks) -> Vec<(Volume, SnapshotId)> {
     let places: HashMap<SnapshotId, Option<Volume>> = kept
         .iter()
@@ -384,8 +384,8 @@ fn aside(kept: &[Snapshot], disks: &Disks) -> Vec<(Volume, SnapshotId)> {
     aside
 }
 
-/// What the original gives a name of its own while it makes or removes it, and
-/// what somebody else has put there.
+/// Entries without a number: what the original was making or removing, and what other
+/// programs have put there.
 fn others(disks: &Disks) -> Vec<(Volume, String)> {
     let found = disks.present();
     found

@@ -127,7 +127,7 @@ fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()
 }
 
 /// Whether our database is in a place of its own only because an import, or its
-/// undoing, was cut short there: nobody has written to it then.
+/// undoing, was cut short there: then no daemon has written to it.
 pub(super) fn is_half_placed(root: &Root, config: &Config, paths: &Paths) -> Result<bool> {
     let target = &paths.target;
     if !paths.has_draft()? {
@@ -165,7 +165,8 @@ pub(super) fn open_source(path: &Path) -> Result<File> {
     }
 }
 
-/// The original takes no lock of ours, and opens its database late.
+/// Refuses if a snapshotter answers: the original takes no lock of ours, and opens its
+/// database late.
 pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
     let usual = format!("{}/grpc.socks", config.root);
     for address in [&config.address, &usual] {
@@ -178,7 +179,8 @@ pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// What a container uses is neither counted nor moved.
+/// Refuses volumes of which a snapshot is mounted: what a container uses is neither
+/// counted nor moved.
 pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -> Result<()> {
     let mounts = mountinfo::read()?;
     for filled in volumes {
@@ -270,7 +272,7 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
 
 fn require_unmarked(writable: &Filled) -> Result<()> {
     let path = writable.path();
-    // Nobody's mark is this one.
+    // No volume has the mark of a random identity.
     match Identity::random()?.look(writable.top(), path)? {
         Claim::Free => Ok(()),
         Claim::Ours | Claim::Foreign(_) => Err(Error::refused(format!(

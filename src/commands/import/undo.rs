@@ -135,7 +135,7 @@ fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
     }
 }
 
-/// Refuses the original's database if somebody has written to it since.
+/// Refuses if the original's database was written to since the import.
 fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
     let shown = paths.kept.display();
     let now = kept
@@ -248,7 +248,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     let filled = || [&image].into_iter().chain(&writable);
     filled().try_for_each(Filled::put_back)?;
     fault_point("undo-put-back");
-    // Without its mark nobody looks at the writable volume again.
+    // Once its mark is off, no repetition looks at the writable volume again.
     filled().for_each(Filled::leave);
     if let Some(writable) = &writable {
         store.together(|transaction| transaction.rows().record_fact(UNDOING, "yes"))?;
@@ -261,7 +261,8 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     store.close()
 }
 
-/// The original makes no links, and those of somebody else have been set aside.
+/// Removes the links to layers on the writable volume. The original makes none, and
+/// those that other programs made have been set aside.
 fn remove_links(config: &Config, store: &Store) -> Result<()> {
     let image = Image::open(Image::open_existing_root(&config.root)?)?;
     let places = store.read()?.inventory()?;

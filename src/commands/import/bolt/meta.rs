@@ -1,5 +1,5 @@
 //! The two metas at a file's beginning, written in turn: a crash spoils the one
-//! that was being written, and the other still tells the transaction before.
+//! that was being written, and the other still has the transaction before.
 //!
 //! After the page's header: magic (4), version (4), page size (4), unused (4),
 //! the root bucket's page (8) and sequence (8), the free list's page (8), how
@@ -24,7 +24,7 @@ const BYTES: usize = SUMMED_BYTES + 8;
 /// Those that a machine's memory has, and smaller ones that only tests use.
 const PAGE_SIZES: std::ops::RangeInclusive<u64> = 512..=65536;
 
-/// What a meta tells.
+/// What a meta holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Meta {
     pub(super) page_size: u64,
@@ -43,7 +43,7 @@ enum Candidate {
 /// The meta of the last complete transaction.
 pub(super) fn newest(file: &File, length: u64) -> Result<Meta> {
     let first = look(file, length, 0)?;
-    // Where the second is depends on the page size, which the first may not tell.
+    // Where the second is depends on the page size, which the first may not have.
     let sizes = match &first {
         Candidate::Whole(meta) => meta.page_size..=meta.page_size,
         _ => PAGE_SIZES,

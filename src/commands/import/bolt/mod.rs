@@ -47,7 +47,7 @@ pub(crate) struct Database {
     handed_out_bytes: usize,
 }
 
-/// A bucket, as its value tells it: where its pages are, or the page itself.
+/// A bucket, as its value has it: where its pages are, or the page itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bucket {
     root: u64,

@@ -1,7 +1,7 @@
 //! One page: its header, and what a leaf or a branch holds.
 //!
-//! All numbers are in the byte order of the machine that wrote them; a meta
-//! tells, and [`super::meta`] takes little-endian only. The header has 16 bytes:
+//! All numbers are in the byte order of the machine that wrote them, which a meta
+//! shows; [`super::meta`] takes little-endian only. The header has 16 bytes:
 //! the page's own number (8), its kind (2), how many elements (2), how many pages
 //! continue it (4). The elements follow, 16 bytes each, and behind them all keys
 //! and values; an element says how far behind itself its key begins.

@@ -14,7 +14,7 @@ use super::{Bucket, Database, Entry, Value, damaged};
 use crate::error::{Context, Result};
 use crate::types::{Info, Kind, Labels, Quoted, SnapshotId, Timestamp, Usage};
 
-/// Everything that such a file tells.
+/// Everything that such a file holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// The snapshots, in order of key.
@@ -72,7 +72,7 @@ pub fn read(file: File) -> Result<Contents> {
         contents.snapshots.push(snapshot);
     }
     contents.highest_id = contents.highest_id.max(all.sequence());
-    // SQLite's numbers end there, and nobody has so many snapshots.
+    // SQLite's numbers end there, and no machine has so many snapshots.
     if i64::try_from(contents.highest_id).is_err() {
         return Err(damaged("an id is beyond all numbers"));
     }
