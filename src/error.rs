@@ -99,6 +99,18 @@ impl Error {
         Error::caused(kind, what, std::io::Error::from(errno))
     }
 
+    /// A failed system call on something that has to be on a disk: its absence, or
+    /// something else in its place, is [`ErrorKind::DataLoss`]; all else as in
+    /// [`Error::system`].
+    pub fn missing(errno: Errno, what: impl Into<String>) -> Error {
+        match errno {
+            Errno::NOENT | Errno::NOTDIR | Errno::LOOP => {
+                Error::caused(ErrorKind::DataLoss, what, std::io::Error::from(errno))
+            }
+            _ => Error::system(errno, what),
+        }
+    }
+
     /// The same error, under what a layer above was doing.
     #[must_use]
     pub fn while_doing(self, what: impl Into<String>) -> Error {

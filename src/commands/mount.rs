@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use rustix::fs::{Dir, Mode, OFlags, open};
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
@@ -21,6 +21,7 @@ use crate::mount::{ByHand, Stack};
 use crate::root::open::{Purpose, Visit, visit};
 use crate::snapshotter::Snapshotter;
 use crate::types::{Kind, Quoted};
+use crate::util::entries::is_empty;
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
@@ -114,13 +115,10 @@ fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
     let opening = |errno: Errno| cannot("open", target, errno.into());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = open(target, flags, Mode::empty()).map_err(opening)?;
-    for entry in Dir::read_from(&directory).map_err(opening)? {
-        let entry = entry.map_err(opening)?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            return Err(Error::refused(format!(
-                "{target} is not empty, and what is in it would be hidden: give an empty one"
-            )));
-        }
+    if !is_empty(&directory).map_err(opening)? {
+        return Err(Error::refused(format!(
+            "{target} is not empty, and what is in it would be hidden: give an empty one"
+        )));
     }
     let link = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
     let path = fs::read_link(link).map_err(|error| cannot("find", target, error))?;

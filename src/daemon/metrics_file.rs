@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use crate::error::Result;
 use crate::quota::Support;
-use crate::service::Desk;
+use crate::service::Service;
 use crate::snapshotter::{Figures, VolumeFigures};
 use crate::text::prometheus::{Kind, head, line};
 use crate::util::monitor::Monitor;
@@ -23,16 +23,16 @@ const INTERVAL: Duration = Duration::from_secs(15);
 
 /// Starts the thread that writes the file, if one is asked for. That it cannot be
 /// written is a line in the log: containers matter more.
-pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>> {
+pub fn start(service: &Arc<Service>, path: Option<&str>) -> Result<Option<Background>> {
     let Some(path) = path else {
         return Ok(None);
     };
-    let (desk, path) = (Arc::clone(desk), path.to_owned());
+    let (service, path) = (Arc::clone(service), path.to_owned());
     let stop = Arc::new(Monitor::<()>::default());
     let work = move |stop: &Monitor<()>| {
         let mut is_broken = false;
         loop {
-            let written = write(&desk, &path);
+            let written = write(&service, &path);
             // Once for each time that it breaks.
             if let Err(error) = &written
                 && !is_broken
@@ -48,10 +48,10 @@ pub fn start(desk: &Arc<Desk>, path: Option<&str>) -> Result<Option<Background>>
     Background::start("metrics writer", &stop, Monitor::stop, work).map(Some)
 }
 
-fn write(desk: &Desk, path: &str) -> std::io::Result<()> {
+fn write(service: &Service, path: &str) -> std::io::Result<()> {
     let mut text = String::new();
-    desk.metrics.render(&mut text);
-    match desk.snapshotter.figures() {
+    service.metrics.render(&mut text);
+    match service.snapshotter.figures() {
         Ok(figures) => render(&figures, &mut text),
         Err(error) => log::warn!("{}", error.chain()),
     }

@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::quota::Support;
 use crate::root::open::require_mounts;
 use crate::root::{lock, state, writable};
-use crate::service::{self, Desk, Metrics, Pool, Sending};
+use crate::service::{self, Pool, Service};
 use crate::snapshotter::Snapshotter;
 use crate::types::Limits;
 use crate::util::descriptors;
@@ -75,17 +75,15 @@ pub fn run(config: &Config) -> Result<()> {
     tell_quotas(&snapshotter, config);
 
     let snapshotter = Arc::new(snapshotter);
-    let desk = Arc::new(Desk {
-        snapshotter: Arc::clone(&snapshotter),
-        pool: Pool::start(config.threads)?,
-        metrics: Metrics::default(),
-        sending: Sending::default(),
-    });
-    let mut server = Server::start(&config.address, service::build(&desk))?;
+    let service = Arc::new(Service::new(
+        Arc::clone(&snapshotter),
+        Pool::start(config.threads)?,
+    ));
+    let mut server = Server::start(&config.address, service::build(&service))?;
     // After the socket was made, for which the process's umask changes.
     let threads = snapshotter.start_threads()?;
     let keeper = backup::start(&snapshotter)?;
-    let metrics_file = metrics_file::start(&desk, config.metrics_file.as_deref())?;
+    let metrics_file = metrics_file::start(&service, config.metrics_file.as_deref())?;
     log::info!(
         "serving on {} after {} ms: layers in {}, writes in {}",
         config.address,
@@ -100,7 +98,7 @@ pub fn run(config: &Config) -> Result<()> {
     notify(NotifyState::Stopping);
     let deadline = Instant::now() + DRAIN;
     snapshotter.begin_stop();
-    let is_drained = desk.pool.close(DRAIN);
+    let is_drained = service.pool.close(DRAIN);
     if !is_drained {
         log::warn!("requests are still running after {DRAIN:?}: they are cut off");
     }

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::fd::AsFd;
-use rustix::fs::{Dir, FileType, Mode, OFlags, fgetxattr, fstat, open, stat};
+use rustix::fs::{FileType, Mode, OFlags, fgetxattr, fstat, open, stat};
 use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount, mount_change, open_tree,
@@ -29,6 +29,7 @@ use rustix::mount::{
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
 use crate::types::SnapshotId;
+use crate::util::entries::lacks_types;
 use crate::util::fault_point::fault_point;
 
 /// A mounted overlay; unmounted when dropped.
@@ -125,14 +126,10 @@ fn require_entry_types(scratch: &Path) -> Result<()> {
     let listing = || format!("list {}", scratch.display());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let top = open(scratch, flags, Mode::empty()).context(listing)?;
-    for entry in Dir::new(top).context(listing)? {
-        let entry = entry.context(listing)?;
-        let is_own = !matches!(entry.file_name().to_bytes(), b"." | b"..");
-        if is_own && entry.file_type() == FileType::Unknown {
-            return Err(Error::refused(
-                "it does not tell the types of directory entries (d_type)",
-            ));
-        }
+    if lacks_types(top).context(listing)? {
+        return Err(Error::refused(
+            "it does not tell the types of directory entries (d_type)",
+        ));
     }
     Ok(())
 }

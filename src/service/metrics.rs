@@ -3,13 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::method::Method;
 use crate::error::ErrorKind;
 use crate::text::prometheus::{Kind, head, line};
-
-/// The methods by the names that they have in the figures.
-const METHODS: [&str; 10] = [
-    "Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "List", "Usage", "Cleanup",
-];
 
 /// How a request can end, by gRPC's names for it.
 const CODES: [(&str, Option<ErrorKind>); 10] = [
@@ -34,11 +30,11 @@ const BOUNDS: [u64; 11] = [
 /// Counters of all methods, since the start.
 #[derive(Default)]
 pub struct Metrics {
-    methods: [Method; METHODS.len()],
+    methods: [MethodMetrics; Method::ALL.len()],
 }
 
 #[derive(Default)]
-struct Method {
+struct MethodMetrics {
     ended: [AtomicU64; CODES.len()],
     /// Not cumulative yet.
     lasted: [AtomicU64; BOUNDS.len() + 1],
@@ -46,12 +42,9 @@ struct Method {
 }
 
 impl Metrics {
-    /// Counts a request of the method of that name; an unknown one is left out.
-    pub(super) fn record(&self, method: &str, failure: Option<ErrorKind>, lasted: Duration) {
-        let Some(number) = METHODS.iter().position(|name| *name == method) else {
-            return;
-        };
-        let method = &self.methods[number];
+    /// Counts a request that took that long from its arrival.
+    pub(super) fn record(&self, method: Method, failure: Option<ErrorKind>, lasted: Duration) {
+        let method = &self.methods[method as usize];
         let code = CODES.iter().position(|(_, kind)| *kind == failure);
         let code = code.expect("every kind of error is in the list");
         let microseconds = u64::try_from(lasted.as_micros()).unwrap_or(u64::MAX);
@@ -68,7 +61,7 @@ impl Metrics {
         let name = "snapshotter_requests_total";
         let help = "Requests answered, by method and gRPC code.";
         head(out, Kind::Counter, name, help);
-        for (method, label) in self.methods.iter().zip(METHODS) {
+        for (method, label) in self.by_name() {
             for (count, (code, _)) in method.ended.iter().zip(CODES) {
                 let count = count.load(Ordering::Relaxed);
                 if count > 0 {
@@ -77,14 +70,20 @@ impl Metrics {
             }
         }
         let name = "snapshotter_request_seconds";
-        head(out, Kind::Histogram, name, "How long requests took.");
-        for (method, label) in self.methods.iter().zip(METHODS) {
+        let help = "How long requests took, from their arrival, with the wait for a worker.";
+        head(out, Kind::Histogram, name, help);
+        for (method, label) in self.by_name() {
             method.render_durations(out, name, label);
         }
     }
+
+    fn by_name(&self) -> impl Iterator<Item = (&MethodMetrics, &'static str)> {
+        let names = Method::ALL.iter().map(|method| method.name());
+        self.methods.iter().zip(names)
+    }
 }
 
-impl Method {
+impl MethodMetrics {
     fn render_durations(&self, out: &mut String, name: &str, label: &str) {
         let bucket = format!("{name}_bucket");
         let mut count = 0;
@@ -109,10 +108,13 @@ mod tests {
     #[test]
     fn requests_are_counted_by_method_code_and_duration() {
         let metrics = Metrics::default();
-        metrics.record("Stat", None, Duration::from_micros(100));
-        metrics.record("Stat", None, Duration::from_micros(101));
-        metrics.record("Stat", Some(ErrorKind::NotFound), Duration::from_secs(60));
-        metrics.record("Unknown", None, Duration::ZERO);
+        metrics.record(Method::Stat, None, Duration::from_micros(100));
+        metrics.record(Method::Stat, None, Duration::from_micros(101));
+        metrics.record(
+            Method::Stat,
+            Some(ErrorKind::NotFound),
+            Duration::from_secs(60),
+        );
         let mut text = String::new();
         metrics.render(&mut text);
         for line in [
@@ -128,6 +130,5 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line}: {text}");
         }
-        assert!(!text.contains("Unknown"));
     }
 }

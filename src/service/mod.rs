@@ -11,20 +11,15 @@
 //! not by the library: so a bad one is an InvalidArgument that says so, and a
 //! panic, wherever in a request, is answered Internal and ends nothing.
 
+mod call;
 mod convert;
+mod method;
 mod metrics;
-mod outcome;
 mod pool;
-mod sending;
-mod stream;
-mod unary;
 
 use std::sync::Arc;
 
-use grpcio::{
-    GrpcSlice, Marshaller, MessageReader, Method, MethodType, RpcStatus, RpcStatusCode,
-    ServiceBuilder,
-};
+use grpcio::ServiceBuilder;
 use protobuf::Message;
 use protobuf::well_known_types::empty::Empty;
 
@@ -32,64 +27,58 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::proto::snapshots as api;
 use crate::snapshotter::{Caller, Snapshotter};
 use crate::types::Mount;
+use call::{Pages, PendingAnswers, stream, unary};
+use method::Method;
 pub use metrics::Metrics;
 pub use pool::Pool;
-use pool::Work;
-pub use sending::Sending;
-use unary::Unary;
-
-const PREPARE: &str = "/containerd.services.snapshots.v1.Snapshots/Prepare";
-const VIEW: &str = "/containerd.services.snapshots.v1.Snapshots/View";
-const MOUNTS: &str = "/containerd.services.snapshots.v1.Snapshots/Mounts";
-const COMMIT: &str = "/containerd.services.snapshots.v1.Snapshots/Commit";
-const REMOVE: &str = "/containerd.services.snapshots.v1.Snapshots/Remove";
-const STAT: &str = "/containerd.services.snapshots.v1.Snapshots/Stat";
-const UPDATE: &str = "/containerd.services.snapshots.v1.Snapshots/Update";
-const LIST: &str = "/containerd.services.snapshots.v1.Snapshots/List";
-const USAGE: &str = "/containerd.services.snapshots.v1.Snapshots/Usage";
-const CLEANUP: &str = "/containerd.services.snapshots.v1.Snapshots/Cleanup";
+use pool::Work::{Brief, Long};
 
 /// What requests are answered with.
-pub struct Desk {
+pub struct Service {
     /// Does what they ask for.
     pub snapshotter: Arc<Snapshotter>,
     /// Where they wait for disks.
     pub pool: Pool,
     /// Counts them.
     pub metrics: Metrics,
-    /// Their answers, until they are sent.
-    pub sending: Sending,
+    sending: PendingAnswers,
+}
+
+impl Service {
+    /// Puts the parts together; no request has come yet.
+    pub fn new(snapshotter: Arc<Snapshotter>, pool: Pool) -> Service {
+        Service {
+            snapshotter,
+            pool,
+            metrics: Metrics::default(),
+            sending: PendingAnswers::default(),
+        }
+    }
 }
 
 /// The service, to be registered with a gRPC server.
-pub fn build(desk: &Arc<Desk>) -> grpcio::Service {
-    let unary = Unary { desk };
-    let mut builder = ServiceBuilder::new();
-    builder = unary.on_worker(builder, Work::Brief, PREPARE, prepare);
-    builder = unary.on_worker(builder, Work::Brief, VIEW, view);
-    builder = unary.at_once_or_on_worker(builder, MOUNTS, mounts_at_once, mounts);
-    builder = unary.on_worker(builder, Work::Brief, COMMIT, commit);
-    builder = unary.on_worker(builder, Work::Brief, REMOVE, remove);
-    builder = unary.in_place(builder, STAT, stat);
-    builder = unary.on_worker(builder, Work::Brief, UPDATE, update);
-    builder = unary.on_worker(builder, Work::Long, CLEANUP, cleanup);
-    let (desk, counting) = (Arc::clone(desk), Arc::clone(desk));
-    builder
-        // On the wire the same as a unary one; only a stream's sink tells when
-        // the client has gone.
-        .add_server_streaming_handler(
-            &raw_method(USAGE, MethodType::ServerStreaming),
-            move |context, request, sink| {
-                stream::respond_while_wanted(&context, request, sink, &counting);
-            },
-        )
-        .add_server_streaming_handler(
-            &raw_method(LIST, MethodType::ServerStreaming),
-            move |context, request, sink| {
-                stream::stream_list(&context, request, sink, &desk);
-            },
-        )
-        .build()
+pub fn build(service: &Arc<Service>) -> grpcio::Service {
+    let mut all = ServiceBuilder::new();
+    all = unary(all, service, (Method::Prepare, Brief), None, prepare);
+    all = unary(all, service, (Method::View, Brief), None, view);
+    let mounts_method = (Method::Mounts, Brief);
+    all = unary(all, service, mounts_method, Some(mounts_at_once), mounts);
+    all = unary(all, service, (Method::Commit, Brief), None, commit);
+    all = unary(all, service, (Method::Remove, Brief), None, remove);
+    all = unary(
+        all,
+        service,
+        (Method::Stat, Brief),
+        Some(stat_at_once),
+        stat,
+    );
+    all = unary(all, service, (Method::Update, Brief), None, update);
+    all = unary(all, service, (Method::Cleanup, Long), None, cleanup);
+    all = stream(all, service, (Method::List, Brief), list);
+    // On the wire the same as a unary one; only a stream's sink tells when the client
+    // has gone.
+    all = stream(all, service, (Method::Usage, Long), usage);
+    all.build()
 }
 
 fn prepare(
@@ -117,7 +106,7 @@ fn view(
 }
 
 fn mounts(snapshotter: &Snapshotter, request: api::MountsRequest) -> Result<api::MountsResponse> {
-    snapshotter.mounts(&request.key).map(told_mounts)
+    snapshotter.mounts(&request.key).map(mounts_response)
 }
 
 fn mounts_at_once(
@@ -125,10 +114,10 @@ fn mounts_at_once(
     request: api::MountsRequest,
 ) -> Result<Option<api::MountsResponse>> {
     let mounts = snapshotter.mounts_at_once(&request.key)?;
-    Ok(mounts.map(told_mounts))
+    Ok(mounts.map(mounts_response))
 }
 
-fn told_mounts(mounts: Vec<Mount>) -> api::MountsResponse {
+fn mounts_response(mounts: Vec<Mount>) -> api::MountsResponse {
     api::MountsResponse {
         mounts: convert::mounts(mounts),
         ..Default::default()
@@ -156,6 +145,13 @@ fn stat(
     })
 }
 
+fn stat_at_once(
+    snapshotter: &Snapshotter,
+    request: api::StatSnapshotRequest,
+) -> Result<Option<api::StatSnapshotResponse>> {
+    stat(snapshotter, request).map(Some)
+}
+
 fn update(
     snapshotter: &Snapshotter,
     request: api::UpdateSnapshotRequest,
@@ -170,17 +166,16 @@ fn update(
     })
 }
 
-fn usage(
-    snapshotter: &Snapshotter,
-    request: &api::UsageRequest,
-    caller: &Caller,
-) -> Result<api::UsageResponse> {
+/// Given up when the client has gone: it may walk for long.
+fn usage(snapshotter: &Snapshotter, request: &[u8], caller: &Caller) -> Result<Pages> {
+    let request: api::UsageRequest = decode(request)?;
     let usage = snapshotter.usage(&request.key, caller)?;
-    Ok(api::UsageResponse {
+    let response = api::UsageResponse {
         size: i64::try_from(usage.size_bytes).unwrap_or(i64::MAX),
         inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
         ..Default::default()
-    })
+    };
+    Ok(vec![encode(&response)?])
 }
 
 fn cleanup(snapshotter: &Snapshotter, _request: api::CleanupRequest) -> Result<Empty> {
@@ -194,7 +189,7 @@ fn cleanup(snapshotter: &Snapshotter, _request: api::CleanupRequest) -> Result<E
 const PAGE_SNAPSHOTS: usize = 100;
 const PAGE_BYTES: usize = 1 << 20;
 
-fn list_pages(snapshotter: &Snapshotter, request: &[u8]) -> Result<Vec<Vec<u8>>> {
+fn list(snapshotter: &Snapshotter, request: &[u8], _: &Caller) -> Result<Pages> {
     let request: api::ListSnapshotsRequest = decode(request)?;
     let mut pages = Vec::new();
     let mut page = api::ListSnapshotsResponse::new();
@@ -212,13 +207,6 @@ fn list_pages(snapshotter: &Snapshotter, request: &[u8]) -> Result<Vec<Vec<u8>>>
         pages.push(encode(&page));
     }
     pages.into_iter().collect()
-}
-
-fn dropped() -> RpcStatus {
-    RpcStatus::with_message(
-        RpcStatusCode::UNAVAILABLE,
-        "the snapshotter is stopping".to_owned(),
-    )
 }
 
 fn decode<M: Message>(bytes: &[u8]) -> Result<M> {
@@ -244,47 +232,4 @@ fn encode<M: Message>(message: &M) -> Result<Vec<u8>> {
 fn message_name<M>() -> &'static str {
     let path = std::any::type_name::<M>();
     path.rsplit("::").next().unwrap_or(path)
-}
-
-fn raw_method(name: &'static str, kind: MethodType) -> Method<Vec<u8>, Vec<u8>> {
-    let raw = || Marshaller {
-        ser: |bytes: &Vec<u8>, slice: &mut GrpcSlice| {
-            *slice = GrpcSlice::from(bytes.as_slice());
-            Ok(())
-        },
-        de: |mut reader: MessageReader| {
-            let mut bytes = Vec::with_capacity(reader.len());
-            std::io::Read::read_to_end(&mut reader, &mut bytes)
-                .map_err(|error| grpcio::Error::Codec(error.into()))?;
-            Ok(bytes)
-        },
-    };
-    Method {
-        ty: kind,
-        name,
-        req_mar: raw(),
-        resp_mar: raw(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_no_message_is_an_invalid_argument() {
-        let error = decode::<api::PrepareSnapshotRequest>(&[0xff; 7]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-        assert!(
-            error.chain().contains("PrepareSnapshotRequest"),
-            "{}",
-            error.chain()
-        );
-        // A key (field 2) that is not UTF-8.
-        let error = decode::<api::PrepareSnapshotRequest>(&[0x12, 1, 0xff]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-        // An unknown field is skipped, as protobuf wants it.
-        let request: api::StatSnapshotRequest = decode(&[0x12, 1, b'k', 0xf8, 0x01, 9]).unwrap();
-        assert_eq!(request.key, "k");
-    }
 }

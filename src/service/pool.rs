@@ -1,7 +1,7 @@
-//! The threads that may wait for a disk, and the door that closes at a stop.
+//! The threads that may wait for a disk, and the end of all requests at a stop.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -24,98 +24,72 @@ pub enum Work {
 
 /// A fixed number of threads that take requests in the order of their arrival.
 pub struct Pool {
-    door: Arc<Door>,
-    jobs: Arc<Jobs>,
+    requests: Arc<Requests>,
     workers: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// What waits for a worker. Not a channel: its receiver would be shared behind a
-/// lock, and each job would wake a second worker, to be the next one to wait in it.
-struct Jobs {
-    state: Mutex<JobsState>,
+/// What is under way. Not a channel: its receiver would be shared behind a lock, and each
+/// job would wake a second worker, to be the next one to wait in it.
+struct Requests {
+    state: Mutex<State>,
+    /// A job has been added, or there will be no more.
     added: Condvar,
+    /// The last request has ended while a stop waits for it.
+    drained: Condvar,
     /// How many workers may be at long work at the same time.
     most_long: usize,
 }
 
 #[derive(Default)]
-struct JobsState {
+struct State {
+    is_closed: bool,
+    /// Requests that were let in and have not ended.
+    under_way: usize,
     waiting: VecDeque<(Work, Job)>,
     long_running: usize,
-    is_over: bool,
-}
-
-/// Counts what is under way, and admits nothing more once closed.
-struct Door {
-    state: Mutex<DoorState>,
-    changed: Condvar,
-}
-
-struct DoorState {
-    is_open: bool,
-    running: usize,
 }
 
 /// A request under way, waiting or running; over when dropped.
 pub struct Running {
-    door: Arc<Door>,
+    requests: Arc<Requests>,
 }
 
 impl Pool {
     /// Starts `threads` workers.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Internal`] if the system gives no thread.
     pub fn start(threads: usize) -> Result<Pool> {
-        let jobs = Arc::new(Jobs {
+        let requests = Arc::new(Requests {
             state: Mutex::default(),
             added: Condvar::new(),
+            drained: Condvar::new(),
             most_long: threads.div_ceil(2),
         });
         let mut workers = Vec::with_capacity(threads);
         for number in 0..threads {
-            let jobs = Arc::clone(&jobs);
+            let requests = Arc::clone(&requests);
             let worker = thread::Builder::new()
                 .name(format!("worker-{number}"))
-                .spawn(move || {
-                    while let Some((work, job)) = jobs.take() {
-                        job();
-                        jobs.end(work);
-                    }
-                })
+                .spawn(move || requests.work())
                 .map_err(|error| {
                     Error::caused(ErrorKind::Internal, "start a worker thread", error)
                 })?;
             workers.push(worker);
         }
         Ok(Pool {
-            door: Arc::new(Door {
-                state: Mutex::new(DoorState {
-                    is_open: true,
-                    running: 0,
-                }),
-                changed: Condvar::new(),
-            }),
-            jobs,
+            requests,
             workers: Mutex::new(workers),
         })
     }
 
-    /// Lets a request in that runs where it is; it is under way until the
-    /// value is dropped.
-    ///
-    /// # Errors
-    ///
-    /// Unavailable, once [`Pool::close`] was called.
+    /// Lets a request in; it is under way until the value is dropped. Fails with gRPC's
+    /// Unavailable once [`Pool::close`] was called.
     pub fn admit(&self) -> std::result::Result<Running, RpcStatus> {
-        let mut state = self.door.lock();
-        if !state.is_open {
+        let mut state = lock(&self.requests.state);
+        if state.is_closed {
             return Err(stopping());
         }
-        state.running += 1;
+        state.under_way += 1;
         Ok(Running {
-            door: Arc::clone(&self.door),
+            requests: Arc::clone(&self.requests),
         })
     }
 
@@ -126,31 +100,27 @@ impl Pool {
             job();
             drop(running);
         });
-        lock(&self.jobs.state).waiting.push_back((work, job));
-        self.jobs.added.notify_one();
+        lock(&self.requests.state).waiting.push_back((work, job));
+        self.requests.added.notify_one();
     }
 
     /// Admits nothing from now on, and waits until what is under way has ended.
     /// `false` if that took longer than `limit`.
     pub fn close(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
-        let mut state = self.door.lock();
-        state.is_open = false;
-        while state.running > 0 {
+        let requests = &self.requests;
+        let mut state = lock(&requests.state);
+        state.is_closed = true;
+        while state.under_way > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
             }
-            state = self
-                .door
-                .changed
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            let waited = requests.drained.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(state);
-        lock(&self.jobs.state).is_over = true;
-        self.jobs.added.notify_all();
+        requests.added.notify_all();
         for worker in lock(&self.workers).drain(..) {
             // A worker catches its requests' panics.
             let _ = worker.join();
@@ -159,7 +129,17 @@ impl Pool {
     }
 }
 
-impl Jobs {
+impl Requests {
+    fn work(&self) {
+        while let Some((work, job)) = self.take() {
+            job();
+            if work == Work::Long {
+                // This worker looks for the next job itself.
+                lock(&self.state).long_running -= 1;
+            }
+        }
+    }
+
     /// Waits for a job that may begin; `None` when there will be no more.
     fn take(&self) -> Option<(Work, Job)> {
         let mut state = lock(&self.state);
@@ -172,42 +152,29 @@ impl Jobs {
                 state.long_running += usize::from(is_long);
                 return taken;
             }
-            if state.is_over {
+            if state.is_closed && state.under_way == 0 {
                 return None;
             }
             let waited = self.added.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }
     }
-
-    fn end(&self, work: Work) {
-        if work == Work::Long {
-            // The worker that ends it looks for the next one itself.
-            lock(&self.state).long_running -= 1;
-        }
-    }
 }
 
-fn stopping() -> RpcStatus {
+pub(super) fn stopping() -> RpcStatus {
     RpcStatus::with_message(
         RpcStatusCode::UNAVAILABLE,
         "the snapshotter is stopping: try again when it is back".to_owned(),
     )
 }
 
-impl Door {
-    fn lock(&self) -> MutexGuard<'_, DoorState> {
-        lock(&self.state)
-    }
-}
-
 impl Drop for Running {
     fn drop(&mut self) {
-        let mut state = self.door.lock();
-        state.running -= 1;
+        let mut state = lock(&self.requests.state);
+        state.under_way -= 1;
         // Only a stop waits for it; a wake is a system call, waited for or not.
-        if !state.is_open {
-            self.door.changed.notify_all();
+        if state.is_closed {
+            self.requests.drained.notify_all();
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{Context, Result};
 use crate::store::{Ancestor, Created};
 use crate::types::{Kind, Labels, Mount, Quoted, SnapshotId, Volume};
 use crate::util::undo::Undo;
-use crate::volume::{Dirs, NewDirs, Owner, Shape};
+use crate::volume::{Dirs, Owner, Shape};
 
 impl Snapshotter {
     /// Makes an active snapshot on a committed parent, or on nothing.
@@ -79,7 +79,7 @@ impl Snapshotter {
         let (new_links, new_project, new_dirs, created) = made;
         new_links.keep();
         new_project.into_iter().for_each(Undo::keep);
-        new_dirs.into_iter().for_each(NewDirs::keep);
+        new_dirs.into_iter().for_each(Undo::keep);
         let extras = image.lower_links(created.id, host_dirs.targets().len());
         host_dirs.keep();
         let is_unpack = new.purpose == Purpose::Unpack;
@@ -102,7 +102,7 @@ impl Snapshotter {
         dirs: &'a Dirs,
         new: &NewSnapshot<'_>,
         created: &Created,
-    ) -> Result<NewDirs<'a>> {
+    ) -> Result<Undo<impl FnOnce() -> Result<()> + use<'a>>> {
         let parent = created.ancestors.first().map(|parent| parent.id);
         let owner = self.owner_for(new.id_maps.as_ref(), parent)?;
         dirs.create(created.id, shape_of(new.kind), owner)

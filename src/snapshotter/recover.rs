@@ -13,7 +13,8 @@ use super::{QuotaMode, Snapshotter};
 use crate::error::Result;
 use crate::store::Transaction;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
-use crate::volume::{Dirs, NewDirs, Owner, moving_id};
+use crate::util::undo::Undo;
+use crate::volume::{Dirs, Owner, moving_id};
 
 impl Snapshotter {
     /// After a start: finishes or drops moves, trashes directories that no row
@@ -174,7 +175,7 @@ impl Snapshotter {
                 if is_there {
                     dirs.complete(snapshot.id, shape, owner)
                 } else {
-                    dirs.create(snapshot.id, shape, owner).map(NewDirs::keep)
+                    dirs.create(snapshot.id, shape, owner).map(Undo::keep)
                 }
             });
             match made {

@@ -19,8 +19,9 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pread, pwrite};
 
-use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
+use super::{MAX_LEVELS, open_directory, too_deep};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::util::entries::{entries, is_own};
 
 /// Copies the directory `name` in `from` to the same name in `to`, where there
 /// must be nothing of that name. Hard links are found again through `scratch`,
@@ -49,7 +50,7 @@ pub fn copy_tree(
     };
     let mut levels = vec![copy.enter(from.as_fd(), to.as_fd(), name)?];
     while let Some(level) = levels.last_mut() {
-        let Some(entry) = level.source.read() else {
+        let Some(entry) = level.source.find(is_own) else {
             let level = levels.pop().expect("the loop holds one");
             let above = levels
                 .last()
@@ -59,9 +60,6 @@ pub fn copy_tree(
             continue;
         };
         let entry = entry.context(|| "read a directory of the layer")?;
-        if is_dot(entry.file_name()) {
-            continue;
-        }
         if cancel.load(Ordering::Relaxed) {
             return Err(Error::new(ErrorKind::Unavailable, "the copy was cancelled"));
         }
@@ -149,11 +147,10 @@ impl Copy<'_> {
             return Ok(());
         }
         let forgetting = || "forget the hard links of the copy";
-        for entry in Dir::read_from(self.scratch).context(forgetting)? {
-            let entry = entry.context(forgetting)?;
-            if !is_dot(entry.file_name()) {
-                unlinkat(self.scratch, entry.file_name(), AtFlags::empty()).context(forgetting)?;
-            }
+        for entry in entries(self.scratch).context(forgetting)? {
+            entry
+                .and_then(|entry| unlinkat(self.scratch, entry.file_name(), AtFlags::empty()))
+                .context(forgetting)?;
         }
         Ok(())
     }

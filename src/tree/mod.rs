@@ -59,7 +59,3 @@ fn too_deep() -> Error {
         "directories are nested more than {MAX_LEVELS} deep"
     ))
 }
-
-fn is_dot(name: &CStr) -> bool {
-    matches!(name.to_bytes(), b"." | b"..")
-}

@@ -14,8 +14,9 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{is_dot, open_directory};
+use super::open_directory;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::util::entries::{entries, is_own};
 use crate::util::lock::lock;
 
 /// How many directories deep a removal holds descriptors; what lies deeper is
@@ -74,14 +75,10 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
 }
 
 fn list(dir: BorrowedFd<'_>) -> std::result::Result<Vec<CString>, Errno> {
-    let mut names = Vec::new();
-    for entry in Dir::new(open_directory(dir, c".")?)? {
-        let entry = entry?;
-        if !is_dot(entry.file_name()) {
-            names.push(entry.file_name().to_owned());
-        }
-    }
-    Ok(names)
+    let names = entries(open_directory(dir, c".")?)?;
+    names
+        .map(|entry| Ok(entry?.file_name().to_owned()))
+        .collect()
 }
 
 /// A directory that is being emptied.
@@ -135,8 +132,7 @@ impl<'a> Removal<'a> {
         levels.extend(self.visit(self.top, name, FileType::Directory, 0));
         while let Some(level) = levels.last_mut() {
             let failed = self.failed;
-            match level.dir.read() {
-                Some(Ok(entry)) if is_dot(entry.file_name()) => {}
+            match level.dir.find(is_own) {
                 Some(Ok(entry)) => {
                     let depth = levels.len();
                     let level = levels.last().expect("the loop holds one");

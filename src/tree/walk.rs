@@ -4,8 +4,9 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Dir, DirEntry};
 use rustix::io::Errno;
 
-use super::{MAX_LEVELS, is_dot, open_directory, too_deep};
+use super::{MAX_LEVELS, open_directory, too_deep};
 use crate::error::{Context, Result};
+use crate::util::entries::is_own;
 
 /// The directories being read, each in the one before. It goes down only where it
 /// is told to.
@@ -28,18 +29,13 @@ impl Walk {
     /// The next entry, of the directory entered last or of one above it.
     pub(super) fn next(&mut self) -> Result<Option<DirEntry>> {
         while let Some(dir) = self.open.last_mut() {
-            match dir.read() {
+            match dir.find(is_own) {
                 None => {
                     self.open.pop();
                 }
                 // Removed while it is read.
                 Some(Err(Errno::NOENT)) => {}
-                Some(entry) => {
-                    let entry = entry.context(|| self.doing)?;
-                    if !is_dot(entry.file_name()) {
-                        return Ok(Some(entry));
-                    }
-                }
+                Some(entry) => return entry.map(Some).context(|| self.doing),
             }
         }
         Ok(None)

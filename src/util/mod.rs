@@ -1,6 +1,7 @@
 //! What belongs to no domain.
 
 pub(crate) mod descriptors;
+pub(crate) mod entries;
 pub(crate) mod fault_point;
 pub(crate) mod fnv;
 pub(crate) mod lock;

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, StatVfsMountFlags, Uid, chmodat,
+    AtFlags, DirEntry, FileType, Gid, Mode, OFlags, RenameFlags, StatVfsMountFlags, Uid, chmodat,
     chownat, fstatvfs, mkdirat, openat, renameat_with, statat, syncfs, unlinkat,
 };
 use rustix::io::Errno;
@@ -13,6 +13,8 @@ use rustix::io::Errno;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::quota;
 use crate::types::{SnapshotId, Volume};
+use crate::util::entries::entries;
+use crate::util::undo::Undo;
 
 pub(super) const SNAPSHOTS: &str = "snapshots";
 pub(super) const TRASH: &str = "trash";
@@ -72,7 +74,12 @@ impl Dirs {
     /// Creates the directories of a new snapshot; `fs` is 0755 and belongs to
     /// `owner`, `work` is 0711. What an unfinished request has left under that
     /// id goes to the trash first. Leaves nothing behind on failure.
-    pub fn create(&self, id: SnapshotId, shape: Shape, owner: Owner) -> Result<NewDirs<'_>> {
+    pub fn create(
+        &self,
+        id: SnapshotId,
+        shape: Shape,
+        owner: Owner,
+    ) -> Result<Undo<impl FnOnce() -> Result<()>>> {
         let creating = || format!("create the directory {}", self.snapshot_path(id));
         let name = id.to_string();
         let mode = Mode::from_raw_mode(0o700);
@@ -88,11 +95,9 @@ impl Dirs {
             made => made,
         }
         .context(creating)?;
-        let new = NewDirs {
-            dirs: self,
-            id,
-            keep: false,
-        };
+        let new = Undo::new("make the directories of a snapshot", move || {
+            self.trash(id).map(drop)
+        });
         // No link can be in the way: the directory has just been made.
         fill(&self.snapshots, &format!("{name}/"), shape, owner).context(creating)?;
         Ok(new)
@@ -145,14 +150,8 @@ impl Dirs {
     /// [`ErrorKind::DataLoss`] if it is not there.
     pub fn open_snapshot(&self, id: SnapshotId) -> Result<OwnedFd> {
         let opening = || format!("open {}", self.snapshot_path(id));
-        match open_path(&self.snapshots, &id.to_string()) {
-            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
-                ErrorKind::DataLoss,
-                opening(),
-                std::io::Error::from(errno),
-            )),
-            opened => opened.context(opening),
-        }
+        open_path(&self.snapshots, &id.to_string())
+            .map_err(|errno| Error::missing(errno, opening()))
     }
 
     /// Opens a snapshot's `fs`.
@@ -233,33 +232,6 @@ impl Dirs {
 
     fn snapshot_path(&self, id: SnapshotId) -> String {
         format!("{}/{SNAPSHOTS}/{id}", self.path)
-    }
-}
-
-/// Directories just made; dropped without [`NewDirs::keep`], they go to the
-/// trash.
-pub struct NewDirs<'a> {
-    dirs: &'a Dirs,
-    id: SnapshotId,
-    keep: bool,
-}
-
-impl NewDirs<'_> {
-    /// The snapshot is entered: its directories stay.
-    pub fn keep(mut self) {
-        self.keep = true;
-    }
-}
-
-impl Drop for NewDirs<'_> {
-    fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
-        if let Err(error) = self.dirs.trash(self.id) {
-            // The next request that is given this id, or the next start, does it.
-            log::warn!("undo a refused request: {}", error.chain());
-        }
     }
 }
 
@@ -349,42 +321,21 @@ fn is_directory(parent: impl AsFd, path: &str) -> bool {
 /// Opens a snapshot's `fs` below the `snapshots` of the volume at `volume`.
 pub(super) fn open_upper(snapshots: impl AsFd, volume: &str, id: SnapshotId) -> Result<OwnedFd> {
     let opening = || format!("open {volume}/{SNAPSHOTS}/{id}/fs");
-    let upper = open_path(snapshots, &id.to_string()).and_then(|top| open_to_list(top, "fs"));
-    match upper {
-        Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
-            ErrorKind::DataLoss,
-            opening(),
-            std::io::Error::from(errno),
-        )),
-        upper => upper.context(opening),
-    }
+    open_path(snapshots, &id.to_string())
+        .and_then(|top| open_to_list(top, "fs"))
+        .map_err(|errno| Error::missing(errno, opening()))
 }
 
 /// Everything in the opened `directory` of the volume at `volume`.
 pub(super) fn list(fd: impl AsFd, volume: &str, directory: &str) -> Result<Vec<Entry>> {
     let listing = || format!("list {volume}/{directory}");
-    let mut entries = Vec::new();
-    for entry in Dir::read_from(fd).context(listing)? {
-        let entry = entry.context(listing)?;
-        let name = entry.file_name();
-        if !matches!(name.to_bytes(), b"." | b"..") {
-            entries.push(Entry {
-                name: name.to_owned(),
-                file_type: entry.file_type(),
-            });
-        }
-    }
-    Ok(entries)
-}
-
-/// Whether a directory has no entries.
-pub(super) fn is_empty(directory: OwnedFd) -> std::result::Result<bool, Errno> {
-    for entry in Dir::new(directory)? {
-        if !matches!(entry?.file_name().to_bytes(), b"." | b"..") {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    let entry = |entry: DirEntry| Entry {
+        name: entry.file_name().to_owned(),
+        file_type: entry.file_type(),
+    };
+    entries(fd)
+        .and_then(|all| all.map(|found| found.map(entry)).collect())
+        .context(listing)
 }
 
 pub(super) fn open_path(parent: impl AsFd, name: &str) -> std::result::Result<OwnedFd, Errno> {

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, Dir, readlinkat, renameat, symlinkat, unlinkat};
+use rustix::fs::{AtFlags, readlinkat, renameat, symlinkat, unlinkat};
 use rustix::io::Errno;
 
 use super::cached_lookup::{Glance, glance};
@@ -22,6 +22,8 @@ use super::dirs::{ensure_directory, open_to_list};
 use super::image::Image;
 use crate::error::{Context, Result};
 use crate::types::SnapshotId;
+use crate::util::entries::entries;
+use crate::util::undo::Undo;
 
 /// Opens `lowers/` of a root, if it is there.
 pub(super) fn open_lowers(top: impl AsFd) -> OnceLock<OwnedFd> {
@@ -32,32 +34,6 @@ const LOWERS: &str = "lowers";
 /// What a link is called before it takes the place of another. Used under the
 /// writer's lock, by one at a time.
 const NEW: &str = ".new";
-
-/// Links just made; dropped without [`NewLinks::keep`], they are removed.
-pub struct NewLinks<'a> {
-    image: &'a Image,
-    id: SnapshotId,
-    keep: bool,
-}
-
-impl NewLinks<'_> {
-    /// The snapshot is entered: its links stay.
-    pub fn keep(mut self) {
-        self.keep = true;
-    }
-}
-
-impl Drop for NewLinks<'_> {
-    fn drop(&mut self) {
-        if self.keep {
-            return;
-        }
-        if let Err(error) = self.image.remove_lower_links(self.id) {
-            // The next start does it.
-            log::warn!("undo a refused request: {}", error.chain());
-        }
-    }
-}
 
 impl Image {
     /// The paths by which `count` extra lower directories of a snapshot are
@@ -104,12 +80,14 @@ impl Image {
     /// Makes a snapshot's links lead to these directories, one after another,
     /// each in one step; further ones are removed. Under the writer's lock. Leaves
     /// nothing behind on failure.
-    pub fn link_lowers(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<NewLinks<'_>> {
-        let new = NewLinks {
-            image: self,
-            id,
-            keep: false,
-        };
+    pub fn link_lowers<'a>(
+        &'a self,
+        id: SnapshotId,
+        targets: &[PathBuf],
+    ) -> Result<Undo<impl FnOnce() -> Result<()> + use<'a>>> {
+        let new = Undo::new("link the host directories of a snapshot", move || {
+            self.remove_lower_links(id)
+        });
         if targets.is_empty() {
             self.remove_lower_links(id)?;
             return Ok(new);
@@ -162,7 +140,7 @@ impl Image {
             return Ok(());
         };
         let sweeping = || format!("look through {}", self.lowers_path());
-        for entry in Dir::read_from(lowers).context(sweeping)? {
+        for entry in entries(lowers).context(sweeping)? {
             let entry = entry.context(sweeping)?;
             let name = entry.file_name();
             let is_ours = name.to_bytes() == NEW.as_bytes() || linked_id(name.to_bytes()).is_some();

@@ -7,17 +7,16 @@ use std::os::unix::fs::DirBuilderExt;
 use std::sync::{Arc, OnceLock};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, fsync, openat, readlinkat, statat, symlinkat, unlinkat,
-};
+use rustix::fs::{AtFlags, Mode, OFlags, fsync, openat, readlinkat, statat, symlinkat, unlinkat};
 use rustix::io::Errno;
 
 use super::cached_lookup::{Glance, glance};
-use super::dirs::{Dirs, Owner, ensure_directory, is_empty, open_to_list};
+use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
 use super::host_dirs::open_lowers;
 use super::identity::open_top;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
+use crate::util::entries::{is_empty, lacks_types};
 
 /// Where marks for snapshots are that may be mounted by hand.
 const BY_HAND: &str = "mounted";
@@ -56,15 +55,10 @@ impl Root {
     /// [`ErrorKind::FailedPrecondition`] on such a file system.
     pub fn require_entry_types(&self) -> Result<()> {
         let path = &self.path;
-        let looking = || format!("list {path}");
-        for entry in Dir::read_from(&self.top).context(looking)? {
-            let entry = entry.context(looking)?;
-            let is_own = !matches!(entry.file_name().to_bytes(), b"." | b"..");
-            if is_own && entry.file_type() == FileType::Unknown {
-                return Err(no_entry_types(path));
-            }
+        match lacks_types(&self.top).context(|| format!("list {path}"))? {
+            true => Err(no_entry_types(path)),
+            false => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -157,24 +151,16 @@ impl Image {
     pub fn layer_owner(&self, id: SnapshotId) -> Result<Owner> {
         let looking = || format!("look at the layer {}/{id}/fs", self.snapshots_path());
         // Through the link of a layer that is not home yet: that link is ours.
-        match statat(
-            self.dirs.snapshots_fd(),
-            format!("{id}/fs"),
-            AtFlags::empty(),
-        ) {
-            Err(errno @ (Errno::NOENT | Errno::NOTDIR)) => Err(Error::caused(
-                ErrorKind::DataLoss,
-                format!("{}, which is missing", looking()),
-                std::io::Error::from(errno),
-            )),
-            stat => {
-                let stat = stat.context(looking)?;
-                Ok(Owner {
-                    uid: stat.st_uid,
-                    gid: stat.st_gid,
-                })
-            }
-        }
+        let layer = format!("{id}/fs");
+        let found = statat(self.dirs.snapshots_fd(), layer, AtFlags::empty());
+        let stat = found.map_err(|errno| match errno {
+            Errno::NOENT => Error::missing(errno, format!("{}, which is missing", looking())),
+            _ => Error::missing(errno, looking()),
+        })?;
+        Ok(Owner {
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+        })
     }
 
     /// Makes `snapshots/<id>` a link to `target`, durably. What else has that

@@ -37,10 +37,9 @@ mod preconditions;
 mod snapshot_dirs;
 
 pub use adopt::Filled;
-pub use dirs::{Dirs, Entry, NewDirs, Owner, Shape};
+pub use dirs::{Dirs, Entry, Owner, Shape};
 pub use file::replace_file;
 pub use flush::Flush;
-pub use host_dirs::NewLinks;
 use identity::Seen;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
@@ -52,7 +51,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Dir, fstat};
+use rustix::fs::fstat;
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
@@ -188,13 +187,10 @@ impl Volumes {
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
             snapshots => snapshots.context(looking)?,
         };
-        let mut ids = Vec::new();
-        for entry in Dir::new(snapshots).context(looking)? {
-            let entry = entry.context(looking)?;
-            ids.extend(SnapshotId::from_directory_name(
-                entry.file_name().to_bytes(),
-            ));
-        }
+        let ids = dirs::list(&snapshots, path, "snapshots")?
+            .iter()
+            .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()))
+            .collect();
         Ok(Some(ids))
     }
 

@@ -1,16 +1,16 @@
 //! What a volume has to be before it is used: mounted, and with room left.
 
-use std::ffi::CStr;
 use std::path::Path;
 
 use rustix::fd::OwnedFd;
 
-use rustix::fs::{AtFlags, CWD, Dir, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx};
 use rustix::io::Errno;
 
 use super::Dirs;
 use super::dirs::open_to_list;
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::util::entries::{entries, is_empty};
 
 /// How long what is on the writable volume is meant to last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,8 +128,7 @@ pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
     for name in ["snapshots", "trash"] {
         match open_to_list(&top, name) {
             Ok(fd) => {
-                let mut entries = Dir::new(fd)?;
-                if entries.any(|entry| entry.is_ok_and(|entry| !is_dot(entry.file_name()))) {
+                if !is_empty(fd)? {
                     return Ok(Holding::OurNames);
                 }
             }
@@ -138,25 +137,19 @@ pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
             Err(errno) => return Err(errno),
         }
     }
-    let usual: [&CStr; 7] = [
-        c".",
-        c"..",
+    let usual = [
         c"lost+found",
         c"snapshots",
         c"trash",
         c".probe",
         c".volume.new",
     ];
-    for entry in Dir::new(top)? {
+    for entry in entries(top)? {
         if !usual.contains(&entry?.file_name()) {
             return Ok(Holding::OtherFiles);
         }
     }
     Ok(Holding::Nothing)
-}
-
-fn is_dot(name: &CStr) -> bool {
-    matches!(name.to_bytes(), b"." | b"..")
 }
 
 /// Whether a writable directory that is empty, or not there, can be a volume

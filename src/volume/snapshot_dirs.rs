@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use super::Dirs;
 use super::dirs::{ensure_directory, list, open_to_list};
-use crate::error::{Context, Error, ErrorKind, Result};
+use crate::error::{Context, Error, Result};
 use crate::types::SnapshotId;
 
 const SCRATCH: &str = "scratch";
@@ -68,16 +68,9 @@ impl Dirs {
     /// [`ErrorKind::DataLoss`] if `<id>` or `fs` is not there.
     pub fn open_parts(&self, id: SnapshotId) -> Result<Parts> {
         let opening = || format!("open the directories of {}/snapshots/{id}", self.path());
-        let open = |parent: &dyn Fn() -> std::result::Result<OwnedFd, Errno>| match parent() {
-            Err(errno @ (Errno::NOENT | Errno::NOTDIR | Errno::LOOP)) => Err(Error::caused(
-                ErrorKind::DataLoss,
-                opening(),
-                std::io::Error::from(errno),
-            )),
-            opened => opened.context(opening),
-        };
-        let top = open(&|| open_to_list(self.snapshots_fd(), &id.to_string()))?;
-        let upper = open(&|| open_to_list(&top, "fs"))?;
+        let missing = |errno| Error::missing(errno, opening());
+        let top = open_to_list(self.snapshots_fd(), &id.to_string()).map_err(missing)?;
+        let upper = open_to_list(&top, "fs").map_err(missing)?;
         let work = match open_to_list(&top, "work") {
             Err(Errno::NOENT) => None,
             work => Some(work.context(opening)?),

@@ -1,0 +1,283 @@
+//! One request, from its arrival to the answer on its way.
+
+use std::future::{Future, poll_fn};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use futures_channel::oneshot::{self, Receiver};
+use futures_util::{Sink, SinkExt};
+use grpcio::{
+    MethodType, RpcContext, RpcStatus, RpcStatusCode, ServerStreamingSink, ServiceBuilder,
+    UnarySink, UnarySinkResult, WriteFlags,
+};
+use protobuf::Message;
+
+use super::method::Method;
+use super::pool::{Work, stopping};
+use super::{Metrics, Service, decode, encode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::snapshotter::{Caller, Snapshotter};
+use crate::util::lock::lock;
+
+/// What the client gets: an encoded message, several of them, or an error.
+type Answer<T> = std::result::Result<T, RpcStatus>;
+
+/// The encoded messages of a stream.
+pub(super) type Pages = Vec<Vec<u8>>;
+
+/// Answers a request without waiting for anything, or returns `None` if something may
+/// have to be waited for.
+pub(super) type AtOnce<Q, A> = fn(&Snapshotter, Q) -> Result<Option<A>>;
+
+/// Registers a method with one answer. Where `at_once` has no answer, `operation` runs
+/// on a worker.
+pub(super) fn unary<Q: Message, A: Message>(
+    builder: ServiceBuilder,
+    service: &Arc<Service>,
+    (method, work): (Method, Work),
+    at_once: Option<AtOnce<Q, A>>,
+    operation: fn(&Snapshotter, Q) -> Result<A>,
+) -> ServiceBuilder {
+    let service = Arc::clone(service);
+    let handler = move |context: RpcContext<'_>, request: Vec<u8>, sink: UnarySink<Vec<u8>>| {
+        let call = Call::begin(method);
+        let running = match service.pool.admit() {
+            Ok(running) => running,
+            Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
+        };
+        let tried = call.run(|| {
+            let found = match at_once {
+                Some(at_once) => at_once(&service.snapshotter, decode(&request)?)?,
+                None => None,
+            };
+            found.as_ref().map(encode).transpose()
+        });
+        if let Some(result) = tried.transpose() {
+            let answer = call.settle(&service.metrics, result);
+            return context.spawn(ended(respond(sink, answer)));
+        }
+        let answering = Arc::clone(&service);
+        service.pool.submit(running, work, move || {
+            let answer = call.answer(&answering.metrics, || {
+                encode(&operation(&answering.snapshotter, decode(&request)?)?)
+            });
+            // Sent from here: the poll thread would send it two wakes later.
+            answering.sending.keep(respond(sink, answer));
+        });
+    };
+    builder.add_unary_handler(&method.on_wire(MethodType::Unary), handler)
+}
+
+/// Registers a method that answers with a stream. All pages are made at once, so that
+/// the answer is of one moment, and a reader that stalls holds memory but no worker and
+/// no transaction.
+pub(super) fn stream(
+    builder: ServiceBuilder,
+    service: &Arc<Service>,
+    (method, work): (Method, Work),
+    operation: fn(&Snapshotter, &[u8], &Caller) -> Result<Pages>,
+) -> ServiceBuilder {
+    let service = Arc::clone(service);
+    let handler =
+        move |context: RpcContext<'_>, request: Vec<u8>, mut sink: ServerStreamingSink<Vec<u8>>| {
+            let call = Call::begin(method);
+            let caller = Caller::default();
+            let (sender, mut receiver) = oneshot::channel();
+            let (answering, asking) = (Arc::clone(&service), caller.clone());
+            let submitted = service.pool.admit().map(|running| {
+                service.pool.submit(running, work, move || {
+                    let _ = sender.send(call.answer(&answering.metrics, || {
+                        operation(&answering.snapshotter, &request, &asking)
+                    }));
+                });
+            });
+            context.spawn(async move {
+                let answer = match submitted {
+                    Err(status) => Err(status),
+                    Ok(()) => match while_wanted(&mut receiver, &mut sink).await {
+                        Some(answer) => answer,
+                        None => return caller.leave(),
+                    },
+                };
+                // A client that has hung up is no concern of ours.
+                let _ = match answer {
+                    Err(status) => sink.fail(status).await,
+                    Ok(pages) => {
+                        for page in pages {
+                            if sink.send((page, WriteFlags::default())).await.is_err() {
+                                return;
+                            }
+                        }
+                        sink.close().await
+                    }
+                };
+            });
+        };
+    builder.add_server_streaming_handler(&method.on_wire(MethodType::ServerStreaming), handler)
+}
+
+/// Waits for the answer of a worker. `None` once the client has gone, or its deadline
+/// has passed.
+async fn while_wanted<T>(
+    receiver: &mut Receiver<Answer<T>>,
+    sink: &mut ServerStreamingSink<Vec<u8>>,
+) -> Option<Answer<T>> {
+    poll_fn(|context| {
+        if let Poll::Ready(answer) = Pin::new(&mut *receiver).poll(context) {
+            return Poll::Ready(Some(answer.unwrap_or_else(|_| Err(stopping()))));
+        }
+        // A sink that has sent nothing is always ready, or over.
+        match Pin::new(&mut *sink).poll_ready(context) {
+            Poll::Ready(Err(_)) => Poll::Ready(None),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// Begins to send an answer. The call ends, and is cut off, with what is returned.
+fn respond(sink: UnarySink<Vec<u8>>, answer: Answer<Vec<u8>>) -> UnarySinkResult {
+    match answer {
+        Ok(response) => sink.success(response),
+        Err(status) => sink.fail(status),
+    }
+}
+
+async fn ended(sending: UnarySinkResult) {
+    // A client that has hung up is no concern of ours.
+    let _ = sending.await;
+}
+
+/// Holds the futures of answers that are being sent: dropping one cancels its call.
+/// They are polled when the next answer is added, which saves a thread wake-up for each
+/// answer.
+#[derive(Default)]
+pub(super) struct PendingAnswers(Mutex<Vec<UnarySinkResult>>);
+
+impl PendingAnswers {
+    /// Adds one, and drops those that are sent by now, or whose client has hung up.
+    fn keep(&self, answer: UnarySinkResult) {
+        let mut context = Context::from_waker(Waker::noop());
+        let mut answers = lock(&self.0);
+        answers.push(answer);
+        answers.retain_mut(|answer| Pin::new(answer).poll(&mut context).is_pending());
+    }
+}
+
+/// A request that has arrived.
+#[derive(Clone, Copy)]
+struct Call {
+    method: Method,
+    begun: Instant,
+}
+
+impl Call {
+    fn begin(method: Method) -> Call {
+        Call {
+            method,
+            begun: Instant::now(),
+        }
+    }
+
+    /// Runs an operation to the end of its request.
+    fn answer<T>(self, metrics: &Metrics, operation: impl FnOnce() -> Result<T>) -> Answer<T> {
+        self.settle(metrics, self.run(operation))
+    }
+
+    /// Turns a panic into an error. What a panic leaves behind is made sound by its
+    /// owners: the store rolls back, new directories go to the trash.
+    fn run<T>(self, operation: impl FnOnce() -> Result<T>) -> Result<T> {
+        catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
+            // The panic itself has been printed with its place by then.
+            let name = self.method.name();
+            let what = format!("{name} failed by a bug in this program; its log says where");
+            Err(Error::new(ErrorKind::Internal, what))
+        })
+    }
+
+    /// Counts and logs a request that has ended.
+    fn settle<T>(self, metrics: &Metrics, result: Result<T>) -> Answer<T> {
+        let (name, lasted) = (self.method.name(), self.begun.elapsed());
+        let failure = result.as_ref().err().map(Error::kind);
+        metrics.record(self.method, failure, lasted);
+        let error = match result {
+            Ok(response) => {
+                log::debug!("{name}: done in {lasted:?}");
+                return Ok(response);
+            }
+            Err(error) => error,
+        };
+        let chain = error.chain();
+        match error.kind() {
+            // The caller's own business, and common: containerd asks for what it
+            // then makes, and makes what is there.
+            ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => {
+                log::debug!("{name}: {chain} ({lasted:?})");
+            }
+            ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
+                log::warn!("{name}: {chain}");
+            }
+            ErrorKind::ResourceExhausted | ErrorKind::DataLoss | ErrorKind::Internal => {
+                log::error!("{name}: {chain}");
+            }
+        }
+        Err(RpcStatus::with_message(code_of(error.kind()), chain))
+    }
+}
+
+/// containerd 1.7 and older turn only the first eight of gRPC's codes back into
+/// errors of their own; the others arrive as unknown, with the same text.
+fn code_of(kind: ErrorKind) -> RpcStatusCode {
+    match kind {
+        ErrorKind::NotFound => RpcStatusCode::NOT_FOUND,
+        ErrorKind::AlreadyExists => RpcStatusCode::ALREADY_EXISTS,
+        ErrorKind::InvalidArgument => RpcStatusCode::INVALID_ARGUMENT,
+        ErrorKind::FailedPrecondition => RpcStatusCode::FAILED_PRECONDITION,
+        ErrorKind::ResourceExhausted => RpcStatusCode::RESOURCE_EXHAUSTED,
+        ErrorKind::Unavailable => RpcStatusCode::UNAVAILABLE,
+        ErrorKind::Cancelled => RpcStatusCode::CANCELLED,
+        ErrorKind::DataLoss => RpcStatusCode::DATA_LOSS,
+        ErrorKind::Internal => RpcStatusCode::INTERNAL,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer<T>(
+        metrics: &Metrics,
+        method: Method,
+        operation: impl FnOnce() -> Result<T>,
+    ) -> Answer<T> {
+        Call::begin(method).answer(metrics, operation)
+    }
+
+    #[test]
+    fn a_panic_is_an_internal_error_and_nothing_more() {
+        let metrics = Metrics::default();
+        let status = answer::<()>(&metrics, Method::Stat, || panic!("a bug")).unwrap_err();
+        assert_eq!(status.code(), RpcStatusCode::INTERNAL);
+        assert!(status.message().contains("Stat"), "{}", status.message());
+        assert_eq!(answer(&metrics, Method::Stat, || Ok(7)).unwrap(), 7);
+    }
+
+    #[test]
+    fn an_error_reaches_the_client_whole() {
+        let status = answer::<()>(&Metrics::default(), Method::Prepare, || {
+            Err(
+                Error::new(ErrorKind::NotFound, "parent \"p\" does not exist")
+                    .while_doing("prepare snapshot \"k\""),
+            )
+        })
+        .unwrap_err();
+        assert_eq!(status.code(), RpcStatusCode::NOT_FOUND);
+        assert_eq!(
+            status.message(),
+            "prepare snapshot \"k\": parent \"p\" does not exist"
+        );
+    }
+}

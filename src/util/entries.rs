@@ -1,0 +1,33 @@
+//! The entries of a directory, without `.` and `..`.
+
+use rustix::fd::AsFd;
+use rustix::fs::{Dir, DirEntry, FileType};
+use rustix::io::Result;
+
+/// Reads a directory from its beginning, whatever was read of it before.
+pub fn entries(directory: impl AsFd) -> Result<impl Iterator<Item = Result<DirEntry>>> {
+    Ok(Dir::read_from(directory)?.filter(is_own))
+}
+
+/// Whether an entry, or a failure to read one, is something else than `.` or `..`.
+pub fn is_own(entry: &Result<DirEntry>) -> bool {
+    let is_dot = |entry: &DirEntry| matches!(entry.file_name().to_bytes(), b"." | b"..");
+    !entry.as_ref().is_ok_and(is_dot)
+}
+
+/// Whether a directory has no entries.
+pub fn is_empty(directory: impl AsFd) -> Result<bool> {
+    Ok(entries(directory)?.next().transpose()?.is_none())
+}
+
+/// Whether a file system leaves out the types of directory entries (`d_type` in
+/// readdir(3)). overlayfs finds whiteouts by them: without them, deleted files show
+/// again. The directory must have an entry to look at.
+pub fn lacks_types(directory: impl AsFd) -> Result<bool> {
+    for entry in entries(directory)? {
+        if entry?.file_type() == FileType::Unknown {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
