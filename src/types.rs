@@ -252,6 +252,15 @@ pub struct Info {
     pub labels: Labels,
 }
 
+/// The directories of a snapshot that can be written to, as absolute paths.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotPaths {
+    /// What the snapshot holds; overlayfs's upper directory.
+    pub upper: String,
+    /// overlayfs's work directory.
+    pub work: String,
+}
+
 /// One mount for the caller to make (containerd `core/mount`, `Mount`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {

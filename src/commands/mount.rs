@@ -20,7 +20,7 @@ use crate::mount::mountinfo;
 use crate::mount::{ByHand, Stack};
 use crate::root::open::{Purpose, Visit, visit};
 use crate::snapshotter::Snapshotter;
-use crate::types::{Kind, Quoted};
+use crate::types::{Kind, Quoted, Volume};
 use crate::util::entries::is_empty;
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
@@ -49,14 +49,15 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
             config.root, config.address
         )));
     }
+    let base = volumes.snapshots_path(Volume::Image);
     let daemons = config.options.for_this_kernel();
     let snapshotter = Snapshotter::new(store, volumes, daemons.clone());
     let rescue = snapshotter.rescue(&options.key, options.is_read_only)?;
     let stack = Stack {
         source: &snapshotter.source_by_hand(rescue.id)?,
-        base: &format!("{}/snapshots", config.root),
+        base: &base,
         lowers: &rescue.lowers,
-        own: rescue.own.as_deref(),
+        own: rescue.own.as_ref(),
         options: &daemons.mount_options,
     };
     stack.mount(&target, &path)?;

@@ -12,9 +12,10 @@ pub use stack::Stack;
 
 use mountinfo::Mounted;
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString, OsStr};
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -232,12 +233,13 @@ fn upper_of(mounted: &Mounted) -> Option<&str> {
 
 /// Where an upper directory is mounted in this mount namespace, by an overlay that
 /// writes into it, or as it is; `None` if it is not. By its inode: a disk may have
-/// several paths.
+/// several paths. A bind mount counts if the directory that is bound is called `name`:
+/// others are not asked for, as one of them may be on a disk that does not answer.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Internal`] if the directory or the kernel's list cannot be read.
-pub fn mounted_at(upper: impl AsFd) -> Result<Option<PathBuf>> {
+pub fn mounted_at(upper: impl AsFd, name: &CStr) -> Result<Option<PathBuf>> {
     let looking = || "look where an upper directory is mounted";
     let stat = fstat(upper).context(looking)?;
     let is_it = |path: &Path| {
@@ -247,9 +249,10 @@ pub fn mounted_at(upper: impl AsFd) -> Result<Option<PathBuf>> {
     let mounts = mountinfo::read()?;
     let found = mounts.iter().find(|mounted| match upper_of(mounted) {
         Some(path) => is_it(Path::new(path)),
-        // A bind of a snapshot's own directory; others are not asked for, one of
-        // them may be a disk that does not answer.
-        None => mounted.root.ends_with("fs") && is_it(&mounted.point),
+        None => {
+            let bound = mounted.root.file_name().map(OsStr::as_bytes);
+            bound == Some(name.to_bytes()) && is_it(&mounted.point)
+        }
     });
     Ok(found.map(|mounted| mounted.point.clone()))
 }

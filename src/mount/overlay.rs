@@ -6,15 +6,11 @@
 //! Paths come from `config`, which has refused every character that would end
 //! an option or a lower directory.
 
-use crate::types::{Kind, Mount, SnapshotId};
+use crate::types::{Kind, Mount, SnapshotPaths};
 
 /// Where directories are, and the options every overlay gets.
 #[derive(Clone, Debug)]
 pub struct Layout {
-    /// `<root>/snapshots`: all layers are below it, also those whose bytes are
-    /// on the writable volume. Mounting sides shorten long lists by their common
-    /// directory, and id-map that directory as one mount.
-    pub lowers: String,
     /// `<root>/empty`.
     pub empty: String,
     /// Options after `lowerdir=`, for example `index=off`.
@@ -26,10 +22,10 @@ pub struct Layout {
 pub struct Plan<'a> {
     /// [`Kind::Active`] or [`Kind::View`].
     pub kind: Kind,
-    /// The snapshot's own directory, `<volume>/snapshots/<id>`.
-    pub own: &'a str,
+    /// The snapshot's own directories.
+    pub own: &'a SnapshotPaths,
     /// The layers below it, nearest first.
-    pub lowers: &'a [SnapshotId],
+    pub lowers: &'a [String],
     /// Directories above those and beneath the snapshot's own, the topmost
     /// first; below `<root>`, so that a long list is still shortened by that.
     pub extras: &'a [String],
@@ -47,11 +43,9 @@ pub fn plan_mounts(layout: &Layout, plan: &Plan<'_>) -> Vec<Mount> {
     let is_plain = plan.extras.is_empty();
     let mount = match plan.lowers {
         [] if is_plain && !plan.over_empty => {
-            bind(format!("{}/fs", plan.own), is_view, plan.id_options)
+            bind(plan.own.upper.clone(), is_view, plan.id_options)
         }
-        [lower] if is_plain && is_view => {
-            bind(lower_path(layout, *lower), is_view, plan.id_options)
-        }
+        [lower] if is_plain && is_view => bind(lower.clone(), is_view, plan.id_options),
         lowers => overlay(layout, plan, lowers, is_view),
     };
     vec![mount]
@@ -68,14 +62,14 @@ fn bind(source: String, is_view: bool, id_options: &[String]) -> Mount {
     }
 }
 
-fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[SnapshotId], is_view: bool) -> Mount {
+fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[String], is_view: bool) -> Mount {
     let mut options = plan.id_options.to_vec();
     if !is_view {
-        options.push(format!("workdir={}/work", plan.own));
-        options.push(format!("upperdir={}/fs", plan.own));
+        options.push(format!("workdir={}", plan.own.work));
+        options.push(format!("upperdir={}", plan.own.upper));
     }
     let mut paths = plan.extras.to_vec();
-    paths.extend(lowers.iter().map(|id| lower_path(layout, *id)));
+    paths.extend_from_slice(lowers);
     // One at least; without an upper two (overlayfs.rst, "Multiple lower layers").
     if lowers.is_empty() && (paths.is_empty() || is_view) {
         paths.push(layout.empty.clone());
@@ -89,17 +83,12 @@ fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[SnapshotId], is_view: boo
     }
 }
 
-fn lower_path(layout: &Layout, id: SnapshotId) -> String {
-    format!("{}/{id}/fs", layout.lowers)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn layout() -> Layout {
         Layout {
-            lowers: "/root/snapshots".to_owned(),
             empty: "/root/empty".to_owned(),
             options: vec!["index=off".to_owned(), "metacopy=on".to_owned()],
         }
@@ -122,11 +111,16 @@ mod tests {
         ids: &[&str],
     ) -> (String, Vec<String>) {
         let extras: Vec<_> = extras.iter().map(ToString::to_string).collect();
-        let lowers: Vec<_> = lowers.iter().copied().map(SnapshotId::new).collect();
+        let layer = |id: &u64| format!("/root/snapshots/{id}/fs");
+        let lowers: Vec<_> = lowers.iter().map(layer).collect();
+        let own = SnapshotPaths {
+            upper: "/fast/snapshots/9/fs".to_owned(),
+            work: "/fast/snapshots/9/work".to_owned(),
+        };
         let id_options: Vec<_> = ids.iter().map(ToString::to_string).collect();
         let plan = Plan {
             kind,
-            own: "/fast/snapshots/9",
+            own: &own,
             lowers: &lowers,
             extras: &extras,
             over_empty,

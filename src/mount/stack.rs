@@ -23,6 +23,7 @@ use rustix::param::page_size;
 
 use super::{kernel_release, kernel_version};
 use crate::error::{Error, ErrorKind, Result};
+use crate::types::SnapshotPaths;
 
 /// The first that takes layers one by one.
 const LAYERS_ONE_BY_ONE: (u32, u32) = (6, 7);
@@ -41,9 +42,8 @@ pub struct Stack<'a> {
     /// The lower directories, the topmost first: at least one, two without an
     /// upper directory.
     pub lowers: &'a [String],
-    /// The directory that has the upper and the work directory, `fs` and `work`;
-    /// without one the mount is read-only.
-    pub own: Option<&'a str>,
+    /// The upper and the work directory; without them the mount is read-only.
+    pub own: Option<&'a SnapshotPaths>,
     /// Further options, as for mount(8).
     pub options: &'a [String],
 }
@@ -58,9 +58,9 @@ impl Stack<'_> {
     /// [`ErrorKind::FailedPrecondition`] with what the kernel says.
     pub fn mount(&self, target: impl AsFd, path: &Path) -> Result<()> {
         let is_long = |path: &String| path.len() > MAX_VALUE_BYTES;
-        let own = self.own_paths();
+        let own = self.own.iter().flat_map(|own| [&own.upper, &own.work]);
         let is_new = kernel_version(&kernel_release()) >= Some(LAYERS_ONE_BY_ONE);
-        if is_new && !self.lowers.iter().chain(&own).any(is_long) {
+        if is_new && !self.lowers.iter().chain(own).any(is_long) {
             self.mount_by_layers(target.as_fd(), path)
         } else {
             self.mount_by_string(target.as_fd(), path)
@@ -91,12 +91,12 @@ impl Stack<'_> {
         for lower in self.lowers {
             fsconfig_set_string(context, "lowerdir+", lower.as_str())?;
         }
-        match self.own_paths().as_slice() {
-            [upper, work] => {
-                fsconfig_set_string(context, "upperdir", upper.as_str())?;
-                fsconfig_set_string(context, "workdir", work.as_str())?;
+        match self.own {
+            Some(own) => {
+                fsconfig_set_string(context, "upperdir", own.upper.as_str())?;
+                fsconfig_set_string(context, "workdir", own.work.as_str())?;
             }
-            _ => fsconfig_set_flag(context, "ro")?,
+            None => fsconfig_set_flag(context, "ro")?,
         }
         for option in self.options {
             match option.split_once('=') {
@@ -118,7 +118,7 @@ impl Stack<'_> {
             let below = below.and_then(|below| below.strip_prefix('/'));
             data.push_str(below.unwrap_or(lower));
         }
-        if let [upper, work] = self.own_paths().as_slice() {
+        if let Some(SnapshotPaths { upper, work }) = self.own {
             data.push_str(&format!(",upperdir={upper},workdir={work}"));
         }
         for option in self.options {
@@ -148,14 +148,6 @@ impl Stack<'_> {
         let target = format!("/proc/self/fd/{}", target.as_raw_fd());
         mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
             .map_err(|errno| refused(path, errno, ""))
-    }
-
-    /// The upper and the work directory, or nothing.
-    fn own_paths(&self) -> Vec<String> {
-        let own = self
-            .own
-            .map(|own| [format!("{own}/fs"), format!("{own}/work")]);
-        own.into_iter().flatten().collect()
     }
 }
 

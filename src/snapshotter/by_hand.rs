@@ -7,8 +7,8 @@ use super::{Snapshotter, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::{self, ByHand};
 use crate::store::Snapshot;
-use crate::types::{Kind, Quoted, SnapshotId, Volume};
-use crate::volume::Identity;
+use crate::types::{Kind, Quoted, SnapshotId, SnapshotPaths, Volume};
+use crate::volume::{Identity, UPPER};
 
 /// How many keys a message names.
 const NAMED: usize = 10;
@@ -24,8 +24,8 @@ pub struct Rescue {
     pub kind: Kind,
     /// Whether it has host directories for containers, which are left out.
     pub has_host_directories: bool,
-    /// The directory with its `fs` and `work`, if it may be written to.
-    pub own: Option<String>,
+    /// Its own directories, if it may be written to.
+    pub own: Option<SnapshotPaths>,
     /// The lower directories, the topmost first; two at least without `own`.
     pub lowers: Vec<String>,
 }
@@ -64,10 +64,7 @@ impl Snapshotter {
             }
             (_, volume) => volume,
         };
-        let own = volume.map(|volume| {
-            let snapshots = self.volumes.snapshots_path(volume);
-            format!("{snapshots}/{}", snapshot.id)
-        });
+        let own = volume.map(|volume| self.volumes.snapshot_paths(volume, snapshot.id));
         let is_written_to = is_active && !is_read_only;
         if let (true, Some(volume)) = (is_active, volume) {
             let upper = self.volumes.open(volume)?.open_upper(snapshot.id)?;
@@ -83,14 +80,10 @@ impl Snapshotter {
 
         let mut lowers = Vec::new();
         if let (false, Some(own)) = (is_written_to, &own) {
-            lowers.push(format!("{own}/fs"));
+            lowers.push(own.upper.clone());
         }
-        let snapshots = self.volumes.snapshots_path(Volume::Image);
-        lowers.extend(
-            ancestors
-                .iter()
-                .map(|layer| format!("{snapshots}/{}/fs", layer.id)),
-        );
+        let image = self.volumes.image();
+        lowers.extend(ancestors.iter().map(|layer| image.layer_path(layer.id)));
         let least = if is_written_to { 1 } else { 2 };
         if lowers.len() < least {
             lowers.push(self.volumes.image().empty_path());
@@ -165,7 +158,7 @@ impl Snapshotter {
 /// Two overlays on one upper directory damage what is in it
 /// (Documentation/filesystems/overlayfs.rst, "Sharing and copying layers").
 fn require_unmounted(upper: impl AsFd, id: SnapshotId) -> Result<()> {
-    match mount::mounted_at(upper)? {
+    match mount::mounted_at(upper, UPPER)? {
         None => Ok(()),
         Some(point) => Err(Error::refused(format!(
             "snapshot {id} is mounted already, at {}: stop its container, or give --read-only",

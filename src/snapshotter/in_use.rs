@@ -18,12 +18,10 @@ pub(super) fn mounted_by_hand(store: &Store) -> Result<Vec<ByHand>> {
 /// The snapshots on the writable volume that are mounted to be written to, and all
 /// that persons have mounted: who looks into a layer wants to read it to its end.
 pub(super) fn mounted_on_writable(store: &Store, volumes: &Volumes) -> Result<Vec<SnapshotId>> {
-    let prefix = format!("{}/", volumes.snapshots_path(Volume::Writable));
     let uppers = mount::upper_directories()?;
-    let ids = uppers.iter().filter_map(|upper| {
-        let name = upper.strip_prefix(&prefix)?.split('/').next()?;
-        SnapshotId::from_directory_name(name.as_bytes())
-    });
+    let ids = uppers
+        .iter()
+        .filter_map(|upper| volumes.snapshot_at(Volume::Writable, upper));
     let by_hand = mounted_by_hand(store)?;
     let by_hand = by_hand.into_iter().map(|mounted| mounted.id);
     Ok(ids.chain(by_hand).collect())

@@ -77,7 +77,6 @@ impl Snapshotter {
     /// Puts the parts together. Touches no disk.
     pub fn new(store: Store, volumes: Volumes, options: Options) -> Snapshotter {
         let layout = Layout {
-            lowers: volumes.snapshots_path(Volume::Image),
             empty: volumes.image().empty_path(),
             options: options.mount_options.clone(),
         };
@@ -238,8 +237,8 @@ impl Snapshotter {
                 Kind::Committed => Volume::Image,
                 Kind::Active | Kind::View => volume,
             };
-            let path = format!("{}/{}/fs", self.volumes.snapshots_path(volume), snapshot.id);
-            info.labels.insert(LABEL_UPPERDIR.to_owned(), path);
+            let paths = self.volumes.snapshot_paths(volume, snapshot.id);
+            info.labels.insert(LABEL_UPPERDIR.to_owned(), paths.upper);
         }
         info
     }

@@ -163,13 +163,14 @@ impl Snapshotter {
                 Vec::new()
             }
         };
-        let lowers: Vec<SnapshotId> = mounted.ancestors.iter().map(|layer| layer.id).collect();
+        let layer_path = |layer: &Ancestor| self.volumes.image().layer_path(layer.id);
+        let lowers: Vec<_> = mounted.ancestors.iter().map(layer_path).collect();
         let volume = mounted.volume.unwrap_or(Volume::Image);
         plan_mounts(
             &self.layout,
             &Plan {
                 kind: mounted.kind,
-                own: &format!("{}/{}", self.volumes.snapshots_path(volume), mounted.id),
+                own: &self.volumes.snapshot_paths(volume, mounted.id),
                 lowers: &lowers,
                 extras: mounted.extras,
                 over_empty: mounted.over_empty,

@@ -27,7 +27,7 @@ use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
-use crate::volume::{Dirs, Volumes};
+use crate::volume::{Dirs, UPPER, Volumes};
 use crate::{sys, tree};
 
 /// Below this a layer waits until nothing stands on it: Docker's init layers,
@@ -215,7 +215,7 @@ impl Relocator {
         let bytes = tree::copy_tree(
             &source,
             &target.top,
-            c"fs",
+            UPPER,
             &target.scratch,
             &self.is_stopping,
         )?;

@@ -72,7 +72,7 @@ pub struct Quota {
     block_time: u64,
     inode_time: u64,
     valid: u32,
-    /// Of what the quota is; only of [`next_quota`].
+    /// The project; only in what [`next_quota`] returns.
     pub id: u32,
 }
 
@@ -111,6 +111,7 @@ pub enum Target<'a> {
 enum Command {
     Get = 0x80_0007,
     Set = 0x80_0008,
+    #[cfg(feature = "fault-points")]
     GetNext = 0x80_0009,
     GetState = ((b'X' as isize) << 8) + 5,
 }
@@ -140,11 +141,12 @@ pub fn quota(target: Target<'_>, project: u32) -> Result<Quota, Errno> {
     Ok(quota)
 }
 
-/// Those of the first project from that number on that has any (Linux 4.6).
+/// For tests: the usage and the limits of the first project from that number on that has any (Linux 4.6).
 ///
 /// # Errors
 ///
 /// `ENOENT` if there is none; what the kernel says.
+#[cfg(feature = "fault-points")]
 pub fn next_quota(target: Target<'_>, from: u32) -> Result<Quota, Errno> {
     let mut quota = Quota::default();
     // SAFETY: `Q_GETNEXTQUOTA` writes one `struct if_nextdqblk`.

@@ -10,15 +10,12 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Stat, fstat, fsync, statat, syncfs, unlinkat};
 use rustix::io::Errno;
 
-use super::dirs::{
-    SNAPSHOTS, TRASH, ensure_directory, list, move_aside, open_to_list, open_upper, stop_handing_on,
-};
+use super::dirs::{ensure_directory, list, move_aside, open_to_list, open_upper, stop_handing_on};
+use super::identity;
 use super::image::no_entry_types;
-use super::{Image, identity};
+use super::paths::{EMPTY, LEFT_OUT, SNAPSHOTS, TRASH, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
-
-const LEFT_OUT: &str = "left-out";
 
 /// A volume as another program has filled it.
 pub struct Filled {
@@ -92,7 +89,7 @@ impl Filled {
     /// Whether a snapshot has `fs` here.
     pub fn has_upper(&self, id: SnapshotId) -> Result<bool> {
         // A link in the place of its own directory is followed by no opening.
-        Ok(self.is_directory(&id.to_string())? && self.is_directory(&format!("{id}/fs"))?)
+        Ok(self.is_directory(&id.to_string())? && self.is_directory(&upper_of(id))?)
     }
 
     fn is_directory(&self, name: &str) -> Result<bool> {
@@ -119,9 +116,8 @@ impl Filled {
     }
 
     /// A snapshot's `fs`, if it is there.
-    pub fn stat_upper(&self, id: &str) -> Option<Stat> {
-        let path = format!("{id}/fs");
-        statat(&self.snapshots, path, AtFlags::SYMLINK_NOFOLLOW).ok()
+    pub fn stat_upper(&self, id: SnapshotId) -> Option<Stat> {
+        statat(&self.snapshots, upper_of(id), AtFlags::SYMLINK_NOFOLLOW).ok()
     }
 
     /// The numbers that are set aside.
@@ -209,7 +205,7 @@ impl Filled {
     /// there is something in them.
     pub fn leave(&self) {
         let made: &[&str] = match self.volume {
-            Volume::Image => &[TRASH, Image::EMPTY],
+            Volume::Image => &[TRASH, EMPTY],
             Volume::Writable => &[TRASH],
         };
         for name in made {

@@ -9,15 +9,15 @@ use rustix::fs::{
     chownat, fstatvfs, mkdirat, openat, renameat_with, statat, syncfs, unlinkat,
 };
 use rustix::io::Errno;
+use rustix::path::Arg;
 
+use super::paths::{SNAPSHOTS, TRASH, UPPER, WORK, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::quota;
 use crate::types::{SnapshotId, Volume};
 use crate::util::entries::entries;
 use crate::util::undo::Undo;
 
-pub(super) const SNAPSHOTS: &str = "snapshots";
-pub(super) const TRASH: &str = "trash";
 /// In the trash, so that one left by a crash is deleted.
 const PROBE: &str = "probe";
 
@@ -105,8 +105,8 @@ impl Dirs {
 
     /// Whether a snapshot's directory holds all that [`Dirs::create`] makes.
     pub fn is_whole(&self, id: SnapshotId, shape: Shape) -> bool {
-        let has = |name: &str| is_directory(&self.snapshots, &format!("{id}/{name}"));
-        has("fs") && (shape == Shape::UpperOnly || has("work"))
+        is_directory(&self.snapshots, &upper_of(id))
+            && (shape == Shape::UpperOnly || is_directory(&self.snapshots, &format!("{id}/{WORK}")))
     }
 
     /// Makes what a snapshot's directory lacks, as after a power cut between
@@ -242,7 +242,7 @@ fn fill(at: impl AsFd, prefix: &str, shape: Shape, owner: Owner) -> std::result:
         made => made.map(|()| true),
     };
     if shape == Shape::UpperAndWork {
-        make(&format!("{prefix}work"), 0o711)?;
+        make(&format!("{prefix}{WORK}"), 0o711)?;
     }
     let upper = format!("{prefix}fs");
     if !make(&upper, 0o755)? || owner == (Owner { uid: 0, gid: 0 }) {
@@ -320,9 +320,9 @@ fn is_directory(parent: impl AsFd, path: &str) -> bool {
 
 /// Opens a snapshot's `fs` below the `snapshots` of the volume at `volume`.
 pub(super) fn open_upper(snapshots: impl AsFd, volume: &str, id: SnapshotId) -> Result<OwnedFd> {
-    let opening = || format!("open {volume}/{SNAPSHOTS}/{id}/fs");
+    let opening = || format!("open {volume}/{SNAPSHOTS}/{}", upper_of(id));
     open_path(snapshots, &id.to_string())
-        .and_then(|top| open_to_list(top, "fs"))
+        .and_then(|top| open_to_list(top, UPPER))
         .map_err(|errno| Error::missing(errno, opening()))
 }
 
@@ -344,7 +344,10 @@ pub(super) fn open_path(parent: impl AsFd, name: &str) -> std::result::Result<Ow
 }
 
 /// Opens the directory `name` in `parent` to list it; no link is followed.
-pub(super) fn open_to_list(parent: impl AsFd, name: &str) -> std::result::Result<OwnedFd, Errno> {
+pub(super) fn open_to_list(
+    parent: impl AsFd,
+    name: impl Arg,
+) -> std::result::Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(parent, name, flags, Mode::empty())
 }

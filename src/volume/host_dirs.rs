@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use super::cached_lookup::{Glance, glance};
 use super::dirs::{ensure_directory, open_to_list};
 use super::image::Image;
+use super::paths::HOST_DIRS;
 use crate::error::{Context, Result};
 use crate::types::SnapshotId;
 use crate::util::entries::entries;
@@ -27,10 +28,9 @@ use crate::util::undo::Undo;
 
 /// Opens `lowers/` of a root, if it is there.
 pub(super) fn open_lowers(top: impl AsFd) -> OnceLock<OwnedFd> {
-    open_to_list(top, LOWERS).map_or_else(|_| OnceLock::new(), OnceLock::from)
+    open_to_list(top, HOST_DIRS).map_or_else(|_| OnceLock::new(), OnceLock::from)
 }
 
-const LOWERS: &str = "lowers";
 /// What a link is called before it takes the place of another. Used under the
 /// writer's lock, by one at a time.
 const NEW: &str = ".new";
@@ -157,7 +157,7 @@ impl Image {
     }
 
     fn lowers_path(&self) -> String {
-        format!("{}/{LOWERS}", self.path())
+        format!("{}/{HOST_DIRS}", self.path())
     }
 
     /// Where nobody has asked for extra directories, there is none.
@@ -169,7 +169,7 @@ impl Image {
         if let Some(lowers) = self.lowers() {
             return Ok(lowers);
         }
-        let made = ensure_directory(self.top(), self.path(), LOWERS)?;
+        let made = ensure_directory(self.top(), self.path(), HOST_DIRS)?;
         Ok(self.lowers.get_or_init(|| made).as_fd())
     }
 }

@@ -14,12 +14,10 @@ use super::cached_lookup::{Glance, glance};
 use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
 use super::host_dirs::open_lowers;
 use super::identity::open_top;
+use super::paths::{BY_HAND, EMPTY, SNAPSHOTS, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 use crate::util::entries::{is_empty, lacks_types};
-
-/// Where marks for snapshots are that may be mounted by hand.
-const BY_HAND: &str = "mounted";
 
 /// The opened image volume.
 pub struct Image {
@@ -63,8 +61,6 @@ impl Root {
 }
 
 impl Image {
-    pub(super) const EMPTY: &str = "empty";
-
     /// Opens the root directory, an absolute path that `config` has checked,
     /// creating it (0700, with its parents) if it is missing.
     ///
@@ -99,8 +95,8 @@ impl Image {
 
     /// Whether `snapshots/` of a root holds anything.
     pub fn holds_snapshots(root: &Root) -> Result<bool> {
-        let looking = || format!("look into {}/snapshots", root.path);
-        match open_to_list(&root.top, "snapshots") {
+        let looking = || format!("look into {}/{SNAPSHOTS}", root.path);
+        match open_to_list(&root.top, SNAPSHOTS) {
             Err(Errno::NOENT) => Ok(false),
             opened => Ok(!opened.and_then(is_empty).context(looking)?),
         }
@@ -112,7 +108,7 @@ impl Image {
     ///
     /// [`ErrorKind::FailedPrecondition`] if one of the names is taken by something else.
     pub fn open(root: Root) -> Result<Image> {
-        ensure_directory(&root.top, &root.path, Image::EMPTY)?;
+        ensure_directory(&root.top, &root.path, EMPTY)?;
         let lowers = open_lowers(&root.top);
         let dirs = Dirs::open(Volume::Image, &root.path, root.top)?;
         dirs.trash_fd()?;
@@ -133,26 +129,15 @@ impl Image {
         &self.path
     }
 
-    /// `<root>/snapshots`.
-    pub fn snapshots_path(&self) -> String {
-        format!("{}/snapshots", self.path)
-    }
-
-    /// `<root>/empty`.
-    pub fn empty_path(&self) -> String {
-        format!("{}/{}", self.path, Image::EMPTY)
-    }
-
     /// The owner of a layer's top directory, wherever its bytes are.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::DataLoss`] if the layer's directory is not there.
     pub fn layer_owner(&self, id: SnapshotId) -> Result<Owner> {
-        let looking = || format!("look at the layer {}/{id}/fs", self.snapshots_path());
+        let looking = || format!("look at the layer {}", self.layer_path(id));
         // Through the link of a layer that is not home yet: that link is ours.
-        let layer = format!("{id}/fs");
-        let found = statat(self.dirs.snapshots_fd(), layer, AtFlags::empty());
+        let found = statat(self.dirs.snapshots_fd(), upper_of(id), AtFlags::empty());
         let stat = found.map_err(|errno| match errno {
             Errno::NOENT => Error::missing(errno, format!("{}, which is missing", looking())),
             _ => Error::missing(errno, looking()),

@@ -33,6 +33,7 @@ mod host_dirs;
 mod identity;
 mod image;
 mod moving;
+mod paths;
 mod preconditions;
 mod snapshot_dirs;
 
@@ -44,6 +45,8 @@ use identity::Seen;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use moving::{Target, moving_id};
+use paths::SNAPSHOTS;
+pub use paths::UPPER;
 pub use preconditions::{Holding, Lifetime, Reserve, Room, require_mount_points};
 pub use snapshot_dirs::{Parts, WorkMark};
 
@@ -183,11 +186,11 @@ impl Volumes {
         if self.expected_writable()?.look(&top, path)? != Claim::Free {
             return Ok(None);
         }
-        let snapshots = match dirs::open_to_list(&top, "snapshots") {
+        let snapshots = match dirs::open_to_list(&top, SNAPSHOTS) {
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
             snapshots => snapshots.context(looking)?,
         };
-        let ids = dirs::list(&snapshots, path, "snapshots")?
+        let ids = dirs::list(&snapshots, path, SNAPSHOTS)?
             .iter()
             .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()))
             .collect();
@@ -250,28 +253,9 @@ impl Volumes {
         )))
     }
 
-    /// `<volume>/snapshots`.
-    pub fn snapshots_path(&self, volume: Volume) -> String {
-        match volume {
-            Volume::Image => self.image.snapshots_path(),
-            Volume::Writable => format!("{}/snapshots", self.writable_path),
-        }
-    }
-
-    /// The writable directory, as configured.
-    pub fn writable_path(&self) -> &str {
-        &self.writable_path
-    }
-
     /// Links `<root>/snapshots/<id>` to the snapshot's directory on the
     /// writable volume, durably.
     pub fn link_home(&self, id: SnapshotId) -> Result<()> {
         self.image.link(id, &self.link_target(id))
-    }
-
-    /// Where `<root>/snapshots/<id>` has to point for a layer whose bytes are
-    /// on the writable volume.
-    pub fn link_target(&self, id: SnapshotId) -> String {
-        format!("{}/{id}", self.snapshots_path(Volume::Writable))
     }
 }

@@ -17,11 +17,11 @@ use rustix::io::Errno;
 use super::Dirs;
 use super::dirs::{ensure_directory, open_path, stop_handing_on};
 use super::image::Image;
+use super::paths::{SCRATCH, WORK};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::SnapshotId;
 
 const PREFIX: &str = ".moving-";
-const SCRATCH: &str = "scratch";
 const LINK: &str = "link";
 
 /// The id in the name of an entry that a move has made.
@@ -173,7 +173,7 @@ impl Image {
     /// Whether what has the move's own name is a layer that a rename has put
     /// there, and no copy: only that has overlayfs's `work` beside `fs`.
     pub fn is_renamed_layer(&self, id: SnapshotId) -> Result<bool> {
-        let work = self.entry_type(&format!("{}/work", moving_name(id)))?;
+        let work = self.entry_type(&format!("{}/{WORK}", moving_name(id)))?;
         Ok(work == Some(FileType::Directory))
     }
 }

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 
 use super::Dirs;
 use super::dirs::open_to_list;
+use super::paths::{SNAPSHOTS, TRASH};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::{entries, is_empty};
 
@@ -125,7 +126,7 @@ pub fn require_mount_points(directories: &[(&str, &str)]) -> Result<()> {
 
 /// Tells what an opened directory holds, beside a mark.
 pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
-    for name in ["snapshots", "trash"] {
+    for name in [SNAPSHOTS, TRASH] {
         match open_to_list(&top, name) {
             Ok(fd) => {
                 if !is_empty(fd)? {

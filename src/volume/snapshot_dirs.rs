@@ -7,10 +7,9 @@ use rustix::io::Errno;
 
 use super::Dirs;
 use super::dirs::{ensure_directory, list, open_to_list};
+use super::paths::{SCRATCH, SNAPSHOTS, UPPER, WORK};
 use crate::error::{Context, Error, Result};
 use crate::types::SnapshotId;
-
-const SCRATCH: &str = "scratch";
 
 /// A snapshot's directories.
 pub struct Parts {
@@ -67,11 +66,11 @@ impl Dirs {
     ///
     /// [`ErrorKind::DataLoss`] if `<id>` or `fs` is not there.
     pub fn open_parts(&self, id: SnapshotId) -> Result<Parts> {
-        let opening = || format!("open the directories of {}/snapshots/{id}", self.path());
+        let opening = || format!("open the directories of {}/{SNAPSHOTS}/{id}", self.path());
         let missing = |errno| Error::missing(errno, opening());
-        let top = open_to_list(self.snapshots_fd(), &id.to_string()).map_err(missing)?;
-        let upper = open_to_list(&top, "fs").map_err(missing)?;
-        let work = match open_to_list(&top, "work") {
+        let top = open_to_list(self.snapshots_fd(), id.to_string()).map_err(missing)?;
+        let upper = open_to_list(&top, UPPER).map_err(missing)?;
+        let work = match open_to_list(&top, WORK) {
             Err(Errno::NOENT) => None,
             work => Some(work.context(opening)?),
         };
@@ -81,7 +80,7 @@ impl Dirs {
     /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or on the way
     /// there: nobody has written into it, and it is no link, as a layer's is.
     pub fn is_unfilled(&self, id: SnapshotId) -> Result<bool> {
-        let looking = || format!("look into {}/snapshots/{id}", self.path());
+        let looking = || format!("look into {}/{SNAPSHOTS}/{id}", self.path());
         let entries = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
             Err(Errno::NOTDIR | Errno::LOOP) => Ok(None),
             opened => {
@@ -113,7 +112,7 @@ impl Dirs {
         for entry in self.trashed()? {
             // The type may be unknown to the file system.
             if matches!(entry.file_type, FileType::Directory | FileType::Unknown)
-                && let Ok(directory) = open_to_list(trash, &entry.name.to_string_lossy())
+                && let Ok(directory) = open_to_list(trash, entry.name.as_c_str())
             {
                 each(directory)?;
             }

@@ -218,13 +218,17 @@ impl Rig {
     pub fn projects_of(&self, ids: ProjectRange) -> Vec<(ProjectId, Held)> {
         let directory = File::open(&self.writable).unwrap();
         let quotas = Quotas::probe(directory.as_fd()).unwrap().unwrap();
+        quotas.settle();
         let mut found = Vec::new();
-        quotas
-            .each_in_use(ids, |project, held| {
+        let mut from = ids.first().number();
+        while let Some((project, held)) = quotas.next_in_use(from).unwrap()
+            && ids.contains(project)
+        {
+            if !held.is_nothing() {
                 found.push((project, held));
-                Ok(())
-            })
-            .unwrap();
+            }
+            from = project.number() + 1;
+        }
         found
     }
 

@@ -19,7 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::mount::mountinfo::{self, Mounted};
 use crate::root::state;
 use crate::store::{FileFormat, Store, find_remains, probe_format};
-use crate::types::{Quoted, Volume};
+use crate::types::{Quoted, SnapshotId, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
 /// Refuses to look at what is half done: it would have to be taken back first.
@@ -228,6 +228,9 @@ fn is_bound(mounted: &Mounted, filled: &Filled) -> bool {
     let mut parts = mounted.root.iter().rev().filter_map(|part| part.to_str());
     let (Some("fs"), Some(id), Some("snapshots")) = (parts.next(), parts.next(), parts.next())
     else {
+        return false;
+    };
+    let Some(id) = SnapshotId::from_directory_name(id.as_bytes()) else {
         return false;
     };
     let (ours, theirs) = (filled.stat_upper(id), fs::metadata(&mounted.point).ok());

@@ -1,0 +1,84 @@
+//! The names on the volumes, and the paths that are made of them. No other room puts a
+//! name of these into a path.
+
+use std::ffi::CStr;
+
+use super::{Image, Volumes};
+use crate::types::{SnapshotId, SnapshotPaths, Volume};
+
+pub(super) const SNAPSHOTS: &str = "snapshots";
+pub(super) const TRASH: &str = "trash";
+pub(super) const LEFT_OUT: &str = "left-out";
+/// Links to host directories.
+pub(super) const HOST_DIRS: &str = "lowers";
+/// Marks of snapshots that may be mounted by hand.
+pub(super) const BY_HAND: &str = "mounted";
+pub(super) const EMPTY: &str = "empty";
+
+/// In the directory of a snapshot: what the snapshot holds, and what overlayfs shows as
+/// its upper directory.
+pub const UPPER: &CStr = c"fs";
+/// In the directory of a snapshot: overlayfs's own, beside the upper directory.
+pub(super) const WORK: &str = "work";
+/// In the directory of a snapshot, for a moment: what will be renamed into its place.
+pub(super) const SCRATCH: &str = "scratch";
+
+/// The upper directory below `snapshots`.
+pub(super) fn upper_of(id: SnapshotId) -> String {
+    format!("{id}/fs")
+}
+
+impl Volumes {
+    /// `<volume>/snapshots`.
+    pub fn snapshots_path(&self, volume: Volume) -> String {
+        match volume {
+            Volume::Image => self.image.snapshots_path(),
+            Volume::Writable => format!("{}/{SNAPSHOTS}", self.writable_path),
+        }
+    }
+
+    /// The directories of a snapshot. Those of a layer are always reached through the
+    /// image volume, wherever its bytes are.
+    pub fn snapshot_paths(&self, volume: Volume, id: SnapshotId) -> SnapshotPaths {
+        let snapshots = self.snapshots_path(volume);
+        SnapshotPaths {
+            upper: format!("{snapshots}/{}", upper_of(id)),
+            work: format!("{snapshots}/{id}/{WORK}"),
+        }
+    }
+
+    /// The snapshot whose directory on that volume `path` leads into.
+    pub fn snapshot_at(&self, volume: Volume, path: &str) -> Option<SnapshotId> {
+        let below = path.strip_prefix(&*self.snapshots_path(volume))?;
+        let name = below.strip_prefix('/')?.split('/').next()?;
+        SnapshotId::from_directory_name(name.as_bytes())
+    }
+
+    /// Where `<root>/snapshots/<id>` has to point for a layer whose bytes are
+    /// on the writable volume.
+    pub fn link_target(&self, id: SnapshotId) -> String {
+        format!("{}/{id}", self.snapshots_path(Volume::Writable))
+    }
+
+    /// The writable directory, as configured.
+    pub fn writable_path(&self) -> &str {
+        &self.writable_path
+    }
+}
+
+impl Image {
+    /// `<root>/snapshots`.
+    pub fn snapshots_path(&self) -> String {
+        format!("{}/{SNAPSHOTS}", self.path())
+    }
+
+    /// `<root>/empty`.
+    pub fn empty_path(&self) -> String {
+        format!("{}/{EMPTY}", self.path())
+    }
+
+    /// The path by which a layer is mounted, wherever its bytes are.
+    pub fn layer_path(&self, id: SnapshotId) -> String {
+        format!("{}/{}", self.snapshots_path(), upper_of(id))
+    }
+}
