@@ -293,10 +293,7 @@ fn device_of(directory: BorrowedFd<'_>) -> Option<CString> {
 }
 
 fn mounted(directory: BorrowedFd<'_>) -> Option<mountinfo::Mounted> {
-    let mut mounts = mountinfo::read().ok()?;
-    let id = mountinfo::mount_of(directory, &mounts).ok()??.id.clone();
-    let at = mounts.iter().position(|mounted| mounted.id == id)?;
-    Some(mounts.swap_remove(at))
+    mountinfo::of_file(directory).ok()?
 }
 
 fn lack_in_words(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> String {

@@ -55,7 +55,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     let rescue = snapshotter.rescue(&options.key, options.is_read_only)?;
     let stack = Stack {
         source: &snapshotter.source_by_hand(rescue.id)?,
-        base: &base,
+        base: Some(&base),
         lowers: &rescue.lowers,
         own: rescue.own.as_ref(),
         options: &daemons.mount_options,

@@ -25,7 +25,7 @@ use crate::mount::mountinfo::{self, Mounted};
 use crate::types::Quoted;
 use location::{Place, Position, open_kept};
 pub use parse::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
-use walk::{Made, Reached, Start, path_of};
+use walk::{Reached, Start, path_of};
 
 /// Which directories may be used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -37,13 +37,13 @@ pub struct Policy {
 }
 
 /// Directories found, and those among them that were missing, created. Dropped
-/// without [`Lowers::keep`], what was created is removed again.
-pub struct Lowers {
+/// without [`HostDirs::keep`], what was created is removed again.
+pub struct HostDirs {
     targets: Vec<PathBuf>,
     created: Vec<(OwnedFd, Vec<u8>)>,
 }
 
-impl Lowers {
+impl HostDirs {
     /// Absolute paths free of links, in the order asked for; one that was asked
     /// for twice is there once.
     pub fn targets(&self) -> &[PathBuf] {
@@ -56,7 +56,7 @@ impl Lowers {
     }
 }
 
-impl Drop for Lowers {
+impl Drop for HostDirs {
     fn drop(&mut self) {
         for (parent, name) in self.created.drain(..).rev() {
             match unlinkat(&parent, &*name, AtFlags::REMOVEDIR) {
@@ -91,13 +91,13 @@ impl Policy {
     /// [`ErrorKind::FailedPrecondition`] if the allowed directory itself is not there;
     /// [`ErrorKind::Unavailable`] if it has changed meanwhile. Nothing is left behind
     /// then.
-    pub fn ensure(&self, paths: &[String]) -> Result<Lowers> {
-        let mut lowers = Lowers {
+    pub fn ensure(&self, paths: &[String]) -> Result<HostDirs> {
+        let mut found = HostDirs {
             targets: Vec::new(),
             created: Vec::new(),
         };
         if paths.is_empty() {
-            return Ok(lowers);
+            return Ok(found);
         }
         let Found {
             starts,
@@ -107,7 +107,7 @@ impl Policy {
         let mut taken = Taken::default();
         for (path, (start, reached)) in paths.iter().zip(reached) {
             let using = || format!("use the host directory {}", Quoted(path));
-            let directory = create_missing(reached, &mut lowers.created).context(using)?;
+            let directory = create_missing(reached, &mut found.created).context(using)?;
             // Once more, as it may have been moved since the walk.
             if !starts[start].holds(&directory)? || is_removed(&directory)? {
                 return Err(Error::new(
@@ -118,14 +118,14 @@ impl Policy {
             }
             let position = Position::of(&directory, &surroundings.mounts).context(using)?;
             surroundings
-                .require_apart(&position, Extent::Itself)
+                .require_apart(&position, Position::overlaps)
                 .context(using)?;
-            if taken.take(position.place(&[]), path).context(using)? == Turn::First {
+            if taken.take(position.place(&[]), path).context(using)? {
                 let target = OsString::from_vec(path_of(&directory)?);
-                lowers.targets.push(PathBuf::from(target));
+                found.targets.push(PathBuf::from(target));
             }
         }
-        Ok(lowers)
+        Ok(found)
     }
 
     fn find(&self, paths: &[String]) -> Result<Found> {
@@ -183,13 +183,14 @@ impl Policy {
                 });
                 return Err(error.while_doing(using()));
             };
-            let extent = match there.missing.is_empty() {
-                true => Extent::Itself,
-                false => Extent::Beneath,
+            // A directory that is to be created may be in one that also holds our own.
+            let clashes = match there.missing.is_empty() {
+                true => Position::overlaps,
+                false => Position::is_within,
             };
             let position = Position::of(&there.fd, &surroundings.mounts).context(using)?;
             surroundings
-                .require_apart(&position, extent)
+                .require_apart(&position, clashes)
                 .and_then(|()| taken.take(position.place(there.missing.make_contiguous()), path))
                 .context(using)?;
             found.push((number, there));
@@ -214,20 +215,12 @@ struct Found {
 #[derive(Default)]
 struct Taken<'a>(Vec<(Place, &'a String)>);
 
-/// Whether a directory has been taken before in a request.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    /// It has not.
-    First,
-    /// It has, perhaps by another name.
-    Again,
-}
-
 impl<'a> Taken<'a> {
-    /// overlayfs refuses to mount a directory twice, or together with one in it.
-    fn take(&mut self, place: Place, path: &'a String) -> Result<Turn> {
+    /// `false` if the directory has been taken before. overlayfs refuses to mount a
+    /// directory twice, or together with one in it.
+    fn take(&mut self, place: Place, path: &'a String) -> Result<bool> {
         if self.0.iter().any(|(other, _)| *other == place) {
-            return Ok(Turn::Again);
+            return Ok(false);
         }
         let clashes = |other: &Place| other.is_within(&place) || place.is_within(other);
         if let Some((_, other)) = self.0.iter().find(|(other, _)| clashes(other)) {
@@ -237,17 +230,8 @@ impl<'a> Taken<'a> {
             )));
         }
         self.0.push((place, path));
-        Ok(Turn::First)
+        Ok(true)
     }
-}
-
-/// What is to be used of a directory.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Extent {
-    /// The directory, with all in it.
-    Itself,
-    /// One that is to be created in it.
-    Beneath,
 }
 
 /// The snapshotter's own directories, as they are mounted now.
@@ -268,12 +252,12 @@ impl Surroundings {
         Ok(Surroundings { mounts, kept })
     }
 
-    fn require_apart(&self, position: &Position, extent: Extent) -> Result<()> {
-        let clashes = |kept: &Position| match extent {
-            Extent::Itself => position.overlaps(kept),
-            Extent::Beneath => position.is_within(kept),
-        };
-        match self.kept.iter().find(|(kept, _)| clashes(kept)) {
+    fn require_apart(
+        &self,
+        position: &Position,
+        clashes: fn(&Position, &Position) -> bool,
+    ) -> Result<()> {
+        match self.kept.iter().find(|(kept, _)| clashes(position, kept)) {
             None => Ok(()),
             Some((_, path)) => Err(Error::invalid(format!(
                 "it is {path}, in it or holds it, which the snapshotter keeps its own data \
@@ -285,11 +269,9 @@ impl Surroundings {
 
 fn create_missing(mut reached: Reached, created: &mut Vec<(OwnedFd, Vec<u8>)>) -> Result<OwnedFd> {
     while let Some(name) = reached.missing.pop_front() {
-        let parent = reached
-            .fd
-            .try_clone()
-            .map_err(|error| Error::caused(ErrorKind::Internal, "keep a directory open", error))?;
-        if reached.create_next(&name)? == Made::Now {
+        let parent = reached.fd.try_clone();
+        let parent = parent.context(|| "keep a directory open")?;
+        if reached.create_next(&name)? {
             created.push((parent, name));
         }
     }

@@ -145,13 +145,13 @@ impl Start {
 }
 
 impl Reached {
-    /// Creates the next missing directory, 0755, and goes to it. Tells whether
-    /// it was this call that has made it.
-    pub fn create_next(&mut self, name: &[u8]) -> Result<Made> {
+    /// Creates the next missing directory, 0755, and goes to it. Returns
+    /// whether this call has created it.
+    pub fn create_next(&mut self, name: &[u8]) -> Result<bool> {
         let creating = || format!("create {}", String::from_utf8_lossy(name));
         let made = match mkdirat(&self.fd, name, Mode::from_raw_mode(0o755)) {
-            Ok(()) => Made::Now,
-            Err(Errno::EXIST) => Made::Before,
+            Ok(()) => true,
+            Err(Errno::EXIST) => false,
             Err(Errno::NAMETOOLONG) => return Err(invalid("has a name that is too long")),
             Err(errno) => return Err(errno).context(creating),
         };
@@ -165,15 +165,6 @@ impl Reached {
         };
         Ok(made)
     }
-}
-
-/// Who has made a directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Made {
-    /// This request.
-    Now,
-    /// Somebody else.
-    Before,
 }
 
 pub(super) const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);

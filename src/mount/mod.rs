@@ -12,7 +12,7 @@ pub use stack::Stack;
 
 use mountinfo::Mounted;
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CStr, OsStr};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -20,38 +20,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use rustix::fd::AsFd;
-use rustix::fs::{FileType, Mode, OFlags, fgetxattr, fstat, open, stat};
+use rustix::fs::{FileType, fgetxattr, fstat, stat};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount, mount_change, open_tree,
-    unmount,
+    MountPropagationFlags, OpenTreeFlags, UnmountFlags, mount_change, open_tree, unmount,
 };
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys;
-use crate::types::SnapshotId;
+use crate::types::{SnapshotId, SnapshotPaths};
 use crate::util::entries::lacks_types;
 use crate::util::fault_point::fault_point;
 
 /// A mounted overlay; unmounted when dropped.
 struct Overlay {
     target: PathBuf,
-}
-
-impl Overlay {
-    fn mount(target: &Path, options: &str) -> std::result::Result<Overlay, Errno> {
-        let data = CString::new(options).map_err(|_| Errno::INVAL)?;
-        mount(
-            "overlay",
-            target,
-            "overlay",
-            MountFlags::empty(),
-            Some(data.as_c_str()),
-        )?;
-        Ok(Overlay {
-            target: target.to_owned(),
-        })
-    }
 }
 
 impl Drop for Overlay {
@@ -92,30 +75,29 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
         make_directory(&lower.join(name))?;
     }
     for name in ["deleted", "moved"] {
-        fs::write(lower.join(name), name).map_err(|error| {
-            Error::caused(
-                ErrorKind::Internal,
-                format!("write {}", lower.join(name).display()),
-                error,
-            )
-        })?;
+        let path = lower.join(name);
+        fs::write(&path, name).context(|| format!("write {}", path.display()))?;
     }
 
     require_entry_types(scratch)?;
     let path = |name: &str| scratch.join(name).display().to_string();
-    let mut data = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        path(LOWER),
-        path(UPPER),
-        path(WORK)
-    );
-    for option in options {
-        data.push(',');
-        data.push_str(option);
-    }
+    let own = SnapshotPaths {
+        upper: path(UPPER),
+        work: path(WORK),
+    };
+    let stack = Stack {
+        source: "overlay",
+        base: None,
+        lowers: &[path(LOWER)],
+        own: Some(&own),
+        options,
+    };
     let merged = scratch.join(MERGED);
-    let mounted = Overlay::mount(&merged, &data)
-        .map_err(|errno| unsuitable(format!("mount an overlay with the options {data}"), errno))?;
+    let target = fs::File::open(&merged).context(|| format!("open {}", merged.display()))?;
+    stack.mount(target, &merged)?;
+    let mounted = Overlay {
+        target: merged.clone(),
+    };
     fault_point("probe-mounted");
     exercise(&merged, &scratch.join(UPPER), options)?;
     drop(mounted);
@@ -125,8 +107,7 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
 /// overlayfs finds whiteouts by the types in directory entries.
 fn require_entry_types(scratch: &Path) -> Result<()> {
     let listing = || format!("list {}", scratch.display());
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let top = open(scratch, flags, Mode::empty()).context(listing)?;
+    let top = fs::File::open(scratch).context(listing)?;
     if lacks_types(top).context(listing)? {
         return Err(Error::refused(
             "it does not tell the types of directory entries (d_type)",
@@ -182,13 +163,7 @@ fn exercise(merged: &Path, upper: &Path, options: &[String]) -> Result<()> {
 }
 
 fn make_directory(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).map_err(|error| {
-        Error::caused(
-            ErrorKind::Internal,
-            format!("create the directory {}", path.display()),
-            error,
-        )
-    })
+    fs::create_dir_all(path).context(|| format!("create the directory {}", path.display()))
 }
 
 fn unsuitable(what: String, errno: Errno) -> Error {
@@ -210,10 +185,6 @@ pub fn probe_parameter(name: &str) -> Option<String> {
 
 /// The upper directories of all overlays that are mounted in this mount
 /// namespace, as they were given to mount(2).
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if the kernel's list cannot be read.
 pub fn upper_directories() -> Result<Vec<String>> {
     let mounts = mountinfo::read()?;
     Ok(mounts
@@ -235,10 +206,6 @@ fn upper_of(mounted: &Mounted) -> Option<&str> {
 /// writes into it, or as it is; `None` if it is not. By its inode: a disk may have
 /// several paths. A bind mount counts if the directory that is bound is called `name`:
 /// others are not asked for, as one of them may be on a disk that does not answer.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if the directory or the kernel's list cannot be read.
 pub fn mounted_at(upper: impl AsFd, name: &CStr) -> Result<Option<PathBuf>> {
     let looking = || "look where an upper directory is mounted";
     let stat = fstat(upper).context(looking)?;
@@ -279,10 +246,6 @@ impl ByHand {
     }
 
     /// All such mounts in this mount namespace, of whatever root.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
     pub fn all() -> Result<Vec<ByHand>> {
         Ok(mountinfo::read()?
             .iter()
@@ -291,10 +254,6 @@ impl ByHand {
     }
 
     /// The mounts that may be of the root with this identity.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Internal`] if the kernel's list cannot be read.
     pub fn of_root(identity: Option<&str>) -> Result<Vec<ByHand>> {
         let mut mounts = ByHand::all()?;
         mounts.retain(|mounted| mounted.root.is_none() || mounted.root.as_deref() == identity);
@@ -348,9 +307,7 @@ pub fn hold_user_namespace() -> Result<()> {
     let waited = told
         .and_then(|()| std::io::stdout().flush())
         .and_then(|()| std::io::stdin().read(&mut [0]));
-    waited
-        .map(drop)
-        .map_err(|error| Error::caused(ErrorKind::Internal, "talk to the parent process", error))
+    waited.map(drop).context(|| "talk to the parent process")
 }
 
 /// Gives this process, which must have one thread only, mounts of its own: what it

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use rustix::fd::{AsFd, AsRawFd};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Result};
 
 /// One mount.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,51 +30,37 @@ pub struct Mounted {
 }
 
 /// All mounts, in the kernel's order.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if the list cannot be read.
 pub fn read() -> Result<Vec<Mounted>> {
     let path = "/proc/self/mountinfo";
-    fs::read(path)
-        .map(|text| parse(&text))
-        .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
+    let text = fs::read(path).context(|| format!("read {path}"))?;
+    Ok(parse(&text))
 }
 
 /// The mount that an open file is on; `None` if it has gone since `mounts` were
 /// read.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if the kernel does not tell.
 pub fn mount_of(fd: impl AsFd, mounts: &[Mounted]) -> Result<Option<&Mounted>> {
     let number = fd.as_fd().as_raw_fd();
-    let told = fs::read(format!("/proc/self/fdinfo/{number}")).map_err(|error| {
-        Error::caused(ErrorKind::Internal, "ask on which mount a file is", error)
-    })?;
-    let id = told
+    let said = fs::read(format!("/proc/self/fdinfo/{number}"))
+        .context(|| "ask on which mount a file is")?;
+    let id = said
         .split(|byte| *byte == b'\n')
         .find_map(|line| line.strip_prefix(b"mnt_id:"))
         .map(<[u8]>::trim_ascii);
     Ok(mounts.iter().find(|mounted| Some(&*mounted.id) == id))
 }
 
+/// The mount that an open file is on; `None` if it has just gone.
+pub fn of_file(fd: impl AsFd) -> Result<Option<Mounted>> {
+    Ok(mount_of(fd, &read()?)?.cloned())
+}
+
 /// The mount that a path is on; `None` if there is nothing of that name.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`] if it cannot be opened, or the kernel does not tell.
 pub fn of_path(path: &str) -> Result<Option<Mounted>> {
     let file = match fs::File::open(path) {
-        Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => {
-            let what = format!("open {path}");
-            return Err(Error::caused(ErrorKind::Internal, what, error));
-        }
+        file => file.context(|| format!("open {path}"))?,
     };
-    let mounts = read()?;
-    Ok(mount_of(&file, &mounts)?.cloned())
+    of_file(file)
 }
 
 fn parse(text: &[u8]) -> Vec<Mounted> {

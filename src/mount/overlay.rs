@@ -28,7 +28,7 @@ pub struct Plan<'a> {
     pub lowers: &'a [String],
     /// Directories above those and beneath the snapshot's own, the topmost
     /// first; below `<root>`, so that a long list is still shortened by that.
-    pub extras: &'a [String],
+    pub host_dirs: &'a [String],
     /// Without parent: an overlay over an empty directory in place of a bind.
     /// What unpacks a layer writes whiteouts the overlay way only onto an
     /// overlay mount (containerd `core/diff/apply/apply_linux.go`).
@@ -40,7 +40,7 @@ pub struct Plan<'a> {
 /// The mounts of a snapshot: always exactly one.
 pub fn plan_mounts(layout: &Layout, plan: &Plan<'_>) -> Vec<Mount> {
     let is_view = plan.kind == Kind::View;
-    let is_plain = plan.extras.is_empty();
+    let is_plain = plan.host_dirs.is_empty();
     let mount = match plan.lowers {
         [] if is_plain && !plan.over_empty => {
             bind(plan.own.upper.clone(), is_view, plan.id_options)
@@ -68,7 +68,7 @@ fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[String], is_view: bool) -
         options.push(format!("workdir={}", plan.own.work));
         options.push(format!("upperdir={}", plan.own.upper));
     }
-    let mut paths = plan.extras.to_vec();
+    let mut paths = plan.host_dirs.to_vec();
     paths.extend_from_slice(lowers);
     // One at least; without an upper two (overlayfs.rst, "Multiple lower layers").
     if lowers.is_empty() && (paths.is_empty() || is_view) {
@@ -122,7 +122,7 @@ mod tests {
             kind,
             own: &own,
             lowers: &lowers,
-            extras: &extras,
+            host_dirs: &extras,
             over_empty,
             id_options: &id_options,
         };

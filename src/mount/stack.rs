@@ -8,7 +8,7 @@
 //! the version is asked.
 //!
 //! Programs with set-user-ID and devices in there are for containers, not for
-//! whoever may look into a directory of the host: nosuid and nodev.
+//! users of the host who can read the directory: nosuid and nodev.
 
 use std::ffi::CString;
 use std::path::Path;
@@ -37,8 +37,9 @@ const MAX_VALUE_BYTES: usize = 255;
 pub struct Stack<'a> {
     /// What mountinfo and df(1) are to show as its device.
     pub source: &'a str,
-    /// The directory that most layers are below.
-    pub base: &'a str,
+    /// The directory that most layers are below. On kernels before Linux 6.7 it becomes
+    /// the working directory of the process, which must have no other use for that.
+    pub base: Option<&'a str>,
     /// The lower directories, the topmost first: at least one, two without an
     /// upper directory.
     pub lowers: &'a [String],
@@ -49,9 +50,7 @@ pub struct Stack<'a> {
 }
 
 impl Stack<'_> {
-    /// Mounts it on the directory `target`, which `path` is for messages. May change
-    /// the working directory of the process, so it is for programs that do nothing
-    /// else.
+    /// Mounts it on the directory `target`, which `path` is for messages.
     ///
     /// # Errors
     ///
@@ -114,7 +113,7 @@ impl Stack<'_> {
             if number > 0 {
                 data.push(':');
             }
-            let below = lower.strip_prefix(self.base);
+            let below = self.base.and_then(|base| lower.strip_prefix(base));
             let below = below.and_then(|below| below.strip_prefix('/'));
             data.push_str(below.unwrap_or(lower));
         }
@@ -140,10 +139,12 @@ impl Stack<'_> {
         if self.own.is_none() {
             flags |= MountFlags::RDONLY;
         }
-        std::env::set_current_dir(self.base).map_err(|error| {
-            let what = format!("enter {}", self.base);
-            Error::caused(ErrorKind::FailedPrecondition, what, error)
-        })?;
+        if let Some(base) = self.base {
+            std::env::set_current_dir(base).map_err(|error| {
+                let what = format!("enter {base}");
+                Error::caused(ErrorKind::FailedPrecondition, what, error)
+            })?;
+        }
         // The directory that was looked at, whatever has its name by now.
         let target = format!("/proc/self/fd/{}", target.as_raw_fd());
         mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
@@ -168,7 +169,7 @@ fn said(context: &OwnedFd) -> String {
 fn refused(path: &Path, errno: Errno, said: &str) -> Error {
     Error::caused(
         ErrorKind::FailedPrecondition,
-        format!("mount an overlay on {}{said}", path.display()),
+        format!("cannot mount an overlay on {}{said}", path.display()),
         std::io::Error::from(errno),
     )
 }

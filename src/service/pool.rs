@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use grpcio::{RpcStatus, RpcStatusCode};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Result};
 use crate::util::lock::lock;
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -69,9 +69,7 @@ impl Pool {
             let worker = thread::Builder::new()
                 .name(format!("worker-{number}"))
                 .spawn(move || requests.work())
-                .map_err(|error| {
-                    Error::caused(ErrorKind::Internal, "start a worker thread", error)
-                })?;
+                .context(|| "start a worker thread")?;
             workers.push(worker);
         }
         Ok(Pool {

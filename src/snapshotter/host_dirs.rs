@@ -81,15 +81,15 @@ impl Snapshotter {
         wanted.require_plain_ids(id_maps)?;
         let lowers = self.options.lowers.ensure(&wanted.all())?;
         let image = self.volumes.image();
-        if !image.has_lower_links(snapshot.id, lowers.targets())? {
+        if !image.has_host_dir_links(snapshot.id, lowers.targets())? {
             let transaction = self.store.write()?;
             // Removed meanwhile, it would get links that nobody removes.
             let now = transaction.rows().stat(&info.name)?;
             if now.id == snapshot.id {
-                image.link_lowers(snapshot.id, lowers.targets())?.keep();
+                image.link_host_dirs(snapshot.id, lowers.targets())?.keep();
             }
         }
-        let links = image.lower_links(snapshot.id, lowers.targets().len());
+        let links = image.host_dir_paths(snapshot.id, lowers.targets().len());
         lowers.keep();
         Ok(links)
     }
@@ -134,7 +134,7 @@ impl Snapshotter {
 
     /// Removes the links of a snapshot that is gone, or is a layer now.
     pub(super) fn drop_lower_links(&self, id: SnapshotId) {
-        if let Err(error) = self.volumes.image().remove_lower_links(id) {
+        if let Err(error) = self.volumes.image().remove_host_dir_links(id) {
             // It is done all the same; the next start removes them.
             log::warn!("remove the links of snapshot {id}: {}", error.chain());
         }

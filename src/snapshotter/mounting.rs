@@ -172,7 +172,7 @@ impl Snapshotter {
                 kind: mounted.kind,
                 own: &self.volumes.snapshot_paths(volume, mounted.id),
                 lowers: &lowers,
-                extras: mounted.extras,
+                host_dirs: mounted.extras,
                 over_empty: mounted.over_empty,
                 id_options: &id_options,
             },

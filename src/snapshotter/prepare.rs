@@ -71,7 +71,7 @@ impl Snapshotter {
                 Some(planned) => self.projects.give(transaction, planned, created.id)?,
                 None => None,
             };
-            let new_links = image.link_lowers(created.id, host_dirs.targets())?;
+            let new_links = image.link_host_dirs(created.id, host_dirs.targets())?;
             let rows = transaction.rows();
             rows.record_lowers(created.id, &new.host_dirs.chosen)?;
             Ok((new_links, new_project, new_dirs, created))
@@ -80,7 +80,7 @@ impl Snapshotter {
         new_links.keep();
         new_project.into_iter().for_each(Undo::keep);
         new_dirs.into_iter().for_each(Undo::keep);
-        let extras = image.lower_links(created.id, host_dirs.targets().len());
+        let extras = image.host_dir_paths(created.id, host_dirs.targets().len());
         host_dirs.keep();
         let is_unpack = new.purpose == Purpose::Unpack;
         if is_unpack && new.volume == Some(Volume::Image) {

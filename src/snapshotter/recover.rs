@@ -132,7 +132,7 @@ impl Snapshotter {
             .map(|place| place.id)
             .collect();
         let image = self.volumes.image();
-        image.sweep_lower_links(|id| mountable.contains(&id))
+        image.sweep_host_dir_links(|id| mountable.contains(&id))
     }
 
     /// Deals with rows whose directory is missing, or not whole: an active

@@ -35,11 +35,6 @@ const WORTH_TWO: usize = 8;
 /// Deletes everything in the directory `top`, which itself stays. Goes on past
 /// what cannot be deleted, tries that once, and returns the first failure at the end.
 /// Something else deleting the same tree at the same time is no error.
-///
-/// # Errors
-///
-/// [`ErrorKind::Internal`], saying how many entries are left and why the first
-/// one is.
 pub fn remove_children(top: impl AsFd) -> Result<()> {
     let top = top.as_fd();
     let last_name = AtomicU64::new(0);

@@ -18,10 +18,6 @@ const COUNTING: &str = "count what a directory tree holds";
 /// containerd's `continuity/fs/du_unix.go`; and the lengths of its files. What
 /// vanishes during the walk is left out and no error. The memory that the count takes
 /// does not depend on the tree.
-///
-/// # Errors
-///
-/// [`crate::error::ErrorKind::Internal`] if something there cannot be read.
 pub fn count(top: impl AsFd) -> Result<Content> {
     count_unless(top, || false)
 }
@@ -31,7 +27,7 @@ pub fn count(top: impl AsFd) -> Result<Content> {
 ///
 /// # Errors
 ///
-/// As of [`count`]; [`ErrorKind::Cancelled`] if it was given up.
+/// [`ErrorKind::Cancelled`] if it was given up.
 pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Content> {
     /// Between two questions.
     const ENTRIES: u64 = 256;

@@ -10,7 +10,9 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Stat, fstat, fsync, statat, syncfs, unlinkat};
 use rustix::io::Errno;
 
-use super::dirs::{ensure_directory, list, move_aside, open_to_list, open_upper, stop_handing_on};
+use super::dirs::{
+    ensure_directory, list, move_aside, no_directory, open_to_list, open_upper, stop_handing_on,
+};
 use super::identity;
 use super::image::no_entry_types;
 use super::paths::{EMPTY, LEFT_OUT, SNAPSHOTS, TRASH, upper_of};
@@ -228,10 +230,6 @@ fn move_into(from: &OwnedFd, to: &OwnedFd, name: &str) -> std::result::Result<()
         Err(Errno::XDEV) if stop_handing_on(to) == Ok(true) => move_aside(from, name, to, name),
         moved => moved,
     }
-}
-
-fn no_directory(path: &str, name: &str) -> Error {
-    Error::refused(format!("{path}/{name} is not a directory: move it away"))
 }
 
 #[cfg(test)]

@@ -364,9 +364,11 @@ pub(super) fn ensure_directory(parent: impl AsFd, path: &str, name: &str) -> Res
         opened => opened,
     };
     match opened {
-        Err(Errno::NOTDIR | Errno::LOOP) => Err(Error::refused(format!(
-            "{path}/{name} is not a directory: move it away"
-        ))),
+        Err(Errno::NOTDIR | Errno::LOOP) => Err(no_directory(path, name)),
         opened => opened.context(opening),
     }
+}
+
+pub(super) fn no_directory(path: &str, name: &str) -> Error {
+    Error::refused(format!("{path}/{name} is not a directory: move it away"))
 }

@@ -1,4 +1,4 @@
-//! Links to extra lower directories: `<root>/lowers/<id>.<number>`.
+//! Links to host directories: `<root>/lowers/<id>.<number>`.
 //!
 //! Mounting sides shorten long lists of lower directories by changing into the
 //! directory that all share, and cannot where one is elsewhere on the host. So
@@ -27,7 +27,7 @@ use crate::util::entries::entries;
 use crate::util::undo::Undo;
 
 /// Opens `lowers/` of a root, if it is there.
-pub(super) fn open_lowers(top: impl AsFd) -> OnceLock<OwnedFd> {
+pub(super) fn open_host_dirs(top: impl AsFd) -> OnceLock<OwnedFd> {
     open_to_list(top, HOST_DIRS).map_or_else(|_| OnceLock::new(), OnceLock::from)
 }
 
@@ -36,31 +36,31 @@ pub(super) fn open_lowers(top: impl AsFd) -> OnceLock<OwnedFd> {
 const NEW: &str = ".new";
 
 impl Image {
-    /// The paths by which `count` extra lower directories of a snapshot are
+    /// The paths by which `count` host directories of a snapshot are
     /// mounted, the topmost first.
-    pub fn lower_links(&self, id: SnapshotId, count: usize) -> Vec<String> {
-        let path = self.lowers_path();
+    pub fn host_dir_paths(&self, id: SnapshotId, count: usize) -> Vec<String> {
+        let path = self.links_path();
         (0..count)
             .map(|number| format!("{path}/{}", link_name(id, number)))
             .collect()
     }
 
     /// Whether a snapshot's links are these, and no others.
-    pub fn has_lower_links(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<bool> {
-        let Some(lowers) = self.lowers() else {
+    pub fn has_host_dir_links(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<bool> {
+        let Some(links) = self.links_dir() else {
             return Ok(targets.is_empty());
         };
         let none = [OsStr::new("")];
         let wanted = targets.iter().map(|target| target.as_os_str()).chain(none);
         for (number, wanted) in wanted.enumerate() {
             let name = link_name(id, number);
-            let is_right = match readlinkat(lowers, name.as_str(), Vec::new()) {
+            let is_right = match readlinkat(links, name.as_str(), Vec::new()) {
                 Ok(found) => found.to_bytes() == wanted.as_bytes(),
                 Err(Errno::NOENT) => wanted.is_empty(),
                 Err(Errno::INVAL) => false,
                 Err(errno) => {
                     return Err(errno)
-                        .context(|| format!("read the link {}/{name}", self.lowers_path()));
+                        .context(|| format!("read the link {}/{name}", self.links_path()));
                 }
             };
             if !is_right {
@@ -72,62 +72,60 @@ impl Image {
 
     /// Whether a snapshot has none, told without a disk: `false` if it may have some.
     pub(super) fn has_no_links_for_sure(&self, id: SnapshotId) -> bool {
-        let first = |lowers| glance(lowers, &link_name(id, 0));
-        let first = self.lowers().map(first);
+        let first = |links| glance(links, &link_name(id, 0));
+        let first = self.links_dir().map(first);
         matches!(first, None | Some(Glance::Absent))
     }
 
     /// Makes a snapshot's links lead to these directories, one after another,
     /// each in one step; further ones are removed. Under the writer's lock. Leaves
     /// nothing behind on failure.
-    pub fn link_lowers<'a>(
+    pub fn link_host_dirs<'a>(
         &'a self,
         id: SnapshotId,
         targets: &[PathBuf],
     ) -> Result<Undo<impl FnOnce() -> Result<()> + use<'a>>> {
         let new = Undo::new("link the host directories of a snapshot", move || {
-            self.remove_lower_links(id)
+            self.remove_host_dir_links(id)
         });
         if targets.is_empty() {
-            self.remove_lower_links(id)?;
+            self.remove_host_dir_links(id)?;
             return Ok(new);
         }
-        let lowers = self.ensure_lowers()?;
+        let links = self.ensure_links_dir()?;
         for (number, target) in targets.iter().enumerate() {
             let name = link_name(id, number);
-            let link = || match symlinkat(target, lowers, NEW) {
+            let link = || match symlinkat(target, links, NEW) {
                 Err(Errno::EXIST) => {
-                    unlinkat(lowers, NEW, AtFlags::empty())?;
-                    symlinkat(target, lowers, NEW)
+                    unlinkat(links, NEW, AtFlags::empty())?;
+                    symlinkat(target, links, NEW)
                 }
                 linked => linked,
             };
             link()
-                .and_then(|()| renameat(lowers, NEW, lowers, name.as_str()))
-                .context(|| {
-                    format!("link {}/{name} to {}", self.lowers_path(), target.display())
-                })?;
+                .and_then(|()| renameat(links, NEW, links, name.as_str()))
+                .context(|| format!("link {}/{name} to {}", self.links_path(), target.display()))?;
         }
-        self.remove_lower_links_from(id, targets.len())?;
+        self.remove_host_dir_links_from(id, targets.len())?;
         Ok(new)
     }
 
     /// Removes a snapshot's links, if it has any.
-    pub fn remove_lower_links(&self, id: SnapshotId) -> Result<()> {
-        self.remove_lower_links_from(id, 0)
+    pub fn remove_host_dir_links(&self, id: SnapshotId) -> Result<()> {
+        self.remove_host_dir_links_from(id, 0)
     }
 
-    fn remove_lower_links_from(&self, id: SnapshotId, first: usize) -> Result<()> {
-        let Some(lowers) = self.lowers() else {
+    fn remove_host_dir_links_from(&self, id: SnapshotId, first: usize) -> Result<()> {
+        let Some(links) = self.links_dir() else {
             return Ok(());
         };
         for name in (first..).map(|number| link_name(id, number)) {
-            match unlinkat(lowers, name.as_str(), AtFlags::empty()) {
+            match unlinkat(links, name.as_str(), AtFlags::empty()) {
                 Ok(()) => {}
                 Err(Errno::NOENT) => break,
                 Err(errno) => {
                     return Err(errno)
-                        .context(|| format!("remove the link {}/{name}", self.lowers_path()));
+                        .context(|| format!("remove the link {}/{name}", self.links_path()));
                 }
             }
         }
@@ -135,19 +133,19 @@ impl Image {
     }
 
     /// Removes every link but those of the snapshots that `is_wanted` names.
-    pub fn sweep_lower_links(&self, is_wanted: impl Fn(SnapshotId) -> bool) -> Result<()> {
-        let Some(lowers) = self.lowers() else {
+    pub fn sweep_host_dir_links(&self, is_wanted: impl Fn(SnapshotId) -> bool) -> Result<()> {
+        let Some(links) = self.links_dir() else {
             return Ok(());
         };
-        let sweeping = || format!("look through {}", self.lowers_path());
-        for entry in entries(lowers).context(sweeping)? {
+        let sweeping = || format!("look through {}", self.links_path());
+        for entry in entries(links).context(sweeping)? {
             let entry = entry.context(sweeping)?;
             let name = entry.file_name();
             let is_ours = name.to_bytes() == NEW.as_bytes() || linked_id(name.to_bytes()).is_some();
             if linked_id(name.to_bytes()).is_some_and(&is_wanted) || !is_ours {
                 continue;
             }
-            match unlinkat(lowers, name, AtFlags::empty()) {
+            match unlinkat(links, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => {}
                 Err(errno) => return Err(errno).context(sweeping),
             }
@@ -156,21 +154,21 @@ impl Image {
         Ok(())
     }
 
-    fn lowers_path(&self) -> String {
+    fn links_path(&self) -> String {
         format!("{}/{HOST_DIRS}", self.path())
     }
 
-    /// Where nobody has asked for extra directories, there is none.
-    fn lowers(&self) -> Option<BorrowedFd<'_>> {
-        self.lowers.get().map(AsFd::as_fd)
+    /// Where nobody has asked for host directories, there is none.
+    fn links_dir(&self) -> Option<BorrowedFd<'_>> {
+        self.host_dirs.get().map(AsFd::as_fd)
     }
 
-    fn ensure_lowers(&self) -> Result<BorrowedFd<'_>> {
-        if let Some(lowers) = self.lowers() {
-            return Ok(lowers);
+    fn ensure_links_dir(&self) -> Result<BorrowedFd<'_>> {
+        if let Some(links) = self.links_dir() {
+            return Ok(links);
         }
         let made = ensure_directory(self.top(), self.path(), HOST_DIRS)?;
-        Ok(self.lowers.get_or_init(|| made).as_fd())
+        Ok(self.host_dirs.get_or_init(|| made).as_fd())
     }
 }
 

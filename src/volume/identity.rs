@@ -27,10 +27,6 @@ impl Identity {
     pub const FACT: &str = "identity";
 
     /// A new one.
-    ///
-    /// # Errors
-    ///
-    /// `ErrorKind::Internal` if the kernel gives no random bytes.
     pub fn random() -> Result<Identity> {
         let mut bytes = [0_u8; HEX_DIGITS / 2];
         let length =

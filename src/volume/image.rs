@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::cached_lookup::{Glance, glance};
 use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
-use super::host_dirs::open_lowers;
+use super::host_dirs::open_host_dirs;
 use super::identity::open_top;
 use super::paths::{BY_HAND, EMPTY, SNAPSHOTS, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -23,8 +23,8 @@ use crate::util::entries::{is_empty, lacks_types};
 pub struct Image {
     path: String,
     dirs: Arc<Dirs>,
-    /// `lowers/`, once there is one.
-    pub(super) lowers: OnceLock<OwnedFd>,
+    /// The directory of links to host directories, once there is one.
+    pub(super) host_dirs: OnceLock<OwnedFd>,
 }
 
 /// The root directory, before anything in it has been touched.
@@ -109,12 +109,12 @@ impl Image {
     /// [`ErrorKind::FailedPrecondition`] if one of the names is taken by something else.
     pub fn open(root: Root) -> Result<Image> {
         ensure_directory(&root.top, &root.path, EMPTY)?;
-        let lowers = open_lowers(&root.top);
+        let host_dirs = open_host_dirs(&root.top);
         let dirs = Dirs::open(Volume::Image, &root.path, root.top)?;
         dirs.trash_fd()?;
         Ok(Image {
             path: root.path,
-            lowers,
+            host_dirs,
             dirs: Arc::new(dirs),
         })
     }
