@@ -231,7 +231,37 @@ impl<'a> Quotas<'a> {
 /// What a file system lacks to keep limits, where [`Quotas::probe`] has found
 /// that much support, and how to come by it. `path` is where it was looked for.
 pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> Error {
-    Error::refused(lack_in_words(directory, path, support))
+    let Some(mounted) = mounted(directory) else {
+        return Error::refused(format!("the file system of {path} has no project quotas"));
+    };
+    let (device, point) = (&mounted.source, mounted.point.display());
+    let again = |option: &str| {
+        format!(
+            "umount {point} && mount -o {option} {device} {point} (and {option} in /etc/fstab; \
+             a remount is not enough)"
+        )
+    };
+    Error::refused(match (mounted.file_system.as_str(), support) {
+        ("ext4", Some(_)) => format!(
+            "the ext4 of {path} counts for projects but keeps no limits, because it is mounted \
+             without the option prjquota: {}",
+            again("prjquota")
+        ),
+        ("ext4", None) => format!(
+            "the ext4 of {path} lacks the features quota and project: umount {point} && tune2fs \
+             -O quota,project -Q prjquota {device} && mount -o prjquota {device} {point} (and \
+             prjquota in /etc/fstab)"
+        ),
+        ("xfs", _) => format!(
+            "the XFS of {path} is mounted without the option pquota: {}",
+            again("pquota")
+        ),
+        (other, _) => format!(
+            "{path} is on {other}, which has no project quotas here: use ext4 (mkfs.ext4 -O \
+             quota,project -E quotatype=prjquota, mounted with prjquota) or XFS (mounted with \
+             pquota)"
+        ),
+    })
 }
 
 /// The project that an open directory's new entries are charged to:
@@ -294,40 +324,6 @@ fn device_of(directory: BorrowedFd<'_>) -> Option<CString> {
 
 fn mounted(directory: BorrowedFd<'_>) -> Option<mountinfo::Mounted> {
     mountinfo::of_file(directory).ok()?
-}
-
-fn lack_in_words(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> String {
-    let Some(mounted) = mounted(directory) else {
-        return format!("the file system of {path} has no project quotas");
-    };
-    let (device, point) = (&mounted.source, mounted.point.display());
-    let again = |option: &str| {
-        format!(
-            "umount {point} && mount -o {option} {device} {point} (and {option} in /etc/fstab; \
-             a remount is not enough)"
-        )
-    };
-    match (mounted.file_system.as_str(), support) {
-        ("ext4", Some(_)) => format!(
-            "the ext4 of {path} counts for projects but keeps no limits, because it is mounted \
-             without the option prjquota: {}",
-            again("prjquota")
-        ),
-        ("ext4", None) => format!(
-            "the ext4 of {path} lacks the features quota and project: umount {point} && tune2fs \
-             -O quota,project -Q prjquota {device} && mount -o prjquota {device} {point} (and \
-             prjquota in /etc/fstab)"
-        ),
-        ("xfs", _) => format!(
-            "the XFS of {path} is mounted without the option pquota: {}",
-            again("pquota")
-        ),
-        (other, _) => format!(
-            "{path} is on {other}, which has no project quotas here: use ext4 (mkfs.ext4 -O \
-             quota,project -E quotatype=prjquota, mounted with prjquota) or XFS (mounted with \
-             pquota)"
-        ),
-    }
 }
 
 #[cfg(test)]

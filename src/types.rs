@@ -4,7 +4,9 @@
 //! Owns: plain values and how they are shown. Never: I/O or decisions.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fmt;
+use std::ops::Deref;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Labels of a snapshot, sorted by key so that every listing is stable.
@@ -250,6 +252,59 @@ pub struct Info {
     pub updated: Timestamp,
     /// Its labels.
     pub labels: Labels,
+}
+
+/// A path that can be part of a mount option, where a comma ends an option, a colon ends
+/// a lower directory, and a backslash escapes: absolute, normalised, and without these
+/// and control characters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountPath(String);
+
+impl MountPath {
+    /// Normalises an absolute path, or says what is wrong with it.
+    pub fn parse(path: &str) -> Result<MountPath, &'static str> {
+        if path.contains(|c: char| matches!(c, ',' | ':' | '\\') || c.is_control()) {
+            return Err(
+                "commas, colons, backslashes and control characters mean something to mount(8), \
+                 choose a path without them",
+            );
+        }
+        if !path.starts_with('/') {
+            return Err("give an absolute path");
+        }
+        let mut normal = String::new();
+        for name in path.split('/') {
+            match name {
+                "" | "." => {}
+                ".." => return Err("write it without \"..\""),
+                name => normal.extend(["/", name]),
+            }
+        }
+        match normal.is_empty() {
+            true => Err("the root of all file systems cannot be used"),
+            false => Ok(MountPath(normal)),
+        }
+    }
+}
+
+impl Deref for MountPath {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl AsRef<OsStr> for MountPath {
+    fn as_ref(&self) -> &OsStr {
+        self.0.as_ref()
+    }
+}
+
+impl fmt::Display for MountPath {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(self)
+    }
 }
 
 /// The directories of a snapshot that can be written to, as absolute paths.

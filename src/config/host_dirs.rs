@@ -23,7 +23,7 @@ pub(super) fn check(
 ) -> Result<(Vec<String>, Vec<ImageRule>)> {
     let allowed: Vec<_> = allowed
         .iter()
-        .map(|prefix| check_path("--allow-lower", prefix))
+        .map(|prefix| check_path("--allow-lower", prefix).map(|path| path.to_string()))
         .collect::<Result<_>>()?;
     let rules: Vec<_> = rules
         .iter()

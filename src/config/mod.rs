@@ -23,6 +23,7 @@ use argh::FromArgs;
 use crate::error::{Error, Result};
 use crate::host_dirs::Policy;
 use crate::snapshotter::{Options, Relocation, SyncMode};
+use crate::types::MountPath;
 use crate::volume::Lifetime;
 pub use commands::{
     CheckOptions, Command, DoctorOptions, Format, ImportOptions, ImportTask, Mending, MountOptions,
@@ -199,9 +200,9 @@ struct Flags {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Config {
     /// `<root>`.
-    pub root: String,
+    pub root: MountPath,
     /// `<writable>`.
-    pub writable: String,
+    pub writable: MountPath,
     /// Where `metadata.db` is.
     pub state_dir: String,
     /// The socket.
@@ -287,15 +288,14 @@ fn normalize(arguments: Vec<OsString>) -> Result<Vec<String>> {
 const MAX_ADDRESS_BYTES: usize = 107;
 
 fn check(flags: Flags) -> Result<Config> {
-    let path_or = |flag: &str, given: &Option<String>, default: String| match given {
-        Some(path) => check_path(flag, path),
-        None => Ok(default),
+    let path_or = |flag: &str, given: &Option<String>, default: String| {
+        check_path(flag, given.as_ref().unwrap_or(&default))
     };
     let root = path_or("--root-dir", &flags.root_dir, DEFAULT_ROOT.to_owned())?;
     let in_root = |name| format!("{root}/{name}");
     let writable = path_or("--writable-dir", &flags.writable_dir, in_root("writable"))?;
-    let state_dir = path_or("--state-dir", &flags.state_dir, root.clone())?;
-    let address = path_or("--address", &flags.address, in_root("grpc.socks"))?;
+    let state_dir = path_or("--state-dir", &flags.state_dir, root.to_string())?.to_string();
+    let address = path_or("--address", &flags.address, in_root("grpc.socks"))?.to_string();
     if address.len() > MAX_ADDRESS_BYTES {
         return Err(Error::invalid(format!(
             "the socket's path {address} has {} bytes, the system allows {MAX_ADDRESS_BYTES}: \
@@ -304,7 +304,8 @@ fn check(flags: Flags) -> Result<Config> {
         )));
     }
     let metrics_file = flags.metrics_file.as_deref();
-    let metrics_file = metrics_file.map(|path| check_path("--metrics-file", path));
+    let metrics_file =
+        metrics_file.map(|path| check_path("--metrics-file", path).map(|path| path.to_string()));
     let metrics_file = metrics_file.transpose()?;
     check_all_apart(
         &root,
@@ -337,7 +338,7 @@ fn check(flags: Flags) -> Result<Config> {
         quota,
         lowers: Policy {
             allowed,
-            kept_apart: vec![root.clone(), writable.clone(), state_dir.clone()],
+            kept_apart: vec![root.to_string(), writable.to_string(), state_dir.clone()],
         },
         lower_rules,
     };

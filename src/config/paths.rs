@@ -1,10 +1,9 @@
 //! Paths and mount options from the command line: absolute, apart from each
 //! other, and free of what would mean something in a mount option.
 
-use std::path::{Component, Path};
-
 use crate::error::{Error, Result};
 use crate::store::is_database_file;
+use crate::types::MountPath;
 
 /// Names in `<root>` that are ours, beside the files of the database.
 const ROOT_NAMES: &[&str] = &[
@@ -29,42 +28,18 @@ const WRITABLE_NAMES: &[&str] = &[
     "left-out",
 ];
 
-/// Makes a path absolute and refuses what could not be written into a mount
-/// option: a comma ends an option, a colon a lower directory, a backslash
-/// escapes.
-pub(super) fn check_path(flag: &str, path: &str) -> Result<String> {
-    let refuse = |why: &str| Err(Error::invalid(format!("{flag} is {path:?}: {why}")));
+/// Makes a path absolute and refuses what could not be written into a mount option.
+pub(super) fn check_path(flag: &str, path: &str) -> Result<MountPath> {
+    let refuse = |why: &str| Error::invalid(format!("{flag} is {path:?}: {why}"));
     if path.is_empty() {
-        return refuse("a path is needed");
+        return Err(refuse("a path is needed"));
     }
-    let forbidden = |c: char| matches!(c, ',' | ':' | '\\') || c.is_control();
-    let Ok(absolute) = std::path::absolute(path) else {
-        return refuse("the working directory cannot be told, give an absolute path");
-    };
-    let Some(text) = absolute.to_str() else {
-        return refuse("the working directory is not UTF-8, give an absolute path");
-    };
-    if text.contains(forbidden) {
-        return refuse(
-            "commas, colons, backslashes and control characters mean something to mount(8), \
-             choose a path without them",
-        );
-    }
-    let mut normal = String::new();
-    for component in Path::new(text).components() {
-        match component {
-            Component::Normal(name) => {
-                normal.push('/');
-                normal.push_str(name.to_str().expect("a part of a UTF-8 path is UTF-8"));
-            }
-            Component::ParentDir => return refuse("write it without \"..\""),
-            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
-        }
-    }
-    if normal.is_empty() {
-        return refuse("the root of all file systems cannot be used");
-    }
-    Ok(normal)
+    let absolute = std::path::absolute(path)
+        .map_err(|_| refuse("the working directory cannot be told, give an absolute path"))?;
+    let text = absolute
+        .to_str()
+        .ok_or_else(|| refuse("the working directory is not UTF-8, give an absolute path"))?;
+    MountPath::parse(text).map_err(refuse)
 }
 
 /// Refuses paths of which one lies where the other keeps files of its own.

@@ -29,8 +29,8 @@ fn refused(arguments: &[&str]) -> String {
 #[test]
 fn defaults_are_the_originals() {
     let config = run(&[]).unwrap();
-    assert_eq!(config.root, DEFAULT_ROOT);
-    assert_eq!(config.writable, format!("{DEFAULT_ROOT}/writable"));
+    assert_eq!(&*config.root, DEFAULT_ROOT);
+    assert_eq!(*config.writable, format!("{DEFAULT_ROOT}/writable"));
     assert_eq!(config.state_dir, DEFAULT_ROOT);
     assert_eq!(config.address, format!("{DEFAULT_ROOT}/grpc.socks"));
     assert!(!config.options.removes_at_once);
@@ -66,7 +66,7 @@ fn both_ways_to_give_a_value_mean_the_same() {
         "--threads=3",
     ]);
     let apart = apart.unwrap();
-    assert_eq!(apart.root, "/a");
+    assert_eq!(&*apart.root, "/a");
     assert_eq!(apart.options.mount_options, ["xino=auto", "metacopy=on"]);
     assert!(apart.options.shows_upperdir);
     assert!(apart.options.removes_at_once);
@@ -277,7 +277,7 @@ fn import_takes_the_daemons_flags_and_its_own() {
     let imported = |arguments: &[&str]| {
         let arguments = arguments.iter().map(Into::into).collect();
         match parse(arguments).unwrap() {
-            Parsed::Run(config, Command::Import(options)) => (config.root, options),
+            Parsed::Run(config, Command::Import(options)) => (config.root.to_string(), options),
             other => panic!("{other:?}"),
         }
     };

@@ -3,8 +3,8 @@
 //! Owns: which mount, which paths, which options in which order; tools parse
 //! them, so the order is that of containerd's own overlay snapshotter
 //! (`plugins/snapshots/overlay/overlay.go`, `mounts`). Pure: no I/O at all.
-//! Paths come from `config`, which has refused every character that would end
-//! an option or a lower directory.
+//! All paths are made of a `MountPath`, which has no character that would end an option
+//! or a lower directory.
 
 use crate::types::{Kind, Mount, SnapshotPaths};
 
@@ -24,7 +24,9 @@ pub struct Plan<'a> {
     pub kind: Kind,
     /// The snapshot's own directories.
     pub own: &'a SnapshotPaths,
-    /// The layers below it, nearest first.
+    /// The layers below it, nearest first. All are in `<root>/snapshots`, also those
+    /// whose bytes are on the writable volume: mounting sides shorten long lists by their
+    /// common directory, and id-map that directory as one mount.
     pub lowers: &'a [String],
     /// Directories above those and beneath the snapshot's own, the topmost
     /// first; below `<root>`, so that a long list is still shortened by that.

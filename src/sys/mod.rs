@@ -13,11 +13,6 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// Puts the calling process, which must have one thread only, into a new user
 /// namespace (`unshare(2)`).
-///
-/// # Errors
-///
-/// What the kernel says: `EINVAL` with several threads, `EPERM` or `ENOSPC`
-/// where user namespaces are switched off.
 pub fn unshare_user_namespace() -> Result<(), Errno> {
     // SAFETY: the call is unsafe for flags that split what Rust believes to be
     // shared between threads, such as descriptors. A user namespace is not.
@@ -26,10 +21,6 @@ pub fn unshare_user_namespace() -> Result<(), Errno> {
 
 /// Puts the calling process, which must have one thread only, into a new mount
 /// namespace (`unshare(2)`).
-///
-/// # Errors
-///
-/// What the kernel says: `EPERM` without `CAP_SYS_ADMIN`.
 pub fn unshare_mount_namespace() -> Result<(), Errno> {
     // SAFETY: as above; a mount namespace is not shared between threads unless
     // there are several, and then also their working directory, which Rust does
@@ -39,10 +30,6 @@ pub fn unshare_mount_namespace() -> Result<(), Errno> {
 
 /// Id-maps the detached mount `mount` by a user namespace's descriptor
 /// (`mount_setattr(2)`, `MOUNT_ATTR_IDMAP`, Linux 5.12).
-///
-/// # Errors
-///
-/// `ENOSYS` on an older kernel, `EINVAL` if the mount's file system cannot.
 pub fn idmap_mount(mount: impl AsFd, user_namespace: impl AsFd) -> Result<(), Errno> {
     let attributes = libc::mount_attr {
         attr_set: libc::MOUNT_ATTR_IDMAP,
@@ -63,10 +50,7 @@ pub fn idmap_mount(mount: impl AsFd, user_namespace: impl AsFd) -> Result<(), Er
             size_of::<libc::mount_attr>(),
         )
     };
-    if result == 0 {
-        return Ok(());
-    }
-    Err(last_errno())
+    ended(result)
 }
 
 /// Gives the calling thread the idle I/O priority (`ioprio_set(2)`): its reads
@@ -85,10 +69,15 @@ pub fn lower_io_priority() -> Result<(), Errno> {
             CLASS_IDLE << CLASS_SHIFT,
         )
     };
-    if result == 0 {
-        return Ok(());
+    ended(result)
+}
+
+/// What a system call has returned: 0, or -1 and the reason in `errno`.
+fn ended(result: libc::c_long) -> Result<(), Errno> {
+    match result {
+        0 => Ok(()),
+        _ => Err(last_errno()),
     }
-    Err(last_errno())
 }
 
 /// Of the C library's last failed call in this thread.

@@ -39,11 +39,6 @@ pub fn file_attributes(file: impl AsFd) -> Result<FileAttributes, Errno> {
 }
 
 /// Sets them.
-///
-/// # Errors
-///
-/// `EOPNOTSUPP` where the file system keeps no projects, `EINVAL` in a user
-/// namespace, `EPERM`, `EDQUOT`.
 pub fn set_file_attributes(file: impl AsFd, attributes: FileAttributes) -> Result<(), Errno> {
     // SAFETY: the kernel reads one `struct fsxattr`.
     unsafe {
@@ -142,10 +137,6 @@ pub fn quota(target: Target<'_>, project: u32) -> Result<Quota, Errno> {
 }
 
 /// For tests: the usage and the limits of the first project from that number on that has any (Linux 4.6).
-///
-/// # Errors
-///
-/// `ENOENT` if there is none; what the kernel says.
 #[cfg(feature = "fault-points")]
 pub fn next_quota(target: Target<'_>, from: u32) -> Result<Quota, Errno> {
     let mut quota = Quota::default();
@@ -155,10 +146,6 @@ pub fn next_quota(target: Target<'_>, from: u32) -> Result<Quota, Errno> {
 }
 
 /// Sets the limits of a project, 0 for none.
-///
-/// # Errors
-///
-/// `EPERM` without `CAP_SYS_ADMIN`; what the kernel says.
 pub fn set_quota(
     target: Target<'_>,
     project: u32,
@@ -209,8 +196,5 @@ unsafe fn quotactl(
             libc::syscall(libc::SYS_quotactl, command, path.as_ptr(), id, address)
         },
     };
-    match result {
-        0 => Ok(()),
-        _ => Err(super::last_errno()),
-    }
+    super::ended(result)
 }

@@ -12,7 +12,7 @@ use rustix::io::{Errno, read};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::cached_lookup::{Glance, glance};
-use super::file::replace_file;
+use super::durable::replace_file;
 use crate::error::{Context, Error, Result};
 
 const FILE: &str = ".volume";

@@ -16,12 +16,12 @@ use super::host_dirs::open_host_dirs;
 use super::identity::open_top;
 use super::paths::{BY_HAND, EMPTY, SNAPSHOTS, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::types::{SnapshotId, Volume};
+use crate::types::{MountPath, SnapshotId, Volume};
 use crate::util::entries::{is_empty, lacks_types};
 
 /// The opened image volume.
 pub struct Image {
-    path: String,
+    path: MountPath,
     dirs: Arc<Dirs>,
     /// The directory of links to host directories, once there is one.
     pub(super) host_dirs: OnceLock<OwnedFd>,
@@ -29,7 +29,7 @@ pub struct Image {
 
 /// The root directory, before anything in it has been touched.
 pub struct Root {
-    path: String,
+    path: MountPath,
     top: OwnedFd,
 }
 
@@ -61,17 +61,16 @@ impl Root {
 }
 
 impl Image {
-    /// Opens the root directory, an absolute path that `config` has checked,
-    /// creating it (0700, with its parents) if it is missing.
+    /// Opens the root directory, creating it (0700, with its parents) if it is missing.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`] if it is no directory.
-    pub fn open_root(path: &str) -> Result<Root> {
+    pub fn open_root(path: &MountPath) -> Result<Root> {
         create_directory(path, "root", "--root-dir")?;
         let top = open_top(path).context(|| format!("open the root directory {path}"))?;
         Ok(Root {
-            path: path.to_owned(),
+            path: path.clone(),
             top,
         })
     }
@@ -81,13 +80,13 @@ impl Image {
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`] if it is not there.
-    pub fn open_existing_root(path: &str) -> Result<Root> {
+    pub fn open_existing_root(path: &MountPath) -> Result<Root> {
         match open_top(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => Err(Error::refused(format!(
                 "there is no root directory {path}: give the --root-dir of the daemon"
             ))),
             top => Ok(Root {
-                path: path.to_owned(),
+                path: path.clone(),
                 top: top.context(|| format!("open the root directory {path}"))?,
             }),
         }

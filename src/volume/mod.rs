@@ -3,15 +3,15 @@
 //! ```text
 //! <root>/snapshots/<id>/fs            a layer, or one being unpacked (then with work/)
 //! <root>/snapshots/<id>               or: a link to <writable>/snapshots/<id>
-//! <root>/snapshots/.moving-<id>       a layer on its way home, see `moving`
-//! <root>/lowers/<id>.<n>              a link to an extra lower directory, see `lowers`
+//! <root>/snapshots/.moving-<id>       a layer on its way to the image volume, see `moving`
+//! <root>/lowers/<id>.<n>              a link to a host directory, see `host_dirs`
 //! <root>/mounted/<id>                 says that a person may have mounted it
 //! <root>/empty/                       an empty directory, lower of a layer without parent
 //! <root>/trash/                       removed, waiting to be deleted
 //! <root>/left-out/<id>               what an import could not take over
 //! <writable>/.volume                  which volume this is
 //! <writable>/snapshots/<id>/{fs,work} what containers write
-//! <writable>/snapshots/<id>/scratch   while its links and nodes are made anew
+//! <writable>/snapshots/<id>/scratch   while its links and nodes are created again
 //! <writable>/trash/
 //! <writable>/left-out/<id>
 //! ```
@@ -21,14 +21,13 @@
 //! No descriptor of the writable volume outlives a request: the administrator
 //! must be able to unmount it. Nothing is created on it before its identity is
 //! confirmed, so an unmounted disk's bare mount point stays bare.
-//! After a crash there may be a directory that no row knows: whoever is given
-//! its id next, or the next start, moves it to the trash; it is never used.
+//! After a crash there may be a directory that no row knows: the next request that gets
+//! its id, or the next start, moves it to the trash; it is never used.
 
 mod adopt;
 mod cached_lookup;
 mod dirs;
-mod file;
-mod flush;
+mod durable;
 mod host_dirs;
 mod identity;
 mod image;
@@ -39,8 +38,7 @@ mod snapshot_dirs;
 
 pub use adopt::Filled;
 pub use dirs::{Dirs, Entry, Owner, Shape};
-pub use file::replace_file;
-pub use flush::Flush;
+pub use durable::{Flush, replace_file};
 use identity::Seen;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
@@ -58,13 +56,13 @@ use rustix::fs::fstat;
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
-use crate::types::{SnapshotId, Volume};
+use crate::types::{MountPath, SnapshotId, Volume};
 use crate::util::lock::lock;
 
 /// Both volumes.
 pub struct Volumes {
     image: Image,
-    writable_path: String,
+    writable_path: MountPath,
     /// Set once the writable volume has been claimed or recognised.
     writable_identity: OnceLock<Identity>,
     /// The mark that was last found to be the right one.
@@ -72,9 +70,8 @@ pub struct Volumes {
 }
 
 impl Volumes {
-    /// The volumes below an opened root and a writable directory, an absolute
-    /// path that `config` has checked. Touches no disk.
-    pub fn new(image: Image, writable_path: String) -> Volumes {
+    /// The volumes below an opened root and a writable directory. Touches no disk.
+    pub fn new(image: Image, writable_path: MountPath) -> Volumes {
         Volumes {
             image,
             writable_path,

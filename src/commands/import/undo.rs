@@ -278,7 +278,7 @@ fn remove_links(config: &Config, store: &Store) -> Result<()> {
 /// The writable volume that a database knows; `None` if there is nothing on it to
 /// be put back.
 fn require_writable(config: &Config, store: &Store) -> Result<Option<Filled>> {
-    let path = &config.writable;
+    let path: &str = &config.writable;
     let (is_undoing, given) = {
         let rows = store.read()?;
         (rows.fact(UNDOING)?.is_some(), rows.fact(WRITABLE_DIR)?)
@@ -295,10 +295,10 @@ fn require_writable(config: &Config, store: &Store) -> Result<Option<Filled>> {
         !is_claimed || is_undoing || config.writable_lifetime == Lifetime::UntilReboot;
     match claim {
         Claim::Ours => Ok(filled),
-        Claim::Free if is_needless && given.as_ref() == Some(path) => Ok(None),
+        Claim::Free if is_needless && given.as_deref() == Some(path) => Ok(None),
         Claim::Free | Claim::Foreign(_) => {
             let was = given
-                .filter(|given| given != path)
+                .filter(|given| given.as_str() != path)
                 .map_or(String::new(), |given| {
                     format!(", or give --writable-dir {given}, as before")
                 });
