@@ -298,8 +298,8 @@ pub fn charge_file(file: impl AsFd, project: ProjectId) -> Result<()> {
     sys::set_file_attributes(file, attributes).context(charging)
 }
 
-/// Whether the kernel has quotactl_fd(2), Linux 5.14: it has an opinion on a
-/// descriptor that is none, then.
+/// Whether the kernel has quotactl_fd(2) (Linux 5.14): called with an invalid descriptor,
+/// it fails with EBADF rather than ENOSYS.
 fn has_quotactl_fd() -> bool {
     static HAS: OnceLock<bool> = OnceLock::new();
     // For a test of the older call on a newer kernel.

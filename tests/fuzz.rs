@@ -298,7 +298,7 @@ fn arguments(random: &mut Random) -> Vec<OsString> {
 
 /// What the rest of the program takes for granted.
 fn assert_checked(config: &Config, said: &str) {
-    let paths = [
+    let paths: [&str; 4] = [
         &config.root,
         &config.writable,
         &config.state_dir,

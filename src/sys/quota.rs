@@ -38,7 +38,7 @@ pub fn file_attributes(file: impl AsFd) -> Result<FileAttributes, Errno> {
     unsafe { ioctl(file, Getter::<GET_ATTRIBUTES, FileAttributes>::new()) }
 }
 
-/// Sets them.
+/// Sets an open file's attributes.
 pub fn set_file_attributes(file: impl AsFd, attributes: FileAttributes) -> Result<(), Errno> {
     // SAFETY: the kernel reads one `struct fsxattr`.
     unsafe {

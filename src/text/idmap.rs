@@ -67,9 +67,9 @@ impl IdMapping {
     pub fn parse(text: &str) -> Result<IdMapping, IdMappingError> {
         let mut ranges: Vec<IdRange> = Vec::new();
         for (index, part) in text.split(',').enumerate() {
-            let refuse = |problem| IdMappingError::new(part, index + 1, problem);
+            let refuse = |problem: String| IdMappingError::new(part, index + 1, &problem);
             if index == MAX_RANGES {
-                return Err(refuse(Problem::TooMany));
+                return Err(refuse(format!("is one too many: {MAX_RANGES} are allowed")));
             }
             let range = parse_range(part).map_err(refuse)?;
             for (earlier_index, earlier) in ranges.iter().enumerate() {
@@ -81,7 +81,9 @@ impl IdMapping {
                     continue;
                 };
                 let earlier = earlier_index + 1;
-                return Err(refuse(Problem::Overlap { side, earlier }));
+                return Err(refuse(format!(
+                    "must have no {side} ids in common with range {earlier}"
+                )));
             }
             ranges.push(range);
         }
@@ -118,12 +120,12 @@ impl fmt::Display for IdMapping {
     }
 }
 
-fn parse_range(text: &str) -> Result<IdRange, Problem> {
+fn parse_range(text: &str) -> Result<IdRange, String> {
     let mut parts = text.split(':');
     let (Some(container), Some(host), Some(length), None) =
         (parts.next(), parts.next(), parts.next(), parts.next())
     else {
-        return Err(Problem::Parts);
+        return Err("must be container:host:length, as in 0:100000:65536".to_owned());
     };
     let range = IdRange {
         container: parse_number(container, "container id")?,
@@ -131,23 +133,27 @@ fn parse_range(text: &str) -> Result<IdRange, Problem> {
         length: parse_number(length, "length")?,
     };
     if range.length == 0 {
-        return Err(Problem::Empty);
+        return Err("must have a length of at least 1".to_owned());
     }
     for (start, side) in [(range.container, "container"), (range.host, "host")] {
         if start.checked_add(range.length).is_none() {
-            return Err(Problem::PastTheEnd { side });
+            let last = u32::MAX - 1;
+            return Err(format!("must end at the {side} id {last} or before it"));
         }
     }
     Ok(range)
 }
 
-fn parse_number(text: &str, part: &'static str) -> Result<u32, Problem> {
+fn parse_number(text: &str, part: &str) -> Result<u32, String> {
     // Digits only: the parser of the standard library also takes a plus sign.
     let is_decimal = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    text.parse()
-        .ok()
-        .filter(|_| is_decimal)
-        .ok_or(Problem::Number { part })
+    let number = text.parse().ok().filter(|_| is_decimal);
+    number.ok_or_else(|| {
+        format!(
+            "must have a decimal number up to {} as its {part}",
+            u32::MAX
+        )
+    })
 }
 
 /// Whether two ranges that are not empty have an id in common.
@@ -160,64 +166,22 @@ fn overlap(a: &Range<u32>, b: &Range<u32>) -> bool {
 /// Its text names the faulty range (shortened, with control characters
 /// escaped), its number counted from one, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct IdMappingError {
-    shown: String,
-    number: usize,
-    problem: Problem,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Problem {
-    Parts,
-    Number { part: &'static str },
-    Empty,
-    PastTheEnd { side: &'static str },
-    Overlap { side: &'static str, earlier: usize },
-    TooMany,
-}
+pub struct IdMappingError(String);
 
 impl IdMappingError {
-    fn new(range: &str, number: usize, problem: Problem) -> IdMappingError {
+    fn new(range: &str, number: usize, problem: &str) -> IdMappingError {
         let end = range.char_indices().nth(SHOWN).map(|(index, _)| index);
-        let mut shown = range[..end.unwrap_or(range.len())]
-            .escape_debug()
-            .to_string();
-        if end.is_some() {
-            shown.push('…');
-        }
-        IdMappingError {
-            shown,
-            number,
-            problem,
-        }
+        let shown = range[..end.unwrap_or(range.len())].escape_debug();
+        let cut = if end.is_some() { "…" } else { "" };
+        IdMappingError(format!(
+            "invalid id mapping: range {number} (\"{shown}{cut}\") {problem}"
+        ))
     }
 }
 
 impl fmt::Display for IdMappingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "invalid id mapping: range {} (\"{}\") ",
-            self.number, self.shown
-        )?;
-        match self.problem {
-            Problem::Parts => {
-                write!(f, "must be container:host:length, as in 0:100000:65536")
-            }
-            Problem::Number { part } => write!(
-                f,
-                "must have a decimal number up to {} as its {part}",
-                u32::MAX
-            ),
-            Problem::Empty => write!(f, "must have a length of at least 1"),
-            Problem::PastTheEnd { side } => {
-                write!(f, "must end at the {side} id {} or before it", u32::MAX - 1)
-            }
-            Problem::Overlap { side, earlier } => {
-                write!(f, "must have no {side} ids in common with range {earlier}")
-            }
-            Problem::TooMany => write!(f, "is one too many: {MAX_RANGES} are allowed"),
-        }
+        f.write_str(&self.0)
     }
 }
 
@@ -237,7 +201,8 @@ mod tests {
         for (text, number, ending) in cases {
             let error = IdMapping::parse(text).expect_err("the mapping is faulty");
             let message = error.to_string();
-            assert_eq!(error.number, *number, "{message}");
+            let range = format!("invalid id mapping: range {number} (");
+            assert!(message.starts_with(&range), "{message}");
             assert!(message.ends_with(ending), "{message}");
             assert!(message.len() < 1000, "{message}");
             assert!(!message.contains(char::is_control), "{message:?}");

@@ -1,7 +1,7 @@
-//! Making links and nodes anew in their place.
+//! Creating links and nodes again in their place.
 //!
-//! They take over what a directory gives to what is made in it and cannot be set on
-//! them afterwards, because there is no opening them: its project.
+//! Symlinks and device nodes cannot be opened, so their project id cannot be set. A new one
+//! inherits the id of its directory.
 
 use std::ffi::CStr;
 

@@ -134,7 +134,8 @@ impl Dirs {
             match move_aside(&self.snapshots, name, trash, &target) {
                 Ok(()) => return Ok(true),
                 Err(Errno::NOENT) => return Ok(false),
-                // Nothing new is made in the trash: nobody's count is missing any of it.
+                // Nothing is created in the trash, so clearing its inherit flag loses no
+                // quota accounting.
                 Err(Errno::XDEV) if stop_handing_on(trash).context(trashing)? => {}
                 Err(Errno::EXIST | Errno::NOTEMPTY) => target = format!("{name}.{attempt}"),
                 Err(errno) => return Err(errno).context(trashing),
@@ -260,9 +261,9 @@ fn fill(at: impl AsFd, prefix: &str, shape: Shape, owner: Owner) -> std::result:
     )
 }
 
-/// A file system that has made itself read-only (ext4 after an error, for
-/// one) flushes nothing, and `syncfs` says that all is well; nor does
-/// `statvfs` tell. It only refuses to be changed.
+/// A file system that has made itself read-only (as ext4 does after an error) flushes
+/// nothing, but `syncfs` reports success, and `statvfs` does not show it. It only refuses
+/// to be changed.
 fn require_alive(trash: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
     match mkdirat(trash, PROBE, Mode::from_raw_mode(0o700)) {
         // Full is alive.
@@ -294,9 +295,9 @@ pub(super) fn move_aside(
     }
 }
 
-/// Has a directory keep its project to itself: nothing of another project can be
-/// moved into one that hands its own on (rename(2), EXDEV). `false` if it hands none
-/// on, and whatever could not be moved has another reason.
+/// Clears a directory's inherit flag: an entry of another project cannot be moved into a
+/// directory that gives its project to new entries (rename(2), EXDEV). `false` if the flag
+/// was not set, so that the move has failed for another reason.
 pub(super) fn stop_handing_on(directory: impl AsFd) -> std::result::Result<bool, Errno> {
     let mut attributes = match quota::file_attributes(&directory) {
         // A file system without projects.

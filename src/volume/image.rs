@@ -182,9 +182,8 @@ impl Image {
         }
     }
 
-    /// Says that a person may have mounted the snapshot to write to it. Only a hint:
-    /// nobody takes it away at a reboot, and a root that cannot be written to gets
-    /// none.
+    /// Marks that a person may have mounted the snapshot to write to it. The mark is only
+    /// a hint: it stays after a reboot, and a root that cannot be written to gets none.
     pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let marking = || format!("write {}/{BY_HAND}/{id}", self.path);
         let marked = ensure_directory(self.top(), &self.path, BY_HAND).and_then(|directory| {
@@ -197,20 +196,20 @@ impl Image {
         }
     }
 
-    /// Whether that has been said.
+    /// Whether a person may have mounted the snapshot to write to it.
     pub fn is_marked_mounted_by_hand(&self, id: SnapshotId) -> bool {
         let mark = format!("{BY_HAND}/{id}");
         statat(self.top(), mark, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
-    /// Whether nobody has mounted the snapshot by hand, and no host directories are
-    /// linked for it, told without a disk: `false` if it may be otherwise.
+    /// Whether the snapshot is not marked as mounted by hand and has no links to host
+    /// directories. Asks no disk: `false` also where a disk would have to be asked.
     pub fn is_plain_for_sure(&self, id: SnapshotId) -> bool {
         let mark = glance(self.top(), &format!("{BY_HAND}/{id}"));
         matches!(mark, Glance::Absent) && self.has_no_links_for_sure(id)
     }
 
-    /// Takes it back.
+    /// Removes the mark that a person may have mounted the snapshot.
     pub fn unmark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let mark = format!("{BY_HAND}/{id}");
         match unlinkat(self.top(), &*mark, AtFlags::empty()) {

@@ -90,8 +90,8 @@ impl Volumes {
         let _ = self.writable_identity.set(identity);
     }
 
-    /// The directories of a volume. The writable one is looked at anew at each
-    /// call: it may have been unmounted, or mounted late.
+    /// The directories of a volume. The writable one is looked at again at each call: it
+    /// may have been unmounted, or mounted late.
     ///
     /// # Errors
     ///
@@ -124,8 +124,8 @@ impl Volumes {
         self.open(Volume::Writable).map(drop)
     }
 
-    /// Whether the writable volume is there, told without a disk: `false` if it may not
-    /// be.
+    /// Whether the writable volume is there. Asks no disk: `false` also where a disk would
+    /// have to be asked.
     pub fn is_writable_there_for_sure(&self) -> bool {
         self.is_confirmed(Seen::at_a_glance(&self.writable_path))
     }
@@ -134,8 +134,8 @@ impl Volumes {
         seen.is_some() && seen == *lock(&self.writable_mark)
     }
 
-    /// Tells whose the writable directory is, which no database knows yet;
-    /// creates it if it is missing, and changes nothing in it.
+    /// Returns whose mark the writable directory has, before any database knows it;
+    /// creates the directory if it is missing, and changes nothing in it.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! Bringing a layer home: from `<writable>/snapshots/<id>` to
+//! Moving a layer to the image volume: from `<writable>/snapshots/<id>` to
 //! `<root>/snapshots/<id>`, where a link has named it so far.
 //!
 //! The copy is made in `<root>/snapshots/.moving-<id>` and then exchanged with
@@ -96,9 +96,9 @@ impl Image {
         .context(|| format!("put the layer {}/{id} into place", self.snapshots_path()))
     }
 
-    /// Makes a layer's link anew, from within the directory that is to take its place.
-    /// Somebody may have put `snapshots/` into a project since the link was made; it
-    /// cannot change its name there then (rename(2), EXDEV), and a new one can.
+    /// Creates a layer's link again, from within the directory that is to take its place.
+    /// If `snapshots/` was put into a project after the link was made, the old link
+    /// cannot be renamed there (rename(2), EXDEV), and a new one can.
     fn renew_link(&self, id: SnapshotId) -> std::result::Result<(), Errno> {
         let snapshots = self.dirs().snapshots_fd();
         let name = id.to_string();

@@ -27,21 +27,21 @@ impl Parts {
         [&self.top, &self.upper].into_iter().chain(&self.work)
     }
 
-    /// Makes a directory beside them, for whoever puts things into them by a rename;
-    /// one that a crash has left is taken.
+    /// Creates a directory beside them, from which entries are renamed into them; one that
+    /// a crash has left is used.
     pub fn ensure_scratch(&self) -> Result<OwnedFd> {
         ensure_directory(&self.top, "<id>", SCRATCH)
     }
 
-    /// Removes it, which has to be empty.
+    /// Removes the scratch directory, which has to be empty.
     pub fn remove_scratch(&self) -> Result<()> {
         unlinkat(&self.top, SCRATCH, AtFlags::REMOVEDIR)
             .context(|| "remove a snapshot's scratch directory")
     }
 }
 
-/// Tells the `work/work` that one mount of an overlay has made from that of the
-/// next, which makes it anew.
+/// Distinguishes the `work/work` that one mount of an overlay has created from that of
+/// the next mount, which creates it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkMark {
     inode: u64,
@@ -50,7 +50,7 @@ pub struct WorkMark {
 }
 
 impl Dirs {
-    /// That of a snapshot; `None` if it was never mounted, or is not there.
+    /// The mark of a snapshot's last mount; `None` if it was never mounted, or is not there.
     pub fn work_mark(&self, id: SnapshotId) -> Option<WorkMark> {
         let work = self.open_parts(id).ok()?.work?;
         let found = statat(work, "work", AtFlags::SYMLINK_NOFOLLOW).ok()?;
@@ -64,7 +64,7 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if `<id>` or `fs` is not there.
+    /// `ErrorKind::DataLoss` if `<id>` or `fs` is not there.
     pub fn open_parts(&self, id: SnapshotId) -> Result<Parts> {
         let opening = || format!("open the directories of {}/{SNAPSHOTS}/{id}", self.path());
         let missing = |errno| Error::missing(errno, opening());
