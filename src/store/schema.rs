@@ -73,12 +73,18 @@ pub fn require_sound(connection: &Connection) -> Result<()> {
     Err(damaged(said.replace('\n', " ")))
 }
 
-/// Refuses a schema of another version, for a caller that may not migrate it.
-pub fn require_current(connection: &Connection) -> Result<()> {
+/// How many migrations the database has been through.
+fn version(connection: &Connection) -> Result<usize> {
     let version: u32 = connection
         .query_row("PRAGMA user_version", [], |row| row.get(0))
-        .map_err(|error| sql_error(error, "read the database's version"))?;
-    if version as usize == MIGRATIONS.len() {
+        .map_err(|error| sql_error(error, "read the version of the database's schema"))?;
+    Ok(version as usize)
+}
+
+/// Refuses a schema of another version, for a caller that may not migrate it.
+pub fn require_current(connection: &Connection) -> Result<()> {
+    let version = version(connection)?;
+    if version == MIGRATIONS.len() {
         return Ok(());
     }
     Err(Error::refused(format!(
@@ -96,10 +102,7 @@ pub fn migrate(connection: &mut Connection) -> Result<()> {
 
 fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<()> {
     let migrating = |error| sql_error(error, "bring the database's schema up to date");
-    let version: u32 = connection
-        .query_row("PRAGMA user_version", [], |row| row.get(0))
-        .map_err(migrating)?;
-    let version = version as usize;
+    let version = version(connection)?;
     if version > migrations.len() {
         return Err(Error::refused(format!(
             "its schema has version {version}, this program knows versions up to {}: \

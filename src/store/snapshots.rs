@@ -42,10 +42,10 @@ impl Snapshot {
 pub enum DataBytes {
     /// It was counted at the commit.
     Counted(u64),
-    /// It was counted at a commit after which a container could still write: the
-    /// layer is what it came to be.
+    /// The snapshot was still mounted at the commit, so a container may have changed it
+    /// since.
     WasMounted,
-    /// It was not counted: no layer, or one older than this count.
+    /// It was not counted: the snapshot is no layer, or older than this count.
     Unknown,
 }
 
@@ -72,7 +72,7 @@ pub struct New<'a> {
     pub volume: Option<Volume>,
 }
 
-/// A snapshot that [`Transaction::create`] has entered.
+/// A snapshot that [`super::Transaction::create`] has entered.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Created {
     /// Its number.
@@ -95,16 +95,16 @@ pub struct Commit<'a> {
     pub labels: &'a Labels,
     /// What it holds.
     pub content: Content,
-    /// [`DataBytes::Counted`], unless it is mounted.
+    /// [`DataBytes::Counted`], unless the snapshot is mounted.
     pub data_bytes: DataBytes,
 }
 
-/// What a snapshot is, and where its directory.
+/// What a snapshot is, and where its directory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     /// Its number.
     pub id: SnapshotId,
-    /// What it was.
+    /// Its kind.
     pub kind: Kind,
     /// Where its directory is, if it has one.
     pub volume: Option<Volume>,

@@ -49,16 +49,9 @@ struct Batch {
     end: Arc<End>,
 }
 
-/// How a batch has ended, once it has.
+/// How a batch has ended, once it has. All its members return the same error.
 #[derive(Default)]
-struct End(Monitor<Option<std::result::Result<(), Failure>>>);
-
-/// An error that several callers return.
-#[derive(Clone)]
-struct Failure {
-    kind: ErrorKind,
-    text: String,
-}
+struct End(Monitor<Option<std::result::Result<(), Arc<Error>>>>);
 
 /// A write transaction; see [`Rows`] for what can be asked and changed.
 pub struct Transaction<'a> {
@@ -66,7 +59,8 @@ pub struct Transaction<'a> {
     sharing: Sharing,
     /// `None` while, and after, others of its batch go on.
     writer: Option<MutexGuard<'a, State>>,
-    progress: Progress,
+    /// Its batch has failed, and waits for this member to undo its work.
+    has_failed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,14 +70,6 @@ enum Sharing {
     First,
     /// The transaction is a savepoint: the work of earlier members stays if it fails.
     Joined,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    Begun,
-    Committed,
-    /// The batch has failed.
-    Failed,
 }
 
 impl Writer {
@@ -111,10 +97,6 @@ impl Writer {
 
     fn await_undone(&self) {
         self.undoing.wait_while(|members| *members > 0, |_| ());
-    }
-
-    fn is_awaited(&self) -> bool {
-        self.coming.load(Ordering::SeqCst) > 0
     }
 }
 
@@ -216,14 +198,15 @@ impl Store {
             store: self,
             sharing,
             writer: Some(writer),
-            progress: Progress::Begun,
+            has_failed: false,
         })
     }
 
     /// Releases the writer. A batch is left open only if another caller waits.
     fn leave(&self, mut writer: MutexGuard<'_, State>) {
         let members = writer.batch.as_ref().map_or(0, |batch| batch.members);
-        if members == MOST_TOGETHER || !self.writer.is_awaited() {
+        let is_awaited = self.writer.coming.load(Ordering::SeqCst) > 0;
+        if members == MOST_TOGETHER || !is_awaited {
             self.end_batch(&mut writer);
         }
     }
@@ -232,10 +215,7 @@ impl Store {
         let Some(batch) = writer.batch.take() else {
             return;
         };
-        let ended = self.make_durable(writer).map_err(|error| Failure {
-            kind: error.kind(),
-            text: error.chain(),
-        });
+        let ended = self.make_durable(writer).map_err(Arc::new);
         if ended.is_err() {
             writer.roll_back();
             let undoing = &self.writer.undoing;
@@ -261,7 +241,7 @@ impl End {
     fn wait(&self) -> Result<()> {
         let ended = self.0.wait_while(|end| end.is_none(), |end| end.clone());
         let ended = ended.flatten().unwrap_or(Ok(()));
-        ended.map_err(|failure| Error::new(failure.kind, failure.text))
+        ended.map_err(|error| Error::new(error.kind(), error.chain()))
     }
 }
 
@@ -287,16 +267,11 @@ impl Transaction<'_> {
     pub fn commit(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
             let writer = self.writer.as_ref().ok_or_else(not_writable)?;
-            self.store.make_durable(writer)?;
-            self.progress = Progress::Committed;
-            return Ok(());
+            return self.store.make_durable(writer);
         }
         let end = self.join_batch()?;
         let ended = end.wait();
-        self.progress = match &ended {
-            Ok(()) => Progress::Committed,
-            Err(_) => Progress::Failed,
-        };
+        self.has_failed = ended.is_err();
         ended
     }
 
@@ -350,7 +325,6 @@ impl Transaction<'_> {
             return;
         };
         match self.sharing {
-            _ if self.progress != Progress::Begun => {}
             Sharing::Alone | Sharing::First => writer.roll_back(),
             Sharing::Joined => {
                 let undone = writer.rows().and_then(|rows| {
@@ -372,7 +346,7 @@ impl Transaction<'_> {
 
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
-        if self.progress == Progress::Failed {
+        if self.has_failed {
             let undoing = &self.store.writer.undoing;
             undoing.change(|members| *members -= 1);
         }
