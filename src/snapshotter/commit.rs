@@ -80,7 +80,7 @@ impl Snapshotter {
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
         let linked = self.store.together(|transaction| {
             transaction.commit_snapshot(commit)?;
-            transaction.rows().forget_lowers(commit.id)?;
+            transaction.forget_lowers(commit.id)?;
             if volume == Volume::Image {
                 return Ok(None);
             }

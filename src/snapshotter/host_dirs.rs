@@ -84,7 +84,7 @@ impl Snapshotter {
         if !image.has_host_dir_links(snapshot.id, lowers.targets())? {
             let transaction = self.store.write()?;
             // Removed meanwhile, it would get links that nobody removes.
-            let now = transaction.rows().stat(&info.name)?;
+            let now = transaction.stat(&info.name)?;
             if now.id == snapshot.id {
                 image.link_host_dirs(snapshot.id, lowers.targets())?.keep();
             }

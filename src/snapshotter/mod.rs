@@ -186,8 +186,8 @@ impl Snapshotter {
             let changes = labels::plan_update(mask, given)?;
             self.check_lowers_after(key, &changes)?;
             let mut transaction = self.store.write()?;
-            let before = transaction.rows().stat(key)?;
-            let after = transaction.rows().update(key, changes)?;
+            let before = transaction.stat(key)?;
+            let after = transaction.update(key, changes)?;
             let change = self
                 .projects
                 .plan_limit_change(&transaction, &before, &after)?;

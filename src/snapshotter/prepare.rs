@@ -61,7 +61,7 @@ impl Snapshotter {
 
         let image = self.volumes.image();
         let made = self.store.together(|transaction| {
-            let created = transaction.rows().create(&new.row())?;
+            let created = transaction.create(&new.row())?;
             self.require_present(&created.ancestors)?;
             let new_dirs = match &dirs {
                 Some(dirs) => Some(self.make_directory(dirs, &new, &created)?),
@@ -72,8 +72,7 @@ impl Snapshotter {
                 None => None,
             };
             let new_links = image.link_host_dirs(created.id, host_dirs.targets())?;
-            let rows = transaction.rows();
-            rows.record_lowers(created.id, &new.host_dirs.chosen)?;
+            transaction.record_lowers(created.id, &new.host_dirs.chosen)?;
             Ok((new_links, new_project, new_dirs, created))
         })?;
         let (new_links, new_project, new_dirs, created) = made;

@@ -195,7 +195,7 @@ impl Snapshotter {
     }
 
     fn owner_of(&self, transaction: &Transaction<'_>, name: &str) -> Result<Owner> {
-        let snapshot = transaction.rows().stat(name)?;
+        let snapshot = transaction.stat(name)?;
         let maps = IdMaps::from_labels(&snapshot.info.labels)?;
         self.owner_for(maps.as_ref(), snapshot.parent_id)
     }

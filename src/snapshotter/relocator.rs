@@ -191,7 +191,7 @@ impl Relocator {
         // next try, or the next start, finds it and only records it. What is
         // held is asked again: what stood on it may have been committed since.
         let held = self.mounted_layers()?;
-        let is_in_use = transaction.rows().move_home(id, &held, &boot_id()?)?;
+        let is_in_use = transaction.move_home(id, &held, &boot_id()?)?;
         transaction.commit()?;
         drop(transaction);
         fault_point("recorded");
@@ -241,11 +241,9 @@ impl Relocator {
             return Err(error);
         }
         fault_point("rename-exchanged");
-        transaction
-            .rows()
-            .move_home(id, &HashSet::new(), &boot_id()?)?;
+        transaction.move_home(id, &HashSet::new(), &boot_id()?)?;
         // Nothing was left behind: the directory itself has moved.
-        transaction.rows().forget_retired(id)?;
+        transaction.forget_retired(id)?;
         transaction.commit()?;
         fault_point("rename-recorded");
         image.end_move(id)?;
@@ -286,23 +284,22 @@ impl Relocator {
     /// has happened, drops the others, and forgets left directories of an
     /// earlier boot, which nothing has mounted any more.
     pub(super) fn recover_moves(&self, transaction: &Transaction<'_>) -> Result<()> {
-        let rows = transaction.rows();
         let image = self.volumes.image();
         let boot_id = boot_id()?;
-        for away in rows.away()? {
+        for away in transaction.away()? {
             let is_exchanged = match image.layer_entry(away.id)? {
                 Some(FileType::Directory) => true,
                 _ => self.finish_rename(away.id)?,
             };
             if is_exchanged {
                 image.settle_names()?;
-                rows.move_home(away.id, &self.mounted_layers()?, &boot_id)?;
+                transaction.move_home(away.id, &self.mounted_layers()?, &boot_id)?;
                 log::info!("layer {} had been moved home: recorded", Quoted(&away.name));
             }
         }
-        for retired in rows.retired()? {
+        for retired in transaction.retired()? {
             if retired.boot_id != boot_id {
-                rows.forget_retired(retired.id)?;
+                transaction.forget_retired(retired.id)?;
             }
         }
         Ok(())
@@ -332,7 +329,7 @@ impl Relocator {
 }
 
 fn is_unmoved(transaction: &Transaction<'_>, id: SnapshotId) -> Result<bool> {
-    let place = transaction.rows().place(id)?;
+    let place = transaction.place(id)?;
     Ok(place.is_some_and(|place| place.is_unmoved()))
 }
 

@@ -83,19 +83,18 @@ impl Snapshotter {
         transaction: &Transaction<'_>,
         key: &str,
     ) -> Result<(Place, Vec<SnapshotId>)> {
-        let rows = transaction.rows();
         // Before the row is gone by which it is known what stands on what.
-        let held = match rows.retired()?.is_empty() {
+        let held = match transaction.retired()?.is_empty() {
             true => None,
             false => {
                 let mounted = in_use::mounted_on_writable(&self.store, &self.volumes)?;
-                Some(rows.layers_of(&mounted)?)
+                Some(transaction.layers_of(&mounted)?)
             }
         };
-        let removed = rows.remove(key)?;
+        let removed = transaction.remove(key)?;
         let released = match held {
             None => Vec::new(),
-            Some(held) => rows.release_retired(&held)?,
+            Some(held) => transaction.release_retired(&held)?,
         };
         Ok((removed, released))
     }

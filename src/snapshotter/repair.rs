@@ -68,17 +68,16 @@ impl Snapshotter {
         let doomed: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
 
         let mut transaction = self.store.write()?;
-        let rows = transaction.rows();
-        rows.drop_snapshots(&doomed)?;
+        transaction.drop_snapshots(&doomed)?;
         for finding in findings {
             if let (Problem::LayerChanged { counted, .. }, Some(id)) =
                 (&finding.problem, finding.id)
             {
-                rows.record_content(id, counted)?;
+                transaction.record_content(id, counted)?;
             }
         }
-        rows.skip_ids_through(self.highest_entry()?)?;
-        rows.forget_copied()?;
+        transaction.skip_ids_through(self.highest_entry()?)?;
+        transaction.forget_copied()?;
         transaction.commit()?;
         drop(transaction);
         // Into the file itself: a copy with a log looks like one with another's.

@@ -117,10 +117,10 @@ pub(super) struct Inventory {
 
 impl Inventory {
     pub(super) fn read(transaction: &Transaction<'_>) -> Result<Inventory> {
-        let leftover = transaction.rows().retired()?;
+        let leftover = transaction.retired()?;
         Ok(Inventory {
-            snapshots: transaction.rows().inventory()?,
-            highest: transaction.rows().highest_id()?,
+            snapshots: transaction.inventory()?,
+            highest: transaction.highest_id()?,
             leftover: leftover.into_iter().map(|leftover| leftover.id).collect(),
         })
     }

@@ -142,7 +142,7 @@ mod tests {
 
     fn import(store: &Store, snapshots: &[Snapshot], highest_id: u64) -> Result<()> {
         let mut transaction = store.write()?;
-        transaction.rows().import(snapshots, highest_id)?;
+        transaction.import(snapshots, highest_id)?;
         transaction.commit()
     }
 
@@ -200,7 +200,7 @@ mod tests {
             store.copy().unwrap();
             assert_eq!(store.read().unwrap().is_as_imported().unwrap(), Some(true));
             let mut transaction = store.write().unwrap();
-            change(transaction.rows());
+            change(&transaction);
             transaction.commit().unwrap();
             drop(transaction);
             assert_eq!(store.read().unwrap().is_as_imported().unwrap(), Some(false));

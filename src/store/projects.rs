@@ -128,7 +128,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("metadata.db")).unwrap();
         let mut transaction = store.write().unwrap();
-        let rows = transaction.rows();
+        let rows = &transaction;
         let new = |key| {
             let created = rows.create(&New {
                 kind: Kind::Active,

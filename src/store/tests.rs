@@ -20,7 +20,7 @@ fn fixture() -> Fixture {
 impl Fixture {
     fn create(&self, kind: Kind, key: &str, parent: &str) -> Result<Created> {
         let mut transaction = self.store.write()?;
-        let created = transaction.rows().create(&New {
+        let created = transaction.create(&New {
             kind,
             key,
             parent,
@@ -38,10 +38,9 @@ impl Fixture {
     fn commit(&self, key: &str, name: &str, parent: &str) -> Result<()> {
         let mut transaction = self.store.write()?;
         let id = transaction
-            .rows()
             .find(key)?
             .map_or(SnapshotId::new(u64::MAX), |found| found.id);
-        transaction.rows().commit_snapshot(&Commit {
+        transaction.commit_snapshot(&Commit {
             id,
             key,
             name,
@@ -66,7 +65,7 @@ impl Fixture {
 
     fn remove(&self, key: &str) -> Result<Place> {
         let mut transaction = self.store.write()?;
-        let removed = transaction.rows().remove(key)?;
+        let removed = transaction.remove(key)?;
         transaction.commit()?;
         Ok(removed)
     }
@@ -279,7 +278,7 @@ fn a_transaction_that_is_dropped_leaves_no_trace() {
             labels: &labels,
             volume: None,
         };
-        transaction.rows().create(&new).unwrap();
+        transaction.create(&new).unwrap();
     }
     assert!(f.names().is_empty());
     assert!(f.store.read().unwrap().is_untouched().unwrap());
@@ -297,7 +296,7 @@ fn updates_change_labels_and_the_later_time_only() {
         LabelChange::Set("a".into(), "1".into()),
         LabelChange::Delete("key".into()),
     ];
-    let updated = transaction.rows().update("web", changes).unwrap();
+    let updated = transaction.update("web", changes).unwrap();
     transaction.commit().unwrap();
     assert_eq!(updated, f.stat("web").unwrap());
     assert_eq!(

@@ -20,9 +20,8 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     let store = Store::open(&paths.draft_database())?;
     // Before anything is done to that directory.
     store.together(|transaction| {
-        let rows = transaction.rows();
-        rows.record_fact(WRITABLE_DIR, &config.writable)?;
-        rows.record_fact(TRANSACTION, &plan.transaction.to_string())
+        transaction.record_fact(WRITABLE_DIR, &config.writable)?;
+        transaction.record_fact(TRANSACTION, &plan.transaction.to_string())
     })?;
     fault_point("import-drafted");
 
@@ -45,7 +44,7 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     }
     fault_point("import-set-aside");
 
-    store.together(|transaction| transaction.rows().import(&plan.kept, plan.highest_id))?;
+    store.together(|transaction| transaction.import(&plan.kept, plan.highest_id))?;
     fault_point("import-entered");
 
     for snapshot in plan.kept.iter().filter(|snapshot| is_away(snapshot)) {

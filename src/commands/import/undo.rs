@@ -160,9 +160,8 @@ fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
     // The disk may be full.
     store.make_room();
     store.together(|transaction| {
-        transaction.rows().forget_fact(UNDOING)?;
-        let rows = transaction.rows();
-        rows.record_fact(WRITABLE_DIR, &config.writable)
+        transaction.forget_fact(UNDOING)?;
+        transaction.record_fact(WRITABLE_DIR, &config.writable)
     })?;
     // Nothing of it may be in its log when it gets another name.
     store.close()?;
@@ -251,7 +250,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     // Once its mark is off, no repetition looks at the writable volume again.
     filled().for_each(Filled::leave);
     if let Some(writable) = &writable {
-        store.together(|transaction| transaction.rows().record_fact(UNDOING, "yes"))?;
+        store.together(|transaction| transaction.record_fact(UNDOING, "yes"))?;
         fault_point("undo-noted");
         if let Some((identity, _)) = known {
             identity.unmark(writable.top(), writable.path())?;

@@ -201,7 +201,7 @@ impl Projects {
             }
             given => given?,
         };
-        transaction.rows().record_project(&Project {
+        transaction.record_project(&Project {
             project,
             snapshot: Some(id),
             limits,
@@ -231,11 +231,10 @@ impl Projects {
 
     /// An id that nobody has, and of which the kernel has nothing.
     fn pick(&self, transaction: &Transaction<'_>, quotas: &Quotas<'_>) -> Result<ProjectId> {
-        let rows = transaction.rows();
         let range = self.options.ids;
         let mut last = lock(&self.last);
         if last.is_none() {
-            let given = rows.projects()?;
+            let given = transaction.projects()?;
             let mut ids = given.iter().map(|given| given.project);
             *last = ids.rfind(|project| range.contains(*project));
         }
@@ -243,9 +242,9 @@ impl Projects {
         let mut candidate = last.unwrap_or(ProjectId::NONE);
         let mut misses = 0;
         // Our own are passed over without a question.
-        for _ in 0..rows.count_projects()? + u64::from(MOST_MISSES) {
+        for _ in 0..transaction.count_projects()? + u64::from(MOST_MISSES) {
             candidate = range.after(candidate);
-            if rows.is_project_taken(candidate)? {
+            if transaction.is_project_taken(candidate)? {
                 continue;
             }
             // Somebody's limit, of what is yet to come, counts as well.
@@ -295,15 +294,14 @@ impl Projects {
         let Some(mut to) = limits else {
             return Ok(None);
         };
-        let rows = transaction.rows();
-        if let Some(given) = rows.project_of(after.id)? {
+        if let Some(given) = transaction.project_of(after.id)? {
             if !is_size_changed {
                 to.max_bytes = given.limits.max_bytes;
             }
             if !are_inodes_changed {
                 to.max_inodes = given.limits.max_inodes;
             }
-            rows.record_limits(given.project, to)?;
+            transaction.record_limits(given.project, to)?;
             return Ok(Some(LimitChange {
                 project: given.project,
                 from: given.limits,
@@ -428,7 +426,7 @@ impl Projects {
         fault_point("unlimited");
         let mut transaction = self.store.write()?;
         for project in unused {
-            transaction.rows().forget_project(project)?;
+            transaction.forget_project(project)?;
         }
         transaction.commit()
     }

@@ -71,7 +71,7 @@ impl Projects {
         }
         // Limits change under the writer's lock, and may have by now.
         let transaction = self.store.write()?;
-        let Some(given) = transaction.rows().project_of(id)? else {
+        let Some(given) = transaction.project_of(id)? else {
             return Ok(());
         };
         let lent = with_room(given.limits, quotas.held(given.project)?.usage);
@@ -150,12 +150,11 @@ impl Projects {
         if !self.replace_loan(id, loan, None) {
             return Ok(());
         }
-        let rows = transaction.rows();
-        let Some(given) = rows.project_of(id)? else {
+        let Some(given) = transaction.project_of(id)? else {
             return Ok(());
         };
         // The limits of these are cleared, by whoever gives the ids back.
-        let loose = rows.loose_projects()?;
+        let loose = transaction.loose_projects()?;
         if loose.iter().any(|loose| loose.project == given.project) {
             return Ok(());
         }

@@ -23,9 +23,8 @@ impl Projects {
         transaction: &Transaction<'_>,
         dirs: &Arc<Dirs>,
     ) -> Result<Vec<SnapshotId>> {
-        let rows = transaction.rows();
-        let given = rows.projects()?;
-        let loose: HashSet<_> = rows
+        let given = transaction.projects()?;
+        let loose: HashSet<_> = transaction
             .loose_projects()?
             .into_iter()
             .map(|given| given.project)
@@ -128,11 +127,10 @@ impl Projects {
             }
             Err(error) => return Err(error),
         };
-        let rows = transaction.rows();
         // Not to be given back: that would clear the limits of whose it is.
-        rows.forget_project(theirs)?;
+        transaction.forget_project(theirs)?;
         if let Some(project) = picked {
-            rows.record_project(&Project {
+            transaction.record_project(&Project {
                 project,
                 snapshot: Some(id),
                 limits: given.limits,
@@ -189,12 +187,12 @@ impl Projects {
     /// Records the ids of directories in the trash that are not recorded: a
     /// request was cut off after it had set one.
     fn adopt_trashed(&self, transaction: &Transaction<'_>, dirs: &Dirs) -> Result<()> {
-        let given = transaction.rows().projects()?;
+        let given = transaction.projects()?;
         let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
         dirs.each_trashed(|directory| {
             let project = quota::project_of(&directory)?;
             if self.options.ids.contains(project) && known.insert(project) {
-                transaction.rows().record_project(&Project {
+                transaction.record_project(&Project {
                     project,
                     snapshot: None,
                     limits: Limits::NONE,

@@ -256,11 +256,6 @@ impl Deref for Transaction<'_> {
 }
 
 impl Transaction<'_> {
-    /// For callers that have not changed yet.
-    pub fn rows(&self) -> &Self {
-        self
-    }
-
     /// Makes everything done in the transaction durable; if that fails, nothing of it
     /// remains. Its ids are not given out again before the value is dropped, so that
     /// what a failure leaves on a disk can be undone.

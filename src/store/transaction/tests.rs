@@ -23,7 +23,7 @@ fn fixture() -> Fixture {
     store.begin_use().unwrap();
     // The first one begins the log anew: from now on it only grows.
     let mut transaction = store.write().unwrap();
-    transaction.rows().record_fact("test", "1").unwrap();
+    transaction.record_fact("test", "1").unwrap();
     transaction.commit().unwrap();
     drop(transaction);
     Fixture {
@@ -75,7 +75,7 @@ impl Fixture {
 }
 
 fn enter(transaction: &Transaction<'_>, key: &str) -> Result<SnapshotId> {
-    let created = transaction.rows().create(&New {
+    let created = transaction.create(&New {
         kind: Kind::Active,
         key,
         parent: "",
@@ -192,8 +192,7 @@ fn a_batch_that_cannot_be_made_durable_fails_as_a_whole() {
         fixture.await_first();
         let failing = scope.spawn(|| {
             fixture.store.together(|transaction| {
-                let rows = transaction.rows();
-                rows.connection().execute_batch(ORPHAN).unwrap();
+                transaction.connection().execute_batch(ORPHAN).unwrap();
                 Ok(Slow(&undone))
             })
         });
@@ -233,8 +232,7 @@ fn what_sqlite_has_rolled_back_is_told_to_all() {
         let refused = scope.spawn(|| {
             fixture.store.together(|transaction| {
                 // As SQLite does on a full disk.
-                let rows = transaction.rows();
-                rows.connection().execute_batch("ROLLBACK").unwrap();
+                transaction.connection().execute_batch("ROLLBACK").unwrap();
                 Ok(())
             })
         });
@@ -255,7 +253,7 @@ fn a_panic_ends_one_request_and_no_batch() {
         let panicking = scope.spawn(|| {
             fixture.store.together(|transaction| {
                 enter(transaction, "second")?;
-                if transaction.rows().find("second")?.is_some() {
+                if transaction.find("second")?.is_some() {
                     panic!("a bug");
                 }
                 Ok(())
@@ -289,8 +287,7 @@ fn who_writes_alone_waits_also_for_a_batch_that_fails_by_it() {
             fixture.store.together(|transaction| {
                 fixture.is_begun.store(true, Ordering::SeqCst);
                 fixture.await_coming(1);
-                let rows = transaction.rows();
-                rows.connection().execute_batch(ORPHAN).unwrap();
+                transaction.connection().execute_batch(ORPHAN).unwrap();
                 Ok(Slow(&undone))
             })
         });
