@@ -17,7 +17,7 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// See [`crate::store::Rows::create`]; [`ErrorKind::InvalidArgument`] for a
+    /// See [`crate::store::Transaction::create`]; [`ErrorKind::InvalidArgument`] for a
     /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if the
     /// writable volume is needed and not there, or cannot keep the limit that is
     /// asked for; [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the reserve. No trace is left of a refused one.
