@@ -21,7 +21,7 @@ use super::flusher::Flusher;
 use super::trash::Trash;
 use super::{Relocation, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{Ancestor, Away, Store, Transaction};
+use crate::store::{Ancestor, Store, Transaction, UnmovedLayer};
 use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
@@ -51,7 +51,7 @@ enum Moved {
     Gone,
     /// Not now: its own snapshot is still mounted, or one upon it is that has
     /// been committed meanwhile and counts as no user in the database.
-    Held,
+    InUse,
 }
 
 pub(super) struct Relocator {
@@ -156,7 +156,7 @@ impl Relocator {
             image.settle_names()?;
         } else {
             if self.mounted_layers()?.contains(&id) {
-                return Ok(Moved::Held);
+                return Ok(Moved::InUse);
             }
             if self.rename_home(id, &writable)? {
                 return Ok(Moved::Home(0));
@@ -270,7 +270,7 @@ impl Relocator {
             let moved = self
                 .relocate(*id)
                 .context(|| format!("move layer {id} home for a container with mapped ids"))?;
-            if moved == Moved::Held {
+            if moved == Moved::InUse {
                 return Err(Error::refused(format!(
                     "layer {id} was committed while it was mounted, and still is: it cannot \
                      move to where a container with mapped ids could use it"
@@ -412,7 +412,7 @@ impl Worker<'_> {
                 self.say_put_off(&layer, "it is small and in use");
                 continue;
             }
-            if self.move_home(&layer) == Some(Moved::Held) {
+            if self.move_home(&layer) == Some(Moved::InUse) {
                 self.say_put_off(&layer, "it is still mounted");
                 // An unmount wakes nobody.
                 next = Some(Duration::from_secs(60));
@@ -423,7 +423,7 @@ impl Worker<'_> {
         Ok(next)
     }
 
-    fn move_home(&mut self, layer: &Away) -> Option<Moved> {
+    fn move_home(&mut self, layer: &UnmovedLayer) -> Option<Moved> {
         let begun = Instant::now();
         let name = Quoted(&layer.name);
         let moved = self.relocator.relocate(layer.id);
@@ -440,7 +440,7 @@ impl Worker<'_> {
                 // The fast disk is the small one: what was left goes now.
                 self.relocator.trash.try_to_empty(Volume::Writable);
             }
-            Ok(Moved::Held) => {}
+            Ok(Moved::InUse) => {}
             Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
             Err(error) => match error.kind() {
                 ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
@@ -466,7 +466,7 @@ impl Worker<'_> {
         moved.ok()
     }
 
-    fn say_put_off(&mut self, layer: &Away, why: &str) {
+    fn say_put_off(&mut self, layer: &UnmovedLayer, why: &str) {
         if self.put_off.insert(layer.id) {
             log::debug!("layer {} is put off: {why}", Quoted(&layer.name));
         }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::{Snapshotter, UsageFigures};
 use crate::error::{Error, Result};
 use crate::quota::Support;
-use crate::store::Held;
+use crate::store::Tally;
 use crate::tree;
 use crate::types::{Kind, Limits, Volume};
 
@@ -13,7 +13,7 @@ use crate::types::{Kind, Limits, Volume};
 #[derive(Debug)]
 pub struct Figures {
     /// Snapshots by kind and place.
-    pub snapshots: Vec<Held>,
+    pub snapshots: Vec<Tally>,
     /// Bytes of layers that are not home yet, as counted at their commits.
     pub away_bytes: u64,
     /// Both volumes, the image volume first.
@@ -74,7 +74,7 @@ impl Snapshotter {
         let reader = self.store.read()?;
         let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
         let is_away =
-            |held: &&Held| held.kind == Kind::Committed && held.volume == Some(Volume::Writable);
+            |held: &&Tally| held.kind == Kind::Committed && held.volume == Some(Volume::Writable);
         let moves = self.relocator.moves();
         Ok(Figures {
             away_bytes: snapshots

@@ -13,7 +13,7 @@ use crate::types::{Kind, SnapshotId, Timestamp, Volume};
 
 /// A layer whose bytes are on the writable volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Away {
+pub struct UnmovedLayer {
     /// Its number.
     pub id: SnapshotId,
     /// Its name.
@@ -26,7 +26,7 @@ pub struct Away {
 
 /// A directory on the writable volume that a layer has left.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Retired {
+pub struct LeftoverDir {
     /// The layer.
     pub id: SnapshotId,
     /// On which boot of the host something may have had it mounted.
@@ -81,11 +81,11 @@ impl Rows {
     }
 
     /// The layers that have not moved to the image volume, in the order of their commits.
-    pub fn away(&self) -> Result<Vec<Away>> {
+    pub fn away(&self) -> Result<Vec<UnmovedLayer>> {
         let sql = "SELECT id, name, created_ns, size_bytes FROM snapshot
              WHERE kind = 3 AND volume = 1 ORDER BY created_ns, id";
         self.all(sql, "list the layers on the writable volume", |row| {
-            Ok(Away {
+            Ok(UnmovedLayer {
                 id: row.get(0)?,
                 name: row.get(1)?,
                 committed: row.get(2)?,
@@ -117,10 +117,10 @@ impl Rows {
     }
 
     /// The directories that layers have left and that are still kept.
-    pub fn retired(&self) -> Result<Vec<Retired>> {
+    pub fn retired(&self) -> Result<Vec<LeftoverDir>> {
         let sql = "SELECT id, boot_id FROM retired ORDER BY id";
         self.all(sql, "list the directories that layers have left", |row| {
-            Ok(Retired {
+            Ok(LeftoverDir {
                 id: row.get(0)?,
                 boot_id: row.get(1)?,
             })

@@ -119,7 +119,7 @@ impl Place {
 
 /// Snapshots of one kind, with their directories in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct Tally {
     /// What they are.
     pub kind: Kind,
     /// Where, if they have directories.
@@ -256,11 +256,11 @@ impl Rows {
     }
 
     /// How many snapshots there are, by kind and volume.
-    pub fn tally(&self) -> Result<Vec<Held>> {
+    pub fn tally(&self) -> Result<Vec<Tally>> {
         let sql = "SELECT kind, volume, count(*), sum(size_bytes) FROM snapshot
              GROUP BY kind, volume ORDER BY kind, volume";
         self.all(sql, "count the snapshots", |row| {
-            Ok(Held {
+            Ok(Tally {
                 kind: row.get(0)?,
                 volume: row.get(1)?,
                 count: row.get::<_, Number>(2)?.0,

@@ -46,7 +46,7 @@ pub use moving::{Target, moving_id};
 use paths::SNAPSHOTS;
 pub use paths::UPPER;
 pub use preconditions::{Holding, Lifetime, Reserve, Room, require_mount_points};
-pub use snapshot_dirs::{Parts, WorkMark};
+pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};

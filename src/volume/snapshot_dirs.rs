@@ -12,7 +12,7 @@ use crate::error::{Context, Error, Result};
 use crate::types::SnapshotId;
 
 /// A snapshot's directories.
-pub struct Parts {
+pub struct SnapshotDirs {
     /// `<id>`.
     pub top: OwnedFd,
     /// `<id>/fs`.
@@ -21,7 +21,7 @@ pub struct Parts {
     pub work: Option<OwnedFd>,
 }
 
-impl Parts {
+impl SnapshotDirs {
     /// All of them, the one above the others first.
     pub fn all(&self) -> impl Iterator<Item = &OwnedFd> {
         [&self.top, &self.upper].into_iter().chain(&self.work)
@@ -65,7 +65,7 @@ impl Dirs {
     /// # Errors
     ///
     /// `ErrorKind::DataLoss` if `<id>` or `fs` is not there.
-    pub fn open_parts(&self, id: SnapshotId) -> Result<Parts> {
+    pub fn open_parts(&self, id: SnapshotId) -> Result<SnapshotDirs> {
         let opening = || format!("open the directories of {}/{SNAPSHOTS}/{id}", self.path());
         let missing = |errno| Error::missing(errno, opening());
         let top = open_to_list(self.snapshots_fd(), id.to_string()).map_err(missing)?;
@@ -74,7 +74,7 @@ impl Dirs {
             Err(Errno::NOENT) => None,
             work => Some(work.context(opening)?),
         };
-        Ok(Parts { top, upper, work })
+        Ok(SnapshotDirs { top, upper, work })
     }
 
     /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or on the way

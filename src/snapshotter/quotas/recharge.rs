@@ -18,7 +18,7 @@ use crate::tree::{self, Visited};
 use crate::types::{Kind, ProjectId, SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
 use crate::util::threads::Background;
-use crate::volume::Parts;
+use crate::volume::SnapshotDirs;
 
 /// The snapshots whose trees are to be charged.
 #[derive(Default)]
@@ -139,7 +139,7 @@ impl Projects {
     }
 
     /// Charges a tree to a project, whatever it was charged to.
-    fn charge_tree(&self, id: SnapshotId, parts: &Parts, project: ProjectId) -> Result<()> {
+    fn charge_tree(&self, id: SnapshotId, parts: &SnapshotDirs, project: ProjectId) -> Result<()> {
         quota::set_project(&parts.top, ProjectId::NONE)?;
         let scratch = match self.may_make_anew(id)? {
             true => Some(parts.ensure_scratch()?),

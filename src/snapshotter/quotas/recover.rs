@@ -11,7 +11,7 @@ use crate::snapshotter::options::QuotaMode;
 use crate::snapshotter::problem::{Finding, Problem};
 use crate::store::{Project, Snapshot, Transaction};
 use crate::types::{Limits, ProjectId, SnapshotId, Volume};
-use crate::volume::{Dirs, Parts};
+use crate::volume::{Dirs, SnapshotDirs};
 
 impl Projects {
     /// At a start, after strays have gone to the trash: what the database has of
@@ -207,7 +207,7 @@ impl Projects {
 /// Whether a recorded id is the snapshot's on this disk as well. After a move to
 /// another disk, or with a database from another day, it may be somebody else's: what
 /// is charged to it is not in the snapshot, or what it is limited to is not recorded.
-fn is_ours(parts: &Parts, given: &Project, held: &Held) -> Result<bool> {
+fn is_ours(parts: &SnapshotDirs, given: &Project, held: &Held) -> Result<bool> {
     for part in parts.all() {
         if quota::project_of(part)? == given.project {
             return Ok(true);
@@ -218,7 +218,7 @@ fn is_ours(parts: &Parts, given: &Project, held: &Held) -> Result<bool> {
 }
 
 /// Whether all of a snapshot's directories hand a project on.
-fn is_charged(parts: &Parts, project: ProjectId) -> Result<bool> {
+fn is_charged(parts: &SnapshotDirs, project: ProjectId) -> Result<bool> {
     let mut is_charged = true;
     for part in parts.all() {
         is_charged &= quota::project_of(part)? == project;
