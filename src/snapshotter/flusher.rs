@@ -120,7 +120,11 @@ impl Flusher {
                     log::warn!("flush while unpacking: {}", error.chain());
                 }
             } else if last_change.elapsed() > GIVEN_UP {
-                self.give_up_after(GIVEN_UP);
+                self.unpacks.look(|unpacks| {
+                    if unpacks.last_begin.is_none_or(|at| at.elapsed() > GIVEN_UP) {
+                        unpacks.ids.clear();
+                    }
+                });
             }
         }
     }
@@ -129,17 +133,5 @@ impl Flusher {
     fn await_unpack(&self) -> bool {
         let is_idle = |unpacks: &Unpacks| unpacks.ids.is_empty();
         self.unpacks.wait_while(is_idle, |_| ()).is_some() && self.unpacks.pause(INTERVAL)
-    }
-
-    /// Forgets the unpacks under way if none has begun for that long.
-    fn give_up_after(&self, idle: Duration) {
-        self.unpacks.look(|unpacks| {
-            if unpacks
-                .last_begin
-                .is_none_or(|begun| begun.elapsed() > idle)
-            {
-                unpacks.ids.clear();
-            }
-        });
     }
 }

@@ -38,7 +38,8 @@ impl Snapshotter {
             );
         }
         for layer in &released {
-            if let Err(error) = self.trash_leftover(*layer) {
+            let writable = self.volumes.open(Volume::Writable);
+            if let Err(error) = writable.and_then(|dirs| dirs.trash(*layer)) {
                 self.trash.note_stray(Volume::Writable);
                 log::warn!("remove what layer {layer} has left: {}", error.chain());
             }
@@ -108,10 +109,6 @@ impl Snapshotter {
                 .inspect_err(|_| self.trash.note_stray(Volume::Image))?;
         }
         self.volumes.open(volume)?.trash(removed.id).map(drop)
-    }
-
-    fn trash_leftover(&self, layer: SnapshotId) -> Result<()> {
-        self.volumes.open(Volume::Writable)?.trash(layer).map(drop)
     }
 
     /// Gives back the space of everything removed before this call.
