@@ -11,19 +11,19 @@ pub mod commands;
 pub mod config;
 pub mod daemon;
 pub mod error;
-pub mod host_dirs;
+mod host_dirs;
 pub mod mount;
 pub mod quota;
 mod root;
-pub mod service;
-pub mod snapshotter;
-pub mod store;
+mod service;
+mod snapshotter;
+mod store;
 mod sys;
 pub mod text;
 pub mod tree;
 pub mod types;
 mod util;
-pub mod volume;
+mod volume;
 
 /// The messages of containerd's API, generated from `proto/` by `build.rs`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]

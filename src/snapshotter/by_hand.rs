@@ -16,11 +16,8 @@ const NAMED: usize = 10;
 /// What to mount for a person.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Rescue {
-    /// The snapshot's whole key.
     pub key: String,
-    /// Its number.
     pub id: SnapshotId,
-    /// Its kind.
     pub kind: Kind,
     /// Whether it has host directories for containers, which are left out.
     pub has_host_directories: bool,

@@ -18,7 +18,6 @@ use crate::volume::{Dirs, moving_id};
 
 /// What an inspection has found.
 pub struct Inspection {
-    /// How many snapshots there are.
     pub snapshots: usize,
     /// What is wrong, in a stable order.
     pub findings: Vec<Finding>,

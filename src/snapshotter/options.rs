@@ -29,7 +29,6 @@ pub enum Relocation {
         /// How long most layers of a build or of Docker's are kept.
         after: Duration,
     },
-    /// They stay.
     Never,
 }
 
@@ -41,14 +40,12 @@ pub enum QuotaMode {
     Auto,
     /// Always: without, nothing is written there.
     Require,
-    /// Never.
     Off,
 }
 
 /// How snapshots are limited and counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuotaOptions {
-    /// See [`QuotaMode`].
     pub mode: QuotaMode,
     /// Ids to give out. On one file system, each daemon has its own.
     pub ids: ProjectRange,
@@ -67,15 +64,12 @@ pub struct Options {
     /// Whether Remove deletes before it answers. Otherwise it moves to the trash,
     /// which Cleanup empties.
     pub removes_at_once: bool,
-    /// See [`SyncMode`].
     pub sync: SyncMode,
-    /// See [`Relocation`].
     pub relocation: Relocation,
     /// What has to stay free on the writable volume.
     pub reserve: Reserve,
     /// Whether answers carry [`LABEL_UPPERDIR`].
     pub shows_upperdir: bool,
-    /// See [`QuotaOptions`].
     pub quota: QuotaOptions,
     /// Which host directories may be shown to containers.
     pub lowers: Policy,

@@ -4,20 +4,16 @@ use std::fmt;
 
 use crate::types::{Content, Kind, ProjectId, Quoted, SnapshotId, Volume};
 
-/// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// What is wrong.
     pub problem: Problem,
     /// The key or name of the snapshot it is about.
     pub name: Option<String>,
     /// The snapshot's number, or that of a directory.
     pub id: Option<SnapshotId>,
-    /// Where.
     pub volume: Option<Volume>,
 }
 
-/// What can be wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
     /// A directory that no snapshot owns.
@@ -28,68 +24,39 @@ pub enum Problem {
     LayerMissing,
     /// A layer holds less than when it was committed.
     LayerDamaged {
-        /// Then.
         recorded: Recorded,
-        /// Now.
         counted: Content,
     },
     /// A layer holds something else than when it was committed, but not less.
     LayerChanged {
-        /// Then.
         recorded: Recorded,
-        /// Now.
         counted: Content,
     },
     /// A layer has moved home, and the database does not say so yet.
     MoveNotRecorded,
     /// A layer's directory cannot be read.
-    LayerUnreadable {
-        /// What the disk says.
-        why: String,
-    },
+    LayerUnreadable { why: String },
     /// A layer on the writable volume is not named by a link on the image volume.
-    WrongLink {
-        /// Where the link has to lead.
-        target: String,
-    },
+    WrongLink { target: String },
     /// A snapshot stands on something that cannot be a parent.
-    BadParent {
-        /// What that is.
-        why: String,
-    },
+    BadParent { why: String },
     /// The writable volume cannot be used.
-    VolumeMissing {
-        /// Why, and what to do.
-        why: String,
-    },
+    VolumeMissing { why: String },
     /// The writable directory has snapshots of this database, but not the mark.
     MarkMissing,
     /// A snapshot's directories are not charged to its project.
-    NotCharged {
-        /// The project.
-        project: ProjectId,
-    },
+    NotCharged { project: ProjectId },
     /// The limits of a snapshot's project are others than those recorded.
-    LimitsDiffer {
-        /// The project.
-        project: ProjectId,
-    },
+    LimitsDiffer { project: ProjectId },
     /// There are directories of snapshots that the database has not come to yet.
-    DatabaseOlder {
-        /// The highest number it has given out.
-        highest: u64,
-    },
+    DatabaseOlder { highest: u64 },
     /// The database says that it is not the latest state of itself.
-    DatabaseIncomplete {
-        /// What it is.
-        what: String,
-    },
+    DatabaseIncomplete { what: String },
 }
 
 /// What the database has of a layer's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recorded {
-    /// Inodes.
     pub inodes: u64,
     /// [`Content::data_bytes`], if it is known.
     pub data_bytes: Option<u64>,

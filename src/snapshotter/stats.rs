@@ -12,52 +12,39 @@ use crate::types::{Kind, Limits, Volume};
 /// Everything that is counted.
 #[derive(Debug)]
 pub struct Figures {
-    /// Snapshots by kind and place.
     pub snapshots: Vec<Tally>,
     /// Bytes of layers that are not home yet, as counted at their commits.
     pub away_bytes: u64,
-    /// Both volumes, the image volume first.
     pub volumes: [VolumeFigures; 2],
-    /// Layers that the last start has missed.
     pub lost_layers: u64,
     /// Layers moved home since the start.
     pub relocations: u64,
     /// Bytes copied for that.
     pub relocated_bytes: u64,
-    /// Moves that have failed.
     pub relocation_failures: u64,
     /// What project quotas do on the writable volume: `None` if nothing, or if it
     /// cannot be asked.
     pub quotas: Option<Support>,
-    /// Project ids that are given out.
     pub projects: u64,
-    /// How usages have been told.
     pub usages: UsageFigures,
 }
 
 /// One volume. Sizes are zero where it cannot be asked.
 #[derive(Clone, Copy, Debug)]
 pub struct VolumeFigures {
-    /// Which one.
     pub volume: Volume,
     /// It is there, and has not failed to write since the start.
     pub is_usable: bool,
-    /// The size of its file system.
     pub size_bytes: u64,
-    /// What is free of that.
     pub free_bytes: u64,
 }
 
 /// What a container has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
-    /// The snapshot's key.
     pub key: String,
-    /// Allocated bytes.
     pub bytes: u64,
-    /// Inodes.
     pub inodes: u64,
-    /// How much of both it may take.
     pub limits: Limits,
 }
 
@@ -130,7 +117,6 @@ impl Snapshotter {
         Ok(written)
     }
 
-    /// Why a volume cannot be used, if so.
     pub fn problem_of(&self, volume: Volume) -> Option<Error> {
         self.volumes.open(volume).err()
     }

@@ -30,7 +30,6 @@ impl Caller {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it has left.
     pub fn has_left(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
@@ -39,9 +38,7 @@ impl Caller {
 /// How usages have been told, since the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UsageFigures {
-    /// By a project quota.
     pub by_quota: u64,
-    /// By a walk.
     pub by_walk: u64,
     /// By the walk that another request had begun.
     pub by_shared_walk: u64,

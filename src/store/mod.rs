@@ -46,7 +46,7 @@ use crate::util::monitor::Monitor;
 pub use completeness::{Completeness, IN_USE, peek_fact, probe_completeness};
 pub use files::{DATABASE, DRAFT, ORIGINAL, find_remains, is_database_file, remove_companions};
 pub use format::{FileFormat, probe_format};
-pub use layers::{LeftoverDir, UnmovedLayer};
+pub use layers::UnmovedLayer;
 pub use projects::Project;
 pub use snapshots::{
     Ancestor, Commit, Created, DataBytes, LabelChange, New, Place, Snapshot, Tally,

@@ -42,10 +42,10 @@ pub use durable::{Flush, replace_file};
 use identity::Seen;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
-pub use moving::{Target, moving_id};
+pub use moving::moving_id;
 use paths::SNAPSHOTS;
 pub use paths::UPPER;
-pub use preconditions::{Holding, Lifetime, Reserve, Room, require_mount_points};
+pub use preconditions::{Holding, Lifetime, Reserve, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 
 use std::path::Path;
