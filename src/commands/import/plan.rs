@@ -33,7 +33,8 @@ pub(super) struct Plan {
     /// Layers that are taken over, but take far less of their disk than at their
     /// commit.
     pub(super) shrunk: Vec<Shrunk>,
-    /// What has no number, as names in their volumes' `snapshots`: it stays there.
+    /// Entries without a number, as names in their volumes' `snapshots`: what the original
+    /// was making or removing, and what other programs have put there. They stay.
     pub(super) others: Vec<(Volume, String)>,
 }
 
@@ -112,30 +113,23 @@ impl Found {
     }
 }
 
-/// Both volumes, as far as they are there.
-pub(super) struct Disks {
-    image: Option<Found>,
-    writable: Option<Found>,
-}
+/// The volumes that are there, the image volume first.
+pub(super) struct Disks(Vec<Found>);
 
 impl Disks {
     /// Looks at both volumes; changes nothing.
     pub(super) fn look(image: &str, writable: &str) -> Result<Disks> {
-        Ok(Disks {
-            image: Found::look(Volume::Image, image)?,
-            writable: Found::look(Volume::Writable, writable)?,
-        })
+        let image = Found::look(Volume::Image, image)?;
+        let writable = Found::look(Volume::Writable, writable)?;
+        Ok(Disks(image.into_iter().chain(writable).collect()))
     }
 
     pub(super) fn on(&self, volume: Volume) -> Option<&Found> {
-        match volume {
-            Volume::Image => self.image.as_ref(),
-            Volume::Writable => self.writable.as_ref(),
-        }
+        self.present().find(|found| found.filled.volume() == volume)
     }
 
     pub(super) fn present(&self) -> impl Iterator<Item = &Found> {
-        self.image.iter().chain(&self.writable)
+        self.0.iter()
     }
 
     /// Whether a volume has a directory of any of these.
@@ -227,11 +221,16 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<
             info: snapshot.info,
         });
     }
+    let others = disks.present().flat_map(|found| {
+        let names = found.others.iter();
+        names.map(|name| (found.filled.volume(), name.clone()))
+    });
+    let others = others.collect();
     kept.sort_by_key(|snapshot| snapshot.id);
     left_out.sort_by_key(|left_out| left_out.snapshot.id);
     Ok(Plan {
         aside: aside(&kept, disks),
-        others: others(disks),
+        others,
         kept,
         left_out,
         highest_id,
@@ -382,18 +381,6 @@ fn aside(kept: &[Snapshot], disks: &Disks) -> Vec<(Volume, SnapshotId)> {
     }
     aside.sort_by_key(|(volume, id)| (*volume == Volume::Writable, *id));
     aside
-}
-
-/// Entries without a number: what the original was making or removing, and what other
-/// programs have put there.
-fn others(disks: &Disks) -> Vec<(Volume, String)> {
-    let found = disks.present();
-    found
-        .flat_map(|found| {
-            let names = found.others.iter().cloned();
-            names.map(|name| (found.filled.volume(), name))
-        })
-        .collect()
 }
 
 impl Reason {
