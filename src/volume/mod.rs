@@ -37,7 +37,7 @@ mod preconditions;
 mod snapshot_dirs;
 
 pub use adopt::Filled;
-pub use dirs::{Dirs, Entry, Owner, Shape};
+pub use dirs::{Dirs, Owner, Shape};
 pub use durable::{Flush, replace_file};
 use identity::Seen;
 pub use identity::{Claim, Identity};
