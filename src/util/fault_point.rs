@@ -1,4 +1,5 @@
-//! Steps at which a test can have the program killed; not in builds for users.
+//! Steps at which a test can have the program killed, and flushes that it can have
+//! left out; not in builds for users.
 
 /// Whether this build has such steps. Builds for users have none.
 pub const HAS_FAULT_POINTS: bool = cfg!(any(debug_assertions, feature = "fault-points"));
@@ -10,4 +11,10 @@ pub fn fault_point(step: &str) {
         let _ =
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
+}
+
+/// Whether `SNAPSHOTTER_LEFT_OUT` names this flush: a test leaves it out to see that
+/// its absence is found.
+pub fn is_left_out(flush: &str) -> bool {
+    HAS_FAULT_POINTS && std::env::var("SNAPSHOTTER_LEFT_OUT").is_ok_and(|name| name == flush)
 }
