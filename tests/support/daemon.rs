@@ -135,6 +135,21 @@ impl Daemon {
         arguments: &[String],
         environment: &[(&str, &str)],
     ) -> Daemon {
+        let mut daemon = Daemon::begin(starter, arguments, environment);
+        daemon.wait_until_serving();
+        daemon
+    }
+
+    /// Starts one; an error, with what it has said, if it ends instead of serving.
+    pub fn try_start(arguments: &[String]) -> Result<Daemon, String> {
+        let mut daemon = Daemon::begin(&[], arguments, &[]);
+        match daemon.is_serving_before_its_end() {
+            Ok(()) => Ok(daemon),
+            Err(status) => Err(format!("the daemon ended with {status}: {}", daemon.log())),
+        }
+    }
+
+    fn begin(starter: &[&str], arguments: &[String], environment: &[(&str, &str)]) -> Daemon {
         let value = |flag: &str| {
             let at = arguments.iter().position(|argument| argument == flag)?;
             arguments.get(at + 1).cloned()
@@ -150,16 +165,14 @@ impl Daemon {
         command.push(BINARY.to_owned());
         command.extend_from_slice(arguments);
         let child = spawn(&command, &environment, log.as_file(), None);
-        let mut daemon = Daemon {
+        Daemon {
             child,
             command,
             arguments: arguments.to_vec(),
             environment,
             address,
             log,
-        };
-        daemon.wait_until_serving();
-        daemon
+        }
     }
 
     /// Starts it again, after its end, to be killed when it reaches a step.
@@ -193,11 +206,29 @@ impl Daemon {
         self.arguments = arguments;
     }
 
+    /// Starts it again, after its end, to be killed when it reaches a step. `false`
+    /// if it comes to that before it serves.
+    pub fn restart_perhaps_to_die_at(&mut self, step: &str) -> bool {
+        self.child = spawn(
+            &self.command,
+            &self.environment,
+            self.log.as_file(),
+            Some(step),
+        );
+        self.is_serving_before_its_end().is_ok()
+    }
+
     fn wait_until_serving(&mut self) {
+        if let Err(status) = self.is_serving_before_its_end() {
+            panic!("the daemon ended with {status}:\n{}", self.log());
+        }
+    }
+
+    fn is_serving_before_its_end(&mut self) -> Result<(), ExitStatus> {
         let begun = Instant::now();
         while UnixStream::connect(&self.address).is_err() {
             if let Some(status) = self.child.try_wait().unwrap() {
-                panic!("the daemon ended with {status}:\n{}", self.log());
+                return Err(status);
             }
             assert!(
                 begun.elapsed() < LIMIT,
@@ -206,6 +237,7 @@ impl Daemon {
             );
             sleep(Duration::from_millis(5));
         }
+        Ok(())
     }
 
     /// Starts it again, with the same arguments, after its end.

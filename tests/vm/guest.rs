@@ -13,10 +13,11 @@ use std::sync::Arc;
 use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
 
+use crate::load::{BEGUN, Load};
 use crate::machine::{FAILED, PASSED, UP};
 use crate::support::daemon::Daemon;
 use crate::support::until;
-use crate::{faults, load, quotas};
+use crate::{crash, faults, quotas};
 
 /// The disk of the image volume.
 pub const IMAGE_DEVICE: &str = "/dev/image";
@@ -66,8 +67,22 @@ fn work(outlet: &Outlet) {
         "load" => {
             mount_disks();
             let daemon = Daemon::start(&arguments());
-            load::run(&daemon, outlet, setting("VM_SEED"), setting("VM_BOOT"));
+            let load = Load {
+                seed: setting("VM_SEED"),
+                boot: setting("VM_BOOT"),
+                most_layers: 30,
+                most_active: 8,
+                has_quotas: false,
+            };
+            outlet.line(BEGUN);
+            load.run(
+                daemon.address(),
+                &|record| outlet.line(&record.line()),
+                &|| false,
+            );
+            panic!("the daemon has ended:\n{}", daemon.log());
         }
+        "crash" => crash::run_as_guest(outlet),
         "quotas" => quotas::run(outlet),
         test => faults::run(test),
     }

@@ -3,57 +3,70 @@
 //! clients, and no overlay is mounted: to unmount one flushes its upper file
 //! system, which would hide what the daemon fails to flush.
 
+use std::fmt::Debug;
 use std::path::PathBuf;
 use std::thread;
 
+use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::{Info, Kind};
 
 use crate::content;
-use crate::guest::Outlet;
-use crate::model::{LABEL_REVISION, Record, Request, Snapshot, State, prepare_labels};
+use crate::model::{LABEL_LIMIT, LABEL_REVISION, Record, Request, Snapshot, State, prepare_labels};
 use crate::support::client::{Client, Refusal};
-use crate::support::daemon::Daemon;
 use crate::support::mounted::upper_of;
 use crate::support::random::Random;
 
 const THREADS: usize = 3;
-/// What one thread keeps, so that the disks do not fill up.
-const MOST_LAYERS: usize = 30;
-const MOST_ACTIVE: usize = 8;
 /// How many layers stand upon each other.
 const DEEPEST: usize = 5;
 
 /// The line that says that everything is in motion.
 pub const BEGUN: &str = "begun";
 
-/// Loads the daemon until the power goes.
-pub fn run(daemon: &Daemon, outlet: &Outlet, seed: u64, boot: u32) -> ! {
-    let all: Vec<Info> = daemon.client().list_pages(&[]).unwrap().concat();
-    outlet.line(BEGUN);
-    thread::scope(|scope| {
-        for number in 0..THREADS {
-            let all = &all;
-            scope.spawn(move || {
+/// How much of a load.
+#[derive(Clone, Copy)]
+pub struct Load {
+    pub seed: u64,
+    /// Which start of the daemon this is: names do not come twice.
+    pub boot: u32,
+    /// What one thread keeps, so that the disks do not fill up.
+    pub most_layers: usize,
+    pub most_active: usize,
+    /// Whether containers get limits.
+    pub has_quotas: bool,
+}
+
+impl Load {
+    /// Loads the daemon at that socket until `is_over`, or until the daemon answers no more. Each
+    /// request is said before it is sent, and when it was answered.
+    pub fn run(
+        &self,
+        address: &str,
+        say: &(dyn Fn(Record) + Sync),
+        is_over: &(dyn Fn() -> bool + Sync),
+    ) {
+        let all = Client::connect(address).list_pages(&[]);
+        let Some(all) = answer("list", all).map(|pages| pages.concat()) else {
+            return;
+        };
+        thread::scope(|scope| {
+            for number in 0..THREADS {
                 let mine = all.iter().filter(|info| is_of(&info.name, number));
                 let mut worker = Worker {
+                    load: *self,
                     number,
-                    boot,
-                    seed,
                     count: 0,
-                    client: daemon.client(),
+                    client: Client::connect(address),
                     state: mine
                         .map(|info| (info.name.clone(), snapshot(info)))
                         .collect(),
-                    random: content::random(seed, &format!("{boot} {number}")),
-                    outlet,
+                    random: content::random(self.seed, &format!("{} {number}", self.boot)),
+                    say,
                 };
-                loop {
-                    worker.step();
-                }
-            });
-        }
-    });
-    unreachable!("the threads never end")
+                scope.spawn(move || while !is_over() && worker.step().is_some() {});
+            }
+        });
+    }
 }
 
 pub fn snapshot(info: &Info) -> Snapshot {
@@ -73,23 +86,33 @@ fn is_of(name: &str, thread: usize) -> bool {
     name.contains(&format!("thread{thread}-"))
 }
 
+/// `None` if the daemon has ended before it answered.
+fn answer<T>(request: impl Debug, answer: Result<T, Refusal>) -> Option<T> {
+    match answer {
+        Ok(answer) => Some(answer),
+        Err((RpcStatusCode::UNAVAILABLE | RpcStatusCode::CANCELLED, _)) => None,
+        Err(refusal) => panic!("{request:?}: {refusal:?}"),
+    }
+}
+
 struct Worker<'a> {
+    load: Load,
     number: usize,
-    boot: u32,
-    seed: u64,
     /// How many snapshots it has made.
     count: usize,
     client: Client,
     /// Its own snapshots: no other thread stands on them or removes them.
     state: State,
     random: Random,
-    outlet: &'a Outlet,
+    say: &'a (dyn Fn(Record) + Sync),
 }
 
+/// Each step is `None` once the daemon answers no more.
 impl Worker<'_> {
-    fn step(&mut self) {
+    fn step(&mut self) -> Option<()> {
         let layers = self.layers().count();
-        let is_full = layers > MOST_LAYERS || self.state.len() - layers > MOST_ACTIVE;
+        let active = self.state.len() - layers;
+        let is_full = layers > self.load.most_layers || active > self.load.most_active;
         match self.random.below(100) {
             _ if is_full => self.remove(),
             0..45 => self.unpack(),
@@ -97,74 +120,82 @@ impl Worker<'_> {
             70..77 => self.prepare_container(),
             77..88 => self.remove(),
             88..96 => self.update(),
-            _ => self.client.cleanup().unwrap(),
+            _ => answer("clean up", self.client.cleanup()),
         }
     }
 
     /// Says what is asked for before and after.
-    fn ask<T>(&mut self, request: Request, send: impl FnOnce(&Client) -> Result<T, Refusal>) -> T {
-        let asked = Record::Asked(self.number, request.clone());
-        self.outlet.line(&asked.line());
-        let answer =
-            send(&self.client).unwrap_or_else(|refusal| panic!("{request:?}: {refusal:?}"));
-        self.outlet.line(&Record::Done(self.number).line());
+    fn ask<T>(
+        &mut self,
+        request: Request,
+        send: impl FnOnce(&Client) -> Result<T, Refusal>,
+    ) -> Option<T> {
+        (self.say)(Record::Asked(self.number, request.clone()));
+        let answer = answer(&request, send(&self.client))?;
+        (self.say)(Record::Done(self.number));
         request.apply(&mut self.state);
-        answer
+        Some(answer)
     }
 
-    fn prepare(&mut self, key: &str, parent: &str, layer: &str) -> PathBuf {
+    fn prepare(&mut self, key: &str, parent: &str, layer: &str) -> Option<PathBuf> {
+        let limit = match self.load.has_quotas && layer.is_empty() {
+            true => self.some_limit(),
+            false => String::new(),
+        };
         let request = Request::Prepare {
             key: key.to_owned(),
             parent: parent.to_owned(),
             layer: layer.to_owned(),
+            limit: limit.clone(),
         };
-        let labels = prepare_labels(layer);
+        let labels = prepare_labels(layer, &limit);
         let labels: Vec<_> = labels
             .iter()
             .map(|(key, value)| (key.as_str(), value.as_str()))
             .collect();
-        let mounts = self.ask(request, |client| client.prepare(key, parent, &labels));
-        upper_of(&mounts)
+        let mounts = self.ask(request, |client| client.prepare(key, parent, &labels))?;
+        Some(upper_of(&mounts))
     }
 
-    fn commit(&mut self, key: &str, name: &str) {
+    fn commit(&mut self, key: &str, name: &str) -> Option<()> {
         let request = Request::Commit {
             key: key.to_owned(),
             name: name.to_owned(),
         };
         self.ask(request, |client| {
             client.commit(key, name, &[(LABEL_REVISION, "0")])
-        });
+        })
     }
 
-    fn unpack(&mut self) {
+    fn unpack(&mut self) -> Option<()> {
         let name = self.new_name();
         let key = format!("extract-{} {name}", self.count);
-        self.make_layer(&key, &name, &name.clone());
+        self.make_layer(&key, &name, &name.clone())
     }
 
-    fn commit_container(&mut self) {
+    fn commit_container(&mut self) -> Option<()> {
         let name = self.new_name();
-        self.make_layer(&format!("container {name}"), &name, "");
+        self.make_layer(&format!("container {name}"), &name, "")
     }
 
-    fn make_layer(&mut self, key: &str, name: &str, reference: &str) {
+    fn make_layer(&mut self, key: &str, name: &str, reference: &str) -> Option<()> {
         let parent = self.some_parent();
-        let upper = self.prepare(key, &parent, reference);
-        content::write(&content::of_layer(self.seed, name), &upper)
+        let upper = self.prepare(key, &parent, reference)?;
+        content::write(&content::of_layer(self.load.seed, name), &upper)
             .unwrap_or_else(|error| panic!("{}: {error}", upper.display()));
-        self.commit(key, name);
+        self.commit(key, name)
     }
 
     /// A container that goes on running.
-    fn prepare_container(&mut self) {
+    fn prepare_container(&mut self) -> Option<()> {
         let key = format!("running {}", self.new_name());
         let parent = self.some_parent();
-        let upper = self.prepare(&key, &parent, "");
+        let upper = self.prepare(&key, &parent, "")?;
         std::fs::write(upper.join("file"), &key).unwrap();
+        Some(())
     }
 
-    fn remove(&mut self) {
+    fn remove(&mut self) -> Option<()> {
         let is_parent = |name: &String| self.state.values().any(|other| other.parent == *name);
         let leaves: Vec<_> = self
             .state
@@ -172,32 +203,51 @@ impl Worker<'_> {
             .filter(|name| !is_parent(name))
             .cloned()
             .collect();
-        if !leaves.is_empty() {
-            let key = self.random.pick(&leaves);
-            let request = Request::Remove { key: key.clone() };
-            self.ask(request, |client| client.remove(key));
+        if leaves.is_empty() {
+            return Some(());
         }
+        let key = self.random.pick(&leaves);
+        let request = Request::Remove { key: key.clone() };
+        self.ask(request, |client| client.remove(key))
     }
 
-    fn update(&mut self) {
-        let names: Vec<_> = self.layers().cloned().collect();
-        if !names.is_empty() {
-            let key = self.random.pick(&names);
-            let revision = self.random.below(1000).to_string();
-            let request = Request::Update {
-                key: key.clone(),
-                revision: revision.clone(),
-            };
-            let mask = format!("labels.{LABEL_REVISION}");
-            self.ask(request, |client| {
-                client.update(key, &[&mask], &[(LABEL_REVISION, &revision)])
-            });
+    /// Changes a layer's revision, or a container's limit.
+    fn update(&mut self) -> Option<()> {
+        let is_limit = self.load.has_quotas && self.random.is_one_in(2);
+        let wanted = self.state.iter().filter(|(_, one)| match is_limit {
+            true => one.labels.contains_key(LABEL_LIMIT),
+            false => one.is_layer,
+        });
+        let keys: Vec<_> = wanted.map(|(key, _)| key.clone()).collect();
+        if keys.is_empty() {
+            return Some(());
         }
+        let key = self.random.pick(&keys);
+        let (label, value) = match is_limit {
+            true => (LABEL_LIMIT, self.some_limit()),
+            false => (LABEL_REVISION, self.random.below(1000).to_string()),
+        };
+        let request = Request::Update {
+            key: key.clone(),
+            label: label.to_owned(),
+            value: value.clone(),
+        };
+        let (mask, labels) = (format!("labels.{label}"), [(label, value.as_str())]);
+        self.ask(request, |client| client.update(key, &[&mask], &labels))
+            .map(drop)
+    }
+
+    /// More than a container writes here.
+    fn some_limit(&mut self) -> String {
+        format!("{}M", 8 + self.random.below(32))
     }
 
     fn new_name(&mut self) -> String {
         self.count += 1;
-        format!("thread{}-boot{}-{}", self.number, self.boot, self.count)
+        format!(
+            "thread{}-boot{}-{}",
+            self.number, self.load.boot, self.count
+        )
     }
 
     fn layers(&self) -> impl Iterator<Item = &String> {

@@ -6,6 +6,7 @@
 //! cargo test --locked --test vm -- --machine qemu        in emulated machines
 //! cargo test --locked --test vm -- power:: --cuts 1000   more power cuts
 //! cargo test --locked --test vm -- power:: --seed 17     the same load again
+//! cargo test --locked --test vm -- crash:: --states 5000  more crash states
 //! cargo test --locked --test vm -- figures --files 200000 --nocapture
 //! ```
 //!
@@ -17,6 +18,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod content;
+mod crash;
 mod faults;
 mod faulty;
 mod guest;
@@ -49,6 +51,8 @@ pub struct Options {
     pub seed: u64,
     /// `--files`: how many a container has whose usage is timed.
     pub files: u32,
+    /// `--states`: how many crash states are looked at.
+    pub states: usize,
 }
 
 fn main() {
@@ -76,6 +80,11 @@ fn main() {
         "power-control::without_flush_layers_are_lost",
         move || power::without_flush_layers_are_lost(options),
     ));
+    trials.extend(crash::CASES.iter().map(|case| {
+        trial(format!("crash::{}", case.name), move || {
+            crash::run(case, options);
+        })
+    }));
     trials.extend(
         inventory::iter::<faults::Test>().map(|&faults::Test(module, name, _)| {
             let (_, module) = module.split_once("::").unwrap();
@@ -100,7 +109,7 @@ fn trial(name: impl Into<String>, test: impl FnOnce() + Send + 'static) -> Trial
 
 /// Takes our own options out of the arguments; libtest's are left.
 fn options(arguments: impl Iterator<Item = String>) -> (Options, Vec<String>) {
-    const OWN: [&str; 4] = ["--machine", "--cuts", "--seed", "--files"];
+    const OWN: [&str; 5] = ["--machine", "--cuts", "--seed", "--files", "--states"];
     let mut own = BTreeMap::new();
     let mut rest = Vec::new();
     let mut arguments = arguments.flat_map(|argument| match argument.split_once('=') {
@@ -127,6 +136,7 @@ fn options(arguments: impl Iterator<Item = String>) -> (Options, Vec<String>) {
         cuts: small("--cuts", driver.cuts),
         seed: number("--seed").unwrap_or(now.as_secs()),
         files: small("--files", 2_000),
+        states: number("--states").map_or(1_600, |given| given.try_into().unwrap()),
     };
     (options, rest)
 }

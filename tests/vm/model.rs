@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub const LABEL_REF: &str = "containerd.io/snapshot.ref";
 /// A label of ours that Update changes.
 pub const LABEL_REVISION: &str = "test/revision";
+/// How much a container may write, where there are quotas.
+pub const LABEL_LIMIT: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
@@ -20,11 +22,13 @@ pub type State = BTreeMap<String, Snapshot>;
 /// A request that changes something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// `layer` is the one being unpacked; empty for what a container writes.
+    /// `layer` is the one being unpacked; empty for what a container writes, which
+    /// has perhaps a limit.
     Prepare {
         key: String,
         parent: String,
         layer: String,
+        limit: String,
     },
     Commit {
         key: String,
@@ -35,7 +39,8 @@ pub enum Request {
     },
     Update {
         key: String,
-        revision: String,
+        label: String,
+        value: String,
     },
 }
 
@@ -53,79 +58,93 @@ impl Request {
     /// What it makes of a state.
     pub fn apply(&self, state: &mut State) {
         match self {
-            Request::Prepare { key, parent, layer } => {
+            Request::Prepare {
+                key,
+                parent,
+                layer,
+                limit,
+            } => {
                 let snapshot = Snapshot {
                     is_layer: false,
                     parent: parent.clone(),
-                    labels: prepare_labels(layer),
+                    labels: prepare_labels(layer, limit),
                 };
                 state.insert(key.clone(), snapshot);
             }
             Request::Commit { key, name } => {
                 let mut snapshot = state.remove(key).expect("it was prepared");
                 snapshot.is_layer = true;
-                snapshot.labels = revision_label("0");
+                snapshot.labels = [(LABEL_REVISION.to_owned(), "0".to_owned())].into();
                 state.insert(name.clone(), snapshot);
             }
             Request::Remove { key } => {
                 state.remove(key);
             }
-            Request::Update { key, revision } => {
+            Request::Update { key, label, value } => {
                 let snapshot = state.get_mut(key).expect("it was there");
-                snapshot.labels.extend(revision_label(revision));
+                snapshot.labels.insert(label.clone(), value.clone());
             }
         }
     }
 
     fn words(&self) -> Vec<&str> {
         match self {
-            Request::Prepare { key, parent, layer } => vec!["prepare", key, parent, layer],
+            Request::Prepare {
+                key,
+                parent,
+                layer,
+                limit,
+            } => vec!["prepare", key, parent, layer, limit],
             Request::Commit { key, name } => vec!["commit", key, name],
             Request::Remove { key } => vec!["remove", key],
-            Request::Update { key, revision } => vec!["update", key, revision],
+            Request::Update { key, label, value } => vec!["update", key, label, value],
         }
     }
 
     fn from_words(words: &[&str]) -> Option<Request> {
         let text = |word: &str| word.to_owned();
         Some(match *words {
-            ["prepare", key, parent, layer] => Request::Prepare {
+            ["prepare", key, parent, layer, limit] => Request::Prepare {
                 key: text(key),
                 parent: text(parent),
                 layer: text(layer),
+                limit: text(limit),
             },
             ["commit", key, name] => Request::Commit {
                 key: text(key),
                 name: text(name),
             },
             ["remove", key] => Request::Remove { key: text(key) },
-            ["update", key, revision] => Request::Update {
+            ["update", key, label, value] => Request::Update {
                 key: text(key),
-                revision: text(revision),
+                label: text(label),
+                value: text(value),
             },
             _ => return None,
         })
     }
 }
 
-/// The labels with which a layer is unpacked; none for what a container writes.
-pub fn prepare_labels(layer: &str) -> BTreeMap<String, String> {
-    let reference = (!layer.is_empty()).then(|| (LABEL_REF.to_owned(), layer.to_owned()));
-    reference.into_iter().collect()
-}
-
-fn revision_label(revision: &str) -> BTreeMap<String, String> {
-    [(LABEL_REVISION.to_owned(), revision.to_owned())].into()
+/// The labels with which a layer is unpacked, or of what a container writes.
+pub fn prepare_labels(layer: &str, limit: &str) -> BTreeMap<String, String> {
+    [(LABEL_REF, layer), (LABEL_LIMIT, limit)]
+        .into_iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(label, value)| (label.to_owned(), value.to_owned()))
+        .collect()
 }
 
 /// What a thread of the load says, each on one line. A thread has one request
 /// under way at most.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// About to be sent.
     Asked(usize, Request),
     /// Answered: done.
     Done(usize),
+    /// Not answered, as the daemon was killed, and not done: the next one shows
+    /// things as they were before.
+    NotDone(usize),
 }
 
 impl Record {
@@ -135,6 +154,7 @@ impl Record {
                 format!("asked\t{thread}\t{}", request.words().join("\t"))
             }
             Record::Done(thread) => format!("done\t{thread}"),
+            Record::NotDone(thread) => format!("not done\t{thread}"),
         }
     }
 
@@ -147,18 +167,19 @@ impl Record {
                 Some(Record::Asked(thread.parse().ok()?, request))
             }
             ["done", thread] => Some(Record::Done(thread.parse().ok()?)),
+            ["not done", thread] => Some(Record::NotDone(thread.parse().ok()?)),
             _ => None,
         }
     }
 }
 
 /// What is known of a machine's snapshots.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct History {
     /// What has been acknowledged.
     pub state: State,
-    /// What was under way at the end: done or not.
-    pub in_flight: Vec<Request>,
+    /// What each thread has asked for without an answer so far.
+    pub under_way: BTreeMap<usize, Request>,
     /// Layers acknowledged ever.
     pub layers: usize,
     /// What an acknowledged Remove or Commit has taken away since the last look.
@@ -168,27 +189,31 @@ pub struct History {
 impl History {
     /// Takes in what was said from a boot until the power cut.
     pub fn read(&mut self, records: impl Iterator<Item = Record>) {
-        let mut under_way = BTreeMap::new();
-        for record in records {
-            match record {
-                Record::Asked(thread, request) => {
-                    let before = under_way.insert(thread, request);
-                    assert!(before.is_none(), "never answered: {before:?}");
-                }
-                Record::Done(thread) => {
-                    let request: Request = under_way.remove(&thread).expect("it was asked");
-                    request.apply(&mut self.state);
-                    self.layers += usize::from(matches!(request, Request::Commit { .. }));
-                    for key in request.keys() {
-                        if self.state.contains_key(key) {
-                            self.gone.remove(key);
-                        } else {
-                            self.gone.insert(key.to_owned());
-                        }
+        records.for_each(|record| self.take(record));
+    }
+
+    /// Takes in one record.
+    pub fn take(&mut self, record: Record) {
+        let mut answered =
+            |thread| -> Request { self.under_way.remove(&thread).expect("it was asked") };
+        match record {
+            Record::Asked(thread, request) => {
+                let before = self.under_way.insert(thread, request);
+                assert!(before.is_none(), "never answered: {before:?}");
+            }
+            Record::NotDone(thread) => drop(answered(thread)),
+            Record::Done(thread) => {
+                let request = answered(thread);
+                request.apply(&mut self.state);
+                self.layers += usize::from(matches!(request, Request::Commit { .. }));
+                for key in request.keys() {
+                    if self.state.contains_key(key) {
+                        self.gone.remove(key);
+                    } else {
+                        self.gone.insert(key.to_owned());
                     }
                 }
             }
         }
-        self.in_flight = under_way.into_values().collect();
     }
 }

@@ -3,12 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::fs::statvfs;
 
 use overlay_read_write_splitting_snapshotter::proto::snapshots::Info;
 
 use crate::content;
 use crate::load::snapshot;
-use crate::model::{History, Request, Snapshot, State};
+use crate::model::{History, LABEL_LIMIT, Request, Snapshot, State};
 use crate::support::client::Client;
 use crate::support::daemon::BINARY;
 use crate::support::mounted::upper_of;
@@ -35,7 +39,7 @@ pub fn verify(client: &Client, seed: u64, history: &mut History) -> Verdict {
         found: found(client),
         verdict: Verdict::default(),
     };
-    for request in std::mem::take(&mut history.in_flight) {
+    for request in std::mem::take(&mut history.under_way).into_values() {
         look.settle(&request, &mut history.state);
     }
     for (key, wanted) in &history.state {
@@ -120,7 +124,7 @@ impl Look<'_> {
         }
         match wanted.is_layer {
             true => self.layer_problem(key, path),
-            false => self.active_problem(key),
+            false => self.active_problem(key, wanted),
         }
     }
 
@@ -143,27 +147,54 @@ impl Look<'_> {
     }
 
     /// What a container had not flushed itself may be lost; its directory not.
-    fn active_problem(&self, key: &str) -> Option<String> {
+    fn active_problem(&self, key: &str, wanted: &Snapshot) -> Option<String> {
         match self.client.mounts(key) {
             Err(refusal) => Some(format!("cannot be mounted: {refusal:?}")),
             Ok(mounts) if !upper_of(&mounts).is_dir() => Some(format!("has nothing at {mounts:?}")),
-            Ok(_) => None,
+            Ok(mounts) => limit_problem(&upper_of(&mounts), wanted),
         }
     }
 }
 
-/// The daemon's own check of database and disks.
+/// A directory with a limit shows that as the size of its disk; after a start perhaps
+/// a moment later.
+fn limit_problem(upper: &Path, wanted: &Snapshot) -> Option<String> {
+    let limit = wanted.labels.get(LABEL_LIMIT)?;
+    let begun = Instant::now();
+    loop {
+        let disk = statvfs(upper).unwrap();
+        let size = format!("{}M", (disk.f_blocks * disk.f_frsize) >> 20);
+        if size == *limit {
+            return None;
+        }
+        if begun.elapsed() > Duration::from_secs(10) {
+            return Some(format!("is limited to {size}, wanted {limit}"));
+        }
+        sleep(Duration::from_millis(2));
+    }
+}
+
+/// Fails unless the daemon's own check of database and disks finds nothing.
 pub fn require_sound(places: &[String]) {
+    if let Some(problem) = problem_of(places) {
+        panic!("{problem}");
+    }
+}
+
+/// What the daemon's own check of database and disks finds wrong.
+pub fn problem_of(places: &[String]) -> Option<String> {
     let output = Command::new(BINARY)
         .arg("check")
         .args(places)
         .output()
         .unwrap();
-    assert!(
-        output.status.success(),
-        "check: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let problem = || {
+        format!(
+            "check: {}\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        )
+    };
+    (!output.status.success()).then(problem)
 }

@@ -25,7 +25,7 @@ pub const DRIVER: Driver = Driver {
     load_ms: (300, 2200),
     modules_in: UML,
     // What the daemon asks for, disks that fail, and those with quotas.
-    modules: &["overlay", "dm-flakey", "quota_v2", "loop"],
+    modules: &["overlay", "dm-flakey", "quota_v2", "loop", "fuse"],
     devices: [
         ("VM_IMAGE_DEVICE", "/dev/ubda"),
         ("VM_WRITABLE_DEVICE", "/dev/ubdb"),
