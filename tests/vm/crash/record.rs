@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::thread;
+use std::time::Duration;
 
 use super::Case;
 use super::disks::Disks;
@@ -11,7 +12,6 @@ use crate::load::{Load, snapshot};
 use crate::model::{History, Record};
 use crate::support::client::Client;
 use crate::support::daemon::Daemon;
-use crate::support::until;
 
 /// How often the daemon is started.
 const LIVES: u32 = 7;
@@ -83,9 +83,9 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
         thread::scope(|scope| {
             let is_over = || matches!(end, End::Stop) && is_reached();
             let loading = scope.spawn(move || load.run(&address, &say, &is_over));
-            until("enough is recorded", || {
-                is_reached() || loading.is_finished()
-            });
+            while !is_reached() && !loading.is_finished() {
+                thread::sleep(Duration::from_millis(1));
+            }
             match end {
                 End::Stop => {}
                 End::Term => daemon.terminate(),
@@ -99,7 +99,7 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
         }
     }
     disks.unmount();
-    daemon.log().matches(" is home: ").count()
+    daemon.log().matches(" bytes copied in ").count()
 }
 
 fn arguments(disks: &Disks, case: &Case, boot: u32) -> Vec<String> {
