@@ -4,29 +4,10 @@
 use crate::error::{Error, Result};
 use crate::store::is_database_file;
 use crate::types::MountPath;
+use crate::volume::{ROOT_NAMES, WRITABLE_NAMES};
 
-/// Names in `<root>` that are ours, beside the files of the database.
-const ROOT_NAMES: &[&str] = &[
-    "state",
-    "state.new",
-    "lock",
-    "grpc.socks",
-    "snapshots",
-    "lowers",
-    "mounted",
-    "empty",
-    "trash",
-    "left-out",
-];
-/// Names in `<writable>` that are ours.
-const WRITABLE_NAMES: &[&str] = &[
-    ".volume",
-    ".volume.new",
-    ".probe",
-    "snapshots",
-    "trash",
-    "left-out",
-];
+/// Names in `<root>` that are ours, beside the files of the database and the volume's.
+const OTHER_ROOT_NAMES: [&str; 4] = ["state", "state.new", "lock", "grpc.socks"];
 
 /// Makes a path absolute and refuses what could not be written into a mount option.
 pub(super) fn check_path(flag: &str, path: &str) -> Result<MountPath> {
@@ -75,7 +56,7 @@ pub(super) fn check_all_apart(
 type IsOurs = fn(&str) -> bool;
 
 fn is_root_name(name: &str) -> bool {
-    is_database_file(name) || ROOT_NAMES.contains(&name)
+    is_database_file(name) || ROOT_NAMES.contains(&name) || OTHER_ROOT_NAMES.contains(&name)
 }
 
 fn is_writable_name(name: &str) -> bool {

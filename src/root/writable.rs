@@ -7,7 +7,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount;
 use crate::store::Store;
 use crate::types::Volume;
-use crate::volume::{Claim, Holding, Identity, Lifetime, Volumes};
+use crate::volume::{Claim, Holding, Identity, Lifetime, PROBE, Volumes};
 
 /// Facts in the database: the volume's identity, and whether its mark is known
 /// to be on the disk. The first is recorded before the mark is written, so
@@ -16,8 +16,6 @@ pub(super) const IDENTITY: &str = "writable_volume";
 const CLAIMED: &str = "writable_volume_claimed";
 /// The circumstances in which the volume could hold overlayfs's upper directories.
 const PROBED: &str = "writable_volume_probed";
-/// The directory for that probe.
-const PROBE: &str = ".probe";
 
 /// Makes the writable directory the volume that the database knows. A volume that
 /// is missing at a later start is no error: what does not need it is served.

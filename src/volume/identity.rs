@@ -13,9 +13,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::cached_lookup::{Glance, glance};
 use super::durable::replace_file;
+use super::paths::MARK;
 use crate::error::{Context, Error, Result};
 
-const FILE: &str = ".volume";
 const HEX_DIGITS: usize = 32;
 
 /// A random 128-bit number, written as 32 hexadecimal digits.
@@ -87,7 +87,7 @@ impl Identity {
     pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         match self.look(&top, path)? {
             Claim::Free => {
-                replace_file(&top, FILE, &format!("{self}\n"))
+                replace_file(&top, MARK, &format!("{self}\n"))
                     .context(|| format!("mark {path} as the writable volume"))?;
                 Ok(Claim::Ours)
             }
@@ -100,9 +100,9 @@ impl Identity {
         if self.look(&top, path)? != Claim::Ours {
             return Ok(());
         }
-        unlinkat(&top, FILE, AtFlags::empty())
+        unlinkat(&top, MARK, AtFlags::empty())
             .and_then(|()| fsync(&top))
-            .context(|| format!("remove {path}/{FILE}"))
+            .context(|| format!("remove {path}/{MARK}"))
     }
 }
 
@@ -119,17 +119,17 @@ pub(super) struct Seen {
 impl Seen {
     /// The mark in the directory `top`, if there is one that can be looked at.
     pub(super) fn in_directory(top: impl AsFd) -> Option<Seen> {
-        Seen::at(top, FILE)
+        Seen::at(top, MARK)
     }
 
     /// The mark in the directory of that path.
     pub(super) fn in_path(path: &str) -> Option<Seen> {
-        Seen::at(CWD, &format!("{path}/{FILE}"))
+        Seen::at(CWD, &format!("{path}/{MARK}"))
     }
 
     /// As [`Seen::in_path`], if no disk has to be asked.
     pub(super) fn at_a_glance(path: &str) -> Option<Seen> {
-        match glance(CWD, &format!("{path}/{FILE}")) {
+        match glance(CWD, &format!("{path}/{MARK}")) {
             Glance::There(mark) => fstat(mark).ok().map(Seen::of),
             Glance::Absent | Glance::Unknown => None,
         }
@@ -190,9 +190,9 @@ pub(super) fn open_top(path: &str) -> std::result::Result<OwnedFd, Errno> {
 }
 
 fn read_mark(top: impl AsFd, path: &str) -> Result<Option<Identity>> {
-    let reading = || format!("read {path}/{FILE}");
+    let reading = || format!("read {path}/{MARK}");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match openat(&top, FILE, flags, Mode::empty()) {
+    let file = match openat(&top, MARK, flags, Mode::empty()) {
         Err(Errno::NOENT) => return Ok(None),
         file => file.context(reading)?,
     };
@@ -208,7 +208,7 @@ fn read_mark(top: impl AsFd, path: &str) -> Result<Option<Identity>> {
         .and_then(|text| Identity::parse(text.trim_end()));
     identity.map(Some).ok_or_else(|| {
         Error::refused(format!(
-            "{path}/{FILE} is not the mark of a writable volume: choose another directory, or, \
+            "{path}/{MARK} is not the mark of a writable volume: choose another directory, or, \
                  if this is the one that was marked, remove that file and run `check --repair`"
         ))
     })
@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(Seen::in_directory(open_top(path).unwrap()), Some(seen));
         assert_eq!(Seen::at_a_glance(path), Some(seen));
         let other = Identity::random().unwrap();
-        replace_file(open_top(path).unwrap(), FILE, &other.to_string()).unwrap();
+        replace_file(open_top(path).unwrap(), MARK, &other.to_string()).unwrap();
         assert_ne!(Seen::in_path(path), Some(seen));
     }
 
@@ -283,13 +283,13 @@ mod tests {
             &"a".repeat(33),
             "0123456789ABCDEF0123456789ABCDEF",
         ] {
-            fs::write(dir.path().join(FILE), strange).unwrap();
+            fs::write(dir.path().join(MARK), strange).unwrap();
             let error = claim(&ours, dir.path()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
-            assert_eq!(fs::read_to_string(dir.path().join(FILE)).unwrap(), strange);
+            assert_eq!(fs::read_to_string(dir.path().join(MARK)).unwrap(), strange);
         }
-        fs::remove_file(dir.path().join(FILE)).unwrap();
-        std::os::unix::fs::symlink("/etc/hostname", dir.path().join(FILE)).unwrap();
+        fs::remove_file(dir.path().join(MARK)).unwrap();
+        std::os::unix::fs::symlink("/etc/hostname", dir.path().join(MARK)).unwrap();
         claim(&ours, dir.path()).unwrap_err();
     }
 }

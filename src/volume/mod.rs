@@ -44,7 +44,7 @@ pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use moving::moving_id;
 use paths::SNAPSHOTS;
-pub use paths::UPPER;
+pub use paths::{PROBE, ROOT_NAMES, UPPER, WRITABLE_NAMES};
 pub use preconditions::{Holding, Lifetime, Reserve, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 

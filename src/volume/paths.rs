@@ -14,6 +14,16 @@ pub(super) const HOST_DIRS: &str = "lowers";
 /// Marks of snapshots that may be mounted by hand.
 pub(super) const BY_HAND: &str = "mounted";
 pub(super) const EMPTY: &str = "empty";
+/// The mark of the writable volume, and the file that replaces it while it is written.
+pub(super) const MARK: &str = ".volume";
+pub(super) const NEW_MARK: &str = ".volume.new";
+/// The directory in which the writable volume is probed.
+pub const PROBE: &str = ".probe";
+
+/// What this room keeps directly in `<root>`.
+pub const ROOT_NAMES: [&str; 6] = [SNAPSHOTS, HOST_DIRS, BY_HAND, EMPTY, TRASH, LEFT_OUT];
+/// All that is kept directly in `<writable>`.
+pub const WRITABLE_NAMES: [&str; 6] = [MARK, NEW_MARK, PROBE, SNAPSHOTS, TRASH, LEFT_OUT];
 
 /// In the directory of a snapshot: what the snapshot holds, and what overlayfs shows as
 /// its upper directory.

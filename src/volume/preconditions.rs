@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::Dirs;
 use super::dirs::open_to_list;
-use super::paths::{SNAPSHOTS, TRASH};
+use super::paths::{NEW_MARK, PROBE, SNAPSHOTS, TRASH};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::{entries, is_empty};
 
@@ -138,15 +138,9 @@ pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
             Err(errno) => return Err(errno),
         }
     }
-    let usual = [
-        c"lost+found",
-        c"snapshots",
-        c"trash",
-        c".probe",
-        c".volume.new",
-    ];
+    let usual = ["lost+found", SNAPSHOTS, TRASH, PROBE, NEW_MARK].map(str::as_bytes);
     for entry in entries(top)? {
-        if !usual.contains(&entry?.file_name()) {
+        if !usual.contains(&entry?.file_name().to_bytes()) {
             return Ok(Holding::OtherFiles);
         }
     }
