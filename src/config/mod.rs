@@ -212,7 +212,7 @@ pub struct Config {
     pub requires_mounts: bool,
     /// From `--writable-volatile`.
     pub writable_lifetime: Lifetime,
-    /// How snapshots are kept, before [`Options::for_this_kernel`].
+    /// How snapshots are kept, before `Options::for_this_kernel`.
     pub options: Options,
     /// How many workers.
     pub threads: usize,

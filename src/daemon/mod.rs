@@ -2,7 +2,7 @@
 //!
 //! Owns: the order of these, and everything that is done once. Never: logic of
 //! a request. Killed at any moment, the next start finds what was
-//! acknowledged; see [`crate::store`] and [`crate::volume`].
+//! acknowledged; see `src/store` and `src/volume`.
 
 mod backup;
 mod metrics_file;
