@@ -39,7 +39,7 @@ impl Snapshotter {
         };
         let new = NewSnapshot::plan(kind, key, parent, labels, &self.options, parent_labels)?;
         log::debug!(
-            "snapshot {} is for {:?}, its labels are from {:?}",
+            "new {}: for {:?}, labels from {:?}",
             Quoted(key),
             new.purpose,
             new.label_source
