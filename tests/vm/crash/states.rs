@@ -9,8 +9,9 @@ use super::fuse::DISKS;
 use crate::model::History;
 use crate::support::random::Random;
 
-/// What a disk writes at once, or not at all.
-const SECTOR: usize = 512;
+/// What a disk writes at once, or not at all: the physical sector of disks sold today. With
+/// smaller ones a torn block of metadata is what ext4 itself refuses to mount.
+const SECTOR: usize = 4096;
 
 /// What a disk has kept of that which it was not asked to flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
