@@ -105,7 +105,8 @@ impl Case {
     /// How many states it takes of those that are asked for.
     fn states(&self, all: usize) -> usize {
         match self.wrong {
-            None if self.has_limits => all / 5,
+            // A machine takes a second for each.
+            None if self.has_limits => all / 10,
             None => all * 2 / 5,
             Some(_) => 400,
         }
