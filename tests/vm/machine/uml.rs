@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use super::{Driver, Start, ends_with_its_thread};
 
-const MEBIBYTES_OF_MEMORY: u64 = 512;
+const MEBIBYTES_OF_MEMORY: u64 = 1024;
 
 /// Where `tests/uml.sh` unpacks it.
 const UML: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/uml");
