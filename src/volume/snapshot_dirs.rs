@@ -78,19 +78,23 @@ impl Dirs {
     }
 
     /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or on the way
-    /// there: nobody has written into it, and it is no link, as a layer's is.
+    /// there: nobody has written into it, and it is no link, as a layer's is. One that a
+    /// daemon has removed meanwhile holds nothing either.
     pub fn is_unfilled(&self, id: SnapshotId) -> Result<bool> {
         let looking = || format!("look into {}/{SNAPSHOTS}/{id}", self.path());
         let entries = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
             Err(Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            Err(Errno::NOENT) => Ok(Some((None, Vec::new()))),
             opened => {
                 let opened = opened.context(looking)?;
                 let entries = list(&opened, self.path(), name)?;
-                Ok::<_, Error>(Some((opened, entries)))
+                Ok::<_, Error>(Some((Some(opened), entries)))
             }
         };
-        let Some((top, parts)) = entries(self.snapshots_fd(), &id.to_string())? else {
-            return Ok(false);
+        let (top, parts) = match entries(self.snapshots_fd(), &id.to_string())? {
+            Some((Some(top), parts)) => (top, parts),
+            Some((None, _)) => return Ok(true),
+            None => return Ok(false),
         };
         for part in parts {
             let name = part.name.to_str().unwrap_or_default();
