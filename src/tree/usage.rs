@@ -32,7 +32,7 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
     /// Between two questions.
     const ENTRIES: u64 = 256;
     let mut entries: u64 = 0;
-    let mut tally = Tally::new(MOST_REMEMBERED);
+    let mut tally = Count::new(MOST_REMEMBERED);
     tally.add(&fstat(&top).context(|| COUNTING)?);
     let mut walk = Walk::begin(&top, COUNTING)?;
     while let Some(entry) = walk.next()? {
@@ -66,7 +66,7 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
 const MOST_REMEMBERED: usize = 200_000;
 
 /// What has been counted so far.
-struct Tally {
+struct Count {
     content: Content,
     /// Inodes with several names that were counted whole.
     remembered: HashSet<(u64, u64)>,
@@ -84,9 +84,9 @@ struct Shares {
     data_bytes: u128,
 }
 
-impl Tally {
-    fn new(most_remembered: usize) -> Tally {
-        Tally {
+impl Count {
+    fn new(most_remembered: usize) -> Count {
+        Count {
             content: Content::default(),
             remembered: HashSet::new(),
             most_remembered,
@@ -169,7 +169,7 @@ mod tests {
             }
         }
         let counted = |most_remembered| {
-            let mut tally = Tally::new(most_remembered);
+            let mut tally = Count::new(most_remembered);
             for entry in fs::read_dir(dir.path()).unwrap() {
                 tally.add(&rustix::fs::stat(entry.unwrap().path()).unwrap());
             }
