@@ -16,7 +16,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::initramfs;
-use crate::support::run;
+use crate::support::{run, until};
 
 /// What the machine says before its work.
 pub const UP: &str = "up";
@@ -344,10 +344,18 @@ impl Disks {
         }
     }
 
-    /// Unmounts both.
+    /// Unmounts both, and waits until nothing uses their file systems. A process that has
+    /// copied the mounts of this machine, into a namespace of its own, keeps them in use:
+    /// then the next mount here would not show what the machine has written meanwhile.
     pub fn unmount(&self) {
         for at in [self.image(), self.writable()] {
+            let device = run(Command::new("findmnt")
+                .args(["-n", "-o", "SOURCE"])
+                .arg(&at));
             run(Command::new("umount").arg(at));
+            let name = device.trim().trim_start_matches("/dev/");
+            let used = Path::new("/sys/fs/ext4").join(name);
+            until("the disk of a machine is free", || !used.exists());
         }
     }
 }
