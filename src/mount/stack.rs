@@ -60,15 +60,19 @@ impl Stack<'_> {
         let own = self.own.iter().flat_map(|own| [&own.upper, &own.work]);
         let is_new = kernel_version(&kernel_release()) >= Some(LAYERS_ONE_BY_ONE);
         if is_new && !self.lowers.iter().chain(own).any(is_long) {
-            self.mount_by_layers(target.as_fd(), path)
-        } else {
-            self.mount_by_string(target.as_fd(), path)
+            match self.mount_by_layers(target.as_fd()) {
+                // A seccomp filter or an emulator may lack these calls on a new kernel.
+                Err((Errno::NOSYS, _)) => {}
+                done => return done.map_err(|(errno, said)| refused(path, errno, &said)),
+            }
         }
+        self.mount_by_string(target.as_fd(), path)
     }
 
-    fn mount_by_layers(&self, target: BorrowedFd<'_>, path: &Path) -> Result<()> {
-        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
-            .map_err(|errno| refused(path, errno, ""))?;
+    /// A failure is the error number and what the kernel said about it.
+    fn mount_by_layers(&self, target: BorrowedFd<'_>) -> std::result::Result<(), (Errno, String)> {
+        let plain = |errno| (errno, String::new());
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(plain)?;
         let mounted = self
             .configure(&context)
             .and_then(|()| {
@@ -79,10 +83,10 @@ impl Stack<'_> {
                 }
                 fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
             })
-            .map_err(|errno| refused(path, errno, &said(&context)))?;
+            .map_err(|errno| (errno, said(&context)))?;
         let flags =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&mounted, "", target, "", flags).map_err(|errno| refused(path, errno, ""))
+        move_mount(&mounted, "", target, "", flags).map_err(plain)
     }
 
     fn configure(&self, context: &OwnedFd) -> std::result::Result<(), Errno> {
