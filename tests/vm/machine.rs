@@ -353,11 +353,15 @@ impl Disks {
                 .args(["-n", "-o", "SOURCE"])
                 .arg(&at));
             run(Command::new("umount").arg(at));
-            let name = device.trim().trim_start_matches("/dev/");
-            let used = Path::new("/sys/fs/ext4").join(name);
-            until("the disk of a machine is free", || !used.exists());
+            until_free(device.trim());
         }
     }
+}
+
+/// Waits until nothing uses the ext4 of a device, which has been unmounted.
+pub fn until_free(device: &str) {
+    let used = Path::new("/sys/fs/ext4").join(device.trim_start_matches("/dev/"));
+    until("a disk is free", || !used.exists());
 }
 
 impl Drop for Disks {

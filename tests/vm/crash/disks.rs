@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::fuse::{DISKS, Devices, Served};
+use crate::machine::until_free;
 use crate::model::Record;
-use crate::support::{run, until};
+use crate::support::run;
 
 pub const IMAGE: usize = 0;
 pub const WRITABLE: usize = 1;
@@ -255,8 +256,7 @@ impl Disks {
     pub fn unmount(&self) {
         for (disk, device) in self.devices.iter().enumerate() {
             let _ = unmount(self.path(disk), UnmountFlags::DETACH);
-            let used = Path::new("/sys/fs/ext4").join(device.trim_start_matches("/dev/"));
-            until("a disk is free", || !used.exists());
+            until_free(device);
         }
     }
 
