@@ -152,6 +152,24 @@ impl fmt::Display for Volume {
     }
 }
 
+/// Ids that a database has reserved together, from `first` on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// The first of them.
+    pub first: u64,
+    /// A random number, so that no other database has the same block.
+    pub token: String,
+}
+
+impl Block {
+    const LENGTH: u64 = 256;
+
+    /// The last of its ids.
+    pub fn last(&self) -> u64 {
+        self.first.saturating_add(Block::LENGTH - 1)
+    }
+}
+
 /// What a snapshot holds by itself, without its parents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {

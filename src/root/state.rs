@@ -123,7 +123,7 @@ fn require_latest(path: &Path) -> Result<()> {
 fn outdated(path: &Path, made: &str) -> Error {
     Error::data_loss(format!(
         "the database {} is a copy of an earlier state, made {made}: run `check --repair` \
-         first, which removes what it does not know",
+         first, which sets aside what it does not know",
         path.display()
     ))
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Snapshotter, SyncMode, in_use, labels};
+use super::{Snapshotter, SyncMode, another_snapshot, in_use, labels};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
@@ -32,10 +32,15 @@ impl Snapshotter {
         labels::check_key("key", key)?;
         labels::check_key("name", name)?;
         let labels = labels::check_labels(labels)?;
-        // A first look, so that a commit that cannot be is refused before it waits for the
-        // disk. All of it may change meanwhile: `commit_snapshot` asks again within the
-        // transaction, and only that answer counts.
-        let (snapshot, _) = self.store.read()?.committable(key, name, parent)?;
+        let look = || self.store.read()?.committable(key, name, parent);
+        // Whoever else works on the snapshot may have committed or removed it meanwhile.
+        let claim = self.ids.claim(look()?.0.id);
+        // A commit that cannot be is refused before it waits for the disk. What concerns
+        // other snapshots may still change: `commit_snapshot` asks again.
+        let (snapshot, _) = look()?;
+        if snapshot.id != claim.id {
+            return Err(another_snapshot());
+        }
         let volume = snapshot.volume.ok_or_else(|| {
             Error::data_loss("the database is damaged: the active snapshot is on no volume")
         })?;
@@ -75,26 +80,23 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Under the writer's lock from the row to the link: whoever commits,
-    /// removes, moves or sweeps the same snapshot comes before or after.
+    /// Enters the layer. One on the writable volume has its link by then, unless the image
+    /// disk does not answer.
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
-        let linked = self.store.together(|transaction| {
+        let link = (volume == Volume::Writable).then(|| {
+            Undo::new("the link of a refused commit", || {
+                self.links.take_back(commit.id);
+                Ok(())
+            })
+        });
+        if link.is_some() {
+            self.links.make(commit.id)?;
+        }
+        self.store.together(|transaction| {
             transaction.commit_snapshot(commit)?;
-            transaction.forget_lowers(commit.id)?;
-            if volume == Volume::Image {
-                return Ok(None);
-            }
-            let link = Undo::new("the link of a refused commit", move || {
-                let removed = self.volumes.image().remove_link(commit.id);
-                if removed.is_err() {
-                    self.trash.note_stray(Volume::Image);
-                }
-                removed
-            });
-            self.volumes.link_home(commit.id)?;
-            Ok(Some(link))
+            transaction.forget_lowers(commit.id)
         })?;
-        linked.into_iter().for_each(Undo::keep);
+        link.into_iter().for_each(Undo::keep);
         Ok(())
     }
 }

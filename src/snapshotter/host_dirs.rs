@@ -82,9 +82,9 @@ impl Snapshotter {
         let lowers = self.options.lowers.ensure(&wanted.all())?;
         let image = self.volumes.image();
         if !image.has_host_dir_links(snapshot.id, lowers.targets())? {
-            let transaction = self.store.write()?;
+            let _claim = self.ids.claim(snapshot.id);
             // Removed meanwhile, it would get links that nobody removes.
-            let now = transaction.stat(&info.name)?;
+            let now = self.store.read()?.stat(&info.name)?;
             if now.id == snapshot.id {
                 image.link_host_dirs(snapshot.id, lowers.targets())?.keep();
             }

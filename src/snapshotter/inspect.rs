@@ -7,7 +7,7 @@ use rustix::fs::FileType;
 
 use super::prepare::shape_of;
 use super::problem::{Finding, Problem, Recorded};
-use super::trash::{first_forgotten, known_on};
+use super::trash::{GivenOut, known_on};
 use super::{Snapshotter, in_use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
@@ -21,6 +21,8 @@ pub struct Inspection {
     pub snapshots: usize,
     /// What is wrong, in a stable order.
     pub findings: Vec<Finding>,
+    /// The paths of what was set aside, by this program or by an import.
+    pub left_out: Vec<String>,
 }
 
 /// The entries of `snapshots/` by number; those of moves are left out.
@@ -30,7 +32,9 @@ type Entries = HashMap<SnapshotId, FileType>;
 struct Rows {
     by_id: HashMap<SnapshotId, Snapshot>,
     leftover: HashSet<SnapshotId>,
-    highest: u64,
+    ids: GivenOut,
+    /// Directories that may be deleted. In order: image, writable volume.
+    buried: [HashSet<SnapshotId>; 2],
 }
 
 impl Snapshotter {
@@ -45,20 +49,23 @@ impl Snapshotter {
         let rows = self.rows()?;
         let held = in_use::mounted_layers(&self.store, &self.volumes)?;
 
-        let forgotten = |dirs: &Dirs, entries: &Entries| {
-            first_forgotten(dirs, entries.keys().copied(), rows.highest)
-        };
-        let mut is_older = forgotten(&image, &on_image)?.is_some();
-        if let (Ok(writable), Some(on_writable)) = (&writable, &on_writable) {
-            is_older |= forgotten(writable, on_writable)?.is_some();
-        }
         let mut findings = Vec::new();
-        if let Err(error) = writable {
-            findings.push(self.missing_volume(&rows, error));
+        let mut left_out = Vec::new();
+        let mut is_older = false;
+        let seen = writable.as_ref().ok().zip(on_writable.as_ref());
+        for (dirs, entries) in seen.into_iter().chain([(&image, &on_image)]) {
+            let forgotten = rows.ids.first_forgotten(dirs, entries.keys().copied())?;
+            is_older |= forgotten.is_some();
+            findings.extend(self.other_history(dirs, entries)?);
+            let names = dirs.left_out()?;
+            left_out.extend(names.iter().map(|name| dirs.left_out_path(name)));
+        }
+        if let Err(error) = &writable {
+            findings.push(self.missing_volume(error)?);
         }
         if is_older {
             findings.push(about_all(Problem::DatabaseOlder {
-                highest: rows.highest,
+                highest: rows.ids.entered,
             }));
         }
         let mut snapshots: Vec<&Snapshot> = rows.by_id.values().collect();
@@ -94,14 +101,15 @@ impl Snapshotter {
                 findings.push(about(snapshot, Problem::WrongLink { target }));
             }
         }
-        findings.extend(rows.orphans(Volume::Image, &on_image));
-        if let Some(on_writable) = &on_writable {
-            findings.extend(rows.orphans(Volume::Writable, on_writable));
+        findings.extend(rows.orphans(&image, &on_image)?);
+        if let (Ok(writable), Some(on_writable)) = (&writable, &on_writable) {
+            findings.extend(rows.orphans(writable, on_writable)?);
         }
         findings.extend(self.projects.inspect(&rows.by_id)?);
         Ok(Inspection {
             snapshots: rows.by_id.len(),
             findings,
+            left_out,
         })
     }
 
@@ -115,21 +123,37 @@ impl Snapshotter {
         Ok(Rows {
             by_id,
             leftover: reader.retired()?.iter().map(|left| left.id).collect(),
-            highest: reader.highest_id()?,
+            ids: GivenOut::read(&reader)?,
+            buried: [
+                reader.tombstones(Volume::Image)?,
+                reader.tombstones(Volume::Writable)?,
+            ],
         })
     }
 
-    /// A volume that is not there, or one that has only lost its mark.
-    fn missing_volume(&self, rows: &Rows, error: Error) -> Finding {
-        let belongs = |id: &SnapshotId| {
-            let snapshot = rows.by_id.get(id);
-            snapshot.is_some_and(|snapshot| snapshot.volume == Some(Volume::Writable))
+    /// A volume on which ids were used that this database has not given out.
+    fn other_history(&self, dirs: &Dirs, entries: &Entries) -> Result<Option<Finding>> {
+        let is_known = match dirs.newest_block() {
+            Ok(None) => true,
+            Ok(Some(block)) => self.store.read()?.has_reserved(&block)?,
+            Err(error) if error.kind() == ErrorKind::DataLoss => false,
+            Err(error) => return Err(error),
         };
-        // What cannot be looked at either is told by the error itself.
-        about_all(match self.volumes.unmarked_snapshots() {
-            Ok(Some(ids)) if ids.iter().any(belongs) => Problem::MarkMissing,
-            _ => Problem::VolumeMissing { why: error.chain() },
-        })
+        Ok((!is_known && !entries.is_empty()).then(|| Finding {
+            volume: Some(dirs.volume()),
+            ..about_all(Problem::OtherHistory)
+        }))
+    }
+
+    /// A volume that is not there, or one that has only lost its mark: then the ids that
+    /// were used on it last are this database's.
+    fn missing_volume(&self, error: &Error) -> Result<Finding> {
+        let block = self.volumes.block_of_unmarked().ok().flatten();
+        let is_ours = block.map_or(Ok(false), |block| self.store.read()?.has_reserved(&block))?;
+        Ok(about_all(match is_ours {
+            true => Problem::MarkMissing,
+            false => Problem::VolumeMissing { why: error.chain() },
+        }))
     }
 
     fn inspect_directory(
@@ -237,17 +261,26 @@ impl Rows {
         Some("itself".to_owned())
     }
 
-    fn orphans(&self, volume: Volume, entries: &Entries) -> Vec<Finding> {
+    fn orphans(&self, dirs: &Dirs, entries: &Entries) -> Result<Vec<Finding>> {
+        let volume = dirs.volume();
         let places = self.by_id.values().map(Snapshot::place);
         let known = known_on(volume, places, &self.leftover);
-        let ids = entries.keys().copied();
-        let mut orphans: Vec<_> = ids.filter(|id| !known.contains(id)).collect();
-        orphans.sort();
-        let finding = |id| Finding {
-            problem: Problem::Orphan,
-            name: None,
-            id: Some(id),
-            volume: Some(volume),
+        let buried = &self.buried[volume as usize];
+        let mut orphans: Vec<_> = entries
+            .iter()
+            .filter(|(id, _)| !known.contains(id))
+            .collect();
+        orphans.sort_by_key(|(id, _)| **id);
+        let finding = |(id, file_type): (&SnapshotId, &FileType)| {
+            // A link on the image volume is one of ours, or holds nothing.
+            let is_link = volume == Volume::Image && *file_type == FileType::Symlink;
+            let is_kept = !buried.contains(id) && !is_link && !dirs.is_unfilled(*id)?;
+            Ok(Finding {
+                problem: Problem::Orphan { is_kept },
+                name: None,
+                id: Some(*id),
+                volume: Some(volume),
+            })
         };
         orphans.into_iter().map(finding).collect()
     }

@@ -5,16 +5,21 @@
 //! The order that holds everywhere: a row speaks only of directories that are
 //! there, so directories are made before the row is committed and go to the
 //! trash after it has been struck out. A crash in between leaves a directory
-//! that no row knows, and [`Snapshotter::recover`] trashes it.
+//! that no row knows, and [`Snapshotter::recover`] clears it away.
+//!
+//! No disk but the database's own is waited for within a transaction: whoever changes
+//! directories has a claim on the snapshot instead (see [`ids`]).
 
 mod by_hand;
 mod commit;
 mod flusher;
 mod host_dirs;
+mod ids;
 mod in_use;
 mod inspect;
 mod labels;
 pub mod limits;
+mod links;
 mod mounting;
 mod new_snapshot;
 mod options;
@@ -43,7 +48,9 @@ use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Quoted, SnapshotId, Volum
 use crate::util::threads::Background;
 use crate::volume::Volumes;
 use flusher::Flusher;
+use ids::Ids;
 pub use inspect::Inspection;
+use links::Links;
 pub use options::{Options, QuotaMode, QuotaOptions, Relocation, SyncMode};
 pub use problem::{Finding, Problem};
 use quotas::Projects;
@@ -63,6 +70,8 @@ pub struct Snapshotter {
     flusher: Arc<Flusher>,
     trash: Arc<Trash>,
     relocator: Arc<Relocator>,
+    ids: Arc<Ids>,
+    links: Arc<Links>,
     /// Layers that the start has missed. Ids are never given out again.
     lost: OnceLock<HashSet<SnapshotId>>,
     /// Whether the kernel maps the ids of mounts with `uidmap=` and `gidmap=`; else only a
@@ -81,13 +90,16 @@ impl Snapshotter {
         };
         let (store, volumes) = (Arc::new(store), Arc::new(volumes));
         let disks = || (Arc::clone(&store), Arc::clone(&volumes));
-        let projects = Arc::new(Projects::new(disks(), options.quota));
+        let ids = Arc::new(Ids::new(Arc::clone(&store)));
+        let projects = Arc::new(Projects::new(disks(), Arc::clone(&ids), options.quota));
         let flusher = Arc::new(Flusher::new(Arc::clone(&store)));
-        let trash = Arc::new(Trash::new(disks(), Arc::clone(&projects)));
+        let trash = Arc::new(Trash::new(disks(), Arc::clone(&projects), Arc::clone(&ids)));
+        let links = Arc::new(Links::new(Arc::clone(&volumes), Arc::clone(&trash)));
         let relocator = Arc::new(Relocator::new(
             disks(),
             Arc::clone(&flusher),
             Arc::clone(&trash),
+            (Arc::clone(&ids), Arc::clone(&links)),
             options.relocation,
         ));
         Snapshotter {
@@ -99,6 +111,8 @@ impl Snapshotter {
             flusher,
             trash,
             relocator,
+            ids,
+            links,
             lost: OnceLock::new(),
             maps_ids: OnceLock::new(),
             walks: usage::Walks::default(),
@@ -117,6 +131,7 @@ impl Snapshotter {
         if self.options.sync == SyncMode::AtCommit {
             threads.push(self.flusher.start(self.volumes.image().flush()?)?);
         }
+        threads.push(self.links.start()?);
         threads.push(self.projects.start_lender()?);
         let trash = Arc::clone(&self.trash);
         // Once the volume is back, a Cleanup asks for the rest again.
@@ -184,19 +199,28 @@ impl Snapshotter {
         let update = || -> Result<Snapshot> {
             let changes = labels::plan_update(mask, given)?;
             self.check_lowers_after(key, &changes)?;
-            let mut transaction = self.store.write()?;
-            let before = transaction.stat(key)?;
-            let after = transaction.update(key, changes)?;
-            let change = self
-                .projects
-                .plan_limit_change(&transaction, &before, &after)?;
-            match change {
-                Some(change) => self
-                    .projects
-                    .change_limits(&change, || transaction.commit())?,
-                None => transaction.commit()?,
+            let claim = self.ids.claim(self.store.read()?.stat(key)?.id);
+            let before = self.store.read()?.stat(key)?;
+            if before.id != claim.id {
+                return Err(another_snapshot());
             }
-            Ok(after)
+            let mut after = before.clone();
+            for change in &changes {
+                change.clone().apply(&mut after.info.labels);
+            }
+            let change = self.projects.plan_limit_change(&before, &after)?;
+            let record = || {
+                self.store.together(|transaction| {
+                    if let Some(change) = &change {
+                        change.record(transaction)?;
+                    }
+                    transaction.update(key, changes.clone())
+                })
+            };
+            match &change {
+                Some(change) => self.projects.change_limits(change, record),
+                None => record(),
+            }
         };
         let snapshot = update().context(|| format!("update snapshot {}", Quoted(key)))?;
         Ok(self.shown(snapshot))
@@ -241,4 +265,12 @@ impl Snapshotter {
         }
         info
     }
+}
+
+/// The error of a request for a key that has become another snapshot's.
+fn another_snapshot() -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        "another snapshot has got that key meanwhile: try again",
+    )
 }

@@ -71,6 +71,7 @@ impl Snapshotter {
             self.volumes.require_writable()?;
         }
         self.require_not_by_hand(id)?;
+        self.links.require(&stored.ancestors)?;
         self.require_not_lost(&stored.ancestors)?;
         let id_maps = IdMaps::from_labels(&info.labels)?;
         let chosen = stored.chosen.as_deref();
@@ -87,6 +88,7 @@ impl Snapshotter {
         let is_plain = !stored.may_have_host_directories()
             && !stored.is_limited
             && id_maps.is_none()
+            && self.links.are_made(&stored.ancestors)
             && self.lost.get().is_none_or(|lost| lost.is_empty());
         let is_ready = is_plain
             && (!stored.needs_writable() || self.volumes.is_writable_there_for_sure())
@@ -120,6 +122,7 @@ impl Snapshotter {
     pub(super) fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
         if stand_on_writable(ancestors) {
             self.volumes.require_writable()?;
+            self.links.require(ancestors)?;
         }
         self.require_not_lost(ancestors)
     }

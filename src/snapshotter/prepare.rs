@@ -1,16 +1,19 @@
 //! Making a snapshot: Prepare and View.
 
 use super::Snapshotter;
+use super::ids::Claim;
 use super::labels::IdMaps;
 use super::mounting::Mounted;
 use super::new_snapshot::{NewSnapshot, Purpose};
-#[cfg(doc)]
-use crate::error::ErrorKind;
-use crate::error::{Context, Result};
-use crate::store::{Ancestor, Created};
+use super::quotas::GivenProject;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::store::Ancestor;
 use crate::types::{Kind, Labels, Mount, Quoted, SnapshotId, Volume};
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, Shape};
+
+/// How many ids are tried under which something is there already.
+const MOST_TAKEN: u32 = 16;
 
 impl Snapshotter {
     /// Makes an active snapshot on a committed parent, or on nothing.
@@ -53,33 +56,46 @@ impl Snapshotter {
             Some((dirs, limits)) => self.projects.plan(dirs, limits)?,
             None => None,
         };
+        let ancestors = self.ancestors_of(&new)?;
         if new.id_maps.is_some() && self.maps_ids() {
-            self.relocator.bring_home(&self.ancestors_of(parent)?)?;
+            self.relocator.bring_home(&ancestors)?;
         }
-        // Before the writer's lock: the disk they are on may be slow, or gone.
+        self.require_present(&ancestors)?;
         let host_dirs = self.options.lowers.ensure(&new.host_dirs.all())?;
 
+        let parent = ancestors.first().map(|parent| parent.id);
+        let owner = match &dirs {
+            Some(_) => self.owner_for(new.id_maps.as_ref(), parent)?,
+            None => Owner { uid: 0, gid: 0 },
+        };
+        let (claim, new_dirs) = self.make_directory(dirs.as_deref(), kind, owner)?;
+        let id = claim.id;
+        let new_project = match &project {
+            Some(planned) => self.projects.give(planned, id)?,
+            None => None,
+        };
         let image = self.volumes.image();
-        let made = self.store.together(|transaction| {
-            let created = transaction.create(&new.row())?;
-            self.require_present(&created.ancestors)?;
-            let new_dirs = match &dirs {
-                Some(dirs) => Some(self.make_directory(dirs, &new, &created)?),
-                None => None,
-            };
-            let new_project = match &project {
-                Some(planned) => self.projects.give(transaction, planned, created.id)?,
-                None => None,
-            };
-            let new_links = image.link_host_dirs(created.id, host_dirs.targets())?;
-            transaction.record_lowers(created.id, &new.host_dirs.chosen)?;
-            Ok((new_links, new_project, new_dirs, created))
+        let targets = host_dirs.targets();
+        let new_links = match targets.is_empty() {
+            true => None,
+            false => Some(image.link_host_dirs(id, targets)?),
+        };
+        let created = self.store.together(|transaction| {
+            let created = transaction.create(id, &new.row())?;
+            if created.ancestors.first().map(|layer| layer.id) != parent {
+                let what = "another layer has got the parent's name meanwhile: try again";
+                return Err(Error::new(ErrorKind::Unavailable, what));
+            }
+            if let Some(given) = &new_project {
+                given.record(transaction)?;
+            }
+            transaction.record_lowers(id, &new.host_dirs.chosen)?;
+            Ok(created)
         })?;
-        let (new_links, new_project, new_dirs, created) = made;
-        new_links.keep();
-        new_project.into_iter().for_each(Undo::keep);
+        new_links.into_iter().for_each(Undo::keep);
+        new_project.into_iter().for_each(GivenProject::keep);
         new_dirs.into_iter().for_each(Undo::keep);
-        let extras = image.host_dir_paths(created.id, host_dirs.targets().len());
+        let extras = image.host_dir_paths(id, targets.len());
         host_dirs.keep();
         let is_unpack = new.purpose == Purpose::Unpack;
         if is_unpack && new.volume == Some(Volume::Image) {
@@ -96,15 +112,36 @@ impl Snapshotter {
         }))
     }
 
+    /// Takes an id, and makes the directories of a new snapshot, if it is to have any. An
+    /// id under which something is there already is passed over; the next Cleanup sets
+    /// that aside.
     fn make_directory<'a>(
         &self,
-        dirs: &'a Dirs,
-        new: &NewSnapshot<'_>,
-        created: &Created,
-    ) -> Result<Undo<impl FnOnce() -> Result<()> + use<'a>>> {
-        let parent = created.ancestors.first().map(|parent| parent.id);
-        let owner = self.owner_for(new.id_maps.as_ref(), parent)?;
-        dirs.create(created.id, shape_of(new.kind), owner)
+        dirs: Option<&'a Dirs>,
+        kind: Kind,
+        owner: Owner,
+    ) -> Result<(
+        Claim<'_>,
+        Option<Undo<impl FnOnce() -> Result<()> + use<'a>>>,
+    )> {
+        for attempt in 1.. {
+            let claim = self.ids.take(dirs)?;
+            let Some(dirs) = dirs else {
+                return Ok((claim, None));
+            };
+            match dirs.create(claim.id, shape_of(kind), owner) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists && attempt < MOST_TAKEN => {
+                    log::warn!("{}", error.chain());
+                    self.trash.note_stray(dirs.volume());
+                }
+                // To containerd, that code would mean the snapshot's key.
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                    return Err(Error::refused(error.chain()));
+                }
+                made => return made.map(|made| (claim, Some(made))),
+            }
+        }
+        unreachable!("the last attempt returns")
     }
 
     /// The owner of a new snapshot's `fs`: the container's root where its ids are
@@ -121,14 +158,10 @@ impl Snapshotter {
         }
     }
 
-    /// The layers from that one downwards; none if there is no such layer,
-    /// which the store then refuses.
-    fn ancestors_of(&self, parent: &str) -> Result<Vec<Ancestor>> {
+    /// The layers below a new snapshot, nearest first, before it is entered.
+    fn ancestors_of(&self, new: &NewSnapshot<'_>) -> Result<Vec<Ancestor>> {
         let reader = self.store.read()?;
-        match reader.find(parent)? {
-            Some(layer) if layer.info.kind == Kind::Committed => reader.chain(layer.id),
-            _ => Ok(Vec::new()),
-        }
+        reader.at_one_moment(|| reader.ancestors_of_new(&new.row()))
     }
 }
 

@@ -17,7 +17,10 @@ pub struct Finding {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
     /// A directory that no snapshot owns.
-    Orphan,
+    Orphan {
+        /// Whether it holds files, and nothing proves that they are not needed.
+        is_kept: bool,
+    },
     /// An active snapshot or a view has not all of its directory.
     NoDirectory(Kind),
     /// A layer's directory is not there.
@@ -48,6 +51,8 @@ pub enum Problem {
     NotCharged { project: ProjectId },
     /// The limits of a snapshot's project are others than those recorded.
     LimitsDiffer { project: ProjectId },
+    /// Ids were used on a volume that this database has not given out.
+    OtherHistory,
     /// There are directories of snapshots that the database has not come to yet.
     DatabaseOlder { highest: u64 },
     /// The database says that it is not the latest state of itself.
@@ -77,9 +82,12 @@ impl Problem {
         const DROPS: Option<&str> = Some("drops it and everything that stands on it");
         const GOES_ON: Option<&str> = Some("goes on with it as it is");
         const TRASHES: &str = "moves it to the trash, as the next start does";
+        const SETS_ASIDE: &str =
+            "sets it aside in left-out/, where only you delete it, as the next start does";
         const CHARGES: &str = "charges them, and what is in them, as the next start does";
         match self {
-            Problem::Orphan => ("orphan", Some(TRASHES)),
+            Problem::Orphan { is_kept: false } => ("orphan", Some(TRASHES)),
+            Problem::Orphan { is_kept: true } => ("orphan", Some(SETS_ASIDE)),
             Problem::NoDirectory(_) => (
                 "no-directory",
                 Some("makes an empty one, as the next start does"),
@@ -97,12 +105,16 @@ impl Problem {
             }
             Problem::BadParent { .. } => ("bad-parent", DROPS),
             Problem::VolumeMissing { .. } => ("volume-missing", None),
-            Problem::MarkMissing => ("mark-missing", Some("marks it anew")),
+            Problem::MarkMissing => (
+                "mark-missing",
+                Some("writes that file again, and does nothing else: then check again"),
+            ),
             Problem::NotCharged { .. } => ("not-charged", Some(CHARGES)),
             Problem::LimitsDiffer { .. } => (
                 "limits-differ",
                 Some("sets those recorded, as the next start does"),
             ),
+            Problem::OtherHistory => ("other-history", GOES_ON),
             Problem::DatabaseOlder { .. } => ("database-older", GOES_ON),
             Problem::DatabaseIncomplete { .. } => ("database-incomplete", GOES_ON),
         }
@@ -122,11 +134,12 @@ impl fmt::Display for Finding {
         let name = Quoted(self.name.as_deref().unwrap_or_default());
         let volume = self.volume.unwrap_or(Volume::Image);
         match &self.problem {
-            Problem::Orphan => {
+            Problem::Orphan { is_kept } => {
                 let id = self.id.map_or(0, SnapshotId::number);
+                let files = if *is_kept { ", and holds files" } else { "" };
                 write!(
                     out,
-                    "{volume} volume: snapshots/{id} belongs to no snapshot"
+                    "{volume} volume: snapshots/{id} belongs to no snapshot{files}"
                 )
             }
             Problem::NoDirectory(kind) => write!(
@@ -176,6 +189,11 @@ impl fmt::Display for Finding {
             Problem::LimitsDiffer { project } => write!(
                 out,
                 "project {project} of snapshot {name} has other limits than those recorded"
+            ),
+            Problem::OtherHistory => write!(
+                out,
+                "the {volume} volume holds snapshots of another database, or of a later state of \
+                 this one: ids were used on it that this database has not given out"
             ),
             Problem::DatabaseOlder { highest } => write!(
                 out,

@@ -8,66 +8,75 @@ use rustix::fs::FileType;
 
 use super::labels::IdMaps;
 use super::prepare::shape_of;
-use super::trash::{Found, Inventory, trash_entry, trash_strays};
+use super::trash::{Found, Inventory, trash_entry};
 use super::{QuotaMode, Snapshotter};
-use crate::error::Result;
-use crate::store::Transaction;
+use crate::error::{ErrorKind, Result};
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
 
 impl Snapshotter {
-    /// After a start: finishes or drops moves, trashes directories that no row
+    /// After a start: finishes or drops moves, clears away directories that no row
     /// knows, makes missing uppers again, sets links and project quotas right, and
     /// reports layers that are missing. The writable volume may be missing: what
-    /// concerns it is then left as it is.
+    /// concerns it is then left as it is. From then on a volume of another history than
+    /// the database's is refused.
     ///
     /// # Errors
     ///
-    /// [`crate::error::ErrorKind::FailedPrecondition`] without quotas that have to be
-    /// there.
+    /// [`ErrorKind::DataLoss`] if the database is an older state of itself;
+    /// [`ErrorKind::FailedPrecondition`] without quotas that have to be there.
     pub fn recover(&self) -> Result<()> {
-        // Nobody is served yet; the transaction is for the rule that
-        // directories change under the writer's lock.
-        let mut transaction = self.store.write()?;
-        self.relocator.recover_moves(&transaction)?;
-        let inventory = Inventory::read(&transaction)?;
-
+        let store = Arc::clone(&self.store);
+        self.volumes
+            .refuse_other_histories(move |block| store.read()?.has_reserved(block));
         let image = self.volumes.open(Volume::Image)?;
-        // Both volumes before anything is taken for a stray.
-        inventory.require_latest(Volume::Image, &image)?;
+        self.volumes.require_same_history(&image)?;
         let writable = self.volumes.open(Volume::Writable);
-        if let Ok(writable) = &writable {
-            inventory.require_latest(Volume::Writable, writable)?;
+        if let Err(error) = &writable
+            && error.kind() == ErrorKind::DataLoss
+        {
+            return writable.map(drop);
         }
+        self.relocator.recover_moves()?;
+        let inventory = Inventory::read(&*self.store.read()?)?;
+        // Both volumes before anything is taken for a stray.
+        inventory.require_latest(&image)?;
+        if let Ok(writable) = &writable {
+            inventory.require_latest(writable)?;
+        }
+        self.mend()
+    }
+
+    /// The part of [`Snapshotter::recover`] that changes the volumes. The database is
+    /// known to be the latest, or to be made do with.
+    pub(super) fn mend(&self) -> Result<()> {
+        let inventory = Inventory::read(&*self.store.read()?)?;
+        let image = self.volumes.open(Volume::Image)?;
         self.drop_unfinished_moves(&image)?;
-        let on_image = trash_strays(&image, Volume::Image, &inventory)?;
+        let on_image = self.trash.sweep(&image)?;
         self.set_links(&inventory, &on_image)?;
         self.sweep_lower_links(&inventory)?;
-        let mut lost = self.heal(&transaction, &image, Volume::Image, &inventory, &on_image);
+        let mut lost = self.heal(&image, &inventory, &on_image);
+        let mut swept = vec![image];
         let mut uncharged = Vec::new();
-
-        match writable {
-            Ok(writable) => match trash_strays(&writable, Volume::Writable, &inventory) {
+        match self.volumes.open(Volume::Writable) {
+            Ok(writable) => match self.trash.sweep(&writable) {
                 Ok(found) => {
-                    lost.extend(self.heal(
-                        &transaction,
-                        &writable,
-                        Volume::Writable,
-                        &inventory,
-                        &found,
-                    ));
+                    lost.extend(self.heal(&writable, &inventory, &found));
                     // Without quotas that have to be there nothing is served.
                     uncharged = match self.options.quota.mode {
-                        QuotaMode::Require => self.projects.recover(&transaction, &writable)?,
-                        _ => self.trash.recover_projects(&transaction, &writable),
+                        QuotaMode::Require => self.projects.recover(&writable)?,
+                        _ => self.trash.recover_projects(&writable),
                     };
+                    swept.push(writable);
                 }
-                // A disk that has become read-only, for one.
+                // A disk that has become read-only, for example.
                 Err(error) => {
                     self.trash.note_stray(Volume::Writable);
                     log::warn!(
-                        "the writable volume is not looked through: {}",
+                        "directories without a snapshot stay on the writable volume, as it cannot \
+                         be looked through: {}",
                         error.chain()
                     );
                 }
@@ -83,7 +92,10 @@ impl Snapshotter {
         }
         // A start recovers once.
         let _ = self.lost.set(lost);
-        transaction.commit()?;
+        if let Err(error) = self.ids.begin(&swept) {
+            // Whoever makes a snapshot on a volume that cannot be written learns of it.
+            log::warn!("prepare ids for new snapshots: {}", error.chain());
+        }
         self.projects.recharge_later(&uncharged);
         Ok(())
     }
@@ -139,14 +151,8 @@ impl Snapshotter {
     /// snapshot gets an empty one, as after a power cut before its directory
     /// reached the disk; a missing layer cannot be healed, is reported and
     /// returned.
-    fn heal(
-        &self,
-        transaction: &Transaction<'_>,
-        dirs: &Arc<Dirs>,
-        volume: Volume,
-        inventory: &Inventory,
-        found: &Found,
-    ) -> HashSet<SnapshotId> {
+    fn heal(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) -> HashSet<SnapshotId> {
+        let volume = dirs.volume();
         let mut lost = HashSet::new();
         for (snapshot, name) in &inventory.snapshots {
             if snapshot.volume != Some(volume) {
@@ -171,10 +177,12 @@ impl Snapshotter {
             if is_whole {
                 continue;
             }
-            let made = self.owner_of(transaction, name).and_then(|owner| {
+            let made = self.owner_of(name).and_then(|owner| {
                 if is_there {
                     dirs.complete(snapshot.id, shape, owner)
                 } else {
+                    // Whatever else has the name.
+                    dirs.clear_away(snapshot.id)?;
                     dirs.create(snapshot.id, shape, owner).map(Undo::keep)
                 }
             });
@@ -194,8 +202,8 @@ impl Snapshotter {
         lost
     }
 
-    fn owner_of(&self, transaction: &Transaction<'_>, name: &str) -> Result<Owner> {
-        let snapshot = transaction.stat(name)?;
+    fn owner_of(&self, name: &str) -> Result<Owner> {
+        let snapshot = self.store.read()?.stat(name)?;
         let maps = IdMaps::from_labels(&snapshot.info.labels)?;
         self.owner_for(maps.as_ref(), snapshot.parent_id)
     }

@@ -1,8 +1,7 @@
 //! Moving committed layers home, from the writable to the image volume.
 //!
 //! What a container may have mounted is never touched: the layer is copied,
-//! the copy is made durable, and under the store's write lock copy and link
-//! change names and the row says so. New mounts find the copy by the same
+//! the copy is made durable, copy and link change names, and the row says so. New mounts find the copy by the same
 //! path. The old directory goes at once if nothing stands on the layer, else
 //! when the last snapshot that may have it mounted is removed, or when the
 //! host has rebooted.
@@ -18,10 +17,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::FileType;
 
 use super::flusher::Flusher;
+use super::ids::Ids;
+use super::links::Links;
 use super::trash::Trash;
 use super::{Relocation, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{Ancestor, Store, Transaction, UnmovedLayer};
+use crate::store::{Ancestor, Store, UnmovedLayer};
 use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
@@ -59,6 +60,8 @@ pub(super) struct Relocator {
     volumes: Arc<Volumes>,
     flusher: Arc<Flusher>,
     trash: Arc<Trash>,
+    ids: Arc<Ids>,
+    links: Arc<Links>,
     relocation: Relocation,
     /// One layer moves at a time.
     moving: Mutex<()>,
@@ -92,6 +95,7 @@ impl Relocator {
         (store, volumes): (Arc<Store>, Arc<Volumes>),
         flusher: Arc<Flusher>,
         trash: Arc<Trash>,
+        (ids, links): (Arc<Ids>, Arc<Links>),
         relocation: Relocation,
     ) -> Relocator {
         Relocator {
@@ -99,6 +103,8 @@ impl Relocator {
             volumes,
             flusher,
             trash,
+            ids,
+            links,
             relocation,
             moving: Mutex::new(()),
             news: Monitor::default(),
@@ -165,7 +171,7 @@ impl Relocator {
                 Ok(copied) => bytes = copied,
                 Err(error) => {
                     image.end_move(id)?;
-                    if !is_unmoved(&self.store.write()?, id)? {
+                    if !self.is_unmoved(id)? {
                         return Ok(Moved::Gone);
                     }
                     if error.kind() == ErrorKind::ResourceExhausted {
@@ -177,12 +183,13 @@ impl Relocator {
             }
         }
 
-        let mut transaction = self.store.write()?;
-        if !is_unmoved(&transaction, id)? {
+        let _claim = self.ids.claim(id);
+        if !self.is_unmoved(id)? {
             image.end_move(id)?;
             return Ok(Moved::Gone);
         }
-        if !is_exchanged && let Err(error) = image.exchange(id) {
+        if !is_exchanged && let Err(error) = self.require_link(id).and_then(|()| image.exchange(id))
+        {
             image.end_move(id)?;
             return Err(error);
         }
@@ -191,13 +198,17 @@ impl Relocator {
         // next try, or the next start, finds it and only records it. What is
         // held is asked again: what stood on it may have been committed since.
         let held = self.mounted_layers()?;
-        let is_in_use = transaction.move_home(id, &held, &boot_id()?)?;
-        transaction.commit()?;
-        drop(transaction);
+        let boot_id = boot_id()?;
+        let is_in_use = self.store.together(|transaction| {
+            transaction.forget_tombstones(&self.trash.take_trashed())?;
+            transaction.move_home(id, &held, &boot_id)
+        })?;
         fault_point("recorded");
         let tidied = image.end_move(id).and_then(|()| match is_in_use {
             true => Ok(()),
-            false => writable.trash(id).map(drop),
+            false => writable
+                .trash(id)
+                .map(|_| self.trash.note_trashed(id, Volume::Writable)),
         });
         if let Err(error) = tidied {
             self.trash.note_stray(Volume::Writable);
@@ -229,8 +240,12 @@ impl Relocator {
     /// `false`, and nothing done, where they are not.
     fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
         let image = self.volumes.image();
-        let mut transaction = self.store.write()?;
-        if !is_unmoved(&transaction, id)? || !image.rename_home(id, writable)? {
+        let _claim = self.ids.claim(id);
+        if !self.is_unmoved(id)? {
+            return Ok(false);
+        }
+        self.require_link(id)?;
+        if !image.rename_home(id, writable)? {
             return Ok(false);
         }
         fault_point("renamed");
@@ -241,13 +256,26 @@ impl Relocator {
             return Err(error);
         }
         fault_point("rename-exchanged");
-        transaction.move_home(id, &HashSet::new(), &boot_id()?)?;
-        // Nothing was left behind: the directory itself has moved.
-        transaction.forget_retired(id)?;
-        transaction.commit()?;
+        let boot_id = boot_id()?;
+        self.store.together(|transaction| {
+            transaction.move_home(id, &HashSet::new(), &boot_id)?;
+            // Nothing was left behind: the directory itself has moved.
+            transaction.forget_retired(id)
+        })?;
+        self.trash.note_trashed(id, Volume::Writable);
         fault_point("rename-recorded");
         image.end_move(id)?;
         Ok(true)
+    }
+
+    fn require_link(&self, id: SnapshotId) -> Result<()> {
+        let volume = Volume::Writable;
+        self.links.require(&[Ancestor { id, volume }])
+    }
+
+    fn is_unmoved(&self, id: SnapshotId) -> Result<bool> {
+        let place = self.store.read()?.place(id)?;
+        Ok(place.is_some_and(|place| place.is_unmoved()))
     }
 
     /// Before an id-mapped mount over these layers: containerd clones and maps
@@ -283,26 +311,32 @@ impl Relocator {
     /// At start, before strays are looked for: finishes moves whose exchange
     /// has happened, drops the others, and forgets left directories of an
     /// earlier boot, which nothing has mounted any more.
-    pub(super) fn recover_moves(&self, transaction: &Transaction<'_>) -> Result<()> {
+    pub(super) fn recover_moves(&self) -> Result<()> {
         let image = self.volumes.image();
         let boot_id = boot_id()?;
-        for away in transaction.away()? {
+        for away in self.store.read()?.away()? {
             let is_exchanged = match image.layer_entry(away.id)? {
                 Some(FileType::Directory) => true,
                 _ => self.finish_rename(away.id)?,
             };
             if is_exchanged {
                 image.settle_names()?;
-                transaction.move_home(away.id, &self.mounted_layers()?, &boot_id)?;
+                let held = self.mounted_layers()?;
+                self.store
+                    .together(|transaction| transaction.move_home(away.id, &held, &boot_id))?;
                 log::info!("layer {} had been moved home: recorded", Quoted(&away.name));
             }
         }
-        for retired in transaction.retired()? {
-            if retired.boot_id != boot_id {
-                transaction.forget_retired(retired.id)?;
-            }
+        let mut leftover = self.store.read()?.retired()?;
+        leftover.retain(|leftover| leftover.boot_id != boot_id);
+        if leftover.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.store.together(|transaction| {
+            leftover
+                .iter()
+                .try_for_each(|leftover| transaction.forget_retired(leftover.id))
+        })
     }
 
     /// After a crash between the two renames of [`Relocator::rename_home`]:
@@ -326,11 +360,6 @@ impl Relocator {
         image.exchange(id)?;
         Ok(true)
     }
-}
-
-fn is_unmoved(transaction: &Transaction<'_>, id: SnapshotId) -> Result<bool> {
-    let place = transaction.place(id)?;
-    Ok(place.is_some_and(|place| place.is_unmoved()))
 }
 
 impl Relocator {

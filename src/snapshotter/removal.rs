@@ -1,6 +1,6 @@
 //! Removing snapshots, and giving back what they took.
 
-use super::{Snapshotter, in_use, labels};
+use super::{Snapshotter, another_snapshot, in_use, labels};
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{Place, Transaction};
 use crate::types::{Quoted, SnapshotId, Volume};
@@ -19,7 +19,9 @@ impl Snapshotter {
 
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
-        let (removed, released) = self.strike_out(key)?;
+        let id = self.store.read()?.stat(key)?.id;
+        let _claim = self.ids.claim(id);
+        let (removed, released) = self.strike_out(key, id)?;
 
         self.flusher.end_unpack(removed.id);
         self.walks.forget(removed.id);
@@ -28,7 +30,7 @@ impl Snapshotter {
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
         if let Some(volume) = removed.volume
-            && let Err(error) = self.trash_removed(&removed, volume)
+            && let Err(error) = self.trash_removed(removed.id, volume)
         {
             self.trash.note_stray(volume);
             log::warn!(
@@ -37,17 +39,21 @@ impl Snapshotter {
                 error.chain()
             );
         }
-        for layer in &released {
+        if removed.is_unmoved() {
+            self.links.remove(removed.id);
+        }
+        for layer in released {
             let writable = self.volumes.open(Volume::Writable);
-            if let Err(error) = writable.and_then(|dirs| dirs.trash(*layer)) {
-                self.trash.note_stray(Volume::Writable);
-                log::warn!("remove what layer {layer} has left: {}", error.chain());
+            match writable.and_then(|dirs| dirs.trash(layer)) {
+                Ok(_) => self.trash.note_trashed(layer, Volume::Writable),
+                Err(error) => {
+                    self.trash.note_stray(Volume::Writable);
+                    log::warn!("remove what layer {layer} has left: {}", error.chain());
+                }
             }
         }
         if self.options.removes_at_once {
-            let old = (!released.is_empty()).then_some(Volume::Writable);
-            let link = (removed.volume == Some(Volume::Writable)).then_some(Volume::Image);
-            for volume in removed.volume.into_iter().chain(old).chain(link) {
+            for volume in [Volume::Image, Volume::Writable] {
                 self.trash.try_to_empty(volume);
             }
             self.relocator.note_room();
@@ -59,16 +65,16 @@ impl Snapshotter {
     /// Removes the row; returns what it was, and the layers whose old directory
     /// nothing needs any more. Also on a full disk: alone then, as it may be what
     /// others do at the same time that is too much.
-    fn strike_out(&self, key: &str) -> Result<(Place, Vec<SnapshotId>)> {
+    fn strike_out(&self, key: &str, id: SnapshotId) -> Result<(Place, Vec<SnapshotId>)> {
         let alone = || {
             let mut transaction = self.store.write()?;
-            let struck = self.strike_out_within(&transaction, key)?;
+            let struck = self.strike_out_within(&transaction, key, id)?;
             transaction.commit()?;
             Ok(struck)
         };
         let mut struck = self
             .store
-            .together(|transaction| self.strike_out_within(transaction, key));
+            .together(|transaction| self.strike_out_within(transaction, key, id));
         if fails_as(&struck, ErrorKind::Unavailable) {
             struck = alone();
         }
@@ -83,7 +89,9 @@ impl Snapshotter {
         &self,
         transaction: &Transaction<'_>,
         key: &str,
+        id: SnapshotId,
     ) -> Result<(Place, Vec<SnapshotId>)> {
+        transaction.forget_tombstones(&self.trash.take_trashed())?;
         // Before the row is gone by which it is known what stands on what.
         let held = match transaction.retired()?.is_empty() {
             true => None,
@@ -93,6 +101,9 @@ impl Snapshotter {
             }
         };
         let removed = transaction.remove(key)?;
+        if removed.id != id {
+            return Err(another_snapshot());
+        }
         let released = match held {
             None => Vec::new(),
             Some(held) => transaction.release_retired(&held)?,
@@ -100,15 +111,10 @@ impl Snapshotter {
         Ok((removed, released))
     }
 
-    fn trash_removed(&self, removed: &Place, volume: Volume) -> Result<()> {
-        if removed.is_unmoved() {
-            // Its link, or the copy that a move was about to record.
-            let image = self.volumes.image().dirs();
-            image
-                .trash(removed.id)
-                .inspect_err(|_| self.trash.note_stray(Volume::Image))?;
-        }
-        self.volumes.open(volume)?.trash(removed.id).map(drop)
+    fn trash_removed(&self, id: SnapshotId, volume: Volume) -> Result<()> {
+        self.volumes.open(volume)?.trash(id)?;
+        self.trash.note_trashed(id, volume);
+        Ok(())
     }
 
     /// Gives back the space of everything removed before this call.

@@ -51,7 +51,9 @@ impl Snapshotter {
         let forgets = has(|problem| {
             matches!(
                 problem,
-                Problem::DatabaseOlder { .. } | Problem::DatabaseIncomplete { .. }
+                Problem::OtherHistory
+                    | Problem::DatabaseOlder { .. }
+                    | Problem::DatabaseIncomplete { .. }
             )
         });
         if forgets && has(|problem| matches!(problem, Problem::VolumeMissing { .. })) {
@@ -62,13 +64,24 @@ impl Snapshotter {
             ));
         }
         if has(|problem| *problem == Problem::MarkMissing) {
-            self.volumes.mark_writable()?;
+            // What is on the volume was not inspected: nothing of it is moved in this run.
+            return self.volumes.mark_writable();
         }
         let doomed = self.doomed(findings)?;
-        let doomed: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
 
         let mut transaction = self.store.write()?;
-        transaction.drop_snapshots(&doomed)?;
+        // The directories of the others are whole: they are set aside.
+        let is_damaged = |snapshot: &Snapshot| {
+            let mut about = findings.iter().filter(|one| one.id == Some(snapshot.id));
+            about.any(|one| matches!(one.problem, Problem::LayerDamaged { .. }))
+        };
+        for snapshot in doomed.iter().filter(|snapshot| is_damaged(snapshot)) {
+            for volume in snapshot.place().volumes() {
+                transaction.bury(snapshot.id, volume)?;
+            }
+        }
+        let ids: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
+        transaction.drop_snapshots(&ids)?;
         for finding in findings {
             if let (Problem::LayerChanged { counted, .. }, Some(id)) =
                 (&finding.problem, finding.id)
@@ -82,7 +95,9 @@ impl Snapshotter {
         drop(transaction);
         // Into the file itself: a copy with a log looks like one with another's.
         self.store.settle()?;
-        self.recover().context(|| "recover, as at a start")?;
+        self.relocator.recover_moves()?;
+        self.mend()
+            .context(|| "put the volumes right, as at a start")?;
         self.projects.recharge_now()
     }
 

@@ -1,9 +1,11 @@
 //! What is removed: the trash of each volume, and directories that no row knows.
 //!
-//! Owns: when a volume has to be looked through for such directories, and that one
-//! cleanup runs at a time. Never: rows of snapshots.
-//! A crash leaves directories that no row knows; the next start, or the next Cleanup
-//! after a failed removal, trashes them.
+//! Owns: when a volume has to be looked through for such directories, what becomes of
+//! them, and that one cleanup runs at a time. Never: rows of snapshots.
+//!
+//! A directory without a row is deleted only if a tombstone proves that it was a
+//! snapshot's, or if nobody has written into it. Anything else is set aside in
+//! `left-out/`, where only a person deletes it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,9 +13,10 @@ use std::sync::{Arc, Mutex};
 
 use rustix::fs::FileType;
 
+use super::ids::Ids;
 use super::quotas::Projects;
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{MOST_TOGETHER, Place, Store, Transaction};
+use crate::store::{Place, Rows, Store};
 use crate::tree;
 use crate::types::{SnapshotId, Volume};
 use crate::util::lock::lock;
@@ -23,25 +26,31 @@ pub(super) struct Trash {
     store: Arc<Store>,
     volumes: Arc<Volumes>,
     projects: Arc<Projects>,
+    ids: Arc<Ids>,
     /// One cleanup at a time: the second must not answer before what the first is still
     /// deleting is gone.
     cleaning: Mutex<()>,
     /// Set when a directory without a row may be on a volume: the next Cleanup looks for
     /// it. In order: image, writable volume.
     strays: [AtomicBool; 2],
+    /// Directories that are in the trash, and still have a tombstone.
+    trashed: Mutex<Vec<(SnapshotId, Volume)>>,
 }
 
 impl Trash {
     pub(super) fn new(
         (store, volumes): (Arc<Store>, Arc<Volumes>),
         projects: Arc<Projects>,
+        ids: Arc<Ids>,
     ) -> Trash {
         Trash {
             store,
             volumes,
             projects,
+            ids,
             cleaning: Mutex::new(()),
             strays: Default::default(),
+            trashed: Mutex::default(),
         }
     }
 
@@ -50,13 +59,24 @@ impl Trash {
         self.strays[volume as usize].store(true, Ordering::Release);
     }
 
+    /// The directory of that removed snapshot is in the trash.
+    pub(super) fn note_trashed(&self, id: SnapshotId, volume: Volume) {
+        lock(&self.trashed).push((id, volume));
+    }
+
+    /// The directories whose tombstones are not needed any more: the caller deletes these
+    /// with the next change of the database.
+    pub(super) fn take_trashed(&self) -> Vec<(SnapshotId, Volume)> {
+        std::mem::take(&mut *lock(&self.trashed))
+    }
+
     /// Deletes everything that was removed from a volume before this call, with what is
     /// there without a row.
     pub(super) fn empty(&self, volume: Volume) -> Result<()> {
         let _cleaning = lock(&self.cleaning);
         let dirs = self.volumes.open(volume)?;
         if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
-            self.sweep(&dirs, volume)
+            self.sweep_late(&dirs)
                 .inspect_err(|_| self.note_stray(volume))?;
         }
         let emptied = tree::remove_children(dirs.trash_fd()?)
@@ -76,33 +96,88 @@ impl Trash {
         }
     }
 
-    fn sweep(&self, dirs: &Arc<Dirs>, volume: Volume) -> Result<()> {
-        let mut transaction = self.store.write()?;
-        let inventory = Inventory::read(&transaction)?;
-        inventory.require_latest(volume, dirs)?;
-        trash_strays(dirs, volume, &inventory)?;
-        let uncharged = match volume {
-            Volume::Image => Vec::new(),
-            Volume::Writable => self.recover_projects(&transaction, dirs),
-        };
-        transaction.commit()?;
-        self.projects.recharge_later(&uncharged);
+    /// Looks a volume through beside the requests: a removal has failed there, or it was
+    /// missing at the start.
+    fn sweep_late(&self, dirs: &Arc<Dirs>) -> Result<()> {
+        self.sweep(dirs)?;
+        if dirs.volume() == Volume::Writable {
+            let uncharged = self.recover_projects(dirs);
+            self.projects.recharge_later(&uncharged);
+        }
         Ok(())
     }
 
     /// As [`Projects::recover`]; if that fails, the next Cleanup tries again. Whatever is
     /// wrong with quotas, what was removed is deleted.
-    pub(super) fn recover_projects(
-        &self,
-        transaction: &Transaction<'_>,
-        dirs: &Arc<Dirs>,
-    ) -> Vec<SnapshotId> {
-        let recovered = self.projects.recover(transaction, dirs);
+    pub(super) fn recover_projects(&self, dirs: &Arc<Dirs>) -> Vec<SnapshotId> {
+        let recovered = self.projects.recover(dirs);
         recovered.unwrap_or_else(|error| {
             self.note_stray(Volume::Writable);
             log::warn!("look at the project quotas: {}", error.chain());
             Vec::new()
         })
+    }
+
+    /// Moves what no row places on that volume out of `snapshots/`, and returns the rest.
+    /// Names that are no ids are left alone: this program did not make them.
+    pub(super) fn sweep(&self, dirs: &Arc<Dirs>) -> Result<Found> {
+        let volume = dirs.volume();
+        let mut found = Found::new();
+        let mut claimed = HashSet::new();
+        for entry in dirs.entries()? {
+            let name = entry.name.to_bytes();
+            match SnapshotId::from_directory_name(name) {
+                Some(id) => {
+                    found.insert(id, entry.file_type);
+                    if self.ids.is_claimed(id) {
+                        claimed.insert(id);
+                    }
+                }
+                // The relocator's, and perhaps in use.
+                None if volume == Volume::Image && moving_id(name).is_some() => {}
+                None => log::warn!(
+                    "{volume} volume: {:?} in snapshots/ was not made by this program: left alone",
+                    entry.name
+                ),
+            }
+        }
+        // After the claims: what was not claimed then, and has no row now, gets none.
+        let inventory = Inventory::read(&*self.store.read()?)?;
+        let known = inventory.known(volume);
+        let buried = self.store.read()?.tombstones(volume)?;
+        for id in found.keys().copied().collect::<Vec<_>>() {
+            if known.contains(&id) || claimed.contains(&id) {
+                continue;
+            }
+            found.remove(&id);
+            self.clear_stray(dirs, id, buried.contains(&id))
+                .context(|| format!("move the stray directory snapshots/{id} away"))?;
+        }
+        let gone: Vec<_> = buried.into_iter().map(|id| (id, volume)).collect();
+        if !gone.is_empty() {
+            let forget = self.store.together(|rows| rows.forget_tombstones(&gone));
+            forget.context(|| "forget directories that are in the trash")?;
+        }
+        Ok(found)
+    }
+
+    fn clear_stray(&self, dirs: &Dirs, id: SnapshotId, is_buried: bool) -> Result<()> {
+        let volume = dirs.volume();
+        let is_link = volume == Volume::Image && self.volumes.image().is_layer_link(id)?;
+        if is_buried || is_link {
+            log::info!("{volume} volume: snapshots/{id} was removed before a stop: trashed");
+            return trash_entry(dirs, &id.to_string());
+        }
+        match dirs.clear_away(id)? {
+            None => log::info!(
+                "{volume} volume: snapshots/{id}, which is empty, belongs to no snapshot: trashed"
+            ),
+            Some(path) => log::warn!(
+                "{volume} volume: snapshots/{id} belongs to no snapshot, and holds files: it is \
+                 set aside as {path}; delete that if nobody needs it"
+            ),
+        }
+        Ok(())
     }
 }
 
@@ -111,36 +186,72 @@ pub(super) struct Inventory {
     pub snapshots: Vec<(Place, String)>,
     /// Layers whose leftover directory on the writable volume is still kept.
     leftover: HashSet<SnapshotId>,
-    /// The highest id that was ever given out.
-    highest: u64,
+    pub ids: GivenOut,
+}
+
+/// Which ids a database has given out.
+#[derive(Clone, Copy)]
+pub(super) struct GivenOut {
+    /// The highest of a snapshot that was ever entered.
+    pub entered: u64,
+    /// The highest that a request may have had which was cut off.
+    pub reserved: u64,
+}
+
+impl GivenOut {
+    pub(super) fn read(rows: &Rows) -> Result<GivenOut> {
+        Ok(GivenOut {
+            entered: rows.highest_id()?,
+            reserved: rows.highest_reserved()?,
+        })
+    }
+
+    /// The first of these entries that the database must have forgotten: its id was never
+    /// given out, or was not entered although the directory is filled.
+    pub(super) fn first_forgotten(
+        self,
+        dirs: &Dirs,
+        ids: impl Iterator<Item = SnapshotId>,
+    ) -> Result<Option<SnapshotId>> {
+        for id in ids {
+            let number = id.number();
+            if number > self.reserved || number > self.entered && !dirs.is_unfilled(id)? {
+                return Ok(Some(id));
+            }
+        }
+        Ok(None)
+    }
 }
 
 impl Inventory {
-    pub(super) fn read(transaction: &Transaction<'_>) -> Result<Inventory> {
-        let leftover = transaction.retired()?;
-        Ok(Inventory {
-            snapshots: transaction.inventory()?,
-            highest: transaction.highest_id()?,
-            leftover: leftover.into_iter().map(|leftover| leftover.id).collect(),
+    pub(super) fn read(rows: &Rows) -> Result<Inventory> {
+        rows.at_one_moment(|| {
+            let leftover = rows.retired()?;
+            Ok(Inventory {
+                snapshots: rows.inventory()?,
+                leftover: leftover.into_iter().map(|leftover| leftover.id).collect(),
+                ids: GivenOut::read(rows)?,
+            })
         })
     }
 
     /// Refuses, as [`ErrorKind::DataLoss`], a database that has forgotten snapshots
     /// whose directories are there.
-    pub(super) fn require_latest(&self, volume: Volume, dirs: &Dirs) -> Result<()> {
+    pub(super) fn require_latest(&self, dirs: &Dirs) -> Result<()> {
         let entries = dirs.entries()?;
         let ids = entries
             .iter()
             .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
-        let Some(forgotten) = first_forgotten(dirs, ids, self.highest)? else {
+        let Some(forgotten) = self.ids.first_forgotten(dirs, ids)? else {
             return Ok(());
         };
         Err(Error::data_loss(format!(
-            "the {volume} volume has snapshots/{forgotten}, but the database has given out \
-             numbers up to {} only: it is an older state of itself, unless somebody has made \
-             that directory by hand. Put the latest one back, or run `check --repair`, which \
-             removes what it does not know",
-            self.highest
+            "the {} volume has snapshots/{forgotten}, but the database has given out numbers up \
+             to {} only: it is an older state of itself, unless somebody has made that directory \
+             by hand. Put the latest one back, or run `check --repair`, which sets aside what it \
+             does not know",
+            dirs.volume(),
+            self.ids.entered
         )))
     }
 
@@ -158,9 +269,7 @@ pub(super) fn known_on(
     places: impl Iterator<Item = Place>,
     leftover: &HashSet<SnapshotId>,
 ) -> HashSet<SnapshotId> {
-    let belongs = |place: &Place| {
-        place.volume == Some(volume) || volume == Volume::Image && place.is_unmoved()
-    };
+    let belongs = |place: &Place| place.volumes().any(|on| on == volume);
     let mut known: HashSet<_> = places.filter(belongs).map(|place| place.id).collect();
     if volume == Volume::Writable {
         known.extend(leftover);
@@ -168,56 +277,8 @@ pub(super) fn known_on(
     known
 }
 
-/// The first of these entries that a database must have forgotten which has given
-/// out ids up to `highest`. Requests that were cut off before they were answered
-/// leave empty directories, as many as become durable together.
-pub(super) fn first_forgotten(
-    dirs: &Dirs,
-    ids: impl Iterator<Item = SnapshotId>,
-    highest: u64,
-) -> Result<Option<SnapshotId>> {
-    for id in ids {
-        let beyond = id.number().saturating_sub(highest);
-        if beyond > MOST_TOGETHER as u64 || beyond > 0 && !dirs.is_unfilled(id)? {
-            return Ok(Some(id));
-        }
-    }
-    Ok(None)
-}
-
 /// What `snapshots/` of a volume holds under ids that rows know.
 pub(super) type Found = HashMap<SnapshotId, FileType>;
-
-/// Moves to the trash what no row places on that volume, and returns the rest. Names
-/// that are no ids are left alone: this program did not make them. Call
-/// [`Inventory::require_latest`] first.
-pub(super) fn trash_strays(
-    dirs: &Arc<Dirs>,
-    volume: Volume,
-    inventory: &Inventory,
-) -> Result<Found> {
-    let known = inventory.known(volume);
-    let mut found = Found::new();
-    for entry in dirs.entries()? {
-        let name = entry.name.to_bytes();
-        match SnapshotId::from_directory_name(name) {
-            Some(id) if known.contains(&id) => {
-                found.insert(id, entry.file_type);
-            }
-            Some(id) => {
-                trash_entry(dirs, &id.to_string()).context(|| "move a stray directory away")?;
-                log::warn!("{volume} volume: snapshots/{id} belongs to no snapshot: trashed");
-            }
-            // The relocator's, and perhaps in use.
-            None if volume == Volume::Image && moving_id(name).is_some() => {}
-            None => log::warn!(
-                "{volume} volume: {:?} in snapshots/ was not made by this program: left alone",
-                entry.name
-            ),
-        }
-    }
-    Ok(found)
-}
 
 /// Moves an entry of `snapshots/` to the trash. On a full disk even a rename may
 /// lack a block, that of a directory that has to grow: what is in the trash

@@ -12,23 +12,22 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::types::{Content, Kind, Quoted, SnapshotId, Timestamp};
 
 impl Transaction<'_> {
-    /// Enters an active snapshot or a view.
+    /// Enters an active snapshot or a view under an id that was never given out before.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`] for an unknown parent,
     /// [`ErrorKind::InvalidArgument`] for a parent that is not committed,
     /// [`ErrorKind::AlreadyExists`] for a key in use.
-    pub fn create(&self, new: &New<'_>) -> Result<Created> {
-        let parent = match new.parent {
-            "" => None,
-            name => Some(self.committed_parent(name, ErrorKind::InvalidArgument)?),
-        };
-        self.refuse_taken(new.key)?;
+    pub fn create(&self, id: SnapshotId, new: &New<'_>) -> Result<Created> {
+        let ancestors = self.ancestors_of_new(new)?;
+        let parent = ancestors.first().map(|parent| parent.id);
         self.execute(
-            "INSERT INTO snapshot (name, parent_id, kind, volume, created_ns, updated_ns, labels)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?5, ?6)",
+            "INSERT INTO snapshot
+                 (id, name, parent_id, kind, volume, created_ns, updated_ns, labels)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?6, ?7)",
             params![
+                id,
                 new.key,
                 parent,
                 new.kind,
@@ -38,10 +37,13 @@ impl Transaction<'_> {
             ],
             format_args!("enter snapshot {}", Quoted(new.key)),
         )?;
-        Ok(Created {
-            id: SnapshotId::new(self.connection().last_insert_rowid().unsigned_abs()),
-            ancestors: parent.map_or(Ok(Vec::new()), |parent| self.chain(parent))?,
-        })
+        Ok(Created { id, ancestors })
+    }
+
+    /// As [`Transaction::create`], under the id after the highest.
+    #[cfg(test)]
+    pub fn create_next(&self, new: &New<'_>) -> Result<Created> {
+        self.create(SnapshotId::new(self.highest_id()? + 1), new)
     }
 
     /// Turns an active snapshot into a layer; it keeps its id.
@@ -75,7 +77,8 @@ impl Transaction<'_> {
         )
     }
 
-    /// Deletes the row of a snapshot, and returns what it was.
+    /// Deletes the row of a snapshot, and returns what it was. Its directory, and what
+    /// the image volume has of a layer that has not moved there, may be deleted then.
     ///
     /// # Errors
     ///
@@ -98,7 +101,11 @@ impl Transaction<'_> {
         }
         let sql = "DELETE FROM snapshot WHERE id = ?1";
         self.execute(sql, [snapshot.id], &removing)?;
-        Ok(snapshot.place())
+        let place = snapshot.place();
+        for volume in place.volumes() {
+            self.bury(place.id, volume)?;
+        }
+        Ok(place)
     }
 
     /// Changes a snapshot's labels, step by step, and returns it as it is then.
@@ -124,8 +131,9 @@ impl Transaction<'_> {
         Ok(snapshot)
     }
 
-    /// Deletes the rows of snapshots for which there are no directories. What stands on
-    /// one of them has to be among them.
+    /// Deletes the rows of snapshots. What stands on one of them has to be among them.
+    /// Directories that they still have are set aside, unless [`Transaction::bury`] says
+    /// that they may be deleted.
     pub fn drop_snapshots(&self, ids: &[SnapshotId]) -> Result<()> {
         // The parents go first: in a damaged database snapshots may stand on each other.
         for sql in [

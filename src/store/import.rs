@@ -176,7 +176,7 @@ mod tests {
                     labels: &Labels::new(),
                     volume: None,
                 };
-                rows.create(&new).unwrap();
+                rows.create_next(&new).unwrap();
                 rows.remove("new").unwrap();
             },
             |rows| {

@@ -143,6 +143,7 @@ impl Transaction<'_> {
         let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
         self.execute(sql, [layer], &doing)?;
         if !held.contains(&layer) && !self.is_in_use(layer)? {
+            self.bury(layer, Volume::Writable)?;
             return Ok(false);
         }
         self.execute(
@@ -170,10 +171,11 @@ impl Transaction<'_> {
         Ok(released)
     }
 
-    /// Forgets the directory that a layer has left.
+    /// Forgets the directory that a layer has left: it may be deleted.
     pub fn forget_retired(&self, layer: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM retired WHERE id = ?1";
         let doing = format_args!("forget what layer {layer} has left");
-        self.execute(sql, [layer], doing)
+        self.execute(sql, [layer], doing)?;
+        self.bury(layer, Volume::Writable)
     }
 }

@@ -13,6 +13,7 @@
 
 mod backup;
 mod ballast;
+mod blocks;
 mod changes;
 mod completeness;
 mod facts;
@@ -49,11 +50,9 @@ pub use files::{DATABASE, DRAFT, ORIGINAL, find_remains, is_database_file, remov
 pub use format::{FileFormat, probe_format};
 pub use layers::UnmovedLayer;
 pub use projects::Project;
-pub use snapshots::{
-    Ancestor, Commit, Created, DataBytes, LabelChange, New, Place, Snapshot, Tally,
-};
+pub use snapshots::{Ancestor, Commit, DataBytes, LabelChange, New, Place, Snapshot, Tally};
 pub use sql::Rows;
-pub use transaction::{MOST_TOGETHER, Transaction};
+pub use transaction::Transaction;
 
 use ballast::Ballast;
 pub use ballast::set_space_aside;

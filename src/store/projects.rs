@@ -130,7 +130,7 @@ mod tests {
         let mut transaction = store.write().unwrap();
         let rows = &transaction;
         let new = |key| {
-            let created = rows.create(&New {
+            let created = rows.create_next(&New {
                 kind: Kind::Active,
                 key,
                 parent: "",

@@ -59,6 +59,17 @@ const MIGRATIONS: &[&str] = &[
          max_bytes   INTEGER,
          max_inodes  INTEGER
      ) STRICT;",
+    // 6: blocks of ids that were reserved, which are the history of this database, and
+    // directories that may be deleted; see `blocks.rs`.
+    "CREATE TABLE block (
+         first INTEGER PRIMARY KEY,
+         token TEXT NOT NULL
+     ) STRICT;
+     CREATE TABLE tombstone (
+         volume INTEGER NOT NULL CHECK (volume IN (0, 1)),
+         id     INTEGER NOT NULL,
+         PRIMARY KEY (volume, id)
+     ) STRICT, WITHOUT ROWID;",
 ];
 
 /// Checks the whole file.

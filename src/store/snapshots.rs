@@ -115,6 +115,12 @@ impl Place {
     pub fn is_unmoved(&self) -> bool {
         self.kind == Kind::Committed && self.volume == Some(Volume::Writable)
     }
+
+    /// The volumes on which something has its number.
+    pub fn volumes(&self) -> impl Iterator<Item = Volume> {
+        let link = self.is_unmoved().then_some(Volume::Image);
+        self.volume.into_iter().chain(link)
+    }
 }
 
 /// Snapshots of one kind, with their directories in one place.
@@ -282,6 +288,20 @@ impl Rows {
         let sql = "SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'";
         let highest = self.one(sql, [], "look up the highest id", |row| row.get(0))?;
         Ok(highest.map_or(0, |Number(highest)| highest))
+    }
+
+    /// Checks that a snapshot can be made, and returns the layers below it, nearest first.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`super::Transaction::create`].
+    pub fn ancestors_of_new(&self, new: &New<'_>) -> Result<Vec<Ancestor>> {
+        let parent = match new.parent {
+            "" => None,
+            name => Some(self.committed_parent(name, ErrorKind::InvalidArgument)?),
+        };
+        self.refuse_taken(new.key)?;
+        parent.map_or(Ok(Vec::new()), |parent| self.chain(parent))
     }
 
     /// Checks that `key` can be committed as `name` (onto `parent`, if given),

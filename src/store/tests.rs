@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::snapshots::Created;
 use super::*;
 use crate::text::filter::Filters;
 use crate::types::{Content, Kind, Labels, SnapshotId, Usage, Volume};
@@ -20,7 +21,7 @@ fn fixture() -> Fixture {
 impl Fixture {
     fn create(&self, kind: Kind, key: &str, parent: &str) -> Result<Created> {
         let mut transaction = self.store.write()?;
-        let created = transaction.create(&New {
+        let created = transaction.create_next(&New {
             kind,
             key,
             parent,
@@ -278,7 +279,7 @@ fn a_transaction_that_is_dropped_leaves_no_trace() {
             labels: &labels,
             volume: None,
         };
-        transaction.create(&new).unwrap();
+        transaction.create_next(&new).unwrap();
     }
     assert!(f.names().is_empty());
     assert!(f.store.read().unwrap().is_untouched().unwrap());

@@ -15,7 +15,7 @@ use super::dirs::{
 };
 use super::identity;
 use super::image::no_entry_types;
-use super::paths::{EMPTY, LEFT_OUT, SNAPSHOTS, TRASH, upper_of};
+use super::paths::{EMPTY, IDS, LEFT_OUT, SNAPSHOTS, TRASH, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 
@@ -203,9 +203,10 @@ impl Filled {
         })
     }
 
-    /// Removes the directories that taking the volume into use has made, unless
-    /// there is something in them.
+    /// Removes what taking the volume into use has made; directories only if there is
+    /// nothing in them.
     pub fn leave(&self) {
+        let _ = unlinkat(&self.top, IDS, AtFlags::empty());
         let made: &[&str] = match self.volume {
             Volume::Image => &[TRASH, EMPTY],
             Volume::Writable => &[TRASH],

@@ -6,12 +6,12 @@ use std::sync::OnceLock;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
     AtFlags, DirEntry, FileType, Gid, Mode, OFlags, RenameFlags, StatVfsMountFlags, Uid, chmodat,
-    chownat, fstatvfs, mkdirat, openat, renameat_with, statat, syncfs, unlinkat,
+    chownat, fstatvfs, fsync, mkdirat, openat, renameat_with, statat, syncfs, unlinkat,
 };
 use rustix::io::Errno;
 use rustix::path::Arg;
 
-use super::paths::{SNAPSHOTS, TRASH, UPPER, WORK, upper_of};
+use super::paths::{LEFT_OUT, SNAPSHOTS, TRASH, UPPER, WORK, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::quota;
 use crate::types::{SnapshotId, Volume};
@@ -72,8 +72,11 @@ impl Dirs {
     }
 
     /// Creates the directories of a new snapshot; `fs` is 0755 and belongs to
-    /// `owner`, `work` is 0711. What an unfinished request has left under that
-    /// id goes to the trash first. Leaves nothing behind on failure.
+    /// `owner`, `work` is 0711. Leaves nothing behind on failure.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::AlreadyExists`] if something has that id already. An empty directory, as an unfinished request leaves it, goes to the trash.
     pub fn create(
         &self,
         id: SnapshotId,
@@ -85,11 +88,12 @@ impl Dirs {
         let mode = Mode::from_raw_mode(0o700);
         match mkdirat(&self.snapshots, name.as_str(), mode) {
             Err(Errno::EXIST) => {
+                if !self.is_unfilled(id)? {
+                    let path = self.snapshot_path(id);
+                    let what = format!("{path} holds files that no snapshot owns: move it away");
+                    return Err(Error::new(ErrorKind::AlreadyExists, what));
+                }
                 self.trash(id).context(creating)?;
-                log::warn!(
-                    "{} was left by an unfinished request: moved to the trash",
-                    self.snapshot_path(id)
-                );
                 mkdirat(&self.snapshots, name.as_str(), mode)
             }
             made => made,
@@ -127,21 +131,68 @@ impl Dirs {
     /// was nothing.
     pub fn trash_entry(&self, name: &str) -> Result<bool> {
         let trash = self.trash_fd()?;
-        let trashing = || format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path);
+        let moved = self.move_to(name, trash);
+        moved
+            .map(|name| name.is_some())
+            .context(|| format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path))
+    }
+
+    /// Moves an entry of `snapshots/` into a directory in which nothing is created, under
+    /// its own name or, if that is taken, with a number behind it. Returns the name;
+    /// `None` if there was nothing.
+    fn move_to(&self, name: &str, to: impl AsFd) -> std::result::Result<Option<String>, Errno> {
         let mut target = name.to_owned();
-        // An id comes twice when its first directory was left by a crash.
         for attempt in 1_u64.. {
-            match move_aside(&self.snapshots, name, trash, &target) {
-                Ok(()) => return Ok(true),
-                Err(Errno::NOENT) => return Ok(false),
-                // Nothing is created in the trash, so clearing its inherit flag loses no
-                // quota accounting.
-                Err(Errno::XDEV) if stop_handing_on(trash).context(trashing)? => {}
+            match move_aside(&self.snapshots, name, &to, &target) {
+                Ok(()) => return Ok(Some(target)),
+                Err(Errno::NOENT) => return Ok(None),
+                // Clearing the inherit flag loses no quota accounting.
+                Err(Errno::XDEV) if stop_handing_on(&to)? => {}
                 Err(Errno::EXIST | Errno::NOTEMPTY) => target = format!("{name}.{attempt}"),
-                Err(errno) => return Err(errno).context(trashing),
+                Err(errno) => return Err(errno),
             }
         }
         unreachable!("2^64 names are never all taken")
+    }
+
+    /// Moves the entry of that id, which no snapshot owns, out of `snapshots/`: to the trash
+    /// if it is as [`Dirs::create`] makes it, else to `left-out/`, which only a person
+    /// empties. Returns the new path of what was set aside.
+    pub fn clear_away(&self, id: SnapshotId) -> Result<Option<String>> {
+        if self.is_unfilled(id)? {
+            return self.trash(id).map(|_| None);
+        }
+        let left_out = ensure_directory(&self.top, &self.path, LEFT_OUT)?;
+        let moving = || format!("set {} aside in {LEFT_OUT}/", self.snapshot_path(id));
+        match self.move_to(&id.to_string(), &left_out).context(moving)? {
+            None => Ok(None),
+            Some(name) => {
+                fsync(&left_out)
+                    .and_then(|()| fsync(&self.snapshots))
+                    .context(moving)?;
+                Ok(Some(self.left_out_path(&name)))
+            }
+        }
+    }
+
+    /// The path of a name in `left-out/`.
+    pub fn left_out_path(&self, name: &str) -> String {
+        format!("{}/{LEFT_OUT}/{name}", self.path)
+    }
+
+    /// The names in `left-out/`.
+    pub fn left_out(&self) -> Result<Vec<String>> {
+        let entries = match open_to_list(&self.top, LEFT_OUT) {
+            Err(Errno::NOENT) => return Ok(Vec::new()),
+            opened => {
+                let opened = opened.context(|| format!("open {}/{LEFT_OUT}", self.path))?;
+                list(opened, &self.path, LEFT_OUT)?
+            }
+        };
+        let names = entries.iter().map(|entry| entry.name.to_string_lossy());
+        let mut names: Vec<_> = names.map(String::from).collect();
+        names.sort();
+        Ok(names)
     }
 
     /// Opens a snapshot's own directory, the one above `fs`.
@@ -177,7 +228,9 @@ impl Dirs {
         let number = |entry: &Entry| {
             // What was trashed twice has a number of its own behind a dot.
             let name = entry.name.to_bytes().split(|byte| *byte == b'.').next();
-            SnapshotId::from_directory_name(name?).map(SnapshotId::number)
+            let number = SnapshotId::from_directory_name(name?)?.number();
+            // No daemon comes that far: it is another program's.
+            (number < 1 << 48).then_some(number)
         };
         Ok(all.iter().filter_map(number).max().unwrap_or(0))
     }
@@ -215,6 +268,11 @@ impl Dirs {
         }
         let opened = ensure_directory(&self.top, &self.path, TRASH)?;
         Ok(self.trash.get_or_init(|| opened).as_fd())
+    }
+
+    /// Which volume this is.
+    pub fn volume(&self) -> Volume {
+        self.volume
     }
 
     pub(super) fn top_fd(&self) -> BorrowedFd<'_> {

@@ -24,6 +24,7 @@ use super::paths::HOST_DIRS;
 use crate::error::{Context, Result};
 use crate::types::SnapshotId;
 use crate::util::entries::entries;
+use crate::util::lock::lock;
 use crate::util::undo::Undo;
 
 /// Opens `lowers/` of a root, if it is there.
@@ -31,8 +32,8 @@ pub(super) fn open_host_dirs(top: impl AsFd) -> OnceLock<OwnedFd> {
     open_to_list(top, HOST_DIRS).map_or_else(|_| OnceLock::new(), OnceLock::from)
 }
 
-/// What a link is called before it takes the place of another. Used under the
-/// writer's lock, by one at a time.
+/// What a link is called before it takes the place of another. [`Image::host_links_made`]
+/// lets one request at a time use it.
 const NEW: &str = ".new";
 
 impl Image {
@@ -78,8 +79,7 @@ impl Image {
     }
 
     /// Makes a snapshot's links lead to these directories, one after another,
-    /// each in one step; further ones are removed. Under the writer's lock. Leaves
-    /// nothing behind on failure.
+    /// each in one step; further ones are removed. Leaves nothing behind on failure.
     pub fn link_host_dirs<'a>(
         &'a self,
         id: SnapshotId,
@@ -93,6 +93,7 @@ impl Image {
             return Ok(new);
         }
         let links = self.ensure_links_dir()?;
+        let _one_at_a_time = lock(&self.host_links_made);
         for (number, target) in targets.iter().enumerate() {
             let name = link_name(id, number);
             let link = || match symlinkat(target, links, NEW) {
@@ -110,8 +111,12 @@ impl Image {
         Ok(new)
     }
 
-    /// Removes a snapshot's links, if it has any.
+    /// Removes a snapshot's links, if it has any. If it has none, a disk that takes no
+    /// writes is not waited for.
     pub fn remove_host_dir_links(&self, id: SnapshotId) -> Result<()> {
+        if self.has_host_dir_links(id, &[])? {
+            return Ok(());
+        }
         self.remove_host_dir_links_from(id, 0)
     }
 

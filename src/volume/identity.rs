@@ -160,7 +160,12 @@ pub(super) fn confirm(top: impl AsFd, path: &str, identity: &Identity) -> Result
             identity,
             &format!("this is another one (volume {found})"),
         )),
-        None => Err(missing(path, identity, "the directory has no file .volume")),
+        None => Err(missing(
+            path,
+            identity,
+            "the directory has no file .volume (if it is that disk all the same, write the \
+             number below into such a file)",
+        )),
     }
 }
 

@@ -4,10 +4,10 @@
 use std::fs::DirBuilder;
 use std::io::ErrorKind as IoKind;
 use std::os::unix::fs::DirBuilderExt;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, Mode, OFlags, fsync, openat, readlinkat, statat, symlinkat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, openat, readlinkat, statat, symlinkat, unlinkat};
 use rustix::io::Errno;
 
 use super::cached_lookup::{Glance, glance};
@@ -18,7 +18,6 @@ use super::paths::{BY_HAND, EMPTY, SNAPSHOTS, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{MountPath, SnapshotId, Volume};
 use crate::util::entries::{is_empty, lacks_types};
-use crate::util::fault_point::is_left_out;
 
 /// The opened image volume.
 pub struct Image {
@@ -26,6 +25,8 @@ pub struct Image {
     dirs: Arc<Dirs>,
     /// The directory of links to host directories, once there is one.
     pub(super) host_dirs: OnceLock<OwnedFd>,
+    /// Held while links to host directories are made.
+    pub(super) host_links_made: Mutex<()>,
 }
 
 /// The root directory, before anything in it has been touched.
@@ -115,6 +116,7 @@ impl Image {
         Ok(Image {
             path: root.path,
             host_dirs,
+            host_links_made: Mutex::default(),
             dirs: Arc::new(dirs),
         })
     }
@@ -148,20 +150,16 @@ impl Image {
         })
     }
 
-    /// Makes `snapshots/<id>` a link to `target`, durably. What else has that
-    /// name goes to the trash: it was left by an unfinished request.
+    /// Makes `snapshots/<id>` a link to `target`. An older link of that name is removed,
+    /// and a directory is set aside.
     pub(super) fn link(&self, id: SnapshotId, target: &str) -> Result<()> {
         let linking = || format!("link {}/{id} to {target}", self.snapshots_path());
-        let snapshots = self.dirs.snapshots_fd();
-        let name = id.to_string();
-        if !self.links_to(id, target)? {
-            self.dirs.trash(id).context(linking)?;
-            symlinkat(target, snapshots, name.as_str()).context(linking)?;
-        }
-        if is_left_out("link") {
+        if self.links_to(id, target)? {
             return Ok(());
         }
-        fsync(snapshots).context(linking)
+        self.remove_link(id)?;
+        self.dirs.clear_away(id).context(linking)?;
+        symlinkat(target, self.dirs.snapshots_fd(), id.to_string()).context(linking)
     }
 
     /// Whether `snapshots/<id>` is a link to `target`.
@@ -169,6 +167,21 @@ impl Image {
         match readlinkat(self.dirs.snapshots_fd(), id.to_string(), Vec::new()) {
             Ok(found) => Ok(found.to_bytes() == target.as_bytes()),
             // Nothing there, or no link.
+            Err(Errno::NOENT | Errno::INVAL) => Ok(false),
+            Err(errno) => {
+                Err(errno).context(|| format!("read the link {}/{id}", self.snapshots_path()))
+            }
+        }
+    }
+
+    /// Whether `snapshots/<id>` is a link as [`Volumes::link_home`](super::Volumes::link_home)
+    /// makes it, perhaps to where the writable volume was earlier.
+    pub fn is_layer_link(&self, id: SnapshotId) -> Result<bool> {
+        match readlinkat(self.dirs.snapshots_fd(), id.to_string(), Vec::new()) {
+            Ok(target) => {
+                let name = format!("/{SNAPSHOTS}/{id}");
+                Ok(target.to_bytes().ends_with(name.as_bytes()))
+            }
             Err(Errno::NOENT | Errno::INVAL) => Ok(false),
             Err(errno) => {
                 Err(errno).context(|| format!("read the link {}/{id}", self.snapshots_path()))

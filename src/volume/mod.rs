@@ -8,12 +8,14 @@
 //! <root>/mounted/<id>                 says that a person may have mounted it
 //! <root>/empty/                       an empty directory, lower of a layer without parent
 //! <root>/trash/                       removed, waiting to be deleted
-//! <root>/left-out/<id>               what an import could not take over
+//! <root>/left-out/<id>               what no snapshot owns, and what an import left
+//! <root>/.ids                         which ids were used last, see `block_mark`
 //! <writable>/.volume                  which volume this is
 //! <writable>/snapshots/<id>/{fs,work} what containers write
 //! <writable>/snapshots/<id>/scratch   while its links and nodes are created again
 //! <writable>/trash/
 //! <writable>/left-out/<id>
+//! <writable>/.ids
 //! ```
 //!
 //! Owns: these names, creating, trashing and linking below them, the writable
@@ -25,6 +27,7 @@
 //! its id, or the next start, moves it to the trash; it is never used.
 
 mod adopt;
+mod block_mark;
 mod cached_lookup;
 mod dirs;
 mod durable;
@@ -43,7 +46,6 @@ use identity::Seen;
 pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use moving::moving_id;
-use paths::SNAPSHOTS;
 pub use paths::{PROBE, ROOT_NAMES, UPPER, WRITABLE_NAMES};
 pub use preconditions::{Holding, Lifetime, Reserve, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
@@ -56,7 +58,7 @@ use rustix::fs::fstat;
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
-use crate::types::{MountPath, SnapshotId, Volume};
+use crate::types::{Block, MountPath, SnapshotId, Volume};
 use crate::util::lock::lock;
 
 /// Both volumes.
@@ -67,7 +69,11 @@ pub struct Volumes {
     writable_identity: OnceLock<Identity>,
     /// The mark that was last found to be the right one.
     writable_mark: Mutex<Option<Seen>>,
+    /// Whether the database has reserved a block of ids, once that is to be asked.
+    has_reserved: OnceLock<Box<HasReserved>>,
 }
+
+type HasReserved = dyn Fn(&Block) -> Result<bool> + Send + Sync;
 
 impl Volumes {
     /// The volumes below an opened root and a writable directory. Touches no disk.
@@ -77,6 +83,7 @@ impl Volumes {
             writable_path,
             writable_identity: OnceLock::new(),
             writable_mark: Mutex::new(None),
+            has_reserved: OnceLock::new(),
         }
     }
 
@@ -90,13 +97,46 @@ impl Volumes {
         let _ = self.writable_identity.set(identity);
     }
 
+    /// From now on, a volume on which ids were used that the database has not reserved is
+    /// refused. Without this call, as in `check`, it is not.
+    pub fn refuse_other_histories(
+        &self,
+        has_reserved: impl Fn(&Block) -> Result<bool> + Send + Sync + 'static,
+    ) {
+        let _ = self.has_reserved.set(Box::new(has_reserved));
+    }
+
+    /// Refuses a volume of another history, if that is to be asked. A volume without
+    /// snapshots has none.
+    ///
+    /// # Errors
+    ///
+    /// `ErrorKind::DataLoss`.
+    pub fn require_same_history(&self, dirs: &Dirs) -> Result<()> {
+        let (Some(has_reserved), Some(block)) = (self.has_reserved.get(), dirs.newest_block()?)
+        else {
+            return Ok(());
+        };
+        if has_reserved(&block)? || dirs.entries()?.is_empty() {
+            return Ok(());
+        }
+        let (volume, path) = (dirs.volume(), dirs.path());
+        Err(Error::data_loss(format!(
+            "the {volume} volume {path} holds snapshots with ids from {} on which this database \
+             has never given out: the database is an older state of itself, or another one. Put \
+             the latest one back, or run `check --repair`, which sets aside what it does not know",
+            block.first
+        )))
+    }
+
     /// The directories of a volume. The writable one is looked at again at each call: it
     /// may have been unmounted, or mounted late.
     ///
     /// # Errors
     ///
     /// `ErrorKind::FailedPrecondition` if the writable volume is not there or
-    /// is another one, `ErrorKind::Internal` if it cannot be read.
+    /// is another one, `ErrorKind::DataLoss` if it has another history than the
+    /// database, `ErrorKind::Internal` if it cannot be read.
     pub fn open(&self, volume: Volume) -> Result<Arc<Dirs>> {
         match volume {
             Volume::Image => Ok(Arc::clone(self.image.dirs())),
@@ -106,12 +146,15 @@ impl Volumes {
                 let top = identity::open_expected(path, identity)?;
                 // Before it is read: what changes meanwhile is read next time.
                 let seen = Seen::in_directory(&top);
-                if !self.is_confirmed(seen) {
-                    identity::confirm(&top, path, identity)?;
-                    self.require_apart(&top)?;
-                    *lock(&self.writable_mark) = seen;
+                if self.is_confirmed(seen) {
+                    return Ok(Arc::new(Dirs::open(Volume::Writable, path, top)?));
                 }
-                Ok(Arc::new(Dirs::open(Volume::Writable, path, top)?))
+                identity::confirm(&top, path, identity)?;
+                self.require_apart(&top)?;
+                let dirs = Dirs::open(Volume::Writable, path, top)?;
+                self.require_same_history(&dirs)?;
+                *lock(&self.writable_mark) = seen;
+                Ok(Arc::new(dirs))
             }
         }
     }
@@ -170,28 +213,19 @@ impl Volumes {
         }
     }
 
-    /// The numbers of the directories in a writable directory that is there but
-    /// carries no mark; `None` if it is not there or marked. Changes nothing.
-    pub fn unmarked_snapshots(&self) -> Result<Option<Vec<SnapshotId>>> {
+    /// The newest block of ids that was used in a writable directory that is there but
+    /// carries no mark; `None` if it is not there, is marked, or has no such block.
+    /// Changes nothing.
+    pub fn block_of_unmarked(&self) -> Result<Option<Block>> {
         let path = &self.writable_path;
-        let looking = || format!("look into the writable directory {path}");
         let top = match identity::open_top(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
-            top => top.context(looking)?,
+            top => top.context(|| format!("look into the writable directory {path}"))?,
         };
-        // Any identity will do: none is there if this one finds none.
-        if self.expected_writable()?.look(&top, path)? != Claim::Free {
-            return Ok(None);
+        match self.expected_writable()?.look(&top, path)? {
+            Claim::Free => block_mark::read_block(top, path),
+            Claim::Ours | Claim::Foreign(_) => Ok(None),
         }
-        let snapshots = match dirs::open_to_list(&top, SNAPSHOTS) {
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
-            snapshots => snapshots.context(looking)?,
-        };
-        let ids = dirs::list(&snapshots, path, SNAPSHOTS)?
-            .iter()
-            .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()))
-            .collect();
-        Ok(Some(ids))
     }
 
     /// What there is in the writable directory, beside a mark.
@@ -250,8 +284,8 @@ impl Volumes {
         )))
     }
 
-    /// Links `<root>/snapshots/<id>` to the snapshot's directory on the
-    /// writable volume, durably.
+    /// Links `<root>/snapshots/<id>` to the snapshot's directory on the writable volume.
+    /// After a crash the link may be missing: a start makes it again.
     pub fn link_home(&self, id: SnapshotId) -> Result<()> {
         self.image.link(id, &self.link_target(id))
     }

@@ -17,13 +17,20 @@ pub(super) const EMPTY: &str = "empty";
 /// The mark of the writable volume, and the file that replaces it while it is written.
 pub(super) const MARK: &str = ".volume";
 pub(super) const NEW_MARK: &str = ".volume.new";
+/// Which ids were used last on a volume, and the file that replaces it while it is written.
+pub(super) const IDS: &str = ".ids";
+const NEW_IDS: &str = ".ids.new";
 /// The directory in which the writable volume is probed.
 pub const PROBE: &str = ".probe";
 
 /// What this room keeps directly in `<root>`.
-pub const ROOT_NAMES: [&str; 6] = [SNAPSHOTS, HOST_DIRS, BY_HAND, EMPTY, TRASH, LEFT_OUT];
+pub const ROOT_NAMES: [&str; 8] = [
+    SNAPSHOTS, HOST_DIRS, BY_HAND, EMPTY, TRASH, LEFT_OUT, IDS, NEW_IDS,
+];
 /// All that is kept directly in `<writable>`.
-pub const WRITABLE_NAMES: [&str; 6] = [MARK, NEW_MARK, PROBE, SNAPSHOTS, TRASH, LEFT_OUT];
+pub const WRITABLE_NAMES: [&str; 8] = [
+    MARK, NEW_MARK, PROBE, SNAPSHOTS, TRASH, LEFT_OUT, IDS, NEW_IDS,
+];
 
 /// In the directory of a snapshot: what the snapshot holds, and what overlayfs shows as
 /// its upper directory.

@@ -1,6 +1,7 @@
 //! Things that somebody has put where the daemon's own directories go: they
 //! are moved away, and never used or followed.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -63,6 +64,7 @@ fn at_the_next_id() {
     let victim = Victim::below(split.image.path().as_path());
     let etc = fs::read_dir("/etc").unwrap().count();
     let mut next = 1;
+    let mut left = BTreeMap::new();
     for put in intruders(&victim) {
         for (volume, key) in [
             (split.writable(), "web"),
@@ -71,6 +73,9 @@ fn at_the_next_id() {
         ] {
             let path = volume.join(format!("snapshots/{next}"));
             put(&path);
+            *left.entry(volume.clone()).or_insert(0) += 1;
+            // The next one is taken: what is there is no snapshot's, and no trash.
+            let path = volume.join(format!("snapshots/{}", next + 1));
             let mounts = match key {
                 "view" => client.view(key, "", &[]),
                 _ => client.prepare(key, "", &[]),
@@ -79,8 +84,6 @@ fn at_the_next_id() {
             let top = fs::symlink_metadata(&path).unwrap();
             assert!(top.is_dir(), "{}", path.display());
             assert!(is_empty(path.join("fs")));
-            let trash = volume.join(format!("trash/{next}"));
-            assert!(fs::symlink_metadata(&trash).is_ok());
             let mounted = Mounted::new(&mounts);
             assert!(is_empty(mounted.path()));
             if key != "view" {
@@ -88,10 +91,15 @@ fn at_the_next_id() {
             }
             drop(mounted);
             client.remove(key).unwrap();
-            next += 1;
+            next += 2;
         }
     }
     client.cleanup().unwrap();
+    for (volume, left) in left {
+        let set_aside = fs::read_dir(volume.join("left-out")).unwrap().count();
+        assert_eq!(set_aside, left, "{}", volume.display());
+        assert!(is_empty(volume.join("snapshots")) && is_empty(volume.join("trash")));
+    }
     victim.is_untouched();
     assert_eq!(fs::read_dir("/etc").unwrap().count(), etc);
     unharmed(&mut split, pid);

@@ -241,6 +241,7 @@ fn assert_all_was_met(workers: &[Worker], log: &str) {
     for met in [
         "is home: ",
         "had left was dropped",
+        "was removed before a stop: trashed",
         "belongs to no snapshot: trashed",
     ] {
         assert!(log.contains(met), "never: {met}");

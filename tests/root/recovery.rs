@@ -23,7 +23,7 @@ fn names(path: impl AsRef<Path>) -> Vec<String> {
 }
 
 #[registered(crate::Test)]
-fn strays_go_to_the_trash() {
+fn strays_are_kept_unless_they_are_empty() {
     let mut split = Split::start(&[]);
     let client = split.client();
     layer(&client, "base", "", |top| {
@@ -62,8 +62,14 @@ fn strays_go_to_the_trash() {
     };
     assert_eq!(names(split.root().join("snapshots")), sorted(kept("1")));
     assert_eq!(names(split.writable().join("snapshots")), sorted(kept("2")));
-    assert_eq!(names(split.root().join("trash")).len(), 5);
-    assert_eq!(names(split.writable().join("trash")).len(), 5);
+    for (volume, empty) in [(split.root(), "2"), (split.writable(), "1")] {
+        assert_eq!(names(volume.join("trash")), [empty, "77"]);
+        assert_eq!(names(volume.join("left-out")), ["77", "78", "79"]);
+        assert_eq!(
+            fs::read_to_string(volume.join("left-out/77/fs/file")).unwrap(),
+            "x"
+        );
+    }
     let log = split.daemon.log();
     assert!(log.contains("image volume: snapshots/77"), "{log}");
     assert!(log.contains("writable volume: snapshots/77"), "{log}");

@@ -14,6 +14,8 @@ pub(super) struct CheckReport {
     is_running: bool,
     snapshots: usize,
     findings: Vec<Finding>,
+    /// The paths of what was set aside.
+    left_out: Vec<String>,
     /// The snapshots that a repair drops.
     doomed: Vec<Snapshot>,
     /// What is left, once a repair has been made.
@@ -30,6 +32,7 @@ impl CheckReport {
             is_running,
             snapshots: inspection.snapshots,
             findings: inspection.findings,
+            left_out: inspection.left_out,
             doomed,
             left: None,
         }
@@ -38,6 +41,7 @@ impl CheckReport {
     /// Adds what a look after the repair has found.
     pub(super) fn mended(&mut self, after: Inspection) {
         self.snapshots = after.snapshots;
+        self.left_out = after.left_out;
         self.left = Some(after.findings);
     }
 
@@ -53,7 +57,10 @@ impl CheckReport {
     pub(super) fn question(&self) -> String {
         match self.doomed.len() {
             0 => "The repair drops no snapshot.".to_owned(),
-            number => format!("The repair drops the {number} snapshots named above."),
+            number => format!(
+                "The repair drops the {number} snapshots named above; of those that are whole the \
+                 files are set aside in left-out/."
+            ),
         }
     }
 
@@ -75,6 +82,11 @@ impl CheckReport {
                 tell(&mut text, left);
                 self.tell_losses(&mut text, "dropped");
             }
+        }
+        for path in &self.left_out {
+            text.push_str(&format!(
+                "{path} was set aside: delete it if nobody needs it\n"
+            ));
         }
         text
     }
@@ -111,6 +123,7 @@ impl CheckReport {
         let mut value = json!({
             "daemon": output::daemon_state(self.is_running),
             "snapshots": self.snapshots,
+            "left_out": self.left_out,
             "findings": self.left.as_ref().unwrap_or(&self.findings).iter()
                 .map(finding_json).collect::<Vec<_>>(),
             "dropped": self.doomed.iter().map(|snapshot| json!({

@@ -1,8 +1,8 @@
 //! Project ids of the snapshots on the writable volume: given out, limited,
 //! counted by, and given back.
 //!
-//! An id is recorded in the transaction that enters its snapshot, and set on the
-//! empty directories before that ends. It stays taken until the last inode that
+//! An id is set on the empty directories of a snapshot, and recorded in the transaction
+//! that enters the snapshot. It stays taken until the last inode that
 //! was charged to it is gone, wherever that was: the kernel is asked, not the
 //! database. Then its limit is cleared, then it is struck out. Whatever the
 //! database says, an id is not given out to which the kernel has anything charged,
@@ -19,12 +19,13 @@ mod mount_headroom;
 mod recharge;
 mod recover;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, Once};
 
 use rustix::fd::OwnedFd;
 use rustix::rand::{GetRandomFlags, getrandom};
 
+use super::ids::Ids;
 use super::limits::Asked;
 use super::new_snapshot::{Purpose, plan_limits};
 use super::{QuotaMode, QuotaOptions};
@@ -38,14 +39,12 @@ use crate::types::{
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
-use crate::util::undo::Undo;
 use crate::volume::{Dirs, Volumes};
 use mount_headroom::Loan;
 use recharge::Uncharged;
 
-/// How many ids of others are passed over, which the kernel is asked about while all
-/// that changes the database waits: ids that are not recorded here, and that the
-/// kernel has something of.
+/// How many ids of others are passed over while all that need one wait: ids that are not
+/// recorded here, and that the kernel has something of.
 const MOST_MISSES: u32 = 256;
 /// How many of them one after the other. A container whose root is the host's can give
 /// its files to all the ids that come next, but hardly to those of a billion.
@@ -59,6 +58,11 @@ pub(super) struct LimitChange {
 }
 
 impl LimitChange {
+    /// Records the new limits.
+    pub(super) fn record(&self, transaction: &Transaction<'_>) -> Result<()> {
+        transaction.record_limits(self.project, self.to)
+    }
+
     /// Whether no number is new: each limit stays, or goes.
     fn only_lifts(&self) -> bool {
         let lifts = |from: Option<u64>, to: Option<u64>| to.is_none() || to == from;
@@ -72,13 +76,22 @@ pub(super) struct Projects {
     store: Arc<Store>,
     volumes: Arc<Volumes>,
     options: QuotaOptions,
-    /// The project id given out last, from which the search for the next starts.
-    last: Mutex<Option<ProjectId>>,
+    ids: Arc<Ids>,
+    search: Mutex<Search>,
     uncharged: Monitor<Uncharged>,
     /// The snapshots to which room is lent.
     loans: Monitor<HashMap<SnapshotId, Loan>>,
     /// That quotas fail where a snapshot can do without is logged once.
     failing: Once,
+}
+
+/// Where the next project id is looked for.
+#[derive(Default)]
+struct Search {
+    /// The project id given out last, from which the search for the next starts.
+    last: Option<ProjectId>,
+    /// Ids that are given out and not recorded yet.
+    unrecorded: HashSet<ProjectId>,
 }
 
 /// The project that a new snapshot is to get.
@@ -88,16 +101,27 @@ pub(super) struct PlannedProject<'a> {
     limits: Limits,
 }
 
+/// A project that a snapshot's directories have, until the snapshot is entered. Dropped
+/// without [`GivenProject::keep`], it is taken back.
+pub(super) struct GivenProject<'a> {
+    projects: &'a Projects,
+    planned: &'a PlannedProject<'a>,
+    row: Project,
+    is_kept: bool,
+}
+
 impl Projects {
     pub(super) fn new(
         (store, volumes): (Arc<Store>, Arc<Volumes>),
+        ids: Arc<Ids>,
         options: QuotaOptions,
     ) -> Projects {
         Projects {
             store,
             volumes,
             options,
-            last: Mutex::new(None),
+            ids,
+            search: Mutex::default(),
             uncharged: Monitor::default(),
             loans: Monitor::default(),
             failing: Once::new(),
@@ -185,29 +209,35 @@ impl Projects {
     ///
     /// [`ErrorKind::ResourceExhausted`] if no id is free.
     pub(super) fn give<'a>(
-        &self,
-        transaction: &Transaction<'_>,
+        &'a self,
         planned: &'a PlannedProject<'a>,
         id: SnapshotId,
-    ) -> Result<Option<Undo<impl FnOnce() -> Result<()> + use<'a>>>> {
+    ) -> Result<Option<GivenProject<'a>>> {
         let limits = planned.limits;
-        let given = self
-            .pick(transaction, &planned.quotas)
-            .and_then(|project| Ok((project, planned.set(id, project)?)));
-        let (project, set) = match given {
+        let given = self.pick(&planned.quotas).and_then(|project| {
+            let given = GivenProject {
+                projects: self,
+                planned,
+                row: Project {
+                    project,
+                    snapshot: Some(id),
+                    limits,
+                },
+                is_kept: false,
+            };
+            given.set()?;
+            Ok(given)
+        });
+        match given {
             Err(error) if error.kind() != ErrorKind::ResourceExhausted => {
                 self.do_without(limits, error)?;
-                return Ok(None);
+                Ok(None)
             }
-            given => given?,
-        };
-        transaction.record_project(&Project {
-            project,
-            snapshot: Some(id),
-            limits,
-        })?;
-        fault_point("project-given");
-        Ok(Some(set))
+            given => {
+                fault_point("project-given");
+                given.map(Some)
+            }
+        }
     }
 
     /// Returns the error where quotas are needed. Everywhere else the snapshot goes on
@@ -229,27 +259,32 @@ impl Projects {
         limits != Limits::NONE || self.options.mode == QuotaMode::Require
     }
 
-    /// An id that nobody has, and of which the kernel has nothing.
-    fn pick(&self, transaction: &Transaction<'_>, quotas: &Quotas<'_>) -> Result<ProjectId> {
+    /// An id that nobody has, and of which the kernel has nothing. Once it is recorded, or
+    /// given up, [`Projects::end_search`] has to be called.
+    fn pick(&self, quotas: &Quotas<'_>) -> Result<ProjectId> {
         let range = self.options.ids;
-        let mut last = lock(&self.last);
-        if last.is_none() {
-            let given = transaction.projects()?;
+        let reader = self.store.read()?;
+        // Whoever waits here needs the writable volume as well.
+        let mut search = lock(&self.search);
+        if search.last.is_none() {
+            let given = reader.projects()?;
             let mut ids = given.iter().map(|given| given.project);
-            *last = ids.rfind(|project| range.contains(*project));
+            search.last = ids.rfind(|project| range.contains(*project));
         }
         // An id given back rests until all others had their turn.
-        let mut candidate = last.unwrap_or(ProjectId::NONE);
+        let mut candidate = search.last.unwrap_or(ProjectId::NONE);
         let mut misses = 0;
+        let ours = reader.count_projects()? + search.unrecorded.len() as u64;
         // Our own are passed over without a question.
-        for _ in 0..transaction.count_projects()? + u64::from(MOST_MISSES) {
+        for _ in 0..ours + u64::from(MOST_MISSES) {
             candidate = range.after(candidate);
-            if transaction.is_project_taken(candidate)? {
+            if search.unrecorded.contains(&candidate) || reader.is_project_taken(candidate)? {
                 continue;
             }
             // Somebody's limit, of what is yet to come, counts as well.
             if quotas.held(candidate)?.is_nothing() {
-                *last = Some(candidate);
+                search.last = Some(candidate);
+                search.unrecorded.insert(candidate);
                 return Ok(candidate);
             }
             misses += 1;
@@ -258,7 +293,7 @@ impl Projects {
                 candidate = range.at(random()?);
             }
         }
-        *last = Some(candidate);
+        search.last = Some(candidate);
         Err(Error::new(
             ErrorKind::ResourceExhausted,
             format!(
@@ -266,6 +301,11 @@ impl Projects {
                  containers, or give --quota-ids another range"
             ),
         ))
+    }
+
+    /// The id is recorded, or was given up.
+    fn end_search(&self, project: ProjectId) {
+        lock(&self.search).unrecorded.remove(&project);
     }
 
     /// What an update of labels asks of the limits of a running snapshot.
@@ -276,7 +316,6 @@ impl Projects {
     /// has no project.
     pub(super) fn plan_limit_change(
         &self,
-        transaction: &Transaction<'_>,
         before: &Snapshot,
         after: &Snapshot,
     ) -> Result<Option<LimitChange>> {
@@ -294,14 +333,13 @@ impl Projects {
         let Some(mut to) = limits else {
             return Ok(None);
         };
-        if let Some(given) = transaction.project_of(after.id)? {
+        if let Some(given) = self.store.read()?.project_of(after.id)? {
             if !is_size_changed {
                 to.max_bytes = given.limits.max_bytes;
             }
             if !are_inodes_changed {
                 to.max_inodes = given.limits.max_inodes;
             }
-            transaction.record_limits(given.project, to)?;
             return Ok(Some(LimitChange {
                 project: given.project,
                 from: given.limits,
@@ -328,11 +366,11 @@ impl Projects {
     ///
     /// [`ErrorKind::FailedPrecondition`] if the volume or its quotas are not there;
     /// as of its disk; those of `record`.
-    pub(super) fn change_limits(
+    pub(super) fn change_limits<T>(
         &self,
         change: &LimitChange,
-        record: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+        record: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let are_kept = || matches!(self.support(), Ok(Support::Limits));
         if change.only_lifts() && !are_kept() {
             log::info!(
@@ -438,29 +476,55 @@ fn random() -> Result<u32> {
     Ok(u32::from_ne_bytes(bytes))
 }
 
-impl PlannedProject<'_> {
-    /// Gives a project to a snapshot's directories, which are empty. Until the snapshot is
-    /// entered, that can be taken back.
-    fn set(&self, id: SnapshotId, project: ProjectId) -> Result<Undo<impl FnOnce() -> Result<()>>> {
-        let set_on_all = move |project| -> Result<()> {
-            let parts = self.dirs.open_parts(id)?;
-            let mut parts = parts.all();
-            parts.try_for_each(|part| quota::set_project(part, project))
-        };
-        let undo = Undo::new("the project of a refused snapshot", move || {
-            // First the limits: no row says whose they are. The directories go to the
-            // trash next.
-            let cleared = match self.limits {
-                Limits::NONE => Ok(()),
-                _ => self.quotas.set_limits(project, Limits::NONE),
-            };
-            set_on_all(ProjectId::NONE).and(cleared)
-        });
-        set_on_all(project)?;
+impl GivenProject<'_> {
+    /// Sets the project on the snapshot's directories.
+    fn set(&self) -> Result<()> {
+        self.set_on_all(self.row.project)?;
         // The project has no limits yet: an id that has any is not picked.
-        if self.limits != Limits::NONE {
-            self.quotas.set_limits(project, self.limits)?;
+        match self.row.limits {
+            Limits::NONE => Ok(()),
+            limits => self.planned.quotas.set_limits(self.row.project, limits),
         }
-        Ok(undo)
+    }
+
+    fn set_on_all(&self, project: ProjectId) -> Result<()> {
+        let id = self.row.snapshot.expect("the snapshot that it is given to");
+        let parts = self.planned.dirs.open_parts(id)?;
+        let mut parts = parts.all();
+        parts.try_for_each(|part| quota::set_project(part, project))
+    }
+
+    /// Records it, in the transaction that enters the snapshot.
+    pub(super) fn record(&self, transaction: &Transaction<'_>) -> Result<()> {
+        transaction.record_project(&self.row)
+    }
+
+    /// The snapshot is entered.
+    pub(super) fn keep(mut self) {
+        self.is_kept = true;
+    }
+
+    /// Takes it back. First the limits: no row says whose they are. The directories go to
+    /// the trash next.
+    fn take_back(&self) -> Result<()> {
+        let cleared = match self.row.limits {
+            Limits::NONE => Ok(()),
+            _ => self
+                .planned
+                .quotas
+                .set_limits(self.row.project, Limits::NONE),
+        };
+        self.set_on_all(ProjectId::NONE).and(cleared)
+    }
+}
+
+impl Drop for GivenProject<'_> {
+    fn drop(&mut self) {
+        if !self.is_kept
+            && let Err(error) = self.take_back()
+        {
+            log::warn!("undo the project of a refused snapshot: {}", error.chain());
+        }
+        self.projects.end_search(self.row.project);
     }
 }

@@ -69,9 +69,9 @@ impl Projects {
         if lent == given.limits {
             return Ok(());
         }
-        // Limits change under the writer's lock, and may have by now.
-        let transaction = self.store.write()?;
-        let Some(given) = transaction.project_of(id)? else {
+        let _claim = self.ids.claim(id);
+        // Limits change under a claim, and may have by now.
+        let Some(given) = self.store.read()?.project_of(id)? else {
             return Ok(());
         };
         let lent = with_room(given.limits, quotas.held(given.project)?.usage);
@@ -146,15 +146,16 @@ impl Projects {
 
     fn take_room_back(&self, id: SnapshotId, loan: Loan) -> Result<()> {
         // Nothing is lent, and no limit changed, as long as this is held.
-        let transaction = self.store.write()?;
+        let _claim = self.ids.claim(id);
         if !self.replace_loan(id, loan, None) {
             return Ok(());
         }
-        let Some(given) = transaction.project_of(id)? else {
+        let reader = self.store.read()?;
+        let Some(given) = reader.project_of(id)? else {
             return Ok(());
         };
         // The limits of these are cleared, by whoever gives the ids back.
-        let loose = transaction.loose_projects()?;
+        let loose = reader.loose_projects()?;
         if loose.iter().any(|loose| loose.project == given.project) {
             return Ok(());
         }

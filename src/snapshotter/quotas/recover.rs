@@ -9,22 +9,20 @@ use crate::error::{ErrorKind, Result};
 use crate::quota::{self, Held, Quotas, Support};
 use crate::snapshotter::options::QuotaMode;
 use crate::snapshotter::problem::{Finding, Problem};
-use crate::store::{Project, Snapshot, Transaction};
+use crate::store::{Project, Snapshot};
 use crate::types::{Limits, ProjectId, SnapshotId, Volume};
+use crate::util::lock::lock;
 use crate::volume::{Dirs, SnapshotDirs};
 
 impl Projects {
     /// At a start, after strays have gone to the trash: what the database has of
     /// projects, and what the file system has, are made one. Returns the snapshots
-    /// whose trees have to be charged, which is done beside the requests, once the
-    /// transaction has ended.
-    pub(in crate::snapshotter) fn recover(
-        &self,
-        transaction: &Transaction<'_>,
-        dirs: &Arc<Dirs>,
-    ) -> Result<Vec<SnapshotId>> {
-        let given = transaction.projects()?;
-        let loose: HashSet<_> = transaction
+    /// whose trees have to be charged, which is done beside the requests.
+    pub(in crate::snapshotter) fn recover(&self, dirs: &Arc<Dirs>) -> Result<Vec<SnapshotId>> {
+        let given = self.store.read()?.projects()?;
+        let loose: HashSet<_> = self
+            .store
+            .read()?
             .loose_projects()?
             .into_iter()
             .map(|given| given.project)
@@ -59,7 +57,8 @@ impl Projects {
             let Some(id) = given.snapshot.filter(|id| !self.is_recharge_pending(*id)) else {
                 continue;
             };
-            match self.restore_project(transaction, &quotas, dirs, id, given) {
+            let _claim = self.ids.claim(id);
+            match self.restore_project(&quotas, dirs, id, given) {
                 Ok(true) => {}
                 Ok(false) => uncharged.push(id),
                 Err(error) => log::error!(
@@ -69,7 +68,7 @@ impl Projects {
                 ),
             }
         }
-        self.adopt_trashed(transaction, dirs)?;
+        self.adopt_trashed(dirs)?;
         Ok(uncharged)
     }
 
@@ -78,12 +77,15 @@ impl Projects {
     /// directories are charged to its project.
     fn restore_project(
         &self,
-        transaction: &Transaction<'_>,
         quotas: &Quotas<'_>,
         dirs: &Dirs,
         id: SnapshotId,
         given: &Project,
     ) -> Result<bool> {
+        // It may have been changed, or removed, meanwhile.
+        if self.store.read()?.project_of(id)?.as_ref() != Some(given) {
+            return Ok(true);
+        }
         let parts = match dirs.open_parts(id) {
             // Reported by who looks for layers.
             Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(true),
@@ -91,7 +93,7 @@ impl Projects {
         };
         let mut project = given.project;
         if !is_ours(&parts, given, &quotas.held(project)?)? {
-            match self.replace_project(transaction, quotas, id, given)? {
+            match self.replace_project(quotas, id, given)? {
                 Some(other) => project = other,
                 None => return Ok(true),
             }
@@ -109,13 +111,12 @@ impl Projects {
     /// free.
     fn replace_project(
         &self,
-        transaction: &Transaction<'_>,
         quotas: &Quotas<'_>,
         id: SnapshotId,
         given: &Project,
     ) -> Result<Option<ProjectId>> {
         let theirs = given.project;
-        let picked = match self.pick(transaction, quotas) {
+        let picked = match self.pick(quotas) {
             Ok(project) => Some(project),
             Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
                 log::error!(
@@ -127,18 +128,27 @@ impl Projects {
             }
             Err(error) => return Err(error),
         };
-        // Not to be given back: that would clear the limits of whose it is.
-        transaction.forget_project(theirs)?;
+        let recorded = self.store.together(|transaction| {
+            // Not to be given back: that would clear the limits of whose it is.
+            transaction.forget_project(theirs)?;
+            match picked {
+                None => Ok(()),
+                Some(project) => transaction.record_project(&Project {
+                    project,
+                    snapshot: Some(id),
+                    limits: given.limits,
+                }),
+            }
+        });
         if let Some(project) = picked {
-            transaction.record_project(&Project {
-                project,
-                snapshot: Some(id),
-                limits: given.limits,
-            })?;
+            self.end_search(project);
+            recorded?;
             log::warn!(
                 "project {theirs} of snapshot {id} is somebody else's on this disk: it has \
                  project {project} from now on"
             );
+        } else {
+            recorded?;
         }
         Ok(picked)
     }
@@ -186,14 +196,25 @@ impl Projects {
 
     /// Records the ids of directories in the trash that are not recorded: a
     /// request was cut off after it had set one.
-    fn adopt_trashed(&self, transaction: &Transaction<'_>, dirs: &Dirs) -> Result<()> {
-        let given = transaction.projects()?;
+    fn adopt_trashed(&self, dirs: &Dirs) -> Result<()> {
+        let given = self.store.read()?.projects()?;
         let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
+        known.extend(&lock(&self.search).unrecorded);
+        let mut unknown = Vec::new();
         dirs.each_trashed(|directory| {
             let project = quota::project_of(&directory)?;
             if self.options.ids.contains(project) && known.insert(project) {
+                unknown.push(project);
+            }
+            Ok(())
+        })?;
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        self.store.together(|transaction| {
+            for project in &unknown {
                 transaction.record_project(&Project {
-                    project,
+                    project: *project,
                     snapshot: None,
                     limits: Limits::NONE,
                 })?;

@@ -20,9 +20,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 
-/// How many become durable together at most: after a crash, so many snapshots may
-/// have a directory and no row.
-pub const MOST_TOGETHER: usize = 16;
+/// How many become durable together at most.
+const MOST_TOGETHER: usize = 16;
 
 /// The one connection that writes, and the callers around it.
 pub(super) struct Writer {
@@ -30,9 +29,6 @@ pub(super) struct Writer {
     /// How many callers of [`Store::write`] and [`Store::together`] wait for the
     /// connection: each ends a batch that is left open, or leaves it to a later one.
     coming: AtomicUsize,
-    /// How many members of a batch that has failed may still have something to undo on
-    /// a disk.
-    undoing: Monitor<usize>,
 }
 
 pub(super) struct State {
@@ -59,8 +55,6 @@ pub struct Transaction<'a> {
     sharing: Sharing,
     /// `None` while, and after, others of its batch go on.
     writer: Option<MutexGuard<'a, State>>,
-    /// Its batch has failed, and waits for this member to undo its work.
-    has_failed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,22 +75,15 @@ impl Writer {
                 changes_before: 0,
             }),
             coming: AtomicUsize::new(0),
-            undoing: Monitor::default(),
         }
     }
 
-    /// Waits for the connection, and for members of a failed batch that undo their
-    /// work: what they have left on a disk has the ids that are given out next.
+    /// Waits for the connection.
     fn acquire(&self) -> MutexGuard<'_, State> {
         self.coming.fetch_add(1, Ordering::SeqCst);
         let state = lock(&self.state);
         self.coming.fetch_sub(1, Ordering::SeqCst);
-        self.await_undone();
         state
-    }
-
-    fn await_undone(&self) {
-        self.undoing.wait_while(|members| *members > 0, |_| ());
     }
 }
 
@@ -141,11 +128,10 @@ impl Store {
     }
 
     /// Makes what `work` does durable, perhaps together with what other callers do at
-    /// the same time. `work` sees the uncommitted changes of earlier members of its
-    /// batch; readers do not. If the batch fails, the value that `work` returned is
-    /// dropped before its ids are given out again, so its `Drop` can undo what was done
-    /// on a disk. An error of `work` is returned only once the changes that may have
-    /// caused it are durable.
+    /// the same time. `work` runs SQL and waits for nothing else: all that changes the
+    /// database waits for it. It sees the uncommitted changes of earlier members of its
+    /// batch; readers do not. An error of `work` is returned only once the changes that
+    /// may have caused it are durable.
     ///
     /// # Errors
     ///
@@ -168,7 +154,6 @@ impl Store {
     pub(super) fn alone(&self) -> MutexGuard<'_, State> {
         let mut writer = self.writer.acquire();
         self.end_batch(&mut writer);
-        self.writer.await_undone();
         writer
     }
 
@@ -198,7 +183,6 @@ impl Store {
             store: self,
             sharing,
             writer: Some(writer),
-            has_failed: false,
         })
     }
 
@@ -218,8 +202,6 @@ impl Store {
         let ended = self.make_durable(writer).map_err(Arc::new);
         if ended.is_err() {
             writer.roll_back();
-            let undoing = &self.writer.undoing;
-            undoing.look(|members| *members += batch.members);
         }
         batch.end.0.change(|end| *end = Some(ended));
     }
@@ -257,17 +239,13 @@ impl Deref for Transaction<'_> {
 
 impl Transaction<'_> {
     /// Makes everything done in the transaction durable; if that fails, nothing of it
-    /// remains. Its ids are not given out again before the value is dropped, so that
-    /// what a failure leaves on a disk can be undone.
+    /// remains.
     pub fn commit(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
             let writer = self.writer.as_ref().ok_or_else(not_writable)?;
             return self.store.make_durable(writer);
         }
-        let end = self.join_batch()?;
-        let ended = end.wait();
-        self.has_failed = ended.is_err();
-        ended
+        self.join_batch()?.wait()
     }
 
     /// Rolls this member back. Its error may be caused by another member's uncommitted
@@ -341,10 +319,6 @@ impl Transaction<'_> {
 
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
-        if self.has_failed {
-            let undoing = &self.store.writer.undoing;
-            undoing.change(|members| *members -= 1);
-        }
         self.roll_back();
     }
 }

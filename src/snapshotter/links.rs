@@ -1,0 +1,170 @@
+//! Links on the image volume to layers whose bytes are on the writable volume.
+//!
+//! Owns: a thread that makes and removes them. A layer is committed, and removed, also
+//! while the image disk sleeps or does not answer. Who mounts a layer waits for its link.
+//! After a crash links may be missing, or be left: the start makes and removes them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::trash::Trash;
+use crate::error::{Context, Error, Result};
+use crate::store::Ancestor;
+use crate::types::{SnapshotId, Volume};
+use crate::util::monitor::Monitor;
+use crate::util::threads::Background;
+use crate::volume::Volumes;
+
+/// How long a commit waits for its link. A disk that takes longer sleeps, or hangs.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+pub(super) struct Links {
+    volumes: Arc<Volumes>,
+    trash: Arc<Trash>,
+    work: Monitor<Work>,
+}
+
+#[derive(Default)]
+struct Work {
+    jobs: VecDeque<Job>,
+    /// The job that the thread is at.
+    current: Option<Job>,
+    /// Layers whose link is not known to be there, and why, if it could not be made.
+    unlinked: HashMap<SnapshotId, Option<Error>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Job {
+    Make(SnapshotId),
+    /// Of a layer that was not committed.
+    TakeBack(SnapshotId),
+    /// Of a layer that was removed, or the copy that a move was about to record.
+    Remove(SnapshotId),
+}
+
+impl Work {
+    fn is_open(&self, job: Job) -> bool {
+        self.current == Some(job) || self.jobs.contains(&job)
+    }
+}
+
+impl Links {
+    pub(super) fn new(volumes: Arc<Volumes>, trash: Arc<Trash>) -> Links {
+        Links {
+            volumes,
+            trash,
+            work: Monitor::default(),
+        }
+    }
+
+    pub(super) fn start(self: &Arc<Links>) -> Result<Background> {
+        let stop = |links: &Links| links.work.stop();
+        Background::start("links", self, stop, Links::run)
+    }
+
+    /// Has the link of a new layer made, and waits for it a moment.
+    ///
+    /// # Errors
+    ///
+    /// Why it could not be made, if that turns out in this moment.
+    pub(super) fn make(&self, id: SnapshotId) -> Result<()> {
+        self.work.change(|work| {
+            work.unlinked.insert(id, None);
+            work.jobs.push_back(Job::Make(id));
+        });
+        let deadline = Some(Instant::now() + PATIENCE);
+        let is_open = |work: &Work| work.is_open(Job::Make(id));
+        let take_failure = |work: &mut Work| work.unlinked.get_mut(&id).and_then(Option::take);
+        match self.work.wait_until(deadline, is_open, take_failure) {
+            Some(Some(error)) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// The layer is not committed after all.
+    pub(super) fn take_back(&self, id: SnapshotId) {
+        self.add(Job::TakeBack(id), id);
+    }
+
+    /// Has the link of a removed layer removed.
+    pub(super) fn remove(&self, id: SnapshotId) {
+        self.add(Job::Remove(id), id);
+    }
+
+    fn add(&self, job: Job, id: SnapshotId) {
+        self.work.change(|work| {
+            work.unlinked.remove(&id);
+            work.jobs.push_back(job);
+        });
+    }
+
+    /// Whether the links of these layers are there, without waiting.
+    pub(super) fn are_made(&self, layers: &[Ancestor]) -> bool {
+        self.work.look(|work| {
+            layers
+                .iter()
+                .all(|layer| !work.unlinked.contains_key(&layer.id))
+        })
+    }
+
+    /// Waits until the links of these layers are there.
+    pub(super) fn require(&self, layers: &[Ancestor]) -> Result<()> {
+        for Ancestor { id, .. } in layers {
+            let is_open = |work: &Work| work.is_open(Job::Make(*id));
+            let is_made = |work: &mut Work| !work.unlinked.contains_key(id);
+            if self.work.wait_while(is_open, is_made) == Some(false) {
+                self.volumes.link_home(*id)?;
+                self.work.look(|work| work.unlinked.remove(id));
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&self) {
+        let is_idle = |work: &Work| work.jobs.is_empty();
+        let take = |work: &mut Work| {
+            work.current = work.jobs.pop_front();
+            work.current
+        };
+        while let Some(job) = self.work.wait_while(is_idle, take) {
+            match job {
+                Some(Job::Make(id)) => {
+                    let made = self.volumes.link_home(id);
+                    self.work.look(|work| match made {
+                        Ok(()) => drop(work.unlinked.remove(&id)),
+                        Err(error) => {
+                            work.unlinked.entry(id).and_modify(|why| *why = Some(error));
+                        }
+                    });
+                }
+                Some(Job::TakeBack(id)) => log_failure(self.volumes.image().remove_link(id)),
+                Some(Job::Remove(id)) => log_failure(self.drop_link(id)),
+                None => {}
+            }
+            self.work.change(|work| work.current = None);
+        }
+    }
+
+    /// Removes the link, or the copy that a move was about to record.
+    fn drop_link(&self, id: SnapshotId) -> Result<()> {
+        let image = self.volumes.image();
+        let removed = image.remove_link(id).and_then(|()| image.dirs().trash(id));
+        match removed {
+            Ok(_) => {
+                self.trash.note_trashed(id, Volume::Image);
+                Ok(())
+            }
+            Err(error) => {
+                self.trash.note_stray(Volume::Image);
+                Err(error).context(|| format!("remove what layer {id} has on the image volume"))
+            }
+        }
+    }
+}
+
+fn log_failure(done: Result<()>) {
+    if let Err(error) = done {
+        log::warn!("{}", error.chain());
+    }
+}

@@ -1,0 +1,138 @@
+//! Statements about blocks of ids and about tombstones.
+//!
+//! Ids are reserved in blocks, so that a snapshot has its id, and its directories,
+//! before its row is entered. The table of blocks is the history of this database: no
+//! row of it is ever deleted, and a volume on which ids of another history were used
+//! carries a block that is not in it.
+//!
+//! A tombstone is the proof that a directory without a row was a snapshot's and is done
+//! with. It is entered in the transaction that deletes the row, and deleted after the
+//! directory is in the trash.
+
+use std::collections::HashSet;
+
+use rusqlite::params;
+
+use super::Transaction;
+use super::sql::{Number, Rows};
+use crate::error::Result;
+use crate::types::{Block, SnapshotId, Volume};
+
+impl Rows {
+    /// The block that was reserved last; `None` before the first.
+    pub fn newest_block(&self) -> Result<Option<Block>> {
+        let sql = "SELECT first, token FROM block ORDER BY first DESC LIMIT 1";
+        self.one(sql, [], "look up the newest block of ids", |row| {
+            let Number(first) = row.get(0)?;
+            let token = row.get(1)?;
+            Ok(Block { first, token })
+        })
+    }
+
+    /// Whether this database has reserved that block.
+    pub fn has_reserved(&self, block: &Block) -> Result<bool> {
+        let sql = "SELECT 1 FROM block WHERE first = ?1 AND token = ?2";
+        let of = params![Number(block.first), block.token];
+        let found = self.one(sql, of, "look up a block of ids", |_| Ok(()))?;
+        Ok(found.is_some())
+    }
+
+    /// The highest id that a directory may have: of a snapshot that was ever entered, or
+    /// of a block; 0 before the first.
+    pub fn highest_reserved(&self) -> Result<u64> {
+        let block = self.newest_block()?;
+        let last = block.map_or(0, |block| block.last());
+        Ok(last.max(self.highest_id()?))
+    }
+
+    /// The snapshots whose directory on that volume may be deleted.
+    pub fn tombstones(&self, volume: Volume) -> Result<HashSet<SnapshotId>> {
+        let sql = format!("SELECT id FROM tombstone WHERE volume = {}", volume as u8);
+        let doing = "list the directories that may be deleted";
+        let ids = self.all(&sql, doing, |row| row.get(0))?;
+        Ok(ids.into_iter().collect())
+    }
+}
+
+impl Transaction<'_> {
+    /// Reserves the ids of a block that begins at `first`, behind all that were given
+    /// out.
+    pub fn reserve_block(&self, first: u64) -> Result<Block> {
+        self.execute(
+            "INSERT INTO block (first, token) VALUES (?1, lower(hex(randomblob(16))))",
+            [Number(first)],
+            format_args!("reserve the ids from {first} on"),
+        )?;
+        let newest = self.newest_block()?;
+        Ok(newest.expect("the row that was just inserted"))
+    }
+
+    /// Records that a snapshot's directory on that volume may be deleted.
+    pub fn bury(&self, id: SnapshotId, volume: Volume) -> Result<()> {
+        self.execute(
+            "INSERT OR IGNORE INTO tombstone (volume, id) VALUES (?1, ?2)",
+            params![volume, id],
+            format_args!("record that the directory of snapshot {id} may be deleted"),
+        )
+    }
+
+    /// Deletes tombstones whose directories are gone.
+    pub fn forget_tombstones(&self, gone: &[(SnapshotId, Volume)]) -> Result<()> {
+        for (id, volume) in gone {
+            self.execute(
+                "DELETE FROM tombstone WHERE volume = ?1 AND id = ?2",
+                params![volume, id],
+                format_args!("forget the directory of snapshot {id}"),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::store::Store;
+    use crate::types::{Block, SnapshotId, Volume};
+
+    #[test]
+    fn a_block_of_another_history_is_not_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |name: &str| Store::open(&dir.path().join(name)).unwrap();
+        let reserve = |store: &Store, first| {
+            let mut transaction = store.write().unwrap();
+            let block = transaction.reserve_block(first).unwrap();
+            transaction.commit().unwrap();
+            block
+        };
+        let (ours, other) = (open("ours.db"), open("other.db"));
+        assert_eq!(ours.read().unwrap().newest_block().unwrap(), None);
+        let first = reserve(&ours, 1);
+        let second = reserve(&ours, 257);
+        let foreign = reserve(&other, 1);
+        let knows = |block: &Block| ours.read().unwrap().has_reserved(block).unwrap();
+        assert!(knows(&first) && knows(&second) && !knows(&foreign));
+        assert_eq!(ours.read().unwrap().newest_block().unwrap(), Some(second));
+        assert_eq!(ours.read().unwrap().highest_reserved().unwrap(), 512);
+    }
+
+    #[test]
+    fn a_tombstone_is_for_one_volume_and_goes_with_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("metadata.db")).unwrap();
+        let id = SnapshotId::new(7);
+        let mut transaction = store.write().unwrap();
+        transaction.bury(id, Volume::Writable).unwrap();
+        transaction.bury(id, Volume::Writable).unwrap();
+        transaction.commit().unwrap();
+        drop(transaction);
+        let of = |volume| store.read().unwrap().tombstones(volume).unwrap();
+        assert!(of(Volume::Image).is_empty());
+        assert_eq!(of(Volume::Writable).len(), 1);
+        let mut transaction = store.write().unwrap();
+        let gone = [(id, Volume::Image), (id, Volume::Writable)];
+        transaction.forget_tombstones(&gone).unwrap();
+        transaction.commit().unwrap();
+        drop(transaction);
+        assert!(of(Volume::Writable).is_empty());
+    }
+}
