@@ -45,7 +45,7 @@ pub fn run(config: &Config) -> Result<()> {
     umask(Mode::from_raw_mode(0o022));
 
     require_mounts(config)?;
-    let root = Image::open_root(&config.root)?;
+    let root = Image::open_root(&config.root, state::STATE)?;
     let lock = lock::require(&root)?;
     root.require_entry_types()?;
     let store = state::open(&root, config)?;

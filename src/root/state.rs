@@ -310,7 +310,8 @@ struct State {
     identity: Identity,
 }
 
-const STATE: &str = "state";
+/// The file in the root that says which database is the root's.
+pub const STATE: &str = "state";
 const MAX_STATE_BYTES: usize = 8192;
 
 fn read_state(root: &Root, config: &Config) -> Result<Option<State>> {

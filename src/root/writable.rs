@@ -147,6 +147,7 @@ pub fn give_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Re
         // The volume's own disk may have failed: then the volume is not missing.
         Err(error) => return Err(error),
     }
+    volumes.require_writable_mounted()?;
     let identity = Identity::random()?;
     require_free(volumes, &identity)?;
     probe(volumes, mount_options)?;
@@ -194,6 +195,7 @@ fn claim(
     identity: &Identity,
     mount_options: &[String],
 ) -> Result<()> {
+    volumes.require_writable_mounted()?;
     require_free(volumes, identity)?;
     mark(volumes, store, identity, mount_options)
 }

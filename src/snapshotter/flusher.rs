@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::Store;
-use crate::types::{SnapshotId, Volume};
+use crate::store::{Place, Store, Transaction};
+use crate::types::{Kind, SnapshotId, Volume};
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
@@ -23,6 +23,14 @@ use crate::volume::{Dirs, Flush};
 const INTERVAL: Duration = Duration::from_secs(1);
 /// An unpack that writes nothing for so long has been given up by its client.
 const GIVEN_UP: Duration = Duration::from_secs(600);
+
+/// The fact that says up to which id snapshots may have lost data.
+fn suspect_fact(volume: Volume) -> &'static str {
+    match volume {
+        Volume::Image => "suspect_on_image",
+        Volume::Writable => "suspect_on_writable",
+    }
+}
 
 pub(super) struct Flusher {
     store: Arc<Store>,
@@ -65,12 +73,60 @@ impl Flusher {
             let highest = self.store.read().and_then(|reader| reader.highest_id());
             let highest = highest.unwrap_or(u64::MAX);
             self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);
+            // After a restart the kernel reports nothing any more.
+            let recorded = self.store.together(|transaction| {
+                let suspect = self.suspect_up_to[volume as usize].load(Ordering::Acquire);
+                transaction.record_fact(suspect_fact(volume), &suspect.to_string())
+            });
+            if let Err(error) = recorded {
+                log::error!("{}", error.chain());
+            }
             log::error!("the {volume} volume has failed to write data: look at its disk");
         }
         flushed
     }
 
-    /// Whether a volume has failed to write data since the start.
+    /// Whether a failure of a volume is recorded.
+    pub(super) fn has_recorded_failure(&self, volume: Volume) -> Result<bool> {
+        Ok(self.store.read()?.fact(suspect_fact(volume))?.is_some())
+    }
+
+    /// Forgets all recorded failures.
+    pub(super) fn forget_failures(&self, transaction: &Transaction<'_>) -> Result<()> {
+        for volume in [Volume::Image, Volume::Writable] {
+            transaction.forget_fact(suspect_fact(volume))?;
+        }
+        Ok(())
+    }
+
+    /// At a start: which snapshots may have lost data before it. The failure of a disk is
+    /// forgotten when none of them is left to be committed.
+    pub(super) fn recall_failures(&self, active: &[Place]) -> Result<()> {
+        for volume in [Volume::Image, Volume::Writable] {
+            let fact = suspect_fact(volume);
+            let Some(recorded) = self.store.read()?.fact(fact)? else {
+                continue;
+            };
+            let suspect: u64 = recorded.parse().unwrap_or(u64::MAX);
+            let is_suspect = |place: &Place| {
+                let is_active = place.kind == Kind::Active;
+                is_active && place.volume == Some(volume) && place.id.number() <= suspect
+            };
+            if active.iter().any(is_suspect) {
+                self.suspect_up_to[volume as usize].store(suspect, Ordering::Release);
+                log::warn!(
+                    "the {volume} volume has failed to write data before this start: snapshots \
+                     that were being filled then cannot be committed"
+                );
+            } else {
+                self.store
+                    .together(|transaction| transaction.forget_fact(fact))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a volume has failed to write data, and a snapshot from then is left.
     pub(super) fn has_failed(&self, volume: Volume) -> bool {
         self.suspect_up_to[volume as usize].load(Ordering::Acquire) > 0
     }

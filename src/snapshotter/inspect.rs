@@ -57,6 +57,12 @@ impl Snapshotter {
             let forgotten = rows.ids.first_forgotten(dirs, entries.keys().copied())?;
             is_older |= forgotten.is_some();
             findings.extend(self.other_history(dirs, entries)?);
+            if self.flusher.has_recorded_failure(dirs.volume())? {
+                findings.push(Finding {
+                    volume: Some(dirs.volume()),
+                    ..about_all(Problem::DiskFailed)
+                });
+            }
             let names = dirs.left_out()?;
             left_out.extend(names.iter().map(|name| dirs.left_out_path(name)));
         }

@@ -51,6 +51,8 @@ pub enum Problem {
     NotCharged { project: ProjectId },
     /// The limits of a snapshot's project are others than those recorded.
     LimitsDiffer { project: ProjectId },
+    /// A volume has failed to write data while snapshots were being filled.
+    DiskFailed,
     /// Ids were used on a volume that this database has not given out.
     OtherHistory,
     /// There are directories of snapshots that the database has not come to yet.
@@ -113,6 +115,10 @@ impl Problem {
             Problem::LimitsDiffer { .. } => (
                 "limits-differ",
                 Some("sets those recorded, as the next start does"),
+            ),
+            Problem::DiskFailed => (
+                "disk-failed",
+                Some("lets the snapshots from then be committed all the same"),
             ),
             Problem::OtherHistory => ("other-history", GOES_ON),
             Problem::DatabaseOlder { .. } => ("database-older", GOES_ON),
@@ -189,6 +195,12 @@ impl fmt::Display for Finding {
             Problem::LimitsDiffer { project } => write!(
                 out,
                 "project {project} of snapshot {name} has other limits than those recorded"
+            ),
+            Problem::DiskFailed => write!(
+                out,
+                "the {volume} volume has failed to write data: snapshots that were being filled \
+                 then may have lost some, and are not committed; look at the disk, remove them \
+                 and fill them again"
             ),
             Problem::OtherHistory => write!(
                 out,

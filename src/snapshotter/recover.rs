@@ -10,7 +10,9 @@ use super::labels::IdMaps;
 use super::prepare::shape_of;
 use super::trash::{Found, Inventory, trash_entry};
 use super::{QuotaMode, Snapshotter};
-use crate::error::{ErrorKind, Result};
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::Result;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
@@ -32,17 +34,15 @@ impl Snapshotter {
             .refuse_other_histories(move |block| store.read()?.has_reserved(block));
         let image = self.volumes.open(Volume::Image)?;
         self.volumes.require_same_history(&image)?;
-        let writable = self.volumes.open(Volume::Writable);
-        if let Err(error) = &writable
-            && error.kind() == ErrorKind::DataLoss
-        {
-            return writable.map(drop);
+        let writable = self.volumes.open(Volume::Writable).ok();
+        if let Some(writable) = &writable {
+            self.volumes.require_same_history(writable)?;
         }
         self.relocator.recover_moves()?;
         let inventory = Inventory::read(&*self.store.read()?)?;
         // Both volumes before anything is taken for a stray.
         inventory.require_latest(&image)?;
-        if let Ok(writable) = &writable {
+        if let Some(writable) = &writable {
             inventory.require_latest(writable)?;
         }
         self.mend()
@@ -52,6 +52,12 @@ impl Snapshotter {
     /// known to be the latest, or to be made do with.
     pub(super) fn mend(&self) -> Result<()> {
         let inventory = Inventory::read(&*self.store.read()?)?;
+        let places: Vec<_> = inventory
+            .snapshots
+            .iter()
+            .map(|(place, _)| *place)
+            .collect();
+        self.flusher.recall_failures(&places)?;
         let image = self.volumes.open(Volume::Image)?;
         self.drop_unfinished_moves(&image)?;
         let on_image = self.trash.sweep(&image)?;

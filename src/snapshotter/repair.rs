@@ -91,6 +91,7 @@ impl Snapshotter {
         }
         transaction.skip_ids_through(self.highest_entry()?)?;
         transaction.forget_copied()?;
+        self.flusher.forget_failures(&transaction)?;
         transaction.commit()?;
         drop(transaction);
         // Into the file itself: a copy with a log looks like one with another's.

@@ -4,6 +4,7 @@
 use std::fs::DirBuilder;
 use std::io::ErrorKind as IoKind;
 use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,6 +16,7 @@ use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
 use super::host_dirs::open_host_dirs;
 use super::identity::open_top;
 use super::paths::{BY_HAND, EMPTY, SNAPSHOTS, upper_of};
+use super::planned_mounts::require_mounted;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{MountPath, SnapshotId, Volume};
 use crate::util::entries::{is_empty, lacks_types};
@@ -67,8 +69,12 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it is no directory.
-    pub fn open_root(path: &MountPath) -> Result<Root> {
+    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or if it is new and on a
+    /// disk that the host's configuration names and that is not mounted.
+    pub fn open_root(path: &MountPath, state: &str) -> Result<Root> {
+        if !Path::new(&**path).join(state).exists() {
+            require_mounted(path)?;
+        }
         create_directory(path, "root", "--root-dir")?;
         let top = open_top(path).context(|| format!("open the root directory {path}"))?;
         Ok(Root {

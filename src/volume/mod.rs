@@ -36,6 +36,7 @@ mod identity;
 mod image;
 mod moving;
 mod paths;
+mod planned_mounts;
 mod preconditions;
 mod snapshot_dirs;
 
@@ -175,6 +176,13 @@ impl Volumes {
 
     fn is_confirmed(&self, seen: Option<Seen>) -> bool {
         seen.is_some() && seen == *lock(&self.writable_mark)
+    }
+
+    /// Refuses, as `ErrorKind::FailedPrecondition`, a writable directory on a disk that
+    /// the host's configuration names and that is not mounted. For a volume that is taken
+    /// into use; later its mark says whether it is there.
+    pub fn require_writable_mounted(&self) -> Result<()> {
+        planned_mounts::require_mounted(&self.writable_path)
     }
 
     /// Returns whose mark the writable directory has, before any database knows it;

@@ -173,7 +173,7 @@ pub(super) fn file_system_type(path: &Path) -> std::result::Result<u64, Errno> {
     statfs(path).map(|state| state.f_type as u64)
 }
 
-fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
+pub(super) fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
     let told = statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
     if let Ok(told) = told
         && told

@@ -18,6 +18,7 @@ mod figures;
 mod full;
 mod fuzz;
 mod guard;
+mod histories;
 mod import;
 mod input;
 mod intruders;

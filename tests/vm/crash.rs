@@ -45,7 +45,7 @@ pub struct Case {
 
 /// The database in both places, as a flush of it also flushes the names on its disk;
 /// and controls, with flushes that matter left out.
-pub const CASES: [Case; 7] = [
+pub const CASES: [Case; 6] = [
     Case {
         name: "database_on_image",
         has_state_dir: false,
@@ -64,13 +64,6 @@ pub const CASES: [Case; 7] = [
         ..control("", "commit", "", None)
     },
     control("control_without_sync", "none", "", Some("is damaged")),
-    // A start that has to make a link again says so.
-    control(
-        "control_link_after_row",
-        "commit",
-        "link",
-        Some("is found at"),
-    ),
     control(
         "control_row_after_trash",
         "commit",

@@ -15,6 +15,7 @@
 //! After a crash a directory in the trash may have an id that is not recorded: the
 //! next start records it. Limits of ids that are not recorded are somebody else's.
 
+mod given;
 mod mount_headroom;
 mod recharge;
 mod recover;
@@ -31,7 +32,7 @@ use super::new_snapshot::{Purpose, plan_limits};
 use super::{QuotaMode, QuotaOptions};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::quota::{self, Quotas, Support};
-use crate::store::{Project, Reader, Snapshot, Store, Transaction};
+use crate::store::{Reader, Snapshot, Store, Transaction};
 use crate::types::{
     LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Limits, ProjectId, SnapshotId, Usage,
     Volume,
@@ -40,6 +41,8 @@ use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::volume::{Dirs, Volumes};
+pub(super) use given::GivenProject;
+use given::PlannedProject;
 use mount_headroom::Loan;
 use recharge::Uncharged;
 
@@ -92,22 +95,6 @@ struct Search {
     last: Option<ProjectId>,
     /// Ids that are given out and not recorded yet.
     unrecorded: HashSet<ProjectId>,
-}
-
-/// The project that a new snapshot is to get.
-pub(super) struct PlannedProject<'a> {
-    quotas: Quotas<'a>,
-    dirs: &'a Dirs,
-    limits: Limits,
-}
-
-/// A project that a snapshot's directories have, until the snapshot is entered. Dropped
-/// without [`GivenProject::keep`], it is taken back.
-pub(super) struct GivenProject<'a> {
-    projects: &'a Projects,
-    planned: &'a PlannedProject<'a>,
-    row: Project,
-    is_kept: bool,
 }
 
 impl Projects {
@@ -214,20 +201,9 @@ impl Projects {
         id: SnapshotId,
     ) -> Result<Option<GivenProject<'a>>> {
         let limits = planned.limits;
-        let given = self.pick(&planned.quotas).and_then(|project| {
-            let given = GivenProject {
-                projects: self,
-                planned,
-                row: Project {
-                    project,
-                    snapshot: Some(id),
-                    limits,
-                },
-                is_kept: false,
-            };
-            given.set()?;
-            Ok(given)
-        });
+        let given = self
+            .pick(&planned.quotas)
+            .and_then(|project| GivenProject::give(self, planned, id, project));
         match given {
             Err(error) if error.kind() != ErrorKind::ResourceExhausted => {
                 self.do_without(limits, error)?;
@@ -474,57 +450,4 @@ fn random() -> Result<u32> {
     let mut bytes = [0; 4];
     getrandom(&mut bytes, GetRandomFlags::empty()).context(|| "get random bytes")?;
     Ok(u32::from_ne_bytes(bytes))
-}
-
-impl GivenProject<'_> {
-    /// Sets the project on the snapshot's directories.
-    fn set(&self) -> Result<()> {
-        self.set_on_all(self.row.project)?;
-        // The project has no limits yet: an id that has any is not picked.
-        match self.row.limits {
-            Limits::NONE => Ok(()),
-            limits => self.planned.quotas.set_limits(self.row.project, limits),
-        }
-    }
-
-    fn set_on_all(&self, project: ProjectId) -> Result<()> {
-        let id = self.row.snapshot.expect("the snapshot that it is given to");
-        let parts = self.planned.dirs.open_parts(id)?;
-        let mut parts = parts.all();
-        parts.try_for_each(|part| quota::set_project(part, project))
-    }
-
-    /// Records it, in the transaction that enters the snapshot.
-    pub(super) fn record(&self, transaction: &Transaction<'_>) -> Result<()> {
-        transaction.record_project(&self.row)
-    }
-
-    /// The snapshot is entered.
-    pub(super) fn keep(mut self) {
-        self.is_kept = true;
-    }
-
-    /// Takes it back. First the limits: no row says whose they are. The directories go to
-    /// the trash next.
-    fn take_back(&self) -> Result<()> {
-        let cleared = match self.row.limits {
-            Limits::NONE => Ok(()),
-            _ => self
-                .planned
-                .quotas
-                .set_limits(self.row.project, Limits::NONE),
-        };
-        self.set_on_all(ProjectId::NONE).and(cleared)
-    }
-}
-
-impl Drop for GivenProject<'_> {
-    fn drop(&mut self) {
-        if !self.is_kept
-            && let Err(error) = self.take_back()
-        {
-            log::warn!("undo the project of a refused snapshot: {}", error.chain());
-        }
-        self.projects.end_search(self.row.project);
-    }
 }

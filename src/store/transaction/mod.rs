@@ -38,6 +38,9 @@ pub(super) struct State {
     batch: Option<Batch>,
     /// Rows changed by the connection before the transaction.
     changes_before: u64,
+    /// A commit has failed, and SQLite's log may still hold all of it: after a power cut
+    /// the log's reader would take it for done.
+    has_remains: bool,
 }
 
 struct Batch {
@@ -73,6 +76,7 @@ impl Writer {
                 rows,
                 batch: None,
                 changes_before: 0,
+                has_remains: false,
             }),
             coming: AtomicUsize::new(0),
         }
@@ -100,6 +104,31 @@ impl State {
         self.rows
             .as_ref()
             .is_some_and(|rows| !rows.connection().is_autocommit())
+    }
+
+    /// Writes a change that means nothing over what a failed commit has left in the log.
+    fn overwrite_remains(&mut self) -> Result<()> {
+        if !self.has_remains {
+            return Ok(());
+        }
+        let overwriting = "write over what a failed change has left in the database's log";
+        self.rows()?.execute(
+            "INSERT OR REPLACE INTO fact (name, value) VALUES ('overwritten', random())",
+            [],
+            overwriting,
+        )?;
+        self.has_remains = false;
+        Ok(())
+    }
+
+    /// A commit has failed. Whoever asked for it may do the opposite next, so what is left
+    /// of it is made void before anything is answered, or before the next change.
+    fn note_failure(&mut self) {
+        self.roll_back();
+        self.has_remains = true;
+        if let Err(error) = self.overwrite_remains() {
+            log::error!("{}", error.chain());
+        }
     }
 
     fn roll_back(&self) {
@@ -162,7 +191,12 @@ impl Store {
         mut writer: MutexGuard<'a, State>,
         sharing: Sharing,
     ) -> Result<Transaction<'a>> {
-        let begun = writer.rows().and_then(|rows| {
+        let cleared = match sharing {
+            Sharing::Joined => Ok(()),
+            Sharing::Alone | Sharing::First => writer.overwrite_remains(),
+        };
+        let begun = cleared.and_then(|()| {
+            let rows = writer.rows()?;
             let changes = rows.connection().total_changes();
             let sql = match sharing {
                 Sharing::Alone | Sharing::First => "BEGIN IMMEDIATE",
@@ -201,7 +235,7 @@ impl Store {
         };
         let ended = self.make_durable(writer).map_err(Arc::new);
         if ended.is_err() {
-            writer.roll_back();
+            writer.note_failure();
         }
         batch.end.0.change(|end| *end = Some(ended));
     }
@@ -242,8 +276,11 @@ impl Transaction<'_> {
     /// remains.
     pub fn commit(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
-            let writer = self.writer.as_ref().ok_or_else(not_writable)?;
-            return self.store.make_durable(writer);
+            let writer = self.writer.as_mut().ok_or_else(not_writable)?;
+            return self
+                .store
+                .make_durable(writer)
+                .inspect_err(|_| writer.note_failure());
         }
         self.join_batch()?.wait()
     }

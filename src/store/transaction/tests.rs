@@ -260,3 +260,25 @@ fn who_writes_alone_finds_all_before_durable() {
         first.join().unwrap().unwrap();
     });
 }
+
+/// After a power cut, a log that still has a failed commit would bring it back.
+#[test]
+fn what_a_failed_commit_may_have_left_is_written_over() {
+    let fixture = fixture();
+    let overwritten = || fixture.store.read().unwrap().fact("overwritten").unwrap();
+    let fail = || {
+        let failed = fixture.store.together(|transaction| {
+            transaction.connection().execute_batch(ORPHAN).unwrap();
+            Ok(())
+        });
+        failed.unwrap_err();
+    };
+    assert_eq!(overwritten(), None);
+    fail();
+    let first = overwritten();
+    assert!(first.is_some());
+    add(&fixture.store, "next").unwrap();
+    assert_eq!(overwritten(), first);
+    fail();
+    assert_ne!(overwritten(), first);
+}

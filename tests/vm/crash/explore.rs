@@ -124,10 +124,10 @@ fn try_to_look(disks: &Disks, case: &Case, seed: u64, replay: &Replay) -> Result
     let mut daemon = Daemon::try_start(&looking)?;
     let mut verdict = verify(&daemon.client(), seed, &mut replay.history.clone());
     daemon.stop();
-    // No link may need mending: each was durable before its layer was.
+    // Nothing that holds files may have lost its snapshot.
     let log = daemon.log();
-    let mended = log.lines().filter(|line| line.contains("is found at"));
-    verdict.findings.extend(mended.map(str::to_owned));
+    let set_aside = log.lines().filter(|line| line.contains("is set aside as"));
+    verdict.findings.extend(set_aside.map(str::to_owned));
     if verdict.findings.is_empty() {
         verdict.findings.extend(problem_of(&places));
     }

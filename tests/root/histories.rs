@@ -1,0 +1,278 @@
+//! A database and volumes that do not belong to the same moment, or not to each other:
+//! nothing that holds files is deleted, and nothing is taken for ours.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use grpcio::RpcStatusCode;
+use registered::registered;
+
+use crate::check::{check, is_clean};
+use crate::content::layer;
+use crate::support::client::{Client, finish};
+use crate::support::daemon::{Daemon, Split, command, is_empty, refused};
+use crate::support::disk::Disk;
+use crate::support::run;
+
+/// A container that has written its own name.
+fn container(client: &Client, split: &Split, key: &str) {
+    let mounts = client.prepare(key, "", &[]).unwrap();
+    assert_eq!(mounts[0].type_, "bind");
+    assert!(
+        mounts[0]
+            .source
+            .starts_with(split.writable().to_str().unwrap())
+    );
+    fs::write(Path::new(&mounts[0].source).join("own"), key).unwrap();
+}
+
+/// The files that containers have written, wherever they are on the volume.
+fn written(split: &Split) -> Vec<String> {
+    let found = run(std::process::Command::new("find")
+        .arg(split.writable())
+        .args(["-name", "own", "-exec", "cat", "{}", ";", "-printf", "\n"]));
+    let mut names: Vec<_> = found.lines().map(str::to_owned).collect();
+    names.sort();
+    names
+}
+
+/// The database with its log, as `cp` copies them while nothing runs.
+fn copied(split: &Split) -> Vec<(PathBuf, Vec<u8>)> {
+    ["metadata.db", "metadata.db-wal"]
+        .map(|name| split.root().join(name))
+        .into_iter()
+        .filter(|path| path.exists())
+        .map(|path| (path.clone(), fs::read(path).unwrap()))
+        .collect()
+}
+
+fn put_back(split: &Split, database: &[(PathBuf, Vec<u8>)]) {
+    for name in ["metadata.db", "metadata.db-wal", "metadata.db-shm"] {
+        let _ = fs::remove_file(split.root().join(name));
+    }
+    for (path, bytes) in database {
+        fs::write(path, bytes).unwrap();
+    }
+}
+
+/// The database of an earlier day, and a start while the writable disk is away: the
+/// disk comes back with containers that this database has never heard of.
+#[registered(crate::Test)]
+fn a_disk_comes_back_to_an_older_database() {
+    let mut split = Split::start(&[]);
+    container(&split.client(), &split, "old");
+    split.daemon.stop();
+    let database = copied(&split);
+    split.daemon.restart();
+    let names = ["a", "b", "c", "d", "e"];
+    for name in names {
+        container(&split.client(), &split, name);
+    }
+    split.daemon.stop();
+    put_back(&split, &database);
+    split.writable.unmount();
+    split.daemon.restart();
+    let client = split.client();
+    for number in 0..6 {
+        layer(&client, &format!("layer-{number}"), "", |_| ());
+    }
+    split.writable.mount();
+    client.cleanup().unwrap();
+    for number in 0..6 {
+        client
+            .prepare(&format!("new-{number}"), "layer-0", &[])
+            .unwrap();
+    }
+    client.cleanup().unwrap();
+    assert_eq!(written(&split), ["a", "b", "c", "d", "e", "old"]);
+    let (code, said, _) = check(&split, &[]);
+    assert_eq!(code, 0, "{said}");
+    let left_out = split.writable().join("left-out");
+    assert!(
+        said.contains(&format!("{}/2 was set aside", left_out.display())),
+        "{said}"
+    );
+    split.daemon.restart();
+    assert_eq!(written(&split), ["a", "b", "c", "d", "e", "old"]);
+}
+
+/// With blocks of ids that the older database does not know, its volumes are refused.
+#[registered(crate::Test)]
+fn a_volume_of_a_later_day_is_refused_until_a_repair() {
+    let mut split = Split::start(&[]);
+    container(&split.client(), &split, "old");
+    split.daemon.stop();
+    let database = copied(&split);
+    split.skip_ids_through(300);
+    split.daemon.restart();
+    container(&split.client(), &split, "new");
+    split.client().remove("old").unwrap();
+    split.client().cleanup().unwrap();
+    split.daemon.stop();
+    put_back(&split, &database);
+    // Ids that were given out since hide the missing ones.
+    split.skip_ids_through(400);
+    let words = ["ids from 301 on", "older state of itself"];
+    let line = refused(split.daemon.arguments());
+    assert!(words.iter().all(|word| line.contains(word)), "{line}");
+
+    // The image volume was not used since then; the writable disk comes later.
+    fs::remove_file(split.root().join(".ids")).unwrap();
+    split.writable.unmount();
+    split.daemon.restart();
+    split.writable.mount();
+    let client = split.client();
+    let (code, text) = client.prepare("web", "", &[]).unwrap_err();
+    assert_eq!(code, RpcStatusCode::DATA_LOSS);
+    assert!(text.contains("ids from 301 on"), "{text}");
+    client.cleanup().unwrap_err();
+    split.daemon.stop();
+
+    let (code, said, _) = check(&split, &["--json"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("\"other-history\""), "{said}");
+    let (code, said, complaint) = check(&split, &["--repair", "--yes"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    assert!(said.contains("sets it aside in left-out/"), "{said}");
+    split.daemon.restart();
+    container(&split.client(), &split, "web");
+    assert_eq!(written(&split), ["new", "web"]);
+}
+
+/// `--writable-dir` leads to the directory of another snapshotter, which numbers its
+/// snapshots from 1 on as well.
+#[registered(crate::Test)]
+fn a_directory_of_another_program_is_never_marked() {
+    let mut split = Split::start(&[]);
+    for key in ["a", "b", "c"] {
+        container(&split.client(), &split, key);
+    }
+    split.daemon.stop();
+    let others = split.writable.path().join("other");
+    for number in 1..=25 {
+        let directory = others.join(format!("snapshots/{number}"));
+        fs::create_dir_all(directory.join("fs")).unwrap();
+        fs::create_dir(directory.join("work")).unwrap();
+        fs::write(directory.join("fs/own"), "theirs").unwrap();
+    }
+    let arguments = split.daemon.arguments().to_vec();
+    let ours = split.writable().to_str().unwrap().to_owned();
+    let moved = |argument: &String| match *argument == ours {
+        true => others.to_str().unwrap().to_owned(),
+        false => argument.clone(),
+    };
+    split
+        .daemon
+        .set_arguments(arguments.iter().map(moved).collect());
+    let (code, said, _) = check(&split, &["--json"]);
+    assert_eq!(code, 1);
+    assert!(said.contains("\"volume-missing\""), "{said}");
+    let (code, said, _) = check(&split, &["--repair", "--yes"]);
+    assert_eq!(code, 1, "{said}");
+    assert!(!others.join(".volume").exists());
+    assert_eq!(fs::read_dir(others.join("snapshots")).unwrap().count(), 25);
+    split.daemon.set_arguments(arguments);
+    is_clean(&split);
+}
+
+/// A volume whose mark alone is lost proves by the ids used on it that it is ours.
+#[registered(crate::Test)]
+fn a_lost_mark_is_written_again_and_nothing_else_is_done() {
+    let mut split = Split::start(&[]);
+    container(&split.client(), &split, "web");
+    split.daemon.stop();
+    fs::remove_file(split.writable().join(".volume")).unwrap();
+    let stray = split.writable().join("snapshots/200/fs");
+    fs::create_dir_all(&stray).unwrap();
+    fs::write(stray.join("own"), "stray").unwrap();
+    let (code, said, complaint) = check(&split, &["--repair", "--yes"]);
+    assert_eq!(code, 1, "{said}{complaint}");
+    assert!(split.writable().join(".volume").exists());
+    assert!(stray.exists(), "moved in the run that marked");
+    assert!(
+        said.contains("snapshots/200 belongs to no snapshot, and holds files"),
+        "{said}"
+    );
+}
+
+/// What needs only the other volume is answered as on a good day.
+#[registered(crate::Test)]
+fn a_disk_that_hangs_holds_up_its_own_requests_only() {
+    let state = Disk::ext4(64);
+    let directory = state.path().join("state").to_str().unwrap().to_owned();
+    let mut split = Split::start(&["--state-dir", &directory, "--relocate", "never"]);
+    split.daemon.restart();
+    let client = split.client();
+    layer(&client, "base", "", |_| ());
+    for key in ["web", "committed", "removed"] {
+        client.prepare(key, "base", &[]).unwrap();
+    }
+    for key in ["extract-committed", "extract-removed"] {
+        client.prepare(key, "", &[]).unwrap();
+    }
+    client.view("view", "base", &[]).unwrap();
+    let answered = |what: &str, work: &dyn Fn()| {
+        let begun = Instant::now();
+        work();
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "{what} has waited"
+        );
+    };
+
+    let frozen = split.writable.freeze();
+    let waiting = client.begin_prepare("waits", "base");
+    answered("an unpack", &|| {
+        client.prepare("extract-new", "base", &[]).unwrap();
+        client.commit("extract-committed", "unpacked", &[]).unwrap();
+        client.remove("extract-removed").unwrap();
+    });
+    answered("what has no directory", &|| {
+        client.view("another-view", "base", &[]).unwrap();
+        client.remove("view").unwrap();
+        client.update("base", &["labels.x"], &[("x", "y")]).unwrap();
+        assert!(!client.exists("waits"), "the disk did not hang");
+    });
+    drop(frozen);
+    finish(waiting).unwrap();
+
+    let frozen = split.image.freeze();
+    let waiting = client.begin_prepare("extract-waits", "base");
+    answered("a container", &|| {
+        client.prepare("new", "base", &[]).unwrap();
+        client.commit("committed", "layer", &[]).unwrap();
+        client.remove("removed").unwrap();
+        client.update("base", &["labels.x"], &[("x", "z")]).unwrap();
+        client.view("third-view", "base", &[]).unwrap();
+        assert!(!client.exists("extract-waits"), "the disk did not hang");
+    });
+    // A layer is reached by a link on the image volume.
+    let upon = client.begin_prepare("upon", "layer");
+    drop(frozen);
+    finish(waiting).unwrap();
+    finish(upon).unwrap();
+    split.daemon.restart();
+    is_clean(&split);
+}
+
+/// A first start before the disk of a mount unit is mounted.
+#[registered(crate::Test)]
+fn the_bare_mount_point_of_a_disk_is_not_taken() {
+    let (image, later) = (Disk::ext4(64), Disk::ext4(64));
+    let point = later.path();
+    let name = point.to_str().unwrap().trim_matches('/').replace('/', "-");
+    let unit = Path::new("/run/systemd/system").join(format!("{name}.mount"));
+    fs::create_dir_all(unit.parent().unwrap()).unwrap();
+    fs::write(&unit, "[Mount]\n").unwrap();
+    later.unmount();
+    let flags = command(&image, &later, &[]);
+    let line = refused(&flags);
+    assert!(line.contains("is not mounted: mount it first"), "{line}");
+    assert!(is_empty(&point));
+    later.mount();
+    let mut daemon = Daemon::start(&flags);
+    daemon.client().prepare("web", "", &[]).unwrap();
+    daemon.stop();
+    fs::remove_file(&unit).unwrap();
+}
