@@ -20,7 +20,7 @@ impl Snapshotter {
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
         let id = self.store.read()?.stat(key)?.id;
-        let _claim = self.ids.claim(id);
+        let claim = self.ids.claim(id);
         let (removed, released) = self.strike_out(key, id)?;
 
         self.flusher.end_unpack(removed.id);
@@ -52,6 +52,8 @@ impl Snapshotter {
                 }
             }
         }
+        // Whoever empties the trash may wait for claims.
+        drop(claim);
         if self.options.removes_at_once {
             for volume in [Volume::Image, Volume::Writable] {
                 self.trash.try_to_empty(volume);
@@ -91,7 +93,7 @@ impl Snapshotter {
         key: &str,
         id: SnapshotId,
     ) -> Result<(Place, Vec<SnapshotId>)> {
-        transaction.forget_tombstones(&self.trash.take_trashed())?;
+        transaction.forget_tombstones(&self.trash.take_settled())?;
         // Before the row is gone by which it is known what stands on what.
         let held = match transaction.retired()?.is_empty() {
             true => None,

@@ -33,8 +33,10 @@ pub(super) struct Trash {
     /// Set when a directory without a row may be on a volume: the next Cleanup looks for
     /// it. In order: image, writable volume.
     strays: [AtomicBool; 2],
-    /// Directories that are in the trash, and still have a tombstone.
+    /// Directories that are in the trash, perhaps not durably, and still have a tombstone.
     trashed: Mutex<Vec<(SnapshotId, Volume)>>,
+    /// Those whose way there is durable: their tombstones may go.
+    settled: Mutex<Vec<(SnapshotId, Volume)>>,
 }
 
 impl Trash {
@@ -51,6 +53,7 @@ impl Trash {
             cleaning: Mutex::new(()),
             strays: Default::default(),
             trashed: Mutex::default(),
+            settled: Mutex::default(),
         }
     }
 
@@ -66,8 +69,21 @@ impl Trash {
 
     /// The directories whose tombstones are not needed any more: the caller deletes these
     /// with the next change of the database.
-    pub(super) fn take_trashed(&self) -> Vec<(SnapshotId, Volume)> {
-        std::mem::take(&mut *lock(&self.trashed))
+    pub(super) fn take_settled(&self) -> Vec<(SnapshotId, Volume)> {
+        std::mem::take(&mut *lock(&self.settled))
+    }
+
+    /// After a power cut a directory may be back in `snapshots/`: its tombstone stays until
+    /// its rename is durable.
+    fn settle(&self, dirs: &Dirs) -> Result<()> {
+        let volume = dirs.volume();
+        let on_volume = |entry: &mut (SnapshotId, Volume)| entry.1 == volume;
+        let trashed: Vec<_> = lock(&self.trashed).extract_if(.., on_volume).collect();
+        if !trashed.is_empty() {
+            dirs.settle_names()?;
+            lock(&self.settled).extend(trashed);
+        }
+        Ok(())
     }
 
     /// Deletes everything that was removed from a volume before this call, with what is
@@ -81,6 +97,7 @@ impl Trash {
         }
         let emptied = tree::remove_children(dirs.trash_fd()?)
             .context(|| format!("empty the trash of the {volume} volume"));
+        self.settle(&dirs)?;
         // What could be deleted may have been the last of a project; where both
         // volumes are one file system, on either.
         if let Err(error) = self.projects.free_unused() {
@@ -155,6 +172,7 @@ impl Trash {
         }
         let gone: Vec<_> = buried.into_iter().map(|id| (id, volume)).collect();
         if !gone.is_empty() {
+            dirs.settle_names()?;
             let forget = self.store.together(|rows| rows.forget_tombstones(&gone));
             forget.context(|| "forget directories that are in the trash")?;
         }

@@ -175,6 +175,11 @@ impl Dirs {
         }
     }
 
+    /// Makes all renames in `snapshots/` durable.
+    pub fn settle_names(&self) -> Result<()> {
+        fsync(&self.snapshots).context(|| format!("flush {}/{SNAPSHOTS}", self.path))
+    }
+
     /// The path of a name in `left-out/`.
     pub fn left_out_path(&self, name: &str) -> String {
         format!("{}/{LEFT_OUT}/{name}", self.path)

@@ -112,12 +112,6 @@ impl Image {
         renameat(&copy, LINK, snapshots, name.as_str())
     }
 
-    /// Makes an exchange durable that was found, not made: a crash may have come
-    /// between the exchange and its own flush.
-    pub fn settle_names(&self) -> Result<()> {
-        fsync(self.dirs().snapshots_fd()).context(|| format!("flush {}", self.snapshots_path()))
-    }
-
     /// Removes what a move has left under its own name: the link after the
     /// exchange; an unfinished copy goes to the trash.
     pub fn end_move(&self, id: SnapshotId) -> Result<()> {

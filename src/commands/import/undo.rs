@@ -271,7 +271,7 @@ fn remove_links(config: &Config, store: &Store) -> Result<()> {
     for (place, _) in away {
         image.remove_link(place.id)?;
     }
-    image.settle_names()
+    image.dirs().settle_names()
 }
 
 /// The writable volume that a database knows; `None` if there is nothing on it to

@@ -155,7 +155,8 @@ impl Relocator {
         let is_exchanged = image.layer_entry(id)? == Some(FileType::Directory);
         let mut bytes = 0;
         if is_exchanged {
-            image.settle_names()?;
+            // A crash may have come between the exchange and its own flush.
+            image.dirs().settle_names()?;
         } else {
             if self.mounted_layers()?.contains(&id) {
                 return Ok(Moved::InUse);
@@ -196,7 +197,7 @@ impl Relocator {
         let held = self.mounted_layers()?;
         let boot_id = boot_id()?;
         let is_in_use = self.store.together(|transaction| {
-            transaction.forget_tombstones(&self.trash.take_trashed())?;
+            transaction.forget_tombstones(&self.trash.take_settled())?;
             transaction.move_home(id, &held, &boot_id)
         })?;
         fault_point("recorded");
@@ -316,7 +317,8 @@ impl Relocator {
                 _ => self.finish_rename(away.id)?,
             };
             if is_exchanged {
-                image.settle_names()?;
+                // A crash may have come between the exchange and its own flush.
+                image.dirs().settle_names()?;
                 let held = self.mounted_layers()?;
                 self.store
                     .together(|transaction| transaction.move_home(away.id, &held, &boot_id))?;
