@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Snapshotter, SyncMode, another_snapshot, in_use, labels};
+use super::{Snapshotter, SyncMode, in_use, labels};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
@@ -33,14 +33,11 @@ impl Snapshotter {
         labels::check_key("name", name)?;
         let labels = labels::check_labels(labels)?;
         let look = || self.store.read()?.committable(key, name, parent);
-        // Whoever else works on the snapshot may have committed or removed it meanwhile.
-        let claim = self.ids.claim(look()?.0.id);
+        look()?;
+        let _claim = self.claim(key)?;
         // A commit that cannot be is refused before it waits for the disk. What concerns
         // other snapshots may still change: `commit_snapshot` asks again.
         let (snapshot, _) = look()?;
-        if snapshot.id != claim.id {
-            return Err(another_snapshot());
-        }
         let volume = snapshot.volume.ok_or_else(|| {
             Error::data_loss("the database is damaged: the active snapshot is on no volume")
         })?;

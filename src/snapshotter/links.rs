@@ -73,13 +73,15 @@ impl Links {
             work.unlinked.insert(id, None);
             work.jobs.push_back(Job::Make(id));
         });
+        self.wait_for(Job::Make(id));
+        let failure = |work: &mut Work| work.unlinked.get_mut(&id).and_then(Option::take);
+        self.work.look(failure).map_or(Ok(()), Err)
+    }
+
+    fn wait_for(&self, job: Job) {
         let deadline = Some(Instant::now() + PATIENCE);
-        let is_open = |work: &Work| work.is_open(Job::Make(id));
-        let take_failure = |work: &mut Work| work.unlinked.get_mut(&id).and_then(Option::take);
-        match self.work.wait_until(deadline, is_open, take_failure) {
-            Some(Some(error)) => Err(error),
-            _ => Ok(()),
-        }
+        self.work
+            .wait_until(deadline, |work| work.is_open(job), |_| ());
     }
 
     /// The layer is not committed after all.
@@ -87,7 +89,7 @@ impl Links {
         self.add(Job::TakeBack(id), id);
     }
 
-    /// Has the link of a removed layer removed.
+    /// Has the link of a removed layer removed, and waits for that a moment.
     pub(super) fn remove(&self, id: SnapshotId) {
         self.add(Job::Remove(id), id);
     }
@@ -97,6 +99,7 @@ impl Links {
             work.unlinked.remove(&id);
             work.jobs.push_back(job);
         });
+        self.wait_for(job);
     }
 
     /// Whether the links of these layers are there, without waiting.

@@ -48,7 +48,7 @@ use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Quoted, SnapshotId, Volum
 use crate::util::threads::Background;
 use crate::volume::Volumes;
 use flusher::Flusher;
-use ids::Ids;
+use ids::{Claim, Ids};
 pub use inspect::Inspection;
 use links::Links;
 pub use options::{Options, QuotaMode, QuotaOptions, Relocation, SyncMode};
@@ -199,11 +199,8 @@ impl Snapshotter {
         let update = || -> Result<Snapshot> {
             let changes = labels::plan_update(mask, given)?;
             self.check_lowers_after(key, &changes)?;
-            let claim = self.ids.claim(self.store.read()?.stat(key)?.id);
+            let _claim = self.claim(key)?;
             let before = self.store.read()?.stat(key)?;
-            if before.id != claim.id {
-                return Err(another_snapshot());
-            }
             let mut after = before.clone();
             for change in &changes {
                 change.clone().apply(&mut after.info.labels);
@@ -241,6 +238,18 @@ impl Snapshotter {
         })
     }
 
+    /// Waits until no other request works on the snapshot of that key, which keeps the key
+    /// as long as the claim is held.
+    fn claim(&self, key: &str) -> Result<Claim<'_>> {
+        loop {
+            let claim = self.ids.claim(self.store.read()?.stat(key)?.id);
+            // It may have been removed meanwhile, and another one made.
+            if self.store.read()?.stat(key)?.id == claim.id {
+                return Ok(claim);
+            }
+        }
+    }
+
     fn all_snapshots(&self) -> Result<Vec<Snapshot>> {
         let mut all = Vec::new();
         self.store.read()?.list(&Filters::all(), |snapshot| {
@@ -265,12 +274,4 @@ impl Snapshotter {
         }
         info
     }
-}
-
-/// The error of a request for a key that has become another snapshot's.
-fn another_snapshot() -> Error {
-    Error::new(
-        ErrorKind::Unavailable,
-        "another snapshot has got that key meanwhile: try again",
-    )
 }

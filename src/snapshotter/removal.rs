@@ -1,6 +1,6 @@
 //! Removing snapshots, and giving back what they took.
 
-use super::{Snapshotter, another_snapshot, in_use, labels};
+use super::{Snapshotter, in_use, labels};
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{Place, Transaction};
 use crate::types::{Quoted, SnapshotId, Volume};
@@ -19,9 +19,8 @@ impl Snapshotter {
 
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
-        let id = self.store.read()?.stat(key)?.id;
-        let claim = self.ids.claim(id);
-        let (removed, released) = self.strike_out(key, id)?;
+        let claim = self.claim(key)?;
+        let (removed, released) = self.strike_out(key)?;
 
         self.flusher.end_unpack(removed.id);
         self.walks.forget(removed.id);
@@ -67,16 +66,16 @@ impl Snapshotter {
     /// Removes the row; returns what it was, and the layers whose old directory
     /// nothing needs any more. Also on a full disk: alone then, as it may be what
     /// others do at the same time that is too much.
-    fn strike_out(&self, key: &str, id: SnapshotId) -> Result<(Place, Vec<SnapshotId>)> {
+    fn strike_out(&self, key: &str) -> Result<(Place, Vec<SnapshotId>)> {
         let alone = || {
             let mut transaction = self.store.write()?;
-            let struck = self.strike_out_within(&transaction, key, id)?;
+            let struck = self.strike_out_within(&transaction, key)?;
             transaction.commit()?;
             Ok(struck)
         };
         let mut struck = self
             .store
-            .together(|transaction| self.strike_out_within(transaction, key, id));
+            .together(|transaction| self.strike_out_within(transaction, key));
         if fails_as(&struck, ErrorKind::Unavailable) {
             struck = alone();
         }
@@ -91,7 +90,6 @@ impl Snapshotter {
         &self,
         transaction: &Transaction<'_>,
         key: &str,
-        id: SnapshotId,
     ) -> Result<(Place, Vec<SnapshotId>)> {
         transaction.forget_tombstones(&self.trash.take_settled())?;
         // Before the row is gone by which it is known what stands on what.
@@ -103,9 +101,6 @@ impl Snapshotter {
             }
         };
         let removed = transaction.remove(key)?;
-        if removed.id != id {
-            return Err(another_snapshot());
-        }
         let released = match held {
             None => Vec::new(),
             Some(held) => transaction.release_retired(&held)?,
