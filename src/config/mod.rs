@@ -22,7 +22,7 @@ use argh::FromArgs;
 
 use crate::error::{Error, Result};
 use crate::host_dirs::Policy;
-use crate::snapshotter::{Options, Relocation, SyncMode};
+use crate::snapshotter::{Options, PodLabels, Relocation, SyncMode};
 use crate::types::MountPath;
 use crate::volume::Lifetime;
 pub use commands::{
@@ -103,6 +103,11 @@ struct Flags {
     /// that CRI has pulled; may be given several times
     #[argh(option, arg_name = "rule")]
     lower_for: Vec<String>,
+
+    /// k8s.io: labels in that namespace, which may be annotations of pods, choose
+    /// host directories, volume and limits as an administrator's do (default none)
+    #[argh(option, arg_name = "namespace")]
+    trust_labels_from: Option<String>,
 
     /// commit: a layer's data is on its disk before its commit is answered;
     /// none: when the kernel sees fit (default commit)
@@ -341,6 +346,7 @@ fn check(flags: Flags) -> Result<Config> {
             kept_apart: vec![root.to_string(), writable.to_string(), state_dir.clone()],
         },
         lower_rules,
+        pod_labels: check_trusted(flags.trust_labels_from.as_deref())?,
     };
     Ok(Config {
         root,
@@ -358,6 +364,18 @@ fn check(flags: Flags) -> Result<Config> {
             .map_or_else(default_threads, NonZeroUsize::get),
         metrics_file,
     })
+}
+
+fn check_trusted(namespace: Option<&str>) -> Result<PodLabels> {
+    match namespace {
+        None => Ok(PodLabels::Ignored),
+        Some("k8s.io") => Ok(PodLabels::Trusted),
+        Some(other) => Err(wrong(
+            "--trust-labels-from",
+            other,
+            "\"k8s.io\"; labels in other namespaces are the administrator's always",
+        )),
+    }
 }
 
 /// More than there are processors: most of them wait for a disk, and those that wait

@@ -76,6 +76,17 @@ fn both_ways_to_give_a_value_mean_the_same() {
 }
 
 #[test]
+fn only_the_labels_of_pods_have_to_be_trusted() {
+    assert_eq!(run(&[]).unwrap().options.pod_labels, PodLabels::Ignored);
+    let config = run(&["--trust-labels-from=k8s.io"]).unwrap();
+    assert_eq!(config.options.pod_labels, PodLabels::Trusted);
+    for other in ["moby", "", "*", "k8s.io/"] {
+        let text = refused(&["--trust-labels-from", other]);
+        assert!(text.contains("it has to be \"k8s.io\""), "{text}");
+    }
+}
+
+#[test]
 fn paths_that_could_inject_mount_options_are_refused() {
     for path in ["/a,b", "/a:b", "/a\\b", "/a\nb", "", "/", "/a/../b"] {
         for flag in ["--root-dir", "--writable-dir", "--state-dir", "--address"] {

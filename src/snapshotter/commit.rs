@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::label_source::LabelSource;
 use super::{Snapshotter, SyncMode, in_use, labels};
 #[cfg(doc)]
 use crate::error::ErrorKind;
@@ -31,7 +32,9 @@ impl Snapshotter {
     fn commit_layer(&self, key: &str, name: &str, parent: &str, labels: Labels) -> Result<()> {
         labels::check_key("key", key)?;
         labels::check_key("name", name)?;
-        let labels = labels::check_labels(labels)?;
+        let mut labels = labels::check_labels(labels)?;
+        let ignored = LabelSource::Image.take_ignored(&mut labels);
+        self.ignored_labels.note(LabelSource::Image, name, &ignored);
         let look = || self.store.read()?.committable(key, name, parent);
         look()?;
         let _claim = self.claim(key)?;

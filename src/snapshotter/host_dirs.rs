@@ -10,7 +10,6 @@
 
 use super::Snapshotter;
 use super::labels::IdMaps;
-use super::new_snapshot::Purpose;
 use crate::error::{Context, Error, Result};
 use crate::host_dirs::{ImageRule, parse_paths};
 use crate::store::{LabelChange, Snapshot};
@@ -30,17 +29,11 @@ pub(super) struct WantedHostDirs {
 
 impl WantedHostDirs {
     /// What a label asks for.
-    pub(super) fn by_label(purpose: Purpose, labels: &Labels) -> Result<WantedHostDirs> {
+    pub(super) fn by_label(labels: &Labels) -> Result<WantedHostDirs> {
         let labelled = match labels.get(LABEL_LOWERS) {
             None => Vec::new(),
             Some(text) => parse_paths(text).context(|| format!("read the label {LABEL_LOWERS}"))?,
         };
-        if !labelled.is_empty() && purpose == Purpose::Unpack {
-            return Err(Error::invalid(format!(
-                "the label {LABEL_LOWERS} is on a layer being unpacked, which the directories of \
-                 one host do not belong in: give it to containers"
-            )));
-        }
         Ok(WantedHostDirs {
             labelled,
             chosen: Vec::new(),
@@ -76,7 +69,7 @@ impl Snapshotter {
         id_maps: Option<&IdMaps>,
     ) -> Result<Vec<String>> {
         let info = &snapshot.info;
-        let mut wanted = WantedHostDirs::by_label(Purpose::of_stored(info), &info.labels)?;
+        let mut wanted = WantedHostDirs::by_label(&info.labels)?;
         wanted.chosen = chosen.map_or(Ok(Vec::new()), parse_paths)?;
         wanted.require_plain_ids(id_maps)?;
         let lowers = self.options.lowers.ensure(&wanted.all())?;
@@ -109,10 +102,14 @@ impl Snapshotter {
     /// Refuses an Update that would leave the snapshot unmountable. Only labels that
     /// affect host directories are checked, so unrelated labels can still change after
     /// those directories have disappeared.
-    pub(super) fn check_lowers_after(&self, key: &str, changes: &[LabelChange]) -> Result<()> {
-        let snapshot = self.store.read()?.stat(key)?;
-        let before = snapshot.info.labels.clone();
+    pub(super) fn check_lowers_after(
+        &self,
+        snapshot: Snapshot,
+        changes: &[LabelChange],
+    ) -> Result<()> {
         let mut info = snapshot.info;
+        self.leave_out_ignored(&mut info);
+        let before = info.labels.clone();
         for change in changes {
             change.clone().apply(&mut info.labels);
         }
@@ -122,7 +119,7 @@ impl Snapshotter {
         if info.kind == Kind::Committed || watched.iter().all(is_same) {
             return Ok(());
         }
-        let mut wanted = WantedHostDirs::by_label(Purpose::of_stored(&info), labels)?;
+        let mut wanted = WantedHostDirs::by_label(labels)?;
         wanted.chosen = self.chosen_lowers(snapshot.id)?;
         if wanted == WantedHostDirs::default() {
             return Ok(());
@@ -158,26 +155,6 @@ mod tests {
     use super::super::labels::tests::labels;
     use super::*;
     use crate::error::ErrorKind;
-    use crate::types::LABEL_SNAPSHOT_REF;
-
-    #[test]
-    fn an_unpack_gets_none() {
-        let asked = labels(&[(LABEL_LOWERS, "/a:/b")]);
-        let reference = labels(&[(LABEL_LOWERS, "/a"), (LABEL_SNAPSHOT_REF, "x")]);
-        let by_label = |kind, key: &str, labels: &Labels| {
-            WantedHostDirs::by_label(Purpose::of(kind, key, labels), labels)
-        };
-        let wanted = by_label(Kind::Active, "1/web", &asked).unwrap();
-        assert_eq!(wanted.all(), ["/a", "/b"]);
-        assert!(by_label(Kind::View, "1/extract-1", &asked).is_ok());
-        for (key, labels) in [("1/extract-1", &asked), ("1/web", &reference)] {
-            let error = by_label(Kind::Active, key, labels).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-        }
-        let empty = labels(&[(LABEL_LOWERS, "::")]);
-        let wanted = by_label(Kind::Active, "1/extract-1", &empty).unwrap();
-        assert_eq!(wanted, WantedHostDirs::default());
-    }
 
     #[test]
     fn mapped_ids_and_host_directories_exclude_each_other() {

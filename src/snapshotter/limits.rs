@@ -1,5 +1,6 @@
 //! How much a snapshot may take, as its labels and the configuration say. Pure.
 
+use super::label_source::LabelSource;
 use crate::error::{Error, Result};
 use crate::text::size::{parse_bytes, parse_number};
 use crate::types::{
@@ -25,6 +26,31 @@ pub struct Asked {
 }
 
 impl Asked {
+    /// What the labels of that source ask for, where `default` counts without them.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Asked::read`], for the administrator's labels only.
+    pub(super) fn of(source: LabelSource, labels: &Labels, default: Limits) -> Result<Asked> {
+        match source {
+            LabelSource::Image => Ok(Asked::default()),
+            LabelSource::Pod => Ok(Asked::hint(labels, default)),
+            LabelSource::Administrator => Asked::read(labels),
+        }
+    }
+
+    /// What a pod asks for by containerd's own label: never more than the default. To
+    /// containerd it is a hint, which a snapshotter may ignore (`LabelSnapshotMaxSize`), so
+    /// that no text of it is a reason to refuse the pod.
+    fn hint(labels: &Labels, default: Limits) -> Asked {
+        let hinted = labels.get(LABEL_MAX_SIZE).and_then(|text| as_bytes(text));
+        let hinted = hinted.map(|bytes| bytes.max(LEAST_BYTES));
+        Asked {
+            max_bytes: hinted.map(|bytes| bytes.min(default.max_bytes.unwrap_or(bytes))),
+            max_inodes: None,
+        }
+    }
+
     /// Reads the labels; containerd's own counts before ours.
     ///
     /// # Errors
@@ -32,16 +58,12 @@ impl Asked {
     /// [`crate::error::ErrorKind::InvalidArgument`] for a text that is no size or
     /// number, or for less than any snapshot takes. All three are looked at.
     pub fn read(labels: &Labels) -> Result<Asked> {
-        let by_containerd = read(labels, LABEL_MAX_SIZE, |text| {
-            // Bytes, as an int64.
-            let bytes = parse_number(text).filter(|bytes| i64::try_from(*bytes).is_ok());
-            match bytes {
-                Some(bytes) if bytes >= LEAST_BYTES => Ok(bytes),
-                _ => Err(format!(
-                    "a decimal number of bytes, at least {LEAST_BYTES}, without a unit \
+        let by_containerd = read(labels, LABEL_MAX_SIZE, |text| match as_bytes(text) {
+            Some(bytes) if bytes >= LEAST_BYTES => Ok(bytes),
+            _ => Err(format!(
+                "a decimal number of bytes, at least {LEAST_BYTES}, without a unit \
                      ({LABEL_OWN_MAX_SIZE} takes units)"
-                )),
-            }
+            )),
         })?;
         let own = read(labels, LABEL_OWN_MAX_SIZE, |text| {
             parse_size(text).ok_or_else(size_wanted)
@@ -112,6 +134,11 @@ pub fn inodes_wanted() -> String {
     format!("a number of files and directories, at least {LEAST_INODES}, or 0 for no limit")
 }
 
+/// containerd's size: bytes, as an int64.
+fn as_bytes(text: &str) -> Option<u64> {
+    parse_number(text).filter(|bytes| i64::try_from(*bytes).is_ok())
+}
+
 fn read(
     labels: &Labels,
     label: &str,
@@ -159,6 +186,30 @@ mod tests {
         let asks = |pairs: &[(&str, &str)]| Asked::read(&labels(pairs)).unwrap().is_limit();
         assert!(asks(&[own]) && asks(&[(LABEL_MAX_INODES, "16")]));
         assert!(!asks(&[]) && !asks(&[(LABEL_OWN_MAX_SIZE, "0"), (LABEL_MAX_INODES, "0")]));
+    }
+
+    #[test]
+    fn a_pods_hint_only_lowers_the_default_and_is_never_refused() {
+        let of = |text: &str, default| {
+            let asked = labels(&[(LABEL_MAX_SIZE, text)]);
+            let asked = Asked::of(LabelSource::Pod, &asked, default).unwrap();
+            asked.or(default).max_bytes
+        };
+        for (text, without_default, with_default) in [
+            ("2097152", Some(2 << 20), Some(2 << 20)),
+            ("8388608", Some(8 << 20), Some(7 << 20)),
+            ("9223372036854775807", Some(i64::MAX as u64), Some(7 << 20)),
+            ("1048575", Some(LEAST_BYTES), Some(LEAST_BYTES)),
+            ("1", Some(LEAST_BYTES), Some(LEAST_BYTES)),
+            ("0", Some(LEAST_BYTES), Some(LEAST_BYTES)),
+            ("9223372036854775808", None, Some(7 << 20)),
+            ("-1", None, Some(7 << 20)),
+            ("2M", None, Some(7 << 20)),
+            ("x", None, Some(7 << 20)),
+        ] {
+            assert_eq!(of(text, Limits::NONE), without_default, "{text}");
+            assert_eq!(of(text, DEFAULT), with_default, "{text}");
+        }
     }
 
     #[test]

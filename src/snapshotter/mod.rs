@@ -17,6 +17,7 @@ mod host_dirs;
 mod ids;
 mod in_use;
 mod inspect;
+mod label_source;
 mod labels;
 pub mod limits;
 mod links;
@@ -36,7 +37,7 @@ mod usage;
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Once, OnceLock};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount;
@@ -50,8 +51,9 @@ use crate::volume::Volumes;
 use flusher::Flusher;
 use ids::{Claim, Ids};
 pub use inspect::Inspection;
+use label_source::{IgnoredLabels, LabelSource};
 use links::Links;
-pub use options::{Options, QuotaMode, QuotaOptions, Relocation, SyncMode};
+pub use options::{Options, PodLabels, QuotaMode, QuotaOptions, Relocation, SyncMode};
 pub use problem::{Finding, Problem};
 use quotas::Projects;
 use relocator::Relocator;
@@ -78,6 +80,9 @@ pub struct Snapshotter {
     /// snapshot's own top directory is given its owner. Asked when it is first needed: few
     /// need it, and the answer takes longer than everything else at a start.
     maps_ids: OnceLock<bool>,
+    /// That ids which cannot be mapped are asked for is logged once.
+    unmapped_ids: Once,
+    ignored_labels: IgnoredLabels,
     walks: usage::Walks,
 }
 
@@ -115,6 +120,8 @@ impl Snapshotter {
             links,
             lost: OnceLock::new(),
             maps_ids: OnceLock::new(),
+            unmapped_ids: Once::new(),
+            ignored_labels: IgnoredLabels::default(),
             walks: usage::Walks::default(),
         }
     }
@@ -193,19 +200,22 @@ impl Snapshotter {
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidArgument`] for a mask that
     /// names anything but labels, a bad label, or host directories that will not
-    /// do; [`ErrorKind::FailedPrecondition`] for a limit that cannot be kept; for
-    /// host directories also as of [`crate::host_dirs::Policy::ensure`].
+    /// do; [`ErrorKind::FailedPrecondition`] for a limit that cannot be kept, or a label
+    /// in the mask that does not count on this snapshot; for host directories also as of [`crate::host_dirs::Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || -> Result<Snapshot> {
-            let changes = labels::plan_update(mask, given)?;
-            self.check_lowers_after(key, &changes)?;
+            let mut changes = labels::plan_update(mask, given)?;
             let _claim = self.claim(key)?;
             let before = self.store.read()?.stat(key)?;
+            let source = LabelSource::of_stored(&before.info, self.options.pod_labels);
+            let ignored = source.take_ignored_changes(&mut changes)?;
+            self.ignored_labels.note(source, key, &ignored);
+            self.check_lowers_after(before.clone(), &changes)?;
             let mut after = before.clone();
             for change in &changes {
                 change.clone().apply(&mut after.info.labels);
             }
-            let change = self.projects.plan_limit_change(&before, &after)?;
+            let change = self.projects.plan_limit_change(source, &before, &after)?;
             let record = || {
                 self.store.together(|transaction| {
                     if let Some(change) = &change {

@@ -99,7 +99,8 @@ impl Snapshotter {
     fn stored(&self, key: &str) -> Result<Stored> {
         let reader = self.store.read()?;
         reader.at_one_moment(|| {
-            let snapshot = reader.stat(key)?;
+            let mut snapshot = reader.stat(key)?;
+            self.leave_out_ignored(&mut snapshot.info);
             if snapshot.info.kind == Kind::Committed {
                 return Err(Error::refused(format!(
                     "snapshot {} is committed: prepare or view a snapshot on it",
@@ -158,11 +159,15 @@ impl Snapshotter {
             None => Vec::new(),
             Some(maps) if self.maps_ids() => maps.options(),
             Some(_) => {
-                log::warn!(
-                    "snapshot {} asks for mapped ids, which this kernel or file system cannot \
-                     give: remove \"remap-ids\" from the capabilities of the proxy plugin",
-                    mounted.id
-                );
+                // Once, because pods can ask without end.
+                self.unmapped_ids.call_once(|| {
+                    log::warn!(
+                        "snapshot {} asks for mapped ids, which this kernel or file system \
+                         cannot give: remove \"remap-ids\" from the capabilities of the proxy \
+                         plugin",
+                        mounted.id
+                    );
+                });
                 Vec::new()
             }
         };

@@ -4,13 +4,16 @@
 //! goes to. Never: I/O, but for one question about the parent's labels.
 //!
 //! What is unpacked is going to be an image layer and belongs on the image
-//! volume. containerd tells an unpack apart in two ways, of which some callers
-//! use only one: the label that names the layer to come, and a key beginning
-//! with `extract-` (`core/snapshots/snapshotter.go`, `UnpackKeyPrefix`).
-//! Everything else that is active is written to by a container.
+//! volume, whatever other labels its image gives it. containerd marks an unpack in
+//! two ways, of which some callers use only one: the label that names the layer to
+//! come, and a key beginning with `extract-` (`core/snapshots/snapshotter.go`,
+//! `UnpackKeyPrefix`). In the namespace of pods only the key counts, because a pod's
+//! annotation can be that label. Everything else that is active is written to by a
+//! container.
 
 use super::Options;
 use super::host_dirs::{WantedHostDirs, chosen_by};
+use super::label_source::{LabelSource, is_of_pods};
 use super::labels::{self, IdMaps};
 use super::limits::Asked;
 #[cfg(doc)]
@@ -35,10 +38,11 @@ impl Purpose {
         // containerd puts `<namespace>/<number>/` before the key; a direct client
         // may put anything, or nothing.
         let last = key.rsplit('/').next().unwrap_or(key);
+        let is_unpack = last.starts_with("extract-")
+            || !is_of_pods(key) && labels.contains_key(LABEL_SNAPSHOT_REF);
         match kind {
             Kind::View | Kind::Committed => Purpose::View,
-            Kind::Active if labels.contains_key(LABEL_SNAPSHOT_REF) => Purpose::Unpack,
-            Kind::Active if last.starts_with("extract-") => Purpose::Unpack,
+            Kind::Active if is_unpack => Purpose::Unpack,
             Kind::Active => Purpose::Container,
         }
     }
@@ -49,28 +53,6 @@ impl Purpose {
     }
 }
 
-/// Whose word the labels of a new snapshot are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum LabelSource {
-    /// The manifest of the image that is unpacked.
-    Image,
-    /// The annotations of a pod.
-    Pod,
-    /// The administrator of this machine, or a tool that he runs.
-    Administrator,
-}
-
-impl LabelSource {
-    /// The namespace before the key is containerd's, which no pod can choose.
-    fn of(purpose: Purpose, key: &str) -> LabelSource {
-        match purpose {
-            Purpose::Unpack => LabelSource::Image,
-            _ if key.starts_with("k8s.io/") => LabelSource::Pod,
-            _ => LabelSource::Administrator,
-        }
-    }
-}
-
 /// A snapshot as it is asked for.
 #[derive(Debug)]
 pub(super) struct NewSnapshot<'a> {
@@ -78,8 +60,11 @@ pub(super) struct NewSnapshot<'a> {
     pub key: &'a str,
     /// The parent's name; empty without one.
     pub parent: &'a str,
+    /// Those that count.
     pub labels: Labels,
     pub label_source: LabelSource,
+    /// Those that it was asked for with, and that do not count.
+    pub ignored: Vec<&'static str>,
     pub purpose: Purpose,
     /// Where its directory goes; `None` for a view of a parent, which is that parent's
     /// directories.
@@ -107,16 +92,19 @@ impl<'a> NewSnapshot<'a> {
         parent_labels: impl FnOnce() -> Result<Option<Labels>>,
     ) -> Result<NewSnapshot<'a>> {
         labels::check_key("key", key)?;
-        let labels = labels::check_labels(labels)?;
+        let mut labels = labels::check_labels(labels)?;
+        let purpose = Purpose::of(kind, key, &labels);
+        let label_source = LabelSource::of(kind, purpose, key, options.pod_labels);
+        let ignored = label_source.take_ignored(&mut labels);
         let id_maps = IdMaps::from_labels(&labels)?;
         if let Some(maps) = &id_maps {
             maps.root()?;
         }
-        let purpose = Purpose::of(kind, key, &labels);
         let volume = choose_volume(purpose, &labels)?;
         let volume = (kind == Kind::Active || parent.is_empty()).then_some(volume);
-        let limits = plan_limits(purpose, volume, &labels, options.quota.default)?;
-        let mut host_dirs = WantedHostDirs::by_label(purpose, &labels)?;
+        let asked = Asked::of(label_source, &labels, options.quota.default)?;
+        let limits = plan_limits(purpose, volume, asked, options.quota.default)?;
+        let mut host_dirs = WantedHostDirs::by_label(&labels)?;
         let has_rules = !options.lower_rules.is_empty();
         if has_rules
             && purpose == Purpose::Container
@@ -130,8 +118,9 @@ impl<'a> NewSnapshot<'a> {
             kind,
             key,
             parent,
-            label_source: LabelSource::of(purpose, key),
             labels,
+            label_source,
+            ignored,
             purpose,
             volume,
             id_maps,
@@ -169,19 +158,14 @@ fn choose_volume(purpose: Purpose, labels: &Labels) -> Result<Volume> {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::InvalidArgument`] as of [`Asked::read`];
 /// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
 pub(super) fn plan_limits(
     purpose: Purpose,
     volume: Option<Volume>,
-    labels: &Labels,
+    asked: Asked,
     default: Limits,
 ) -> Result<Option<Limits>> {
-    let asked = Asked::read(labels)?;
     match (purpose, volume) {
-        // How large a layer gets is its image's affair; containerd's label is a hint,
-        // and inherited by what unpacks.
-        (Purpose::Unpack, Some(Volume::Writable)) => Ok(Some(Limits::NONE)),
         (Purpose::Container, Some(Volume::Writable)) => Ok(Some(asked.or(default))),
         (Purpose::Container, _) if asked.is_limit() => Err(Error::refused(format!(
             "its labels ask for a limit, which is kept on the writable volume only, and \
@@ -192,7 +176,7 @@ pub(super) fn plan_limits(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Duration;
 
     use super::super::labels::tests::labels;
@@ -200,7 +184,7 @@ mod tests {
     use crate::error::ErrorKind;
     use crate::host_dirs::{ImageRule, Policy};
     use crate::quota::ProjectRange;
-    use crate::snapshotter::{QuotaMode, QuotaOptions, Relocation, SyncMode};
+    use crate::snapshotter::{PodLabels, QuotaMode, QuotaOptions, Relocation, SyncMode};
     use crate::types::{
         LABEL_GID_MAPPING, LABEL_IMAGE_REF, LABEL_LOWERS, LABEL_OWN_MAX_SIZE, LABEL_UID_MAPPING,
     };
@@ -211,7 +195,7 @@ mod tests {
 
     /// On a daemon with a default limit, and with a rule that gives images named `ruled`
     /// the host directory `/rule`.
-    fn options() -> Options {
+    pub fn options() -> Options {
         Options {
             mount_options: Vec::new(),
             removes_at_once: false,
@@ -230,6 +214,7 @@ mod tests {
             },
             lowers: Policy::default(),
             lower_rules: vec![ImageRule::parse("ruled=/rule").unwrap()],
+            pod_labels: PodLabels::Ignored,
         }
     }
 
@@ -264,7 +249,7 @@ mod tests {
         let unpack = (Purpose::Unpack, Image, image, None);
         let container = (Purpose::Container, Administrator, writable, Some(default));
         let table: &[Row] = &[
-            // Rules are for containers, limits too.
+            // Rules are for containers, limits too, and an unpack's labels choose nothing.
             ((Active, "a/1/extract-1 x", "", &[]), unpack, &[]),
             (
                 (Active, "k8s.io/1/extract-1 x", "ruled", &[SIZE]),
@@ -272,8 +257,13 @@ mod tests {
                 &[],
             ),
             (
-                (Active, "a/1/extract-1 x", "", &[ON_WRITABLE, SIZE]),
-                (Purpose::Unpack, Image, writable, Some(None)),
+                (
+                    Active,
+                    "a/1/extract-1 x",
+                    "",
+                    &[ON_WRITABLE, LOWER, UIDS, GIDS],
+                ),
+                unpack,
                 &[],
             ),
             ((Active, "a/1/web", "", &[]), container, &[]),
@@ -289,8 +279,8 @@ mod tests {
                 &[],
             ),
             (
-                (Active, "k8s.io/1/web", "ruled", &[SIZE]),
-                (Purpose::Container, Pod, writable, Some(Some(2 << 20))),
+                (Active, "k8s.io/1/web", "ruled", &[SIZE, LOWER, ON_IMAGE]),
+                (Purpose::Container, Pod, writable, Some(default)),
                 &["/rule"],
             ),
             // A view of a parent has no directory of its own.
@@ -312,7 +302,8 @@ mod tests {
             let found = (new.purpose, new.label_source, new.volume, limit);
             assert_eq!(found, *expected, "{asked}");
             assert_eq!(new.host_dirs.all(), *host_dirs, "{asked}");
-            assert_eq!(new.id_maps.is_some(), labels.contains(&UIDS), "{asked}");
+            let are_mapped = labels.contains(&UIDS) && new.purpose != Purpose::Unpack;
+            assert_eq!(new.id_maps.is_some(), are_mapped, "{asked}");
         }
     }
 
@@ -332,12 +323,6 @@ mod tests {
                 "a/1/web",
                 "",
                 &[(LABEL_LOWERS, "relative")],
-                InvalidArgument,
-            ),
-            (
-                "a/1/extract-1",
-                "",
-                &[(LABEL_LOWERS, "/host")],
                 InvalidArgument,
             ),
             (
@@ -370,7 +355,10 @@ mod tests {
                 Image,
             ),
             (Active, "default/7/extract-123-AbC sha256:1", &[], Image),
-            (Active, "k8s.io/7/anything", &[REFERENCE], Image),
+            (Active, "default/7/anything", &[REFERENCE], Image),
+            (Active, "k8s.io/7/extract-1 sha256:1", &[REFERENCE], Image),
+            // An annotation of a pod.
+            (Active, "k8s.io/7/sandbox", &[REFERENCE], Writable),
             // A direct client's keys, in any shape.
             (Active, "extract-123 sha256:1", &[], Image),
             (Active, "extract-", &[], Image),
@@ -395,13 +383,15 @@ mod tests {
             (Active, "/", &[], Writable),
             // By hand.
             (Active, "default/8/web", &[ON_IMAGE], Image),
+            (View, "default/8/web", &[ON_WRITABLE], Writable),
+            // By an image's manifest.
             (
                 Active,
                 "default/7/extract-1",
                 &[REFERENCE, ON_WRITABLE],
-                Writable,
+                Image,
             ),
-            (View, "default/8/web", &[ON_WRITABLE], Writable),
+            (Active, "default/7/extract-1", &[ON_WRITABLE], Image),
             // Views.
             (View, "default/8/web", &[], Image),
             (View, "default/7/extract-1", &[], Image),

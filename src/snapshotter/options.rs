@@ -43,6 +43,15 @@ pub enum QuotaMode {
     Off,
 }
 
+/// What the labels of pods may choose: those of snapshots in the namespace k8s.io.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodLabels {
+    /// Nothing that is ours alone: they may be annotations of pods.
+    Ignored,
+    /// Everything: they are the administrator's.
+    Trusted,
+}
+
 /// How snapshots are limited and counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuotaOptions {
@@ -75,6 +84,7 @@ pub struct Options {
     pub lowers: Policy,
     /// Which are shown to the containers of some images, in order.
     pub lower_rules: Vec<ImageRule>,
+    pub pod_labels: PodLabels,
 }
 
 impl Options {

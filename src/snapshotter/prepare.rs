@@ -2,13 +2,14 @@
 
 use super::Snapshotter;
 use super::ids::Claim;
+use super::label_source::LabelSource;
 use super::labels::IdMaps;
 use super::mounting::Mounted;
 use super::new_snapshot::{NewSnapshot, Purpose};
-use super::quotas::GivenProject;
+use super::quotas::{GivenProject, PlannedProject};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::Ancestor;
-use crate::types::{Kind, Labels, Mount, Quoted, SnapshotId, Volume};
+use crate::types::{Kind, Labels, Limits, Mount, Quoted, SnapshotId, Volume};
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, Shape};
 
@@ -41,19 +42,15 @@ impl Snapshotter {
             Ok(parent.map(|layer| layer.info.labels))
         };
         let new = NewSnapshot::plan(kind, key, parent, labels, &self.options, parent_labels)?;
-        log::debug!(
-            "new {}: for {:?}, labels from {:?}",
-            Quoted(key),
-            new.purpose,
-            new.label_source
-        );
+        self.ignored_labels
+            .note(new.label_source, key, &new.ignored);
         let dirs = new.volume.map(|volume| self.volumes.open(volume));
         let dirs = dirs.transpose()?;
         if let (Some(Volume::Writable), Some(dirs)) = (new.volume, &dirs) {
             dirs.require_room(self.options.reserve)?;
         }
         let project = match dirs.as_deref().zip(new.limits) {
-            Some((dirs, limits)) => self.projects.plan(dirs, limits)?,
+            Some((dirs, limits)) => self.plan_project(dirs, limits, new.label_source)?,
             None => None,
         };
         let ancestors = self.ancestors_of(&new)?;
@@ -110,6 +107,24 @@ impl Snapshotter {
             over_empty: is_unpack,
             id_maps: new.id_maps,
         }))
+    }
+
+    /// The project that a new snapshot is to get. A limit that only a pod asks for is
+    /// ignored where none can be kept.
+    fn plan_project<'a>(
+        &self,
+        dirs: &'a Dirs,
+        limits: Limits,
+        source: LabelSource,
+    ) -> Result<Option<PlannedProject<'a>>> {
+        match self.projects.plan(dirs, limits) {
+            Err(error)
+                if source == LabelSource::Pod && error.kind() == ErrorKind::FailedPrecondition =>
+            {
+                self.projects.plan(dirs, self.options.quota.default)
+            }
+            planned => planned,
+        }
     }
 
     /// Takes an id, and makes the directories of a new snapshot, if it is to have any. An

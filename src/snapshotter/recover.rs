@@ -209,7 +209,8 @@ impl Snapshotter {
     }
 
     fn owner_of(&self, name: &str) -> Result<Owner> {
-        let snapshot = self.store.read()?.stat(name)?;
+        let mut snapshot = self.store.read()?.stat(name)?;
+        self.leave_out_ignored(&mut snapshot.info);
         let maps = IdMaps::from_labels(&snapshot.info.labels)?;
         self.owner_for(maps.as_ref(), snapshot.parent_id)
     }

@@ -386,9 +386,9 @@ fn nothing_is_baked_into_a_layer() {
         ("1/web", &[(LABEL, &one), reference]),
     ] {
         for parent in ["", "base"] {
-            let (code, said) = client.prepare(key, parent, with).unwrap_err();
-            assert_eq!(code, RpcStatusCode::INVALID_ARGUMENT, "{said}");
-            assert!(said.contains("unpacked"), "{said}");
+            let key = format!("{key} on {parent:?}");
+            let mounts = client.prepare(&key, parent, with).unwrap();
+            assert!(!format!("{mounts:?}").contains("lowers/"), "{mounts:?}");
         }
     }
     client.prepare("1/extract-2", "base", &[]).unwrap();
@@ -396,11 +396,12 @@ fn nothing_is_baked_into_a_layer() {
     let (code, _) = client
         .update("1/extract-2", &[&mask], &[(LABEL, &one)])
         .unwrap_err();
-    assert_eq!(code, RpcStatusCode::INVALID_ARGUMENT);
-    // A layer may have it as any other label; it means nothing there.
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION);
+    // On a layer it means nothing, and is not kept.
     client
         .commit("1/extract-2", "layer", &[(LABEL, "/a,b")])
         .unwrap();
+    assert!(client.stat("layer").unwrap().labels.is_empty());
     let mounts = client.prepare("web", "layer", &[]).unwrap();
     assert!(!format!("{mounts:?}").contains("lowers/"), "{mounts:?}");
     assert!(scene.links().is_empty());

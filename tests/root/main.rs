@@ -23,6 +23,7 @@ mod import;
 mod input;
 mod intruders;
 mod kills;
+mod labels;
 mod life;
 mod lowers;
 mod messages;

@@ -27,6 +27,7 @@ use rustix::fd::OwnedFd;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::ids::Ids;
+use super::label_source::LabelSource;
 use super::limits::Asked;
 use super::new_snapshot::{Purpose, plan_limits};
 use super::{QuotaMode, QuotaOptions};
@@ -41,8 +42,7 @@ use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::volume::{Dirs, Volumes};
-pub(super) use given::GivenProject;
-use given::PlannedProject;
+pub(super) use given::{GivenProject, PlannedProject};
 use mount_headroom::Loan;
 use recharge::Uncharged;
 
@@ -288,10 +288,11 @@ impl Projects {
     ///
     /// # Errors
     ///
-    /// As of [`plan_limits`]; [`ErrorKind::FailedPrecondition`] if the snapshot
-    /// has no project.
+    /// As of [`Asked::of`] and [`plan_limits`]; [`ErrorKind::FailedPrecondition`] if the
+    /// snapshot has no project.
     pub(super) fn plan_limit_change(
         &self,
+        source: LabelSource,
         before: &Snapshot,
         after: &Snapshot,
     ) -> Result<Option<LimitChange>> {
@@ -305,7 +306,8 @@ impl Projects {
         }
         let default = self.options.default;
         let purpose = Purpose::of_stored(info);
-        let limits = plan_limits(purpose, after.volume, &info.labels, default)?;
+        let asked = Asked::of(source, &info.labels, default)?;
+        let limits = plan_limits(purpose, after.volume, asked, default)?;
         let Some(mut to) = limits else {
             return Ok(None);
         };
@@ -322,7 +324,7 @@ impl Projects {
                 to,
             }));
         }
-        if Asked::read(&info.labels)?.is_limit() {
+        if source == LabelSource::Administrator && asked.is_limit() {
             // What a file system lacks comes before what the snapshot does.
             let dirs = self.volumes.open(Volume::Writable)?;
             self.require_limits(&dirs)?;

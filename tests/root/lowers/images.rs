@@ -53,11 +53,12 @@ fn images_get_what_the_daemon_was_told() {
     let label = [(LABEL, own.as_str())];
     for (key, parent, with, result) in [
         ("node", "node", &[][..], expected("npm", true, true, false)),
+        // The label may be a pod's.
         (
             "labelled",
             "node",
             &label,
-            expected("own", true, true, true),
+            expected("npm", true, true, false),
         ),
         ("other", "other", &[], expected("every", true, true, false)),
         ("shared", "shared", &[], expected("", false, false, false)),
