@@ -1,6 +1,7 @@
 //! Making a snapshot: Prepare and View.
 
 use super::Snapshotter;
+use super::first_layers::is_over_empty;
 use super::labels::IdMaps;
 use super::mounting::Mounted;
 use super::new_snapshot::{NewSnapshot, Purpose};
@@ -53,13 +54,19 @@ impl Snapshotter {
             Some((dirs, limits)) => self.projects.plan(dirs, limits)?,
             None => None,
         };
-        if new.id_maps.is_some() && self.maps_ids() {
-            self.relocator.bring_home(&self.ancestors_of(parent)?)?;
+        let layers = match new.id_maps {
+            Some(_) => self.ancestors_of(parent)?,
+            None => Vec::new(),
+        };
+        let id_options = self.id_options(new.id_maps.as_ref(), new.volume, &layers)?;
+        if !id_options.is_empty() {
+            self.relocator.bring_home(&layers)?;
         }
         // Before the writer's lock: the disk they are on may be slow, or gone.
         let host_dirs = self.options.lowers.ensure(&new.host_dirs.all())?;
 
         let image = self.volumes.image();
+        let is_unpack = new.purpose == Purpose::Unpack;
         let made = self.store.together(|transaction| {
             let created = transaction.create(&new.row())?;
             self.require_present(&created.ancestors)?;
@@ -73,15 +80,17 @@ impl Snapshotter {
             };
             let new_links = image.link_host_dirs(created.id, host_dirs.targets())?;
             transaction.record_lowers(created.id, &new.host_dirs.chosen)?;
-            Ok((new_links, new_project, new_dirs, created))
+            let over_empty = is_unpack
+                && parent.is_empty()
+                && is_over_empty(transaction, created.id, &new.labels)?;
+            Ok((new_links, new_project, new_dirs, created, over_empty))
         })?;
-        let (new_links, new_project, new_dirs, created) = made;
+        let (new_links, new_project, new_dirs, created, over_empty) = made;
         new_links.keep();
         new_project.into_iter().for_each(Undo::keep);
         new_dirs.into_iter().for_each(Undo::keep);
         let extras = image.host_dir_paths(created.id, host_dirs.targets().len());
         host_dirs.keep();
-        let is_unpack = new.purpose == Purpose::Unpack;
         if is_unpack && new.volume == Some(Volume::Image) {
             self.flusher.begin_unpack(created.id);
         }
@@ -91,8 +100,8 @@ impl Snapshotter {
             volume: new.volume,
             ancestors: &created.ancestors,
             extras: &extras,
-            over_empty: is_unpack,
-            id_maps: new.id_maps,
+            over_empty,
+            id_options: &id_options,
         }))
     }
 

@@ -59,6 +59,9 @@ const MIGRATIONS: &[&str] = &[
          max_bytes   INTEGER,
          max_inodes  INTEGER
      ) STRICT;",
+    // 6: layers whose files containerd has given the owners of a user namespace.
+    "ALTER TABLE snapshot ADD COLUMN is_remapped INTEGER NOT NULL DEFAULT 0
+         CHECK (is_remapped IN (0, 1));",
 ];
 
 /// Checks the whole file.

@@ -49,6 +49,7 @@ pub use preconditions::{Holding, Lifetime, Reserve, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, OwnedFd};
@@ -67,6 +68,9 @@ pub struct Volumes {
     writable_identity: OnceLock<Identity>,
     /// The mark that was last found to be the right one.
     writable_mark: Mutex<Option<Seen>>,
+    /// Whether the volumes were on two file systems when the writable one was last
+    /// recognised.
+    are_on_two_file_systems: AtomicBool,
 }
 
 impl Volumes {
@@ -77,6 +81,7 @@ impl Volumes {
             writable_path,
             writable_identity: OnceLock::new(),
             writable_mark: Mutex::new(None),
+            are_on_two_file_systems: AtomicBool::new(false),
         }
     }
 
@@ -128,6 +133,12 @@ impl Volumes {
     /// have to be asked.
     pub fn is_writable_there_for_sure(&self) -> bool {
         self.is_confirmed(Seen::at_a_glance(&self.writable_path))
+    }
+
+    /// Whether the volumes are on two file systems; `false` also if the writable one has
+    /// not been seen yet.
+    pub fn are_on_two_file_systems(&self) -> bool {
+        self.are_on_two_file_systems.load(Ordering::Relaxed)
     }
 
     fn is_confirmed(&self, seen: Option<Seen>) -> bool {
@@ -242,6 +253,9 @@ impl Volumes {
             fstat(self.image.top()).context(looking)?,
             fstat(top).context(looking)?,
         );
+        let is_two = root.st_dev != top.st_dev;
+        self.are_on_two_file_systems
+            .store(is_two, Ordering::Relaxed);
         if (root.st_dev, root.st_ino) != (top.st_dev, top.st_ino) {
             return Ok(());
         }

@@ -20,10 +20,12 @@ mod fuzz;
 mod guard;
 mod import;
 mod input;
+mod inode_numbers;
 mod intruders;
 mod kills;
 mod life;
 mod lowers;
+mod mapped_ids;
 mod messages;
 #[path = "../bolt/program.rs"]
 mod program;
@@ -38,6 +40,7 @@ mod status;
 mod support;
 mod usage;
 mod volumes;
+mod whiteouts;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
