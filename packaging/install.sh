@@ -97,6 +97,7 @@ install_files() {
     put 644 "$here/$program.8" "$man/$program.8"
     put 755 "$here/disks.sh" "$share/disks.sh"
     put 644 "$here/devices.sh" "$share/devices.sh"
+    put_config "$here/modprobe.conf" "/etc/modprobe.d/$program.conf"
     # To remove it when the archive is gone.
     put 755 "$here/install.sh" "$share/install.sh"
     for file in README.md CHANGELOG.md LICENSE; do
@@ -197,6 +198,7 @@ uninstall() {
     [ -e "$destdir$bin/$program" ] || say "$bin/$program is not there; removing what else is"
     [ "$service" != systemd ] || remove_systemd
     [ "$service" != openrc ] || remove_openrc
+    drop_config conf "/etc/modprobe.d/$program.conf"
     rm -f "$destdir$bin/$program" "$destdir$man/$program.8"
     rm -rf "$destdir$share"
     say "removed. Images and containers are where they were, and so are mounts that were set up;" \

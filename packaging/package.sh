@@ -56,6 +56,7 @@ put 644 "$scratch/$program.8" "$scratch/$name/$program.8"
 put 755 packaging/install.sh "$scratch/$name/install.sh"
 put 755 packaging/disks.sh "$scratch/$name/disks.sh"
 put 644 packaging/devices.sh "$scratch/$name/devices.sh"
+put 644 packaging/modprobe.conf "$scratch/$name/modprobe.conf"
 for file in docs/*.md; do
     put 644 "$file" "$scratch/$name/$file"
 done
@@ -78,6 +79,7 @@ sed "s#/usr/local/bin/#/usr/bin/#" "systemd/$program.service" \
 put 644 "systemd/$program.default" "$deb/etc/default/$program"
 put 755 packaging/disks.sh "$deb/usr/share/$program/disks.sh"
 put 644 packaging/devices.sh "$deb/usr/share/$program/devices.sh"
+put 644 packaging/modprobe.conf "$deb/usr/lib/modprobe.d/$program.conf"
 put 644 "openrc/$program.initd" "$deb/usr/share/$program/openrc/$program.initd"
 put 644 "openrc/$program.confd" "$deb/usr/share/$program/openrc/$program.confd"
 put 644 "$scratch/$program.8" "$deb/usr/share/man/man8/$program.8"

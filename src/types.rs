@@ -15,6 +15,9 @@ pub type Labels = BTreeMap<String, String>;
 /// The label that says which layer an unpacked snapshot will become
 /// (containerd `core/snapshots/snapshotter.go`, `labelSnapshotRef`).
 pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// The parent of a layer that is being unpacked, also where it is named at the commit only
+/// (containerd 2.3).
+pub const LABEL_PARENT_CHAIN_ID: &str = "containerd.io/snapshot/parent-chain-id";
 /// Where a snapshot's own files are; added to answers with `--upperdir-label`
 /// (containerd `plugins/snapshots/overlay/overlay.go`, `upperdirKey`).
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";

@@ -50,15 +50,14 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
         )));
     }
     let base = volumes.snapshots_path(Volume::Image);
-    let daemons = config.options.for_this_kernel();
-    let snapshotter = Snapshotter::new(store, volumes, daemons.clone());
+    let snapshotter = Snapshotter::new(store, volumes, config.options.for_this_kernel());
     let rescue = snapshotter.rescue(&options.key, options.is_read_only)?;
     let stack = Stack {
         source: &snapshotter.source_by_hand(rescue.id)?,
         base: Some(&base),
         lowers: &rescue.lowers,
         own: rescue.own.as_ref(),
-        options: &daemons.mount_options,
+        options: &rescue.options,
     };
     stack.mount(&target, &path)?;
     drop(lock);

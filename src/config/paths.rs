@@ -121,6 +121,13 @@ fn check_mount_option(option: &str) -> Result<()> {
     if OWN_OPTIONS.contains(&name) {
         return refuse("the snapshotter sets that one itself for each mount");
     }
+    if name == "volatile" || option == "fsync=volatile" {
+        return refuse(
+            "overlayfs then mounts a container's directory only once, also after a clean stop. \
+             To write less to a disk, put the writable directory in memory \
+             (--writable-volatile)",
+        );
+    }
     if option.contains(|c: char| c == ',' || c.is_control() || c.is_whitespace()) {
         return refuse("give one option at a time, without commas and blanks");
     }

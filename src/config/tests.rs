@@ -126,6 +126,9 @@ fn options_that_are_not_ours_to_give_are_refused() {
         "=x",
         "a b",
         "uidmap=0:0:1",
+        "volatile",
+        "volatile=on",
+        "fsync=volatile",
     ] {
         let text = refused(&["--mount-option", option]);
         assert!(text.contains("--mount-option"), "{text}");

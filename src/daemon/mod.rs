@@ -55,7 +55,7 @@ pub fn run(config: &Config) -> Result<()> {
         &volumes,
         &store,
         config.writable_lifetime,
-        &options.mount_options,
+        &options.overlay_options(false),
     )?;
     let snapshotter = Snapshotter::new(store, volumes, options);
     let begin = || {

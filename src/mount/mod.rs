@@ -5,9 +5,11 @@
 //! ends with the value that stands for it.
 
 pub mod mountinfo;
+mod options;
 pub mod overlay;
 mod stack;
 
+pub use options::{Wanted, overlay_options};
 pub use stack::Stack;
 
 use mountinfo::Mounted;
@@ -172,15 +174,6 @@ fn unsuitable(what: String, errno: Errno) -> Error {
         format!("cannot {what}"),
         std::io::Error::from(errno),
     )
-}
-
-/// A parameter of the overlay module, as of now: the default for mounts that do
-/// not say otherwise. `None` where the kernel does not know it, or has not loaded
-/// the module yet.
-pub fn probe_parameter(name: &str) -> Option<String> {
-    let path = Path::new("/sys/module/overlay/parameters").join(name);
-    let text = fs::read_to_string(path).ok()?;
-    Some(text.trim_end().to_owned())
 }
 
 /// The upper directories of all overlays that are mounted in this mount

@@ -8,15 +8,6 @@
 
 use crate::types::{Kind, Mount, SnapshotPaths};
 
-/// Where directories are, and the options every overlay gets.
-#[derive(Clone, Debug)]
-pub struct Layout {
-    /// `<root>/empty`.
-    pub empty: String,
-    /// Options after `lowerdir=`, for example `index=off`.
-    pub options: Vec<String>,
-}
-
 /// A snapshot to be mounted.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan<'a> {
@@ -31,16 +22,20 @@ pub struct Plan<'a> {
     /// Directories above those and beneath the snapshot's own, the topmost
     /// first; below `<root>`, so that a long list is still shortened by that.
     pub host_dirs: &'a [String],
-    /// Without parent: an overlay over an empty directory in place of a bind.
+    /// `<root>/empty`.
+    pub empty: &'a str,
+    /// Without parent: an overlay over the empty directory in place of a bind.
     /// What unpacks a layer writes whiteouts the overlay way only onto an
     /// overlay mount (containerd `core/diff/apply/apply_linux.go`).
     pub over_empty: bool,
+    /// Options of an overlay after `lowerdir=`, for example `index=off`.
+    pub options: &'a [String],
     /// `uidmap=` and `gidmap=`, where the container's ids are mapped.
     pub id_options: &'a [String],
 }
 
 /// The mounts of a snapshot: always exactly one.
-pub fn plan_mounts(layout: &Layout, plan: &Plan<'_>) -> Vec<Mount> {
+pub fn plan_mounts(plan: &Plan<'_>) -> Vec<Mount> {
     let is_view = plan.kind == Kind::View;
     let is_plain = plan.host_dirs.is_empty();
     let mount = match plan.lowers {
@@ -48,7 +43,7 @@ pub fn plan_mounts(layout: &Layout, plan: &Plan<'_>) -> Vec<Mount> {
             bind(plan.own.upper.clone(), is_view, plan.id_options)
         }
         [lower] if is_plain && is_view => bind(lower.clone(), is_view, plan.id_options),
-        lowers => overlay(layout, plan, lowers, is_view),
+        lowers => overlay(plan, lowers, is_view),
     };
     vec![mount]
 }
@@ -64,7 +59,7 @@ fn bind(source: String, is_view: bool, id_options: &[String]) -> Mount {
     }
 }
 
-fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[String], is_view: bool) -> Mount {
+fn overlay(plan: &Plan<'_>, lowers: &[String], is_view: bool) -> Mount {
     let mut options = plan.id_options.to_vec();
     if !is_view {
         options.push(format!("workdir={}", plan.own.work));
@@ -74,10 +69,10 @@ fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[String], is_view: bool) -
     paths.extend_from_slice(lowers);
     // One at least; without an upper two (overlayfs.rst, "Multiple lower layers").
     if lowers.is_empty() && (paths.is_empty() || is_view) {
-        paths.push(layout.empty.clone());
+        paths.push(plan.empty.to_owned());
     }
     options.push(format!("lowerdir={}", paths.join(":")));
-    options.extend_from_slice(&layout.options);
+    options.extend_from_slice(plan.options);
     Mount {
         fs_type: "overlay",
         source: "overlay".to_owned(),
@@ -88,13 +83,6 @@ fn overlay(layout: &Layout, plan: &Plan<'_>, lowers: &[String], is_view: bool) -
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn layout() -> Layout {
-        Layout {
-            empty: "/root/empty".to_owned(),
-            options: vec!["index=off".to_owned(), "metacopy=on".to_owned()],
-        }
-    }
 
     fn planned(
         kind: Kind,
@@ -125,10 +113,12 @@ mod tests {
             own: &own,
             lowers: &lowers,
             host_dirs: &extras,
+            empty: "/root/empty",
             over_empty,
+            options: &["index=off".to_owned(), "metacopy=on".to_owned()],
             id_options: &id_options,
         };
-        let mut mounts = plan_mounts(&layout(), &plan);
+        let mut mounts = plan_mounts(&plan);
         assert_eq!(mounts.len(), 1);
         let mount = mounts.remove(0);
         (format!("{} {}", mount.fs_type, mount.source), mount.options)

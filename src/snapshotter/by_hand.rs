@@ -25,6 +25,8 @@ pub struct Rescue {
     pub own: Option<SnapshotPaths>,
     /// The lower directories, the topmost first; two at least without `own`.
     pub lowers: Vec<String>,
+    /// Further options, as containers' mounts have them.
+    pub options: Vec<String>,
 }
 
 impl Snapshotter {
@@ -92,6 +94,7 @@ impl Snapshotter {
             has_host_directories: info.kind != Kind::Committed
                 && self.has_host_directories(&snapshot)?,
             lowers,
+            options: self.overlay_options(snapshot.volume, &ancestors, false),
             key: snapshot.info.name,
         })
     }

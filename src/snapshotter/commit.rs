@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::label_source::LabelSource;
+use super::new_snapshot::is_remap;
 use super::{Snapshotter, SyncMode, in_use, labels};
 #[cfg(doc)]
 use crate::error::ErrorKind;
@@ -45,14 +46,18 @@ impl Snapshotter {
             Error::data_loss("the database is damaged: the active snapshot is on no volume")
         })?;
 
+        self.check_late_parent(&snapshot, parent)?;
+
         let dirs = self.volumes.open(volume)?;
+        let upper = self.open_upper(key, &snapshot, &dirs)?;
+        self.drop_whiteouts_of_nothing(&snapshot, parent, &upper)?;
         if self.options.sync == SyncMode::AtCommit {
             let begun = Instant::now();
             self.flusher.flush(&dirs, volume)?;
             log_wait(volume, begun.elapsed());
         }
         // After the flush: until then some file systems cannot tell blocks.
-        let content = tree::count(self.open_upper(key, &snapshot, &dirs)?)?;
+        let content = tree::count(upper)?;
         self.flusher.refuse_suspect(snapshot.id, volume)?;
         let is_mounted = in_use::is_mounted(&self.store, &self.volumes, snapshot.id, volume)?;
         self.enter_layer(
@@ -64,6 +69,7 @@ impl Snapshotter {
                 parent,
                 labels: &labels,
                 content,
+                is_remapped: is_remap(key),
                 data_bytes: match is_mounted {
                     true => DataBytes::WasMounted,
                     false => DataBytes::Counted(content.data_bytes),

@@ -112,13 +112,13 @@ impl Links {
     }
 
     /// Waits until the links of these layers are there.
-    pub(super) fn require(&self, layers: &[Ancestor]) -> Result<()> {
-        for Ancestor { id, .. } in layers {
-            let is_open = |work: &Work| work.is_open(Job::Make(*id));
-            let is_made = |work: &mut Work| !work.unlinked.contains_key(id);
+    pub(super) fn require(&self, layers: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
+        for id in layers {
+            let is_open = |work: &Work| work.is_open(Job::Make(id));
+            let is_made = |work: &mut Work| !work.unlinked.contains_key(&id);
             if self.work.wait_while(is_open, is_made) == Some(false) {
-                self.volumes.link_home(*id)?;
-                self.work.look(|work| work.unlinked.remove(id));
+                self.volumes.link_home(id)?;
+                self.work.look(|work| work.unlinked.remove(&id));
             }
         }
         Ok(())

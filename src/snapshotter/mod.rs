@@ -12,8 +12,10 @@
 
 mod by_hand;
 mod commit;
+mod first_layers;
 mod flusher;
 mod host_dirs;
+mod id_options;
 mod ids;
 mod in_use;
 mod inspect;
@@ -36,12 +38,9 @@ mod trash;
 mod usage;
 
 use std::collections::HashSet;
-use std::path::Path;
-use std::sync::{Arc, Once, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::mount;
-use crate::mount::overlay::Layout;
 use crate::quota::Support;
 use crate::store::{Snapshot, Store};
 use crate::text::filter::Filters;
@@ -49,6 +48,7 @@ use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Quoted, SnapshotId, Volum
 use crate::util::threads::Background;
 use crate::volume::Volumes;
 use flusher::Flusher;
+use id_options::MappedIds;
 use ids::{Claim, Ids};
 pub use inspect::Inspection;
 use label_source::{IgnoredLabels, LabelSource};
@@ -66,7 +66,6 @@ pub use usage::{Caller, UsageFigures};
 pub struct Snapshotter {
     store: Arc<Store>,
     volumes: Arc<Volumes>,
-    layout: Layout,
     options: Options,
     projects: Arc<Projects>,
     flusher: Arc<Flusher>,
@@ -76,12 +75,7 @@ pub struct Snapshotter {
     links: Arc<Links>,
     /// Layers that the start has missed. Ids are never given out again.
     lost: OnceLock<HashSet<SnapshotId>>,
-    /// Whether the kernel maps the ids of mounts with `uidmap=` and `gidmap=`; else only a
-    /// snapshot's own top directory is given its owner. Asked when it is first needed: few
-    /// need it, and the answer takes longer than everything else at a start.
-    maps_ids: OnceLock<bool>,
-    /// That ids which cannot be mapped are asked for is logged once.
-    unmapped_ids: Once,
+    mapped_ids: MappedIds,
     ignored_labels: IgnoredLabels,
     walks: usage::Walks,
 }
@@ -89,10 +83,6 @@ pub struct Snapshotter {
 impl Snapshotter {
     /// Puts the parts together. Touches no disk.
     pub fn new(store: Store, volumes: Volumes, options: Options) -> Snapshotter {
-        let layout = Layout {
-            empty: volumes.image().empty_path(),
-            options: options.mount_options.clone(),
-        };
         let (store, volumes) = (Arc::new(store), Arc::new(volumes));
         let disks = || (Arc::clone(&store), Arc::clone(&volumes));
         let ids = Arc::new(Ids::new(Arc::clone(&store)));
@@ -110,7 +100,6 @@ impl Snapshotter {
         Snapshotter {
             store,
             volumes,
-            layout,
             options,
             projects,
             flusher,
@@ -119,8 +108,7 @@ impl Snapshotter {
             ids,
             links,
             lost: OnceLock::new(),
-            maps_ids: OnceLock::new(),
-            unmapped_ids: Once::new(),
+            mapped_ids: MappedIds::default(),
             ignored_labels: IgnoredLabels::default(),
             walks: usage::Walks::default(),
         }
@@ -150,17 +138,6 @@ impl Snapshotter {
     /// The database, for what the daemon does with it at start and stop.
     pub fn store(&self) -> &Store {
         &self.store
-    }
-
-    fn maps_ids(&self) -> bool {
-        *self.maps_ids.get_or_init(|| {
-            let snapshots = self.volumes.snapshots_path(Volume::Image);
-            let probed = mount::probe_idmapped_mounts(Path::new(&snapshots));
-            if let Err(error) = &probed {
-                log::info!("layers cannot be id-mapped: {}", error.chain());
-            }
-            probed.is_ok()
-        })
     }
 
     /// The daemon is stopping: moves of layers, in whatever thread, end with

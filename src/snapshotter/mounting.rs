@@ -2,8 +2,8 @@
 //! before it is mounted, and the mounts themselves.
 
 use super::Snapshotter;
+use super::first_layers::is_stored_over_empty;
 use super::labels::IdMaps;
-use super::new_snapshot::Purpose;
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
@@ -19,7 +19,7 @@ pub(super) struct Mounted<'a> {
     pub ancestors: &'a [Ancestor],
     pub extras: &'a [String],
     pub over_empty: bool,
-    pub id_maps: Option<IdMaps>,
+    pub id_options: &'a [String],
 }
 
 /// What the database says of one that is there already.
@@ -28,6 +28,7 @@ struct Stored {
     ancestors: Vec<Ancestor>,
     /// Host directories, as [`crate::store::Rows::chosen_lowers`] has them.
     chosen: Option<String>,
+    over_empty: bool,
     /// Whether it has, or may have, limits that are kept.
     is_limited: bool,
 }
@@ -49,8 +50,9 @@ impl Snapshotter {
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
-    /// committed one, for one that a person has mounted to write to it, or if the
-    /// writable volume is needed and not there; for its host directories as of
+    /// committed one, for one that a person has mounted to write to it, if the
+    /// writable volume is needed and not there, or if its ids cannot be mapped; for its
+    /// host directories as of
     /// [`crate::host_dirs::Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
@@ -71,15 +73,18 @@ impl Snapshotter {
             self.volumes.require_writable()?;
         }
         self.require_not_by_hand(id)?;
-        self.links.require(&stored.ancestors)?;
+        self.links
+            .require(stored.ancestors.iter().map(|layer| layer.id))?;
         self.require_not_lost(&stored.ancestors)?;
         let id_maps = IdMaps::from_labels(&info.labels)?;
         let chosen = stored.chosen.as_deref();
+        let volume = stored.snapshot.volume;
+        let id_options = self.id_options(id_maps.as_ref(), volume, &stored.ancestors)?;
         let extras = self.renew_lowers(&stored.snapshot, chosen, id_maps.as_ref())?;
         if stored.is_limited {
             self.projects.lend_room(id);
         }
-        Ok(self.stored_mounts(&stored, &extras, id_maps))
+        Ok(self.stored_mounts(&stored, &extras, &id_options))
     }
 
     fn find_mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
@@ -93,7 +98,7 @@ impl Snapshotter {
         let is_ready = is_plain
             && (!stored.needs_writable() || self.volumes.is_writable_there_for_sure())
             && self.volumes.image().is_plain_for_sure(stored.snapshot.id);
-        Ok(is_ready.then(|| self.stored_mounts(&stored, &[], None)))
+        Ok(is_ready.then(|| self.stored_mounts(&stored, &[], &[])))
     }
 
     fn stored(&self, key: &str) -> Result<Stored> {
@@ -112,6 +117,7 @@ impl Snapshotter {
                 ancestors: parent.map_or(Ok(Vec::new()), |parent| reader.chain(parent))?,
                 chosen: reader.chosen_lowers(snapshot.id)?,
                 is_limited: self.projects.is_limited(&reader, &snapshot),
+                over_empty: is_stored_over_empty(&reader, &snapshot)?,
                 snapshot,
             })
         })
@@ -123,7 +129,7 @@ impl Snapshotter {
     pub(super) fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
         if stand_on_writable(ancestors) {
             self.volumes.require_writable()?;
-            self.links.require(ancestors)?;
+            self.links.require(ancestors.iter().map(|layer| layer.id))?;
         }
         self.require_not_lost(ancestors)
     }
@@ -140,7 +146,7 @@ impl Snapshotter {
         &self,
         stored: &Stored,
         extras: &[String],
-        id_maps: Option<IdMaps>,
+        id_options: &[String],
     ) -> Vec<Mount> {
         let info = &stored.snapshot.info;
         self.mounts_of(&Mounted {
@@ -149,42 +155,42 @@ impl Snapshotter {
             volume: stored.snapshot.volume,
             ancestors: &stored.ancestors,
             extras,
-            over_empty: Purpose::of_stored(info) == Purpose::Unpack,
-            id_maps,
+            over_empty: stored.over_empty,
+            id_options,
         })
     }
 
     pub(super) fn mounts_of(&self, mounted: &Mounted<'_>) -> Vec<Mount> {
-        let id_options = match &mounted.id_maps {
-            None => Vec::new(),
-            Some(maps) if self.maps_ids() => maps.options(),
-            Some(_) => {
-                // Once, because pods can ask without end.
-                self.unmapped_ids.call_once(|| {
-                    log::warn!(
-                        "snapshot {} asks for mapped ids, which this kernel or file system \
-                         cannot give: remove \"remap-ids\" from the capabilities of the proxy \
-                         plugin",
-                        mounted.id
-                    );
-                });
-                Vec::new()
-            }
-        };
         let layer_path = |layer: &Ancestor| self.volumes.image().layer_path(layer.id);
         let lowers: Vec<_> = mounted.ancestors.iter().map(layer_path).collect();
         let volume = mounted.volume.unwrap_or(Volume::Image);
-        plan_mounts(
-            &self.layout,
-            &Plan {
-                kind: mounted.kind,
-                own: &self.volumes.snapshot_paths(volume, mounted.id),
-                lowers: &lowers,
-                host_dirs: mounted.extras,
-                over_empty: mounted.over_empty,
-                id_options: &id_options,
-            },
-        )
+        let has_host_dirs = !mounted.extras.is_empty();
+        plan_mounts(&Plan {
+            kind: mounted.kind,
+            own: &self.volumes.snapshot_paths(volume, mounted.id),
+            lowers: &lowers,
+            host_dirs: mounted.extras,
+            empty: &self.volumes.image().empty_path(),
+            over_empty: mounted.over_empty,
+            options: &self.overlay_options(mounted.volume, mounted.ancestors, has_host_dirs),
+            id_options: mounted.id_options,
+        })
+    }
+
+    /// The options of an overlay of these directories; `own` is the volume of its upper
+    /// directory.
+    pub(super) fn overlay_options(
+        &self,
+        own: Option<Volume>,
+        layers: &[Ancestor],
+        has_host_dirs: bool,
+    ) -> Vec<String> {
+        let mut lowers = layers.iter().map(|layer| layer.volume);
+        // Without layers there is the empty directory, which is on the image volume.
+        let first = lowers.next().unwrap_or(Volume::Image);
+        let is_split = lowers.chain(own).any(|volume| volume != first);
+        let spans = has_host_dirs || (is_split && self.volumes.are_on_two_file_systems());
+        self.options.overlay_options(spans)
     }
 }
 

@@ -25,7 +25,8 @@ use crate::types::{Info, Kind, LABEL_SNAPSHOT_REF, LABEL_VOLUME, Labels, Limits,
 /// What a snapshot is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// A layer of an image is unpacked into it.
+    /// A layer of an image is unpacked into it, or containerd gives the files of an image
+    /// the owners of a user namespace in it.
     Unpack,
     /// A container, or a build, writes to it.
     Container,
@@ -35,10 +36,8 @@ pub(super) enum Purpose {
 
 impl Purpose {
     pub(super) fn of(kind: Kind, key: &str, labels: &Labels) -> Purpose {
-        // containerd puts `<namespace>/<number>/` before the key; a direct client
-        // may put anything, or nothing.
-        let last = key.rsplit('/').next().unwrap_or(key);
-        let is_unpack = last.starts_with("extract-")
+        let is_unpack = own_part(key).starts_with("extract-")
+            || is_remap(key)
             || !is_of_pods(key) && labels.contains_key(LABEL_SNAPSHOT_REF);
         match kind {
             Kind::View | Kind::Committed => Purpose::View,
@@ -51,6 +50,19 @@ impl Purpose {
     pub(super) fn of_stored(info: &Info) -> Purpose {
         Purpose::of(info.kind, &info.name, &info.labels)
     }
+}
+
+/// The part of a key that containerd's client has chosen: containerd puts
+/// `<namespace>/<number>/` before it. A direct client may put anything, or nothing.
+fn own_part(key: &str) -> &str {
+    key.rsplit('/').next().unwrap_or(key)
+}
+
+/// Whether containerd gives the files of an image the owners of a user namespace in this
+/// snapshot, and then commits it (`client/snapshotter_opts_unix.go`,
+/// `resolveSnapshotOptions`). No image can choose a key.
+pub(super) fn is_remap(key: &str) -> bool {
+    own_part(key).ends_with("-remap")
 }
 
 /// A snapshot as it is asked for.
@@ -363,6 +375,9 @@ pub(super) mod tests {
             (Active, "extract-123 sha256:1", &[], Image),
             (Active, "extract-", &[], Image),
             (Active, "/////extract-1", &[], Image),
+            // How containerd copies an image for a user namespace.
+            (Active, "default/9/sha256:1-100000-100000-remap", &[], Image),
+            (Active, "k8s.io/9/sha256:2-remap", &[], Image),
             // How containers run, are built and committed.
             (Active, "default/8/web", &[], Writable),
             (Active, "moby/9/0123abcd-init-key", &[], Writable),
@@ -371,6 +386,8 @@ pub(super) mod tests {
             // Nearly an unpack, and yet none.
             (Active, "default/8/extract", &[], Writable),
             (Active, "default/8/my-extract-1", &[], Writable),
+            (Active, "default/8/web-remapped", &[], Writable),
+            (Active, "a-remap/8/web", &[], Writable),
             (Active, "extract-/8/web", &[], Writable),
             (Active, "extract-1/", &[], Writable),
             (Active, "default/8/EXTRACT-1", &[], Writable),

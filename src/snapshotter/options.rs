@@ -68,7 +68,7 @@ pub struct QuotaOptions {
 /// How a [`Snapshotter`] is to behave.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Options of every overlay mount, in order.
+    /// Options of every overlay mount that are configured, in order.
     pub mount_options: Vec<String>,
     /// Whether Remove deletes before it answers. Otherwise it moves to the trash,
     /// which Cleanup empties.
@@ -91,31 +91,20 @@ impl Options {
     /// These options, with what this machine's kernel makes necessary.
     pub fn for_this_kernel(&self) -> Options {
         let mut options = self.clone();
-        let is_in_user_namespace = mount::probe_user_namespace();
         // The kernel lets nobody set a project there (ioctl_fssetxattr).
-        if is_in_user_namespace && options.quota.mode == QuotaMode::Auto {
+        if options.quota.mode == QuotaMode::Auto && mount::probe_user_namespace() {
             options.quota.mode = QuotaMode::Off;
         }
-        let is_configured = |name: &str| {
-            let mut names = self.mount_options.iter().map(|it| it.split('=').next());
-            names.any(|configured| configured == Some(name))
-        };
-        let mut added = Vec::new();
-        if !is_configured("index") && mount::probe_parameter("index").is_some() {
-            added.push("index=off".to_owned());
-        }
-        // With these, an upper directory holds parts of what is beneath it, and the
-        // host's directories change. Some kernels have them on by default.
-        for name in ["metacopy", "redirect_dir"] {
-            let is_on = || mount::probe_parameter(name).is_some_and(|value| value != "N");
-            if !self.lowers.allowed.is_empty() && !is_configured(name) && is_on() {
-                added.push(format!("{name}=off"));
-            }
-        }
-        if is_in_user_namespace && !is_configured("userxattr") {
-            added.push("userxattr".to_owned());
-        }
-        options.mount_options.splice(0..0, added);
         options
+    }
+
+    /// All options of an overlay mount but those that name its directories, as the
+    /// kernel needs them now. `spans_file_systems` if the directories are on several.
+    pub fn overlay_options(&self, spans_file_systems: bool) -> Vec<String> {
+        mount::overlay_options(&mount::Wanted {
+            configured: &self.mount_options,
+            allows_host_dirs: !self.lowers.allowed.is_empty(),
+            spans_file_systems,
+        })
     }
 }

@@ -1,6 +1,7 @@
 //! Making a snapshot: Prepare and View.
 
 use super::Snapshotter;
+use super::first_layers::is_over_empty;
 use super::ids::Claim;
 use super::label_source::LabelSource;
 use super::labels::IdMaps;
@@ -54,15 +55,16 @@ impl Snapshotter {
             None => None,
         };
         let ancestors = self.ancestors_of(&new)?;
-        if new.id_maps.is_some() && self.maps_ids() {
+        let id_options = self.id_options(new.id_maps.as_ref(), new.volume, &ancestors)?;
+        if !id_options.is_empty() {
             self.relocator.bring_home(&ancestors)?;
         }
         self.require_present(&ancestors)?;
         let host_dirs = self.options.lowers.ensure(&new.host_dirs.all())?;
 
-        let parent = ancestors.first().map(|parent| parent.id);
+        let parent_id = ancestors.first().map(|parent| parent.id);
         let owner = match &dirs {
-            Some(_) => self.owner_for(new.id_maps.as_ref(), parent)?,
+            Some(_) => self.owner_for(new.id_maps.as_ref(), parent_id)?,
             None => Owner { uid: 0, gid: 0 },
         };
         let (claim, new_dirs) = self.make_directory(dirs.as_deref(), kind, owner)?;
@@ -77,9 +79,10 @@ impl Snapshotter {
             true => None,
             false => Some(image.link_host_dirs(id, targets)?),
         };
-        let created = self.store.together(|transaction| {
+        let is_unpack = new.purpose == Purpose::Unpack;
+        let (created, over_empty) = self.store.together(|transaction| {
             let created = transaction.create(id, &new.row())?;
-            if created.ancestors.first().map(|layer| layer.id) != parent {
+            if created.ancestors.first().map(|layer| layer.id) != parent_id {
                 let what = "another layer has got the parent's name meanwhile: try again";
                 return Err(Error::new(ErrorKind::Unavailable, what));
             }
@@ -87,14 +90,16 @@ impl Snapshotter {
                 given.record(transaction)?;
             }
             transaction.record_lowers(id, &new.host_dirs.chosen)?;
-            Ok(created)
+            let over_empty = is_unpack
+                && created.ancestors.is_empty()
+                && is_over_empty(transaction, id, &new.labels)?;
+            Ok((created, over_empty))
         })?;
         new_links.into_iter().for_each(Undo::keep);
         new_project.into_iter().for_each(GivenProject::keep);
         new_dirs.into_iter().for_each(Undo::keep);
         let extras = image.host_dir_paths(id, targets.len());
         host_dirs.keep();
-        let is_unpack = new.purpose == Purpose::Unpack;
         if is_unpack && new.volume == Some(Volume::Image) {
             self.flusher.begin_unpack(created.id);
         }
@@ -104,8 +109,8 @@ impl Snapshotter {
             volume: new.volume,
             ancestors: &created.ancestors,
             extras: &extras,
-            over_empty: is_unpack,
-            id_maps: new.id_maps,
+            over_empty,
+            id_options: &id_options,
         }))
     }
 

@@ -60,7 +60,8 @@ impl Transaction<'_> {
         }
         self.execute(
             "UPDATE snapshot SET name = ?2, parent_id = ?3, kind = ?4, created_ns = ?5,
-                 updated_ns = ?5, size_bytes = ?6, inodes = ?7, data_bytes = ?8, labels = ?9
+                 updated_ns = ?5, size_bytes = ?6, inodes = ?7, data_bytes = ?8, labels = ?9,
+                 is_remapped = ?10
              WHERE id = ?1",
             params![
                 snapshot.id,
@@ -72,6 +73,7 @@ impl Transaction<'_> {
                 Number(commit.content.usage.inodes),
                 commit.data_bytes,
                 labels::encode(commit.labels),
+                commit.is_remapped,
             ],
             format_args!("commit snapshot {}", Quoted(commit.key)),
         )

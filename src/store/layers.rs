@@ -50,18 +50,22 @@ impl Rows {
                 if chain.iter().any(|layer| layer.id == id) {
                     return Err(damaged(format_args!("layer {id} stands on itself")));
                 }
-                let layer: Option<(_, Option<Volume>)> = self.one(
-                    "SELECT parent_id, volume FROM snapshot WHERE id = ?1",
+                let layer: Option<(_, Option<Volume>, _)> = self.one(
+                    "SELECT parent_id, volume, is_remapped FROM snapshot WHERE id = ?1",
                     [id],
                     format_args!("look up what snapshot {id} stands on"),
-                    |row| Ok((row.get(0)?, row.get(1)?)),
+                    |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
                 )?;
-                let Some((parent, volume)) = layer else {
+                let Some((parent, volume, is_remapped)) = layer else {
                     break;
                 };
                 let volume =
                     volume.ok_or_else(|| damaged(format_args!("layer {id} has no volume")))?;
-                chain.push(Ancestor { id, volume });
+                chain.push(Ancestor {
+                    id,
+                    volume,
+                    is_remapped,
+                });
                 next = parent;
             }
             Ok(chain)

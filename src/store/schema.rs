@@ -70,6 +70,9 @@ const MIGRATIONS: &[&str] = &[
          id     INTEGER NOT NULL,
          PRIMARY KEY (volume, id)
      ) STRICT, WITHOUT ROWID;",
+    // 7: layers whose files containerd has given the owners of a user namespace.
+    "ALTER TABLE snapshot ADD COLUMN is_remapped INTEGER NOT NULL DEFAULT 0
+         CHECK (is_remapped IN (0, 1));",
 ];
 
 /// Checks the whole file.

@@ -56,6 +56,8 @@ pub struct Ancestor {
     pub id: SnapshotId,
     /// Where its bytes are.
     pub volume: Volume,
+    /// As of [`Commit::is_remapped`].
+    pub is_remapped: bool,
 }
 
 /// A snapshot to be prepared.
@@ -97,6 +99,9 @@ pub struct Commit<'a> {
     pub content: Content,
     /// [`DataBytes::Counted`], unless the snapshot is mounted.
     pub data_bytes: DataBytes,
+    /// Whether containerd has given its files the owners of a user namespace, so that they
+    /// must not be mapped again.
+    pub is_remapped: bool,
 }
 
 /// What a snapshot is, and where its directory is.

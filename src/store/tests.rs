@@ -55,6 +55,7 @@ impl Fixture {
                 data_bytes: 7,
             },
             data_bytes: DataBytes::Counted(7),
+            is_remapped: false,
         })?;
         transaction.commit()
     }

@@ -12,6 +12,7 @@ mod remove;
 mod usage;
 mod visit;
 mod walk;
+mod whiteouts;
 
 use std::ffi::CStr;
 
@@ -26,6 +27,7 @@ pub use remake::remake;
 pub use remove::remove_children;
 pub use usage::{count, count_unless};
 pub use visit::{Visited, visit_open};
+pub use whiteouts::remove_whiteouts;
 
 /// Opens a directory to read it: without following a link in its last part,
 /// without entering what somebody has mounted there, and, where the kernel lets

@@ -52,6 +52,7 @@ pub use preconditions::{Holding, Lifetime, Reserve, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, OwnedFd};
@@ -72,6 +73,9 @@ pub struct Volumes {
     writable_mark: Mutex<Option<Seen>>,
     /// Whether the database has reserved a block of ids, once that is to be asked.
     has_reserved: OnceLock<Box<HasReserved>>,
+    /// Whether the volumes were on two file systems when the writable one was last
+    /// recognised.
+    are_on_two_file_systems: AtomicBool,
 }
 
 type HasReserved = dyn Fn(&Block) -> Result<bool> + Send + Sync;
@@ -85,6 +89,7 @@ impl Volumes {
             writable_identity: OnceLock::new(),
             writable_mark: Mutex::new(None),
             has_reserved: OnceLock::new(),
+            are_on_two_file_systems: AtomicBool::new(false),
         }
     }
 
@@ -172,6 +177,12 @@ impl Volumes {
     /// have to be asked.
     pub fn is_writable_there_for_sure(&self) -> bool {
         self.is_confirmed(Seen::at_a_glance(&self.writable_path))
+    }
+
+    /// Whether the volumes are on two file systems; `false` also if the writable one has
+    /// not been seen yet.
+    pub fn are_on_two_file_systems(&self) -> bool {
+        self.are_on_two_file_systems.load(Ordering::Relaxed)
     }
 
     fn is_confirmed(&self, seen: Option<Seen>) -> bool {
@@ -284,6 +295,9 @@ impl Volumes {
             fstat(self.image.top()).context(looking)?,
             fstat(top).context(looking)?,
         );
+        let is_two = root.st_dev != top.st_dev;
+        self.are_on_two_file_systems
+            .store(is_two, Ordering::Relaxed);
         if (root.st_dev, root.st_ino) != (top.st_dev, top.st_ino) {
             return Ok(());
         }

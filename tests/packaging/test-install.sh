@@ -42,7 +42,7 @@ default=$DESTDIR/etc/default/$program
 expect "is installed" "$archive/install.sh" --service systemd
 for path in "$DESTDIR/usr/local/bin/$program" "$unit" "$default" \
     "$DESTDIR/usr/local/share/man/man8/$program.8" \
-    "$DESTDIR/usr/local/share/$program/LICENSE"; do
+    "$DESTDIR/usr/local/share/$program/LICENSE" "$DESTDIR/etc/modprobe.d/$program.conf"; do
     [ -f "$path" ] || fail "$path is not there"
 done
 [ -L "$wants" ] || fail "the unit is not enabled"

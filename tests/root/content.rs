@@ -240,7 +240,10 @@ fn a_rebased_unpack_keeps_its_deletions() {
     let split = Split::start(&[]);
     let client = split.client();
     // The upper layer first, on nothing; it deletes what it cannot see yet.
-    let mounts = client.prepare("default/1/extract-top", "", &[]).unwrap();
+    let parent = [("containerd.io/snapshot/parent-chain-id", "base")];
+    let mounts = client
+        .prepare("default/1/extract-top", "", &parent)
+        .unwrap();
     assert_eq!(mounts[0].type_, "overlay");
     assert!(
         mounts[0]

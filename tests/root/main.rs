@@ -20,12 +20,14 @@ mod fuzz;
 mod guard;
 mod histories;
 mod import;
+mod inode_numbers;
 mod input;
 mod intruders;
 mod kills;
 mod labels;
 mod life;
 mod lowers;
+mod mapped_ids;
 mod messages;
 #[path = "../bolt/program.rs"]
 mod program;
@@ -40,6 +42,7 @@ mod status;
 mod support;
 mod usage;
 mod volumes;
+mod whiteouts;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 

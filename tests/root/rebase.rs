@@ -10,9 +10,13 @@ use rustix::fs::{CWD, FileType, Mode, XattrFlags, lsetxattr, mknodat};
 
 use crate::content::layer;
 use crate::support::client::Client;
-use crate::support::daemon::Split;
+use crate::support::daemon::{Daemon, Split, command};
+use crate::support::disk::Disk;
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::trees::files;
+
+/// The label by which containerd 2.3 and later announce a parent that is named late.
+const PARENT: &str = "containerd.io/snapshot/parent-chain-id";
 
 /// Applies layer 1, 2 or 3 the way containerd does onto an overlay mount: right
 /// into its upper directory, deletions as whiteouts (containerd
@@ -29,15 +33,7 @@ fn apply(number: usize, upper: &Path) {
             write("kept/file", "one");
         }
         2 => {
-            let mode = Mode::from_raw_mode(0);
-            mknodat(
-                CWD,
-                upper.join("deleted"),
-                FileType::CharacterDevice,
-                mode,
-                0,
-            )
-            .unwrap();
+            delete(upper, &["deleted"]);
             fs::create_dir_all(upper.join("kept")).unwrap();
             write("kept/file", "two");
             write("added", "two");
@@ -83,8 +79,10 @@ fn any_order_of_unpacking_gives_the_same_image() {
         let key = |number: usize| format!("default/{round}/extract-{number} layer");
         let name = |number: usize| format!("rebased-{round}-{number}");
         for number in order {
-            let mounts = client.prepare(&key(number), "", &[]).unwrap();
-            assert_eq!(mounts[0].type_, "overlay");
+            let labels = &[(PARENT, "layer")][usize::from(number == 1)..];
+            let mounts = client.prepare(&key(number), "", labels).unwrap();
+            let kind = if number == 1 { "bind" } else { "overlay" };
+            assert_eq!(mounts[0].type_, kind);
             apply(number, &upper_of(&mounts));
         }
         client.commit(&key(1), &name(1), &[]).unwrap();
@@ -105,25 +103,105 @@ fn any_order_of_unpacking_gives_the_same_image() {
     }
 }
 
+/// Makes whiteouts, as containerd does for the deletions of a layer on an overlay.
+fn delete(upper: &Path, names: &[&str]) {
+    for name in names {
+        let mode = Mode::from_raw_mode(0);
+        mknodat(CWD, upper.join(name), FileType::CharacterDevice, mode, 0).unwrap();
+    }
+}
+
 #[registered(crate::Test)]
-fn only_unpacks_get_an_overlay_over_nothing() {
+fn only_layers_with_a_parent_to_come_get_an_overlay_over_nothing() {
     let split = Split::start(&[]);
     let client = split.client();
     let kind = |mounts: Vec<overlay_read_write_splitting_snapshotter::proto::mount::Mount>| {
         mounts[0].type_.clone()
     };
-    let reference = [("containerd.io/snapshot.ref", "sha256:1")];
-    assert_eq!(kind(client.prepare("web", "", &[]).unwrap()), "bind");
-    assert_eq!(
-        kind(client.prepare("extract-1", "", &[]).unwrap()),
-        "overlay"
-    );
-    assert_eq!(
-        kind(client.prepare("by-label", "", &reference).unwrap()),
-        "overlay"
-    );
-    assert_eq!(kind(client.view("extract-view", "", &[]).unwrap()), "bind");
-    assert_eq!(kind(client.mounts("extract-1").unwrap()), "overlay");
+    let reference = ("containerd.io/snapshot.ref", "sha256:2");
+    let parent = (PARENT, "sha256:1");
+    let prepare = |key: &str, labels: &[(&str, &str)]| {
+        let kind_then = kind(client.prepare(key, "", labels).unwrap());
+        assert_eq!(kind(client.mounts(key).unwrap()), kind_then, "{key}");
+        kind_then
+    };
+    assert_eq!(prepare("web", &[]), "bind");
+    assert_eq!(prepare("web-2", &[parent]), "bind");
+    assert_eq!(prepare("extract-1", &[]), "bind");
+    assert_eq!(prepare("by-label", &[reference]), "bind");
+    assert_eq!(prepare("extract-2", &[parent]), "overlay");
+    assert_eq!(prepare("by-label-2", &[reference, parent]), "overlay");
+    let view = client.view("extract-view", "", &[parent]).unwrap();
+    assert_eq!(kind(view), "bind");
+}
+
+/// containerd 2.2 announces no parent.
+#[registered(crate::Test)]
+fn no_deletion_is_lost_where_parents_are_not_announced() {
+    let mut split = Split::start(&[]);
+    let client = split.client();
+    layer(&client, "base", "", |top| {
+        fs::write(top.join("old"), "x").unwrap()
+    });
+
+    client.prepare("default/1/extract-a", "", &[]).unwrap();
+    client.prepare("default/1/extract-b", "", &[]).unwrap();
+    for key in ["default/1/extract-a", "default/1/extract-b"] {
+        let (code, text) = client.commit_onto(key, "top", "base", &[]).unwrap_err();
+        assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION);
+        assert!(text.contains("pull the image again"), "{text}");
+        assert_eq!(client.mounts(key).unwrap()[0].type_, "bind");
+        client.remove(key).unwrap();
+    }
+    assert!(!client.exists("top"));
+    split.daemon.stop();
+    split.daemon.restart();
+
+    // From then on the same calls do.
+    let client = split.client();
+    let mounts = client.prepare("default/2/extract-top", "", &[]).unwrap();
+    assert_eq!(mounts[0].type_, "overlay");
+    delete(&upper_of(&mounts), &["old"]);
+    client
+        .commit_onto("default/2/extract-top", "top", "base", &[])
+        .unwrap();
+    let view = client.view("view", "top", &[]).unwrap();
+    assert!(!Mounted::new(&view).path().join("old").exists());
+
+    // And the whiteouts of a first layer leave nothing.
+    let mounts = client.prepare("default/3/extract-first", "", &[]).unwrap();
+    let upper = upper_of(&mounts);
+    fs::create_dir_all(upper.join("a/b")).unwrap();
+    fs::write(upper.join("a/b/kept"), "x").unwrap();
+    delete(&upper, &["gone", "a/gone", "a/b/gone"]);
+    let usage = client.usage("default/3/extract-first").unwrap();
+    client
+        .commit("default/3/extract-first", "first", &[])
+        .unwrap();
+    assert_eq!(client.usage("first").unwrap().inodes, usage.inodes - 3);
+    let found: Vec<_> = files(&upper).into_keys().collect();
+    assert_eq!(found, ["", "a", "a/b", "a/b/kept"].map(Path::new));
+}
+
+/// In a user namespace containerd writes no whiteouts (containerd
+/// `core/diff/apply/apply_linux.go`).
+#[registered(crate::Test)]
+fn a_parent_named_late_is_refused_in_a_user_namespace() {
+    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
+    let starter = ["unshare", "--user", "--map-root-user", "--mount", "--"];
+    let daemon = Daemon::start_by(&starter, &command(&image, &writable, &[]), &[]);
+    let client = daemon.client();
+    client.prepare("extract-1", "", &[]).unwrap();
+    client.commit("extract-1", "base", &[]).unwrap();
+    for (key, labels) in [("extract-2", &[(PARENT, "base")][..]), ("extract-3", &[])] {
+        client.prepare(key, "", labels).unwrap();
+        let (code, text) = client.commit_onto(key, "top", "base", &[]).unwrap_err();
+        assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION);
+        assert!(text.contains("\"rebase\""), "{text}");
+        client.commit(key, &format!("{key} alone"), &[]).unwrap();
+    }
+    client.prepare("extract-4", "base", &[]).unwrap();
+    client.commit_onto("extract-4", "top", "base", &[]).unwrap();
 }
 
 #[registered(crate::Test)]
@@ -133,7 +211,9 @@ fn a_parent_named_late_obeys_the_rules() {
     layer(&client, "base", "", |_| ());
     layer(&client, "other", "", |_| ());
     client.prepare("running", "base", &[]).unwrap();
-    client.prepare("extract-1", "", &[]).unwrap();
+    client
+        .prepare("extract-1", "", &[(PARENT, "base")])
+        .unwrap();
     client.prepare("extract-2", "base", &[]).unwrap();
     let code = |result: Result<(), (RpcStatusCode, String)>| result.unwrap_err().0;
     let onto = |key: &str, parent: &str| client.commit_onto(key, "new", parent, &[]);

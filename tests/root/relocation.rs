@@ -563,7 +563,9 @@ fn one_file_system_needs_no_copy() {
     let root = disk.path().join("root");
     until("the layer is home", || is_home(&root, 1));
     assert!(holds(&container.path(), "layer") && holds(&root.join("snapshots/1/fs"), "layer"));
-    assert!(daemon.log().contains("0 bytes copied"));
+    until("the move is logged", || {
+        daemon.log().contains("0 bytes copied")
+    });
     assert_eq!(
         fs::read_dir(disk.path().join("writable/snapshots"))
             .unwrap()

@@ -140,7 +140,7 @@ fn give_up(
     if !asked(options, &question)? {
         return Err(Error::refused("nothing was changed"));
     }
-    let mount_options = config.options.for_this_kernel().mount_options;
+    let mount_options = config.options.overlay_options(false);
     writable::give_up(&volumes, store, &mount_options)?;
     let root = Image::open_existing_root(&config.root)?;
     let anew = Volumes::new(Image::open(root)?, config.writable.clone());

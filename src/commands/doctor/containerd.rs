@@ -9,6 +9,7 @@ use toml::{Table, Value};
 
 use super::Finding;
 use crate::config::{Config, DoctorOptions};
+use crate::mount;
 use crate::types::Quoted;
 
 /// The name that the README uses.
@@ -114,6 +115,7 @@ fn judge(config: &Config, table: &Table) -> Vec<Finding> {
     };
 
     let mut findings = vec![plugin(name, proxy)];
+    findings.extend(parallel_unpacking(proxy, mount::probe_user_namespace()));
     if version >= 3 {
         findings.push(unpacking(table, name));
         findings.push(exports(config, name, proxy));
@@ -165,6 +167,20 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
             Quoted(name)
         ),
     )
+}
+
+/// In a user namespace containerd does not write what a layer deletes unless the layer is
+/// unpacked onto its parent.
+fn parallel_unpacking(proxy: &Value, is_in_user_namespace: bool) -> Option<Finding> {
+    let capabilities = proxy.get("capabilities").and_then(Value::as_array);
+    let mut names = capabilities?.iter().filter_map(Value::as_str);
+    (is_in_user_namespace && names.any(|name| name == "rebase")).then(|| {
+        Finding::bad(
+            "plugin",
+            "images with several layers cannot be pulled in this user namespace: leave \"rebase\" \
+             out of the capabilities",
+        )
+    })
 }
 
 /// containerd 2 unpacks what `ctr` and nerdctl pull only with an entry for it.
@@ -362,6 +378,21 @@ mod tests {
         assert!(topics(&format!("{PROXY}{cri}")).contains(&"Kubernetes"));
         let off = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
         assert!(!topics(&format!("{off}{PROXY}{cri}")).contains(&"Kubernetes"));
+    }
+
+    #[test]
+    fn parallel_unpacking_is_no_good_in_a_user_namespace() {
+        for (capabilities, is_in_user_namespace, is_bad) in [
+            ("capabilities = [\"rebase\", \"remap-ids\"]", true, true),
+            ("capabilities = [\"rebase\"]", false, false),
+            ("capabilities = [\"remap-ids\"]", true, false),
+            ("", true, false),
+        ] {
+            let proxy = Value::Table(capabilities.parse().unwrap());
+            let found = parallel_unpacking(&proxy, is_in_user_namespace);
+            let verdict = found.map(|finding| finding.verdict);
+            assert_eq!(verdict, is_bad.then_some(Verdict::Bad), "{capabilities}");
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ struct Nearest {
 }
 
 pub(super) fn look(config: &Config) -> Vec<Finding> {
-    let options = config.options.for_this_kernel().mount_options;
+    let options = config.options.overlay_options(false);
     let mut findings = Vec::new();
     let mut look_at = |topic, flag, path: &str| match find(path) {
         Err(error) => {

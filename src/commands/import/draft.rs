@@ -31,8 +31,8 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     fault_point("import-recorded");
 
     let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
-    let options = config.options.for_this_kernel();
-    writable::adopt(&volumes, &store, &options.mount_options)?;
+    let mount_options = config.options.overlay_options(false);
+    writable::adopt(&volumes, &store, &mount_options)?;
     fault_point("import-marked");
 
     // First of all: a link of ours may get the name of something else.

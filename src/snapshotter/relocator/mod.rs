@@ -185,7 +185,8 @@ impl Relocator {
             image.end_move(id)?;
             return Ok(Moved::Gone);
         }
-        if !is_exchanged && let Err(error) = self.require_link(id).and_then(|()| image.exchange(id))
+        if !is_exchanged
+            && let Err(error) = self.links.require([id]).and_then(|()| image.exchange(id))
         {
             image.end_move(id)?;
             return Err(error);
@@ -241,7 +242,7 @@ impl Relocator {
         if !self.is_unmoved(id)? {
             return Ok(false);
         }
-        self.require_link(id)?;
+        self.links.require([id])?;
         if !image.rename_home(id, writable)? {
             return Ok(false);
         }
@@ -263,11 +264,6 @@ impl Relocator {
         fault_point("rename-recorded");
         image.end_move(id)?;
         Ok(true)
-    }
-
-    fn require_link(&self, id: SnapshotId) -> Result<()> {
-        let volume = Volume::Writable;
-        self.links.require(&[Ancestor { id, volume }])
     }
 
     fn is_unmoved(&self, id: SnapshotId) -> Result<bool> {

@@ -1,0 +1,95 @@
+//! Unpacks without a parent: the first layer of an image, or a layer whose parent is named
+//! at its commit, because containerd unpacks the layers of an image in parallel
+//! (capability "rebase", containerd 2.2 and later).
+//!
+//! containerd writes the deletions of a layer as overlayfs's whiteouts only if the mount is
+//! an overlay (`core/diff/apply/apply_linux.go`). A first layer deletes nothing: it gets a
+//! bind mount, on which a deletion of nothing leaves nothing. A layer with a parent to come
+//! needs the overlay, else all that it deletes would be back. containerd 2.3 and later name
+//! that parent in a label. containerd 2.2 does not, so its unpacks cannot be told from those
+//! of older versions, which are all first layers; its first late parent is refused, and
+//! from then on every unpack without a parent gets an overlay.
+
+use rustix::fd::AsFd;
+
+use super::Snapshotter;
+use super::new_snapshot::Purpose;
+use crate::error::{Error, Result};
+use crate::mount;
+use crate::store::{Rows, Snapshot};
+use crate::tree;
+use crate::types::{Info, LABEL_PARENT_CHAIN_ID, Labels, Quoted, SnapshotId};
+
+/// A fact in the database: the last snapshot before parents were first named late without
+/// the label.
+const LATE_PARENTS_AFTER: &str = "late_parents_after";
+
+/// Whether this unpack without a parent gets an overlay over nothing.
+pub(super) fn is_over_empty(rows: &Rows, id: SnapshotId, labels: &Labels) -> Result<bool> {
+    if labels.contains_key(LABEL_PARENT_CHAIN_ID) {
+        return Ok(true);
+    }
+    let last = rows.fact(LATE_PARENTS_AFTER)?;
+    let last = last.and_then(|id| SnapshotId::from_directory_name(id.as_bytes()));
+    Ok(last.is_some_and(|last| id > last))
+}
+
+/// The same for a snapshot of any kind that is there already.
+pub(super) fn is_stored_over_empty(rows: &Rows, snapshot: &Snapshot) -> Result<bool> {
+    let info = &snapshot.info;
+    Ok(is_parentless_unpack(info) && is_over_empty(rows, snapshot.id, &info.labels)?)
+}
+
+fn is_parentless_unpack(info: &Info) -> bool {
+    info.parent.is_empty() && Purpose::of_stored(info) == Purpose::Unpack
+}
+
+impl Snapshotter {
+    /// Refuses a commit that names a parent only now if deletions of the layer may be
+    /// missing in what was unpacked.
+    pub(super) fn check_late_parent(&self, snapshot: &Snapshot, parent: &str) -> Result<()> {
+        if parent.is_empty() || !snapshot.info.parent.is_empty() {
+            return Ok(());
+        }
+        let naming = format!("its parent {} is named only now", Quoted(parent));
+        // There containerd writes no whiteouts, whatever the mount is.
+        if mount::probe_user_namespace() {
+            return Err(Error::refused(format!(
+                "{naming}, and in a user namespace containerd then loses what the layer \
+                 deletes: leave \"rebase\" out of the capabilities of the proxy plugin"
+            )));
+        }
+        if !is_parentless_unpack(&snapshot.info)
+            || is_stored_over_empty(&*self.store.read()?, snapshot)?
+        {
+            return Ok(());
+        }
+        let mut transaction = self.store.write()?;
+        // Only once: snapshots since then have been given overlays.
+        if transaction.fact(LATE_PARENTS_AFTER)?.is_none() {
+            let last = transaction.highest_id()?;
+            transaction.record_fact(LATE_PARENTS_AFTER, &last.to_string())?;
+            transaction.commit()?;
+        }
+        Err(Error::refused(format!(
+            "{naming}, and no label {LABEL_PARENT_CHAIN_ID} has announced one, so what the \
+             layer deletes may be missing: pull the image again; this containerd's layers are \
+             unpacked with their deletions from now on"
+        )))
+    }
+
+    /// Removes the whiteouts of a first layer, which hide nothing: programs would find them
+    /// as entries that cannot be opened. Whatever else is a device 0:0 is a whiteout to
+    /// overlayfs as well.
+    pub(super) fn drop_whiteouts_of_nothing(
+        &self,
+        snapshot: &Snapshot,
+        parent: &str,
+        upper: impl AsFd,
+    ) -> Result<()> {
+        if parent.is_empty() && is_stored_over_empty(&*self.store.read()?, snapshot)? {
+            tree::remove_whiteouts(upper)?;
+        }
+        Ok(())
+    }
+}

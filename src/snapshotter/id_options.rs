@@ -1,0 +1,76 @@
+//! Mount options for containers whose ids are mapped.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use super::Snapshotter;
+use super::labels::IdMaps;
+#[cfg(doc)]
+use crate::error::ErrorKind;
+use crate::error::{Context, Result};
+use crate::mount::{self, mountinfo};
+use crate::store::Ancestor;
+use crate::types::Volume;
+
+/// For each volume, whether the kernel has been found to map the ids of mounts there. It is
+/// asked when it is first needed: few containers need it, and the answer takes longer than
+/// everything else at a start.
+#[derive(Default)]
+pub(super) struct MappedIds {
+    image: OnceLock<()>,
+    writable: OnceLock<()>,
+}
+
+impl Snapshotter {
+    /// `uidmap=` and `gidmap=` for a snapshot on these layers, whose own directory is on
+    /// `volume`. None for one whose ids are not mapped, and for one on a layer to which
+    /// containerd has given the mapped owners itself: their ids would be mapped twice.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if the kernel cannot map ids there.
+    pub(super) fn id_options(
+        &self,
+        maps: Option<&IdMaps>,
+        volume: Option<Volume>,
+        layers: &[Ancestor],
+    ) -> Result<Vec<String>> {
+        let Some(maps) = maps else {
+            return Ok(Vec::new());
+        };
+        if layers.iter().any(|layer| layer.is_remapped) {
+            return Ok(Vec::new());
+        }
+        // Layers are mapped by their paths on the image volume, else what is bound is.
+        let mapped = match (layers, volume) {
+            ([], Some(volume)) => volume,
+            _ => Volume::Image,
+        };
+        self.require_mapped_ids(mapped)?;
+        Ok(maps.options())
+    }
+
+    /// A failure is not remembered: what it needs may be there the next time.
+    fn require_mapped_ids(&self, volume: Volume) -> Result<()> {
+        let known = match volume {
+            Volume::Image => &self.mapped_ids.image,
+            Volume::Writable => &self.mapped_ids.writable,
+        };
+        if known.get().is_some() {
+            return Ok(());
+        }
+        let path = self.volumes.snapshots_path(volume);
+        mount::probe_idmapped_mounts(Path::new(&path)).context(|| {
+            let mounted = mountinfo::of_path(&path).ok().flatten();
+            let file_system = mounted.map_or_else(String::new, |mounted| mounted.file_system);
+            format!(
+                "its labels ask for mapped ids, which Linux {} does not map on the {volume} \
+                 volume {path} ({file_system}): use Linux 5.19 or later with ext4, XFS, btrfs or \
+                 tmpfs there, or leave \"remap-ids\" out of the capabilities of the proxy plugin",
+                mount::kernel_release()
+            )
+        })?;
+        let _ = known.set(());
+        Ok(())
+    }
+}
