@@ -212,16 +212,23 @@ impl Store {
     }
 
     fn end_batch(&self, writer: &mut State) {
+        self.end_batch_by(writer, |writer| self.make_durable(writer));
+    }
+
+    fn end_batch_by(&self, writer: &mut State, end: impl FnOnce(&State) -> Result<()>) {
         let Some(batch) = writer.batch.take() else {
             return;
         };
-        let ended = self.make_durable(writer).map_err(Arc::new);
-        if ended.is_err() {
-            writer.roll_back();
-            let undoing = &self.writer.undoing;
-            undoing.look(|members| *members += batch.members);
-        }
-        batch.end.0.change(|end| *end = Some(ended));
+        let mut ending = Ending {
+            undoing: &self.writer.undoing,
+            writer,
+            batch,
+            ended: Err(Arc::new(Error::new(
+                ErrorKind::Internal,
+                "changes were not made durable by a bug in this program; its log says where",
+            ))),
+        };
+        ending.ended = end(ending.writer).map_err(Arc::new);
     }
 
     fn make_durable(&self, writer: &State) -> Result<()> {
@@ -234,6 +241,28 @@ impl Store {
             self.note_change();
         }
         Ok(())
+    }
+}
+
+/// Ends a batch when dropped, also by a panic: its members wait for that.
+struct Ending<'a> {
+    undoing: &'a Monitor<usize>,
+    writer: &'a mut State,
+    batch: Batch,
+    ended: std::result::Result<(), Arc<Error>>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if self.ended.is_err() {
+            self.writer.roll_back();
+            let members = self.batch.members;
+            self.undoing.look(|undoing| *undoing += members);
+        }
+        self.batch
+            .end
+            .0
+            .change(|end| *end = Some(self.ended.clone()));
     }
 }
 
@@ -309,7 +338,10 @@ impl Transaction<'_> {
         batch.members += 1;
         let end = Arc::clone(&batch.end);
         if let Some(writer) = self.writer.take() {
+            // Should ending the batch panic, this member of it has something to undo.
+            self.has_failed = true;
             self.store.leave(writer);
+            self.has_failed = false;
         }
         Ok(end)
     }
