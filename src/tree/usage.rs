@@ -55,7 +55,7 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
         match open_directory(parent, name) {
             // Gone, or another thing by now, or somebody's mount.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
-            opened => walk.enter(opened.context(|| COUNTING)?)?,
+            opened => walk.enter(opened.context(|| COUNTING)?, name)?,
         }
     }
     Ok(tally.total())
