@@ -27,33 +27,37 @@ impl Snapshotter {
 
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
-        if let Some(volume) = removed.volume
-            && let Err(error) = self.trash_removed(&removed, volume)
-        {
-            self.trash.note_stray(volume);
-            log::warn!(
-                "remove the directory of snapshot {}: {}",
-                removed.id,
-                error.chain()
-            );
-        }
-        for layer in &released {
-            let writable = self.volumes.open(Volume::Writable);
-            if let Err(error) = writable.and_then(|dirs| dirs.trash(*layer)) {
-                self.trash.note_stray(Volume::Writable);
-                log::warn!("remove what layer {layer} has left: {}", error.chain());
+        let own = removed.volume.map(|volume| (volume, removed.id));
+        // Of an unmoved layer also its link, or the copy that a move was about to record.
+        let link = removed.is_unmoved().then_some((Volume::Image, removed.id));
+        let left = released.iter().map(|layer| (Volume::Writable, *layer));
+        for (volume, id) in link.into_iter().chain(own).chain(left) {
+            let trashed = self.volumes.open(volume).and_then(|dirs| {
+                if let Some(name) = dirs.trash(id)?
+                    && self.options.removes_at_once
+                {
+                    self.trash.delete(&dirs, &name);
+                }
+                Ok(())
+            });
+            if let Err(error) = trashed {
+                self.trash.note_stray(volume);
+                log::warn!(
+                    "remove snapshots/{id} from the {volume} volume: {}",
+                    error.chain()
+                );
             }
         }
         if self.options.removes_at_once {
-            let old = (!released.is_empty()).then_some(Volume::Writable);
-            let link = (removed.volume == Some(Volume::Writable)).then_some(Volume::Image);
-            for volume in removed.volume.into_iter().chain(old).chain(link) {
-                self.trash.try_to_empty(volume);
-            }
             self.relocator.note_room();
         }
         self.relocator.note_end();
         Ok(())
+    }
+
+    /// Whether [`Snapshotter::remove`] deletes files, which can take long.
+    pub fn removes_at_once(&self) -> bool {
+        self.options.removes_at_once
     }
 
     /// Removes the row; returns what it was, and the layers whose old directory
@@ -98,17 +102,6 @@ impl Snapshotter {
             Some(held) => transaction.release_retired(&held)?,
         };
         Ok((removed, released))
-    }
-
-    fn trash_removed(&self, removed: &Place, volume: Volume) -> Result<()> {
-        if removed.is_unmoved() {
-            // Its link, or the copy that a move was about to record.
-            let image = self.volumes.image().dirs();
-            image
-                .trash(removed.id)
-                .inspect_err(|_| self.trash.note_stray(Volume::Image))?;
-        }
-        self.volumes.open(volume)?.trash(removed.id).map(drop)
     }
 
     /// Gives back the space of everything removed before this call.

@@ -23,7 +23,7 @@ use crate::error::Error;
 
 pub use copy::copy_tree;
 pub use remake::remake;
-pub use remove::remove_children;
+pub use remove::{remove_children, remove_entry};
 pub use usage::{count, count_unless};
 pub use visit::{Visited, visit_open};
 

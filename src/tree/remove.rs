@@ -68,6 +68,30 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
     }
 }
 
+/// Deletes the entry `name` of `parent`, with everything in it. It being deleted by
+/// something else at the same time is no error.
+pub fn remove_entry(parent: impl AsFd, name: &str) -> Result<()> {
+    let parent = parent.as_fd();
+    let deleting = || format!("delete {name:?}");
+    let name = CString::new(name).map_err(|_| Errno::INVAL);
+    let name = &*name.context(deleting)?;
+    let removed = match unlink(parent, name, AtFlags::REMOVEDIR) {
+        Err(Errno::NOTDIR) => unlink(parent, name, AtFlags::empty()),
+        Err(Errno::NOTEMPTY | Errno::EXIST) => match open_directory(parent, name) {
+            Err(errno) => Err(errno),
+            Ok(directory) => {
+                remove_children(directory).context(deleting)?;
+                unlink(parent, name, AtFlags::REMOVEDIR)
+            }
+        },
+        removed => removed,
+    };
+    match removed {
+        Err(Errno::NOENT) => Ok(()),
+        removed => removed.context(deleting),
+    }
+}
+
 fn list(dir: BorrowedFd<'_>) -> std::result::Result<Vec<CString>, Errno> {
     let names = entries(open_directory(dir, c".")?)?;
     names

@@ -117,23 +117,23 @@ impl Dirs {
             .context(|| format!("complete the directory {}", self.snapshot_path(id)))
     }
 
-    /// Moves a snapshot's directory, or whatever has its name, to the trash.
-    /// `false` if there was nothing.
-    pub fn trash(&self, id: SnapshotId) -> Result<bool> {
+    /// Moves a snapshot's directory, or whatever has its name, to the trash, and returns
+    /// its name there; `None` if there was nothing.
+    pub fn trash(&self, id: SnapshotId) -> Result<Option<String>> {
         self.trash_entry(&id.to_string())
     }
 
-    /// Moves the entry `name` of `snapshots/` to the trash. `false` if there
-    /// was nothing.
-    pub fn trash_entry(&self, name: &str) -> Result<bool> {
+    /// Moves the entry `name` of `snapshots/` to the trash, and returns its name there;
+    /// `None` if there was nothing.
+    pub fn trash_entry(&self, name: &str) -> Result<Option<String>> {
         let trash = self.trash_fd()?;
         let trashing = || format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path);
         let mut target = name.to_owned();
         // An id comes twice when its first directory was left by a crash.
         for attempt in 1_u64.. {
             match move_aside(&self.snapshots, name, trash, &target) {
-                Ok(()) => return Ok(true),
-                Err(Errno::NOENT) => return Ok(false),
+                Ok(()) => return Ok(Some(target)),
+                Err(Errno::NOENT) => return Ok(None),
                 // Nothing is created in the trash, so clearing its inherit flag loses no
                 // quota accounting.
                 Err(Errno::XDEV) if stop_handing_on(trash).context(trashing)? => {}

@@ -10,10 +10,11 @@
 //! After a crash: before the exchange, the copy is dropped and the layer is
 //! where it was; after it, the copy is whole and the start records it.
 
+mod worker;
+
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 
@@ -22,17 +23,12 @@ use super::trash::Trash;
 use super::{Relocation, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Ancestor, Store, Transaction, UnmovedLayer};
-use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
+use crate::tree;
+use crate::types::{Quoted, SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
-use crate::util::threads::Background;
 use crate::volume::{Dirs, UPPER, Volumes};
-use crate::{sys, tree};
-
-/// Below this a layer waits until nothing stands on it: Docker's init layers,
-/// gone with their container as a rule.
-const SMALL_BYTES: u64 = 1 << 20;
 
 /// The number of this boot of the host (random(4)).
 fn boot_id() -> Result<String> {
@@ -41,6 +37,9 @@ fn boot_id() -> Result<String> {
         .map(|text| text.trim_end().to_owned())
         .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
 }
+
+/// What was moved to the trash of a volume, and its name there.
+type Trashed = (Arc<Dirs>, String);
 
 /// What moving a layer came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,8 +143,9 @@ impl Relocator {
         in_use::mounted_layers(&self.store, &self.volumes)
     }
 
-    /// Moves one layer home, in the calling thread.
-    fn relocate(&self, id: SnapshotId) -> Result<Moved> {
+    /// Moves one layer home, in the calling thread. What is to be deleted after that is
+    /// added to `trashed`: others may wait for the next move.
+    fn relocate(&self, id: SnapshotId, trashed: &mut Vec<Trashed>) -> Result<Moved> {
         let _one_at_a_time = lock(&self.moving);
         let image = self.volumes.image();
         let writable = self.volumes.open(Volume::Writable)?;
@@ -164,13 +164,13 @@ impl Relocator {
             match self.copy_home(id, &writable) {
                 Ok(copied) => bytes = copied,
                 Err(error) => {
-                    image.end_move(id)?;
-                    if !is_unmoved(&self.store.write()?, id)? {
-                        return Ok(Moved::Gone);
-                    }
+                    let copy = image.end_move(id)?;
                     if error.kind() == ErrorKind::ResourceExhausted {
                         // At once: half a copy is no use to a disk that is full.
-                        self.trash.try_to_empty(Volume::Image);
+                        trashed.extend(copy.map(|name| (Arc::clone(image.dirs()), name)));
+                    }
+                    if !is_unmoved(&self.store.write()?, id)? {
+                        return Ok(Moved::Gone);
                     }
                     return Err(error);
                 }
@@ -195,11 +195,16 @@ impl Relocator {
         transaction.commit()?;
         drop(transaction);
         fault_point("recorded");
-        let tidied = image.end_move(id).and_then(|()| match is_in_use {
-            true => Ok(()),
-            false => writable.trash(id).map(drop),
-        });
-        if let Err(error) = tidied {
+        let mut tidy = || -> Result<()> {
+            let link = image.end_move(id)?;
+            trashed.extend(link.map(|name| (Arc::clone(image.dirs()), name)));
+            if !is_in_use {
+                let old = writable.trash(id)?;
+                trashed.extend(old.map(|name| (Arc::clone(&writable), name)));
+            }
+            Ok(())
+        };
+        if let Err(error) = tidy() {
             self.trash.note_stray(Volume::Writable);
             log::warn!("tidy up after the move of layer {id}: {}", error.chain());
         }
@@ -207,9 +212,23 @@ impl Relocator {
         Ok(Moved::Home(bytes))
     }
 
+    /// As [`Relocator::relocate`], and deletes what that has left.
+    fn relocate_and_delete(&self, id: SnapshotId) -> Result<Moved> {
+        let mut trashed = Vec::new();
+        let moved = self.relocate(id, &mut trashed);
+        for (dirs, name) in trashed {
+            self.trash.delete(&dirs, &name);
+        }
+        moved
+    }
+
     fn copy_home(&self, id: SnapshotId, writable: &Dirs) -> Result<u64> {
         let source = writable.open_snapshot(id)?;
         let image = self.volumes.image();
+        let away = self.store.read()?.away()?;
+        if let Some(layer) = away.iter().find(|layer| layer.id == id) {
+            require_room(layer, image.dirs())?;
+        }
         let target = image.begin_move(id)?;
         fault_point("begun");
         let bytes = tree::copy_tree(
@@ -268,7 +287,7 @@ impl Relocator {
                 )));
             }
             let moved = self
-                .relocate(*id)
+                .relocate_and_delete(*id)
                 .context(|| format!("move layer {id} home for a container with mapped ids"))?;
             if moved == Moved::InUse {
                 return Err(Error::refused(format!(
@@ -328,166 +347,28 @@ impl Relocator {
     }
 }
 
+/// Refuses a copy that would fill the image volume before it is whole.
+fn require_room(layer: &UnmovedLayer, image: &Dirs) -> Result<()> {
+    let unused = image.unused()?;
+    if layer.size_bytes <= unused.bytes && layer.inodes <= unused.inodes {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::ResourceExhausted,
+        format!(
+            "layer {} takes {} bytes and {} inodes, and {} has {} bytes and {} inodes free: \
+             remove images, or make the volume larger",
+            layer.id,
+            layer.size_bytes,
+            layer.inodes,
+            image.path(),
+            unused.bytes,
+            unused.inodes
+        ),
+    ))
+}
+
 fn is_unmoved(transaction: &Transaction<'_>, id: SnapshotId) -> Result<bool> {
     let place = transaction.place(id)?;
     Ok(place.is_some_and(|place| place.is_unmoved()))
-}
-
-impl Relocator {
-    /// Starts the thread, unless layers are to stay. Stopped, it ends within a file's
-    /// chunk.
-    pub(super) fn start(self: &Arc<Relocator>) -> Result<Option<Background>> {
-        let Relocation::Background { after } = self.relocation else {
-            return Ok(None);
-        };
-        let work = move |relocator: &Relocator| {
-            let mut worker = Worker {
-                relocator,
-                after,
-                unmovable: HashSet::new(),
-                put_off: HashSet::new(),
-                is_full: false,
-            };
-            worker.run();
-        };
-        Background::start("relocator", self, Relocator::stop, work).map(Some)
-    }
-}
-
-struct Worker<'a> {
-    relocator: &'a Relocator,
-    after: Duration,
-    /// Layers that cannot be moved, until the next start.
-    unmovable: HashSet<SnapshotId>,
-    /// Layers said to be put off, so that it is said once.
-    put_off: HashSet<SnapshotId>,
-    /// The image volume had no room for one, and nothing was removed since.
-    is_full: bool,
-}
-
-impl Worker<'_> {
-    fn run(&mut self) {
-        if let Err(errno) = sys::lower_io_priority() {
-            log::debug!("the relocator has no idle I/O priority: {errno}");
-        }
-        loop {
-            let next = self.step().unwrap_or_else(|error| {
-                log::warn!("look for layers to move home: {}", error.chain());
-                // A database that cannot be read now is no reason to spin.
-                Some(Duration::from_secs(60))
-            });
-            if !self.wait(next) {
-                return;
-            }
-        }
-    }
-
-    /// Moves at most one layer. Returns when to look again if nothing wakes the thread.
-    fn step(&mut self) -> Result<Option<Duration>> {
-        let has_layers = &self.relocator.has_layers;
-        // Before the look: what ends after it has to wake.
-        has_layers.store(true, Ordering::SeqCst);
-        let away = self.relocator.store.read()?.away()?;
-        has_layers.store(!away.is_empty(), Ordering::SeqCst);
-        if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
-            // Its return wakes nobody.
-            return Ok(Some(Duration::from_secs(60)));
-        }
-        let mut next = None;
-        for layer in away {
-            if self.is_full || self.unmovable.contains(&layer.id) {
-                continue;
-            }
-            let age = Timestamp::now()
-                .nanos()
-                .saturating_sub(layer.committed.nanos());
-            let age = Duration::from_nanos(age.try_into().unwrap_or(0));
-            if age < self.after {
-                // They come in order of their commit.
-                next = Some(self.after - age);
-                break;
-            }
-            let is_small = layer.size_bytes < SMALL_BYTES;
-            if is_small && self.relocator.store.read()?.is_in_use(layer.id)? {
-                self.say_put_off(&layer, "it is small and in use");
-                continue;
-            }
-            if self.move_home(&layer) == Some(Moved::InUse) {
-                self.say_put_off(&layer, "it is still mounted");
-                // An unmount wakes nobody.
-                next = Some(Duration::from_secs(60));
-                continue;
-            }
-            return Ok(Some(Duration::ZERO));
-        }
-        Ok(next)
-    }
-
-    fn move_home(&mut self, layer: &UnmovedLayer) -> Option<Moved> {
-        let begun = Instant::now();
-        let name = Quoted(&layer.name);
-        let moved = self.relocator.relocate(layer.id);
-        match &moved {
-            Ok(Moved::Home(bytes)) => {
-                let mut moves = lock(&self.relocator.moves);
-                moves.layers += 1;
-                moves.bytes += bytes;
-                drop(moves);
-                log::info!(
-                    "layer {name} is home: {bytes} bytes copied in {:.1} s",
-                    begun.elapsed().as_secs_f64()
-                );
-                // The fast disk is the small one: what was left goes now.
-                self.relocator.trash.try_to_empty(Volume::Writable);
-            }
-            Ok(Moved::InUse) => {}
-            Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
-            Err(error) => match error.kind() {
-                ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
-                ErrorKind::ResourceExhausted => {
-                    lock(&self.relocator.moves).failures += 1;
-                    self.is_full = true;
-                    log::warn!(
-                        "layer {name} stays on the writable volume until something on the image \
-                         volume is removed: {}",
-                        error.chain()
-                    );
-                }
-                _ => {
-                    lock(&self.relocator.moves).failures += 1;
-                    self.unmovable.insert(layer.id);
-                    log::error!(
-                        "layer {name} stays on the writable volume until the next start: {}",
-                        error.chain()
-                    );
-                }
-            },
-        }
-        moved.ok()
-    }
-
-    fn say_put_off(&mut self, layer: &UnmovedLayer, why: &str) {
-        if self.put_off.insert(layer.id) {
-            log::debug!("layer {} is put off: {why}", Quoted(&layer.name));
-        }
-    }
-
-    /// Waits until it is time to look again. `false` after [`Relocator::stop`].
-    fn wait(&mut self, next: Option<Duration>) -> bool {
-        let deadline = next.map(|wait| Instant::now() + wait);
-        let is_idle = |news: &News| !news.is_any;
-        let news = &self.relocator.news;
-        let Some(news) = news.wait_until(deadline, is_idle, std::mem::take) else {
-            return false;
-        };
-        if news.has_room && std::mem::take(&mut self.is_full) {
-            // ext4 gives the blocks of deleted files back with its next journal
-            // commit, and only then are they room for anything else.
-            let image = self.relocator.volumes.image().dirs();
-            if let Err(error) = self.relocator.flusher.flush(image, Volume::Image) {
-                log::warn!("{}", error.chain());
-            }
-        }
-        true
-    }
 }

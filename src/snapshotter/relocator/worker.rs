@@ -1,0 +1,194 @@
+//! The thread that moves layers: which one next, and when to look again.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::{Moved, News, Relocator, require_room};
+use crate::error::{ErrorKind, Result};
+use crate::snapshotter::Relocation;
+use crate::store::UnmovedLayer;
+use crate::sys;
+use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
+use crate::util::lock::lock;
+use crate::util::threads::Background;
+use crate::volume::Unused;
+
+/// Below this a layer waits until nothing stands on it: Docker's init layers,
+/// gone with their container as a rule.
+const SMALL_BYTES: u64 = 1 << 20;
+
+impl Relocator {
+    /// Starts the thread, unless layers are to stay. Stopped, it ends within a file's
+    /// chunk.
+    pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Option<Background>> {
+        let Relocation::Background { after } = self.relocation else {
+            return Ok(None);
+        };
+        let work = move |relocator: &Relocator| {
+            let mut worker = Worker {
+                relocator,
+                after,
+                unmovable: HashSet::new(),
+                put_off: HashSet::new(),
+                without_room: HashMap::new(),
+            };
+            worker.run();
+        };
+        Background::start("relocator", self, Relocator::stop, work).map(Some)
+    }
+}
+
+struct Worker<'a> {
+    relocator: &'a Relocator,
+    after: Duration,
+    /// Layers that cannot be moved, until the next start.
+    unmovable: HashSet<SnapshotId>,
+    /// Layers said to be put off, so that it is said once.
+    put_off: HashSet<SnapshotId>,
+    /// Layers for which the image volume had no room, and what was free on it then.
+    without_room: HashMap<SnapshotId, Unused>,
+}
+
+impl Worker<'_> {
+    fn run(&mut self) {
+        if let Err(errno) = sys::lower_io_priority() {
+            log::debug!("the relocator has no idle I/O priority: {errno}");
+        }
+        loop {
+            let next = self.step().unwrap_or_else(|error| {
+                log::warn!("look for layers to move home: {}", error.chain());
+                // A database that cannot be read now is no reason to spin.
+                Some(Duration::from_secs(60))
+            });
+            if !self.wait(next) {
+                return;
+            }
+        }
+    }
+
+    /// Moves at most one layer. Returns when to look again if nothing wakes the thread.
+    fn step(&mut self) -> Result<Option<Duration>> {
+        let has_layers = &self.relocator.has_layers;
+        // Before the look: what ends after it has to wake.
+        has_layers.store(true, Ordering::SeqCst);
+        let away = self.relocator.store.read()?.away()?;
+        has_layers.store(!away.is_empty(), Ordering::SeqCst);
+        if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
+            // Its return wakes nobody.
+            return Ok(Some(Duration::from_secs(60)));
+        }
+        let mut next = None;
+        for layer in away {
+            if self.unmovable.contains(&layer.id) || !self.may_have_room(&layer)? {
+                continue;
+            }
+            let age = Timestamp::now()
+                .nanos()
+                .saturating_sub(layer.committed.nanos());
+            let age = Duration::from_nanos(age.try_into().unwrap_or(0));
+            if age < self.after {
+                // They come in order of their commit.
+                next = Some(self.after - age);
+                break;
+            }
+            let is_small = layer.size_bytes < SMALL_BYTES;
+            if is_small && self.relocator.store.read()?.is_in_use(layer.id)? {
+                self.say_put_off(&layer, "it is small and in use");
+                continue;
+            }
+            if self.move_home(&layer) == Some(Moved::InUse) {
+                self.say_put_off(&layer, "it is still mounted");
+                // An unmount wakes nobody.
+                next = Some(Duration::from_secs(60));
+                continue;
+            }
+            return Ok(Some(Duration::ZERO));
+        }
+        Ok(next)
+    }
+
+    /// Whether a layer may fit now that did not fit before. Its record does not say all:
+    /// on another file system it may take more. So it is copied again only once a part of
+    /// its size more is free than when that last failed.
+    fn may_have_room(&self, layer: &UnmovedLayer) -> Result<bool> {
+        let Some(before) = self.without_room.get(&layer.id) else {
+            return Ok(true);
+        };
+        let image = self.relocator.volumes.image().dirs();
+        let now = image.unused()?;
+        let is_more = |now: u64, before: u64, takes: u64| now > before.saturating_add(takes / 16);
+        Ok(require_room(layer, image).is_ok()
+            && (is_more(now.bytes, before.bytes, layer.size_bytes)
+                || is_more(now.inodes, before.inodes, layer.inodes)))
+    }
+
+    fn move_home(&mut self, layer: &UnmovedLayer) -> Option<Moved> {
+        let begun = Instant::now();
+        let unused = self.relocator.volumes.image().dirs().unused();
+        let name = Quoted(&layer.name);
+        let moved = self.relocator.relocate_and_delete(layer.id);
+        match &moved {
+            Ok(Moved::Home(bytes)) => {
+                let mut moves = lock(&self.relocator.moves);
+                moves.layers += 1;
+                moves.bytes += bytes;
+                drop(moves);
+                log::info!(
+                    "layer {name} is home: {bytes} bytes copied in {:.1} s",
+                    begun.elapsed().as_secs_f64()
+                );
+            }
+            Ok(Moved::InUse) => {}
+            Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
+            Err(error) => match error.kind() {
+                ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
+                ErrorKind::ResourceExhausted => {
+                    lock(&self.relocator.moves).failures += 1;
+                    self.without_room
+                        .insert(layer.id, unused.unwrap_or_default());
+                    log::warn!(
+                        "layer {name} stays on the writable volume until something on the image \
+                         volume is removed: {}",
+                        error.chain()
+                    );
+                }
+                _ => {
+                    lock(&self.relocator.moves).failures += 1;
+                    self.unmovable.insert(layer.id);
+                    log::error!(
+                        "layer {name} stays on the writable volume until the next start: {}",
+                        error.chain()
+                    );
+                }
+            },
+        }
+        moved.ok()
+    }
+
+    fn say_put_off(&mut self, layer: &UnmovedLayer, why: &str) {
+        if self.put_off.insert(layer.id) {
+            log::debug!("layer {} is put off: {why}", Quoted(&layer.name));
+        }
+    }
+
+    /// Waits until it is time to look again. `false` after [`Relocator::stop`].
+    fn wait(&mut self, next: Option<Duration>) -> bool {
+        let deadline = next.map(|wait| Instant::now() + wait);
+        let is_idle = |news: &News| !news.is_any;
+        let news = &self.relocator.news;
+        let Some(news) = news.wait_until(deadline, is_idle, std::mem::take) else {
+            return false;
+        };
+        if news.has_room && !self.without_room.is_empty() {
+            // ext4 gives the blocks of deleted files back with its next journal
+            // commit, and only then are they room for anything else.
+            let image = self.relocator.volumes.image().dirs();
+            if let Err(error) = self.relocator.flusher.flush(image, Volume::Image) {
+                log::warn!("{}", error.chain());
+            }
+        }
+        true
+    }
+}
