@@ -9,6 +9,7 @@
 
 mod by_hand;
 mod commit;
+mod elsewhere;
 mod flusher;
 mod host_dirs;
 mod in_use;
@@ -183,7 +184,9 @@ impl Snapshotter {
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || -> Result<Snapshot> {
             let changes = labels::plan_update(mask, given)?;
-            self.check_lowers_after(key, &changes)?;
+            self.options
+                .lowers
+                .check(&self.lowers_to_check(key, &changes)?)?;
             let mut transaction = self.store.write()?;
             let before = transaction.stat(key)?;
             let after = transaction.update(key, changes)?;
