@@ -274,7 +274,7 @@ fn a_disk_that_hangs() {
     let mounts = client.mounts("web").unwrap();
     let frozen = split.writable.freeze();
     let waiting: Vec<_> = (0..40)
-        .map(|number| client.begin_prepare(&format!("new-{number}"), "init"))
+        .map(|number| client.begin_prepare(&format!("new-{number}"), "init", &[]))
         .collect();
     let another = split.client();
     for _ in 0..100 {
