@@ -25,7 +25,7 @@ use crate::mount::mountinfo::{self, Mounted};
 use crate::types::Quoted;
 use location::{Place, Position, open_kept};
 pub use parse::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
-use walk::{Reached, Start, path_of};
+use walk::{MAX_DEPTH, Reached, Start, path_of, too_deep};
 
 /// Which directories may be used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -145,10 +145,16 @@ impl Policy {
         let surroundings = Surroundings::look(&self.kept_apart)?;
         let mut starts = Starts::new(&self.allowed);
         let mut taken = Taken::default();
+        let mut missing = 0;
         let mut found = Vec::new();
         for path in paths {
             let using = || format!("use the host directory {}", Quoted(path));
             let (number, mut there) = starts.reach(path).context(using)?;
+            // Each of them is held open until the request is done.
+            missing += there.missing.len();
+            if missing > MAX_DEPTH {
+                return Err(too_deep().while_doing(using()));
+            }
             // A directory that is to be created may be in one that also holds our own.
             let clashes = match there.missing.is_empty() {
                 true => Position::overlaps,

@@ -7,7 +7,8 @@
 //! gRPC's poll thread serves all connections, so nothing that may wait for a
 //! disk runs on it: requests go to a pool of workers, all but Stat, which reads
 //! the database only, most of which is in memory, and Mounts where that is all
-//! it takes. Messages are decoded by ourselves,
+//! it takes. What may wait for something else than our own disks has threads of its own.
+//! Messages are decoded by ourselves,
 //! not by the library: so a bad one is an InvalidArgument that says so, and a
 //! panic, wherever in a request, is answered Internal and ends nothing.
 

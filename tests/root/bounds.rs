@@ -1,5 +1,5 @@
-//! What a container, a removal or somebody else's disk can make large or slow, and what
-//! goes on meanwhile.
+//! What a container, a removal or a disk that does not answer can make large or slow, and
+//! what goes on meanwhile.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
