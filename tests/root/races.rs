@@ -9,6 +9,7 @@ use grpcio::RpcStatusCode;
 use registered::registered;
 
 use crate::content::layer;
+use crate::rescue::Target;
 use crate::support::client::{Client, Refusal};
 use crate::support::daemon::{BINARY, Split, is_empty};
 use crate::support::mounted::Mounted;
@@ -123,7 +124,7 @@ fn a_mount_by_hand_meets_the_start_of_a_container() {
     layer(&client, "base", "", |_| ());
     // containerd has asked, and is about to mount.
     let mounts = client.prepare("web", "base", &[]).unwrap();
-    let target = tempfile::tempdir().unwrap();
+    let target = Target::new();
     let is_mounted = || {
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         mounts.contains(&format!(" {} ", target.path().display()))
