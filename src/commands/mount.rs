@@ -61,6 +61,13 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     };
     stack.mount(&target, &path)?;
     drop(lock);
+    if rescue.own.is_some()
+        && let Err(error) = snapshotter.require_mounted_once(&rescue, &path)
+    {
+        unmount(&path, UnmountFlags::NOFOLLOW)
+            .map_err(|errno| cannot("unmount", &options.target, errno.into()))?;
+        return Err(error);
+    }
     let kind = match rescue.kind {
         Kind::Committed => "layer",
         Kind::Active => "snapshot",

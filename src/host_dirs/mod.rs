@@ -25,7 +25,7 @@ use crate::mount::mountinfo::{self, Mounted};
 use crate::types::Quoted;
 use location::{Place, Position, open_kept};
 pub use parse::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
-use walk::{Reached, Start, path_of};
+use walk::{MAX_DEPTH, Reached, Start, path_of, too_deep};
 
 /// Which directories may be used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,7 +109,7 @@ impl Policy {
             let using = || format!("use the host directory {}", Quoted(path));
             let directory = create_missing(reached, &mut found.created).context(using)?;
             // Once more, as it may have been moved since the walk.
-            if !starts[start].holds(&directory)? || is_removed(&directory)? {
+            if !starts.holds(start, &directory)? || is_removed(&directory)? {
                 return Err(Error::new(
                     ErrorKind::Unavailable,
                     "it was moved or removed meanwhile: try again",
@@ -128,7 +128,7 @@ impl Policy {
         Ok(found)
     }
 
-    fn find(&self, paths: &[String]) -> Result<Found> {
+    fn find(&self, paths: &[String]) -> Result<Found<'_>> {
         if self.allowed.is_empty() {
             return Err(Error::invalid(format!(
                 "host directories are asked for ({}), and none are allowed: start the daemon \
@@ -143,46 +143,18 @@ impl Policy {
             )));
         }
         let surroundings = Surroundings::look(&self.kept_apart)?;
-        let mut starts = Vec::new();
-        let mut absent = Vec::new();
-        for prefix in &self.allowed {
-            match Start::open(prefix) {
-                Ok(start) => starts.push(start),
-                Err(error) => absent.push((prefix, error)),
-            }
-        }
+        let mut starts = Starts::new(&self.allowed);
         let mut taken = Taken::default();
+        let mut missing = 0;
         let mut found = Vec::new();
         for path in paths {
             let using = || format!("use the host directory {}", Quoted(path));
-            let mut refusal = None;
-            let mut reached = None;
-            for (number, start) in starts.iter().enumerate() {
-                match start.strip(path).map(|rest| start.walk(rest)) {
-                    None => {}
-                    Some(Ok(there)) => {
-                        reached = Some((number, there));
-                        break;
-                    }
-                    Some(Err(error)) => refusal = Some(error),
-                }
+            let (number, mut there) = starts.reach(path).context(using)?;
+            // Each of them is held open until the request is done.
+            missing += there.missing.len();
+            if missing > MAX_DEPTH {
+                return Err(too_deep().while_doing(using()));
             }
-            let Some((number, mut there)) = reached else {
-                // An allowed directory that is not there may be what is meant.
-                let missing = || {
-                    let at = absent
-                        .iter()
-                        .position(|(prefix, _)| strip_prefix(path, prefix).is_some())?;
-                    Some(absent.swap_remove(at).1)
-                };
-                let error = refusal.or_else(missing).unwrap_or_else(|| {
-                    Error::invalid(format!(
-                        "it is not beneath what --allow-lower names: {}",
-                        self.allowed.join(", ")
-                    ))
-                });
-                return Err(error.while_doing(using()));
-            };
             // A directory that is to be created may be in one that also holds our own.
             let clashes = match there.missing.is_empty() {
                 true => Position::overlaps,
@@ -204,11 +176,71 @@ impl Policy {
 }
 
 /// What a first look has found; nothing is created yet.
-struct Found {
-    starts: Vec<Start>,
+struct Found<'a> {
+    starts: Starts<'a>,
     /// For each path, beneath which of the starts it is, and how far it is there.
     reached: Vec<(usize, Reached)>,
     surroundings: Surroundings,
+}
+
+/// The allowed directories, each opened when a path first asks for it: one of them may be
+/// on a server that does not answer, which is no matter for those who use another.
+struct Starts<'a> {
+    allowed: &'a [String],
+    opened: Vec<Option<Result<Start>>>,
+}
+
+impl<'a> Starts<'a> {
+    fn new(allowed: &'a [String]) -> Starts<'a> {
+        Starts {
+            allowed,
+            opened: allowed.iter().map(|_| None).collect(),
+        }
+    }
+
+    /// Walks to a path from the first allowed directory that leads to it, and returns
+    /// the number of that. Those that do not begin as the path does are tried last: one may
+    /// do so once links are followed.
+    fn reach(&mut self, path: &str) -> Result<(usize, Reached)> {
+        let is_named = |prefix: &String| strip_prefix(path, prefix).is_some();
+        let (named, others): (Vec<_>, Vec<_>) =
+            (0..self.allowed.len()).partition(|number| is_named(&self.allowed[*number]));
+        let mut refusal = None;
+        for (number, is_named) in named
+            .into_iter()
+            .map(|number| (number, true))
+            .chain(others.into_iter().map(|number| (number, false)))
+        {
+            let prefix = &self.allowed[number];
+            match self.opened[number].get_or_insert_with(|| Start::open(prefix)) {
+                Ok(start) => match start.strip(path).map(|rest| start.walk(rest)) {
+                    None => {}
+                    Some(Ok(there)) => return Ok((number, there)),
+                    Some(Err(error)) => refusal = Some(error),
+                },
+                // It may be what is meant.
+                Err(error) if is_named => {
+                    refusal.get_or_insert(Error::new(error.kind(), error.chain()));
+                }
+                Err(_) => {}
+            }
+        }
+        Err(refusal.unwrap_or_else(|| {
+            Error::invalid(format!(
+                "it is not beneath what --allow-lower names: {}",
+                self.allowed.join(", ")
+            ))
+        }))
+    }
+
+    /// Whether an opened directory is, at this moment, the allowed one of that number or
+    /// beneath it.
+    fn holds(&self, number: usize, fd: impl AsFd) -> Result<bool> {
+        match &self.opened[number] {
+            Some(Ok(start)) => start.holds(fd),
+            _ => Ok(false),
+        }
+    }
 }
 
 /// The directories of one request so far.
@@ -375,6 +407,26 @@ mod tests {
         // A link to what is missing beneath is followed as any other.
         ask(&policy, dir.path(), &["allowed/dangling/x"]).unwrap();
         assert!(allowed.join("nothing/x").is_dir());
+    }
+
+    #[test]
+    fn only_the_allowed_directory_that_a_path_begins_with_is_opened() {
+        let (dir, _) = place();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        symlink("allowed", dir.path().join("alias")).unwrap();
+        let allowed = [at("outside"), at("alias"), at("own")];
+        let opened = |path: &str| {
+            let mut starts = Starts::new(&allowed);
+            let reached = starts.reach(&at(path)).map(|(number, _)| number);
+            let opened: Vec<_> = starts.opened.iter().map(Option::is_some).collect();
+            (reached.map_err(|error| error.kind()), opened)
+        };
+        assert_eq!(opened("alias/there"), (Ok(1), vec![false, true, false]));
+        assert_eq!(opened("own/x"), (Ok(2), vec![false, false, true]));
+        // By a name that it has once links are followed.
+        assert_eq!(opened("allowed/there").0, Ok(1));
+        let refused = Err(ErrorKind::InvalidArgument);
+        assert_eq!(opened("elsewhere"), (refused, vec![true; 3]));
     }
 
     #[test]

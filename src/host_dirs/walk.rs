@@ -23,6 +23,10 @@ use crate::error::{Context, Error, Result};
 /// How many links may be followed on the way (path_resolution(7)).
 const MAX_LINKS: u32 = 40;
 
+/// How deep a directory may be beneath the allowed one: each level on the way is held
+/// open.
+pub(super) const MAX_DEPTH: usize = 64;
+
 /// An allowed directory, opened.
 pub(super) struct Start {
     /// Held for as long as a walk goes on.
@@ -86,6 +90,7 @@ impl Start {
             }
             let top = passed.last().unwrap_or(&self.fd);
             match openat(top, &*name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
+                Ok(_) if passed.len() == MAX_DEPTH => return Err(too_deep()),
                 Ok(fd) => {
                     passed.push(fd);
                     continue;
@@ -181,6 +186,13 @@ fn names_in(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> {
     path.split(|byte| *byte == b'/')
         .filter(|name| !matches!(*name, b"" | b"."))
         .map(<[u8]>::to_vec)
+}
+
+pub(super) fn too_deep() -> Error {
+    invalid(&format!(
+        "is more than {MAX_DEPTH} directories deep beneath the allowed one, or more than \
+         that many have to be created: make them first, or name others"
+    ))
 }
 
 fn leads_out() -> Error {

@@ -196,25 +196,25 @@ fn upper_of(mounted: &Mounted) -> Option<&str> {
 }
 
 /// Where an upper directory is mounted in this mount namespace, by an overlay that
-/// writes into it, or as it is; `None` if it is not. By its inode: a disk may have
-/// several paths. A bind mount counts if the directory that is bound is called `name`:
-/// others are not asked for, as one of them may be on a disk that does not answer.
-pub fn mounted_at(upper: impl AsFd, name: &CStr) -> Result<Option<PathBuf>> {
+/// writes into it, or as it is. By its inode: a disk may have several paths. A bind mount
+/// counts if the directory that is bound is called `name`: others are not asked for, as
+/// one of them may be on a disk that does not answer.
+pub fn mounts_of_upper(upper: impl AsFd, name: &CStr) -> Result<Vec<Mounted>> {
     let looking = || "look where an upper directory is mounted";
     let stat = fstat(upper).context(looking)?;
     let is_it = |path: &Path| {
         rustix::fs::stat(path)
             .is_ok_and(|found| (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino))
     };
-    let mounts = mountinfo::read()?;
-    let found = mounts.iter().find(|mounted| match upper_of(mounted) {
+    let mut mounts = mountinfo::read()?;
+    mounts.retain(|mounted| match upper_of(mounted) {
         Some(path) => is_it(Path::new(path)),
         None => {
             let bound = mounted.root.file_name().map(OsStr::as_bytes);
             bound == Some(name.to_bytes()) && is_it(&mounted.point)
         }
     });
-    Ok(found.map(|mounted| mounted.point.clone()))
+    Ok(mounts)
 }
 
 /// The first word of the device name that an overlay mounted by hand has.

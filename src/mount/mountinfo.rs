@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use rustix::fd::{AsFd, AsRawFd};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 
 /// One mount.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,10 +30,33 @@ pub struct Mounted {
 }
 
 /// All mounts, in the kernel's order.
+///
+/// # Errors
+///
+/// [`ErrorKind::Unavailable`] if they change all the time.
 pub fn read() -> Result<Vec<Mounted>> {
     let path = "/proc/self/mountinfo";
-    let text = fs::read(path).context(|| format!("read {path}"))?;
-    Ok(parse(&text))
+    read_until_settled(|| fs::read(path).context(|| format!("read {path}")))
+        .map(|text| parse(&text))
+}
+
+/// Reads until two readings are the same. The kernel writes the list piece by piece, and
+/// before Linux 5.8 a mount that goes away meanwhile takes the next one out of the reading:
+/// what is mounted would look as if it were not, and be moved or deleted.
+fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
+    const MOST: u32 = 100;
+    let mut last = read()?;
+    for _ in 1..MOST {
+        let next = read()?;
+        if next == last {
+            return Ok(next);
+        }
+        last = next;
+    }
+    Err(Error::new(
+        ErrorKind::Unavailable,
+        format!("what is mounted has changed {MOST} times while it was read: try again"),
+    ))
 }
 
 /// The mount that an open file is on; `None` if it has gone since `mounts` were
@@ -132,6 +155,23 @@ mod tests {
         assert_eq!(second.point, PathBuf::from("/cache\\x"));
         assert_eq!(second.file_system, "xfs");
         assert_eq!(unescape(b"a\\134b\\"), b"a\\b\\");
+    }
+
+    #[test]
+    fn a_reading_counts_once_the_next_one_is_the_same() {
+        let settled = |readings: &[&str]| {
+            let mut readings = readings.iter().map(|text| text.as_bytes().to_vec());
+            read_until_settled(|| Ok(readings.next().unwrap())).unwrap()
+        };
+        assert_eq!(settled(&["a b", "a b"]), b"a b");
+        // The second reading has missed "b", because "a" went away.
+        assert_eq!(settled(&["a b c", "c", "b c", "b c"]), b"b c");
+        let mut count = 0;
+        let error = read_until_settled(|| {
+            count += 1;
+            Ok(vec![count])
+        });
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::Unavailable);
     }
 
     #[test]

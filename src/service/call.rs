@@ -23,22 +23,35 @@ use crate::snapshotter::{Caller, Snapshotter};
 use crate::util::lock::lock;
 
 /// What the client gets: an encoded message, several of them, or an error.
-type Answer<T> = std::result::Result<T, RpcStatus>;
+pub(super) type Answer<T> = std::result::Result<T, RpcStatus>;
 
 /// The encoded messages of a stream.
 pub(super) type Pages = Vec<Vec<u8>>;
 
-/// Answers a request without waiting for anything, or returns `None` if something may
-/// have to be waited for.
-pub(super) type AtOnce<Q, A> = fn(&Snapshotter, Q) -> Result<Option<A>>;
+/// How a request begins, before anything is waited for.
+pub(super) enum Begun<A> {
+    /// It is answered already.
+    Answered(A),
+    /// It needs a thread for work of this kind.
+    Needs(Work),
+}
 
-/// Registers a method with one answer. Where `at_once` has no answer, `operation` runs
-/// on a worker.
+/// How requests of a method begin.
+#[derive(Clone)]
+pub(super) enum Beginning<Q, A> {
+    /// All need a thread for work of the same kind.
+    Always(Work),
+    /// It depends on the request. Waits for no disk other than the database's.
+    Asked(fn(&Snapshotter, Q) -> Result<Begun<A>>),
+}
+
+/// Registers a method with one answer. Where the beginning has no answer, `operation`
+/// runs on a thread that may wait.
 pub(super) fn unary<Q: Message, A: Message>(
     builder: ServiceBuilder,
     service: &Arc<Service>,
-    (method, work): (Method, Work),
-    at_once: Option<AtOnce<Q, A>>,
+    method: Method,
+    beginning: Beginning<Q, A>,
     operation: fn(&Snapshotter, Q) -> Result<A>,
 ) -> ServiceBuilder {
     let service = Arc::clone(service);
@@ -48,25 +61,30 @@ pub(super) fn unary<Q: Message, A: Message>(
             Ok(running) => running,
             Err(status) => return context.spawn(ended(respond(sink, Err(status)))),
         };
-        let tried = call.run(|| {
-            let found = match at_once {
-                Some(at_once) => at_once(&service.snapshotter, decode(&request)?)?,
-                None => None,
-            };
-            found.as_ref().map(encode).transpose()
+        let begun = call.run(|| match beginning {
+            Beginning::Always(work) => Ok(Begun::Needs(work)),
+            Beginning::Asked(begin) => Ok(match begin(&service.snapshotter, decode(&request)?)? {
+                Begun::Answered(response) => Begun::Answered(encode(&response)?),
+                Begun::Needs(work) => Begun::Needs(work),
+            }),
         });
-        if let Some(result) = tried.transpose() {
-            let answer = call.settle(&service.metrics, result);
-            return context.spawn(ended(respond(sink, answer)));
-        }
-        let answering = Arc::clone(&service);
-        service.pool.submit(running, work, move || {
-            let answer = call.answer(&answering.metrics, || {
-                encode(&operation(&answering.snapshotter, decode(&request)?)?)
-            });
-            // Sent from here: the poll thread would send it two wakes later.
-            answering.sending.keep(respond(sink, answer));
-        });
+        let result = match begun {
+            Ok(Begun::Needs(work)) => {
+                let answering = Arc::clone(&service);
+                return service.pool.submit(running, work, move |turn| {
+                    let answer = call.answer(&answering.metrics, || {
+                        turn?;
+                        encode(&operation(&answering.snapshotter, decode(&request)?)?)
+                    });
+                    // Sent from here: the poll thread would send it two wakes later.
+                    answering.sending.keep(respond(sink, answer));
+                });
+            }
+            Ok(Begun::Answered(response)) => Ok(response),
+            Err(error) => Err(error),
+        };
+        let answer = call.settle(&service.metrics, result);
+        context.spawn(ended(respond(sink, answer)));
     };
     builder.add_unary_handler(&method.on_wire(MethodType::Unary), handler)
 }
@@ -82,41 +100,54 @@ pub(super) fn stream(
 ) -> ServiceBuilder {
     let service = Arc::clone(service);
     let handler =
-        move |context: RpcContext<'_>, request: Vec<u8>, mut sink: ServerStreamingSink<Vec<u8>>| {
+        move |context: RpcContext<'_>, request: Vec<u8>, sink: ServerStreamingSink<Vec<u8>>| {
             let call = Call::begin(method);
             let caller = Caller::default();
-            let (sender, mut receiver) = oneshot::channel();
+            let (sender, receiver) = oneshot::channel();
             let (answering, asking) = (Arc::clone(&service), caller.clone());
             let submitted = service.pool.admit().map(|running| {
-                service.pool.submit(running, work, move || {
+                service.pool.submit(running, work, move |turn| {
                     let _ = sender.send(call.answer(&answering.metrics, || {
+                        turn?;
                         operation(&answering.snapshotter, &request, &asking)
                     }));
                 });
+                receiver
             });
-            context.spawn(async move {
-                let answer = match submitted {
-                    Err(status) => Err(status),
-                    Ok(()) => match while_wanted(&mut receiver, &mut sink).await {
-                        Some(answer) => answer,
-                        None => return caller.leave(),
-                    },
-                };
-                // A client that has hung up is no concern of ours.
-                let _ = match answer {
-                    Err(status) => sink.fail(status).await,
-                    Ok(pages) => {
-                        for page in pages {
-                            if sink.send((page, WriteFlags::default())).await.is_err() {
-                                return;
-                            }
-                        }
-                        sink.close().await
-                    }
-                };
-            });
+            answer_later(&context, sink, submitted, caller);
         };
     builder.add_server_streaming_handler(&method.on_wire(MethodType::ServerStreaming), handler)
+}
+
+/// Sends the answer once it is received, or has `caller` leave if the client goes
+/// before.
+pub(super) fn answer_later(
+    context: &RpcContext<'_>,
+    mut sink: ServerStreamingSink<Vec<u8>>,
+    submitted: std::result::Result<Receiver<Answer<Pages>>, RpcStatus>,
+    caller: Caller,
+) {
+    context.spawn(async move {
+        let answer = match submitted {
+            Err(status) => Err(status),
+            Ok(mut receiver) => match while_wanted(&mut receiver, &mut sink).await {
+                Some(answer) => answer,
+                None => return caller.leave(),
+            },
+        };
+        // A client that has hung up is no concern of ours.
+        let _ = match answer {
+            Err(status) => sink.fail(status).await,
+            Ok(pages) => {
+                for page in pages {
+                    if sink.send((page, WriteFlags::default())).await.is_err() {
+                        return;
+                    }
+                }
+                sink.close().await
+            }
+        };
+    });
 }
 
 /// Waits for the answer of a worker. `None` once the client has gone, or its deadline
@@ -169,13 +200,13 @@ impl PendingAnswers {
 
 /// A request that has arrived.
 #[derive(Clone, Copy)]
-struct Call {
+pub(super) struct Call {
     method: Method,
     begun: Instant,
 }
 
 impl Call {
-    fn begin(method: Method) -> Call {
+    pub(super) fn begin(method: Method) -> Call {
         Call {
             method,
             begun: Instant::now(),
@@ -189,7 +220,7 @@ impl Call {
 
     /// Turns a panic into an error. What a panic leaves behind is made sound by its
     /// owners: the store rolls back, new directories go to the trash.
-    fn run<T>(self, operation: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(super) fn run<T>(self, operation: impl FnOnce() -> Result<T>) -> Result<T> {
         catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
             // The panic itself has been printed with its place by then.
             let name = self.method.name();
@@ -199,7 +230,7 @@ impl Call {
     }
 
     /// Counts and logs a request that has ended.
-    fn settle<T>(self, metrics: &Metrics, result: Result<T>) -> Answer<T> {
+    pub(super) fn settle<T>(self, metrics: &Metrics, result: Result<T>) -> Answer<T> {
         let (name, lasted) = (self.method.name(), self.begun.elapsed());
         let failure = result.as_ref().err().map(Error::kind);
         metrics.record(self.method, failure, lasted);

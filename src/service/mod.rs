@@ -7,11 +7,13 @@
 //! gRPC's poll thread serves all connections, so nothing that may wait for a
 //! disk runs on it: requests go to a pool of workers, all but Stat, which reads
 //! the database only, most of which is in memory, and Mounts where that is all
-//! it takes. Messages are decoded by ourselves,
+//! it takes. What may wait for something else than our own disks has threads of its own.
+//! Messages are decoded by ourselves,
 //! not by the library: so a bad one is an InvalidArgument that says so, and a
 //! panic, wherever in a request, is answered Internal and ends nothing.
 
 mod call;
+mod cleanup;
 mod convert;
 mod method;
 mod metrics;
@@ -27,11 +29,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::proto::snapshots as api;
 use crate::snapshotter::{Caller, Snapshotter};
 use crate::types::Mount;
-use call::{Pages, PendingAnswers, stream, unary};
+use call::Beginning::{Always, Asked};
+use call::{Begun, Pages, PendingAnswers, stream, unary};
+use cleanup::Cleanups;
 use method::Method;
 pub use metrics::Metrics;
 pub use pool::Pool;
-use pool::Work::{Brief, Long};
+use pool::Work::{Brief, Elsewhere, Long};
 
 /// What requests are answered with.
 pub struct Service {
@@ -42,6 +46,7 @@ pub struct Service {
     /// Counts them.
     pub metrics: Metrics,
     sending: PendingAnswers,
+    cleanups: Cleanups,
 }
 
 impl Service {
@@ -52,30 +57,28 @@ impl Service {
             pool,
             metrics: Metrics::default(),
             sending: PendingAnswers::default(),
+            cleanups: Cleanups::default(),
         }
     }
 }
 
 /// The service, to be registered with a gRPC server.
 pub fn build(service: &Arc<Service>) -> grpcio::Service {
+    let remove_work = match service.snapshotter.removes_at_once() {
+        true => Long,
+        false => Brief,
+    };
     let mut all = ServiceBuilder::new();
-    all = unary(all, service, (Method::Prepare, Brief), None, prepare);
-    all = unary(all, service, (Method::View, Brief), None, view);
-    let mounts_method = (Method::Mounts, Brief);
-    all = unary(all, service, mounts_method, Some(mounts_at_once), mounts);
-    all = unary(all, service, (Method::Commit, Brief), None, commit);
-    all = unary(all, service, (Method::Remove, Brief), None, remove);
-    all = unary(
-        all,
-        service,
-        (Method::Stat, Brief),
-        Some(stat_at_once),
-        stat,
-    );
-    all = unary(all, service, (Method::Update, Brief), None, update);
-    all = unary(all, service, (Method::Cleanup, Long), None, cleanup);
+    all = unary(all, service, Method::Prepare, Asked(begin_prepare), prepare);
+    all = unary(all, service, Method::View, Asked(begin_view), view);
+    all = unary(all, service, Method::Mounts, Asked(begin_mounts), mounts);
+    all = unary(all, service, Method::Commit, Always(Brief), commit);
+    all = unary(all, service, Method::Remove, Always(remove_work), remove);
+    all = unary(all, service, Method::Stat, Asked(begin_stat), stat);
+    all = unary(all, service, Method::Update, Asked(begin_update), update);
+    all = cleanup::register(all, service);
     all = stream(all, service, (Method::List, Brief), list);
-    // On the wire the same as a unary one; only a stream's sink tells when the client
+    // On the wire the same as a unary one; only a stream's sink shows that the client
     // has gone.
     all = stream(all, service, (Method::Usage, Long), usage);
     all.build()
@@ -90,6 +93,33 @@ fn prepare(
     Ok(api::PrepareSnapshotResponse {
         mounts: convert::mounts(mounts),
         ..Default::default()
+    })
+}
+
+fn begin_prepare(
+    snapshotter: &Snapshotter,
+    request: api::PrepareSnapshotRequest,
+) -> Result<Begun<api::PrepareSnapshotResponse>> {
+    let labels = request.labels.into_iter().collect();
+    snapshotter
+        .creation_waits_elsewhere(&request.parent, &labels)
+        .map(needs)
+}
+
+fn begin_view(
+    snapshotter: &Snapshotter,
+    request: api::ViewSnapshotRequest,
+) -> Result<Begun<api::ViewSnapshotResponse>> {
+    let labels = request.labels.into_iter().collect();
+    snapshotter
+        .creation_waits_elsewhere(&request.parent, &labels)
+        .map(needs)
+}
+
+fn needs<A>(waits_elsewhere: bool) -> Begun<A> {
+    Begun::Needs(match waits_elsewhere {
+        true => Elsewhere,
+        false => Brief,
     })
 }
 
@@ -109,12 +139,15 @@ fn mounts(snapshotter: &Snapshotter, request: api::MountsRequest) -> Result<api:
     snapshotter.mounts(&request.key).map(mounts_response)
 }
 
-fn mounts_at_once(
+fn begin_mounts(
     snapshotter: &Snapshotter,
     request: api::MountsRequest,
-) -> Result<Option<api::MountsResponse>> {
-    let mounts = snapshotter.mounts_at_once(&request.key)?;
-    Ok(mounts.map(mounts_response))
+) -> Result<Begun<api::MountsResponse>> {
+    let key = &request.key;
+    Ok(match snapshotter.mounts_at_once(key)? {
+        Some(mounts) => Begun::Answered(mounts_response(mounts)),
+        None => needs(snapshotter.mounts_wait_elsewhere(key)?),
+    })
 }
 
 fn mounts_response(mounts: Vec<Mount>) -> api::MountsResponse {
@@ -145,11 +178,23 @@ fn stat(
     })
 }
 
-fn stat_at_once(
+fn begin_stat(
     snapshotter: &Snapshotter,
     request: api::StatSnapshotRequest,
-) -> Result<Option<api::StatSnapshotResponse>> {
-    stat(snapshotter, request).map(Some)
+) -> Result<Begun<api::StatSnapshotResponse>> {
+    stat(snapshotter, request).map(Begun::Answered)
+}
+
+fn begin_update(
+    snapshotter: &Snapshotter,
+    request: api::UpdateSnapshotRequest,
+) -> Result<Begun<api::UpdateSnapshotResponse>> {
+    let given = request.info.unwrap_or_default();
+    let mask = request.update_mask.unwrap_or_default().paths;
+    let labels = given.labels.into_iter().collect();
+    snapshotter
+        .update_waits_elsewhere(&given.name, &mask, &labels)
+        .map(needs)
 }
 
 fn update(
@@ -176,11 +221,6 @@ fn usage(snapshotter: &Snapshotter, request: &[u8], caller: &Caller) -> Result<P
         ..Default::default()
     };
     Ok(vec![encode(&response)?])
-}
-
-fn cleanup(snapshotter: &Snapshotter, _request: api::CleanupRequest) -> Result<Empty> {
-    snapshotter.cleanup()?;
-    Ok(Empty::new())
 }
 
 /// A page of List: at most 100 snapshots (containerd

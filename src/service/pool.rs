@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use grpcio::{RpcStatus, RpcStatusCode};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::lock::lock;
 
-type Job = Box<dyn FnOnce() + Send>;
+/// Gets an error in place of its turn if it is refused.
+type Job = Box<dyn FnOnce(Result<()>) + Send>;
 
-/// How long a request may take.
+/// What a request may wait for, and how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     /// No longer than its disks let it wait.
@@ -20,7 +21,16 @@ pub enum Work {
     /// As long as a walk through a tree takes. Half of the workers are kept free of such
     /// work, where there are several: a container that starts does not wait for it.
     Long,
+    /// Something else than the snapshotter's own disks, such as a host directory on a
+    /// server that does not answer. It has threads of its own, [`MOST_ELSEWHERE`] at most.
+    Elsewhere,
 }
+
+/// How many requests may wait for something else than our own disks at the same time.
+pub const MOST_ELSEWHERE: usize = 32;
+
+/// How long a further such request waits for one of them to end, before it is refused.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A fixed number of threads that take requests in the order of their arrival.
 pub struct Pool {
@@ -47,6 +57,9 @@ struct State {
     under_way: usize,
     waiting: VecDeque<(Work, Job)>,
     long_running: usize,
+    /// Those for which there is no thread, and since when.
+    elsewhere_waiting: VecDeque<(Instant, Job)>,
+    elsewhere_running: usize,
 }
 
 /// A request under way, waiting or running; over when dropped.
@@ -92,14 +105,42 @@ impl Pool {
     }
 
     /// Hands a request that was let in to the workers; it is under way until
-    /// `job` has run.
-    pub fn submit(&self, running: Running, work: Work, job: impl FnOnce() + Send + 'static) {
-        let job = Box::new(move || {
-            job();
+    /// `job` has run. `job` gets an error, [`ErrorKind::Unavailable`], if it is refused
+    /// because too many others are waiting for something else than our own disks.
+    pub fn submit(
+        &self,
+        running: Running,
+        work: Work,
+        job: impl FnOnce(Result<()>) + Send + 'static,
+    ) {
+        let job = Box::new(move |turn: Result<()>| {
+            job(turn);
             drop(running);
         });
+        if work == Work::Elsewhere {
+            return self.submit_elsewhere(job);
+        }
         lock(&self.requests.state).waiting.push_back((work, job));
         self.requests.added.notify_one();
+    }
+
+    fn submit_elsewhere(&self, job: Job) {
+        let mut state = lock(&self.requests.state);
+        state.elsewhere_waiting.push_back((Instant::now(), job));
+        if state.elsewhere_running == MOST_ELSEWHERE {
+            drop(state);
+            // A worker refuses it in time; any of them may be busy then.
+            return self.requests.added.notify_all();
+        }
+        state.elsewhere_running += 1;
+        drop(state);
+        let requests = Arc::clone(&self.requests);
+        let thread = thread::Builder::new().name("elsewhere".to_owned());
+        if let Err(error) = thread.spawn(move || requests.work_elsewhere()) {
+            log::error!("start a thread for a request: {error}");
+            lock(&self.requests.state).elsewhere_running -= 1;
+            self.requests.added.notify_all();
+        }
     }
 
     /// Admits nothing from now on, and waits until what is under way has ended.
@@ -130,7 +171,11 @@ impl Pool {
 impl Requests {
     fn work(&self) {
         while let Some((work, job)) = self.take() {
-            job();
+            let turn = match work {
+                Work::Brief | Work::Long => Ok(()),
+                Work::Elsewhere => Err(all_wait_elsewhere()),
+            };
+            job(turn);
             if work == Work::Long {
                 // This worker looks for the next job itself.
                 lock(&self.state).long_running -= 1;
@@ -138,25 +183,66 @@ impl Requests {
         }
     }
 
-    /// Waits for a job that may begin; `None` when there will be no more.
+    /// Does requests that wait for something else than our own disks until there are no
+    /// more.
+    fn work_elsewhere(&self) {
+        let next = || {
+            let mut state = lock(&self.state);
+            let next = state.elsewhere_waiting.pop_front();
+            state.elsewhere_running -= usize::from(next.is_none());
+            next
+        };
+        while let Some((_, job)) = next() {
+            job(Ok(()));
+        }
+    }
+
+    /// Waits for a job that may begin, or for one of [`Work::Elsewhere`] that has waited
+    /// for too long; `None` when there will be no more.
     fn take(&self) -> Option<(Work, Job)> {
         let mut state = lock(&self.state);
         loop {
             let is_full = state.long_running == self.most_long;
-            let may_begin = |(work, _): &(Work, Job)| *work == Work::Brief || !is_full;
+            let may_begin = |(work, _): &(Work, Job)| *work != Work::Long || !is_full;
             if let Some(next) = state.waiting.iter().position(may_begin) {
                 let taken = state.waiting.remove(next);
                 let is_long = taken.as_ref().is_some_and(|(work, _)| *work == Work::Long);
                 state.long_running += usize::from(is_long);
                 return taken;
             }
+            let waiting = state.elsewhere_waiting.front();
+            let left = waiting.map(|(since, _)| PATIENCE.saturating_sub(since.elapsed()));
+            if left == Some(Duration::ZERO) {
+                let refused = state.elsewhere_waiting.pop_front();
+                return refused.map(|(_, job)| (Work::Elsewhere, job));
+            }
             if state.is_closed && state.under_way == 0 {
                 return None;
             }
-            let waited = self.added.wait(state);
-            state = waited.unwrap_or_else(PoisonError::into_inner);
+            state = match left {
+                None => self
+                    .added
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let waited = self.added.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
     }
+}
+
+fn all_wait_elsewhere() -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        format!(
+            "{MOST_ELSEWHERE} requests wait for host directories or for layers to be moved, and \
+             none of them has ended for {} seconds: look whether the disks and servers beneath \
+             --allow-lower answer, and try again",
+            PATIENCE.as_secs()
+        ),
+    )
 }
 
 pub(super) fn stopping() -> RpcStatus {
@@ -164,6 +250,16 @@ pub(super) fn stopping() -> RpcStatus {
         RpcStatusCode::UNAVAILABLE,
         "the snapshotter is stopping: try again when it is back".to_owned(),
     )
+}
+
+impl Running {
+    /// The same request again, for a second part of it.
+    pub fn share(&self) -> Running {
+        lock(&self.requests.state).under_way += 1;
+        Running {
+            requests: Arc::clone(&self.requests),
+        }
+    }
 }
 
 impl Drop for Running {
@@ -190,7 +286,7 @@ mod tests {
         let done = Arc::new(AtomicUsize::new(0));
         for _ in 0..20 {
             let done = Arc::clone(&done);
-            pool.submit(pool.admit().unwrap(), Work::Brief, move || {
+            pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
                 thread::sleep(Duration::from_millis(5));
                 done.fetch_add(1, Ordering::SeqCst);
             });
@@ -209,7 +305,7 @@ mod tests {
         let wait = Arc::new(Mutex::new(wait));
         for number in 0..4 {
             let (began, wait) = (began.clone(), Arc::clone(&wait));
-            pool.submit(pool.admit().unwrap(), Work::Long, move || {
+            pool.submit(pool.admit().unwrap(), Work::Long, move |_| {
                 began.send(number).unwrap();
                 let _ = lock(&wait).recv();
             });
@@ -219,7 +315,7 @@ mod tests {
         first.sort_unstable();
         assert_eq!(first, [0, 1]);
         let began_brief = began.clone();
-        pool.submit(pool.admit().unwrap(), Work::Brief, move || {
+        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
             began_brief.send(9).unwrap();
         });
         // Before the long ones that came before it.
@@ -236,7 +332,7 @@ mod tests {
         let pool = Pool::start(1).unwrap();
         let done = Arc::new(AtomicUsize::new(0));
         let counting = Arc::clone(&done);
-        pool.submit(pool.admit().unwrap(), Work::Long, move || {
+        pool.submit(pool.admit().unwrap(), Work::Long, move |_| {
             counting.fetch_add(1, Ordering::SeqCst);
         });
         assert!(pool.close(Duration::from_secs(60)));
@@ -247,11 +343,43 @@ mod tests {
     fn a_stop_does_not_wait_for_ever() {
         let pool = Pool::start(1).unwrap();
         let (release, wait) = channel::<()>();
-        pool.submit(pool.admit().unwrap(), Work::Brief, move || {
+        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
             let _ = wait.recv();
         });
         assert!(!pool.close(Duration::from_millis(20)));
         drop(release);
+        assert!(pool.close(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn what_waits_elsewhere_keeps_no_worker_and_is_refused_beyond_a_bound() {
+        let pool = Pool::start(1).unwrap();
+        let (began, beginnings) = channel();
+        let (release, wait) = channel::<()>();
+        let wait = Arc::new(Mutex::new(wait));
+        for _ in 0..MOST_ELSEWHERE + 1 {
+            let (began, wait) = (began.clone(), Arc::clone(&wait));
+            pool.submit(pool.admit().unwrap(), Work::Elsewhere, move |turn| {
+                began.send(turn.map_err(|error| error.kind())).unwrap();
+                let _ = lock(&wait).recv();
+            });
+        }
+        let next = || beginnings.recv_timeout(Duration::from_secs(60)).unwrap();
+        for _ in 0..MOST_ELSEWHERE {
+            assert_eq!(next(), Ok(()));
+        }
+        let brief = began.clone();
+        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+            brief.send(Ok(())).unwrap();
+        });
+        assert_eq!(next(), Ok(()));
+        assert_eq!(next(), Err(ErrorKind::Unavailable));
+        drop(release);
+        let after = began.clone();
+        pool.submit(pool.admit().unwrap(), Work::Elsewhere, move |turn| {
+            after.send(turn.map_err(|error| error.kind())).unwrap();
+        });
+        assert_eq!(next(), Ok(()));
         assert!(pool.close(Duration::from_secs(60)));
     }
 }

@@ -1,10 +1,14 @@
 //! A snapshot as a person mounts it, without containerd: to look into, or to
 //! rescue from.
 
+use std::path::Path;
+use std::time::Duration;
+
 use rustix::fd::AsFd;
 
 use super::{Snapshotter, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mount::mountinfo::Mounted;
 use crate::mount::{self, ByHand};
 use crate::store::Snapshot;
 use crate::types::{Kind, Quoted, SnapshotId, SnapshotPaths, Volume};
@@ -69,7 +73,7 @@ impl Snapshotter {
             let upper = self.volumes.open(volume)?.open_upper(snapshot.id)?;
             if is_written_to {
                 self.volumes.image().mark_mounted_by_hand(snapshot.id)?;
-                require_unmounted(upper, snapshot.id)?;
+                require_unmounted(upper, snapshot.id, None)?;
             }
         }
         for layer in &ancestors {
@@ -97,6 +101,34 @@ impl Snapshotter {
             options: self.overlay_options(snapshot.volume, &ancestors, false),
             key: snapshot.info.name,
         })
+    }
+
+    /// Refuses a snapshot that a person has just mounted at `point` to write to it, and
+    /// that is mounted elsewhere too, now or within a second: containerd may have asked
+    /// for its mounts before [`Snapshotter::mounts`] began to refuse, and mount later.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] saying where it is mounted.
+    pub fn require_mounted_once(&self, rescue: &Rescue, point: &Path) -> Result<()> {
+        const LOOKS: u32 = 10;
+        const BETWEEN: Duration = Duration::from_millis(100);
+        let Some(volume) = self
+            .store
+            .read()?
+            .place(rescue.id)?
+            .and_then(|place| place.volume)
+        else {
+            return Ok(());
+        };
+        let upper = self.volumes.open(volume)?.open_upper(rescue.id)?;
+        for look in 0..LOOKS {
+            if look > 0 {
+                std::thread::sleep(BETWEEN);
+            }
+            require_unmounted(&upper, rescue.id, Some(point))?;
+        }
+        Ok(())
     }
 
     /// The device name for the overlay of a snapshot that a person mounts.
@@ -156,13 +188,17 @@ impl Snapshotter {
 }
 
 /// Two overlays on one upper directory damage what is in it
-/// (Documentation/filesystems/overlayfs.rst, "Sharing and copying layers").
-fn require_unmounted(upper: impl AsFd, id: SnapshotId) -> Result<()> {
-    match mount::mounted_at(upper, UPPER)? {
+/// (Documentation/filesystems/overlayfs.rst, "Sharing and copying layers"). The overlay
+/// that is mounted at `own` is left out, wherever else it is shown.
+fn require_unmounted(upper: impl AsFd, id: SnapshotId, own: Option<&Path>) -> Result<()> {
+    let mounts = mount::mounts_of_upper(upper, UPPER)?;
+    let own = mounts.iter().rfind(|mounted| Some(&*mounted.point) == own);
+    let is_own = |mounted: &Mounted| own.is_some_and(|own| own.device == mounted.device);
+    match mounts.iter().find(|mounted| !is_own(mounted)) {
         None => Ok(()),
-        Some(point) => Err(Error::refused(format!(
+        Some(mounted) => Err(Error::refused(format!(
             "snapshot {id} is mounted already, at {}: stop its container, or give --read-only",
-            point.display()
+            mounted.point.display()
         ))),
     }
 }

@@ -99,14 +99,14 @@ impl Snapshotter {
         recorded.map_or(Ok(Vec::new()), |paths| parse_paths(&paths))
     }
 
-    /// Refuses an Update that would leave the snapshot unmountable. Only labels that
-    /// affect host directories are checked, so unrelated labels can still change after
-    /// those directories have disappeared.
-    pub(super) fn check_lowers_after(
+    /// The host directories that an Update must find, so that it does not leave the
+    /// snapshot unmountable. Only labels that affect host directories are looked at, so
+    /// unrelated labels can still change after those directories have disappeared.
+    pub(super) fn lowers_to_check(
         &self,
         snapshot: Snapshot,
         changes: &[LabelChange],
-    ) -> Result<()> {
+    ) -> Result<Vec<String>> {
         let mut info = snapshot.info;
         self.leave_out_ignored(&mut info);
         let before = info.labels.clone();
@@ -117,16 +117,16 @@ impl Snapshotter {
         let is_same = |label: &&str| labels.get(*label) == before.get(*label);
         let watched = [LABEL_LOWERS, LABEL_UID_MAPPING, LABEL_GID_MAPPING];
         if info.kind == Kind::Committed || watched.iter().all(is_same) {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut wanted = WantedHostDirs::by_label(labels)?;
         wanted.chosen = self.chosen_lowers(snapshot.id)?;
         if wanted == WantedHostDirs::default() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         wanted.require_plain_ids(IdMaps::from_labels(labels)?.as_ref())?;
         // Those chosen may not be allowed any more: no reason to keep a label.
-        self.options.lowers.check(&wanted.labelled)
+        Ok(wanted.labelled)
     }
 
     /// Removes the links of a snapshot that is gone, or is a layer now.

@@ -12,6 +12,7 @@
 
 mod by_hand;
 mod commit;
+mod elsewhere;
 mod first_layers;
 mod flusher;
 mod host_dirs;
@@ -182,12 +183,14 @@ impl Snapshotter {
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || -> Result<Snapshot> {
             let mut changes = labels::plan_update(mask, given)?;
-            let _claim = self.claim(key)?;
-            let before = self.store.read()?.stat(key)?;
-            let source = LabelSource::of_stored(&before.info, self.options.pod_labels);
+            let snapshot = self.store.read()?.stat(key)?;
+            let source = LabelSource::of_stored(&snapshot.info, self.options.pod_labels);
             let ignored = source.take_ignored_changes(&mut changes)?;
             self.ignored_labels.note(source, key, &ignored);
-            self.check_lowers_after(before.clone(), &changes)?;
+            let lowers = self.lowers_to_check(snapshot, &changes)?;
+            self.options.lowers.check(&lowers)?;
+            let _claim = self.claim(key)?;
+            let before = self.store.read()?.stat(key)?;
             let mut after = before.clone();
             for change in &changes {
                 change.clone().apply(&mut after.info.labels);

@@ -23,7 +23,7 @@ pub(super) struct Mounted<'a> {
 }
 
 /// What the database says of one that is there already.
-struct Stored {
+pub(super) struct Stored {
     snapshot: Snapshot,
     ancestors: Vec<Ancestor>,
     /// Host directories, as [`crate::store::Rows::chosen_lowers`] has them.
@@ -39,7 +39,7 @@ impl Stored {
         self.snapshot.volume == Some(Volume::Writable) || stand_on_writable(&self.ancestors)
     }
 
-    fn may_have_host_directories(&self) -> bool {
+    pub(super) fn may_have_host_directories(&self) -> bool {
         self.chosen.is_some() || self.snapshot.info.labels.contains_key(LABEL_LOWERS)
     }
 }
@@ -101,7 +101,7 @@ impl Snapshotter {
         Ok(is_ready.then(|| self.stored_mounts(&stored, &[], &[])))
     }
 
-    fn stored(&self, key: &str) -> Result<Stored> {
+    pub(super) fn stored(&self, key: &str) -> Result<Stored> {
         let reader = self.store.read()?;
         reader.at_one_moment(|| {
             let mut snapshot = reader.stat(key)?;

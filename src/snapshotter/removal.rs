@@ -28,39 +28,40 @@ impl Snapshotter {
 
         // The snapshot is gone by now, so what fails here must not be told as
         // if it were not: its bytes are found again by Cleanup.
-        if let Some(volume) = removed.volume
-            && let Err(error) = self.trash_removed(removed.id, volume)
-        {
-            self.trash.note_stray(volume);
-            log::warn!(
-                "remove the directory of snapshot {}: {}",
-                removed.id,
-                error.chain()
-            );
+        let own = removed.volume.map(|volume| (volume, removed.id));
+        let left = released.iter().map(|layer| (Volume::Writable, *layer));
+        for (volume, id) in own.into_iter().chain(left) {
+            let trashed = self.volumes.open(volume).and_then(|dirs| {
+                if let Some(name) = dirs.trash(id)?
+                    && self.options.removes_at_once
+                {
+                    self.trash.delete(&dirs, &name);
+                }
+                self.trash.note_trashed(id, volume);
+                Ok(())
+            });
+            if let Err(error) = trashed {
+                self.trash.note_stray(volume);
+                log::warn!(
+                    "remove snapshots/{id} from the {volume} volume: {}",
+                    error.chain()
+                );
+            }
         }
         if removed.is_unmoved() {
             self.links.remove(removed.id);
         }
-        for layer in released {
-            let writable = self.volumes.open(Volume::Writable);
-            match writable.and_then(|dirs| dirs.trash(layer)) {
-                Ok(_) => self.trash.note_trashed(layer, Volume::Writable),
-                Err(error) => {
-                    self.trash.note_stray(Volume::Writable);
-                    log::warn!("remove what layer {layer} has left: {}", error.chain());
-                }
-            }
-        }
-        // Whoever empties the trash may wait for claims.
         drop(claim);
         if self.options.removes_at_once {
-            for volume in [Volume::Image, Volume::Writable] {
-                self.trash.try_to_empty(volume);
-            }
             self.relocator.note_room();
         }
         self.relocator.note_end();
         Ok(())
+    }
+
+    /// Whether [`Snapshotter::remove`] deletes files, which can take long.
+    pub fn removes_at_once(&self) -> bool {
+        self.options.removes_at_once
     }
 
     /// Removes the row; returns what it was, and the layers whose old directory
@@ -106,12 +107,6 @@ impl Snapshotter {
             Some(held) => transaction.release_retired(&held)?,
         };
         Ok((removed, released))
-    }
-
-    fn trash_removed(&self, id: SnapshotId, volume: Volume) -> Result<()> {
-        self.volumes.open(volume)?.trash(id)?;
-        self.trash.note_trashed(id, volume);
-        Ok(())
     }
 
     /// Gives back the space of everything removed before this call.

@@ -106,9 +106,16 @@ impl Trash {
         emptied
     }
 
-    /// As [`Trash::empty`], after something that is done whatever becomes of this.
-    pub(super) fn try_to_empty(&self, volume: Volume) {
-        if let Err(error) = self.empty(volume) {
+    /// Deletes what has just been moved to the trash of a volume under this name, and
+    /// nothing else: no other caller waits for it. What cannot be deleted stays there
+    /// for the next Cleanup.
+    pub(super) fn delete(&self, dirs: &Dirs, name: &str) {
+        let deleted = dirs
+            .trash_fd()
+            .and_then(|trash| tree::remove_entry(trash, name))
+            .context(|| format!("delete from the trash of {}", dirs.path()))
+            .and_then(|()| self.projects.free_unused());
+        if let Err(error) = deleted {
             log::warn!("{}", error.chain());
         }
     }

@@ -20,8 +20,10 @@ pub struct UnmovedLayer {
     pub name: String,
     /// When it was committed.
     pub committed: Timestamp,
-    /// What it holds, in bytes.
+    /// What it takes, in bytes.
     pub size_bytes: u64,
+    /// And in inodes.
+    pub inodes: u64,
 }
 
 /// A directory on the writable volume that a layer has left.
@@ -86,7 +88,7 @@ impl Rows {
 
     /// The layers that have not moved to the image volume, in the order of their commits.
     pub fn away(&self) -> Result<Vec<UnmovedLayer>> {
-        let sql = "SELECT id, name, created_ns, size_bytes FROM snapshot
+        let sql = "SELECT id, name, created_ns, size_bytes, inodes FROM snapshot
              WHERE kind = 3 AND volume = 1 ORDER BY created_ns, id";
         self.all(sql, "list the layers on the writable volume", |row| {
             Ok(UnmovedLayer {
@@ -94,6 +96,7 @@ impl Rows {
                 name: row.get(1)?,
                 committed: row.get(2)?,
                 size_bytes: row.get::<_, Number>(3)?.0,
+                inodes: row.get::<_, Number>(4)?.0,
             })
         })
     }

@@ -4,7 +4,7 @@
 //! (overlayfs's own, capabilities, ACLs), whiteouts and other device nodes,
 //! FIFOs, sockets, links as they are, hard links within the tree, holes, names
 //! that are no UTF-8. What the target refuses ends the copy with an error.
-//! Memory does not depend on the tree, descriptors only on its depth.
+//! Memory depends on the tree's depth only, and descriptors on nothing of it.
 
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,16 +12,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::buffer::spare_capacity;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid,
-    XattrFlags, chmodat, chownat, copy_file_range, fstat, ftruncate, lgetxattr, linkat, llistxattr,
-    lsetxattr, mkdirat, mknodat, openat, readlinkat, seek, statat, statvfs, symlinkat, unlinkat,
-    utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid, XattrFlags,
+    chmodat, chownat, copy_file_range, fstat, ftruncate, lgetxattr, linkat, llistxattr, lsetxattr,
+    mkdirat, mknodat, openat, readlinkat, seek, statat, statvfs, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::{Errno, pread, pwrite};
 
-use super::{MAX_LEVELS, open_directory, too_deep};
+use super::walk::{Inode, Walk, inode_of, open_as};
+use super::{open_directory, open_file};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::util::entries::{entries, is_own};
+use crate::util::entries::entries;
 
 /// Copies the directory `name` in `from` to the same name in `to`, where there
 /// must be nothing of that name. Hard links are found again through `scratch`,
@@ -48,41 +48,59 @@ pub fn copy_tree(
         links: 0,
         xattrs: XattrBuffers::new(),
     };
-    let mut levels = vec![copy.enter(from.as_fd(), to.as_fd(), name)?];
-    while let Some(level) = levels.last_mut() {
-        let Some(entry) = level.source.find(is_own) else {
-            let level = levels.pop().expect("the loop holds one");
-            let above = levels
-                .last()
-                .map_or(to.as_fd(), |above| above.target.as_fd());
+    let (source, mut target, level) = copy.enter(from.as_fd(), to.as_fd(), name)?;
+    let mut walk = Walk::begin(source, "read a directory of the layer")?;
+    let mut levels = vec![level];
+    while let Some(level) = levels.last() {
+        let Some(entry) = walk.next_here()? else {
+            let above = match levels.len() {
+                0 | 1 => None,
+                below => Some(open_above(&target, levels[below - 2].target)?),
+            };
+            let at = above.as_ref().map_or(to.as_fd(), AsFd::as_fd);
             // Last of all: each entry made in it has changed its times.
-            copy.set_attributes(above, &level.source, level.target.as_fd(), &level)?;
+            copy.set_attributes(at, walk.parent()?, target.as_fd(), level)?;
+            if !walk.leave()? {
+                return Err(moved_meanwhile());
+            }
+            levels.pop();
+            target = above.unwrap_or(target);
             continue;
         };
-        let entry = entry.context(|| "read a directory of the layer")?;
-        if cancel.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Unavailable, "the copy was cancelled"));
-        }
-        let level = levels.last().expect("the loop holds one");
+        copy.require_wanted()?;
+        let name = entry.file_name();
         let below = copy
-            .entry(level, entry.file_name())
-            .context(|| format!("copy {:?}", entry.file_name()))?;
-        if below.is_some() && levels.len() >= MAX_LEVELS {
-            return Err(too_deep());
+            .entry(walk.parent()?, target.as_fd(), name)
+            .context(|| format!("copy {name:?}"))?;
+        if let Some((source, below, level)) = below {
+            walk.enter(source, name)?;
+            target = below;
+            levels.push(level);
         }
-        levels.extend(below);
     }
     copy.forget_links()?;
     Ok(copy.bytes)
 }
 
-/// A directory being copied.
+fn open_above(target: impl AsFd, inode: Inode) -> Result<OwnedFd> {
+    let above = open_as(target, c"..", inode).context(|| "go on with the copy")?;
+    above.ok_or_else(moved_meanwhile)
+}
+
+fn moved_meanwhile() -> Error {
+    let what = "a part of the layer was moved while it was copied";
+    Error::new(ErrorKind::Internal, what)
+}
+
+/// A directory being copied. Of the copies, only that of the last is open.
 struct Level {
-    source: Dir,
-    target: OwnedFd,
     name: CString,
     stat: Stat,
+    target: Inode,
 }
+
+/// A directory as it was found, its copy, and what is remembered of both.
+type Entered = (OwnedFd, OwnedFd, Level);
 
 struct Copy<'a> {
     scratch: BorrowedFd<'a>,
@@ -93,23 +111,34 @@ struct Copy<'a> {
 }
 
 impl Copy<'_> {
-    fn enter(&self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<Level> {
+    fn require_wanted(&self) -> Result<()> {
+        match self.cancel.load(Ordering::Relaxed) {
+            false => Ok(()),
+            true => Err(Error::new(ErrorKind::Unavailable, "the copy was cancelled")),
+        }
+    }
+
+    fn enter(&self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<Entered> {
         let copying = || format!("copy the directory {name:?}");
         let source = open_directory(from, name).context(copying)?;
         let stat = fstat(&source).context(copying)?;
         mkdirat(to, name, Mode::from_raw_mode(0o700)).context(copying)?;
-        Ok(Level {
-            source: Dir::new(source).context(copying)?,
-            target: open_directory(to, name).context(copying)?,
+        let target = open_directory(to, name).context(copying)?;
+        let level = Level {
             name: name.to_owned(),
             stat,
-        })
+            target: inode_of(&target).context(copying)?,
+        };
+        Ok((source, target, level))
     }
 
     /// Copies one entry; a directory is returned, to be filled.
-    fn entry(&mut self, level: &Level, name: &CStr) -> Result<Option<Level>> {
-        let from = level.source.fd().context(|| "use an open directory")?;
-        let to = level.target.as_fd();
+    fn entry(
+        &mut self,
+        from: BorrowedFd<'_>,
+        to: BorrowedFd<'_>,
+        name: &CStr,
+    ) -> Result<Option<Entered>> {
         let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "look at it")?;
         let file_type = FileType::from_raw_mode(stat.st_mode);
         if file_type == FileType::Directory {
@@ -120,7 +149,7 @@ impl Copy<'_> {
             return Ok(None);
         }
         match file_type {
-            FileType::RegularFile => self.file(from, to, name, &stat)?,
+            FileType::RegularFile => self.file(from, to, name)?,
             _ => make_node((from, name), (to, name), &stat)?,
         }
         self.xattrs
@@ -155,19 +184,9 @@ impl Copy<'_> {
         Ok(())
     }
 
-    fn file(
-        &mut self,
-        from: BorrowedFd<'_>,
-        to: BorrowedFd<'_>,
-        name: &CStr,
-        stat: &Stat,
-    ) -> Result<()> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let source = match openat(from, name, flags | OFlags::NOATIME, Mode::empty()) {
-            Err(Errno::PERM) => openat(from, name, flags, Mode::empty()),
-            source => source,
-        }
-        .context(|| "open it")?;
+    fn file(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<()> {
+        let opened = open_file(from, name).context(|| "open it")?;
+        let (source, stat) = opened.ok_or_else(moved_meanwhile)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let target = openat(to, name, flags, Mode::from_raw_mode(0o600)).context(|| "create it")?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
@@ -185,9 +204,7 @@ impl Copy<'_> {
         let (mut read_at, mut write_at) = (start, start);
         let mut buffer = Vec::new();
         while read_at < end {
-            if self.cancel.load(Ordering::Relaxed) {
-                return Err(Error::new(ErrorKind::Unavailable, "the copy was cancelled"));
-            }
+            self.require_wanted()?;
             let wanted = usize::try_from(end - read_at).map_or(CHUNK, |left| left.min(CHUNK));
             let before = read_at;
             let copied = if buffer.is_empty() {
@@ -235,14 +252,13 @@ impl Copy<'_> {
     fn set_attributes(
         &mut self,
         above: BorrowedFd<'_>,
-        source: &Dir,
+        source: BorrowedFd<'_>,
         target: BorrowedFd<'_>,
         level: &Level,
     ) -> Result<()> {
         let name = &level.name;
         let setting = || format!("set the attributes of the directory {name:?}");
         set_owner_and_mode(above, name, &level.stat).context(setting)?;
-        let source = source.fd().context(setting)?;
         self.xattrs
             .copy(&fd_path(source), &fd_path(target))
             .context(setting)?;

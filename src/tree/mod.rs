@@ -16,15 +16,15 @@ mod whiteouts;
 
 use std::ffi::CStr;
 
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat, fstat, open, openat, openat2};
 use rustix::io::Errno;
 
 use crate::error::Error;
 
 pub use copy::copy_tree;
 pub use remake::remake;
-pub use remove::remove_children;
+pub use remove::{remove_children, remove_entry};
 pub use usage::{count, count_unless};
 pub use visit::{Visited, visit_open};
 pub use whiteouts::remove_whiteouts;
@@ -52,8 +52,28 @@ fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// How deep a tree may be for a walk that holds descriptors for each level.
-/// Paths of 4096 bytes (`PATH_MAX`) end at half of it.
+/// Opens a regular file to read it, and returns it with its metadata; `None` if the name
+/// is of anything else. Nothing else is opened, whatever has the name meanwhile: opening a
+/// device node does what its driver does then.
+fn open_file(parent: impl AsFd, name: &CStr) -> Result<Option<(OwnedFd, Stat)>, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = openat(parent, name, flags, Mode::empty())?;
+    let stat = fstat(&found)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Ok(None);
+    }
+    // This very file, by a link of the kernel's.
+    let path = format!("/proc/self/fd/{}", found.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let opened = match open(&path, flags | OFlags::NOATIME, Mode::empty()) {
+        Err(Errno::PERM) => open(&path, flags, Mode::empty()),
+        opened => opened,
+    };
+    Ok(Some((opened?, stat)))
+}
+
+/// How deep a tree may be for a walk, which remembers something of each level. Paths of
+/// 4096 bytes (`PATH_MAX`) end at half of it.
 const MAX_LEVELS: usize = 4096;
 
 fn too_deep() -> Error {

@@ -9,19 +9,18 @@ use std::thread;
 
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::fs::{
-    AtFlags, Dir, FileType, IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags, openat, renameat,
-    statat, unlinkat,
+    AtFlags, Dir, FileType, IFlags, ioctl_getflags, ioctl_setflags, renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 
-use super::open_directory;
+use super::{open_directory, open_file};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::{entries, is_own};
 use crate::util::lock::lock;
 
-/// How many directories deep a removal holds descriptors; what lies deeper is
+/// How many directories deep each of its threads holds descriptors; what lies deeper is
 /// moved up first, so that no tree needs more.
-const MAX_DEPTH: usize = 128;
+const MAX_DEPTH: usize = 48;
 
 /// How often the directories of one tree are read again because new entries have
 /// appeared in them. Only something that still writes there makes such entries.
@@ -66,6 +65,30 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
         if moved_up == 0 {
             return all.into_result();
         }
+    }
+}
+
+/// Deletes the entry `name` of `parent`, with everything in it. It being deleted by
+/// something else at the same time is no error.
+pub fn remove_entry(parent: impl AsFd, name: &str) -> Result<()> {
+    let parent = parent.as_fd();
+    let deleting = || format!("delete {name:?}");
+    let name = CString::new(name).map_err(|_| Errno::INVAL);
+    let name = &*name.context(deleting)?;
+    let removed = match unlink(parent, name, AtFlags::REMOVEDIR) {
+        Err(Errno::NOTDIR) => unlink(parent, name, AtFlags::empty()),
+        Err(Errno::NOTEMPTY | Errno::EXIST) => match open_directory(parent, name) {
+            Err(errno) => Err(errno),
+            Ok(directory) => {
+                remove_children(directory).context(deleting)?;
+                unlink(parent, name, AtFlags::REMOVEDIR)
+            }
+        },
+        removed => removed,
+    };
+    match removed {
+        Err(Errno::NOENT) => Ok(()),
+        removed => removed.context(deleting),
     }
 }
 
@@ -272,11 +295,15 @@ fn rename_mutable(
 /// Clears the flags that forbid deletion, of an entry and of the directory it is in.
 fn make_entry_mutable(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Result<(), Errno> {
     let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    let file_type = FileType::from_raw_mode(stat.st_mode);
-    // Others cannot carry the flag, and opening a device does things.
-    if matches!(file_type, FileType::RegularFile | FileType::Directory) {
-        let open = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        make_mutable(openat(parent, name, open, Mode::empty())?);
+    // Others cannot carry the flag.
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => make_mutable(open_directory(parent, name)?),
+        FileType::RegularFile => {
+            if let Some((file, _)) = open_file(parent, name)? {
+                make_mutable(file);
+            }
+        }
+        _ => {}
     }
     make_mutable(parent);
     Ok(())
@@ -297,7 +324,7 @@ mod tests {
     use std::fs::{self, File};
     use std::os::unix::fs::symlink;
 
-    use rustix::fs::{RawMode, mkdirat};
+    use rustix::fs::{Mode, mkdirat};
 
     use super::*;
 
@@ -322,7 +349,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut fd = rustix::fd::OwnedFd::from(File::open(dir.path()).unwrap());
         for _ in 0..2_000 {
-            mkdirat(&fd, c"d", Mode::from_raw_mode(0o700 as RawMode)).unwrap();
+            mkdirat(&fd, c"d", Mode::RWXU).unwrap();
             fd = open_directory(&fd, c"d").unwrap();
         }
         drop(fd);

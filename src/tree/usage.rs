@@ -55,7 +55,7 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
         match open_directory(parent, name) {
             // Gone, or another thing by now, or somebody's mount.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
-            opened => walk.enter(opened.context(|| COUNTING)?)?,
+            opened => walk.enter(opened.context(|| COUNTING)?, name)?,
         }
     }
     Ok(tally.total())
@@ -96,7 +96,9 @@ impl Count {
 
     fn add(&mut self, stat: &Stat) {
         let file_type = FileType::from_raw_mode(stat.st_mode);
-        let size_bytes = u64::try_from(stat.st_blocks).unwrap_or(0) * 512;
+        let size_bytes = u64::try_from(stat.st_blocks)
+            .unwrap_or(0)
+            .saturating_mul(512);
         let data_bytes = match file_type {
             FileType::RegularFile => u64::try_from(stat.st_size).unwrap_or(0),
             _ => 0,
@@ -115,18 +117,33 @@ impl Count {
             }
             self.remembered.insert(inode);
         }
-        self.content.usage.inodes += 1;
-        self.content.usage.size_bytes += size_bytes;
-        // Lengths of sparse files can be anything.
-        self.content.data_bytes = self.content.data_bytes.saturating_add(data_bytes);
+        self.add_whole(1, size_bytes, data_bytes);
+    }
+
+    /// Adds, up to the highest number that the database can record: the lengths of
+    /// sparse files can be anything.
+    fn add_whole(&mut self, inodes: u64, size_bytes: u64, data_bytes: u64) {
+        let Content {
+            usage,
+            data_bytes: data,
+        } = &mut self.content;
+        for (sum, more) in [
+            (&mut usage.inodes, inodes),
+            (&mut usage.size_bytes, size_bytes),
+            (data, data_bytes),
+        ] {
+            *sum = sum.saturating_add(more).min(i64::MAX.unsigned_abs());
+        }
     }
 
     fn total(mut self) -> Content {
         let rounded = |sum: u128| u64::try_from((sum + (1 << 31)) >> 32).unwrap_or(u64::MAX);
-        self.content.usage.inodes += rounded(self.shares.inodes);
-        self.content.usage.size_bytes += rounded(self.shares.size_bytes);
-        let data_bytes = rounded(self.shares.data_bytes);
-        self.content.data_bytes = self.content.data_bytes.saturating_add(data_bytes);
+        let Shares {
+            inodes,
+            size_bytes,
+            data_bytes,
+        } = self.shares;
+        self.add_whole(rounded(inodes), rounded(size_bytes), rounded(data_bytes));
         self.content
     }
 }
@@ -179,6 +196,23 @@ mod tests {
         assert_eq!(exact.usage.inodes, 40);
         for most_remembered in [0, 1, 17] {
             assert_eq!(counted(most_remembered), exact, "{most_remembered}");
+        }
+    }
+
+    #[test]
+    fn lengths_add_up_to_no_more_than_can_be_recorded() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut stat = rustix::fs::stat(dir.path()).unwrap();
+        stat.st_mode = FileType::RegularFile.as_raw_mode();
+        stat.st_size = i64::MAX;
+        for (most_remembered, st_nlink) in [(0, 1), (1, 2), (0, 2)] {
+            stat.st_nlink = st_nlink;
+            let mut tally = Count::new(most_remembered);
+            for st_ino in 0..5 {
+                stat.st_ino = st_ino;
+                tally.add(&stat);
+            }
+            assert_eq!(tally.total().data_bytes, i64::MAX.unsigned_abs());
         }
     }
 

@@ -3,11 +3,11 @@
 use std::ffi::CStr;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, openat, statat};
+use rustix::fs::{AtFlags, FileType, statat};
 use rustix::io::Errno;
 
-use super::open_directory;
 use super::walk::Walk;
+use super::{open_directory, open_file};
 use crate::error::{Context, Result};
 
 const VISITING: &str = "look through a directory tree";
@@ -33,7 +33,7 @@ pub fn visit_open(top: impl AsFd, mut each: impl FnMut(Visited<'_>) -> Result<()
         match open(parent, name).context(|| VISITING)? {
             Opened::Directory(fd) => {
                 each(Visited::Directory(fd.as_fd()))?;
-                walk.enter(fd)?;
+                walk.enter(fd, name)?;
             }
             Opened::File(fd) => each(Visited::File(fd.as_fd()))?,
             Opened::Node => each(Visited::Node(parent, name))?,
@@ -51,38 +51,35 @@ enum Opened {
     Gone,
 }
 
-/// Opens a directory or a regular file; anything else may block or do things when it
-/// is opened.
+/// Opens a directory or a regular file, and nothing else: it may block or do things when
+/// it is opened.
 fn open(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Result<Opened, Errno> {
     let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
         Err(Errno::NOENT) => return Ok(Opened::Gone),
         stat => stat?,
     };
     let opened = match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Directory => open_directory(parent, name),
-        FileType::RegularFile => {
-            let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-            openat(parent, name, flags, Mode::empty())
-        }
+        FileType::Directory => open_directory(parent, name).map(Opened::Directory),
+        FileType::RegularFile => open_file(parent, name)
+            .map(|found| found.map_or(Opened::Gone, |(fd, _)| Opened::File(fd))),
         _ => return Ok(Opened::Node),
     };
-    let fd = match opened {
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV | Errno::NXIO) => {
-            return Ok(Opened::Gone);
-        }
-        fd => fd?,
-    };
-    Ok(match FileType::from_raw_mode(fstat(&fd)?.st_mode) {
-        FileType::Directory => Opened::Directory(fd),
-        FileType::RegularFile => Opened::File(fd),
-        _ => Opened::Gone,
-    })
+    match opened {
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => Ok(Opened::Gone),
+        opened => opened,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
     use std::os::unix::fs::symlink;
+
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+    use std::time::Duration;
+
+    use rustix::fs::{CWD, Mode, OFlags, RenameFlags, fstat, mknodat, open, renameat_with};
 
     use super::*;
 
@@ -96,14 +93,7 @@ mod tests {
         fs::write(top.join("a/file"), "x").unwrap();
         symlink(&outside, top.join("a/link")).unwrap();
         symlink(outside.join("file"), top.join("a/b/link")).unwrap();
-        rustix::fs::mknodat(
-            rustix::fs::CWD,
-            top.join("a/pipe"),
-            FileType::Fifo,
-            Mode::from_raw_mode(0o600),
-            0,
-        )
-        .unwrap();
+        mknodat(CWD, top.join("a/pipe"), FileType::Fifo, Mode::RUSR, 0).unwrap();
         let (mut seen, mut nodes) = (Vec::new(), Vec::new());
         visit_open(File::open(&top).unwrap(), |visited| {
             match visited {
@@ -126,5 +116,46 @@ mod tests {
             .map(|(directory, name)| (inode(directory), name.to_owned()));
         expected.sort();
         assert_eq!(nodes, expected);
+    }
+
+    #[test]
+    fn what_takes_the_place_of_a_file_is_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, pipe) = (dir.path().join("a"), dir.path().join("b"));
+        fs::write(&file, "").unwrap();
+        mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let kept = dir.path().with_extension("pipe");
+        fs::hard_link(&pipe, &kept).unwrap();
+        let was_opened = AtomicBool::new(false);
+        let is_done = AtomicBool::new(false);
+        let mut files = 0;
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                // Waits until the pipe is opened to be read, for however short a time.
+                File::create(&kept).unwrap();
+                was_opened.store(true, Ordering::Relaxed);
+            });
+            scope.spawn(|| {
+                while !is_done.load(Ordering::Relaxed) {
+                    renameat_with(CWD, &file, CWD, &pipe, RenameFlags::EXCHANGE).unwrap();
+                }
+            });
+            for _ in 0..5_000 {
+                visit_open(File::open(dir.path()).unwrap(), |visited| {
+                    files += u64::from(matches!(visited, Visited::File(_)));
+                    Ok(())
+                })
+                .unwrap();
+            }
+            is_done.store(true, Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(50));
+            let opened = was_opened.load(Ordering::Relaxed);
+            // Lets the first thread end.
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+            let _reader = open(&kept, flags, Mode::empty()).unwrap();
+            assert!(!opened, "the pipe was opened");
+        });
+        fs::remove_file(&kept).unwrap();
+        assert!(files > 1_000, "{files}");
     }
 }

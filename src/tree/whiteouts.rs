@@ -27,7 +27,7 @@ pub fn remove_whiteouts(top: impl AsFd) -> Result<()> {
             FileType::Directory => match open_directory(parent, name) {
                 // Gone, or another thing by now, or a mount.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
-                opened => walk.enter(opened.context(|| REMOVING)?)?,
+                opened => walk.enter(opened.context(|| REMOVING)?, name)?,
             },
             _ => {}
         }

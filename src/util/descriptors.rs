@@ -4,7 +4,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Raises the soft limit of open files to the hard one. Service managers and shells
 /// start programs with a soft limit of 1024, for the sake of those that use select(2).
-/// Each connection is a descriptor, and so is each level of a tree that is walked.
+/// Each connection is a descriptor, and a walk through a tree takes up to some fifty.
 pub fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {

@@ -1,6 +1,6 @@
 //! `snapshots/` and `trash/` of one volume.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::sync::OnceLock;
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -44,7 +44,7 @@ pub struct Owner {
 pub struct Entry {
     /// Its name.
     pub name: CString,
-    /// Its type as the directory tells it.
+    /// Its type; of what [`list`] returns, as the directory has it.
     pub file_type: FileType,
 }
 
@@ -121,19 +121,17 @@ impl Dirs {
             .context(|| format!("complete the directory {}", self.snapshot_path(id)))
     }
 
-    /// Moves a snapshot's directory, or whatever has its name, to the trash.
-    /// `false` if there was nothing.
-    pub fn trash(&self, id: SnapshotId) -> Result<bool> {
+    /// Moves a snapshot's directory, or whatever has its name, to the trash, and returns
+    /// its name there; `None` if there was nothing.
+    pub fn trash(&self, id: SnapshotId) -> Result<Option<String>> {
         self.trash_entry(&id.to_string())
     }
 
-    /// Moves the entry `name` of `snapshots/` to the trash. `false` if there
-    /// was nothing.
-    pub fn trash_entry(&self, name: &str) -> Result<bool> {
+    /// Moves the entry `name` of `snapshots/` to the trash, and returns its name there;
+    /// `None` if there was nothing.
+    pub fn trash_entry(&self, name: &str) -> Result<Option<String>> {
         let trash = self.trash_fd()?;
-        let moved = self.move_to(name, trash);
-        moved
-            .map(|name| name.is_some())
+        self.move_to(name, trash)
             .context(|| format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path))
     }
 
@@ -222,7 +220,23 @@ impl Dirs {
 
     /// Everything in `snapshots/`, in the order of the directory.
     pub fn entries(&self) -> Result<Vec<Entry>> {
-        list(&self.snapshots, &self.path, SNAPSHOTS)
+        let mut entries = list(&self.snapshots, &self.path, SNAPSHOTS)?;
+        for entry in &mut entries {
+            // A file system may leave a type out.
+            if entry.file_type == FileType::Unknown {
+                entry.file_type = self.type_of(&entry.name)?;
+            }
+        }
+        Ok(entries)
+    }
+
+    fn type_of(&self, name: &CStr) -> Result<FileType> {
+        match statat(&self.snapshots, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(FileType::Unknown),
+            stat => stat
+                .map(|stat| FileType::from_raw_mode(stat.st_mode))
+                .context(|| format!("look at {}/{SNAPSHOTS}/{name:?}", self.path)),
+        }
     }
 
     /// The highest number that an entry of `snapshots/` or of `trash/` has; 0

@@ -112,10 +112,11 @@ impl Image {
         renameat(&copy, LINK, snapshots, name.as_str())
     }
 
-    /// Removes what a move has left under its own name: the link after the
-    /// exchange; an unfinished copy goes to the trash.
-    pub fn end_move(&self, id: SnapshotId) -> Result<()> {
-        self.dirs().trash_entry(&moving_name(id)).map(drop)
+    /// Moves what a move has left under its own name to the trash: the link after the
+    /// exchange, or an unfinished copy. Returns its name there; `None` if there was
+    /// nothing.
+    pub fn end_move(&self, id: SnapshotId) -> Result<Option<String>> {
+        self.dirs().trash_entry(&moving_name(id))
     }
 
     /// What has a layer's name: a link, a directory, or nothing.

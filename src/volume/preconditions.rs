@@ -64,7 +64,29 @@ pub struct Room {
     pub free_bytes: u64,
 }
 
+/// What nothing uses on a volume, with what its file system keeps for root.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unused {
+    /// Bytes.
+    pub bytes: u64,
+    /// Inodes; the highest number where they are not counted, as on btrfs.
+    pub inodes: u64,
+}
+
 impl Dirs {
+    /// What nothing uses on the volume. Asks no disk.
+    pub fn unused(&self) -> Result<Unused> {
+        let state = fstatvfs(self.snapshots_fd())
+            .context(|| format!("look how full {} is", self.path()))?;
+        Ok(Unused {
+            bytes: state.f_bfree.saturating_mul(state.f_frsize),
+            inodes: match state.f_files {
+                0 => u64::MAX,
+                _ => state.f_ffree,
+            },
+        })
+    }
+
     /// Tells how full the volume is. Asks no disk.
     pub fn room(&self) -> Result<Room> {
         let state = fstatvfs(self.snapshots_fd())

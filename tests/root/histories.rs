@@ -222,7 +222,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
     };
 
     let frozen = split.writable.freeze();
-    let waiting = client.begin_prepare("waits", "base");
+    let waiting = client.begin_prepare("waits", "base", &[]);
     answered("an unpack", &|| {
         client.prepare("extract-new", "base", &[]).unwrap();
         client.commit("extract-committed", "unpacked", &[]).unwrap();
@@ -238,7 +238,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
     finish(waiting).unwrap();
 
     let frozen = split.image.freeze();
-    let waiting = client.begin_prepare("extract-waits", "base");
+    let waiting = client.begin_prepare("extract-waits", "base", &[]);
     answered("a container", &|| {
         client.prepare("new", "base", &[]).unwrap();
         client.commit("committed", "layer", &[]).unwrap();
@@ -248,7 +248,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
         assert!(!client.exists("extract-waits"), "the disk did not hang");
     });
     // A layer is reached by a link on the image volume.
-    let upon = client.begin_prepare("upon", "layer");
+    let upon = client.begin_prepare("upon", "layer", &[]);
     drop(frozen);
     finish(waiting).unwrap();
     finish(upon).unwrap();

@@ -206,7 +206,7 @@ fn a_stop_waits_for_running_requests() {
     client.prepare("before", "", &[]).unwrap();
 
     let obstacle = Obstacle::put(&image.path().join("root/metadata.db"));
-    let running = client.begin_prepare("during", "");
+    let running = client.begin_prepare("during", "", &[]);
     // What has no need to write is not in its way, and tells that the request
     // sent before it on the same connection has arrived.
     client.stat("before").unwrap();
@@ -243,7 +243,7 @@ fn a_stop_does_not_wait_for_ever() {
     // Each of them is kept for five seconds, two at a time and one after the
     // other: together they take longer than a stop may.
     let running: Vec<_> = (0..6)
-        .map(|number| client.begin_prepare(&format!("during-{number}"), ""))
+        .map(|number| client.begin_prepare(&format!("during-{number}"), "", &[]))
         .collect();
     client.stat("before").unwrap();
     let begun = Instant::now();

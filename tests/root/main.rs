@@ -7,6 +7,7 @@
 // A test tells by its panic.
 #![allow(clippy::unwrap_used)]
 
+mod bounds;
 mod callers;
 mod check;
 mod connections;

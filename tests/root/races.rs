@@ -2,13 +2,16 @@
 //! answered, rows and directories agree in the end.
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::thread;
 
 use grpcio::RpcStatusCode;
 use registered::registered;
 
+use crate::content::layer;
+use crate::rescue::Target;
 use crate::support::client::{Client, Refusal};
-use crate::support::daemon::{Split, is_empty};
+use crate::support::daemon::{BINARY, Split, is_empty};
 use crate::support::mounted::Mounted;
 use crate::support::random::Random;
 use crate::support::until;
@@ -112,4 +115,35 @@ fn two_commits_of_one_key() {
         let path = split.root().join(format!("snapshots/{round}/fs/file"));
         assert_eq!(fs::read_to_string(path).unwrap(), format!("round {round}"));
     }
+}
+
+#[registered(crate::Test)]
+fn a_mount_by_hand_meets_the_start_of_a_container() {
+    let split = Split::start(&[]);
+    let client = split.client();
+    layer(&client, "base", "", |_| ());
+    // containerd has asked, and is about to mount.
+    let mounts = client.prepare("web", "base", &[]).unwrap();
+    let target = Target::new();
+    let is_mounted = || {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        mounts.contains(&format!(" {} ", target.path().display()))
+    };
+    let by_hand = Command::new(BINARY)
+        .args(["mount", "web"])
+        .arg(target.path())
+        .args(split.daemon.arguments())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    until("it is mounted by hand", is_mounted);
+    let container = Mounted::new(&mounts);
+    let output = by_hand.wait_with_output().unwrap();
+    let complaint = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{complaint}");
+    let point = container.path().display().to_string();
+    assert!(complaint.contains(&point), "{complaint}");
+    assert!(!is_mounted());
+    fs::write(container.path().join("file"), "x").unwrap();
 }

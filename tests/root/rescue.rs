@@ -17,14 +17,14 @@ use crate::support::mounted::{Mounted, upper_of};
 use crate::support::{tree, unchanged, until};
 
 /// A command's target, unmounted at the end whatever happens.
-struct Target(TempDir);
+pub struct Target(TempDir);
 
 impl Target {
-    fn new() -> Target {
+    pub fn new() -> Target {
         Target(tempfile::tempdir().unwrap())
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         self.0.path()
     }
 

@@ -137,19 +137,50 @@ impl Client {
         }
     }
 
-    /// Begins a Prepare without labels; its end is waited for with
-    /// [`finish`].
-    pub fn begin_prepare(&self, key: &str, parent: &str) -> ClientUnaryReceiver<Vec<u8>> {
+    fn begin<Q: Message>(
+        &self,
+        method: &Method<Vec<u8>, Vec<u8>>,
+        request: &Q,
+        options: CallOption,
+    ) -> ClientUnaryReceiver<Vec<u8>> {
+        let bytes = request.write_to_bytes().unwrap();
+        self.client
+            .unary_call_async(method, &bytes, options)
+            .unwrap()
+    }
+
+    /// Begins a Prepare; its end is waited for with [`finish`].
+    pub fn begin_prepare(
+        &self,
+        key: &str,
+        parent: &str,
+        with: &[(&str, &str)],
+    ) -> ClientUnaryReceiver<Vec<u8>> {
         let request = PrepareSnapshotRequest {
             key: key.to_owned(),
             parent: parent.to_owned(),
+            labels: labels(with),
             ..Default::default()
         };
-        let bytes = request.write_to_bytes().unwrap();
-        let method = method!("Prepare", MethodType::Unary);
-        self.client
-            .unary_call_async(method, &bytes, options())
-            .unwrap()
+        self.begin(method!("Prepare", MethodType::Unary), &request, options())
+    }
+
+    /// Begins a Remove.
+    pub fn begin_remove(&self, key: &str) -> ClientUnaryReceiver<Vec<u8>> {
+        let request = RemoveSnapshotRequest {
+            key: key.to_owned(),
+            ..Default::default()
+        };
+        self.begin(method!("Remove", MethodType::Unary), &request, options())
+    }
+
+    /// Begins a Cleanup that waits no longer than that.
+    pub fn begin_cleanup(&self, limit: Duration) -> ClientUnaryReceiver<Vec<u8>> {
+        self.begin(
+            method!("Cleanup", MethodType::Unary),
+            &CleanupRequest::new(),
+            CallOption::default().timeout(limit),
+        )
     }
 
     /// Sends these bytes as a Prepare request.
@@ -266,11 +297,7 @@ impl Client {
             key: key.to_owned(),
             ..Default::default()
         };
-        let bytes = request.write_to_bytes().unwrap();
-        let method = method!("Usage", MethodType::Unary);
-        self.client
-            .unary_call_async(method, &bytes, options())
-            .unwrap()
+        self.begin(method!("Usage", MethodType::Unary), &request, options())
     }
 
     pub fn cleanup(&self) -> Result<()> {

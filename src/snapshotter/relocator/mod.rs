@@ -23,7 +23,7 @@ use super::links::Links;
 use super::trash::Trash;
 use super::{Relocation, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::store::{Ancestor, Store};
+use crate::store::{Ancestor, Store, UnmovedLayer};
 use crate::tree;
 use crate::types::{Quoted, SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
@@ -38,6 +38,9 @@ fn boot_id() -> Result<String> {
         .map(|text| text.trim_end().to_owned())
         .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
 }
+
+/// What was moved to the trash of a volume, and its name there.
+type Trashed = (Arc<Dirs>, String);
 
 /// What moving a layer came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,8 +149,9 @@ impl Relocator {
         in_use::mounted_layers(&self.store, &self.volumes)
     }
 
-    /// Moves one layer home, in the calling thread.
-    fn relocate(&self, id: SnapshotId) -> Result<Moved> {
+    /// Moves one layer home, in the calling thread. What is to be deleted after that is
+    /// added to `trashed`: others may wait for the next move.
+    fn relocate(&self, id: SnapshotId, trashed: &mut Vec<Trashed>) -> Result<Moved> {
         let _one_at_a_time = lock(&self.moving);
         let image = self.volumes.image();
         let writable = self.volumes.open(Volume::Writable)?;
@@ -167,13 +171,13 @@ impl Relocator {
             match self.copy_home(id, &writable) {
                 Ok(copied) => bytes = copied,
                 Err(error) => {
-                    image.end_move(id)?;
-                    if !self.is_unmoved(id)? {
-                        return Ok(Moved::Gone);
-                    }
+                    let copy = image.end_move(id)?;
                     if error.kind() == ErrorKind::ResourceExhausted {
                         // At once: half a copy is no use to a disk that is full.
-                        self.trash.try_to_empty(Volume::Image);
+                        trashed.extend(copy.map(|name| (Arc::clone(image.dirs()), name)));
+                    }
+                    if !self.is_unmoved(id)? {
+                        return Ok(Moved::Gone);
                     }
                     return Err(error);
                 }
@@ -202,13 +206,17 @@ impl Relocator {
             transaction.move_home(id, &held, &boot_id)
         })?;
         fault_point("recorded");
-        let tidied = image.end_move(id).and_then(|()| match is_in_use {
-            true => Ok(()),
-            false => writable
-                .trash(id)
-                .map(|_| self.trash.note_trashed(id, Volume::Writable)),
-        });
-        if let Err(error) = tidied {
+        let mut tidy = || -> Result<()> {
+            let link = image.end_move(id)?;
+            trashed.extend(link.map(|name| (Arc::clone(image.dirs()), name)));
+            if !is_in_use {
+                let old = writable.trash(id)?;
+                trashed.extend(old.map(|name| (Arc::clone(&writable), name)));
+                self.trash.note_trashed(id, Volume::Writable);
+            }
+            Ok(())
+        };
+        if let Err(error) = tidy() {
             self.trash.note_stray(Volume::Writable);
             log::warn!("tidy up after the move of layer {id}: {}", error.chain());
         }
@@ -216,9 +224,23 @@ impl Relocator {
         Ok(Moved::Home(bytes))
     }
 
+    /// As [`Relocator::relocate`], and deletes what that has left.
+    fn relocate_and_delete(&self, id: SnapshotId) -> Result<Moved> {
+        let mut trashed = Vec::new();
+        let moved = self.relocate(id, &mut trashed);
+        for (dirs, name) in trashed {
+            self.trash.delete(&dirs, &name);
+        }
+        moved
+    }
+
     fn copy_home(&self, id: SnapshotId, writable: &Dirs) -> Result<u64> {
         let source = writable.open_snapshot(id)?;
         let image = self.volumes.image();
+        let away = self.store.read()?.away()?;
+        if let Some(layer) = away.iter().find(|layer| layer.id == id) {
+            require_room(layer, image.dirs())?;
+        }
         let target = image.begin_move(id)?;
         fault_point("begun");
         let bytes = tree::copy_tree(
@@ -289,7 +311,7 @@ impl Relocator {
                 )));
             }
             let moved = self
-                .relocate(*id)
+                .relocate_and_delete(*id)
                 .context(|| format!("move layer {id} home for a container with mapped ids"))?;
             if moved == Moved::InUse {
                 return Err(Error::refused(format!(
@@ -354,4 +376,25 @@ impl Relocator {
         image.exchange(id)?;
         Ok(true)
     }
+}
+
+/// Refuses a copy that would fill the image volume before it is whole.
+fn require_room(layer: &UnmovedLayer, image: &Dirs) -> Result<()> {
+    let unused = image.unused()?;
+    if layer.size_bytes <= unused.bytes && layer.inodes <= unused.inodes {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::ResourceExhausted,
+        format!(
+            "layer {} takes {} bytes and {} inodes, and {} has {} bytes and {} inodes free: \
+             remove images, or make the volume larger",
+            layer.id,
+            layer.size_bytes,
+            layer.inodes,
+            image.path(),
+            unused.bytes,
+            unused.inodes
+        ),
+    ))
 }

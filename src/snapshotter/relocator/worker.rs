@@ -1,11 +1,11 @@
-//! The thread that looks for layers to move.
+//! The thread that moves layers: which one next, and when to look again.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{Moved, News, Relocator};
+use super::{Moved, News, Relocator, require_room};
 use crate::error::{ErrorKind, Result};
 use crate::snapshotter::Relocation;
 use crate::store::UnmovedLayer;
@@ -13,6 +13,7 @@ use crate::sys;
 use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
 use crate::util::lock::lock;
 use crate::util::threads::Background;
+use crate::volume::Unused;
 
 /// Below this a layer waits until nothing stands on it: Docker's init layers,
 /// gone with their container as a rule.
@@ -31,7 +32,7 @@ impl Relocator {
                 after,
                 unmovable: HashSet::new(),
                 put_off: HashSet::new(),
-                is_full: false,
+                without_room: HashMap::new(),
             };
             worker.run();
         };
@@ -46,8 +47,8 @@ struct Worker<'a> {
     unmovable: HashSet<SnapshotId>,
     /// Layers said to be put off, so that it is said once.
     put_off: HashSet<SnapshotId>,
-    /// The image volume had no room for one, and nothing was removed since.
-    is_full: bool,
+    /// Layers for which the image volume had no room, and what was free on it then.
+    without_room: HashMap<SnapshotId, Unused>,
 }
 
 impl Worker<'_> {
@@ -80,7 +81,7 @@ impl Worker<'_> {
         }
         let mut next = None;
         for layer in away {
-            if self.is_full || self.unmovable.contains(&layer.id) {
+            if self.unmovable.contains(&layer.id) || !self.may_have_room(&layer)? {
                 continue;
             }
             let age = Timestamp::now()
@@ -108,10 +109,26 @@ impl Worker<'_> {
         Ok(next)
     }
 
+    /// Whether a layer may fit now that did not fit before. Its record does not say all:
+    /// on another file system it may take more. So it is copied again only once a part of
+    /// its size more is free than when that last failed.
+    fn may_have_room(&self, layer: &UnmovedLayer) -> Result<bool> {
+        let Some(before) = self.without_room.get(&layer.id) else {
+            return Ok(true);
+        };
+        let image = self.relocator.volumes.image().dirs();
+        let now = image.unused()?;
+        let is_more = |now: u64, before: u64, takes: u64| now > before.saturating_add(takes / 16);
+        Ok(require_room(layer, image).is_ok()
+            && (is_more(now.bytes, before.bytes, layer.size_bytes)
+                || is_more(now.inodes, before.inodes, layer.inodes)))
+    }
+
     fn move_home(&mut self, layer: &UnmovedLayer) -> Option<Moved> {
         let begun = Instant::now();
+        let unused = self.relocator.volumes.image().dirs().unused();
         let name = Quoted(&layer.name);
-        let moved = self.relocator.relocate(layer.id);
+        let moved = self.relocator.relocate_and_delete(layer.id);
         match &moved {
             Ok(Moved::Home(bytes)) => {
                 let mut moves = lock(&self.relocator.moves);
@@ -122,8 +139,6 @@ impl Worker<'_> {
                     "layer {name} is home: {bytes} bytes copied in {:.1} s",
                     begun.elapsed().as_secs_f64()
                 );
-                // The fast disk is the small one: what was left goes now.
-                self.relocator.trash.try_to_empty(Volume::Writable);
             }
             Ok(Moved::InUse) => {}
             Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
@@ -131,7 +146,8 @@ impl Worker<'_> {
                 ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
                 ErrorKind::ResourceExhausted => {
                     lock(&self.relocator.moves).failures += 1;
-                    self.is_full = true;
+                    self.without_room
+                        .insert(layer.id, unused.unwrap_or_default());
                     log::warn!(
                         "layer {name} stays on the writable volume until something on the image \
                          volume is removed: {}",
@@ -165,7 +181,7 @@ impl Worker<'_> {
         let Some(news) = news.wait_until(deadline, is_idle, std::mem::take) else {
             return false;
         };
-        if news.has_room && std::mem::take(&mut self.is_full) {
+        if news.has_room && !self.without_room.is_empty() {
             // ext4 gives the blocks of deleted files back with its next journal
             // commit, and only then are they room for anything else.
             let image = self.relocator.volumes.image().dirs();

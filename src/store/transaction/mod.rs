@@ -230,14 +230,22 @@ impl Store {
     }
 
     fn end_batch(&self, writer: &mut State) {
+        self.end_batch_by(writer, |writer| self.make_durable(writer));
+    }
+
+    fn end_batch_by(&self, writer: &mut State, end: impl FnOnce(&State) -> Result<()>) {
         let Some(batch) = writer.batch.take() else {
             return;
         };
-        let ended = self.make_durable(writer).map_err(Arc::new);
-        if ended.is_err() {
-            writer.note_failure();
-        }
-        batch.end.0.change(|end| *end = Some(ended));
+        let mut ending = Ending {
+            writer,
+            batch,
+            ended: Err(Arc::new(Error::new(
+                ErrorKind::Internal,
+                "changes were not made durable by a bug in this program; its log says where",
+            ))),
+        };
+        ending.ended = end(ending.writer).map_err(Arc::new);
     }
 
     fn make_durable(&self, writer: &State) -> Result<()> {
@@ -250,6 +258,25 @@ impl Store {
             self.note_change();
         }
         Ok(())
+    }
+}
+
+/// Ends a batch when dropped, also by a panic: its members wait for that.
+struct Ending<'a> {
+    writer: &'a mut State,
+    batch: Batch,
+    ended: std::result::Result<(), Arc<Error>>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if self.ended.is_err() {
+            self.writer.note_failure();
+        }
+        self.batch
+            .end
+            .0
+            .change(|end| *end = Some(self.ended.clone()));
     }
 }
 

@@ -1,5 +1,6 @@
 //! Several callers at once, each in a thread that waits for its turn.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::thread;
@@ -281,4 +282,34 @@ fn what_a_failed_commit_may_have_left_is_written_over() {
     assert_eq!(overwritten(), first);
     fail();
     assert_ne!(overwritten(), first);
+}
+
+#[test]
+fn a_batch_whose_end_panics_fails_for_each_member() {
+    let fixture = fixture();
+    let store = &fixture.store;
+    let state = &store.writer.state;
+    // As if another caller waited: the batch is left open for it.
+    store.writer.coming.fetch_add(1, Ordering::SeqCst);
+    thread::scope(|scope| {
+        let members = ["a", "b"].map(|key| scope.spawn(move || add(store, key)));
+        while lock(state)
+            .batch
+            .as_ref()
+            .is_none_or(|batch| batch.members < 2)
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+        store.writer.coming.fetch_sub(1, Ordering::SeqCst);
+        let mut writer = lock(state);
+        let end = || store.end_batch_by(&mut writer, |_| panic!("a bug"));
+        assert!(catch_unwind(AssertUnwindSafe(end)).is_err());
+        drop(writer);
+        for member in members {
+            let error = member.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Internal);
+        }
+    });
+    assert!(!fixture.exists("a") && !fixture.exists("b"));
+    add(store, "b").unwrap();
 }

@@ -171,7 +171,7 @@ fn a_mount_point_that_is_not_quite_bare() {
     sample_works(&original.serve().client());
 }
 
-/// Too few descriptors for a deep layer: it is whole, and so nothing is imported
+/// Too few descriptors to walk through a deep layer: it is whole, and so nothing is imported
 /// without it.
 #[registered(crate::Test)]
 fn layers_that_cannot_be_read_now() {
@@ -191,7 +191,7 @@ fn layers_that_cannot_be_read_now() {
         (output.status.code(), complaint)
     };
     let before = original.trees();
-    let (code, complaint) = with_limit("-n 100");
+    let (code, complaint) = with_limit("-n 30");
     assert_eq!(code, Some(2), "{complaint}");
     for words in [
         "\"default/9/deep\"",
@@ -202,7 +202,7 @@ fn layers_that_cannot_be_read_now() {
     }
     original.is_as(&before);
     // What a shell or a service manager begins with is raised.
-    let (code, complaint) = with_limit("-S -n 100");
+    let (code, complaint) = with_limit("-S -n 30");
     assert_eq!(code, Some(0), "{complaint}");
     let split = original.serve();
     is_clean(&split);

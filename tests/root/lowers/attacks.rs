@@ -343,3 +343,24 @@ fn refused_requests_leave_no_directory() {
     client.mounts("taken").unwrap();
     assert!(Path::new(&asked).is_dir());
 }
+
+#[registered(crate::Test)]
+fn directories_deeper_than_the_daemon_holds_open_are_refused() {
+    let scene = Scene::start(&[]);
+    let client = scene.client();
+    client.prepare("there", "base", &[]).unwrap();
+    let deep = |name: &str, levels: usize| scene.at(&vec![name; levels].join("/"));
+    fs::create_dir_all(deep("made", 65)).unwrap();
+    symlink(deep("made", 64), scene.at("link")).unwrap();
+    let host = tree(scene.host.path());
+    let why = "64 directories";
+    refused(&scene, &deep("made", 65), why);
+    refused(&scene, &deep("new", 65), why);
+    refused(&scene, &scene.at("link/made"), why);
+    // Together.
+    let two = format!("{}:{}", deep("one", 33), deep("two", 32));
+    refused(&scene, &two, why);
+    unchanged(scene.host.path(), &host);
+    let most = format!("{}:{}", deep("made", 64), deep("new", 64));
+    client.prepare("used", "base", &[(LABEL, &most)]).unwrap();
+}

@@ -1,0 +1,115 @@
+//! Cleanup: one runs at a time, and callers that come meanwhile share the next one.
+//!
+//! A Cleanup answers for everything removed before it was called, so a caller cannot
+//! share one that has begun. The callers wait without a thread, each at most as long as
+//! its client does.
+
+use std::sync::{Arc, Mutex};
+
+use futures_channel::oneshot::{self, Sender};
+use grpcio::{MethodType, RpcContext, ServerStreamingSink, ServiceBuilder};
+use protobuf::well_known_types::empty::Empty;
+
+use super::call::{Answer, Call, Pages, answer_later};
+use super::method::Method;
+use super::pool::{Running, Work};
+use super::{Service, api, decode, encode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::snapshotter::Caller;
+use crate::util::lock::lock;
+
+/// Who waits for which Cleanup.
+#[derive(Default)]
+pub(super) struct Cleanups(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    is_running: bool,
+    /// Callers for whom the next one runs.
+    waiting: Vec<Waiter>,
+}
+
+struct Waiter {
+    call: Call,
+    sender: Sender<Answer<Pages>>,
+    /// Keeps a stop waiting.
+    running: Running,
+}
+
+/// Registers the method.
+pub(super) fn register(builder: ServiceBuilder, service: &Arc<Service>) -> ServiceBuilder {
+    let service = Arc::clone(service);
+    let handler =
+        move |context: RpcContext<'_>, request: Vec<u8>, sink: ServerStreamingSink<Vec<u8>>| {
+            let call = Call::begin(Method::Cleanup);
+            let admitted = service.pool.admit().and_then(|running| {
+                if let Err(error) = decode::<api::CleanupRequest>(&request) {
+                    return call.settle(&service.metrics, Err(error));
+                }
+                let (sender, receiver) = oneshot::channel();
+                service.join_cleanup(Waiter {
+                    call,
+                    sender,
+                    running,
+                });
+                Ok(receiver)
+            });
+            answer_later(&context, sink, admitted, Caller::default());
+        };
+    // On the wire the same as a unary one; only a stream's sink shows that the client
+    // has gone.
+    let method = Method::Cleanup.on_wire(MethodType::ServerStreaming);
+    builder.add_server_streaming_handler(&method, handler)
+}
+
+impl Service {
+    fn join_cleanup(self: &Arc<Service>, waiter: Waiter) {
+        let mut state = lock(&self.cleanups.0);
+        state.waiting.push(waiter);
+        if !state.is_running {
+            self.begin_cleanup(&mut state);
+        }
+    }
+
+    /// Has the next Cleanup run, unless nobody waits for one.
+    fn begin_cleanup(self: &Arc<Service>, state: &mut State) {
+        let first = state.waiting.first();
+        state.is_running = first.is_some();
+        if let Some(first) = first {
+            let service = Arc::clone(self);
+            let running = first.running.share();
+            self.pool
+                .submit(running, Work::Long, move |_| service.clean_up());
+        }
+    }
+
+    fn clean_up(self: &Arc<Service>) {
+        let waiting = std::mem::take(&mut lock(&self.cleanups.0).waiting);
+        let (left, mut waiting): (Vec<_>, Vec<_>) = waiting
+            .into_iter()
+            .partition(|waiter| waiter.sender.is_canceled());
+        for waiter in left {
+            let error = Error::new(ErrorKind::Cancelled, "the caller does not wait any longer");
+            waiter.answer(self, Err(error));
+        }
+        if let Some(last) = waiting.pop() {
+            let result = last.call.run(|| self.snapshotter.cleanup());
+            for waiter in waiting {
+                let result = result.as_ref().copied();
+                let result = result.map_err(|error| Error::new(error.kind(), error.chain()));
+                waiter.answer(self, result);
+            }
+            last.answer(self, result);
+        }
+        self.begin_cleanup(&mut lock(&self.cleanups.0));
+    }
+}
+
+impl Waiter {
+    fn answer(self, service: &Service, result: Result<()>) {
+        let pages = result.and_then(|()| Ok(vec![encode(&Empty::new())?]));
+        let answer = self.call.settle(&service.metrics, pages);
+        // A client that has hung up is no concern of ours.
+        let _ = self.sender.send(answer);
+    }
+}
