@@ -38,6 +38,7 @@ mod status;
 mod support;
 mod usage;
 mod volumes;
+mod without_flags;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
