@@ -270,8 +270,10 @@ start_with_image_volume() {
     [ "$service" = systemd ] || return 0
     wants=/etc/systemd/system/$(systemd-escape --path --suffix=mount "$root").wants
     mkdir -p "$destdir$wants"
-    service_unit=/usr/local/lib/systemd/system/$program.service
-    [ -e "$destdir$service_unit" ] || service_unit=/lib/systemd/system/$program.service
+    for service_unit in /etc/systemd/system /usr/local/lib/systemd/system /lib/systemd/system; do
+        service_unit=$service_unit/$program.service
+        [ ! -f "$destdir$service_unit" ] || break
+    done
     ln -sfn "$service_unit" "$destdir$wants/$program.service"
 }
 

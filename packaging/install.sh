@@ -13,7 +13,8 @@
 #
 # Environment:
 #
-#     PREFIX    where the program goes, instead of /usr/local
+#     PREFIX    where the program goes, instead of /usr/local or where it is already;
+#               for a system whose /usr cannot be written to: PREFIX=/opt
 #     DESTDIR   goes before every path that is written, for packages and tests;
 #               nothing is started then
 
@@ -21,15 +22,7 @@ set -eu
 
 program=overlay-read-write-splitting-snapshotter
 here=$(cd "$(dirname "$0")" && pwd)
-prefix=${PREFIX:-/usr/local}
 destdir=${DESTDIR-}
-
-bin=$prefix/bin
-share=$prefix/share/$program
-# systemd looks here for what is neither a distribution's nor the
-# administrator's. What is changed with `systemctl edit` is kept elsewhere.
-units=$prefix/lib/systemd/system
-man=$prefix/share/man/man8
 
 say() {
     echo "install.sh: $*"
@@ -49,12 +42,33 @@ put() {
     mv -f "$destdir$3.new" "$destdir$3"
 }
 
-# put_program MODE SOURCE PATH: the same for a file that names the program.
-put_program() {
+# put_adapted MODE SOURCE PATH: the same for a file that names what is in PREFIX.
+put_adapted() {
     mkdir -p "$destdir${3%/*}"
-    sed "s#/usr/local/bin/$program#$bin/$program#" "$2" >"$destdir$3.new"
+    adapt "$2" >"$destdir$3.new"
     chmod "$1" "$destdir$3.new"
     mv -f "$destdir$3.new" "$destdir$3"
+}
+
+adapt() {
+    sed -e "s#/usr/local/bin/$program#$bin/$program#" \
+        -e "s#/usr/local/share/$program#$share#" "$1"
+}
+
+# put_link NAME PATH: a link to the program's file, unless another program has that path.
+put_link() {
+    if [ -e "$destdir$2" ] || [ -L "$destdir$2" ]; then
+        [ "$(readlink "$destdir$2")" = "$1" ] || {
+            say "$2 is something else's, and stays"
+            return 0
+        }
+    fi
+    ln -sfn "$1" "$destdir$2"
+}
+
+# drop_link NAME PATH
+drop_link() {
+    [ "$(readlink "$destdir$2")" != "$1" ] || rm "$destdir$2"
 }
 
 # put_config SOURCE PATH: settings that were changed stay. What was installed
@@ -62,11 +76,11 @@ put_program() {
 put_config() {
     installed=$share/${2##*/}.${1##*.}
     if [ ! -e "$destdir$2" ] || cmp -s "$destdir$installed" "$destdir$2"; then
-        put 644 "$1" "$2"
-    elif ! cmp -s "$1" "$destdir$2"; then
+        put_adapted 644 "$1" "$2"
+    elif ! adapt "$1" | cmp -s - "$destdir$2"; then
         say "$2 was changed and stays; the one of this version is $installed"
     fi
-    put 644 "$1" "$installed"
+    put_adapted 644 "$1" "$installed"
 }
 
 # drop_config KIND PATH
@@ -77,6 +91,65 @@ drop_config() {
     else
         say "$2 was changed and stays"
     fi
+}
+
+# installed_prefix: where an earlier run has put the program. The service says so, and the
+# files beside it that this is no other program's service.
+installed_prefix() {
+    for file in "/etc/systemd/system/$program.service" \
+        "/usr/local/lib/systemd/system/$program.service" "/etc/init.d/$program"; do
+        [ -f "$destdir$file" ] || continue
+        found=$(sed -n -e "s#^ExecStart=\(/.*\)/bin/$program\( .*\)\{0,1\}\$#\1#p" \
+            -e "s#^command=\(/.*\)/bin/$program\$#\1#p" "$destdir$file" | tail -n 1)
+        if [ -n "$found" ] && [ -f "$destdir$found/share/$program/install.sh" ]; then
+            echo "$found"
+            return 0
+        fi
+    done
+}
+
+# choose_places: PREFIX, else where this file is installed, else where an earlier run has
+# put the program.
+choose_places() {
+    earlier=$(installed_prefix)
+    prefix=${PREFIX-}
+    [ -n "$prefix" ] || case $here in
+    */share/"$program")
+        prefix=${here%/share/"$program"}
+        prefix=${prefix#"$destdir"}
+        ;;
+    *) prefix=${earlier:-/usr/local} ;;
+    esac
+    case $prefix in
+    /*[!/]) ;;
+    *) die "PREFIX is '$prefix', it has to be a full path such as /opt" ;;
+    esac
+    [ -z "$earlier" ] || [ "$earlier" = "$prefix" ] ||
+        die "it is installed in $earlier, not in $prefix: leave PREFIX out, or run" \
+            "$earlier/share/$program/install.sh uninstall first"
+    bin=$prefix/bin
+    share=$prefix/share/$program
+    man=$prefix/share/man/man8
+    bash=$prefix/share/bash-completion/completions
+    zsh=$prefix/share/zsh/site-functions
+    fish=$prefix/share/fish/vendor_completions.d
+    # systemd looks there for what is neither a distribution's nor the administrator's,
+    # and does not look below any other prefix. What is changed with `systemctl edit` is
+    # kept elsewhere.
+    units=/usr/local/lib/systemd/system
+    [ "$prefix" = /usr/local ] || units=/etc/systemd/system
+}
+
+# require_writable DIR: dies if nothing can be put there.
+require_writable() {
+    above=$destdir$1
+    while [ ! -d "$above" ] && [ -n "$above" ]; do
+        above=${above%/*}
+    done
+    touch "${above:-}/.$program.new" 2>/dev/null ||
+        die "cannot write to $1: if /usr is read-only here, choose another place, for example" \
+            "PREFIX=/opt $0"
+    rm "${above:-}/.$program.new"
 }
 
 find_service() {
@@ -94,7 +167,14 @@ find_service() {
 
 install_files() {
     put 755 "$here/$program" "$bin/$program"
+    put_link "$program" "$bin/rwsplit"
     put 644 "$here/$program.8" "$man/$program.8"
+    put_link "$program.8" "$man/rwsplit.8"
+    put 644 "$here/completions/rwsplit.bash" "$bash/rwsplit"
+    put_link rwsplit "$bash/$program"
+    put 644 "$here/completions/rwsplit.zsh" "$zsh/_rwsplit"
+    put 644 "$here/completions/rwsplit.fish" "$fish/rwsplit.fish"
+    put_link rwsplit.fish "$fish/$program.fish"
     put 755 "$here/disks.sh" "$share/disks.sh"
     put 644 "$here/devices.sh" "$share/devices.sh"
     put_config "$here/modprobe.conf" "/etc/modprobe.d/$program.conf"
@@ -109,26 +189,17 @@ install_files() {
 }
 
 install_systemd() {
-    if [ -e "$destdir/etc/systemd/system/$program.service" ] &&
-        [ ! -L "$destdir/etc/systemd/system/$program.service" ]; then
-        say "/etc/systemd/system/$program.service hides the unit of this version: remove it" \
-            "if you have not changed it on purpose"
+    own=/etc/systemd/system/$program.service
+    [ ! -L "$destdir$own" ] || [ "$units" != "${own%/*}" ] ||
+        die "$own is a link: run 'systemctl unmask $program.service' first"
+    if [ -e "$destdir$own" ] && [ ! -L "$destdir$own" ] && [ "$units" != "${own%/*}" ]; then
+        say "$own hides the unit of this version: remove it if you have not changed it on purpose"
     fi
-    new=yes
-    [ ! -e "$destdir$units/$program.service" ] || new=no
-    put_program 644 "$here/systemd/$program.service" "$units/$program.service"
+    put_adapted 644 "$here/systemd/$program.service" "$units/$program.service"
     put_config "$here/systemd/$program.default" "/etc/default/$program"
-    if [ -n "$destdir" ]; then
-        [ "$new" = no ] || systemctl --root="$destdir" --quiet enable "$program.service"
-        return 0
-    fi
-    if [ ! -d /run/systemd/system ]; then
-        # In an image that will be booted later.
-        [ "$new" = no ] || systemctl --quiet enable "$program.service"
-        return 0
-    fi
-    systemctl daemon-reload
-    [ "$new" = no ] || systemctl --quiet enable "$program.service"
+    [ -n "$destdir" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+    [ "$new" = no ] || systemctl ${destdir:+--root="$destdir"} --quiet enable "$program.service" ||
+        die "$units/$program.service cannot be enabled: after that is put right, run this again"
 }
 
 start_systemd() {
@@ -158,9 +229,7 @@ remove_systemd() {
 }
 
 install_openrc() {
-    new=yes
-    [ ! -e "$destdir/etc/init.d/$program" ] || new=no
-    put_program 755 "$here/openrc/$program.initd" "/etc/init.d/$program"
+    put_adapted 755 "$here/openrc/$program.initd" "/etc/init.d/$program"
     put_config "$here/openrc/$program.confd" "/etc/conf.d/$program"
     [ "$new" = yes ] || return 0
     if [ -n "$destdir" ]; then
@@ -199,7 +268,11 @@ uninstall() {
     [ "$service" != systemd ] || remove_systemd
     [ "$service" != openrc ] || remove_openrc
     drop_config conf "/etc/modprobe.d/$program.conf"
-    rm -f "$destdir$bin/$program" "$destdir$man/$program.8"
+    drop_link "$program" "$bin/rwsplit"
+    drop_link "$program.8" "$man/rwsplit.8"
+    rm -f "$destdir$bin/$program" "$destdir$man/$program.8" "$destdir$bash/rwsplit" \
+        "$destdir$bash/$program" "$destdir$zsh/_rwsplit" "$destdir$fish/rwsplit.fish" \
+        "$destdir$fish/$program.fish"
     rm -rf "$destdir$share"
     say "removed. Images and containers are where they were, and so are mounts that were set up;" \
         "containerd's configuration still names the snapshotter"
@@ -234,6 +307,7 @@ systemd | openrc) ;;
 esac
 [ -n "$destdir" ] || [ "$(id -u)" = 0 ] || die "has to be run by root"
 [ -z "$destdir" ] || start=no
+choose_places
 
 if [ "$action" = uninstall ]; then
     [ -z "$disks" ] || die "uninstall takes no$disks"
@@ -246,6 +320,12 @@ fi
 [ -n "$destdir" ] || "$here/$program" --version >/dev/null ||
     die "this archive's program does not run here: is the archive for a machine like this" \
         "($(uname -m))?"
+require_writable "$bin"
+require_writable "$share"
+# An earlier run that did not come to its end is continued. What was disabled or stopped
+# after one that did stays so.
+new=yes
+[ ! -e "$destdir$share/installed" ] || new=no
 # $disks is a list.
 # shellcheck disable=SC2086
 [ -z "$disks" ] || DESTDIR=$destdir sh "$here/disks.sh" --check --service "$service" $disks
@@ -254,5 +334,6 @@ install_files
 # shellcheck disable=SC2086
 DESTDIR=$destdir sh "$here/disks.sh" --service "$service" $disks
 [ "$start" = no ] || "start_$service"
+echo "$service" >"$destdir$share/installed"
 say "$program is installed for $service; the lines that containerd's configuration needs are in" \
     "$share/README.md and $share/docs/containerd.md"

@@ -60,6 +60,9 @@ put 644 packaging/modprobe.conf "$scratch/$name/modprobe.conf"
 for file in docs/*.md; do
     put 644 "$file" "$scratch/$name/$file"
 done
+for file in packaging/completions/*; do
+    put 644 "$file" "$scratch/$name/completions/${file##*/}"
+done
 for file in README.md CHANGELOG.md LICENSE systemd/"$program".service \
     systemd/"$program".default openrc/"$program".confd; do
     put 644 "$file" "$scratch/$name/$file"
@@ -84,6 +87,14 @@ put 644 "openrc/$program.initd" "$deb/usr/share/$program/openrc/$program.initd"
 put 644 "openrc/$program.confd" "$deb/usr/share/$program/openrc/$program.confd"
 put 644 "$scratch/$program.8" "$deb/usr/share/man/man8/$program.8"
 gzip -9 -n "$deb/usr/share/man/man8/$program.8"
+ln -s "$program.8.gz" "$deb/usr/share/man/man8/rwsplit.8.gz"
+ln -s "$program" "$deb/usr/bin/rwsplit"
+completions=packaging/completions/rwsplit
+put 644 $completions.bash "$deb/usr/share/bash-completion/completions/rwsplit"
+ln -s rwsplit "$deb/usr/share/bash-completion/completions/$program"
+put 644 $completions.zsh "$deb/usr/share/zsh/vendor-completions/_rwsplit"
+put 644 $completions.fish "$deb/usr/share/fish/vendor_completions.d/rwsplit.fish"
+ln -s rwsplit.fish "$deb/usr/share/fish/vendor_completions.d/$program.fish"
 put 644 README.md "$deb/usr/share/doc/$program/README.md"
 for file in docs/*.md; do
     put 644 "$file" "$deb/usr/share/doc/$program/$file"

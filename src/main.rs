@@ -4,9 +4,9 @@
 use std::process::ExitCode;
 
 use overlay_read_write_splitting_snapshotter::commands::{
-    check, doctor, import, mount, output, status,
+    check, configuration, doctor, import, mount, output, status,
 };
-use overlay_read_write_splitting_snapshotter::config::{Command, Parsed, parse};
+use overlay_read_write_splitting_snapshotter::config::{Command, Parsed};
 use overlay_read_write_splitting_snapshotter::daemon;
 use overlay_read_write_splitting_snapshotter::error::Result;
 use overlay_read_write_splitting_snapshotter::mount::{USER_NAMESPACE_CHILD, hold_user_namespace};
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     let is_well = if arguments == [USER_NAMESPACE_CHILD] {
         hold_user_namespace().map(|()| true)
     } else {
-        parse(arguments).and_then(|parsed| {
+        configuration::read(arguments).and_then(|parsed| {
             finds = matches!(
                 parsed,
                 Parsed::Run(

@@ -177,6 +177,7 @@ ring_ends() {
 
 step "formatting" as_builder cargo fmt --check
 step "scripts" shellcheck .ci/run tests/*.sh tests/packaging/*.sh packaging/*.sh packaging/deb/p* tests/boot/*.sh \
+    packaging/completions/rwsplit.bash \
     tests/boot/*.initd openrc/*d
 step "links of the documentation" sh tests/check-docs.sh
 step "formatting of Go" test -z "$(gofmt -l tests)"

@@ -37,7 +37,7 @@ pub fn image_of(info: &Info) -> Option<&str> {
 
 /// The namespace and the name in a key as containerd makes it:
 /// `<namespace>/<number>/<name>`.
-fn split_key(key: &str) -> (&str, &str) {
+pub fn split_key(key: &str) -> (&str, &str) {
     let mut parts = key.splitn(3, '/');
     match (parts.next(), parts.next(), parts.next()) {
         (Some(namespace), Some(_), Some(name)) => (namespace, name),

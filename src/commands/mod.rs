@@ -1,9 +1,11 @@
 //! What the program does beside serving: one module for each command.
 
 pub mod check;
+pub mod configuration;
 pub mod doctor;
 pub mod import;
 mod losses;
 pub mod mount;
 pub mod output;
+mod progress;
 pub mod status;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::config::Format;
 
 /// How many columns lines have at most, apart from words that are longer.
-const COLUMNS: usize = 80;
+pub const COLUMNS: usize = 80;
 
 /// Prints a report in the format that the user asked for.
 pub fn show(format: Format, sentences: impl FnOnce() -> String, json: impl FnOnce() -> Value) {

@@ -4,7 +4,8 @@
 
 use serde_json::{Value, json};
 
-use crate::commands::output::{bytes, daemon_state, paragraph, show};
+use crate::commands::losses::split_key;
+use crate::commands::output::{COLUMNS, Colour, bytes, coloured, daemon_state, paragraph, show};
 use crate::config::{Config, Format};
 use crate::error::Result;
 use crate::mount::mountinfo;
@@ -12,9 +13,16 @@ use crate::quota::Support;
 use crate::root::open::{Purpose, identities, visit};
 use crate::snapshotter::{Figures, Snapshotter, VolumeFigures, Written};
 use crate::types::{Kind, Limits, Quoted, Volume};
+use crate::volume::Reserve;
 
-/// How many of the largest writable snapshots are reported.
+/// How many of the largest writable snapshots are reported, and how many at least where
+/// there is not room for all of them.
 const LARGEST: usize = 10;
+const LEAST: usize = 3;
+/// A volume of which less than that part is free is called full.
+const FULL: u64 = 100;
+/// How many lines a terminal has at least; one of them is the shell's.
+const ROWS: usize = 23;
 
 /// A volume's directory and what it is on.
 struct VolumeState {
@@ -34,6 +42,10 @@ struct Status {
     /// Why quotas do nothing, if so.
     no_quotas: Option<String>,
     largest: Vec<Written>,
+    /// What has to stay free on the writable volume.
+    reserve: Reserve,
+    /// Containers get a limit that their labels do not ask for.
+    wants_limits: bool,
 }
 
 /// Prints how things stand.
@@ -62,31 +74,36 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
         figures: snapshotter.figures()?,
         no_quotas: snapshotter.quota_support().err().map(|error| error.chain()),
         largest: snapshotter.largest_writable(LARGEST)?,
+        reserve: config.options.reserve,
+        wants_limits: config.options.quota.default != Limits::NONE,
     };
     show(format, || status.sentences(), || status.json());
     Ok(())
 }
 
 impl Status {
+    /// What is wrong first; all of it fits a screen.
     fn sentences(&self) -> String {
         let mut text = String::new();
-        let head = |name: &str| format!("{name:<10} ");
-        let row = |text: &mut String, name: &str, what: &str| {
-            text.push_str(&format!("{}{what}\n", head(name)));
+        let wrong = self.wrong();
+        for what in &wrong {
+            let line = paragraph(&head("WRONG"), what);
+            let rest = line.strip_prefix("WRONG").unwrap_or(&line);
+            text.push_str(&format!("{}{rest}", coloured(Colour::Red, "WRONG")));
+        }
+        let well = if wrong.is_empty() {
+            ", nothing is wrong"
+        } else {
+            ""
         };
-        row(&mut text, "daemon", daemon_state(self.is_running));
+        let daemon = format!("{}{well}", daemon_state(self.is_running));
+        text.push_str(&paragraph(&head("daemon"), &daemon));
         for (place, figures) in self.places.iter().zip(&self.figures.volumes) {
-            row(&mut text, &figures.volume.to_string(), &place.path);
+            let name = figures.volume.to_string();
+            text.push_str(&paragraph(&head(&name), &place.path));
             if let Some((source, file_system)) = &place.mounted {
                 let on = format!("{source}, {file_system}{}", room(figures));
-                row(&mut text, "", &on);
-            }
-            if let Some(identity) = &place.identity {
-                row(&mut text, "", identity);
-            }
-            if let Some(problem) = &place.problem {
-                let problem = format!("cannot be used: {problem}");
-                text.push_str(&paragraph(&head(""), &problem));
+                text.push_str(&paragraph(&head(""), &on));
             }
         }
         text.push_str(&paragraph(&head("quotas"), &self.quotas()));
@@ -96,18 +113,60 @@ impl Status {
             of_kind.map(|held| held.count).sum::<u64>()
         });
         let counts = format!("{committed} committed, {active} active, {views} views");
-        row(&mut text, "snapshots", &counts);
+        text.push_str(&paragraph(&head("snapshots"), &counts));
         let away = bytes(self.figures.away_bytes);
-        let away = format!("{away} in layers that are not home yet");
-        row(&mut text, "away", &away);
-        for (number, written) in self.largest.iter().enumerate() {
-            let name = if number == 0 { "largest" } else { "" };
-            let key = Quoted(&written.key);
-            let of = limits(&written.limits);
-            let what = format!("{:>7}  {key}{of}", bytes(written.bytes));
-            row(&mut text, name, &what);
+        let away = format!("{away} in layers that have not moved to the image volume yet");
+        text.push_str(&paragraph(&head("away"), &away));
+        let mut largest = self.largest.iter().peekable();
+        if largest.peek().is_some() {
+            text.push_str("largest, by what they have written:\n");
+        }
+        for (number, written) in largest.enumerate() {
+            let line = written_line(written);
+            if number >= LEAST && rows(&text) + rows(&line) > ROWS {
+                break;
+            }
+            text.push_str(&line);
         }
         text
+    }
+
+    /// What keeps containers from being made or started, or soon will.
+    fn wrong(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        if !self.is_running {
+            wrong.push("the daemon is stopped: no container can be made or started".to_owned());
+        }
+        for (place, figures) in self.places.iter().zip(&self.figures.volumes) {
+            let name = figures.volume;
+            if let Some(problem) = &place.problem {
+                wrong.push(format!("the {name} volume cannot be used: {problem}"));
+                continue;
+            }
+            let free = figures.free_bytes;
+            let reserve = match name {
+                Volume::Image => 0,
+                Volume::Writable => self.reserve.bytes(figures.size_bytes),
+            };
+            if free < reserve {
+                wrong.push(format!(
+                    "the {name} volume has {} free, less than --reserve keeps ({}): new \
+                     containers are refused",
+                    bytes(free),
+                    bytes(reserve)
+                ));
+            } else if figures.size_bytes > 0 && free < figures.size_bytes / FULL {
+                wrong.push(format!(
+                    "the {name} volume is full: {} are free",
+                    bytes(free)
+                ));
+            }
+        }
+        let keeps_limits = self.figures.quotas == Some(Support::Limits);
+        if self.wants_limits && !keeps_limits {
+            wrong.push("new containers are refused, as their limits cannot be kept".to_owned());
+        }
+        wrong
     }
 
     fn quotas(&self) -> String {
@@ -168,6 +227,33 @@ impl Status {
     }
 }
 
+/// The first column.
+fn head(name: &str) -> String {
+    format!("{name:<10} ")
+}
+
+/// How many lines of a terminal a text takes.
+fn rows(text: &str) -> usize {
+    let lines = text.lines().map(|line| line.chars().count());
+    lines.map(|length| length.div_ceil(COLUMNS).max(1)).sum()
+}
+
+/// What a container has written, with the last part of its key, which `mount` takes.
+fn written_line(written: &Written) -> String {
+    let (namespace, name) = split_key(&written.key);
+    let is_plain = |c: char| c.is_ascii_graphic();
+    let name = match namespace {
+        "?" => Quoted(name).to_string(),
+        _ if !written.key.chars().all(is_plain) => Quoted(&written.key).to_string(),
+        _ => format!("{namespace}  {name}"),
+    };
+    format!(
+        "{:>6} {name}{}\n",
+        bytes(written.bytes),
+        limits(&written.limits)
+    )
+}
+
 fn room(figures: &VolumeFigures) -> String {
     match figures.size_bytes {
         // It cannot be asked.
@@ -190,6 +276,32 @@ fn limits(limits: &Limits) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_that_wrap_are_counted() {
+        assert_eq!(rows(""), 0);
+        assert_eq!(rows("a\n\nb\n"), 3);
+        assert_eq!(rows(&"x".repeat(80)), 1);
+        assert_eq!(rows(&"x".repeat(81)), 2);
+    }
+
+    #[test]
+    fn containers_are_named_as_mount_takes_them() {
+        let line = |key: &str| {
+            written_line(&Written {
+                key: key.to_owned(),
+                bytes: 3 << 20,
+                inodes: 1,
+                limits: Limits::NONE,
+            })
+        };
+        let id = "0123456789abcdef".repeat(4);
+        let docker = line(&format!("moby/1234567/{id}"));
+        assert_eq!(docker, format!("  3.0M moby  {id}\n"));
+        assert_eq!(rows(&docker), 1);
+        assert_eq!(line("key"), "  3.0M \"key\"\n");
+        assert_eq!(line("a/1/b\nc"), "  3.0M \"a/1/b\\nc\"\n");
+    }
 
     #[test]
     fn limits_are_told_if_there_are_any() {

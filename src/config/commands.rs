@@ -1,6 +1,6 @@
 //! The words of the command line, and the flags that belong to them.
 
-use super::Flags;
+use super::flags::{Flags, REPORTING};
 use crate::error::{Error, Result};
 
 /// How a command prints what it found.
@@ -96,9 +96,6 @@ pub enum Command {
     Import(ImportOptions),
 }
 
-/// The commands that print a report, which can be JSON.
-const REPORTING: [&str; 4] = ["check", "status", "doctor", "import"];
-
 /// The commands, for messages.
 const COMMANDS: &str =
     "\"status\", \"check\", \"doctor\", \"import\", \"mount KEY DIR\" and \"umount DIR\"";
@@ -119,13 +116,13 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
         ["status"] => Ok(Command::Status(format(flags))),
         ["doctor"] => Ok(Command::Doctor(DoctorOptions {
             format: format(flags),
-            containerd_config: flags.containerd_config.clone(),
+            containerd_config: flags.text("--containerd-config").map(str::to_owned),
         })),
         ["import"] => import_options(flags).map(Command::Import),
         ["mount", key, target] => Ok(Command::Mount(MountOptions {
             key: (*key).to_owned(),
             target: (*target).to_owned(),
-            is_read_only: flags.read_only,
+            is_read_only: flags.is_given("--read-only"),
         })),
         ["umount", target] => Ok(Command::Unmount((*target).to_owned())),
         ["mount", ..] => Err(Error::invalid(format!(
@@ -147,23 +144,17 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
 
 /// Refuses a flag of another command.
 fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
-    let has_config = flags.containerd_config.is_some();
-    let given: [(&str, bool, &[&str]); 9] = [
-        ("--repair", flags.repair, &["check"]),
-        ("--yes", flags.yes, &["check"]),
-        ("--reset-writable", flags.reset_writable, &["check"]),
-        ("--json", flags.json, &REPORTING),
-        ("--dry-run", flags.dry_run, &["import"]),
-        ("--undo", flags.undo, &["import"]),
-        ("--leave-out-missing", flags.leave_out_missing, &["import"]),
-        ("--containerd-config", has_config, &["doctor"]),
-        ("--read-only", flags.read_only, &["mount"]),
-    ];
-    for (flag, is_given, commands) in given {
-        if is_given && !command.is_some_and(|command| commands.contains(&command)) {
-            let commands: Vec<_> = commands.iter().map(|word| format!("{word:?}")).collect();
+    for flag in flags.given() {
+        let is_its = || command.is_some_and(|command| flag.commands.contains(&command));
+        if !flag.commands.is_empty() && !is_its() {
+            let commands: Vec<_> = flag
+                .commands
+                .iter()
+                .map(|word| format!("{word:?}"))
+                .collect();
             return Err(Error::invalid(format!(
-                "{flag} goes with the command {}",
+                "{} goes with the command {}",
+                flag.name,
                 commands.join(" or ")
             )));
         }
@@ -172,35 +163,35 @@ fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
 }
 
 fn format(flags: &Flags) -> Format {
-    match flags.json {
+    match flags.is_given("--json") {
         true => Format::Json,
         false => Format::Human,
     }
 }
 
 fn check_options(flags: &Flags) -> Result<CheckOptions> {
-    let mends = flags.repair || flags.reset_writable;
-    if flags.yes && !mends {
+    let mends = flags.is_given("--repair") || flags.is_given("--reset-writable");
+    if flags.is_given("--yes") && !mends {
         return Err(Error::invalid("--yes goes with --repair"));
     }
-    if flags.json && mends && !flags.yes {
+    if flags.is_given("--json") && mends && !flags.is_given("--yes") {
         return Err(Error::invalid(
             "--json leaves no room for questions: give --yes with --repair",
         ));
     }
     Ok(CheckOptions {
         format: format(flags),
-        mending: match (mends, flags.yes) {
+        mending: match (mends, flags.is_given("--yes")) {
             (false, _) => Mending::Never,
             (true, false) => Mending::AfterAsking,
             (true, true) => Mending::AtOnce,
         },
-        resets_writable: flags.reset_writable,
+        resets_writable: flags.is_given("--reset-writable"),
     })
 }
 
 fn import_options(flags: &Flags) -> Result<ImportOptions> {
-    let task = match (flags.dry_run, flags.undo) {
+    let task = match (flags.is_given("--dry-run"), flags.is_given("--undo")) {
         (false, false) => ImportTask::Import,
         (true, false) => ImportTask::Look,
         (false, true) => ImportTask::Undo,
@@ -208,7 +199,7 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
             return Err(Error::invalid("--undo has no --dry-run"));
         }
     };
-    if task == ImportTask::Undo && flags.leave_out_missing {
+    if task == ImportTask::Undo && flags.is_given("--leave-out-missing") {
         return Err(Error::invalid(
             "--undo leaves nothing out: give no --leave-out-missing",
         ));
@@ -216,6 +207,6 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
     Ok(ImportOptions {
         format: format(flags),
         task,
-        leaves_out_missing: flags.leave_out_missing,
+        leaves_out_missing: flags.is_given("--leave-out-missing"),
     })
 }

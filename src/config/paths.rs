@@ -2,6 +2,7 @@
 //! other, and free of what would mean something in a mount option.
 
 use crate::error::{Error, Result};
+use crate::snapshotter::Relocation;
 use crate::store::is_database_file;
 use crate::types::MountPath;
 use crate::volume::{ROOT_NAMES, WRITABLE_NAMES};
@@ -93,12 +94,14 @@ const OWN_OPTIONS: &[&str] = &[
     "gidmap",
 ];
 
-pub(super) fn check_mount_options(options: &[String], relocate: &str) -> Result<()> {
+pub(super) fn check_mount_options(options: &[String], relocation: Relocation) -> Result<()> {
     for option in options {
         check_mount_option(option)?;
         // overlayfs then keeps a handle of the topmost layer in the upper
         // directory, and refuses the upper once that layer has moved (ESTALE).
-        if relocate != "never" && matches!(option.as_str(), "index=on" | "nfs_export=on") {
+        if relocation != Relocation::Never
+            && matches!(option.as_str(), "index=on" | "nfs_export=on")
+        {
             return Err(Error::invalid(format!(
                 "--mount-option {option} ties containers to the place of their layers: \
                  it needs --relocate never"

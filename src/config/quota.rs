@@ -1,7 +1,5 @@
 //! How much containers may write, and what has to stay free.
 
-use std::time::Duration;
-
 use super::{Flags, wrong};
 use crate::error::{Error, Result};
 use crate::quota::ProjectRange;
@@ -12,15 +10,12 @@ use crate::volume::Reserve;
 
 /// Reads the flags of quotas.
 pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
-    let mode = match given.quota.as_str() {
-        "auto" => QuotaMode::Auto,
-        "require" => QuotaMode::Require,
-        "off" => QuotaMode::Off,
-        other => {
-            return Err(wrong("--quota", other, "\"auto\", \"require\" or \"off\""));
-        }
+    let mode = match given.text("--quota") {
+        Some("require") => QuotaMode::Require,
+        Some("off") => QuotaMode::Off,
+        _ => QuotaMode::Auto,
     };
-    let ids = match given.quota_ids.as_deref() {
+    let ids = match given.text("--quota-ids") {
         None => ProjectRange::DEFAULT,
         Some(text) => parse_range(text).ok_or_else(|| {
             let right = format!(
@@ -30,8 +25,8 @@ pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
             wrong("--quota-ids", text, right)
         })?,
     };
-    let limit = |flag: &str, text: Option<&str>, parse: fn(&str) -> Option<u64>, wanted: String| {
-        let Some(text) = text else {
+    let limit = |flag: &str, parse: fn(&str) -> Option<u64>, wanted: String| {
+        let Some(text) = given.text(flag) else {
             return Ok(None);
         };
         let number = parse(text).ok_or_else(|| wrong(flag, text, wanted))?;
@@ -48,18 +43,16 @@ pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
         default: Limits {
             max_bytes: limit(
                 "--default-max-size",
-                given.default_max_size.as_deref(),
                 limits::parse_size,
                 limits::size_wanted(),
             )?,
             max_inodes: limit(
                 "--default-max-inodes",
-                given.default_max_inodes.as_deref(),
                 limits::parse_inodes,
                 limits::inodes_wanted(),
             )?,
         },
-        usage_max_age: Duration::from_secs(given.usage_max_age.into()),
+        usage_max_age: given.seconds("--usage-max-age", 0)?,
     })
 }
 
@@ -85,8 +78,7 @@ pub(super) fn parse_reserve(text: &str) -> Result<Reserve> {
 
 #[cfg(test)]
 mod tests {
-    use argh::FromArgs;
-
+    use super::super::flags::Arguments;
     use super::*;
 
     #[test]
@@ -117,10 +109,13 @@ mod tests {
     #[test]
     fn limits_need_quotas() {
         let given = |mode, max_size: Option<&str>, max_inodes: Option<&str>| {
-            let mut flags = Flags::from_args(&[""], &["--quota", mode]).unwrap();
-            flags.default_max_size = max_size.map(str::to_owned);
-            flags.default_max_inodes = max_inodes.map(str::to_owned);
-            check(&flags)
+            let mut words = vec![format!("--quota={mode}")];
+            words.extend(max_size.map(|size| format!("--default-max-size={size}")));
+            words.extend(max_inodes.map(|inodes| format!("--default-max-inodes={inodes}")));
+            match Flags::parse(words.into_iter().map(Into::into).collect())? {
+                Arguments::Given(flags) => check(&flags),
+                _ => panic!("neither help nor version"),
+            }
         };
         let limited = given("auto", Some("10G"), Some("1000")).unwrap().default;
         assert_eq!(limited.max_bytes, Some(10 << 30));
@@ -130,7 +125,6 @@ mod tests {
             Limits::NONE
         );
         for (mode, size, inodes, said) in [
-            ("on", None, None, "\"require\""),
             ("off", Some("10G"), None, "--quota off"),
             ("off", None, Some("100"), "--quota off"),
             ("auto", Some("10X"), None, "--default-max-size is \"10X\""),

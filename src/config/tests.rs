@@ -1,5 +1,7 @@
 //! What the command line may say.
 
+use std::time::Duration;
+
 use super::*;
 use crate::error::ErrorKind;
 use crate::volume::Reserve;
@@ -137,17 +139,20 @@ fn options_that_are_not_ours_to_give_are_refused() {
 
 #[test]
 fn nonsense_is_refused_in_one_line() {
-    refused(&["--threads", "0"]);
     refused(&["--threads", "many"]);
-    refused(&["--async-remove=maybe"]);
     refused(&["--sync", "sometimes"]);
     refused(&["--relocate", "sometimes"]);
     refused(&["--mount-option", "index=on"]);
     run(&["--mount-option", "index=on", "--relocate", "never"]).unwrap();
-    refused(&["--relocate-after", "-1"]);
-    refused(&["--no-such-flag"]);
     refused(&["stray"]);
-    refused(&["--address", &format!("/{}", "a".repeat(107))]);
+    let long = format!("/{}", "a".repeat(107));
+    refused(&["--address", &long]);
+    refused(&["--root-dir", &long]);
+    // What needs no socket does not mind.
+    assert_eq!(
+        checked(&["check", "--root-dir", &long]).format,
+        Format::Human
+    );
 }
 
 #[test]
@@ -246,44 +251,99 @@ fn status_is_a_command() {
 }
 
 #[test]
-fn version_and_help_are_printed() {
-    for (flag, part) in [
-        ("--version", env!("CARGO_PKG_VERSION")),
-        ("--help", "--writable-dir"),
-    ] {
-        match parse(vec![flag.into()]).unwrap() {
-            Parsed::Print(text) => assert!(text.contains(part), "{text}"),
-            other => panic!("{other:?}"),
-        }
+fn the_version_is_printed() {
+    match parse(vec!["--version".into()]).unwrap() {
+        Parsed::Print(text) => assert!(text.contains(env!("CARGO_PKG_VERSION")), "{text}"),
+        other => panic!("{other:?}"),
     }
 }
 
-/// The flags that `--help` lists.
-fn flags() -> Vec<String> {
-    let Parsed::Print(help) = parse(vec!["--help".into()]).unwrap() else {
-        panic!("--help prints");
-    };
-    let words = help.split_whitespace();
-    let mut flags: Vec<_> = words
-        .filter(|word| word.starts_with("--") && word.len() > 2)
-        .map(|word| word.trim_end_matches([',', ']']).to_owned())
-        .collect();
+/// The flags that are named in a text.
+fn flags_in(text: &str) -> Vec<&str> {
+    let words = text.split(|c: char| c != '-' && !c.is_ascii_alphanumeric());
+    let is_flag = |word: &&str| word.len() > 2 && word.starts_with("--");
+    let mut flags: Vec<_> = words.filter(is_flag).collect();
     flags.sort();
-    flags.dedup();
+    flags
+}
+
+/// All flags, and those that every program has.
+fn all_flags() -> Vec<&'static str> {
+    let mut flags: Vec<_> = FLAGS.iter().map(|flag| flag.name).collect();
+    flags.extend(["--help", "--version"]);
+    flags.sort();
     flags
 }
 
 #[test]
-fn every_flag_is_in_the_manual() {
+fn help_fits_a_screen() {
+    for word in ["--help", "-h", "help"] {
+        match parse(vec![word.into()]).unwrap() {
+            Parsed::Print(text) => assert_eq!(text, HELP),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!((24..=40).contains(&HELP.lines().count()));
+    assert!(HELP.lines().all(|line| line.chars().count() <= 80));
+    let known = all_flags();
+    for flag in flags_in(HELP) {
+        assert!(
+            known.contains(&flag),
+            "--help has {flag}, the program does not"
+        );
+    }
+    for flag in FLAGS.iter().filter(|flag| !flag.commands.is_empty()) {
+        let is_named = HELP.contains(flag.name) || flag.name == "--containerd-config";
+        assert!(
+            is_named || flag.name == "--leave-out-missing",
+            "{}",
+            flag.name
+        );
+    }
+}
+
+#[test]
+fn every_flag_is_in_the_manual_once() {
     const MANUAL: &str =
         include_str!("../../packaging/overlay-read-write-splitting-snapshotter.8.md");
-    let flags = flags();
-    assert!(flags.len() > 20, "{flags:?}");
-    for flag in flags {
-        let entry = format!("**{flag}**");
-        let mut entries = MANUAL.lines().filter(|line| line.starts_with("**--"));
-        assert!(entries.any(|line| line.contains(&entry)), "{flag}");
+    let lines: Vec<_> = MANUAL.lines().collect();
+    // An entry is a line by itself.
+    let is_entry = |lines: &&[&str]| matches!(lines, ["", line, ""] if line.starts_with("**--"));
+    let entries = lines.windows(3).filter(is_entry).map(|lines| lines[1]);
+    let mut flags: Vec<_> = entries.flat_map(flags_in).collect();
+    flags.sort();
+    assert_eq!(flags, all_flags());
+}
+
+#[test]
+fn flags_that_there_are_not_and_values_that_they_do_not_take_are_named() {
+    for (arguments, said) in [
+        (&["--no-such-flag"][..], "there is no flag --no-such-flag"),
+        (&["-x"], "there is no flag -x"),
+        (&["--root-dir"], "--root-dir needs a value"),
+        (
+            &["--root-dir=/a", "--root-dir", "/b"],
+            "--root-dir is given twice",
+        ),
+        (&["--require-mount=yes"], "--require-mount takes no value"),
+        (&["--quota", "on"], "\"auto\", \"require\" or \"off\""),
+        (&["--async-remove=maybe"], "--async-remove is \"maybe\""),
+        (&["--threads", "0"], "--threads is \"0\""),
+        (&["--relocate-after", "-1"], "--relocate-after is \"-1\""),
+    ] {
+        let text = refused(arguments);
+        assert!(text.contains(said), "{text}");
     }
+}
+
+#[test]
+fn flags_of_the_daemon_are_noticed() {
+    let have = |arguments: &[&str]| {
+        have_daemon_flags(&arguments.iter().map(OsString::from).collect::<Vec<_>>())
+    };
+    assert!(have(&["check", "--root-dir", "/a"]) && have(&["--sync=none", "status"]));
+    assert!(!have(&["check", "--repair", "--yes", "--json"]) && !have(&[]));
+    assert!(!have(&["mount", "key", "/mnt", "--read-only"]));
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod backup;
 mod metrics_file;
 mod server;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,7 @@ use crate::root::open::require_mounts;
 use crate::root::{lock, state, writable};
 use crate::service::{self, Pool, Service};
 use crate::snapshotter::Snapshotter;
+use crate::store::{DATABASE, require_short};
 use crate::types::Limits;
 use crate::util::descriptors;
 use crate::volume::{Image, Volumes};
@@ -44,6 +46,7 @@ pub fn run(config: &Config) -> Result<()> {
     // Files get the modes that are asked for, whatever umask the daemon was started with.
     umask(Mode::from_raw_mode(0o022));
 
+    require_short(&Path::new(&config.state_dir).join(DATABASE))?;
     require_mounts(config)?;
     let root = Image::open_root(&config.root, state::STATE)?;
     let lock = lock::require(&root)?;

@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{
     Completeness, DATABASE, FileFormat, IN_USE, Store, peek_fact, probe_completeness, probe_format,
+    require_short,
 };
 use crate::volume::{Identity, Image, Root, replace_file};
 
@@ -62,6 +63,7 @@ pub fn open_existing(
     open: fn(&Path) -> Result<Store>,
 ) -> Result<(Store, Completeness)> {
     let path = Path::new(&config.state_dir).join(DATABASE);
+    require_short(&path)?;
     let state = read_state(root, config)?;
     let format = require_ours(&path, state.as_ref())?;
     let Some(state) = state else {

@@ -40,7 +40,8 @@ struct Rows {
 impl Snapshotter {
     /// Looks at every snapshot, directory and link, and counts every layer. A
     /// daemon at work on them makes for findings that are gone at a second look.
-    pub fn inspect(&self) -> Result<Inspection> {
+    /// `progress` is given how many snapshots are done, and how many there are.
+    pub fn inspect(&self, mut progress: impl FnMut(usize, usize)) -> Result<Inspection> {
         // The disks first: a snapshot is entered after its directory is made.
         let image = self.volumes.open(Volume::Image)?;
         let on_image = entries(&image)?;
@@ -76,7 +77,8 @@ impl Snapshotter {
         }
         let mut snapshots: Vec<&Snapshot> = rows.by_id.values().collect();
         snapshots.sort_by_key(|snapshot| snapshot.id);
-        for snapshot in snapshots {
+        for (done, snapshot) in snapshots.into_iter().enumerate() {
+            progress(done, rows.by_id.len());
             if let Some(why) = rows.bad_parent(snapshot) {
                 findings.push(about(snapshot, Problem::BadParent { why }));
             }

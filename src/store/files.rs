@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 
 /// The name of every database, the Go original's as well.
 pub const DATABASE: &str = "metadata.db";
@@ -47,6 +47,25 @@ pub fn is_database_file(name: &str) -> bool {
     name.strip_prefix(DATABASE).is_some_and(|suffix| {
         ["", ORIGINAL, DRAFT].contains(&suffix) || COMPANIONS.contains(&suffix)
     })
+}
+
+/// SQLite takes no longer path (`MAX_PATHNAME` in os_unix.c), once links are followed.
+const MAX_PATH_BYTES: usize = 512;
+
+/// Refuses a path that is too long for a database, with the names of what is beside it.
+pub fn require_short(path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default();
+    let resolved = path.parent().and_then(|parent| parent.canonicalize().ok());
+    let resolved = resolved.map_or(path.to_owned(), |parent| parent.join(name));
+    let most = MAX_PATH_BYTES - NEW_COPY.len() - JOURNAL.len();
+    match resolved.as_os_str().len() {
+        bytes if bytes <= most => Ok(()),
+        bytes => Err(Error::refused(format!(
+            "the path of the database {} has {bytes} bytes, SQLite takes {most}: give a shorter \
+             --state-dir",
+            resolved.display()
+        ))),
+    }
 }
 
 /// Removes a file, if it is there.

@@ -46,7 +46,9 @@ use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 
 pub use completeness::{Completeness, IN_USE, peek_fact, probe_completeness};
-pub use files::{DATABASE, DRAFT, ORIGINAL, find_remains, is_database_file, remove_companions};
+pub use files::{
+    DATABASE, DRAFT, ORIGINAL, find_remains, is_database_file, remove_companions, require_short,
+};
 pub use format::{FileFormat, probe_format};
 pub use layers::UnmovedLayer;
 pub use projects::Project;

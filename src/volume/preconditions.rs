@@ -44,7 +44,7 @@ pub enum Reserve {
 
 impl Reserve {
     /// In bytes, on a volume of that size.
-    fn bytes(self, size_bytes: u64) -> u64 {
+    pub fn bytes(self, size_bytes: u64) -> u64 {
         match self {
             Reserve::Bytes(bytes) => bytes,
             Reserve::Percent(percent) => {

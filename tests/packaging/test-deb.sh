@@ -20,7 +20,36 @@ quiet() {
 }
 
 deb=$(echo /sandbox/dist/${program}_*_"$machine".deb)
+root=/var/lib/containerd/tech.imvictor.containerd.$program
+
+# Before the disks are chosen it does not begin in the bare directory.
 quiet dpkg -i "$deb"
+case $said in
+*"choose its disks first"*) ;;
+*) fail "it does not say that the disks have to be chosen: $said" ;;
+esac
+[ ! -L "$wants" ] || fail "the unit is enabled, and no disk was chosen"
+systemctl --quiet enable "$program"
+[ -L "$wants" ] || fail "the unit cannot be enabled"
+quiet dpkg -P "$program"
+# What is mounted there was chosen.
+mkdir -p "$root"
+mount -t tmpfs tmpfs "$root"
+quiet dpkg -i "$deb"
+[ -L "$wants" ] || fail "the unit is not enabled, and a disk is mounted"
+quiet dpkg -P "$program"
+umount "$root"
+# Other directories, as an earlier package has left them.
+echo 'OPTIONS="--root-dir /mnt/a"' >"$default"
+quiet dpkg --force-confold -i "$deb"
+[ -L "$wants" ] || fail "the unit is not enabled, and directories are set"
+quiet dpkg -P "$program"
+
+mkdir -p "$root/snapshots"
+quiet dpkg -i "$deb"
+[ "$(rwsplit --version)" = "$($program --version)" ] || fail "there is no rwsplit"
+man -w rwsplit >/dev/null || fail "there is no man page rwsplit"
+bash -n /usr/share/bash-completion/completions/$program || fail "no completion for bash"
 [ "$($program --version)" = "$program $(dpkg-query -W -f '${Version}' $program)" ] ||
     fail "the package's version is not the program's: $($program --version)"
 [ -L "$wants" ] || fail "the unit is not enabled"
@@ -29,9 +58,6 @@ said=$(systemd-analyze verify "/usr/lib/systemd/system/$program.service" 2>&1) |
 quiet dpkg --verify "$program"
 [ -z "$said" ] || fail "dpkg --verify: $said"
 man -w "$program" >/dev/null || fail "there is no man page"
-
-# Where snapshots may be.
-mkdir -p /var/lib/containerd/tech.imvictor.containerd.$program/snapshots
 
 # A later version, which also changes the configuration file.
 dpkg-deb -R "$deb" /tmp/next
@@ -54,8 +80,8 @@ quiet dpkg -r "$program"
 [ -e "$default" ] || fail "removing has taken the configuration"
 quiet dpkg -i "$deb"
 quiet dpkg -P "$program"
-left=$(find /etc /usr /var/lib/systemd -name "*$program*" -not -path '/usr/src/*' -not -path '/usr/local/*')
+left=$(find /etc /usr /var/lib/systemd \( -name "*$program*" -o -name '*rwsplit*' \) -not -path '/usr/src/*' -not -path '/usr/local/*')
 [ -z "$left" ] || fail "purging leaves: $left"
-[ -d /var/lib/containerd/tech.imvictor.containerd.$program/snapshots ] ||
+[ -d "$root/snapshots" ] ||
     fail "purging has touched data"
 echo "the Debian package installs, upgrades and goes"

@@ -82,6 +82,57 @@ expect '' "$archive/install.sh" --service systemd
 [ ! -e "$drop_in" ] || fail "the drop-in has outlived its directories"
 expect "removed" "$archive/install.sh" uninstall --service systemd
 expect "removed" "$archive/install.sh" uninstall --service systemd
+
+# Where systemd does not look below the prefix; and the prefix has to be said once only.
+expect "is installed" env PREFIX=/opt "$archive/install.sh" --service systemd
+[ "$(readlink "$wants")" = "/etc/systemd/system/$program.service" ] ||
+    fail "the unit is not enabled: $(readlink "$wants")"
+grep -q "^ExecStart=/opt/bin/$program " "$DESTDIR/etc/systemd/system/$program.service" ||
+    fail "the unit does not start the program in /opt"
+grep -q "sh /opt/share/$program/disks.sh" "$default" || fail "the settings name another disks.sh"
+[ -x "$DESTDIR/opt/bin/rwsplit" ] || fail "rwsplit leads nowhere"
+expect "is installed" "$archive/install.sh" --service systemd
+[ ! -e "$DESTDIR/usr/local/bin/$program" ] || fail "an upgrade goes to another prefix"
+! said=$(PREFIX=/srv "$archive/install.sh" --service systemd 2>&1) || fail "a second prefix is taken"
+case $said in
+*"it is installed in /opt, not in /srv"*) ;;
+*) fail "a second prefix: $said" ;;
+esac
+expect "removed" "$DESTDIR/opt/share/$program/install.sh" uninstall --service systemd
+left=$(cd "$DESTDIR" && find . -type f -o -type l)
+[ -z "$left" ] || fail "uninstall of /opt leaves: $left"
+expect "is installed" env PREFIX=/opt "$archive/install.sh" --service systemd
+expect "removed" "$archive/install.sh" uninstall --service systemd
+left=$(cd "$DESTDIR" && find . -type f -o -type l)
+[ -z "$left" ] || fail "uninstall of /opt from the archive leaves: $left"
+
+# A /usr that cannot be written to: PREFIX is named, and nothing is changed.
+mkdir -p "$DESTDIR/usr"
+mount -t tmpfs -o ro tmpfs "$DESTDIR/usr"
+! said=$("$archive/install.sh" --service systemd 2>&1) || fail "a read-only /usr is installed to"
+case $said in
+*PREFIX=/opt*) ;;
+*) fail "a read-only /usr: $said" ;;
+esac
+left=$(cd "$DESTDIR" && find . -type f -o -type l)
+[ -z "$left" ] || fail "a refused install leaves: $left"
+expect "is installed" env PREFIX=/opt "$archive/install.sh" --service systemd
+expect "removed" "$archive/install.sh" uninstall --service systemd
+umount "$DESTDIR/usr"
+
+# What could not be enabled is enabled by the next run.
+mkdir -p "$DESTDIR/etc/systemd/system"
+echo in the way >"$DESTDIR/etc/systemd/system/multi-user.target.wants"
+! said=$("$archive/install.sh" --service systemd 2>&1) || fail "it cannot be enabled, and says nothing"
+rm "$DESTDIR/etc/systemd/system/multi-user.target.wants"
+expect "is installed" "$archive/install.sh" --service systemd
+[ -L "$wants" ] || fail "a second run does not enable what the first could not"
+# Another program of that name stays.
+rm "$DESTDIR/usr/local/bin/rwsplit"
+echo other >"$DESTDIR/usr/local/bin/rwsplit"
+expect "stays" "$archive/install.sh" --service systemd
+expect "removed" "$archive/install.sh" uninstall --service systemd
+[ "$(cat "$DESTDIR/usr/local/bin/rwsplit")" = other ] || fail "another program has gone"
 unset DESTDIR
 echo "install.sh: systemd"
 

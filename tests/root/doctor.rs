@@ -1,6 +1,7 @@
 //! The command `doctor`, with Debian's containerd.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
@@ -74,7 +75,11 @@ fn two_disks_and_a_right_configuration_are_fit() {
     let stanza = stanza.split_once('\n').unwrap().1.to_owned();
 
     let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"rwsplit\"\n";
-    fs::write(&configuration, format!("version = 2\n{stanza}\n{cri}")).unwrap();
+    // Where the kubelet of an older containerd looks for the image volume.
+    let top = format!("version = 2\nroot = \"{}\"\n", scratch.path().display());
+    fs::write(&configuration, format!("{top}{stanza}\n{cri}")).unwrap();
+    let link = "io.containerd.snapshotter.v1.rwsplit";
+    symlink(format!("{}/root", image.text()), scratch.path().join(link)).unwrap();
     let (code, value, text) = doctor(&arguments);
     assert_eq!(code, Some(0), "{text}");
     for (topic, verdicts, words) in [
@@ -89,6 +94,7 @@ fn two_disks_and_a_right_configuration_are_fit() {
         ("split", &["ok"], "two file systems"),
         ("containerd", &["ok"], "1."),
         ("plugin", &["ok"], "\"rwsplit\" leads here"),
+        ("exports", &["ok"], "the kubelet finds the image volume"),
         ("Kubernetes", &["ok"], "pods get this snapshotter"),
     ] {
         let (found, said) = told(&value, topic);
@@ -244,4 +250,102 @@ fn disks_that_will_not_do_are_named() {
         said.contains("is no directory: give another --writable-dir"),
         "{said}"
     );
+}
+
+/// Runs a script in a process and mount namespace of its own, with `$program` and `$dir`, a
+/// disk.
+fn run_apart(disk: &Disk, script: &str) -> String {
+    let output = Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", "--mount-proc", "--mount"])
+        .args(["sh", "-euc", script])
+        .env("program", BINARY)
+        .env("dir", disk.path())
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[registered(crate::Test)]
+fn docker_needs_a_containerd_that_has_its_driver() {
+    let disk = Disk::ext4(64);
+    let script = r#"
+        cd "$dir"
+        mkdir upper work root writable
+        mount -t overlay -o "lowerdir=/etc,upperdir=$dir/upper,workdir=$dir/work" overlay /etc
+        mount -t tmpfs tmpfs /run
+        mkdir -p /etc/containerd /etc/docker
+        cat >/etc/containerd/config.toml <<END
+version = 2
+[proxy_plugins.rwsplit]
+  type = "snapshot"
+  address = "$dir/root/grpc.socks"
+END
+        look() {
+            printf '{"storage-driver": "%s"}' "$1" >/etc/docker/daemon.json
+            "$program" doctor --root-dir "$dir/root" | grep -A3 ' Docker '
+        }
+        look rwsplit
+        mkdir /run/containerd
+        touch /run/containerd/containerd.sock
+        look rws
+        look rwsplit
+        look overlay2
+        cp "$(command -v sh)" "$dir/dockerd"
+        cp "$(command -v sleep)" "$dir/containerd"
+        "$dir/dockerd" -c '"$dir/containerd" 1000; :' &
+        until pgrep -x containerd >/dev/null; do sleep 0.05; done
+        look rwsplit
+    "#;
+    let said = run_apart(&disk, script);
+    let verdicts: Vec<_> = said
+        .lines()
+        .filter(|line| line.split_whitespace().nth(1) == Some("Docker"))
+        .collect();
+    let begins = [
+        "BAD   Docker      no containerd serves on",
+        "BAD   Docker      its storage-driver is \"rws\", and containerd has no",
+        "ok    Docker      it uses this snapshotter",
+        "note  Docker      its storage-driver is \"overlay2\", not a snapshotter's name",
+        "BAD   Docker      it uses a containerd that it has started itself",
+    ];
+    assert_eq!(verdicts.len(), begins.len(), "{said}");
+    for (verdict, begin) in verdicts.iter().zip(begins) {
+        assert!(verdict.starts_with(begin), "{verdict}: {said}");
+    }
+}
+
+#[registered(crate::Test)]
+fn a_containerd_that_is_part_of_k3s_is_judged_by_its_file() {
+    let disk = Disk::ext4(64);
+    let script = r#"
+        cd "$dir"
+        mkdir upper work
+        mount -t overlay -o "lowerdir=/var,upperdir=$dir/upper,workdir=$dir/work" overlay /var
+        k3s=/var/lib/rancher/k3s/agent/etc/containerd
+        mkdir -p "$k3s"
+        look() {
+            env PATH=/nowhere "$program" doctor --root-dir "$dir/root" || :
+        }
+        printf 'version = 3\n' >"$k3s/config.toml"
+        look
+        cat >>"$k3s/config.toml" <<END
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "rwsplit"
+[proxy_plugins.rwsplit]
+  type = "snapshot"
+  address = "$dir/root/grpc.socks"
+END
+        look
+    "#;
+    let said = run_apart(&disk, script);
+    for words in [
+        "config-v3.toml.tmpl",
+        "BAD   plugin",
+        "ok    plugin",
+        "BAD   unpacking",
+        "BAD   exports",
+        "pods get this snapshotter",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
 }

@@ -44,6 +44,7 @@ mod support;
 mod usage;
 mod volumes;
 mod whiteouts;
+mod without_flags;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 

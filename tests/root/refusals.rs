@@ -424,3 +424,26 @@ fn addresses_that_are_taken() {
     let daemon = Daemon::start(&arguments);
     daemon.client().prepare("web", "", &[]).unwrap();
 }
+
+#[registered(crate::Test)]
+fn a_path_that_is_too_long_for_the_database_is_said_as_such() {
+    let disk = Disk::ext4(64);
+    let long = disk.path().join("a".repeat(250)).join("b".repeat(250));
+    let arguments = arguments(&long, &disk.path().join("writable"));
+    let mut arguments = with(arguments, "--address", &disk.path().join("socket"));
+    let words = ["SQLite takes", "bytes", "give a shorter --state-dir"];
+    says(&refused_untouched(&arguments, &[&disk.path()]), &words);
+    // A link that is short itself.
+    fs::create_dir_all(&long).unwrap();
+    symlink(&long, disk.path().join("link")).unwrap();
+    arguments[1] = format!("{}/link", disk.text());
+    says(&refused_untouched(&arguments, &[&disk.path()]), &words);
+    // Only the database is too long; commands need no socket.
+    arguments[1] = long.to_str().unwrap().to_owned();
+    arguments = with(arguments, "--state-dir", &disk.path().join("state"));
+    let mut daemon = Daemon::start(&arguments);
+    arguments.drain(4..6);
+    let mut check = Command::new(crate::support::daemon::BINARY);
+    run(check.arg("check").args(&arguments));
+    daemon.stop();
+}

@@ -28,7 +28,7 @@ fn told(split: &Split) -> Value {
 
 #[registered(crate::Test)]
 fn how_things_stand_is_told() {
-    let mut split = Split::start(&["--relocate", "never"]);
+    let split = Split::start(&["--relocate", "never"]);
     let client = split.client();
     layer(&client, "base", "", |top| {
         fs::write(top.join("file"), "base").unwrap();
@@ -79,14 +79,19 @@ fn how_things_stand_is_told() {
 
     let said = status(&split, &[]);
     for words in [
-        "daemon     running",
+        "daemon     running, nothing is wrong\n",
         "2 committed, 12 active, 1 views",
-        "708K  \"default/11/web\"",
+        "  708K default  web\n",
         "ext4",
     ] {
         assert!(said.contains(words), "{words}: {said}");
     }
+    fits_a_screen(&said);
+}
 
+#[registered(crate::Test)]
+fn what_is_wrong_comes_first() {
+    let mut split = Split::start(&[]);
     split.daemon.stop();
     split.writable.unmount();
     // SQLite makes an empty log and its index for a reader.
@@ -97,6 +102,41 @@ fn how_things_stand_is_told() {
     assert_eq!(stopped["daemon"], "stopped");
     let problem = stopped["volumes"][1]["problem"].as_str().unwrap();
     assert!(problem.contains("mount the disk"), "{problem}");
-    assert!(status(&split, &[]).contains("cannot be used"));
+    let said = status(&split, &[]);
+    let wrong: Vec<_> = said
+        .lines()
+        .filter(|line| line.starts_with("WRONG"))
+        .collect();
+    let [stopped, missing] = *wrong else {
+        panic!("two things are wrong: {said}");
+    };
+    assert!(said.starts_with("WRONG"), "{said}");
+    assert!(stopped.contains("the daemon is stopped"), "{said}");
+    assert!(
+        missing.contains("the writable volume cannot be used"),
+        "{said}"
+    );
+    fits_a_screen(&said);
     split.writable.mount();
+
+    split.writable.fill();
+    let said = status(&split, &[]);
+    assert!(said.contains("the writable volume is full"), "{said}");
+    let said = status(&split, &["--reserve", "50%", "--default-max-size", "1G"]);
+    assert!(
+        said.contains("--reserve keeps (") && !said.contains("is full"),
+        "{said}"
+    );
+    split.writable.make_room();
+    let said = status(&split, &["--default-max-size", "1G"]);
+    // ext4 without project quotas.
+    assert!(said.contains("their limits cannot be kept"), "{said}");
+}
+
+/// Whether a terminal of 24 lines shows all of it.
+fn fits_a_screen(said: &str) {
+    let rows = said
+        .lines()
+        .map(|line| line.chars().count().div_ceil(80).max(1));
+    assert!(rows.sum::<usize>() < 24, "{said}");
 }

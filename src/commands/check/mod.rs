@@ -11,6 +11,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::thread;
 use std::time::Duration;
 
+use crate::commands::progress::Progress;
 use crate::config::{CheckOptions, Config, Format, Mending};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::ByHand;
@@ -72,7 +73,7 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
         return Ok(false);
     }
     snapshotter.repair(report.findings())?;
-    report.mended(snapshotter.inspect()?);
+    report.mended(look(&snapshotter)?);
     report.print(options.format);
     Ok(report.is_clean())
 }
@@ -83,11 +84,11 @@ fn inspect(
     completeness: &Completeness,
     is_running: bool,
 ) -> Result<Inspection> {
-    let mut inspection = snapshotter.inspect()?;
+    let mut inspection = look(snapshotter)?;
     let mut looks = 1;
     while is_running && looks < LOOKS && !inspection.findings.is_empty() {
         thread::sleep(BETWEEN_LOOKS);
-        let again = snapshotter.inspect()?;
+        let again = look(snapshotter)?;
         inspection.snapshots = again.snapshots;
         inspection
             .findings
@@ -110,6 +111,12 @@ fn inspect(
         inspection.findings.insert(0, finding);
     }
     Ok(inspection)
+}
+
+/// Looks once.
+fn look(snapshotter: &Snapshotter) -> Result<Inspection> {
+    let mut progress = Progress::new("checking");
+    snapshotter.inspect(|done, all| progress.show(done, all))
 }
 
 fn incomplete(completeness: &Completeness) -> Option<String> {

@@ -3,11 +3,12 @@
 //! What is asked is `containerd config dump`: it merges imports and fills in
 //! defaults (containerd `cmd/containerd/command/config.go`).
 
+use std::fs;
 use std::process::Command;
 
 use toml::{Table, Value};
 
-use super::Finding;
+use super::{Finding, docker, kubernetes};
 use crate::config::{Config, DoctorOptions};
 use crate::mount;
 use crate::types::Quoted;
@@ -19,31 +20,80 @@ const USUAL_NAME: &str = "rwsplit";
 const NAME_IS_TAKEN: &str = "id already registered";
 
 pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
-    let version = match ask(options, &["--version"]) {
-        Ok(said) => version_of(&said),
-        Err(why) => {
-            return vec![
-                Finding::note(
-                    "containerd",
-                    format!(
-                        "{why}; if it is part of something else (k3s, say), its configuration \
-                         needs this"
-                    ),
-                )
-                .with_stanza(stanza(config, 3)),
-            ];
-        }
+    let said = match ask(options, &["--version"]) {
+        Ok(said) => said,
+        Err(why) => return look_at_part(config, &why),
     };
+    let version = version_of(&said);
     let mut findings = vec![Finding::good("containerd", version)];
     let dumped = ask(options, &["config", "dump"]);
     let parsed = dumped.and_then(|text| text.parse::<Table>().map_err(|error| error.to_string()));
     match parsed {
-        Ok(table) => findings.extend(judge(config, &table)),
+        Ok(table) => {
+            findings.extend(judge(config, &table, Version::parse(version)));
+            // Its own file says nothing of the containerd that Docker uses.
+            if options.containerd_config.is_none() {
+                findings.extend(docker::look(
+                    &table,
+                    our_plugin(config, &table).map(|it| it.0),
+                ));
+            }
+        }
         Err(why) => findings.push(Finding::bad(
             "plugin",
             format!("containerd's configuration cannot be read: {why}"),
         )),
     }
+    findings
+}
+
+/// Where containerd is a part of something else: the configuration that is written for it,
+/// and where lines of one's own go.
+const PARTS: [(&str, &str); 4] = [
+    (
+        "/var/lib/rancher/k3s/agent/etc/containerd/config.toml",
+        "/var/lib/rancher/k3s/agent/etc/containerd/config-v3.toml.tmpl (config.toml.tmpl if the \
+         version is 2)",
+    ),
+    (
+        "/var/lib/rancher/rke2/agent/etc/containerd/config.toml",
+        "/var/lib/rancher/rke2/agent/etc/containerd/config-v3.toml.tmpl (config.toml.tmpl if the \
+         version is 2)",
+    ),
+    (
+        "/var/snap/microk8s/current/args/containerd.toml",
+        "/var/snap/microk8s/current/args/containerd-template.toml",
+    ),
+    (
+        "/etc/k0s/containerd.toml",
+        "a file in /etc/k0s/containerd.d",
+    ),
+];
+
+/// Without a program `containerd`: what can be said by the configuration of k3s and the like.
+fn look_at_part(config: &Config, why: &str) -> Vec<Finding> {
+    let read = |(path, place)| Some((path, place, fs::read_to_string(path).ok()?));
+    let Some((path, place, text)) = PARTS.into_iter().find_map(read) else {
+        let text = format!(
+            "{why}; if it is part of something else (k3s, say), its configuration needs this"
+        );
+        return vec![Finding::note("containerd", text).with_stanza(stanza(config, 3))];
+    };
+    let table = match text.parse::<Table>() {
+        Ok(table) => table,
+        Err(error) => {
+            let text = format!("{path} cannot be read: {error}");
+            return vec![Finding::bad("containerd", text)];
+        }
+    };
+    // The least that has this version of the configuration, and pulls by itself no more.
+    let version = match at(&table, &["version"]).and_then(Value::as_integer) {
+        Some(3..) => Version(2, 1, 0),
+        _ => Version(1, 7, 16),
+    };
+    let text = format!("its configuration is written to {path}: lines of yours go into {place}");
+    let mut findings = vec![Finding::note("containerd", text)];
+    findings.extend(judge(config, &table, version));
     findings
 }
 
@@ -77,15 +127,33 @@ fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
 }
 
 /// `containerd github.com/containerd/containerd 1.7.2 <commit>`.
-fn version_of(said: &str) -> String {
-    said.split_whitespace()
-        .nth(2)
-        .unwrap_or("of an unknown version")
-        .to_owned()
+fn version_of(said: &str) -> &str {
+    let version = said.split_whitespace().nth(2);
+    version.unwrap_or("of an unknown version")
+}
+
+/// A version of containerd; one that cannot be read is taken for the latest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Version(pub u32, pub u32, pub u32);
+
+impl Version {
+    /// Such as `v2.1.0-rc.1` or `1.6.20~ds1`.
+    fn parse(text: &str) -> Version {
+        let parts = text.trim_start_matches('v').splitn(3, '.');
+        let number = |part: &str| {
+            let end = part.find(|c: char| !c.is_ascii_digit());
+            part[..end.unwrap_or(part.len())].parse().ok()
+        };
+        let numbers: Option<Vec<u32>> = parts.map(number).collect();
+        match numbers.as_deref() {
+            Some([major, minor, patch]) => Version(*major, *minor, *patch),
+            _ => Version(u32::MAX, 0, 0),
+        }
+    }
 }
 
 /// The value behind these keys.
-fn at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a Value> {
+pub(super) fn at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a Value> {
     let (last, tables) = path.split_last()?;
     let mut table = table;
     for key in tables {
@@ -94,40 +162,38 @@ fn at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a Value> {
     table.get(*last)
 }
 
-fn text_at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a str> {
+pub(super) fn text_at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a str> {
     at(table, path)?.as_str()
 }
 
-fn judge(config: &Config, table: &Table) -> Vec<Finding> {
-    let version = at(table, &["version"])
-        .and_then(Value::as_integer)
-        .unwrap_or(1);
-    let none = Table::new();
-    let proxies = at(table, &["proxy_plugins"])
-        .and_then(Value::as_table)
-        .unwrap_or(&none);
+/// The proxy plugin that has our socket, with its name.
+fn our_plugin<'a>(config: &Config, table: &'a Table) -> Option<(&'a str, &'a Value)> {
+    let proxies = at(table, &["proxy_plugins"])?.as_table()?;
     let is_ours = |proxy: &Value| {
         let address = proxy.get("address").and_then(Value::as_str);
         address.is_some_and(|address| address.trim_start_matches("unix://") == config.address)
     };
-    let Some((name, proxy)) = proxies.iter().find(|(_, proxy)| is_ours(proxy)) else {
-        return vec![missing(config, proxies, version)];
-    };
+    let (name, proxy) = proxies.iter().find(|(_, proxy)| is_ours(proxy))?;
+    Some((name, proxy))
+}
 
+fn judge(config: &Config, table: &Table, version: Version) -> Vec<Finding> {
+    let Some((name, proxy)) = our_plugin(config, table) else {
+        return vec![missing(config, table)];
+    };
     let mut findings = vec![plugin(name, proxy)];
     findings.extend(parallel_unpacking(proxy, mount::probe_user_namespace()));
-    if version >= 3 {
-        findings.push(unpacking(table, name));
-        findings.push(exports(config, name, proxy));
-    }
-    findings.extend(kubernetes(config, table, name));
+    findings.extend(kubernetes::look(config, table, version, name, proxy));
     findings
 }
 
 /// No proxy has our socket.
-fn missing(config: &Config, proxies: &Table, version: i64) -> Finding {
+fn missing(config: &Config, table: &Table) -> Finding {
+    let version = at(table, &["version"]).and_then(Value::as_integer);
+    let proxies = at(table, &["proxy_plugins"]).and_then(Value::as_table);
     let others: Vec<_> = proxies
-        .iter()
+        .into_iter()
+        .flatten()
         .filter(|(_, proxy)| proxy.get("type").and_then(Value::as_str) == Some("snapshot"))
         .filter_map(|(name, proxy)| {
             let address = proxy.get("address")?.as_str()?;
@@ -145,7 +211,7 @@ fn missing(config: &Config, proxies: &Table, version: i64) -> Finding {
             config.address
         ),
     )
-    .with_stanza(stanza(config, version))
+    .with_stanza(stanza(config, version.unwrap_or(1)))
 }
 
 fn plugin(name: &str, proxy: &Value) -> Finding {
@@ -183,116 +249,39 @@ fn parallel_unpacking(proxy: &Value, is_in_user_namespace: bool) -> Option<Findi
     })
 }
 
-/// containerd 2 unpacks what `ctr` and nerdctl pull only with an entry for it.
-fn unpacking(table: &Table, name: &str) -> Finding {
-    const TRANSFER: &str = "io.containerd.transfer.v1.local";
-    let entries = at(table, &["plugins", TRANSFER, "unpack_config"]).and_then(Value::as_array);
-    let is_there = entries.into_iter().flatten().any(|entry| {
-        entry
-            .get("snapshotter")
-            .and_then(Value::as_str)
-            .is_some_and(|snapshotter| snapshotter == name)
-    });
-    match is_there {
-        true => Finding::good("unpacking", "ctr and nerdctl can pull for it"),
-        false => Finding::note(
-            "unpacking",
-            "ctr and nerdctl can pull for it with --local only, as there is no unpack_config",
-        )
-        .with_stanza(unpack_stanza(name)),
-    }
-}
-
-/// What the kubelet takes for the disk of images.
-fn exports(config: &Config, name: &str, proxy: &Value) -> Finding {
-    let root = proxy.get("exports").and_then(|exports| exports.get("root"));
-    let root = root.and_then(Value::as_str);
-    if root == Some(&config.root) {
-        return Finding::good("exports", "the kubelet finds the image volume");
-    }
-    let is = root.map_or("is not set".to_owned(), |root| {
-        format!("is {}", Quoted(root))
-    });
-    Finding::note(
-        "exports",
-        format!("exports.root {is}, so the kubelet looks at another disk for its images"),
-    )
-    .with_stanza(format!(
-        "[proxy_plugins.{name}.exports]\n  root = \"{}\"\n",
-        config.root
-    ))
-}
-
-/// Which snapshotter pods get, where CRI is part of containerd.
-fn kubernetes(config: &Config, table: &Table, name: &str) -> Option<Finding> {
-    const TABLES: [&[&str]; 2] = [
-        &["plugins", "io.containerd.cri.v1.images"],
-        &["plugins", "io.containerd.grpc.v1.cri", "containerd"],
-    ];
-    let disabled = at(table, &["disabled_plugins"]).and_then(Value::as_array);
-    let is_disabled = |plugin: &str| {
-        let names = disabled.into_iter().flatten();
-        names.filter_map(Value::as_str).any(|name| name == plugin)
-    };
-    let path = TABLES
-        .into_iter()
-        .find(|path| at(table, path).is_some() && !path.get(1).is_some_and(|it| is_disabled(it)))?;
-    let within = at(table, path)?.as_table()?;
-    let snapshotter = text_at(within, &["snapshotter"]).unwrap_or_default();
-    if snapshotter != name {
-        let quoted: Vec<_> = path
-            .iter()
-            .map(|key| match key.contains('.') {
-                true => format!("\"{key}\""),
-                false => (*key).to_owned(),
-            })
-            .collect();
-        let stanza = format!("[{}]\n  snapshotter = \"{name}\"\n", quoted.join("."));
-        return Some(
-            Finding::note(
-                "Kubernetes",
-                format!("pods get the snapshotter {}", Quoted(snapshotter)),
-            )
-            .with_stanza(stanza),
-        );
-    }
-    let hides = at(within, &["disable_snapshot_annotations"]).and_then(Value::as_bool);
-    if hides == Some(true) && !config.options.lower_rules.is_empty() {
-        return Some(Finding::bad(
-            "Kubernetes",
-            "--lower-for is in vain: disable_snapshot_annotations has to be false, so that \
-             layers say which image they are of",
-        ));
-    }
-    Some(Finding::good("Kubernetes", "pods get this snapshotter"))
-}
-
 /// What leads containerd here, in the version of its configuration.
 fn stanza(config: &Config, version: i64) -> String {
     let plugin = format!(
         "[proxy_plugins.{USUAL_NAME}]\n  type = \"snapshot\"\n  address = \"{}\"\n",
         config.address
     );
-    if version < 3 {
-        return plugin;
-    }
-    format!(
-        "{plugin}  [proxy_plugins.{USUAL_NAME}.exports]\n    root = \"{}\"\n\n{}",
-        config.root,
-        unpack_stanza(USUAL_NAME)
-    )
+    let exports = format!(
+        "  [proxy_plugins.{USUAL_NAME}.exports]\n    root = \"{}\"\n",
+        config.root
+    );
+    let unpacking = match version < 3 {
+        true => String::new(),
+        false => format!("\n{}", unpack_stanza(["overlayfs", USUAL_NAME].into_iter())),
+    };
+    format!("{plugin}{exports}{unpacking}")
 }
 
-fn unpack_stanza(name: &str) -> String {
+/// An entry of the transfer service for each of these snapshotters.
+pub(super) fn unpack_stanza<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let machine = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
     };
-    format!(
-        "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  \
-         platform = \"linux/{machine}\"\n  snapshotter = \"{name}\"\n"
-    )
+    names
+        .map(|name| {
+            format!(
+                "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  \
+                 platform = \"linux/{machine}\"\n  snapshotter = \"{name}\"\n  \
+                 differ = \"walking\"\n"
+            )
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -302,23 +291,25 @@ mod tests {
     use crate::config::{Parsed, parse};
 
     /// What is said of a configuration, by topic.
-    fn judged(configuration: &str) -> Vec<(&'static str, Verdict, Finding)> {
+    fn judged(configuration: &str, version: Version) -> Vec<(&'static str, Verdict, Finding)> {
         let arguments = ["--root-dir", "/big"].map(Into::into).to_vec();
         let Parsed::Run(config, _) = parse(arguments).unwrap() else {
             panic!("the daemon's flags");
         };
         let table = configuration.parse().unwrap();
-        judge(&config, &table)
+        judge(&config, &table, version)
             .into_iter()
             .map(|finding| (finding.topic, finding.verdict, finding))
             .collect()
     }
 
-    fn verdicts(configuration: &str) -> Vec<(&'static str, Verdict)> {
-        let judged = judged(configuration).into_iter();
+    fn verdicts(configuration: &str, version: Version) -> Vec<(&'static str, Verdict)> {
+        let judged = judged(configuration, version).into_iter();
         judged.map(|(topic, verdict, _)| (topic, verdict)).collect()
     }
 
+    const V1: Version = Version(1, 7, 24);
+    const V2: Version = Version(2, 3, 4);
     const PROXY: &str = r#"
         version = 3
         [proxy_plugins.split]
@@ -329,7 +320,7 @@ mod tests {
     #[test]
     fn of_containerd_2_more_is_asked() {
         let cri = "[plugins.\"io.containerd.cri.v1.images\"]\n snapshotter = \"overlayfs\"\n";
-        let found = judged(&format!("{PROXY}{cri}"));
+        let found = judged(&format!("{PROXY}{cri}"), V2);
         let lacking = [
             ("plugin", Verdict::Good),
             ("unpacking", Verdict::Note),
@@ -342,7 +333,7 @@ mod tests {
             stanzas.push_str(&finding.stanza.unwrap_or_default());
         }
         // With the lines that it gives there is nothing left to say.
-        let all = verdicts(&format!("{PROXY}{stanzas}"));
+        let all = verdicts(&format!("{PROXY}{stanzas}"), V2);
         assert_eq!(all.len(), 4, "{all:?}");
         assert!(
             all.iter().all(|(_, verdict)| *verdict == Verdict::Good),
@@ -351,15 +342,113 @@ mod tests {
     }
 
     #[test]
+    fn pods_whose_images_cannot_be_pulled_are_bad() {
+        let entry = |name| unpack_stanza([name].into_iter());
+        let cri = |name: &str, more: &str| {
+            format!(
+                "[plugins.\"io.containerd.cri.v1.images\"]\n snapshotter = \"{name}\"\n{more}\n"
+            )
+        };
+        let kata = "[plugins.\"io.containerd.cri.v1.images\".runtime_platforms.kata]\n \
+                    snapshotter = \"split\"\n";
+        use Verdict::{Bad, Good, Note};
+        for (text, version, expected) in [
+            (cri("split", ""), V2, Bad),
+            (cri("split", "") + &entry("split"), V2, Note),
+            (cri("overlayfs", "") + &entry("split"), V2, Bad),
+            (
+                cri("other", "") + &entry("split") + &entry("overlayfs"),
+                V2,
+                Bad,
+            ),
+            (cri("overlayfs", "") + kata, V2, Bad),
+            (
+                cri("split", "") + &entry("split") + &entry("overlayfs"),
+                V2,
+                Good,
+            ),
+            // These pull by themselves.
+            (cri("split", "use_local_image_pull = true"), V2, Note),
+            (
+                cri("split", "disable_snapshot_annotations = false"),
+                V2,
+                Note,
+            ),
+            (cri("split", ""), Version(2, 0, 4), Note),
+            // Without any entry there is one for overlayfs.
+            (cri("overlayfs", ""), V2, Note),
+        ] {
+            let found = verdicts(&format!("{PROXY}{text}"), version);
+            let unpacking = found.iter().find(|(topic, _)| *topic == "unpacking");
+            assert_eq!(unpacking, Some(&("unpacking", expected)), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_kubelet_that_looks_elsewhere_is_bad() {
+        let root = tempfile::tempdir().unwrap();
+        let link = root.path().join("io.containerd.snapshotter.v1.split");
+        let text = |more: &str| {
+            format!(
+                "root = \"{}\"\n{PROXY}{more}\n\
+                 [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n snapshotter = \"split\"\n",
+                root.path().display()
+            )
+        };
+        let of = |more: &str, version| {
+            let found = judged(&text(more), version).into_iter();
+            let mut found = found.filter(|(topic, ..)| *topic == "exports");
+            let (_, verdict, finding) = found.next().unwrap();
+            (verdict, finding.stanza.unwrap_or_default())
+        };
+        let exports = "[proxy_plugins.split.exports]\n root = \"/big\"\n";
+        assert_eq!(
+            of("", V1),
+            (Verdict::Bad, exports.replace(" root", "  root"))
+        );
+        assert_eq!(of(exports, V1).0, Verdict::Good);
+        // Which does not know that.
+        let (verdict, stanza) = of(exports, Version(1, 6, 20));
+        assert!(
+            verdict == Verdict::Bad && stanza.contains("ln -s /big "),
+            "{stanza}"
+        );
+        std::os::unix::fs::symlink("/", &link).unwrap();
+        assert_eq!(of("", Version(1, 6, 20)).0, Verdict::Bad);
+    }
+
+    #[test]
+    fn images_without_content_are_bad_until_one_is_unpacked_here() {
+        let root = tempfile::tempdir().unwrap();
+        let text = format!(
+            "root = \"{}\"\n{PROXY}[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n \
+             snapshotter = \"split\"\n discard_unpacked_layers = true\n",
+            root.path().display()
+        );
+        let of_images = || {
+            let found = verdicts(&text, V1);
+            found
+                .into_iter()
+                .find(|(topic, _)| *topic == "images")
+                .unwrap()
+                .1
+        };
+        assert_eq!(of_images(), Verdict::Note);
+        let other = "io.containerd.snapshotter.v1.overlayfs/snapshots/1";
+        fs::create_dir_all(root.path().join(other)).unwrap();
+        assert_eq!(of_images(), Verdict::Bad);
+    }
+
+    #[test]
     fn the_stanza_for_a_new_configuration_is_enough() {
-        for version in [2, 3] {
-            let found = judged(&format!("version = {version}\n"));
+        for (version, containerd) in [(2, V1), (3, V2)] {
+            let found = judged(&format!("version = {version}\n"), containerd);
             let [(topic, verdict, finding)] = found.as_slice() else {
                 panic!("one finding: {found:?}");
             };
             assert_eq!((*topic, *verdict), ("plugin", Verdict::Bad));
             let stanza = finding.stanza.as_deref().unwrap();
-            let all = verdicts(&format!("version = {version}\n{stanza}"));
+            let all = verdicts(&format!("version = {version}\n{stanza}"), containerd);
             assert!(
                 all.iter().all(|(_, verdict)| *verdict == Verdict::Good),
                 "{all:?}"
@@ -372,7 +461,7 @@ mod tests {
     fn a_cri_that_is_switched_off_is_not_asked() {
         let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n snapshotter = \"x\"\n";
         let topics = |configuration: &str| -> Vec<_> {
-            let verdicts = verdicts(configuration).into_iter();
+            let verdicts = verdicts(configuration, V2).into_iter();
             verdicts.map(|(topic, _)| topic).collect()
         };
         assert!(topics(&format!("{PROXY}{cri}")).contains(&"Kubernetes"));
@@ -402,5 +491,8 @@ mod tests {
             "1.7.2"
         );
         assert_eq!(version_of(""), "of an unknown version");
+        assert_eq!(Version::parse("v2.1.0-rc.1"), Version(2, 1, 0));
+        assert_eq!(Version::parse("1.6.20~ds1"), Version(1, 6, 20));
+        assert!(Version::parse("unknown") > V2);
     }
 }

@@ -10,13 +10,14 @@ use rustix::fs::{Mode, OFlags, open, statvfs};
 
 use super::{Finding, Verdict};
 use crate::commands::output::bytes;
-use crate::config::Config;
+use crate::config::{Config, require_short_address};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::mountinfo::{self, Mounted};
 use crate::mount::{MERGED, probe_idmapped_mounts, probe_upper, unmount_stale};
 use crate::quota::{self, Quotas, Support};
 use crate::root::open::require_mounts;
 use crate::snapshotter::QuotaMode;
+use crate::store::{DATABASE, require_short};
 use crate::types::Limits;
 use crate::volume::Lifetime;
 
@@ -63,6 +64,13 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     findings.extend(limits(config, &writable));
     if let Err(error) = require_mounts(config) {
         findings.push(Finding::bad("mounts", error.chain()));
+    }
+    let database = Path::new(&config.state_dir).join(DATABASE);
+    for fits in [
+        require_short_address(&config.address),
+        require_short(&database),
+    ] {
+        findings.extend(fits.err().map(|error| Finding::bad("paths", error.chain())));
     }
     findings.push(match probe_idmapped_mounts(&image.there) {
         Ok(()) => Finding::good("mapped ids", "layers can be id-mapped"),

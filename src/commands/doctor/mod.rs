@@ -6,6 +6,8 @@
 
 mod containerd;
 mod disks;
+mod docker;
+mod kubernetes;
 
 use serde_json::json;
 

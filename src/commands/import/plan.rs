@@ -10,6 +10,7 @@ use std::fmt;
 use rustix::fs::FileType;
 
 use crate::commands::import::bolt::snapshots::{Contents, Original};
+use crate::commands::progress::Progress;
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
 use crate::tree;
@@ -179,7 +180,7 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<
         .max(contents.highest_id);
     let mut reasons: HashMap<String, Reason> = HashMap::new();
     let mut judged = HashMap::new();
-    for snapshot in &contents.snapshots {
+    for snapshot in Progress::over("looking through layers", &contents.snapshots) {
         let name = &snapshot.info.name;
         let found = judge(snapshot, disks, volatile)
             .context(|| format!("look at the snapshot {}", Quoted(name)))?;

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::mount::mountinfo::{self, Mounted};
 use crate::root::state;
-use crate::store::{FileFormat, Store, find_remains, probe_format};
+use crate::store::{FileFormat, Store, find_remains, probe_format, require_short};
 use crate::types::{Quoted, SnapshotId, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
@@ -36,6 +36,7 @@ pub(super) fn require_nothing_half_done(paths: &Paths) -> Result<()> {
 /// Refuses where there is nothing to import, or something in the way.
 pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let (path, shown) = (&config.root, paths.source.display());
+    require_short(&paths.draft_database())?;
     match probe_format(&paths.source)? {
         FileFormat::Bolt => {}
         FileFormat::Ours => {
