@@ -67,8 +67,12 @@ impl Snapshotter {
             Some(_) => self.owner_for(new.id_maps.as_ref(), parent_id)?,
             None => Owner { uid: 0, gid: 0 },
         };
-        let (claim, new_dirs) = self.make_directory(dirs.as_deref(), kind, owner)?;
+        let claim = self.take_id(dirs.as_deref())?;
         let id = claim.id;
+        let new_dirs = match &dirs {
+            Some(dirs) => Some(dirs.create(id, shape_of(kind), owner)?),
+            None => None,
+        };
         let new_project = match &project {
             Some(planned) => self.projects.give(planned, id)?,
             None => None,
@@ -132,36 +136,23 @@ impl Snapshotter {
         }
     }
 
-    /// Takes an id, and makes the directories of a new snapshot, if it is to have any. An
-    /// id under which something is there already is passed over; the next Cleanup sets
-    /// that aside.
-    fn make_directory<'a>(
-        &self,
-        dirs: Option<&'a Dirs>,
-        kind: Kind,
-        owner: Owner,
-    ) -> Result<(
-        Claim<'_>,
-        Option<Undo<impl FnOnce() -> Result<()> + use<'a>>>,
-    )> {
-        for attempt in 1.. {
+    /// Takes the next id. One under which something is there already is passed over; the
+    /// next Cleanup sets that aside.
+    fn take_id(&self, dirs: Option<&Dirs>) -> Result<Claim<'_>> {
+        for _ in 0..MOST_TAKEN {
             let claim = self.ids.take(dirs)?;
             let Some(dirs) = dirs else {
-                return Ok((claim, None));
+                return Ok(claim);
             };
-            match dirs.create(claim.id, shape_of(kind), owner) {
-                Err(error) if error.kind() == ErrorKind::AlreadyExists && attempt < MOST_TAKEN => {
-                    log::warn!("{}", error.chain());
-                    self.trash.note_stray(dirs.volume());
-                }
-                // To containerd, that code would mean the snapshot's key.
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                    return Err(Error::refused(error.chain()));
-                }
-                made => return made.map(|made| (claim, Some(made))),
+            if !dirs.is_taken(claim.id)? {
+                return Ok(claim);
             }
+            self.trash.note_stray(dirs.volume());
         }
-        unreachable!("the last attempt returns")
+        Err(Error::refused(format!(
+            "directories that no snapshot owns have the {MOST_TAKEN} ids that were to be used \
+             next: restart the daemon, which sets them aside"
+        )))
     }
 
     /// The owner of a new snapshot's `fs`: the container's root where its ids are

@@ -76,7 +76,8 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AlreadyExists`] if something has that id already. An empty directory, as an unfinished request leaves it, goes to the trash.
+    /// [`ErrorKind::FailedPrecondition`] if something has that id already. An empty
+    /// directory, as an unfinished request leaves it, goes to the trash.
     pub fn create(
         &self,
         id: SnapshotId,
@@ -88,10 +89,10 @@ impl Dirs {
         let mode = Mode::from_raw_mode(0o700);
         match mkdirat(&self.snapshots, name.as_str(), mode) {
             Err(Errno::EXIST) => {
-                if !self.is_unfilled(id)? {
+                if self.is_taken(id)? {
                     let path = self.snapshot_path(id);
                     let what = format!("{path} holds files that no snapshot owns: move it away");
-                    return Err(Error::new(ErrorKind::AlreadyExists, what));
+                    return Err(Error::refused(what));
                 }
                 self.trash(id).context(creating)?;
                 mkdirat(&self.snapshots, name.as_str(), mode)
@@ -105,6 +106,17 @@ impl Dirs {
         // No link can be in the way: the directory has just been made.
         fill(&self.snapshots, &format!("{name}/"), shape, owner).context(creating)?;
         Ok(new)
+    }
+
+    /// Whether something other than an empty directory of a snapshot has that id.
+    pub fn is_taken(&self, id: SnapshotId) -> Result<bool> {
+        match statat(&self.snapshots, id.to_string(), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(false),
+            found => {
+                found.context(|| format!("look at {}", self.snapshot_path(id)))?;
+                Ok(!self.is_unfilled(id)?)
+            }
+        }
     }
 
     /// Whether a snapshot's directory holds all that [`Dirs::create`] makes.
