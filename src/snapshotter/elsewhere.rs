@@ -4,7 +4,6 @@
 
 use super::Snapshotter;
 use super::host_dirs::chosen_by;
-use super::labels;
 use crate::error::{Context, Result};
 use crate::types::{LABEL_GID_MAPPING, LABEL_LOWERS, LABEL_UID_MAPPING, Labels, Quoted, Volume};
 
@@ -48,11 +47,8 @@ impl Snapshotter {
         mask: &[String],
         given: &Labels,
     ) -> Result<bool> {
-        labels::plan_update(mask, given)
-            .and_then(|changes| {
-                let snapshot = self.store.read()?.stat(key)?;
-                self.lowers_to_check(snapshot, &changes)
-            })
+        self.plan_update(key, mask, given)
+            .and_then(|(_, changes)| self.lowers_to_check(key, &changes))
             .map(|paths| !paths.is_empty())
             .context(|| format!("update snapshot {}", Quoted(key)))
     }

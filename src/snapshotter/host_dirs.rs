@@ -104,9 +104,10 @@ impl Snapshotter {
     /// unrelated labels can still change after those directories have disappeared.
     pub(super) fn lowers_to_check(
         &self,
-        snapshot: Snapshot,
+        key: &str,
         changes: &[LabelChange],
     ) -> Result<Vec<String>> {
+        let snapshot = self.store.read()?.stat(key)?;
         let mut info = snapshot.info;
         self.leave_out_ignored(&mut info);
         let before = info.labels.clone();

@@ -43,7 +43,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::quota::Support;
-use crate::store::{Snapshot, Store};
+use crate::store::{LabelChange, Snapshot, Store};
 use crate::text::filter::Filters;
 use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Quoted, SnapshotId, Volume};
 use crate::util::threads::Background;
@@ -182,12 +182,8 @@ impl Snapshotter {
     /// in the mask that does not count on this snapshot; for host directories also as of [`crate::host_dirs::Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || -> Result<Snapshot> {
-            let mut changes = labels::plan_update(mask, given)?;
-            let snapshot = self.store.read()?.stat(key)?;
-            let source = LabelSource::of_stored(&snapshot.info, self.options.pod_labels);
-            let ignored = source.take_ignored_changes(&mut changes)?;
-            self.ignored_labels.note(source, key, &ignored);
-            let lowers = self.lowers_to_check(snapshot, &changes)?;
+            let (source, changes) = self.plan_update(key, mask, given)?;
+            let lowers = self.lowers_to_check(key, &changes)?;
             self.options.lowers.check(&lowers)?;
             let _claim = self.claim(key)?;
             let before = self.store.read()?.stat(key)?;
@@ -211,6 +207,21 @@ impl Snapshotter {
         };
         let snapshot = update().context(|| format!("update snapshot {}", Quoted(key)))?;
         Ok(self.shown(snapshot))
+    }
+
+    /// The changes of labels that an update makes: those that count on this snapshot.
+    fn plan_update(
+        &self,
+        key: &str,
+        mask: &[String],
+        given: &Labels,
+    ) -> Result<(LabelSource, Vec<LabelChange>)> {
+        let mut changes = labels::plan_update(mask, given)?;
+        let info = self.store.read()?.stat(key)?.info;
+        let source = LabelSource::of_stored(&info, self.options.pod_labels);
+        let ignored = source.take_ignored_changes(&mut changes)?;
+        self.ignored_labels.note(source, key, &ignored);
+        Ok((source, changes))
     }
 
     /// Shows `each` snapshot that one of the filters lets through (all of them
