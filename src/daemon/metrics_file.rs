@@ -119,6 +119,11 @@ fn render(figures: &Figures, out: &mut String) {
     ] {
         line(out, name, &[("by", by)], count);
     }
+    render_single(figures, out);
+}
+
+/// The figures that have no labels.
+fn render_single(figures: &Figures, out: &mut String) {
     for (kind, name, help, value) in [
         (
             Kind::Gauge,

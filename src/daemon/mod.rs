@@ -21,8 +21,9 @@ use signal_hook::iterator::Signals;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quota::Support;
+use crate::root::lock::{self, Lock};
 use crate::root::open::require_mounts;
-use crate::root::{lock, state, writable};
+use crate::root::{state, writable};
 use crate::service::{self, Pool, Service};
 use crate::snapshotter::Snapshotter;
 use crate::store::{DATABASE, require_short};
@@ -46,35 +47,7 @@ pub fn run(config: &Config) -> Result<()> {
     // Files get the modes that are asked for, whatever umask the daemon was started with.
     umask(Mode::from_raw_mode(0o022));
 
-    require_short(&Path::new(&config.state_dir).join(DATABASE))?;
-    require_mounts(config)?;
-    let root = Image::open_root(&config.root, state::STATE)?;
-    let lock = lock::require(&root)?;
-    root.require_entry_types()?;
-    let store = state::open(&root, config)?;
-    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
-    let options = config.options.for_this_kernel();
-    writable::set_up(
-        &volumes,
-        &store,
-        config.writable_lifetime,
-        &options.overlay_options(false),
-    )?;
-    let snapshotter = Snapshotter::new(store, volumes, options);
-    let begin = || {
-        snapshotter.recover()?;
-        snapshotter.store().begin_use()
-    };
-    match begin() {
-        // With the space set aside, removals can make more.
-        Err(error)
-            if error.kind() == ErrorKind::ResourceExhausted && snapshotter.store().make_room() =>
-        {
-            begin()?;
-        }
-        begun => begun?,
-    }
-
+    let (lock, snapshotter) = open(config)?;
     tell_quotas(&snapshotter, config);
 
     let snapshotter = Arc::new(snapshotter);
@@ -132,6 +105,40 @@ pub fn run(config: &Config) -> Result<()> {
     }
     log::info!("stopped; containers keep running");
     Ok(())
+}
+
+/// Takes the root's lock, opens the database and the volumes, and puts right what a crash
+/// has left.
+fn open(config: &Config) -> Result<(Lock, Snapshotter)> {
+    require_short(&Path::new(&config.state_dir).join(DATABASE))?;
+    require_mounts(config)?;
+    let root = Image::open_root(&config.root, state::STATE)?;
+    let lock = lock::require(&root)?;
+    root.require_entry_types()?;
+    let store = state::open(&root, config)?;
+    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
+    let options = config.options.for_this_kernel();
+    writable::set_up(
+        &volumes,
+        &store,
+        config.writable_lifetime,
+        &options.overlay_options(false),
+    )?;
+    let snapshotter = Snapshotter::new(store, volumes, options);
+    let begin = || {
+        snapshotter.recover()?;
+        snapshotter.store().begin_use()
+    };
+    match begin() {
+        // With the space set aside, removals can make more.
+        Err(error)
+            if error.kind() == ErrorKind::ResourceExhausted && snapshotter.store().make_room() =>
+        {
+            begin()?;
+        }
+        begun => begun?,
+    }
+    Ok((lock, snapshotter))
 }
 
 /// Whether the daemon stops on this signal. SIGHUP asks other daemons to read their
