@@ -32,10 +32,18 @@ pub const MOST_ELSEWHERE: usize = 32;
 /// How long a further such request waits for one of them to end, before it is refused.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A fixed number of threads that take requests in the order of their arrival.
+/// How long a request waits for a worker before it is given a further thread. By then the
+/// workers wait for a disk, which may not answer any more and may not be the one that this
+/// request needs.
+const CROWDED: Duration = Duration::from_millis(100);
+/// How many further threads there may be. One ends when no request waits for it.
+const MOST_SPARE: usize = 128;
+
+/// A fixed number of threads that take requests in the order of their arrival, and further
+/// ones while those wait for too long.
 pub struct Pool {
     requests: Arc<Requests>,
-    workers: Mutex<Vec<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// What is under way. Not a channel: its receiver would be shared behind a lock, and each
@@ -44,18 +52,24 @@ struct Requests {
     state: Mutex<State>,
     /// A job has been added, or there will be no more.
     added: Condvar,
+    /// A job waits, and no worker is idle; or there will be no more.
+    crowded: Condvar,
     /// The last request has ended while a stop waits for it.
     drained: Condvar,
-    /// How many workers may be at long work at the same time.
-    most_long: usize,
 }
 
 #[derive(Default)]
 struct State {
     is_closed: bool,
+    /// How many workers may be at long work at the same time.
+    most_long: usize,
     /// Requests that were let in and have not ended.
     under_way: usize,
-    waiting: VecDeque<(Work, Job)>,
+    /// With the time of their arrival.
+    waiting: VecDeque<(Instant, Work, Job)>,
+    /// Workers that wait for a job.
+    idle: usize,
+    spare: usize,
     long_running: usize,
     /// Those for which there is no thread, and since when.
     elsewhere_waiting: VecDeque<(Instant, Job)>,
@@ -71,23 +85,30 @@ impl Pool {
     /// Starts `threads` workers.
     pub fn start(threads: usize) -> Result<Pool> {
         let requests = Arc::new(Requests {
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                most_long: threads.div_ceil(2),
+                ..State::default()
+            }),
             added: Condvar::new(),
+            crowded: Condvar::new(),
             drained: Condvar::new(),
-            most_long: threads.div_ceil(2),
         });
-        let mut workers = Vec::with_capacity(threads);
-        for number in 0..threads {
+        let start = |name: String, work: fn(&Arc<Requests>)| {
             let requests = Arc::clone(&requests);
-            let worker = thread::Builder::new()
-                .name(format!("worker-{number}"))
-                .spawn(move || requests.work())
-                .context(|| "start a worker thread")?;
-            workers.push(worker);
+            thread::Builder::new()
+                .name(name)
+                .spawn(move || work(&requests))
+                .context(|| "start a worker thread")
+        };
+        let mut all = vec![start("crowded".to_owned(), Requests::relieve)?];
+        for number in 0..threads {
+            all.push(start(format!("worker-{number}"), |requests| {
+                requests.work()
+            })?);
         }
         Ok(Pool {
             requests,
-            workers: Mutex::new(workers),
+            threads: Mutex::new(all),
         })
     }
 
@@ -120,8 +141,14 @@ impl Pool {
         if work == Work::Elsewhere {
             return self.submit_elsewhere(job);
         }
-        lock(&self.requests.state).waiting.push_back((work, job));
+        let mut state = lock(&self.requests.state);
+        state.waiting.push_back((Instant::now(), work, job));
+        let is_crowded = state.waiting.len() > state.idle;
+        drop(state);
         self.requests.added.notify_one();
+        if is_crowded {
+            self.requests.crowded.notify_one();
+        }
     }
 
     fn submit_elsewhere(&self, job: Job) {
@@ -160,9 +187,10 @@ impl Pool {
         }
         drop(state);
         requests.added.notify_all();
-        for worker in lock(&self.workers).drain(..) {
+        requests.crowded.notify_all();
+        for thread in lock(&self.threads).drain(..) {
             // A worker catches its requests' panics.
-            let _ = worker.join();
+            let _ = thread.join();
         }
         true
     }
@@ -171,15 +199,66 @@ impl Pool {
 impl Requests {
     fn work(&self) {
         while let Some((work, job)) = self.take() {
-            let turn = match work {
-                Work::Brief | Work::Long => Ok(()),
-                Work::Elsewhere => Err(all_wait_elsewhere()),
-            };
-            job(turn);
-            if work == Work::Long {
-                // This worker looks for the next job itself.
-                lock(&self.state).long_running -= 1;
+            self.run(work, job);
+        }
+    }
+
+    fn run(&self, work: Work, job: Job) {
+        let turn = match work {
+            Work::Brief | Work::Long => Ok(()),
+            Work::Elsewhere => Err(all_wait_elsewhere()),
+        };
+        job(turn);
+        if work == Work::Long {
+            // This worker looks for the next job itself.
+            lock(&self.state).long_running -= 1;
+        }
+    }
+
+    /// Starts a further thread for each request that has waited for too long while all
+    /// workers are busy.
+    fn relieve(self: &Arc<Requests>) {
+        let mut state = lock(&self.state);
+        loop {
+            let since = state.next().map(|at| state.waiting[at].0);
+            let left = since.map(|since| CROWDED.saturating_sub(since.elapsed()));
+            if state.is_closed && state.under_way == 0 {
+                return;
             }
+            if left == Some(Duration::ZERO) && state.idle == 0 && state.spare < MOST_SPARE {
+                state.spare += 1;
+                drop(state);
+                let requests = Arc::clone(self);
+                let spare = thread::Builder::new().name("spare".to_owned());
+                if let Err(error) = spare.spawn(move || requests.work_as_spare()) {
+                    log::error!("start a thread for a request: {error}");
+                    lock(&self.state).spare -= 1;
+                }
+                state = lock(&self.state);
+            }
+            state = match left {
+                None => self
+                    .crowded
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(left) => {
+                    let pause = left.max(Duration::from_millis(1));
+                    let waited = self.crowded.wait_timeout(state, pause);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+    }
+
+    fn work_as_spare(&self) {
+        let next = || {
+            let mut state = lock(&self.state);
+            let next = state.take_next();
+            state.spare -= usize::from(next.is_none());
+            next
+        };
+        while let Some((work, job)) = next() {
+            self.run(work, job);
         }
     }
 
@@ -202,13 +281,8 @@ impl Requests {
     fn take(&self) -> Option<(Work, Job)> {
         let mut state = lock(&self.state);
         loop {
-            let is_full = state.long_running == self.most_long;
-            let may_begin = |(work, _): &(Work, Job)| *work != Work::Long || !is_full;
-            if let Some(next) = state.waiting.iter().position(may_begin) {
-                let taken = state.waiting.remove(next);
-                let is_long = taken.as_ref().is_some_and(|(work, _)| *work == Work::Long);
-                state.long_running += usize::from(is_long);
-                return taken;
+            if let Some(taken) = state.take_next() {
+                return Some(taken);
             }
             let waiting = state.elsewhere_waiting.front();
             let left = waiting.map(|(since, _)| PATIENCE.saturating_sub(since.elapsed()));
@@ -219,6 +293,7 @@ impl Requests {
             if state.is_closed && state.under_way == 0 {
                 return None;
             }
+            state.idle += 1;
             state = match left {
                 None => self
                     .added
@@ -229,7 +304,23 @@ impl Requests {
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
             };
+            state.idle -= 1;
         }
+    }
+}
+
+impl State {
+    /// The place of the first job that may begin.
+    fn next(&self) -> Option<usize> {
+        let is_full = self.long_running == self.most_long;
+        let may_begin = |(_, work, _): &(Instant, Work, Job)| *work != Work::Long || !is_full;
+        self.waiting.iter().position(may_begin)
+    }
+
+    fn take_next(&mut self) -> Option<(Work, Job)> {
+        let (_, work, job) = self.waiting.remove(self.next()?)?;
+        self.long_running += usize::from(work == Work::Long);
+        Some((work, job))
     }
 }
 
@@ -324,6 +415,26 @@ mod tests {
         assert_eq!(next(), 2);
         drop(release);
         assert_eq!(next(), 3);
+        assert!(pool.close(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn a_request_does_not_wait_for_those_that_hang() {
+        let pool = Pool::start(2).unwrap();
+        let (release, wait) = channel::<()>();
+        let wait = Arc::new(Mutex::new(wait));
+        for _ in 0..40 {
+            let wait = Arc::clone(&wait);
+            pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+                let _ = lock(&wait).recv();
+            });
+        }
+        let (began, beginnings) = channel();
+        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+            began.send(()).unwrap();
+        });
+        beginnings.recv_timeout(Duration::from_secs(60)).unwrap();
+        drop(release);
         assert!(pool.close(Duration::from_secs(60)));
     }
 

@@ -222,7 +222,10 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
     };
 
     let frozen = split.writable.freeze();
-    let waiting = client.begin_prepare("waits", "base", &[]);
+    // More than there are workers.
+    let waiting: Vec<_> = (0..40)
+        .map(|number| client.begin_prepare(&format!("waits-{number}"), "base", &[]))
+        .collect();
     answered("an unpack", &|| {
         client.prepare("extract-new", "base", &[]).unwrap();
         client.commit("extract-committed", "unpacked", &[]).unwrap();
@@ -232,10 +235,12 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
         client.view("another-view", "base", &[]).unwrap();
         client.remove("view").unwrap();
         client.update("base", &["labels.x"], &[("x", "y")]).unwrap();
-        assert!(!client.exists("waits"), "the disk did not hang");
+        assert!(!client.exists("waits-0"), "the disk did not hang");
     });
     drop(frozen);
-    finish(waiting).unwrap();
+    for prepared in waiting {
+        finish(prepared).unwrap();
+    }
 
     let frozen = split.image.freeze();
     let waiting = client.begin_prepare("extract-waits", "base", &[]);
