@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 binary=$(realpath "$1")
 machine=$2
 # The budget.
-most_bytes=5500000
+most_bytes=6200000
 most_idle_kib=6144
 most_used_kib=8192
 requests=10000
