@@ -1,6 +1,6 @@
 //! The words of the command line, and the flags that belong to them.
 
-use super::flags::{Flags, REPORTING};
+use super::flags::{Flag, Flags, REPORTING};
 use crate::error::{Error, Result};
 
 /// How a command prints what it found.
@@ -106,23 +106,23 @@ const COMMANDS: &str =
 ///
 /// [`crate::error::ErrorKind::InvalidArgument`] for a word that is no command, too
 /// few or too many of them, and a flag of another command.
-pub(super) fn parse(flags: &Flags) -> Result<Command> {
+pub(super) fn parse(flags: &Flags, named: &[&Flag]) -> Result<Command> {
     let words: Vec<&str> = flags.command.iter().map(String::as_str).collect();
     let command = words.first().copied();
-    require_its_flags(flags, command)?;
+    require_its_flags(named, command)?;
     match words.as_slice() {
         [] => Ok(Command::Serve),
         ["check"] => check_options(flags).map(Command::Check),
         ["status"] => Ok(Command::Status(format(flags))),
         ["doctor"] => Ok(Command::Doctor(DoctorOptions {
             format: format(flags),
-            containerd_config: flags.text("--containerd-config").map(str::to_owned),
+            containerd_config: flags.containerd_config.clone(),
         })),
         ["import"] => import_options(flags).map(Command::Import),
         ["mount", key, target] => Ok(Command::Mount(MountOptions {
             key: (*key).to_owned(),
             target: (*target).to_owned(),
-            is_read_only: flags.is_given("--read-only"),
+            is_read_only: flags.read_only,
         })),
         ["umount", target] => Ok(Command::Unmount((*target).to_owned())),
         ["mount", ..] => Err(Error::invalid(format!(
@@ -143,8 +143,8 @@ pub(super) fn parse(flags: &Flags) -> Result<Command> {
 }
 
 /// Refuses a flag of another command.
-fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
-    for flag in flags.given() {
+fn require_its_flags(named: &[&Flag], command: Option<&str>) -> Result<()> {
+    for flag in named {
         let is_its = || command.is_some_and(|command| flag.commands.contains(&command));
         if !flag.commands.is_empty() && !is_its() {
             let commands: Vec<_> = flag
@@ -163,35 +163,35 @@ fn require_its_flags(flags: &Flags, command: Option<&str>) -> Result<()> {
 }
 
 fn format(flags: &Flags) -> Format {
-    match flags.is_given("--json") {
+    match flags.json {
         true => Format::Json,
         false => Format::Human,
     }
 }
 
 fn check_options(flags: &Flags) -> Result<CheckOptions> {
-    let mends = flags.is_given("--repair") || flags.is_given("--reset-writable");
-    if flags.is_given("--yes") && !mends {
+    let mends = flags.repair || flags.reset_writable;
+    if flags.yes && !mends {
         return Err(Error::invalid("--yes goes with --repair"));
     }
-    if flags.is_given("--json") && mends && !flags.is_given("--yes") {
+    if flags.json && mends && !flags.yes {
         return Err(Error::invalid(
             "--json leaves no room for questions: give --yes with --repair",
         ));
     }
     Ok(CheckOptions {
         format: format(flags),
-        mending: match (mends, flags.is_given("--yes")) {
+        mending: match (mends, flags.yes) {
             (false, _) => Mending::Never,
             (true, false) => Mending::AfterAsking,
             (true, true) => Mending::AtOnce,
         },
-        resets_writable: flags.is_given("--reset-writable"),
+        resets_writable: flags.reset_writable,
     })
 }
 
 fn import_options(flags: &Flags) -> Result<ImportOptions> {
-    let task = match (flags.is_given("--dry-run"), flags.is_given("--undo")) {
+    let task = match (flags.dry_run, flags.undo) {
         (false, false) => ImportTask::Import,
         (true, false) => ImportTask::Look,
         (false, true) => ImportTask::Undo,
@@ -199,7 +199,7 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
             return Err(Error::invalid("--undo has no --dry-run"));
         }
     };
-    if task == ImportTask::Undo && flags.is_given("--leave-out-missing") {
+    if task == ImportTask::Undo && flags.leave_out_missing {
         return Err(Error::invalid(
             "--undo leaves nothing out: give no --leave-out-missing",
         ));
@@ -207,6 +207,6 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
     Ok(ImportOptions {
         format: format(flags),
         task,
-        leaves_out_missing: flags.is_given("--leave-out-missing"),
+        leaves_out_missing: flags.leave_out_missing,
     })
 }

@@ -1,7 +1,10 @@
-//! The flags: one table for the parser, the shells' completions and the tests that hold
-//! the manual page to it.
+//! The flags: one listing, from which come the struct that argh fills, and the table for
+//! the shells' completions and for the tests that hold the manual page to it.
 
 use std::ffi::OsString;
+use std::time::Duration;
+
+use argh::FromArgs;
 
 use super::wrong;
 use crate::error::{Error, Result};
@@ -36,75 +39,85 @@ pub(super) struct Flag {
     pub commands: &'static [&'static str],
 }
 
-const fn daemons(name: &'static str, takes: Takes) -> Flag {
-    commands(name, takes, &[])
-}
+/// Makes the struct that argh fills and the table of flags from one listing.
+macro_rules! flags {
+    ($(
+        $name:tt $kind:ident $field:ident: $type:ident $(<$of:ident>)? =
+            $takes:expr, $goes_with:expr;
+    )*) => {
+        /// What was given.
+        #[derive(FromArgs)]
+        #[argh(help_triggers("--help"))]
+        pub(super) struct Flags {
+            // A command with its words, or nothing. (argh reads doc comments, and refuses
+            // one that begins with a capital letter.)
+            #[argh(positional)]
+            pub command: Vec<String>,
+            $(#[argh($kind, long = $name)] pub $field: $type $(<$of>)?,)*
+        }
 
-const fn commands(name: &'static str, takes: Takes, commands: &'static [&'static str]) -> Flag {
-    Flag {
-        name,
-        takes,
-        commands,
-    }
+        /// All flags, but for `--help` and `--version`.
+        pub(super) const FLAGS: &[Flag] = &[
+            $(Flag { name: concat!("--", $name), takes: $takes, commands: $goes_with },)*
+        ];
+    };
 }
 
 /// The commands that print a report, which can be JSON.
 pub(super) const REPORTING: &[&str] = &["status", "check", "doctor", "import"];
+/// No command: a flag of the daemon.
+const DAEMON: &[&str] = &[];
 
-/// All flags, but for `--help` and `--version`.
-pub(super) const FLAGS: &[Flag] = &[
-    daemons("--root-dir", Takes::Directory),
-    daemons("--writable-dir", Takes::Directory),
-    daemons("--state-dir", Takes::Directory),
-    daemons("--address", Takes::Path),
-    daemons("--require-mount", Takes::Nothing),
-    daemons("--writable-volatile", Takes::Nothing),
-    daemons("--reserve", Takes::Word),
-    daemons("--async-remove", Takes::Truth),
-    daemons("--upperdir-label", Takes::Truth),
-    daemons("--mount-option", Takes::Words),
-    daemons("--allow-lower", Takes::Directories),
-    daemons("--lower-for", Takes::Words),
-    daemons("--trust-labels-from", Takes::OneOf(&["k8s.io"])),
-    daemons("--sync", Takes::OneOf(&["commit", "none"])),
-    daemons("--relocate", Takes::OneOf(&["background", "never"])),
-    daemons("--relocate-after", Takes::Word),
-    daemons("--quota", Takes::OneOf(&["auto", "require", "off"])),
-    daemons("--quota-ids", Takes::Word),
-    daemons("--default-max-size", Takes::Word),
-    daemons("--default-max-inodes", Takes::Word),
-    daemons("--usage-max-age", Takes::Word),
-    daemons("--threads", Takes::Word),
-    daemons("--metrics-file", Takes::Path),
-    commands("--json", Takes::Nothing, REPORTING),
-    commands("--repair", Takes::Nothing, &["check"]),
-    commands("--yes", Takes::Nothing, &["check"]),
-    commands("--reset-writable", Takes::Nothing, &["check"]),
-    commands("--containerd-config", Takes::Path, &["doctor"]),
-    commands("--dry-run", Takes::Nothing, &["import"]),
-    commands("--undo", Takes::Nothing, &["import"]),
-    commands("--leave-out-missing", Takes::Nothing, &["import"]),
-    commands("--read-only", Takes::Nothing, &["mount"]),
-];
+flags! {
+    "root-dir" option root_dir: Option<String> = Takes::Directory, DAEMON;
+    "writable-dir" option writable_dir: Option<String> = Takes::Directory, DAEMON;
+    "state-dir" option state_dir: Option<String> = Takes::Directory, DAEMON;
+    "address" option address: Option<String> = Takes::Path, DAEMON;
+    "require-mount" switch require_mount: bool = Takes::Nothing, DAEMON;
+    "writable-volatile" switch writable_volatile: bool = Takes::Nothing, DAEMON;
+    "reserve" option reserve: Option<String> = Takes::Word, DAEMON;
+    "async-remove" option async_remove: Option<String> = Takes::Truth, DAEMON;
+    "upperdir-label" option upperdir_label: Option<String> = Takes::Truth, DAEMON;
+    "mount-option" option mount_option: Vec<String> = Takes::Words, DAEMON;
+    "allow-lower" option allow_lower: Vec<String> = Takes::Directories, DAEMON;
+    "lower-for" option lower_for: Vec<String> = Takes::Words, DAEMON;
+    "trust-labels-from" option trust_labels_from: Option<String> =
+        Takes::OneOf(&["k8s.io"]), DAEMON;
+    "sync" option sync: Option<String> = Takes::OneOf(&["commit", "none"]), DAEMON;
+    "relocate" option relocate: Option<String> = Takes::OneOf(&["background", "never"]), DAEMON;
+    "relocate-after" option relocate_after: Option<String> = Takes::Word, DAEMON;
+    "quota" option quota: Option<String> = Takes::OneOf(&["auto", "require", "off"]), DAEMON;
+    "quota-ids" option quota_ids: Option<String> = Takes::Word, DAEMON;
+    "default-max-size" option default_max_size: Option<String> = Takes::Word, DAEMON;
+    "default-max-inodes" option default_max_inodes: Option<String> = Takes::Word, DAEMON;
+    "usage-max-age" option usage_max_age: Option<String> = Takes::Word, DAEMON;
+    "threads" option threads: Option<String> = Takes::Word, DAEMON;
+    "metrics-file" option metrics_file: Option<String> = Takes::Path, DAEMON;
+    "json" switch json: bool = Takes::Nothing, REPORTING;
+    "repair" switch repair: bool = Takes::Nothing, &["check"];
+    "yes" switch yes: bool = Takes::Nothing, &["check"];
+    "reset-writable" switch reset_writable: bool = Takes::Nothing, &["check"];
+    "containerd-config" option containerd_config: Option<String> = Takes::Path, &["doctor"];
+    "dry-run" switch dry_run: bool = Takes::Nothing, &["import"];
+    "undo" switch undo: bool = Takes::Nothing, &["import"];
+    "leave-out-missing" switch leave_out_missing: bool = Takes::Nothing, &["import"];
+    "read-only" switch read_only: bool = Takes::Nothing, &["mount"];
+}
 
 /// The arguments, taken apart.
 pub(super) enum Arguments {
-    Given(Flags),
+    Given {
+        flags: Box<Flags>,
+        /// The flags that are among them, by name.
+        named: Vec<&'static Flag>,
+    },
     /// `--help` is among them.
     Help,
     /// `--version` is among them.
     Version,
 }
 
-/// What was given.
-#[derive(Default)]
-pub(super) struct Flags {
-    /// A command with its words, or nothing.
-    pub command: Vec<String>,
-    values: Vec<(&'static Flag, String)>,
-}
-
-impl Flags {
+impl Arguments {
     /// Takes arguments apart. `--flag value` and `--flag=value` mean the same.
     ///
     /// # Errors
@@ -112,22 +125,24 @@ impl Flags {
     /// [`InvalidArgument`](crate::error::ErrorKind::InvalidArgument) for a flag that there
     /// is not, that is given twice, or whose value is missing or not one of its words.
     pub fn parse(arguments: Vec<OsString>) -> Result<Arguments> {
-        let mut flags = Flags::default();
+        let (mut plain, mut named) = (Vec::new(), Vec::<&Flag>::new());
+        let mut has_command = false;
         let mut arguments = arguments.into_iter().map(text).peekable();
         while let Some(argument) = arguments.next() {
             let argument = argument?;
-            let (name, mut value) = match argument.split_once('=') {
+            let (name, value) = match argument.split_once('=') {
                 Some((name, value)) => (name, Some(value.to_owned())),
                 None => (&*argument, None),
             };
             match name {
                 "--help" | "-h" => return Ok(Arguments::Help),
-                "help" if flags.command.is_empty() => return Ok(Arguments::Help),
+                "help" if !has_command => return Ok(Arguments::Help),
                 "--version" => return Ok(Arguments::Version),
                 _ => {}
             }
             if !name.starts_with('-') {
-                flags.command.push(argument);
+                has_command = true;
+                plain.push(argument);
                 continue;
             }
             let flag = FLAGS.iter().find(|flag| flag.name == name).ok_or_else(|| {
@@ -135,32 +150,53 @@ impl Flags {
                     "there is no flag {name}: --help lists the usual ones, the manual page all"
                 ))
             })?;
-            let follows = |next: &Result<String>| match (flag.takes, next) {
-                (Takes::Nothing, _) => false,
-                (Takes::Truth, Ok(next)) => next == "true" || next == "false",
-                _ => true,
-            };
-            if value.is_none() {
-                value = arguments.next_if(follows).transpose()?;
+            let repeats = matches!(flag.takes, Takes::Words | Takes::Directories);
+            if !repeats && named.iter().any(|other| other.name == name) {
+                return Err(Error::invalid(format!("{name} is given twice")));
             }
-            flags.push(flag, value)?;
+            let next = |is_value: fn(&str) -> bool| {
+                let is_value = |next: &Result<String>| next.as_deref().map_or(true, is_value);
+                arguments.next_if(is_value).transpose()
+            };
+            named.push(flag);
+            plain.push(flag.name.to_owned());
+            plain.extend(flag.value(value, next)?);
         }
-        Ok(Arguments::Given(flags))
+        let plain: Vec<_> = plain.iter().map(String::as_str).collect();
+        let flags = Flags::from_args(&[env!("CARGO_PKG_NAME")], &plain);
+        let flags = flags
+            .map(Box::new)
+            .map_err(|exit| Error::invalid(exit.output.trim().replace('\n', " ")))?;
+        Ok(Arguments::Given { flags, named })
     }
+}
 
-    fn push(&mut self, flag: &'static Flag, value: Option<String>) -> Result<()> {
-        let name = flag.name;
-        let value = match (flag.takes, value) {
+impl Flag {
+    /// The value that argh is to read after this flag, where `joined` follows it after an
+    /// equals sign. `next` takes the next argument if it can be the value.
+    fn value(
+        &self,
+        joined: Option<String>,
+        next: impl FnOnce(fn(&str) -> bool) -> Result<Option<String>>,
+    ) -> Result<Option<String>> {
+        let name = self.name;
+        let value = match (self.takes, joined) {
+            (Takes::Nothing, None) => return Ok(None),
             (Takes::Nothing, Some(value)) => {
                 let text = format!("{name} takes no value, and is given {value:?}");
                 return Err(Error::invalid(text));
             }
-            (Takes::Nothing, None) => String::new(),
-            (Takes::Truth, None) => "true".to_owned(),
             (_, Some(value)) => value,
-            (_, None) => return Err(Error::invalid(format!("{name} needs a value"))),
+            (Takes::Truth, None) => {
+                let word = next(|word| word == "true" || word == "false")?;
+                word.unwrap_or_else(|| "true".to_owned())
+            }
+            (_, None) => {
+                let missing = || Error::invalid(format!("{name} needs a value"));
+                next(|_| true)?.ok_or_else(missing)?
+            }
         };
-        let words: &[&str] = match flag.takes {
+        let words: &[&str] = match self.takes {
             Takes::Truth => &["true", "false"],
             Takes::OneOf(words) => words,
             _ => &[],
@@ -168,45 +204,19 @@ impl Flags {
         if !words.is_empty() && !words.contains(&value.as_str()) {
             return Err(wrong(name, &value, one_of(words)));
         }
-        let repeats = matches!(flag.takes, Takes::Words | Takes::Directories);
-        if !repeats && self.is_given(name) {
-            return Err(Error::invalid(format!("{name} is given twice")));
-        }
-        self.values.push((flag, value));
-        Ok(())
+        Ok(Some(value))
     }
+}
 
-    /// Every flag that was given.
-    pub fn given(&self) -> impl Iterator<Item = &'static Flag> {
-        self.values.iter().map(|(flag, _)| *flag)
-    }
-
-    pub fn is_given(&self, name: &str) -> bool {
-        self.text(name).is_some()
-    }
-
-    /// The value of a flag.
-    pub fn text(&self, name: &str) -> Option<&str> {
-        self.all(name).next()
-    }
-
-    /// The values of a flag that may be given several times.
-    pub fn all(&self, name: &str) -> impl Iterator<Item = &str> {
-        debug_assert!(FLAGS.iter().any(|flag| flag.name == name), "{name}");
-        let values = self.values.iter();
-        values.filter_map(move |(flag, value)| (flag.name == name).then_some(value.as_str()))
-    }
-
-    /// The value of a flag that takes a number of seconds.
-    pub fn seconds(&self, name: &str, default: u32) -> Result<std::time::Duration> {
-        let seconds = match self.text(name) {
-            None => default,
-            Some(text) => text
-                .parse()
-                .map_err(|_| wrong(name, text, "a number of seconds"))?,
-        };
-        Ok(std::time::Duration::from_secs(seconds.into()))
-    }
+/// The value of a flag that takes a number of seconds.
+pub(super) fn seconds(name: &str, value: Option<&str>, default: u32) -> Result<Duration> {
+    let seconds = match value {
+        None => default,
+        Some(text) => text
+            .parse()
+            .map_err(|_| wrong(name, text, "a number of seconds"))?,
+    };
+    Ok(Duration::from_secs(seconds.into()))
 }
 
 fn text(argument: OsString) -> Result<String> {
@@ -221,5 +231,49 @@ fn one_of(words: &[&str]) -> String {
     match quoted.split_last() {
         Some((last, others)) if !others.is_empty() => format!("{} or {last}", others.join(", ")),
         _ => quoted.join(""),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What argh does with a field agrees with what the table says of its flag.
+    #[test]
+    fn argh_reads_every_flag_of_the_table() {
+        for flag in FLAGS {
+            let (value, times) = match flag.takes {
+                Takes::Nothing => (None, 1),
+                Takes::Truth => (Some("false"), 1),
+                Takes::OneOf(words) => (Some(words[0]), 1),
+                Takes::Words | Takes::Directories => (Some("--yes"), 2),
+                _ => (Some("--yes"), 1),
+            };
+            let mut arguments = Vec::new();
+            for _ in 0..times {
+                arguments.push(flag.name.into());
+                arguments.extend(value.map(Into::into));
+            }
+            arguments.push("key".into());
+            match Arguments::parse(arguments) {
+                Ok(Arguments::Given { flags, named }) => {
+                    assert!(named.iter().all(|named| named.name == flag.name));
+                    assert_eq!(named.len(), times, "{}", flag.name);
+                    assert_eq!(flags.command, ["key"], "{}", flag.name);
+                }
+                Ok(_) => panic!("{} asks for help or the version", flag.name),
+                Err(error) => panic!("{}", error.chain()),
+            }
+        }
+    }
+
+    /// A word that is none of the first is a snapshot's key or a directory, whatever it is.
+    #[test]
+    fn words_of_a_command_stay_whole() {
+        let words = ["mount", "help", "a=b"];
+        match Arguments::parse(words.iter().map(Into::into).collect()) {
+            Ok(Arguments::Given { flags, .. }) => assert_eq!(flags.command, words),
+            _ => panic!("words are words"),
+        }
     }
 }

@@ -28,7 +28,7 @@ use crate::volume::Lifetime;
 pub use commands::{
     CheckOptions, Command, DoctorOptions, Format, ImportOptions, ImportTask, Mending, MountOptions,
 };
-use flags::{Arguments, FLAGS, Flags};
+use flags::{Arguments, FLAGS, Flags, seconds};
 use paths::{check_all_apart, check_mount_options, check_path};
 
 /// The original's root, so that a drop-in replacement finds its place.
@@ -78,15 +78,15 @@ pub enum Parsed {
 /// [`InvalidArgument`](crate::error::ErrorKind::InvalidArgument) naming the flag, the
 /// value and what would be right.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
-    let flags = match Flags::parse(arguments)? {
+    let (flags, named) = match Arguments::parse(arguments)? {
         Arguments::Help => return Ok(Parsed::Print(HELP.to_owned())),
         Arguments::Version => {
             let (name, version) = (env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
             return Ok(Parsed::Print(format!("{name} {version}\n")));
         }
-        Arguments::Given(flags) => flags,
+        Arguments::Given { flags, named } => (flags, named),
     };
-    let command = commands::parse(&flags)?;
+    let command = commands::parse(&flags, &named)?;
     let config = check(&flags)?;
     // Commands need no socket.
     if command == Command::Serve {
@@ -125,12 +125,15 @@ pub fn require_short_address(address: &str) -> Result<()> {
 }
 
 fn check(flags: &Flags) -> Result<Config> {
-    let path_or = |flag: &str, default: &str| check_path(flag, flags.text(flag).unwrap_or(default));
-    let root = path_or("--root-dir", DEFAULT_ROOT)?;
-    let writable = path_or("--writable-dir", &format!("{root}/writable"))?;
-    let state_dir = path_or("--state-dir", &root)?.to_string();
-    let address = path_or("--address", &format!("{root}/grpc.socks"))?.to_string();
-    let metrics_file = flags.text("--metrics-file");
+    let path_or = |flag: &str, given: &Option<String>, default: &str| {
+        check_path(flag, given.as_deref().unwrap_or(default))
+    };
+    let root = path_or("--root-dir", &flags.root_dir, DEFAULT_ROOT)?;
+    let in_root = |name| format!("{root}/{name}");
+    let writable = path_or("--writable-dir", &flags.writable_dir, &in_root("writable"))?;
+    let state_dir = path_or("--state-dir", &flags.state_dir, &root)?.to_string();
+    let address = path_or("--address", &flags.address, &in_root("grpc.socks"))?.to_string();
+    let metrics_file = flags.metrics_file.as_deref();
     let metrics_file =
         metrics_file.map(|path| check_path("--metrics-file", path).map(|path| path.to_string()));
     let metrics_file = metrics_file.transpose()?;
@@ -141,19 +144,18 @@ fn check(flags: &Flags) -> Result<Config> {
         &address,
         metrics_file.as_deref(),
     )?;
-    let all = |flag| flags.all(flag).map(str::to_owned).collect::<Vec<_>>();
-    let mount_options = all("--mount-option");
-    let relocation = match flags.text("--relocate") {
+    let mount_options = flags.mount_option.clone();
+    let relocation = match flags.relocate.as_deref() {
         Some("never") => Relocation::Never,
         _ => Relocation::Background {
-            after: flags.seconds("--relocate-after", 60)?,
+            after: seconds("--relocate-after", flags.relocate_after.as_deref(), 60)?,
         },
     };
     check_mount_options(&mount_options, relocation)?;
     let (allowed, lower_rules) =
-        host_dirs::check(&all("--allow-lower"), &all("--lower-for"), &mount_options)?;
+        host_dirs::check(&flags.allow_lower, &flags.lower_for, &mount_options)?;
     let quota = quota::check(flags)?;
-    let threads = match flags.text("--threads") {
+    let threads = match flags.threads.as_deref() {
         None => default_threads(),
         Some(text) => text
             .parse::<NonZeroUsize>()
@@ -162,29 +164,29 @@ fn check(flags: &Flags) -> Result<Config> {
     };
     let options = Options {
         mount_options,
-        removes_at_once: flags.text("--async-remove") == Some("false"),
-        sync: match flags.text("--sync") {
+        removes_at_once: flags.async_remove.as_deref() == Some("false"),
+        sync: match flags.sync.as_deref() {
             Some("none") => SyncMode::Never,
             _ => SyncMode::AtCommit,
         },
         relocation,
-        reserve: quota::parse_reserve(flags.text("--reserve").unwrap_or("0"))?,
-        shows_upperdir: flags.text("--upperdir-label") == Some("true"),
+        reserve: quota::parse_reserve(flags.reserve.as_deref().unwrap_or("0"))?,
+        shows_upperdir: flags.upperdir_label.as_deref() == Some("true"),
         quota,
         lowers: Policy {
             allowed,
             kept_apart: vec![root.to_string(), writable.to_string(), state_dir.clone()],
         },
         lower_rules,
-        pod_labels: check_trusted(flags.text("--trust-labels-from"))?,
+        pod_labels: check_trusted(flags.trust_labels_from.as_deref())?,
     };
     Ok(Config {
         root,
         writable,
         state_dir,
         address,
-        requires_mounts: flags.is_given("--require-mount"),
-        writable_lifetime: match flags.is_given("--writable-volatile") {
+        requires_mounts: flags.require_mount,
+        writable_lifetime: match flags.writable_volatile {
             true => Lifetime::UntilReboot,
             false => Lifetime::Lasting,
         },

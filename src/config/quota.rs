@@ -1,5 +1,6 @@
 //! How much containers may write, and what has to stay free.
 
+use super::flags::seconds;
 use super::{Flags, wrong};
 use crate::error::{Error, Result};
 use crate::quota::ProjectRange;
@@ -10,12 +11,12 @@ use crate::volume::Reserve;
 
 /// Reads the flags of quotas.
 pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
-    let mode = match given.text("--quota") {
+    let mode = match given.quota.as_deref() {
         Some("require") => QuotaMode::Require,
         Some("off") => QuotaMode::Off,
         _ => QuotaMode::Auto,
     };
-    let ids = match given.text("--quota-ids") {
+    let ids = match given.quota_ids.as_deref() {
         None => ProjectRange::DEFAULT,
         Some(text) => parse_range(text).ok_or_else(|| {
             let right = format!(
@@ -25,8 +26,8 @@ pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
             wrong("--quota-ids", text, right)
         })?,
     };
-    let limit = |flag: &str, parse: fn(&str) -> Option<u64>, wanted: String| {
-        let Some(text) = given.text(flag) else {
+    let limit = |flag: &str, text: &Option<String>, parse: fn(&str) -> Option<u64>, wanted| {
+        let Some(text) = text else {
             return Ok(None);
         };
         let number = parse(text).ok_or_else(|| wrong(flag, text, wanted))?;
@@ -43,16 +44,18 @@ pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
         default: Limits {
             max_bytes: limit(
                 "--default-max-size",
+                &given.default_max_size,
                 limits::parse_size,
                 limits::size_wanted(),
             )?,
             max_inodes: limit(
                 "--default-max-inodes",
+                &given.default_max_inodes,
                 limits::parse_inodes,
                 limits::inodes_wanted(),
             )?,
         },
-        usage_max_age: given.seconds("--usage-max-age", 0)?,
+        usage_max_age: seconds("--usage-max-age", given.usage_max_age.as_deref(), 0)?,
     })
 }
 
@@ -112,8 +115,8 @@ mod tests {
             let mut words = vec![format!("--quota={mode}")];
             words.extend(max_size.map(|size| format!("--default-max-size={size}")));
             words.extend(max_inodes.map(|inodes| format!("--default-max-inodes={inodes}")));
-            match Flags::parse(words.into_iter().map(Into::into).collect())? {
-                Arguments::Given(flags) => check(&flags),
+            match Arguments::parse(words.into_iter().map(Into::into).collect())? {
+                Arguments::Given { flags, .. } => check(&flags),
                 _ => panic!("neither help nor version"),
             }
         };
