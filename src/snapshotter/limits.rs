@@ -9,9 +9,14 @@ use crate::types::{
 
 /// Free for an overlay to be mounted: overlayfs makes a directory, for which XFS
 /// with blocks of 4 KiB wants more than 128 KiB, and less than 256.
-const ROOM_BYTES: u64 = 512 << 10;
-/// That directory and what overlayfs tries out in it, and a few.
-const ROOM_INODES: u64 = 8;
+const MOUNT_BYTES: u64 = 256 << 10;
+/// That directory and what overlayfs tries out in it.
+const MOUNT_INODES: u64 = 4;
+
+/// How far over its limit a snapshot may come by loans for its mounts.
+const ROOM_BYTES: u64 = 2 * MOUNT_BYTES;
+/// Likewise.
+const ROOM_INODES: u64 = 2 * MOUNT_INODES;
 
 /// An empty snapshot has that room, and a container can write something.
 pub const LEAST_BYTES: u64 = 2 * ROOM_BYTES;
@@ -96,13 +101,22 @@ impl Asked {
     }
 }
 
-/// These limits, raised as far as it takes for an overlay to be mounted where so
-/// much is used.
+/// These limits, raised so that an overlay can be mounted where so much is used.
+///
+/// Raised is the limit, not the use: else what is written while a loan lasts, which stays,
+/// would be the base of the next loan, and each restart of a full container would let it
+/// write more. Only a snapshot that takes more than a loan allows, as its limit was
+/// lowered, gets what the mount itself needs on top of that.
 pub(super) fn with_room(limits: Limits, used: Usage) -> Limits {
-    let raised = |limit: Option<u64>, used: u64, room| limit.map(|limit| limit.max(used + room));
+    let raised = |limit: Option<u64>, used: u64, mount: u64, room: u64| {
+        limit.map(|limit| match used + mount <= limit {
+            true => limit,
+            false => (used + mount).max(limit + room),
+        })
+    };
     Limits {
-        max_bytes: raised(limits.max_bytes, used.size_bytes, ROOM_BYTES),
-        max_inodes: raised(limits.max_inodes, used.inodes, ROOM_INODES),
+        max_bytes: raised(limits.max_bytes, used.size_bytes, MOUNT_BYTES, ROOM_BYTES),
+        max_inodes: raised(limits.max_inodes, used.inodes, MOUNT_INODES, ROOM_INODES),
     }
 }
 
@@ -220,15 +234,25 @@ mod tests {
         };
         let raised = |given, size_bytes, inodes| with_room(given, Usage { size_bytes, inodes });
         let both = limits(Some(10 << 20), Some(100));
-        assert_eq!(raised(both, 9 << 20, 92), both);
+        let most = limits(Some((10 << 20) + ROOM_BYTES), Some(100 + ROOM_INODES));
+        assert_eq!(raised(both, 9 << 20, 96), both);
         assert_eq!(
-            raised(both, 10 << 20, 92),
-            limits(Some((10 << 20) + ROOM_BYTES), Some(100))
+            raised(both, 10 << 20, 96),
+            limits(most.max_bytes, Some(100))
         );
-        // Far over a limit that was lowered.
+        // The same again for one that has written while an earlier loan lasted.
+        for over in [1, 4 << 10, ROOM_BYTES - MOUNT_BYTES] {
+            assert_eq!(raised(both, (10 << 20) + over, 100), most, "{over}");
+        }
+        assert_eq!(raised(both, 10 << 20, 104), most);
+        // Far over a limit that was lowered: what the mount needs, and no more.
         assert_eq!(
             raised(both, 0, 500),
-            limits(Some(10 << 20), Some(500 + ROOM_INODES))
+            limits(Some(10 << 20), Some(500 + MOUNT_INODES))
+        );
+        assert_eq!(
+            raised(both, 64 << 20, 0),
+            limits(Some((64 << 20) + MOUNT_BYTES), Some(100))
         );
         assert_eq!(raised(Limits::NONE, 1 << 40, 1 << 20), Limits::NONE);
         // A new container starts without a loan.

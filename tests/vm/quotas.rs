@@ -10,6 +10,7 @@ mod lacking;
 mod layers;
 mod life;
 mod limits;
+mod loans;
 mod restored;
 
 use std::collections::BTreeSet;

@@ -3,9 +3,12 @@
 //! overlayfs removes `work/work` at every mount and makes it anew, for which XFS
 //! sets blocks and an inode aside. It holds root to a limit as well, and so a mount
 //! in a full project comes up read-only, or fails. Therefore a snapshot whose mounts
-//! are asked for is lent what it lacks: the kernel's limit is raised over what the
-//! project takes, and is as recorded again when the mount has been seen, or after a
-//! while.
+//! are asked for is lent what it lacks: the kernel's limit is raised, and is as recorded
+//! again when the mount has been seen, or after a while.
+//!
+//! What a container writes while a loan lasts stays. So that restarts do not add up to a
+//! higher limit, the loan is counted from the recorded limit, it ends before a runtime has
+//! started the container's program, and nothing is lent for a snapshot that is mounted.
 //!
 //! Room that is always there would be filled like the rest by the first run, and be
 //! missing at the second start. `work` outside of the project would not do either: a
@@ -24,14 +27,18 @@ use std::time::{Duration, Instant};
 
 use super::Projects;
 use crate::error::Result;
+use crate::snapshotter::in_use::is_mounted;
 use crate::snapshotter::limits::with_room;
 use crate::types::{Limits, SnapshotId, Volume};
 use crate::util::threads::Background;
 use crate::volume::WorkMark;
 
-/// How often to check whether the mount has happened. The loan is kept for one more
-/// interval after that: overlayfs creates `work/work` before the mount is complete.
-const LOOK: Duration = Duration::from_millis(500);
+/// How often to check whether the mount has happened: less than a runtime takes from the
+/// mount to the start of a container's program.
+const LOOK: Duration = Duration::from_millis(10);
+/// How long the loan is kept after overlayfs has created `work/work`, which it does before
+/// the mount is complete, if the mount is not seen: it may be in another mount namespace.
+const COMPLETES: Duration = Duration::from_millis(500);
 /// How long a caller may take from asking for mounts to making them; a disk beneath
 /// the layers may have to wake up.
 const LONGEST: Duration = Duration::from_secs(60);
@@ -41,7 +48,8 @@ pub(super) struct Loan {
     until: Instant,
     /// Before the mount.
     work: Option<WorkMark>,
-    is_mount_seen: bool,
+    /// overlayfs has begun to mount it.
+    is_mount_begun: bool,
 }
 
 impl Projects {
@@ -69,6 +77,10 @@ impl Projects {
         if lent == given.limits {
             return Ok(());
         }
+        // A container that runs has been mounted, and would only write more.
+        if is_mounted(&self.store, &self.volumes, id, Volume::Writable)? {
+            return Ok(());
+        }
         let _claim = self.ids.claim(id);
         // Limits change under a claim, and may have by now.
         let Some(given) = self.store.read()?.project_of(id)? else {
@@ -83,7 +95,7 @@ impl Projects {
         let loan = Loan {
             until: Instant::now() + LONGEST,
             work,
-            is_mount_seen: false,
+            is_mount_begun: false,
         };
         // Also in place of the one there is: its mount may have been another.
         self.loans.change(|loans| loans.insert(id, loan));
@@ -125,18 +137,30 @@ impl Projects {
         })
     }
 
-    fn look_at_loan(&self, id: SnapshotId, loan: Loan) {
-        if !loan.is_mount_seen && Instant::now() < loan.until {
-            let volume = self.volumes.open(Volume::Writable);
-            let work = volume.ok().and_then(|dirs| dirs.work_mark(id));
-            if work != loan.work {
-                let seen = Loan {
-                    is_mount_seen: true,
+    fn look_at_loan(&self, id: SnapshotId, mut loan: Loan) {
+        let now = Instant::now();
+        if now < loan.until {
+            if !loan.is_mount_begun {
+                let volume = self.volumes.open(Volume::Writable);
+                if volume.ok().and_then(|dirs| dirs.work_mark(id)) == loan.work {
+                    return;
+                }
+                let begun = Loan {
+                    is_mount_begun: true,
+                    until: loan.until.min(now + COMPLETES),
                     ..loan
                 };
-                self.replace_loan(id, loan, Some(seen));
+                if !self.replace_loan(id, loan, Some(begun)) {
+                    return;
+                }
+                loan = begun;
             }
-        } else if let Err(error) = self.take_room_back(id, loan) {
+            let is_mounted = is_mounted(&self.store, &self.volumes, id, Volume::Writable);
+            if !is_mounted.unwrap_or(false) {
+                return;
+            }
+        }
+        if let Err(error) = self.take_room_back(id, loan) {
             log::warn!(
                 "the limits of snapshot {id} are kept only from the next start on: {}",
                 error.chain()

@@ -9,12 +9,11 @@ use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
 use registered::registered;
 
 use rustix::fd::AsFd;
-use rustix::fs::StatVfsMountFlags;
 use rustix::io::Errno;
 
 use super::{
     Client, MAX_INODES, MAX_SIZE, MIB, Mounted, OWN_MAX_SIZE, Rig, disk, fill, is_refused, prepare,
-    project, size_of_disk, until, upper, usage, walk,
+    project, size_of_disk, upper, usage, walk,
 };
 
 const NEARLY: u64 = 9 * MIB;
@@ -207,87 +206,6 @@ fn wrong_labels_leave_no_trace(rig: &mut Rig) {
     );
     assert_eq!(client.names(&[]).unwrap(), ["base"]);
     assert_eq!(rig.projects(), []);
-}
-
-/// Each mount makes overlayfs's work directory anew, which takes room for a moment.
-#[registered(crate::quotas::Test)]
-fn a_full_container_starts_again(rig: &mut Rig) {
-    let daemon = rig.start(&[]);
-    let client = daemon.client();
-    for (key, label) in [
-        ("bytes", (OWN_MAX_SIZE, "4M")),
-        ("inodes", (MAX_INODES, "50")),
-    ] {
-        let mut mounted = prepare(&client, key, &[label]);
-        let limits = rig.projects().last().unwrap().1.limits;
-        for _ in 0..3 {
-            fill_all(&mounted);
-            drop(mounted);
-            mounted = again(&client, key);
-            assert!(!is_read_only(&mounted), "{key}");
-            fs::remove_file(mounted.path().join("1")).unwrap();
-            until("the limits are as they were", || {
-                rig.projects().last().unwrap().1.limits == limits
-            });
-        }
-        // Also where an update has left far less than what is there.
-        fill_all(&mounted);
-        drop(mounted);
-        let (name, value) = match key {
-            "bytes" => (OWN_MAX_SIZE, "2M"),
-            _ => (MAX_INODES, "20"),
-        };
-        let field = format!("labels.{name}");
-        client.update(key, &[&field], &[(name, value)]).unwrap();
-        assert!(!is_read_only(&again(&client, key)), "{key}");
-    }
-    rig.clear(&client);
-}
-
-#[registered(crate::quotas::Test)]
-fn a_loan_ends_with_the_daemon(rig: &mut Rig) {
-    let mut daemon = rig.start(&[]);
-    let client = daemon.client();
-    let mounted = prepare(&client, "web", &[(OWN_MAX_SIZE, "4M")]);
-    fill_all(&mounted);
-    drop(mounted);
-    let limit = |rig: &Rig| rig.projects()[0].1.limits.max_bytes.unwrap();
-    // Nobody mounts them.
-    client.mounts("web").unwrap();
-    assert!(limit(rig) > 4 * MIB);
-    daemon.kill();
-    daemon.restart();
-    assert_eq!(limit(rig), 4 * MIB);
-    rig.clear(&daemon.client());
-}
-
-#[registered(crate::quotas::Test)]
-fn the_least_limits_will_do(rig: &mut Rig) {
-    let daemon = rig.start(&[]);
-    let client = daemon.client();
-    let least = [(OWN_MAX_SIZE, "1M"), (MAX_INODES, "16")];
-    let web = prepare(&client, "web", &least);
-    assert!(!is_read_only(&web));
-    fs::create_dir(web.path().join("proc")).unwrap();
-    fs::write(web.path().join("file"), vec![1; 100_000]).unwrap();
-    drop(web);
-    assert!(!is_read_only(&again(&client, "web")));
-    rig.clear(&client);
-}
-
-/// As many files as there may be, with as much as there may be in them.
-fn fill_all(mounted: &Mounted) {
-    for number in 0..60 {
-        fill(&mounted.path().join(number.to_string()), MIB);
-    }
-}
-
-fn again(client: &Client, key: &str) -> Mounted {
-    Mounted::new(&client.mounts(key).unwrap())
-}
-
-fn is_read_only(mounted: &Mounted) -> bool {
-    disk(mounted).f_flag.contains(StatVfsMountFlags::RDONLY)
 }
 
 #[registered(crate::quotas::Test)]
