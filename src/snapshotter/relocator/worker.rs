@@ -30,9 +30,7 @@ impl Relocator {
             let mut worker = Worker {
                 relocator,
                 after,
-                unmovable: HashSet::new(),
-                put_off: HashSet::new(),
-                without_room: HashMap::new(),
+                notes: Notes::default(),
             };
             worker.run();
         };
@@ -43,12 +41,28 @@ impl Relocator {
 struct Worker<'a> {
     relocator: &'a Relocator,
     after: Duration,
+    notes: Notes,
+}
+
+/// What was found out about layers that are still to be moved.
+#[derive(Default)]
+struct Notes {
     /// Layers that cannot be moved, until the next start.
     unmovable: HashSet<SnapshotId>,
     /// Layers said to be put off, so that it is said once.
     put_off: HashSet<SnapshotId>,
     /// Layers for which the image volume had no room, and what was free on it then.
     without_room: HashMap<SnapshotId, Unused>,
+}
+
+impl Notes {
+    /// Forgets layers that were moved or removed: Docker makes and removes one for each
+    /// container.
+    fn keep_only(&mut self, unmoved: &HashSet<SnapshotId>) {
+        self.unmovable.retain(|id| unmoved.contains(id));
+        self.put_off.retain(|id| unmoved.contains(id));
+        self.without_room.retain(|id, _| unmoved.contains(id));
+    }
 }
 
 impl Worker<'_> {
@@ -75,13 +89,15 @@ impl Worker<'_> {
         has_layers.store(true, Ordering::SeqCst);
         let away = self.relocator.store.read()?.away()?;
         has_layers.store(!away.is_empty(), Ordering::SeqCst);
+        self.notes
+            .keep_only(&away.iter().map(|layer| layer.id).collect());
         if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
             // Its return wakes nobody.
             return Ok(Some(Duration::from_secs(60)));
         }
         let mut next = None;
         for layer in away {
-            if self.unmovable.contains(&layer.id) || !self.may_have_room(&layer)? {
+            if self.notes.unmovable.contains(&layer.id) || !self.may_have_room(&layer)? {
                 continue;
             }
             let age = Timestamp::now()
@@ -113,7 +129,7 @@ impl Worker<'_> {
     /// on another file system it may take more. So it is copied again only once a part of
     /// its size more is free than when that last failed.
     fn may_have_room(&self, layer: &UnmovedLayer) -> Result<bool> {
-        let Some(before) = self.without_room.get(&layer.id) else {
+        let Some(before) = self.notes.without_room.get(&layer.id) else {
             return Ok(true);
         };
         let image = self.relocator.volumes.image().dirs();
@@ -146,7 +162,8 @@ impl Worker<'_> {
                 ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
                 ErrorKind::ResourceExhausted => {
                     lock(&self.relocator.moves).failures += 1;
-                    self.without_room
+                    self.notes
+                        .without_room
                         .insert(layer.id, unused.unwrap_or_default());
                     log::warn!(
                         "layer {name} stays on the writable volume until something on the image \
@@ -156,7 +173,7 @@ impl Worker<'_> {
                 }
                 _ => {
                     lock(&self.relocator.moves).failures += 1;
-                    self.unmovable.insert(layer.id);
+                    self.notes.unmovable.insert(layer.id);
                     log::error!(
                         "layer {name} stays on the writable volume until the next start: {}",
                         error.chain()
@@ -168,7 +185,7 @@ impl Worker<'_> {
     }
 
     fn say_put_off(&mut self, layer: &UnmovedLayer, why: &str) {
-        if self.put_off.insert(layer.id) {
+        if self.notes.put_off.insert(layer.id) {
             log::debug!("layer {} is put off: {why}", Quoted(&layer.name));
         }
     }
@@ -181,7 +198,7 @@ impl Worker<'_> {
         let Some(news) = news.wait_until(deadline, is_idle, std::mem::take) else {
             return false;
         };
-        if news.has_room && !self.without_room.is_empty() {
+        if news.has_room && !self.notes.without_room.is_empty() {
             // ext4 gives the blocks of deleted files back with its next journal
             // commit, and only then are they room for anything else.
             let image = self.relocator.volumes.image().dirs();
@@ -190,5 +207,25 @@ impl Worker<'_> {
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_that_are_gone_are_forgotten() {
+        let [there, gone] = [7, 8].map(SnapshotId::new);
+        let mut notes = Notes::default();
+        for id in [there, gone] {
+            notes.unmovable.insert(id);
+            notes.put_off.insert(id);
+            notes.without_room.insert(id, Unused::default());
+        }
+        notes.keep_only(&HashSet::from([there]));
+        assert_eq!(notes.unmovable, HashSet::from([there]));
+        assert_eq!(notes.put_off, HashSet::from([there]));
+        assert!(notes.without_room.len() == 1 && notes.without_room.contains_key(&there));
     }
 }
