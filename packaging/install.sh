@@ -231,6 +231,7 @@ remove_systemd() {
 install_openrc() {
     put_adapted 755 "$here/openrc/$program.initd" "/etc/init.d/$program"
     put_config "$here/openrc/$program.confd" "/etc/conf.d/$program"
+    put_config "$here/openrc/$program.logrotate" "/etc/logrotate.d/$program"
     [ "$new" = yes ] || return 0
     if [ -n "$destdir" ]; then
         mkdir -p "$destdir/etc/runlevels/default"
@@ -261,6 +262,7 @@ remove_openrc() {
     fi
     rm -f "$destdir/etc/runlevels/default/$program" "$destdir/etc/init.d/$program"
     drop_config confd "/etc/conf.d/$program"
+    drop_config logrotate "/etc/logrotate.d/$program"
 }
 
 uninstall() {

@@ -64,7 +64,7 @@ for file in packaging/completions/*; do
     put 644 "$file" "$scratch/$name/completions/${file##*/}"
 done
 for file in README.md CHANGELOG.md LICENSE systemd/"$program".service \
-    systemd/"$program".default openrc/"$program".confd; do
+    systemd/"$program".default openrc/"$program".confd openrc/"$program".logrotate; do
     put 644 "$file" "$scratch/$name/$file"
 done
 put 755 "openrc/$program.initd" "$scratch/$name/openrc/$program.initd"
@@ -85,6 +85,7 @@ put 644 packaging/devices.sh "$deb/usr/share/$program/devices.sh"
 put 644 packaging/modprobe.conf "$deb/usr/lib/modprobe.d/$program.conf"
 put 644 "openrc/$program.initd" "$deb/usr/share/$program/openrc/$program.initd"
 put 644 "openrc/$program.confd" "$deb/usr/share/$program/openrc/$program.confd"
+put 644 "openrc/$program.logrotate" "$deb/usr/share/$program/openrc/$program.logrotate"
 put 644 "$scratch/$program.8" "$deb/usr/share/man/man8/$program.8"
 gzip -9 -n "$deb/usr/share/man/man8/$program.8"
 ln -s "$program.8.gz" "$deb/usr/share/man/man8/rwsplit.8.gz"

@@ -13,8 +13,10 @@ use grpcio::{
     MethodType, RpcContext, RpcStatus, RpcStatusCode, ServerStreamingSink, ServiceBuilder,
     UnarySink, UnarySinkResult, WriteFlags,
 };
+use log::Level;
 use protobuf::Message;
 
+use super::failure_log::{FailureLog, Line};
 use super::method::Method;
 use super::pool::{Work, stopping};
 use super::{Metrics, Service, decode, encode};
@@ -72,7 +74,7 @@ pub(super) fn unary<Q: Message, A: Message>(
             Ok(Begun::Needs(work)) => {
                 let answering = Arc::clone(&service);
                 return service.pool.submit(running, work, move |turn| {
-                    let answer = call.answer(&answering.metrics, || {
+                    let answer = call.answer(answering.outcomes(), || {
                         turn?;
                         encode(&operation(&answering.snapshotter, decode(&request)?)?)
                     });
@@ -83,7 +85,7 @@ pub(super) fn unary<Q: Message, A: Message>(
             Ok(Begun::Answered(response)) => Ok(response),
             Err(error) => Err(error),
         };
-        let answer = call.settle(&service.metrics, result);
+        let answer = call.settle(service.outcomes(), result);
         context.spawn(ended(respond(sink, answer)));
     };
     builder.add_unary_handler(&method.on_wire(MethodType::Unary), handler)
@@ -107,7 +109,7 @@ pub(super) fn stream(
             let (answering, asking) = (Arc::clone(&service), caller.clone());
             let submitted = service.pool.admit().map(|running| {
                 service.pool.submit(running, work, move |turn| {
-                    let _ = sender.send(call.answer(&answering.metrics, || {
+                    let _ = sender.send(call.answer(answering.outcomes(), || {
                         turn?;
                         operation(&answering.snapshotter, &request, &asking)
                     }));
@@ -214,8 +216,12 @@ impl Call {
     }
 
     /// Runs an operation to the end of its request.
-    fn answer<T>(self, metrics: &Metrics, operation: impl FnOnce() -> Result<T>) -> Answer<T> {
-        self.settle(metrics, self.run(operation))
+    fn answer<T>(
+        self,
+        outcomes: (&Metrics, &FailureLog),
+        operation: impl FnOnce() -> Result<T>,
+    ) -> Answer<T> {
+        self.settle(outcomes, self.run(operation))
     }
 
     /// Turns a panic into an error. What a panic leaves behind is made sound by its
@@ -230,10 +236,15 @@ impl Call {
     }
 
     /// Counts and logs a request that has ended.
-    pub(super) fn settle<T>(self, metrics: &Metrics, result: Result<T>) -> Answer<T> {
+    pub(super) fn settle<T>(
+        self,
+        (metrics, failures): (&Metrics, &FailureLog),
+        result: Result<T>,
+    ) -> Answer<T> {
         let (name, lasted) = (self.method.name(), self.begun.elapsed());
         let failure = result.as_ref().err().map(Error::kind);
         metrics.record(self.method, failure, lasted);
+        failures.report(Instant::now());
         let error = match result {
             Ok(response) => {
                 log::debug!("{name}: done in {lasted:?}");
@@ -241,21 +252,31 @@ impl Call {
             }
             Err(error) => error,
         };
-        let chain = error.chain();
-        match error.kind() {
-            // The caller's own business, and common: containerd asks for what it
-            // then makes, and makes what is there.
-            ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => {
-                log::debug!("{name}: {chain} ({lasted:?})");
-            }
-            ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
-                log::warn!("{name}: {chain}");
-            }
-            ErrorKind::ResourceExhausted | ErrorKind::DataLoss | ErrorKind::Internal => {
-                log::error!("{name}: {chain}");
-            }
+        let (kind, chain) = (error.kind(), error.chain());
+        match level_of(kind) {
+            Level::Debug => log::debug!("{name}: {chain} ({lasted:?})"),
+            level => match failures.note(self.method, kind, Instant::now()) {
+                Line::Written => log::log!(level, "{name}: {chain}"),
+                Line::Last => log::log!(
+                    level,
+                    "{name}: {chain} (for a minute, more of this kind are counted only)"
+                ),
+                Line::LeftOut => log::debug!("{name}: {chain}"),
+            },
         }
-        Err(RpcStatus::with_message(code_of(error.kind()), chain))
+        Err(RpcStatus::with_message(code_of(kind), chain))
+    }
+}
+
+fn level_of(kind: ErrorKind) -> Level {
+    match kind {
+        // The caller's own business, and common: containerd asks for what it then makes,
+        // and makes what is there.
+        ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => Level::Debug,
+        ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
+            Level::Warn
+        }
+        ErrorKind::ResourceExhausted | ErrorKind::DataLoss | ErrorKind::Internal => Level::Error,
     }
 }
 
@@ -284,7 +305,7 @@ mod tests {
         method: Method,
         operation: impl FnOnce() -> Result<T>,
     ) -> Answer<T> {
-        Call::begin(method).answer(metrics, operation)
+        Call::begin(method).answer((metrics, &FailureLog::default()), operation)
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub(super) fn register(builder: ServiceBuilder, service: &Arc<Service>) -> Servi
             let call = Call::begin(Method::Cleanup);
             let admitted = service.pool.admit().and_then(|running| {
                 if let Err(error) = decode::<api::CleanupRequest>(&request) {
-                    return call.settle(&service.metrics, Err(error));
+                    return call.settle(service.outcomes(), Err(error));
                 }
                 let (sender, receiver) = oneshot::channel();
                 service.join_cleanup(Waiter {
@@ -108,7 +108,7 @@ impl Service {
 impl Waiter {
     fn answer(self, service: &Service, result: Result<()>) {
         let pages = result.and_then(|()| Ok(vec![encode(&Empty::new())?]));
-        let answer = self.call.settle(&service.metrics, pages);
+        let answer = self.call.settle(service.outcomes(), pages);
         // A client that has hung up is no concern of ours.
         let _ = self.sender.send(answer);
     }

@@ -21,6 +21,12 @@ const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("INTERNAL", Some(ErrorKind::Internal)),
 ];
 
+/// gRPC's name for how a request ended.
+pub(super) fn code_name(failure: Option<ErrorKind>) -> &'static str {
+    let named = CODES.iter().find(|(_, kind)| *kind == failure);
+    named.expect("every kind of error is in the list").0
+}
+
 /// Upper bounds of the buckets of durations, in microseconds; a last one has no
 /// bound. From a read of the database to a flush of a slow disk.
 const BOUNDS: [u64; 11] = [

@@ -15,6 +15,7 @@
 mod call;
 mod cleanup;
 mod convert;
+mod failure_log;
 mod method;
 mod metrics;
 mod pool;
@@ -32,6 +33,7 @@ use crate::types::Mount;
 use call::Beginning::{Always, Asked};
 use call::{Begun, Pages, PendingAnswers, stream, unary};
 use cleanup::Cleanups;
+use failure_log::FailureLog;
 use method::Method;
 pub use metrics::Metrics;
 pub use pool::Pool;
@@ -45,6 +47,7 @@ pub struct Service {
     pub pool: Pool,
     /// Counts them.
     pub metrics: Metrics,
+    failures: FailureLog,
     sending: PendingAnswers,
     cleanups: Cleanups,
 }
@@ -56,9 +59,15 @@ impl Service {
             snapshotter,
             pool,
             metrics: Metrics::default(),
+            failures: FailureLog::default(),
             sending: PendingAnswers::default(),
             cleanups: Cleanups::default(),
         }
+    }
+
+    /// Where the ends of requests are noted.
+    fn outcomes(&self) -> (&Metrics, &FailureLog) {
+        (&self.metrics, &self.failures)
     }
 }
 

@@ -141,7 +141,8 @@ echo "install.sh: systemd"
 #
 # Unpacked only: as a package it would take the place of this machine's init.
 # /lib and /sbin are links.
-apt-get -q download openrc librc1 libeinfo1 >/dev/null 2>&1 || fail "openrc cannot be downloaded"
+apt-get -q download openrc librc1 libeinfo1 logrotate libpopt0 >/dev/null 2>&1 ||
+    fail "openrc and logrotate cannot be downloaded"
 for deb in /tmp/*.deb; do
     dpkg-deb --fsys-tarfile "$deb" | tar --extract --keep-directory-symlink --directory /
 done
@@ -205,9 +206,24 @@ done
 [ "$(pid)" = "$second" ] || fail "SIGHUP has ended the daemon"
 /tmp/client "$socket" once || fail "it does not serve after SIGHUP"
 
+# Its log goes on in an empty file.
+logrotate --force --state /tmp/rotated "/etc/logrotate.d/$program" || fail "logrotate"
+gzip -dc "/var/log/$program.log.1.gz" | grep -q 'SIGHUP is ignored' || fail "nothing was rotated"
+[ ! -s "/var/log/$program.log" ] || fail "the log is not empty: $(cat "/var/log/$program.log")"
+kill -HUP "$second"
+tries=50
+until [ -s "/var/log/$program.log" ]; do
+    tries=$((tries - 1))
+    [ "$tries" -gt 0 ] || fail "the log does not go on after it was rotated"
+    sleep 0.1
+done
+[ "$(tr -d '\000' <"/var/log/$program.log" | wc -l)" -eq 1 ] || fail "the log is not what follows"
+[ "$(wc -c <"/var/log/$program.log")" -lt 1000 ] || fail "the log has a hole"
+
 expect "removed" "/usr/local/share/$program/install.sh" uninstall --service openrc
 ! pid >/dev/null || fail "uninstall leaves the daemon running"
-for path in "/etc/init.d/$program" "/etc/conf.d/$program" "/usr/local/bin/$program"; do
+for path in "/etc/init.d/$program" "/etc/conf.d/$program" "/etc/logrotate.d/$program" \
+    "/usr/local/bin/$program"; do
     [ ! -e "$path" ] || fail "uninstall leaves $path"
 done
 [ "$(cat "$upper/file")" = written ] || fail "uninstall has touched data"

@@ -406,3 +406,30 @@ fn filters() {
     client.remove("web").unwrap();
     unharmed(&mut split, pid);
 }
+
+/// Of what can be asked for without end the log has a few lines, and how many there were.
+#[registered(crate::Test)]
+fn refused_requests_do_not_fill_the_log() {
+    let mut split = Split::start(&["--sync", "none"]);
+    let client = split.client();
+    let label = ("containerd.io/snapshot/max-size", "much");
+    for number in 0..300 {
+        let key = format!("key {number}");
+        client.prepare(&key, "", &[label]).unwrap_err();
+    }
+    // Another kind has lines of its own.
+    client.view("view", "", &[label]).unwrap_err();
+    split.daemon.stop();
+    let log = split.daemon.log();
+    // Tests log all that there is.
+    let usual = || log.lines().filter(|line| !line.contains(" DEBUG]"));
+    let lines = |text: &str| usual().filter(|line| line.contains(text)).count();
+    assert_eq!(lines("key "), 10, "{log}");
+    assert_eq!(lines("more of this kind are counted only"), 1, "{log}");
+    assert_eq!(
+        lines("Prepare: 290 more requests ended with INVALID_ARGUMENT"),
+        1,
+        "{log}"
+    );
+    assert_eq!(lines("View: "), 1, "{log}");
+}
