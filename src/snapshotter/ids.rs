@@ -55,18 +55,18 @@ impl Ids {
         }
     }
 
-    /// Goes on with the block that was in use before the start, if nothing without a row
-    /// can have one of its ids: both volumes have been swept. Records the block on the
-    /// volumes that have been swept, so that the first request need not.
+    /// Goes on with the block that was in use before the start, or reserves one, if nothing
+    /// without a row can have one of its ids: both volumes have been swept. Records it on
+    /// them, so that the first request need not. Else the first request reserves a block.
     pub(super) fn begin(&self, swept: &[Arc<Dirs>]) -> Result<()> {
+        if swept.len() < 2 {
+            return Ok(());
+        }
         let reader = self.store.read()?;
         let id = reader.highest_id()? + 1;
         let newest = reader.newest_block()?;
         drop(reader);
-        let usable = newest.filter(|block| {
-            swept.len() == 2 && (block.first..=block.last()).contains(&id.max(block.first))
-        });
-        let block = match usable {
+        let block = match newest.filter(|block| id <= block.last()) {
             Some(block) => block,
             None => self.reserve()?,
         };
