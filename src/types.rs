@@ -173,6 +173,17 @@ impl Block {
     }
 }
 
+/// How a volume's snapshots and a database's belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum History {
+    /// Nothing speaks against their being of the same moment.
+    Same,
+    /// The volume is of an earlier day.
+    Earlier,
+    /// The volume is another database's, or of a later day.
+    Other,
+}
+
 /// What a snapshot holds by itself, without its parents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {

@@ -153,6 +153,11 @@ fn lock(line: &str) -> Option<(u32, u64)> {
 
 /// That process, if its command line is the daemon's and that inode is the lock of its root.
 fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
+    // A name and a command line are what a process says of itself, and a container can lock
+    // a file of its own with any inode number.
+    if !is_an_administrators(process) {
+        return None;
+    }
     let of_process = |name: &str| fs::read(format!("/proc/{process}/{name}")).ok();
     let name = of_process("comm")?;
     let name = name.trim_ascii_end();
@@ -177,6 +182,18 @@ fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
         config,
         arguments,
     })
+}
+
+/// Whether a process is root's, and in the namespaces of users and mounts that this one is
+/// in.
+fn is_an_administrators(process: u32) -> bool {
+    let is_roots = fs::metadata(format!("/proc/{process}")).is_ok_and(|found| found.uid() == 0);
+    let is_here = |name: &str| {
+        let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{name}")).ok();
+        let theirs = of(&process.to_string());
+        theirs.is_some() && theirs == of("self")
+    };
+    is_roots && is_here("user") && is_here("mnt")
 }
 
 /// The configuration of a daemon with these arguments; `None` if they are a command's.
@@ -208,6 +225,21 @@ fn service_options(text: &str) -> Option<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_users_process_is_no_daemon() {
+        let own = is_an_administrators(std::process::id());
+        assert_eq!(own, rustix::process::geteuid().is_root());
+        let mut other = std::process::Command::new("sleep");
+        if !own {
+            return;
+        }
+        std::os::unix::process::CommandExt::uid(&mut other, 65534);
+        let mut other = other.arg("60").spawn().unwrap();
+        assert!(!is_an_administrators(other.id()));
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
 
     #[test]
     fn locks_are_read() {

@@ -53,6 +53,11 @@ pub struct Visit {
 /// daemon has ever served there, or if one is running and in the way.
 pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
     let root = Image::open_existing_root(&config.root)?;
+    // Before the lock, which is a file: a bare mount point stays bare.
+    state::require_served(&root, config)?;
+    if purpose == Purpose::Change {
+        root.require_own()?;
+    }
     let lock = match lock::acquire(&root)? {
         Acquired::Lock(lock) => Some(lock),
         Acquired::Held(_) if purpose == Purpose::Look => None,

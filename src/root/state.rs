@@ -67,11 +67,7 @@ pub fn open_existing(
     let state = read_state(root, config)?;
     let format = require_ours(&path, state.as_ref())?;
     let Some(state) = state else {
-        return Err(Error::refused(format!(
-            "{} has no file \"state\": no snapshotter has ever served it; give the --root-dir \
-             of one that has",
-            config.root
-        )));
+        return Err(never_served(config));
     };
     if format == FileFormat::Absent {
         return Err(with_way_back(missing(&state, &path), &path));
@@ -83,6 +79,22 @@ pub fn open_existing(
     let store = open_own(root, &path, &state, open);
     let store = store.map_err(|error| with_way_back(error, &path))?;
     Ok((store, completeness))
+}
+
+/// Refuses a root that no snapshotter has ever served.
+pub fn require_served(root: &Root, config: &Config) -> Result<()> {
+    match read_state(root, config)? {
+        Some(_) => Ok(()),
+        None => Err(never_served(config)),
+    }
+}
+
+fn never_served(config: &Config) -> Error {
+    Error::refused(format!(
+        "{} has no file \"state\": no snapshotter has ever served it; give the --root-dir of one \
+         that has",
+        config.root
+    ))
 }
 
 /// Adds to the error of a damaged database how to go on.

@@ -212,6 +212,7 @@ fn mark(
     volumes.claim_writable(identity)?;
     let mut transaction = store.write()?;
     transaction.record_fact(CLAIMED, "yes")?;
+    transaction.forget_block(Volume::Writable)?;
     let circumstances = circumstances(volumes, mount_options)?;
     transaction.record_fact(PROBED, &circumstances)?;
     transaction.commit()

@@ -1,4 +1,6 @@
-//! Cleanup: one runs at a time, and callers that come meanwhile share the next one.
+//! Cleanup, first of the image volume and then of the writable one: on each volume one
+//! runs at a time, and callers that come meanwhile share the next one. So a volume that does
+//! not answer does not keep the other from being cleaned.
 //!
 //! A Cleanup answers for everything removed before it was called, so a caller cannot
 //! share one that has begun. The callers wait without a thread, each at most as long as
@@ -16,11 +18,12 @@ use super::pool::{Running, Work};
 use super::{Service, api, decode, encode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::Caller;
+use crate::types::Volume;
 use crate::util::lock::lock;
 
 /// Who waits for which Cleanup.
 #[derive(Default)]
-pub(super) struct Cleanups(Mutex<State>);
+pub(super) struct Cleanups([Mutex<State>; 2]);
 
 #[derive(Default)]
 struct State {
@@ -31,6 +34,8 @@ struct State {
 
 struct Waiter {
     call: Call,
+    /// What the image volume's part has come to, once it has run.
+    image: Result<()>,
     sender: Sender<Answer<Pages>>,
     /// Keeps a stop waiting.
     running: Running,
@@ -47,11 +52,13 @@ pub(super) fn register(builder: ServiceBuilder, service: &Arc<Service>) -> Servi
                     return call.settle(service.outcomes(), Err(error));
                 }
                 let (sender, receiver) = oneshot::channel();
-                service.join_cleanup(Waiter {
+                let waiter = Waiter {
                     call,
+                    image: Ok(()),
                     sender,
                     running,
-                });
+                };
+                service.join_cleanup(Volume::Image, waiter);
                 Ok(receiver)
             });
             answer_later(&context, sink, admitted, Caller::default());
@@ -63,45 +70,54 @@ pub(super) fn register(builder: ServiceBuilder, service: &Arc<Service>) -> Servi
 }
 
 impl Service {
-    fn join_cleanup(self: &Arc<Service>, waiter: Waiter) {
-        let mut state = lock(&self.cleanups.0);
+    fn join_cleanup(self: &Arc<Service>, volume: Volume, waiter: Waiter) {
+        let mut state = lock(&self.cleanups.0[volume as usize]);
         state.waiting.push(waiter);
         if !state.is_running {
-            self.begin_cleanup(&mut state);
+            self.begin_cleanup(volume, &mut state);
         }
     }
 
-    /// Has the next Cleanup run, unless nobody waits for one.
-    fn begin_cleanup(self: &Arc<Service>, state: &mut State) {
+    /// Has the next Cleanup of a volume run, unless nobody waits for one.
+    fn begin_cleanup(self: &Arc<Service>, volume: Volume, state: &mut State) {
         let first = state.waiting.first();
         state.is_running = first.is_some();
         if let Some(first) = first {
             let service = Arc::clone(self);
             let running = first.running.share();
             self.pool
-                .submit(running, Work::Long, move |_| service.clean_up());
+                .submit(running, Work::Long, move |_| service.clean_up(volume));
         }
     }
 
-    fn clean_up(self: &Arc<Service>) {
-        let waiting = std::mem::take(&mut lock(&self.cleanups.0).waiting);
-        let (left, mut waiting): (Vec<_>, Vec<_>) = waiting
+    fn clean_up(self: &Arc<Service>, volume: Volume) {
+        let state = &self.cleanups.0[volume as usize];
+        let waiting = std::mem::take(&mut lock(state).waiting);
+        let (left, waiting): (Vec<_>, Vec<_>) = waiting
             .into_iter()
             .partition(|waiter| waiter.sender.is_canceled());
         for waiter in left {
             let error = Error::new(ErrorKind::Cancelled, "the caller does not wait any longer");
             waiter.answer(self, Err(error));
         }
-        if let Some(last) = waiting.pop() {
-            let result = last.call.run(|| self.snapshotter.cleanup());
-            for waiter in waiting {
+        if let Some(first) = waiting.first() {
+            let result = first.call.run(|| self.snapshotter.cleanup(volume));
+            for mut waiter in waiting {
                 let result = result.as_ref().copied();
                 let result = result.map_err(|error| Error::new(error.kind(), error.chain()));
-                waiter.answer(self, result);
+                match volume {
+                    Volume::Image => {
+                        waiter.image = result;
+                        self.join_cleanup(Volume::Writable, waiter);
+                    }
+                    Volume::Writable => {
+                        let image = std::mem::replace(&mut waiter.image, Ok(()));
+                        waiter.answer(self, image.and(result));
+                    }
+                }
             }
-            last.answer(self, result);
         }
-        self.begin_cleanup(&mut lock(&self.cleanups.0));
+        self.begin_cleanup(volume, &mut lock(state));
     }
 }
 

@@ -67,23 +67,28 @@ impl Flusher {
         // has reported to the first.
         let _syncing = lock(&self.syncing[volume as usize]);
         let flushed = dirs.sync();
-        if let Err(error) = &flushed
-            && error.kind() == ErrorKind::DataLoss
-        {
-            let highest = self.store.read().and_then(|reader| reader.highest_id());
-            let highest = highest.unwrap_or(u64::MAX);
-            self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);
-            // After a restart the kernel reports nothing any more.
-            let recorded = self.store.together(|transaction| {
-                let suspect = self.suspect_up_to[volume as usize].load(Ordering::Acquire);
-                transaction.record_fact(suspect_fact(volume), &suspect.to_string())
-            });
-            if let Err(error) = recorded {
-                log::error!("{}", error.chain());
-            }
-            log::error!("the {volume} volume has failed to write data: look at its disk");
-        }
+        self.note_failure(&flushed, volume);
         flushed
+    }
+
+    /// Remembers, after a flush of whatever part of this program, that a disk has failed to
+    /// write data, also after a restart: the kernel reports it to nobody else any more.
+    pub(super) fn note_failure(&self, flushed: &Result<()>, volume: Volume) {
+        let is_failure = |error: &Error| error.kind() == ErrorKind::DataLoss;
+        if !flushed.as_ref().is_err_and(is_failure) {
+            return;
+        }
+        let highest = self.store.read().and_then(|reader| reader.highest_id());
+        let highest = highest.unwrap_or(u64::MAX);
+        self.suspect_up_to[volume as usize].fetch_max(highest, Ordering::AcqRel);
+        let recorded = self.store.together(|transaction| {
+            let suspect = self.suspect_up_to[volume as usize].load(Ordering::Acquire);
+            transaction.record_fact(suspect_fact(volume), &suspect.to_string())
+        });
+        if let Err(error) = recorded {
+            log::error!("{}", error.chain());
+        }
+        log::error!("the {volume} volume has failed to write data: look at its disk");
     }
 
     /// Whether a failure of a volume is recorded.
@@ -172,7 +177,9 @@ impl Flusher {
             if free != free_before {
                 free_before = free;
                 last_change = Instant::now();
-                if let Err(error) = flush.run() {
+                let flushed = flush.run();
+                self.note_failure(&flushed, Volume::Image);
+                if let Err(error) = flushed {
                     log::warn!("flush while unpacking: {}", error.chain());
                 }
             } else if last_change.elapsed() > GIVEN_UP {

@@ -55,25 +55,15 @@ impl Ids {
         }
     }
 
-    /// Goes on with the block that was in use before the start, or reserves one, if nothing
-    /// without a row can have one of its ids: both volumes have been swept. Records it on
-    /// them, so that the first request need not. Else the first request reserves a block.
-    pub(super) fn begin(&self, swept: &[Arc<Dirs>]) -> Result<()> {
-        if swept.len() < 2 {
-            return Ok(());
-        }
-        let reader = self.store.read()?;
-        let id = reader.highest_id()? + 1;
-        let newest = reader.newest_block()?;
-        drop(reader);
-        let block = match newest.filter(|block| id <= block.last()) {
-            Some(block) => block,
-            None => self.reserve()?,
-        };
-        for dirs in swept {
+    /// At a start: reserves a block, and records it on the volumes that are there, so that the
+    /// first request need not. Each start has a block of its own: a database and a volume
+    /// that have been through other starts since are known to be apart.
+    pub(super) fn begin(&self, volumes: &[Arc<Dirs>]) -> Result<()> {
+        let block = self.reserve()?;
+        for dirs in volumes {
             self.record(dirs, &block)?;
         }
-        let id = id.max(block.first);
+        let id = block.first;
         *lock(&self.next) = Some(Next { block, id });
         Ok(())
     }
@@ -111,14 +101,9 @@ impl Ids {
         if *recorded >= block.first {
             return Ok(());
         }
-        if *recorded == 0
-            && dirs
-                .newest_block()
-                .is_ok_and(|found| found.as_ref() == Some(block))
-        {
-            *recorded = block.first;
-            return Ok(());
-        }
+        let volume = dirs.volume();
+        self.store
+            .together(|transaction| transaction.record_block(volume, block))?;
         dirs.record_block(block)?;
         *recorded = block.first;
         Ok(())

@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
 use crate::text::filter::Filters;
 use crate::tree;
-use crate::types::{Content, Kind, Quoted, SnapshotId, Volume};
+use crate::types::{Content, History, Kind, Quoted, SnapshotId, Volume};
 use crate::volume::{Dirs, moving_id};
 
 /// What an inspection has found.
@@ -141,13 +141,15 @@ impl Snapshotter {
 
     /// A volume on which ids were used that this database has not given out.
     fn other_history(&self, dirs: &Dirs, entries: &Entries) -> Result<Option<Finding>> {
-        let is_known = match dirs.newest_block() {
-            Ok(None) => true,
-            Ok(Some(block)) => self.store.read()?.has_reserved(&block)?,
-            Err(error) if error.kind() == ErrorKind::DataLoss => false,
+        let is_other = match dirs.newest_block() {
+            Ok(block) => {
+                let history = self.store.read()?.judge(dirs.volume(), block.as_ref())?;
+                history != History::Same && !entries.is_empty()
+            }
+            Err(error) if error.kind() == ErrorKind::DataLoss => true,
             Err(error) => return Err(error),
         };
-        Ok((!is_known && !entries.is_empty()).then(|| Finding {
+        Ok(is_other.then(|| Finding {
             volume: Some(dirs.volume()),
             ..about_all(Problem::OtherHistory)
         }))
@@ -157,7 +159,13 @@ impl Snapshotter {
     /// were used on it last are this database's.
     fn missing_volume(&self, error: &Error) -> Result<Finding> {
         let block = self.volumes.block_of_unmarked().ok().flatten();
-        let is_ours = block.map_or(Ok(false), |block| self.store.read()?.has_reserved(&block))?;
+        let is_ours = match block {
+            None => false,
+            Some(block) => {
+                let history = self.store.read()?.judge(Volume::Writable, Some(&block))?;
+                history == History::Same
+            }
+        };
         Ok(about_all(match is_ours {
             true => Problem::MarkMissing,
             false => Problem::VolumeMissing { why: error.chain() },

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::trash::Trash;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::Ancestor;
 use crate::types::{SnapshotId, Volume};
 use crate::util::monitor::Monitor;
@@ -18,6 +18,8 @@ use crate::volume::Volumes;
 
 /// How long a commit waits for its link. A disk that takes longer sleeps, or hangs.
 const PATIENCE: Duration = Duration::from_millis(200);
+/// How long a request that mounts a layer waits for its link: disks take seconds to spin up.
+const LONGEST: Duration = Duration::from_secs(30);
 
 pub(super) struct Links {
     volumes: Arc<Volumes>,
@@ -111,17 +113,54 @@ impl Links {
         })
     }
 
-    /// Waits until the links of these layers are there.
+    /// Waits until the links of these layers are there; one that could not be made is tried
+    /// again.
+    ///
+    /// # Errors
+    ///
+    /// Why one cannot be made; [`ErrorKind::Unavailable`] if the image disk does not answer.
     pub(super) fn require(&self, layers: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
         for id in layers {
-            let is_open = |work: &Work| work.is_open(Job::Make(id));
-            let is_made = |work: &mut Work| !work.unlinked.contains_key(&id);
-            if self.work.wait_while(is_open, is_made) == Some(false) {
-                self.volumes.link_home(id)?;
-                self.work.look(|work| work.unlinked.remove(&id));
+            let job = Job::Make(id);
+            let is_unlinked = self.work.change(|work| {
+                let is_unlinked = work.unlinked.contains_key(&id);
+                if is_unlinked && !work.is_open(job) {
+                    work.jobs.push_back(job);
+                }
+                is_unlinked
+            });
+            if !is_unlinked {
+                continue;
+            }
+            let deadline = Some(Instant::now() + LONGEST);
+            let look = |work: &mut Work| {
+                let failure = work.unlinked.get_mut(&id).map(Option::take);
+                (work.is_open(job), failure)
+            };
+            match self
+                .work
+                .wait_until(deadline, |work| work.is_open(job), look)
+            {
+                Some((false, Some(Some(error)))) => return Err(error),
+                Some((true, _)) => {
+                    return Err(Error::new(
+                        ErrorKind::Unavailable,
+                        format!(
+                            "the image disk has not taken the link of layer {id} for {} seconds: \
+                             look whether it answers, and try again",
+                            LONGEST.as_secs()
+                        ),
+                    ));
+                }
+                _ => {}
             }
         }
         Ok(())
+    }
+
+    /// The start could not make the link of this layer.
+    pub(super) fn note_unlinked(&self, id: SnapshotId) {
+        self.work.look(|work| work.unlinked.insert(id, None));
     }
 
     fn run(&self) {
@@ -132,6 +171,8 @@ impl Links {
         };
         while let Some(job) = self.work.wait_while(is_idle, take) {
             match job {
+                // Asked for twice, it is made once: by then the layer may have moved.
+                Some(Job::Make(id)) if !self.work.look(|work| work.unlinked.contains_key(&id)) => {}
                 Some(Job::Make(id)) => {
                     let made = self.volumes.link_home(id);
                     self.work.look(|work| match made {

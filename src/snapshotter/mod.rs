@@ -182,10 +182,12 @@ impl Snapshotter {
     /// in the mask that does not count on this snapshot; for host directories also as of [`crate::host_dirs::Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || -> Result<Snapshot> {
-            let (source, changes) = self.plan_update(key, mask, given)?;
+            let (_, changes) = self.plan_update(key, mask, given)?;
             let lowers = self.lowers_to_check(key, &changes)?;
             self.options.lowers.check(&lowers)?;
             let _claim = self.claim(key)?;
+            // Another snapshot may have got the key meanwhile.
+            let (source, changes) = self.plan_update(key, mask, given)?;
             let before = self.store.read()?.stat(key)?;
             let mut after = before.clone();
             for change in &changes {

@@ -204,8 +204,9 @@ impl fmt::Display for Finding {
             ),
             Problem::OtherHistory => write!(
                 out,
-                "the {volume} volume holds snapshots of another database, or of a later state of \
-                 this one: ids were used on it that this database has not given out"
+                "the {volume} volume and the database are not of the same day, or do not belong \
+                 together: containers may show each other's files. Put the right ones together \
+                 rather than repair this"
             ),
             Problem::DatabaseOlder { highest } => write!(
                 out,

@@ -31,7 +31,7 @@ impl Snapshotter {
     pub fn recover(&self) -> Result<()> {
         let store = Arc::clone(&self.store);
         self.volumes
-            .refuse_other_histories(move |block| store.read()?.has_reserved(block));
+            .refuse_other_histories(move |volume, block| store.read()?.judge(volume, block));
         let image = self.volumes.open(Volume::Image)?;
         self.volumes.require_same_history(&image)?;
         let writable = self.volumes.open(Volume::Writable).ok();
@@ -59,10 +59,16 @@ impl Snapshotter {
             .collect();
         self.flusher.recall_failures(&places)?;
         let image = self.volumes.open(Volume::Image)?;
-        self.drop_unfinished_moves(&image)?;
+        warn_of(
+            "drop what moves have left",
+            self.drop_unfinished_moves(&image),
+        );
         let on_image = self.trash.sweep(&image)?;
-        self.set_links(&inventory, &on_image)?;
-        self.sweep_lower_links(&inventory)?;
+        self.set_links(&inventory, &on_image);
+        warn_of(
+            "remove links that are not needed",
+            self.sweep_lower_links(&inventory),
+        );
         let mut lost = self.heal(&image, &inventory, &on_image);
         let mut swept = vec![image];
         let mut uncharged = Vec::new();
@@ -125,20 +131,26 @@ impl Snapshotter {
 
     /// Every layer whose bytes are on the writable volume is named by a link on
     /// the image volume; it is written anew where the writable directory moved.
-    fn set_links(&self, inventory: &Inventory, found: &Found) -> Result<()> {
+    fn set_links(&self, inventory: &Inventory, found: &Found) {
         for (snapshot, name) in &inventory.snapshots {
             if !snapshot.is_unmoved() {
                 continue;
             }
             let target = self.volumes.link_target(snapshot.id);
-            let is_right = found.get(&snapshot.id) == Some(&FileType::Symlink)
-                && self.volumes.image().links_to(snapshot.id, &target)?;
-            if !is_right {
-                self.volumes.link_home(snapshot.id)?;
-                log::info!("layer {} is found at {target} from now on", Quoted(name));
+            let is_link = found.get(&snapshot.id) == Some(&FileType::Symlink);
+            let set = || match is_link && self.volumes.image().links_to(snapshot.id, &target)? {
+                true => Ok(()),
+                false => {
+                    log::info!("layer {} is found at {target} from now on", Quoted(name));
+                    self.volumes.link_home(snapshot.id)
+                }
+            };
+            // Who mounts the layer has it tried again.
+            if let Err(error) = set() {
+                self.links.note_unlinked(snapshot.id);
+                log::warn!("{}", error.chain());
             }
         }
-        Ok(())
     }
 
     /// A caller may have been told the mounts of any snapshot that can still be
@@ -213,5 +225,12 @@ impl Snapshotter {
         self.leave_out_ignored(&mut snapshot.info);
         let maps = IdMaps::from_labels(&snapshot.info.labels)?;
         self.owner_for(maps.as_ref(), snapshot.parent_id)
+    }
+}
+
+/// A start goes on without what only tidies up, as on a full disk: removals make room.
+fn warn_of(what: &str, done: Result<()>) {
+    if let Err(error) = done {
+        log::warn!("cannot {what}: {}", error.chain());
     }
 }

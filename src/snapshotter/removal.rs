@@ -109,19 +109,19 @@ impl Snapshotter {
         Ok((removed, released))
     }
 
-    /// Gives back the space of everything removed before this call.
+    /// Gives back the space of everything that was removed from a volume before this call.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is not there
-    /// (the image volume has been cleaned then); [`ErrorKind::Internal`] if
-    /// something cannot be deleted.
-    pub fn cleanup(&self) -> Result<()> {
-        let image = self.trash.empty(Volume::Image);
-        self.relocator.note_room();
-        let writable = self.trash.empty(Volume::Writable);
-        self.store.refill_ballast();
-        image.and(writable).context(|| "clean removed snapshots up")
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is not there;
+    /// [`ErrorKind::Internal`] if something cannot be deleted.
+    pub fn cleanup(&self, volume: Volume) -> Result<()> {
+        let emptied = self.trash.empty(volume);
+        match volume {
+            Volume::Image => self.relocator.note_room(),
+            Volume::Writable => self.store.refill_ballast(),
+        }
+        emptied.context(|| "clean removed snapshots up")
     }
 }
 

@@ -91,6 +91,9 @@ impl Snapshotter {
         }
         transaction.skip_ids_through(self.highest_entry()?)?;
         transaction.forget_copied()?;
+        if forgets {
+            transaction.forget_all_tombstones()?;
+        }
         self.flusher.forget_failures(&transaction)?;
         transaction.commit()?;
         drop(transaction);

@@ -27,9 +27,9 @@ pub(super) struct Trash {
     volumes: Arc<Volumes>,
     projects: Arc<Projects>,
     ids: Arc<Ids>,
-    /// One cleanup at a time: the second must not answer before what the first is still
-    /// deleting is gone.
-    cleaning: Mutex<()>,
+    /// One cleanup at a time on each volume: the second must not answer before what the
+    /// first is still deleting is gone. In order: image, writable volume.
+    cleaning: [Mutex<()>; 2],
     /// Set when a directory without a row may be on a volume: the next Cleanup looks for
     /// it. In order: image, writable volume.
     strays: [AtomicBool; 2],
@@ -50,7 +50,7 @@ impl Trash {
             volumes,
             projects,
             ids,
-            cleaning: Mutex::new(()),
+            cleaning: Default::default(),
             strays: Default::default(),
             trashed: Mutex::default(),
             settled: Mutex::default(),
@@ -89,7 +89,7 @@ impl Trash {
     /// Deletes everything that was removed from a volume before this call, with what is
     /// there without a row.
     pub(super) fn empty(&self, volume: Volume) -> Result<()> {
-        let _cleaning = lock(&self.cleaning);
+        let _cleaning = lock(&self.cleaning[volume as usize]);
         let dirs = self.volumes.open(volume)?;
         if self.strays[volume as usize].swap(false, Ordering::AcqRel) {
             self.sweep_late(&dirs)
@@ -168,16 +168,26 @@ impl Trash {
         // After the claims: what was not claimed then, and has no row now, gets none.
         let inventory = Inventory::read(&*self.store.read()?)?;
         let known = inventory.known(volume);
-        let buried = self.store.read()?.tombstones(volume)?;
+        let mut buried = self.store.read()?.tombstones(volume)?;
         for id in found.keys().copied().collect::<Vec<_>>() {
             if known.contains(&id) || claimed.contains(&id) {
                 continue;
             }
             found.remove(&id);
-            self.clear_stray(dirs, id, buried.contains(&id))
-                .context(|| format!("move the stray directory snapshots/{id} away"))?;
+            // On a full disk, for example: a start has to go on.
+            if let Err(error) = self.clear_stray(dirs, id, buried.contains(&id)) {
+                self.note_stray(volume);
+                buried.remove(&id);
+                log::warn!(
+                    "snapshots/{id} of the {volume} volume, which no snapshot owns, stays until \
+                     the next Cleanup: {}",
+                    error.chain()
+                );
+            }
         }
-        let gone: Vec<_> = buried.into_iter().map(|id| (id, volume)).collect();
+        let is_gone = |id: &SnapshotId| !claimed.contains(id);
+        let gone = buried.into_iter().filter(is_gone);
+        let gone: Vec<_> = gone.map(|id| (id, volume)).collect();
         if !gone.is_empty() {
             dirs.settle_names()?;
             let forget = self.store.together(|rows| rows.forget_tombstones(&gone));

@@ -16,7 +16,7 @@ use rusqlite::params;
 use super::Transaction;
 use super::sql::{Number, Rows};
 use crate::error::Result;
-use crate::types::{Block, SnapshotId, Volume};
+use crate::types::{Block, History, SnapshotId, Volume};
 
 impl Rows {
     /// The block that was reserved last; `None` before the first.
@@ -29,8 +29,43 @@ impl Rows {
         })
     }
 
+    /// What this database makes of the block that was used last on a volume; `None` if the
+    /// volume names none.
+    pub fn judge(&self, volume: Volume, found: Option<&Block>) -> Result<History> {
+        if let Some(found) = found
+            && !self.has_reserved(found)?
+        {
+            return Ok(History::Other);
+        }
+        // Before the first is recorded, as after an upgrade.
+        let Some(recorded) = self.fact(recorded_fact(volume))? else {
+            return Ok(History::Same);
+        };
+        let found = found.map_or_else(String::new, written);
+        let (newest, before) = recorded.split_once(';').unwrap_or((&recorded, ""));
+        if found == newest {
+            return Ok(History::Same);
+        }
+        // The database is told first: a crash may have come before the volume was, and then
+        // no id of that block is on the volume.
+        let first: u64 = newest
+            .split(' ')
+            .next()
+            .and_then(|first| first.parse().ok())
+            .unwrap_or(0);
+        let sql = format!(
+            "SELECT 1 FROM snapshot WHERE volume = {} AND id >= ?1 LIMIT 1",
+            volume as u8
+        );
+        let used = self.one(&sql, [Number(first)], "look for ids of a block", |_| Ok(()))?;
+        Ok(match found == before && used.is_none() {
+            true => History::Same,
+            false => History::Earlier,
+        })
+    }
+
     /// Whether this database has reserved that block.
-    pub fn has_reserved(&self, block: &Block) -> Result<bool> {
+    fn has_reserved(&self, block: &Block) -> Result<bool> {
         let sql = "SELECT 1 FROM block WHERE first = ?1 AND token = ?2";
         let of = params![Number(block.first), block.token];
         let found = self.one(sql, of, "look up a block of ids", |_| Ok(()))?;
@@ -67,6 +102,25 @@ impl Transaction<'_> {
         Ok(newest.expect("the row that was just inserted"))
     }
 
+    /// Records that ids of this block are about to be used on a volume.
+    pub fn record_block(&self, volume: Volume, block: &Block) -> Result<()> {
+        let name = recorded_fact(volume);
+        let recorded = self.fact(name)?.unwrap_or_default();
+        let before = recorded.split(';').next().unwrap_or_default();
+        self.record_fact(name, &format!("{};{before}", written(block)))
+    }
+
+    /// Forgets which ids were used on a volume: it is a new one.
+    pub fn forget_block(&self, volume: Volume) -> Result<()> {
+        self.forget_fact(recorded_fact(volume))
+    }
+
+    /// Forgets what may be deleted: it is not known any more which directories are meant.
+    pub fn forget_all_tombstones(&self) -> Result<()> {
+        let doing = "forget which directories may be deleted";
+        self.execute("DELETE FROM tombstone", [], doing)
+    }
+
     /// Records that a snapshot's directory on that volume may be deleted.
     pub fn bury(&self, id: SnapshotId, volume: Volume) -> Result<()> {
         self.execute(
@@ -87,6 +141,18 @@ impl Transaction<'_> {
         }
         Ok(())
     }
+}
+
+/// The fact with the block that was used last on a volume, and the one before it.
+fn recorded_fact(volume: Volume) -> &'static str {
+    match volume {
+        Volume::Image => "block_on_image",
+        Volume::Writable => "block_on_writable",
+    }
+}
+
+fn written(block: &Block) -> String {
+    format!("{} {}", block.first, block.token)
 }
 
 #[cfg(test)]

@@ -26,20 +26,33 @@ impl Dirs {
     /// Records durably that ids of this block are used on the volume.
     pub fn record_block(&self, block: &Block) -> Result<()> {
         let text = format!("{} {}\n", block.first, block.token);
-        replace_file(self.top_fd(), IDS, &text)
-            .context(|| format!("record the block of ids in {}/{IDS}", self.path()))
+        match replace_file(self.top_fd(), IDS, &text) {
+            Err(Errno::ISDIR) => {
+                let path = self.path();
+                Err(Error::refused(format!(
+                    "{path}/{IDS} is a directory: move it away"
+                )))
+            }
+            replaced => {
+                replaced.context(|| format!("record the block of ids in {}/{IDS}", self.path()))
+            }
+        }
     }
 }
 
 pub(super) fn read_block(top: impl AsFd, path: &str) -> Result<Option<Block>> {
     let reading = || format!("read {path}/{IDS}");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match openat(top, IDS, flags, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(None),
-        file => file.context(reading)?,
-    };
     let mut bytes = [0_u8; 128];
-    let length = read(&file, &mut bytes).context(reading)?;
+    let length = match openat(top, IDS, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        // No file.
+        Err(Errno::LOOP) => 0,
+        file => match read(&file.context(reading)?, &mut bytes) {
+            Err(Errno::ISDIR) => 0,
+            length => length.context(reading)?,
+        },
+    };
     let block = std::str::from_utf8(&bytes[..length]).ok().and_then(parse);
     block.map(Some).ok_or_else(|| {
         Error::data_loss(format!(

@@ -6,7 +6,7 @@ use rustix::io::{Errno, write};
 
 use super::Image;
 use super::dirs::open_to_list;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Makes `text` the content of the file `name` (mode 0600) in `directory`,
 /// durably, by way of a new file `<name>.new` and a rename. `ENOSPC` is also what it
@@ -25,6 +25,12 @@ pub fn replace_file(directory: impl AsFd, name: &str, text: &str) -> rustix::io:
     fsync(&file)?;
     renameat(&directory, new.as_str(), &directory, name)?;
     fsync(&directory)
+}
+
+/// The error of a flush of the image volume: its disk has failed to take something.
+pub(super) fn failed_flush(errno: Errno) -> Error {
+    let cause = std::io::Error::from(errno);
+    Error::caused(ErrorKind::DataLoss, "flush the image volume", cause)
 }
 
 /// An open file on the image volume, for flushing the volume beside its requests. The
@@ -46,7 +52,7 @@ impl Image {
 impl Flush {
     /// Makes everything written so far durable.
     pub fn run(&self) -> Result<()> {
-        syncfs(&self.file).context(|| "flush the image volume")
+        syncfs(&self.file).map_err(failed_flush)
     }
 
     /// How much is free, in blocks: another number whenever something was

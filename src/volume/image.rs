@@ -8,8 +8,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, Mode, OFlags, openat, readlinkat, statat, symlinkat, unlinkat};
+use rustix::fs::{AtFlags, Mode, OFlags, fstat, openat, readlinkat, statat, symlinkat, unlinkat};
 use rustix::io::Errno;
+use rustix::process::geteuid;
 
 use super::cached_lookup::{Glance, glance};
 use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
@@ -46,6 +47,25 @@ impl Root {
     /// The root itself.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.top.as_fd()
+    }
+
+    /// Refuses a root that belongs to another user than this process's: that user may put
+    /// anything there.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`].
+    pub fn require_own(&self) -> Result<()> {
+        let path = &self.path;
+        let owner = fstat(&self.top)
+            .context(|| format!("look at {path}"))?
+            .st_uid;
+        if owner == geteuid().as_raw() {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "the root directory {path} belongs to user {owner}: give the --root-dir of the daemon"
+        )))
     }
 
     /// overlayfs finds whiteouts by the type in directory entries (`d_type` in

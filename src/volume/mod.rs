@@ -60,7 +60,7 @@ use rustix::fs::fstat;
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
-use crate::types::{Block, MountPath, SnapshotId, Volume};
+use crate::types::{Block, History, MountPath, SnapshotId, Volume};
 use crate::util::lock::lock;
 
 /// Both volumes.
@@ -71,14 +71,15 @@ pub struct Volumes {
     writable_identity: OnceLock<Identity>,
     /// The mark that was last found to be the right one.
     writable_mark: Mutex<Option<Seen>>,
-    /// Whether the database has reserved a block of ids, once that is to be asked.
-    has_reserved: OnceLock<Box<HasReserved>>,
+    /// What a database makes of the block of ids that was used last on a volume, once that
+    /// is to be asked.
+    judge: OnceLock<Box<Judge>>,
     /// Whether the volumes were on two file systems when the writable one was last
     /// recognised.
     are_on_two_file_systems: AtomicBool,
 }
 
-type HasReserved = dyn Fn(&Block) -> Result<bool> + Send + Sync;
+type Judge = dyn Fn(Volume, Option<&Block>) -> Result<History> + Send + Sync;
 
 impl Volumes {
     /// The volumes below an opened root and a writable directory. Touches no disk.
@@ -88,7 +89,7 @@ impl Volumes {
             writable_path,
             writable_identity: OnceLock::new(),
             writable_mark: Mutex::new(None),
-            has_reserved: OnceLock::new(),
+            judge: OnceLock::new(),
             are_on_two_file_systems: AtomicBool::new(false),
         }
     }
@@ -103,13 +104,13 @@ impl Volumes {
         let _ = self.writable_identity.set(identity);
     }
 
-    /// From now on, a volume on which ids were used that the database has not reserved is
-    /// refused. Without this call, as in `check`, it is not.
+    /// From now on, a volume of another history than the database's is refused. Without this
+    /// call, as in `check`, it is not.
     pub fn refuse_other_histories(
         &self,
-        has_reserved: impl Fn(&Block) -> Result<bool> + Send + Sync + 'static,
+        judge: impl Fn(Volume, Option<&Block>) -> Result<History> + Send + Sync + 'static,
     ) {
-        let _ = self.has_reserved.set(Box::new(has_reserved));
+        let _ = self.judge.set(Box::new(judge));
     }
 
     /// Refuses a volume of another history, if that is to be asked. A volume without
@@ -119,20 +120,29 @@ impl Volumes {
     ///
     /// `ErrorKind::DataLoss`.
     pub fn require_same_history(&self, dirs: &Dirs) -> Result<()> {
-        let (Some(has_reserved), Some(block)) = (self.has_reserved.get(), dirs.newest_block()?)
-        else {
+        let Some(judge) = self.judge.get() else {
             return Ok(());
         };
-        if has_reserved(&block)? || dirs.entries()?.is_empty() {
+        let block = dirs.newest_block()?;
+        let history = judge(dirs.volume(), block.as_ref())?;
+        if history == History::Same || dirs.entries()?.is_empty() {
             return Ok(());
         }
         let (volume, path) = (dirs.volume(), dirs.path());
-        Err(Error::data_loss(format!(
-            "the {volume} volume {path} holds snapshots with ids from {} on which this database \
-             has never given out: the database is an older state of itself, or another one. Put \
-             the latest one back, or run `check --repair`, which sets aside what it does not know",
-            block.first
-        )))
+        let first = block.map_or(0, |block| block.first);
+        Err(Error::data_loss(match history {
+            History::Earlier => format!(
+                "the {volume} volume {path} is in the state of an earlier day than the database: \
+                 it was rolled back, or a copy of it is mounted. Mount the latest one, or run \
+                 `check --repair`, which goes on with it as it is"
+            ),
+            History::Same | History::Other => format!(
+                "the {volume} volume {path} holds snapshots with ids from {first} on which this \
+                 database has never given out: the database is an older state of itself, or \
+                 another one. Put the latest one back, or run `check --repair`, which sets aside \
+                 what it does not know"
+            ),
+        }))
     }
 
     /// The directories of a volume. The writable one is looked at again at each call: it

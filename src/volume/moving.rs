@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use super::Dirs;
 use super::dirs::{ensure_directory, open_path, stop_handing_on};
+use super::durable::failed_flush;
 use super::image::Image;
 use super::paths::{SCRATCH, WORK};
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -63,7 +64,7 @@ impl Image {
         }
         // The kernel tells a failed write once to each open file that was
         // opened before: this one was, and nobody else asks through it.
-        syncfs(&target.scratch).context(|| "flush the copy")
+        syncfs(&target.scratch).map_err(failed_flush)
     }
 
     /// Puts the moved directory in the place of the link, durably.

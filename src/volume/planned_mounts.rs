@@ -23,10 +23,11 @@ const UNITS: [&str; 4] = [
 /// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition).
 pub(super) fn require_mounted(path: &str) -> Result<()> {
     let looking = || format!("look what is to be mounted at {path}");
-    let fstab = match std::fs::read_to_string(FSTAB) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-        text => text.context(looking)?,
+    let fstab = match std::fs::read(FSTAB) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        bytes => bytes.context(looking)?,
     };
+    let fstab = String::from_utf8_lossy(&fstab);
     let path = resolve(Path::new(path));
     for point in path.ancestors().filter(|point| *point != Path::new("/")) {
         let shown = point.to_string_lossy();
@@ -69,10 +70,24 @@ fn names(fstab: &str, point: &Path) -> bool {
     })
 }
 
-/// Blanks are `\040`, tabs `\011`, backslashes `\134`.
+/// A backslash and three octal digits stand for a byte; blanks are `\040`, for example.
 fn unescape(field: &str) -> String {
-    let blanks = field.replace("\\040", " ").replace("\\011", "\t");
-    blanks.replace("\\134", "\\")
+    let bytes = field.as_bytes();
+    let mut text = Vec::new();
+    let mut at = 0;
+    while let Some(byte) = bytes.get(at) {
+        let digits = bytes
+            .get(at + 1..at + 4)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        let (byte, length) = match escaped {
+            Some(escaped) if *byte == b'\\' => (escaped, 4),
+            _ => (*byte, 1),
+        };
+        text.push(byte);
+        at += length;
+    }
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The name of a mount unit for that path (`systemd-escape --path --suffix=mount`).
@@ -111,7 +126,7 @@ mod tests {
     fn fstab_is_read_as_mount_reads_it() {
         let fstab = "# /mnt/comment\n\
                      UUID=1 /no/such/ssd ext4 defaults,nofail 0 2\n\
-                     \tLABEL=x   /no/such/my\\040disk/ xfs\n\
+                     \tLABEL=x   /no/such/m\\171\\040disk/ xfs\n\
                      /swapfile none swap sw\n";
         let names = |point: &str| names(fstab, Path::new(point));
         assert!(names("/no/such/ssd") && names("/no/such/my disk"));
