@@ -180,7 +180,7 @@ install_files() {
     put_config "$here/modprobe.conf" "/etc/modprobe.d/$program.conf"
     # To remove it when the archive is gone.
     put 755 "$here/install.sh" "$share/install.sh"
-    for file in README.md CHANGELOG.md LICENSE; do
+    for file in README.md README.zh-CN.md CHANGELOG.md LICENSE; do
         put 644 "$here/$file" "$share/$file"
     done
     for file in "$here"/docs/*.md; do

@@ -63,7 +63,7 @@ done
 for file in packaging/completions/*; do
     put 644 "$file" "$scratch/$name/completions/${file##*/}"
 done
-for file in README.md CHANGELOG.md LICENSE systemd/"$program".service \
+for file in README.md README.zh-CN.md CHANGELOG.md LICENSE systemd/"$program".service \
     systemd/"$program".default openrc/"$program".confd openrc/"$program".logrotate; do
     put 644 "$file" "$scratch/$name/$file"
 done
@@ -96,8 +96,7 @@ ln -s rwsplit "$deb/usr/share/bash-completion/completions/$program"
 put 644 $completions.zsh "$deb/usr/share/zsh/vendor-completions/_rwsplit"
 put 644 $completions.fish "$deb/usr/share/fish/vendor_completions.d/rwsplit.fish"
 ln -s rwsplit.fish "$deb/usr/share/fish/vendor_completions.d/$program.fish"
-put 644 README.md "$deb/usr/share/doc/$program/README.md"
-for file in docs/*.md; do
+for file in README.md README.zh-CN.md docs/*.md; do
     put 644 "$file" "$deb/usr/share/doc/$program/$file"
 done
 put 644 CHANGELOG.md "$deb/usr/share/doc/$program/changelog"
