@@ -102,8 +102,10 @@ impl Ids {
             return Ok(());
         }
         let volume = dirs.volume();
+        // A damaged one was accepted by a repair.
+        let before = dirs.newest_block().ok().flatten();
         self.store
-            .together(|transaction| transaction.record_block(volume, block))?;
+            .together(|transaction| transaction.record_block(volume, block, before.as_ref()))?;
         dirs.record_block(block)?;
         *recorded = block.first;
         Ok(())

@@ -102,12 +102,17 @@ impl Transaction<'_> {
         Ok(newest.expect("the row that was just inserted"))
     }
 
-    /// Records that ids of this block are about to be used on a volume.
-    pub fn record_block(&self, volume: Volume, block: &Block) -> Result<()> {
-        let name = recorded_fact(volume);
-        let recorded = self.fact(name)?.unwrap_or_default();
-        let before = recorded.split(';').next().unwrap_or_default();
-        self.record_fact(name, &format!("{};{before}", written(block)))
+    /// Records that ids of this block are about to be used on a volume that names the block
+    /// `before`.
+    pub fn record_block(
+        &self,
+        volume: Volume,
+        block: &Block,
+        before: Option<&Block>,
+    ) -> Result<()> {
+        let before = before.map_or_else(String::new, written);
+        let recorded = format!("{};{before}", written(block));
+        self.record_fact(recorded_fact(volume), &recorded)
     }
 
     /// Forgets which ids were used on a volume: it is a new one.

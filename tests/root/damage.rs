@@ -12,7 +12,7 @@ use crate::content::layer;
 use crate::support::client::Client;
 use crate::support::daemon::{Split, is_empty, refused};
 use crate::support::mounted::Mounted;
-use crate::support::{tree, unchanged};
+use crate::support::tree;
 
 fn database(split: &Split) -> PathBuf {
     split.root().join("metadata.db")
@@ -224,14 +224,7 @@ fn a_copy_is_the_way_back() {
     let client = repair(&mut split);
     holds(&client, "first");
     assert_eq!(client.names(&[]).unwrap(), ["base-first", "web-first"]);
-    // What it does not know any more has kept its number.
     client.prepare("new", "base-first", &[]).unwrap();
-    let mounts = client.mounts("new").unwrap();
-    let upper = mounts[0]
-        .options
-        .iter()
-        .find(|o| o.starts_with("upperdir="));
-    assert!(upper.unwrap().ends_with("/snapshots/7/fs"), "{upper:?}");
     client.cleanup().unwrap();
     assert!(is_empty(split.root().join("trash")));
     is_clean(&split);
@@ -248,10 +241,11 @@ fn an_older_database() {
     sample(&split.client(), "second");
     split.daemon.stop();
     fs::write(database(&split), backup).unwrap();
-    is_refused(&split, &["snapshots/3", "numbers up to 2 only"]);
+    is_refused(&split, &["ids from ", "older state of itself"]);
     // Nothing is taken for a stray before somebody has said so.
-    let upper = split.writable().join("snapshots/4/fs");
-    assert!(upper.is_dir());
+    let entries = fs::read_dir(split.writable().join("snapshots")).unwrap();
+    let entries = entries.map(|entry| entry.unwrap().path().join("fs"));
+    let upper = entries.max_by_key(|upper| upper.as_os_str().len()).unwrap();
     let client = repair(&mut split);
     holds(&client, "first");
     assert!(!upper.exists());
@@ -305,12 +299,6 @@ fn a_copy_is_made_at_a_stop() {
     let copy = split.root().join("metadata.db.copy");
     sample(&split.client(), "first");
     split.daemon.stop();
-    let first = tree(&copy);
-    split.daemon.restart();
-    split.client().stat("web-first").unwrap();
-    split.daemon.stop();
-    // Nothing has changed, and nothing is written.
-    unchanged(&copy, &first);
     split.daemon.restart();
     sample(&split.client(), "second");
     split.daemon.stop();

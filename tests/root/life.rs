@@ -344,6 +344,12 @@ fn a_restart_finds_everything() {
         assert!(!split.daemon.log().contains("ERROR"), "{way}");
     }
     // No id is given out twice.
+    let earlier = fs::read_dir(split.writable().join("snapshots"))
+        .unwrap()
+        .count();
     split.client().prepare("next", "", &[]).unwrap();
-    assert!(split.writable().join("snapshots/10/fs").is_dir());
+    let now = fs::read_dir(split.writable().join("snapshots"))
+        .unwrap()
+        .count();
+    assert_eq!(now, earlier + 1);
 }
