@@ -116,12 +116,18 @@ impl Disk {
     /// How many writes the block device has done (`stat` in sysfs, field 5;
     /// Documentation/block/stat.rst).
     pub fn writes(&self) -> u64 {
+        self.figure(5)
+    }
+
+    /// How many flushes of its cache the block device has done.
+    pub fn flushes(&self) -> u64 {
+        self.figure(16)
+    }
+
+    fn figure(&self, field: usize) -> u64 {
         let text = fs::read_to_string(format!("/sys/block/{}/stat", self.block_name())).unwrap();
-        text.split_ascii_whitespace()
-            .nth(4)
-            .unwrap()
-            .parse()
-            .unwrap()
+        let field = text.split_ascii_whitespace().nth(field - 1);
+        field.unwrap().parse().unwrap()
     }
 
     /// Flushes it.
