@@ -141,8 +141,7 @@ impl Ids {
             recorded.is_ok_and(|recorded| *recorded < following.first)
         };
         if let Some(dirs) = dirs.filter(lacks) {
-            self.ahead
-                .change(|ahead| ahead.records.push(dirs.volume()));
+            self.ahead.change(|ahead| ahead.records.push(dirs.volume()));
         }
     }
 
@@ -174,7 +173,10 @@ impl Ids {
             let block = self.reserve()?;
             let next = lock(&self.next);
             // A request may have been faster.
-            if next.as_ref().is_none_or(|next| next.block.first < block.first) {
+            if next
+                .as_ref()
+                .is_none_or(|next| next.block.first < block.first)
+            {
                 *lock(&self.following) = Some(block);
             }
             return Ok(());

@@ -58,8 +58,8 @@ pub use sql::Rows;
 pub use transaction::Transaction;
 
 use ballast::Ballast;
-use checkpoints::Frames;
 pub use ballast::set_space_aside;
+use checkpoints::Frames;
 use sql::sql_error;
 use transaction::Writer;
 
@@ -236,8 +236,11 @@ impl Store {
         if closed.is_err() {
             // Closing the connection would remove the log, which the mark asks for.
             std::mem::forget(writer);
-        } else if keeps_log {
-            self.keep_log(&writer);
+        } else {
+            drop(writer);
+            if keeps_log {
+                self.remake_log();
+            }
         }
         closed
     }

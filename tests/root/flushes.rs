@@ -29,7 +29,11 @@ impl Request {
     fn send(self, client: &Client, number: usize) {
         match self {
             Request::Prepare => {
-                drop(client.prepare(&format!("new-{number}"), "base", &[]).unwrap());
+                drop(
+                    client
+                        .prepare(&format!("new-{number}"), "base", &[])
+                        .unwrap(),
+                );
             }
             Request::View => drop(client.view(&format!("view-{number}"), "base", &[]).unwrap()),
             Request::Update => {

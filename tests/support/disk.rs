@@ -46,12 +46,21 @@ impl Disk {
             .unwrap()
             .set_len(mebibytes << 20)
             .unwrap();
+        Disk::in_directory(dir, &image, kind, arguments)
+    }
+
+    /// A file system on a file that is there.
+    pub fn on(image: &Path, kind: &str, arguments: &[&str]) -> Disk {
+        Disk::in_directory(tempfile::tempdir().unwrap(), image, kind, arguments)
+    }
+
+    fn in_directory(dir: tempfile::TempDir, image: &Path, kind: &str, arguments: &[&str]) -> Disk {
         run(Command::new(format!("mkfs.{kind}"))
             .args(arguments)
-            .arg(&image));
+            .arg(image));
         let device = run(Command::new("losetup")
             .args(["--find", "--show"])
-            .arg(&image));
+            .arg(image));
         let disk = Disk {
             dir,
             device: device.trim().to_owned(),
