@@ -1,6 +1,6 @@
 //! Which id the next snapshot gets, and which snapshots are being worked on.
 //!
-//! Owns: the block of ids that is in use, and the claims. A snapshot gets its id before
+//! Owns: the block of ids that is in use, the following one, and the claims. A snapshot gets its id before
 //! its row is entered, so that its directories are made while nothing is locked. An id is
 //! given out once. After a crash, ids of the block may have empty directories and no row.
 //!
@@ -13,15 +13,19 @@ use std::sync::{Arc, Mutex};
 
 use crate::error::Result;
 use crate::store::Store;
-use crate::types::{Block, SnapshotId};
+use crate::types::{Block, SnapshotId, Volume};
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
-use crate::volume::Dirs;
+use crate::util::threads::Background;
+use crate::volume::{Dirs, Volumes};
 
 pub(super) struct Ids {
     store: Arc<Store>,
-    /// `None` before the first id since the start, and when the block is used up.
+    /// `None` before the first id since the start.
     next: Mutex<Option<Next>>,
+    /// The block after the one in use, once it is reserved.
+    following: Mutex<Option<Block>>,
+    ahead: Monitor<Ahead>,
     /// The first id of the newest block that is recorded on a volume. In order: image,
     /// writable volume. Each mutex is held while its own disk is written.
     recorded: [Mutex<u64>; 2],
@@ -32,6 +36,18 @@ struct Next {
     block: Block,
     id: u64,
 }
+
+/// What the thread is to do so that a later request need not.
+#[derive(Default)]
+struct Ahead {
+    reserves: bool,
+    /// Volumes on which the following block is to be recorded: those of requests, so that
+    /// no disk is woken for it.
+    records: Vec<Volume>,
+}
+
+/// How many ids of a block are left when the following one is reserved.
+const FEW: u64 = 128;
 
 /// The right to change the directories of a snapshot, until it is dropped.
 pub(super) struct Claim<'a> {
@@ -50,6 +66,8 @@ impl Ids {
         Ids {
             store,
             next: Mutex::new(None),
+            following: Mutex::new(None),
+            ahead: Monitor::default(),
             recorded: Default::default(),
             claimed: Monitor::default(),
         }
@@ -80,7 +98,8 @@ impl Ids {
         let (block, id) = {
             let mut next = lock(&self.next);
             if next.as_ref().is_none_or(|next| next.id > next.block.last()) {
-                let block = self.reserve()?;
+                let following = lock(&self.following).take();
+                let block = following.map_or_else(|| self.reserve(), Ok)?;
                 let id = block.first;
                 *next = Some(Next { block, id });
             }
@@ -91,7 +110,71 @@ impl Ids {
         if let Some(dirs) = dirs {
             self.record(dirs, &block)?;
         }
+        if id.number() + FEW > block.last() {
+            self.prepare_following(dirs);
+        }
         Ok(self.claim(id))
+    }
+
+    /// Has the thread reserve the following block, and record it on the volume of `dirs`.
+    fn prepare_following(&self, dirs: Option<&Dirs>) {
+        let following = lock(&self.following).clone();
+        let Some(following) = following else {
+            if !self.ahead.look(|ahead| ahead.reserves) {
+                self.ahead.change(|ahead| ahead.reserves = true);
+            }
+            return;
+        };
+        // Whose lock is held is being recorded.
+        let lacks = |dirs: &&Dirs| {
+            let recorded = self.recorded[dirs.volume() as usize].try_lock();
+            recorded.is_ok_and(|recorded| *recorded < following.first)
+        };
+        if let Some(dirs) = dirs.filter(lacks) {
+            self.ahead.change(|ahead| ahead.records.push(dirs.volume()));
+        }
+    }
+
+    /// Starts the thread that reserves blocks before they are needed.
+    pub(super) fn start(self: &Arc<Ids>, volumes: &Arc<Volumes>) -> Result<Background> {
+        let volumes = Arc::clone(volumes);
+        let stop = |ids: &Ids| ids.ahead.stop();
+        Background::start("reserver", self, stop, move |ids| ids.run(&volumes))
+    }
+
+    fn run(&self, volumes: &Volumes) {
+        let is_idle = |ahead: &Ahead| !ahead.reserves && ahead.records.is_empty();
+        while let Some(records) = self
+            .ahead
+            .wait_while(is_idle, |ahead| std::mem::take(&mut ahead.records))
+        {
+            let done = self.work_ahead(volumes, &records);
+            self.ahead.look(|ahead| ahead.reserves = false);
+            if let Err(error) = done {
+                // The request that needs the block reserves or records it.
+                log::debug!("{}", error.chain());
+            }
+        }
+    }
+
+    fn work_ahead(&self, volumes: &Volumes, records: &[Volume]) -> Result<()> {
+        let reserved = lock(&self.following).clone();
+        let Some(following) = reserved else {
+            let block = self.reserve()?;
+            let next = lock(&self.next);
+            // A request may have been faster.
+            if next
+                .as_ref()
+                .is_none_or(|next| next.block.first < block.first)
+            {
+                *lock(&self.following) = Some(block);
+            }
+            return Ok(());
+        };
+        for volume in records {
+            self.record(&*volumes.open(*volume)?, &following)?;
+        }
+        Ok(())
     }
 
     /// Records on a volume that ids of this block are used there, unless a newer one is

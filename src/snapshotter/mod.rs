@@ -127,6 +127,8 @@ impl Snapshotter {
         if self.options.sync == SyncMode::AtCommit {
             threads.push(self.flusher.start(self.volumes.image().flush()?)?);
         }
+        threads.push(self.store.start_checkpoints()?);
+        threads.push(self.ids.start(&self.volumes)?);
         threads.push(self.links.start()?);
         threads.push(self.projects.start_lender()?);
         let trash = Arc::clone(&self.trash);

@@ -6,6 +6,8 @@
 //! it, whatever happened, until the mark is taken off at a clean end. A copy
 //! (see `copy`) says that it is one.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension};
@@ -40,14 +42,7 @@ pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     if probe_format(path)? != FileFormat::Ours {
         return Ok(Completeness::Whole);
     }
-    let has_log = match std::fs::metadata(beside(path, LOG)) {
-        Ok(metadata) => metadata.len() > 0,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-        Err(error) => {
-            return Err(error)
-                .context(|| format!("look at the log of the database {}", path.display()));
-        }
-    };
+    let has_log = has_log(path)?;
     // In the middle of a checkpoint the file by itself may make no sense.
     let fact = |name| peek_fact(path, name);
     Ok(match (fact(COPIED), has_log) {
@@ -56,6 +51,44 @@ pub fn probe_completeness(path: &Path) -> Result<Completeness> {
         (None, false) if fact(IN_USE).is_some() => Completeness::LogMissing,
         (None, _) => Completeness::Whole,
     })
+}
+
+/// Whether there is a log beside the database at `path` that holds something: it begins
+/// with a header. After a clean end it is missing, or full of zeros.
+pub(super) fn has_log(path: &Path) -> Result<bool> {
+    let mut head = Vec::with_capacity(LOG_HEADER_BYTES);
+    let read = match File::open(beside(path, LOG)) {
+        Ok(log) => log.take(LOG_HEADER_BYTES as u64).read_to_end(&mut head),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => Err(error),
+    };
+    read.context(|| format!("read the log of the database {}", path.display()))?;
+    Ok(is_log_header(&head))
+}
+
+/// The log's header (sqlite.org/fileformat2.html, section 4.1): eight numbers. The first
+/// says in which byte order the last two are the checksum of what is before them.
+const LOG_HEADER_BYTES: usize = 32;
+const LOG_MAGIC: u32 = 0x377F_0682;
+
+/// SQLite drops everything behind a header that is not sound.
+fn is_log_header(head: &[u8]) -> bool {
+    let (words, rest) = head.as_chunks::<4>();
+    let numbers: Vec<_> = words.iter().map(|word| u32::from_be_bytes(*word)).collect();
+    if numbers.len() != LOG_HEADER_BYTES / 4 || !rest.is_empty() || numbers[0] & !1 != LOG_MAGIC {
+        return false;
+    }
+    let is_big_endian = numbers[0] & 1 == 1;
+    let summed = |number: u32| match is_big_endian {
+        true => number,
+        false => number.swap_bytes(),
+    };
+    let mut sums = [0_u32; 2];
+    for pair in numbers[..6].chunks(2) {
+        sums[0] = sums[0].wrapping_add(summed(pair[0])).wrapping_add(sums[1]);
+        sums[1] = sums[1].wrapping_add(summed(pair[1])).wrapping_add(sums[0]);
+    }
+    sums == numbers[6..]
 }
 
 /// A fact as the file by itself has it: for a look at a database that may be
@@ -120,6 +153,10 @@ pub(super) fn shrink_log(rows: &Rows) -> Result<()> {
     checkpoint(rows, "PASSIVE")
 }
 
+/// A change of a fact that nothing reads.
+pub(super) const MEANINGLESS_CHANGE: &str =
+    "INSERT OR REPLACE INTO fact (name, value) VALUES ('overwritten', random())";
+
 /// Removes the mark, and moves the log into the file.
 pub(super) fn mark_unused(rows: &Rows) -> Result<()> {
     let sql = "DELETE FROM fact WHERE name = ?1";
@@ -128,7 +165,7 @@ pub(super) fn mark_unused(rows: &Rows) -> Result<()> {
 }
 
 /// Waits for readers in the way as long as the connection waits for anything.
-fn checkpoint(rows: &Rows, mode: &str) -> Result<()> {
+pub(super) fn checkpoint(rows: &Rows, mode: &str) -> Result<()> {
     let sql = format!("PRAGMA wal_checkpoint({mode})");
     let is_busy = rows.one(&sql, [], "move the database's log into it", |row| {
         row.get(0)

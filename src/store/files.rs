@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::completeness::has_log;
 use crate::error::{Context, Error, Result};
 
 /// The name of every database, the Go original's as well.
@@ -79,14 +80,16 @@ pub(super) fn remove_file(path: &Path) -> io::Result<()> {
 /// A file at `path` with something in it that may be all that is left of a lost
 /// database of ours; `None` if there is no such file.
 pub fn find_remains(path: &Path) -> Result<Option<PathBuf>> {
-    for companion in [LOG, COPY].map(|suffix| beside(path, suffix)) {
-        match std::fs::symlink_metadata(&companion) {
-            Ok(found) if found.is_file() && found.len() == 0 => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            found => {
-                found.context(|| format!("look at {}", companion.display()))?;
-                return Ok(Some(companion));
-            }
+    if has_log(path)? {
+        return Ok(Some(beside(path, LOG)));
+    }
+    let copy = beside(path, COPY);
+    match std::fs::symlink_metadata(&copy) {
+        Ok(found) if found.is_file() && found.len() == 0 => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        found => {
+            found.context(|| format!("look at {}", copy.display()))?;
+            return Ok(Some(copy));
         }
     }
     Ok(None)

@@ -15,6 +15,7 @@ mod backup;
 mod ballast;
 mod blocks;
 mod changes;
+mod checkpoints;
 mod completeness;
 mod facts;
 mod files;
@@ -58,6 +59,7 @@ pub use transaction::Transaction;
 
 use ballast::Ballast;
 pub use ballast::set_space_aside;
+use checkpoints::Frames;
 use sql::sql_error;
 use transaction::Writer;
 
@@ -72,6 +74,7 @@ pub struct Store {
     ballast: Ballast,
     /// Whether anything has changed since the last copy.
     is_changed: Monitor<bool>,
+    log_frames: Frames,
 }
 
 impl Store {
@@ -134,6 +137,7 @@ impl Store {
             readers: Mutex::default(),
             ballast: Ballast::of(path),
             is_changed: Monitor::default(),
+            log_frames: Frames::default(),
         }
     }
 
@@ -177,7 +181,13 @@ impl Store {
     /// Marks the database as in use, before anything is acknowledged: should its
     /// log get lost from now on, [`probe_completeness`] notices.
     pub fn begin_use(&self) -> Result<()> {
-        completeness::mark_in_use(self.alone().rows()?)
+        let writer = self.alone();
+        completeness::mark_in_use(writer.rows()?)?;
+        // So that the first request need not. If it cannot be done, a request does it.
+        if let Err(error) = self.begin_log_again() {
+            log::debug!("{}", error.chain());
+        }
+        Ok(())
     }
 
     /// Moves all that the log holds into the file itself; the log keeps it.
@@ -208,7 +218,7 @@ impl Store {
         self.ballast.fill();
     }
 
-    /// Ends the use of the database: its log is moved into it, and nothing can
+    /// Ends the use of the database: its log is moved into it and left full of zeros, and nothing can
     /// be written any more.
     ///
     /// # Errors
@@ -221,10 +231,18 @@ impl Store {
         let Some(writer) = self.alone().close() else {
             return Ok(());
         };
-        completeness::mark_unused(&writer).inspect_err(|_| {
+        let keeps_log = self.has_full_log();
+        let closed = completeness::mark_unused(&writer);
+        if closed.is_err() {
             // Closing the connection would remove the log, which the mark asks for.
             std::mem::forget(writer);
-        })
+        } else {
+            drop(writer);
+            if keeps_log {
+                self.remake_log();
+            }
+        }
+        closed
     }
 }
 

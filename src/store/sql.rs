@@ -27,6 +27,10 @@ impl Rows {
         &self.connection
     }
 
+    pub(super) fn connection_mut(&mut self) -> &mut Connection {
+        &mut self.connection
+    }
+
     /// Runs a statement that returns no rows.
     pub(super) fn execute(
         &self,

@@ -8,6 +8,9 @@
 mod support;
 
 mod commit;
+#[path = "../vm/crash/fuse.rs"]
+mod fuse;
+mod slow;
 mod start;
 
 use std::time::Duration;
@@ -20,10 +23,11 @@ fn main() {
         "the benchmark mounts disks: run it as root"
     );
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let tables: [(&str, fn()); 3] = [
+    let tables: [(&str, fn()); 4] = [
         ("commit", commit::of_a_container),
         ("unpack", commit::of_an_unpacked_layer),
         ("start", start::with_snapshots),
+        ("slow", slow::with_slow_flushes),
     ];
     for (name, make) in tables {
         if wanted.is_empty() || wanted.iter().any(|word| word == name) {

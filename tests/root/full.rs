@@ -15,7 +15,7 @@ use crate::support::client::{Client, Refusal};
 use crate::support::daemon::{Daemon, Split, command, is_empty};
 use crate::support::disk::Disk;
 use crate::support::mounted::upper_of;
-use crate::support::{tree, unchanged};
+use crate::support::{tree, unchanged, until};
 
 #[registered(crate::Test)]
 fn the_image_volume() {
@@ -60,7 +60,30 @@ fn no_inode_on_the_writable_volume_with_the_database() {
 
 #[registered(crate::Test)]
 fn the_disk_of_the_database() {
-    goes_on(Database::Apart, &[Full::DatabaseBlocks]);
+    goes_on(Database::Tiny, &[Full::DatabaseBlocks]);
+}
+
+/// The log has its space already.
+#[registered(crate::Test)]
+fn a_full_disk_of_the_database_takes_changes() {
+    let mut disks = Disks::start(Database::Apart);
+    let log = disks
+        .database
+        .as_ref()
+        .unwrap()
+        .path()
+        .join("metadata.db-wal");
+    until("has its size", || {
+        fs::metadata(&log).unwrap().len() == 4 << 20
+    });
+    populate(&disks.split.client());
+    disks.fill(&[Full::DatabaseBlocks]);
+    for round in ["filled", "stopped"] {
+        assert!(serves(&mut disks, round).is_empty());
+        disks.split.daemon.stop();
+        assert_eq!(fs::metadata(&log).unwrap().len(), 4 << 20);
+        disks.split.daemon.restart();
+    }
 }
 
 #[registered(crate::Test)]
@@ -94,6 +117,8 @@ enum Database {
     WithImages,
     WithWrites,
     Apart,
+    /// On one where the log does not get its full size.
+    Tiny,
 }
 
 /// The daemon and its disks, small ones.
@@ -104,16 +129,20 @@ struct Disks {
 
 impl Disks {
     fn start(database: Database) -> Disks {
-        let disk = || {
+        let disk = |mebibytes| {
             let arguments = ["-q", "-F", "-m", "0", "-b", "4096", "-N", "2048"];
-            Disk::make(32, "ext4", &arguments)
+            Disk::make(mebibytes, "ext4", &arguments)
         };
-        let (image, writable) = (disk(), disk());
-        let own = (database == Database::Apart).then(disk);
+        let (image, writable) = (disk(32), disk(32));
+        let own = match database {
+            Database::WithImages | Database::WithWrites => None,
+            Database::Apart => Some(disk(32)),
+            Database::Tiny => Some(disk(12)),
+        };
         let state_dir = match database {
             Database::WithImages => format!("{}/root", image.text()),
             Database::WithWrites => format!("{}/state", writable.text()),
-            Database::Apart => own.as_ref().unwrap().text(),
+            Database::Apart | Database::Tiny => own.as_ref().unwrap().text(),
         };
         // Nothing moves: what changes on the disks is what the test does.
         let flags = ["--relocate", "never", "--state-dir", &state_dir];

@@ -154,8 +154,10 @@ fn signals_stop_it() {
         // containerd's connection is open all the time, idle.
         let client = split.client();
         layer(&client, &format!("base-{signal:?}"), "", |_| ());
-        let database = split.root().join("metadata.db-wal");
-        assert!(database.exists());
+        let log = split.root().join("metadata.db-wal");
+        until("has its size", || {
+            fs::metadata(&log).unwrap().len() == 4 << 20
+        });
 
         let begun = Instant::now();
         split.daemon.signal(signal);
@@ -164,7 +166,9 @@ fn signals_stop_it() {
         // With nothing to wait for, it does not wait.
         assert!(begun.elapsed() < Duration::from_secs(3), "{signal:?}");
         assert!(fs::symlink_metadata(split.daemon.address()).is_err());
-        assert!(!database.exists(), "its log is in the database");
+        let is_empty = fs::read(&log).unwrap().iter().all(|byte| *byte == 0);
+        assert!(is_empty, "its log is in the database");
+        assert_eq!(fs::metadata(&log).unwrap().len(), 4 << 20);
         split.daemon.restart();
         // The connection of before finds the new daemon by itself.
         until("reconnected", || {

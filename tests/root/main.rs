@@ -16,6 +16,7 @@ mod content;
 mod damage;
 mod doctor;
 mod figures;
+mod flushes;
 mod full;
 mod fuzz;
 mod guard;

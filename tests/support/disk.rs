@@ -46,12 +46,21 @@ impl Disk {
             .unwrap()
             .set_len(mebibytes << 20)
             .unwrap();
+        Disk::in_directory(dir, &image, kind, arguments)
+    }
+
+    /// A file system on a file that is there.
+    pub fn on(image: &Path, kind: &str, arguments: &[&str]) -> Disk {
+        Disk::in_directory(tempfile::tempdir().unwrap(), image, kind, arguments)
+    }
+
+    fn in_directory(dir: tempfile::TempDir, image: &Path, kind: &str, arguments: &[&str]) -> Disk {
         run(Command::new(format!("mkfs.{kind}"))
             .args(arguments)
-            .arg(&image));
+            .arg(image));
         let device = run(Command::new("losetup")
             .args(["--find", "--show"])
-            .arg(&image));
+            .arg(image));
         let disk = Disk {
             dir,
             device: device.trim().to_owned(),
@@ -116,12 +125,18 @@ impl Disk {
     /// How many writes the block device has done (`stat` in sysfs, field 5;
     /// Documentation/block/stat.rst).
     pub fn writes(&self) -> u64 {
+        self.figure(5)
+    }
+
+    /// How many flushes of its cache the block device has done.
+    pub fn flushes(&self) -> u64 {
+        self.figure(16)
+    }
+
+    fn figure(&self, field: usize) -> u64 {
         let text = fs::read_to_string(format!("/sys/block/{}/stat", self.block_name())).unwrap();
-        text.split_ascii_whitespace()
-            .nth(4)
-            .unwrap()
-            .parse()
-            .unwrap()
+        let field = text.split_ascii_whitespace().nth(field - 1);
+        field.unwrap().parse().unwrap()
     }
 
     /// Flushes it.

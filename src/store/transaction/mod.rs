@@ -14,6 +14,9 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use rusqlite::Connection;
+
+use super::completeness::MEANINGLESS_CHANGE;
 use super::sql::Rows;
 use super::{Store, not_writable};
 use crate::error::{Error, ErrorKind, Result};
@@ -96,6 +99,11 @@ impl State {
         self.rows.as_ref().ok_or_else(not_writable)
     }
 
+    pub(super) fn connection(&mut self) -> Result<&mut Connection> {
+        let rows = self.rows.as_mut().ok_or_else(not_writable)?;
+        Ok(rows.connection_mut())
+    }
+
     pub(super) fn close(&mut self) -> Option<Rows> {
         self.rows.take()
     }
@@ -112,11 +120,7 @@ impl State {
             return Ok(());
         }
         let overwriting = "write over what a failed change has left in the database's log";
-        self.rows()?.execute(
-            "INSERT OR REPLACE INTO fact (name, value) VALUES ('overwritten', random())",
-            [],
-            overwriting,
-        )?;
+        self.rows()?.execute(MEANINGLESS_CHANGE, [], overwriting)?;
         self.has_remains = false;
         Ok(())
     }

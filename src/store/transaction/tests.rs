@@ -22,7 +22,7 @@ fn fixture() -> Fixture {
     let path = dir.path().join("metadata.db");
     let store = Store::open(&path).unwrap();
     store.begin_use().unwrap();
-    // The first one begins the log anew: from now on it only grows.
+    // From now on the log only grows.
     let mut transaction = store.write().unwrap();
     transaction.record_fact("test", "1").unwrap();
     transaction.commit().unwrap();
@@ -44,6 +44,8 @@ impl Fixture {
         let page_size = number(8) as usize;
         (32..log.len())
             .step_by(24 + page_size)
+            // Others are of an earlier round through the log.
+            .filter(|frame| log[frame + 8..frame + 16] == log[16..24])
             .filter(|frame| number(frame + 4) != 0)
             .count()
     }
@@ -274,10 +276,10 @@ fn what_a_failed_commit_may_have_left_is_written_over() {
         });
         failed.unwrap_err();
     };
-    assert_eq!(overwritten(), None);
+    let before = overwritten();
     fail();
     let first = overwritten();
-    assert!(first.is_some());
+    assert_ne!(first, before);
     add(&fixture.store, "next").unwrap();
     assert_eq!(overwritten(), first);
     fail();

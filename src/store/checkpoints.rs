@@ -1,0 +1,294 @@
+//! The size of the database's log, and when what it holds is moved into the database.
+//!
+//! A flush of a file that has grown costs a second one, of the file system's journal. So
+//! the log has its full size, in zeros, before the first request, and SQLite writes over
+//! them. The first transaction after a complete checkpoint costs a second flush too, for
+//! the log's header. A thread runs the checkpoints and makes that transaction, so that
+//! no request pays for either, unless requests follow each other without a pause until
+//! the log is full.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rusqlite::{Connection, hooks};
+use rustix::fs::OFlags;
+
+use super::completeness::{MEANINGLESS_CHANGE, checkpoint};
+use super::files::{LOG, beside};
+use super::sql::{Rows, sql_error};
+use super::{Store, connect};
+use crate::error::{ErrorKind, Result};
+use crate::util::fault_point::is_left_out;
+use crate::util::monitor::Monitor;
+use crate::util::threads::Background;
+
+/// The full size of the log.
+const LOG_BYTES: u64 = 4 << 20;
+/// How much of it is written before the next flush, while requests are served.
+const CHUNK_BYTES: u64 = 256 << 10;
+/// The log takes no space of a disk that has less than this left.
+const SPARED_BYTES: u64 = 2 * LOG_BYTES;
+/// How many pages the log holds when the thread looks for a pause to move them.
+const MANY_FRAMES: usize = 500;
+/// How many it holds when requests have to wait for that; the full size has 1018.
+const MOST_FRAMES: usize = 950;
+/// No commit for so long is a pause.
+const PAUSE: Duration = Duration::from_millis(20);
+/// How long requests wait for a reader that needs the log.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How long the thread waits after it has moved nothing.
+const BACKOFF: Duration = Duration::from_secs(1);
+
+/// How many pages the log holds, as of the last commit.
+pub(super) type Frames = Arc<Monitor<usize>>;
+
+impl Store {
+    /// Starts the thread that gives the log its full size and runs checkpoints. From now
+    /// on no commit runs them.
+    pub fn start_checkpoints(self: &Arc<Store>) -> Result<Background> {
+        count_frames(self.alone().connection()?, &self.log_frames)?;
+        let stop = |store: &Store| store.log_frames.stop();
+        Background::start("checkpointer", self, stop, Store::keep_log_short)
+    }
+
+    fn keep_log_short(&self) {
+        self.extend_log(CHUNK_BYTES, SPARED_BYTES);
+        while self.await_pause().is_some() {
+            let is_short = self.move_log().unwrap_or_else(|error| {
+                log::warn!("{}", error.chain());
+                false
+            });
+            if !is_short {
+                // The next commit says how many there are.
+                self.log_frames.look(|frames| *frames = 0);
+                self.log_frames.pause(BACKOFF);
+            }
+        }
+    }
+
+    /// Waits until the log holds many pages, and then for a pause in the commits or for
+    /// the most that it may hold.
+    fn await_pause(&self) -> Option<()> {
+        let enough = |frames: &usize| *frames < MANY_FRAMES;
+        loop {
+            let seen = self.log_frames.wait_while(enough, |frames| *frames)?;
+            let end = Some(Instant::now() + PAUSE);
+            let is_same = |frames: &usize| *frames == seen;
+            let now = self.log_frames.wait_until(end, is_same, |frames| *frames)?;
+            if now == seen || now >= MOST_FRAMES {
+                return Some(());
+            }
+        }
+    }
+
+    /// Moves what the log holds into the database. `false` if a reader is in the way.
+    fn move_log(&self) -> Result<bool> {
+        let rows = self.connect_to_move()?;
+        let count = || self.log_frames.look(|frames| *frames);
+        let before = count();
+        checkpoint(&rows, "PASSIVE")?;
+        let writer = self.alone();
+        writer.rows()?;
+        if count() != before {
+            if count() < MOST_FRAMES {
+                // A request came: there will be another pause.
+                return Ok(true);
+            }
+            match checkpoint(&rows, "RESTART") {
+                Err(error) if error.kind() == ErrorKind::Unavailable => return Ok(false),
+                moved => moved?,
+            }
+        }
+        write_header(&rows)?;
+        Ok(count() < MANY_FRAMES)
+    }
+
+    /// Begins the log again after a complete checkpoint. The caller keeps the writer.
+    pub(super) fn begin_log_again(&self) -> Result<()> {
+        write_header(&self.connect_to_move()?)
+    }
+
+    /// A connection whose commits flush nothing but the header of the log.
+    fn connect_to_move(&self) -> Result<Rows> {
+        let connecting = |error| sql_error(error, format!("open {}", self.shown()));
+        let mut connection = connect(&self.path, self.access).map_err(connecting)?;
+        let synchronous = if is_left_out("row") { "OFF" } else { "NORMAL" };
+        connection
+            .pragma_update(None, "synchronous", synchronous)
+            .and_then(|()| connection.busy_timeout(PATIENCE))
+            // What a reader has made it grow beyond that is given back.
+            .and_then(|()| {
+                connection.pragma_update_and_check(
+                    None,
+                    "journal_size_limit",
+                    LOG_BYTES.cast_signed(),
+                    |_| Ok(()),
+                )
+            })
+            .map_err(connecting)?;
+        count_frames(&mut connection, &self.log_frames)?;
+        Ok(Rows::new(connection))
+    }
+
+    /// Whether the log has its full size.
+    pub(super) fn has_full_log(&self) -> bool {
+        std::fs::metadata(beside(&self.path, LOG)).is_ok_and(|log| log.len() >= LOG_BYTES)
+    }
+
+    /// Makes the log of a closed database again, in the size that it had.
+    pub(super) fn remake_log(&self) {
+        self.extend_log(LOG_BYTES, 0);
+    }
+
+    /// Gives the log its full size, if its disk has so much space to spare; flushes it
+    /// whenever a chunk has been written.
+    fn extend_log(&self, chunk: u64, spared: u64) {
+        if let Err(error) = self.try_extend_log(chunk, spared) {
+            let shown = self.shown();
+            log::debug!("give the log of {shown} its full size: {error}");
+        }
+    }
+
+    /// SQLite does not go by the length of its log, and what is appended is never over
+    /// anything: so nothing is locked.
+    fn try_extend_log(&self, chunk: u64, spared: u64) -> io::Result<()> {
+        let path = beside(&self.path, LOG);
+        let mut log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
+            .open(&path)?;
+        let mut zeros = Vec::new();
+        loop {
+            let lacking = LOG_BYTES.saturating_sub(log.metadata()?.len());
+            if lacking == 0 || self.log_frames.is_stopping() && chunk < lacking {
+                return Ok(());
+            }
+            require_space(&path, spared)?;
+            zeros.resize(usize::try_from(chunk.min(lacking)).unwrap_or(0), 0);
+            log.write_all(&zeros)?;
+            log.sync_data()?;
+        }
+    }
+}
+
+fn require_space(path: &Path, spared: u64) -> io::Result<()> {
+    let disk = rustix::fs::statvfs(path)?;
+    if disk.f_bavail.saturating_mul(disk.f_frsize) < spared {
+        return Err(io::ErrorKind::StorageFull.into());
+    }
+    Ok(())
+}
+
+/// Replaces SQLite's own checkpoints by a count of what they would have to move.
+fn count_frames(connection: &mut Connection, frames: &Frames) -> Result<()> {
+    let frames = Arc::clone(frames);
+    let note = move |_: &mut hooks::Wal, pages| {
+        let pages = usize::try_from(pages).unwrap_or(0);
+        if pages < MANY_FRAMES {
+            frames.look(|frames| *frames = pages);
+        } else {
+            frames.change(|frames| *frames = pages);
+        }
+        Ok(())
+    };
+    let counting = "count the pages in the database's log";
+    connection
+        .wal_hook(Some(note))
+        .map_err(|error| sql_error(error, counting))
+}
+
+/// The first change after a complete checkpoint has SQLite begin the log again, with a
+/// new header.
+fn write_header(rows: &Rows) -> Result<()> {
+    rows.execute(MEANINGLESS_CHANGE, [], "begin the database's log again")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::completeness::has_log;
+    use crate::store::{Completeness, probe_completeness};
+
+    fn change(store: &Store, value: usize) {
+        let changed =
+            store.together(|transaction| transaction.record_fact("test", &value.to_string()));
+        changed.unwrap();
+    }
+
+    #[test]
+    fn a_log_keeps_its_size_and_nothing_else_at_a_clean_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metadata.db");
+        let log = beside(&path, LOG);
+        for round in 0..3 {
+            let store = Arc::new(Store::open(&path).unwrap());
+            store.begin_use().unwrap();
+            let thread = store.start_checkpoints().unwrap();
+            while !store.has_full_log() {
+                assert_eq!(round, 0);
+                std::thread::yield_now();
+            }
+            change(&store, round);
+            assert!(has_log(&path).unwrap());
+            drop(thread);
+            store.close().unwrap();
+            let bytes = std::fs::read(&log).unwrap();
+            assert_eq!(bytes.len() as u64, LOG_BYTES);
+            assert!(bytes.iter().all(|byte| *byte == 0));
+            assert_eq!(probe_completeness(&path).unwrap(), Completeness::Whole);
+            drop(store);
+            assert!(log.exists());
+        }
+        // The log does not come from another database.
+        let store = Store::open(&path).unwrap();
+        let fact = store.read().unwrap().fact("test").unwrap();
+        assert_eq!(fact.as_deref(), Some("2"));
+    }
+
+    #[test]
+    fn a_log_stays_short_without_and_with_pauses_and_readers() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(&dir.path().join("metadata.db")).unwrap());
+        store.begin_use().unwrap();
+        let _thread = store.start_checkpoints().unwrap();
+        let frames = || store.log_frames.look(|frames| *frames);
+        let mut most = 0;
+        for round in 0..4 * MOST_FRAMES {
+            change(&store, round);
+            most = most.max(frames());
+        }
+        // Where nothing waits for a disk, some hundreds come before the thread wakes up.
+        assert!((MOST_FRAMES..3 * MOST_FRAMES).contains(&most), "{most}");
+        while frames() >= MANY_FRAMES {
+            std::thread::sleep(PAUSE);
+        }
+        assert!(store.has_full_log());
+
+        let reader = store.read().unwrap();
+        let held = reader.connection().unchecked_transaction().unwrap();
+        assert!(reader.fact("test").unwrap().is_some());
+        let length = || std::fs::metadata(beside(&store.path, LOG)).unwrap().len();
+        for round in 0.. {
+            if length() > LOG_BYTES {
+                break;
+            }
+            change(&store, round);
+        }
+        drop(held);
+        drop(reader);
+        for round in 0.. {
+            if length() == LOG_BYTES {
+                break;
+            }
+            assert!(round < 100);
+            change(&store, round);
+            std::thread::sleep(4 * PAUSE);
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! How often a disk is flushed for a request: a flush takes longer than all else in it.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use registered::registered;
+
+use crate::support::client::Client;
+use crate::support::daemon::{Daemon, Split};
+use crate::support::until;
+
+/// The requests that change something and that somebody waits for.
+#[derive(Clone, Copy, Debug)]
+enum Request {
+    Prepare,
+    View,
+    Update,
+    Remove,
+}
+
+const ALL: [Request; 4] = [
+    Request::Prepare,
+    Request::View,
+    Request::Update,
+    Request::Remove,
+];
+
+impl Request {
+    fn send(self, client: &Client, number: usize) {
+        match self {
+            Request::Prepare => {
+                drop(
+                    client
+                        .prepare(&format!("new-{number}"), "base", &[])
+                        .unwrap(),
+                );
+            }
+            Request::View => drop(client.view(&format!("view-{number}"), "base", &[]).unwrap()),
+            Request::Update => {
+                let value = number.to_string();
+                let labels = [("number", value.as_str())];
+                client.update("base", &["labels.number"], &labels).unwrap();
+            }
+            Request::Remove => client.remove(&format!("old-{number}")).unwrap(),
+        }
+    }
+}
+
+fn start() -> Split {
+    let split = Split::start(&["--sync", "none"]);
+    // The journals are written by what asks for it, and not by the clock.
+    for disk in [&split.image, &split.writable] {
+        disk.remount("commit=3600");
+    }
+    let client = split.client();
+    client.prepare("extract", "", &[]).unwrap();
+    client.commit("extract", "base", &[]).unwrap();
+    until("the log has its size", || {
+        let log = std::fs::metadata(split.root().join("metadata.db-wal")).unwrap();
+        log.len() == 4 << 20
+    });
+    split
+}
+
+fn flushes(split: &Split) -> u64 {
+    split.image.flushes() + split.writable.flushes()
+}
+
+/// Fails unless the request has its disk flushed once.
+fn is_flushed_once(split: &Split, client: &Client, request: Request, number: usize, when: &str) {
+    let before = flushes(split);
+    request.send(client, number);
+    let flushed = flushes(split) - before;
+    assert_eq!(flushed, 1, "{request:?}, {when}");
+}
+
+#[registered(crate::Test)]
+fn the_first_request_after_a_start_has_one() {
+    let mut split = start();
+    let mut number = 0;
+    for (end, how) in [
+        (Daemon::stop as fn(&mut Daemon), "a stop"),
+        (Daemon::kill as fn(&mut Daemon), "a kill"),
+    ] {
+        for request in ALL {
+            number += 1;
+            let client = split.client();
+            client
+                .prepare(&format!("old-{number}"), "base", &[])
+                .unwrap();
+            end(&mut split.daemon);
+            split.daemon.restart();
+            let client = split.client();
+            client.stat("base").unwrap();
+            sleep(Duration::from_millis(50));
+            let when = format!("the first after {how}");
+            is_flushed_once(&split, &client, request, number, &when);
+        }
+    }
+}
+
+#[registered(crate::Test)]
+fn every_later_request_has_one() {
+    let split = start();
+    let client = split.client();
+    for request in ALL {
+        let removed = matches!(request, Request::Remove);
+        if removed {
+            for number in 0..1000 {
+                client
+                    .prepare(&format!("old-{number}"), "base", &[])
+                    .unwrap();
+            }
+        }
+        let before = flushes(&split);
+        for number in 0..1000 {
+            // The thread that moves the log may be at it.
+            if [49, 999].contains(&number) {
+                sleep(Duration::from_millis(200));
+                let when = format!("number {}", number + 1);
+                is_flushed_once(&split, &client, request, number, &when);
+            } else {
+                request.send(&client, number);
+            }
+        }
+        let all = flushes(&split) - before;
+        println!("{request:?}: {all} flushes of 1000 requests");
+        assert!(all < 1100, "{request:?}: {all} flushes of 1000 requests");
+    }
+}
