@@ -9,6 +9,7 @@
 
 pub mod commands;
 pub mod config;
+pub mod containerd;
 pub mod daemon;
 pub mod error;
 mod host_dirs;

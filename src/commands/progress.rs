@@ -45,6 +45,14 @@ impl Progress {
         self.write(&format!("\r{}: {done} of {all} snapshots", self.what));
     }
 
+    /// Shows a line at once.
+    pub fn say(&mut self, text: &str) {
+        if self.is_terminal {
+            self.is_shown = true;
+            self.write(&format!("\r\x1b[K{}: {text}", self.what));
+        }
+    }
+
     fn write(&self, text: &str) {
         // What cannot be shown is no failure of the command.
         let _ = std::io::stderr().write_all(text.as_bytes());

@@ -23,11 +23,26 @@ pub enum Mending {
     AtOnce,
 }
 
-/// How to check.
+/// Whether `check` compares layers with what they are unpacked from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// It counts files and their lengths.
+    Counts,
+    /// It compares everything in a layer.
+    Content,
+    /// It does that, and puts right what differs.
+    Heal,
+}
+
+/// How to check.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckOptions {
     /// From `--json`.
     pub format: Format,
+    /// From `--deep` and `--heal`.
+    pub depth: Depth,
+    /// From `--containerd-address`.
+    pub containerd_address: String,
     /// From `--repair` and `--yes`.
     pub mending: Mending,
     /// From `--reset-writable`: a missing writable volume is given up for a new one.
@@ -169,6 +184,29 @@ fn format(flags: &Flags) -> Format {
     }
 }
 
+/// Where containerd listens if its configuration says nothing else.
+const CONTAINERD_ADDRESS: &str = "/run/containerd/containerd.sock";
+
+fn depth(flags: &Flags, mends: bool) -> Result<Depth> {
+    let depth = match (flags.deep, flags.heal) {
+        (_, true) => Depth::Heal,
+        (true, false) => Depth::Content,
+        (false, false) => Depth::Counts,
+    };
+    if depth != Depth::Counts && mends {
+        return Err(Error::invalid(
+            "--deep and --heal do not go with --repair or --reset-writable: heal first, and then \
+             repair what is left",
+        ));
+    }
+    if depth == Depth::Counts && flags.containerd_address.is_some() {
+        return Err(Error::invalid(
+            "--containerd-address goes with --deep or --heal",
+        ));
+    }
+    Ok(depth)
+}
+
 fn check_options(flags: &Flags) -> Result<CheckOptions> {
     let mends = flags.repair || flags.reset_writable;
     if flags.yes && !mends {
@@ -181,6 +219,11 @@ fn check_options(flags: &Flags) -> Result<CheckOptions> {
     }
     Ok(CheckOptions {
         format: format(flags),
+        depth: depth(flags, mends)?,
+        containerd_address: flags
+            .containerd_address
+            .clone()
+            .unwrap_or_else(|| CONTAINERD_ADDRESS.to_owned()),
         mending: match (mends, flags.yes) {
             (false, _) => Mending::Never,
             (true, false) => Mending::AfterAsking,

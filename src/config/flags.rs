@@ -94,6 +94,9 @@ flags! {
     "threads" option threads: Option<String> = Takes::Word, DAEMON;
     "metrics-file" option metrics_file: Option<String> = Takes::Path, DAEMON;
     "json" switch json: bool = Takes::Nothing, REPORTING;
+    "deep" switch deep: bool = Takes::Nothing, &["check"];
+    "heal" switch heal: bool = Takes::Nothing, &["check"];
+    "containerd-address" option containerd_address: Option<String> = Takes::Path, &["check"];
     "repair" switch repair: bool = Takes::Nothing, &["check"];
     "yes" switch yes: bool = Takes::Nothing, &["check"];
     "reset-writable" switch reset_writable: bool = Takes::Nothing, &["check"];

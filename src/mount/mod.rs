@@ -187,7 +187,8 @@ pub fn upper_directories() -> Result<Vec<String>> {
         .collect())
 }
 
-fn upper_of(mounted: &Mounted) -> Option<&str> {
+/// The upper directory of a mounted overlay.
+pub fn upper_of(mounted: &Mounted) -> Option<&str> {
     if mounted.file_system != "overlay" {
         return None;
     }

@@ -1,6 +1,7 @@
 //! The kernel's list of what is mounted in this process's mount namespace
 //! (proc_pid_mountinfo(5)).
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
@@ -38,6 +39,33 @@ pub fn read() -> Result<Vec<Mounted>> {
     let path = "/proc/self/mountinfo";
     read_until_settled(|| fs::read(path).context(|| format!("read {path}")))
         .map(|text| parse(&text))
+}
+
+/// All mounts of all mount namespaces that a process is in: a container has its own, and
+/// so may containerd. A process that ends meanwhile is left out.
+pub fn read_everywhere() -> Result<Vec<Mounted>> {
+    let mut namespaces = HashSet::new();
+    let mut mounts = Vec::new();
+    for entry in fs::read_dir("/proc").context(|| "list the processes")? {
+        let process = entry.context(|| "list the processes")?.path();
+        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else {
+            continue;
+        };
+        if namespaces.contains(&namespace) {
+            continue;
+        }
+        let path = process.join("mountinfo");
+        let read = || fs::read(&path).context(|| format!("read {}", path.display()));
+        match read_until_settled(read) {
+            Ok(text) => {
+                mounts.extend(parse(&text));
+                namespaces.insert(namespace);
+            }
+            Err(_) if !process.join("ns/mnt").exists() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(mounts)
 }
 
 /// Reads until two readings are the same. The kernel writes the list piece by piece, and

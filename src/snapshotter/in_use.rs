@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use crate::error::Result;
+use crate::mount::mountinfo::Mounted;
 use crate::mount::{self, ByHand};
 use crate::store::Store;
 use crate::types::{SnapshotId, Volume};
@@ -36,6 +37,27 @@ pub(super) fn is_mounted(
 ) -> Result<bool> {
     // containerd unmounts what it unpacked a layer into before it commits it.
     Ok(volume == Volume::Writable && mounted_on_writable(store, volumes)?.contains(&id))
+}
+
+/// Whether a layer may be among the lower directories of a mount, or mounted itself, in any
+/// mount namespace. By its number, so perhaps that of another root.
+pub(super) fn is_mounted_anywhere(mounts: &[Mounted], layer: SnapshotId) -> bool {
+    mounts.iter().any(|mounted| {
+        let is_it = |path: &str| Volumes::may_name(path, layer);
+        match mounted.file_system.as_str() {
+            "overlay" => mounted.options.split([',', ':', '=']).any(is_it),
+            _ => is_it(&mounted.root.to_string_lossy()),
+        }
+    })
+}
+
+/// The snapshots that are mounted to be written to, in any mount namespace.
+pub(super) fn writers_anywhere(volumes: &Volumes, mounts: &[Mounted]) -> HashSet<SnapshotId> {
+    let uppers = mounts.iter().filter_map(mount::upper_of);
+    uppers
+        .flat_map(|upper| [Volume::Image, Volume::Writable].map(|volume| (volume, upper)))
+        .filter_map(|(volume, upper)| volumes.snapshot_at(volume, upper))
+        .collect()
 }
 
 /// The layers of all snapshots that were committed while they were mounted and still

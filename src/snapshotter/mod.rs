@@ -12,9 +12,11 @@
 
 mod by_hand;
 mod commit;
+mod compare;
 mod elsewhere;
 mod first_layers;
 mod flusher;
+mod heal;
 mod host_dirs;
 mod id_options;
 mod ids;
@@ -48,6 +50,7 @@ use crate::text::filter::Filters;
 use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Quoted, SnapshotId, Volume};
 use crate::util::threads::Background;
 use crate::volume::Volumes;
+pub use compare::{Compared, Unpacking};
 use flusher::Flusher;
 use id_options::MappedIds;
 use ids::{Claim, Ids};

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::tree::Differences;
 use crate::types::{Content, Kind, ProjectId, Quoted, SnapshotId, Volume};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub enum Problem {
         recorded: Recorded,
         counted: Content,
     },
+    /// A layer is not what it is unpacked from.
+    LayerDiffers(Differences),
     /// A layer has moved home, and the database does not say so yet.
     MoveNotRecorded,
     /// A layer's directory cannot be read.
@@ -97,6 +100,7 @@ impl Problem {
             Problem::LayerMissing => ("layer-missing", DROPS),
             Problem::LayerDamaged { .. } => ("layer-damaged", DROPS),
             Problem::LayerChanged { .. } => ("layer-changed", Some("records what it holds now")),
+            Problem::LayerDiffers(_) => ("layer-differs", None),
             Problem::MoveNotRecorded => (
                 "move-not-recorded",
                 Some("records it, as the next start does"),
@@ -123,6 +127,19 @@ impl Problem {
             Problem::OtherHistory => ("other-history", GOES_ON),
             Problem::DatabaseOlder { .. } => ("database-older", GOES_ON),
             Problem::DatabaseIncomplete { .. } => ("database-incomplete", GOES_ON),
+        }
+    }
+
+    /// What healing does about it, where that may help.
+    pub fn healing(&self) -> Option<&'static str> {
+        match self {
+            Problem::LayerDiffers(_) => Some("unpacks it again from containerd's content"),
+            Problem::LayerMissing
+            | Problem::LayerDamaged { .. }
+            | Problem::LayerUnreadable { .. } => {
+                Some("unpacks it again, if containerd still has its content: try that first")
+            }
+            _ => None,
         }
     }
 
@@ -166,6 +183,11 @@ impl fmt::Display for Finding {
                 "layer {name} on the {volume} volume has changed since its commit: it holds {}, \
                  and held {recorded}",
                 Recorded::from(*counted)
+            ),
+            Problem::LayerDiffers(differences) => write!(
+                out,
+                "layer {name} on the {volume} volume is damaged: it differs from containerd's \
+                 content: {differences}"
             ),
             Problem::MoveNotRecorded => write!(
                 out,

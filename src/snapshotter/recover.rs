@@ -63,6 +63,10 @@ impl Snapshotter {
             "drop what moves have left",
             self.drop_unfinished_moves(&image),
         );
+        warn_of(
+            "drop what checks have left",
+            self.drop_leftovers_of_checks(&image),
+        );
         let on_image = self.trash.sweep(&image)?;
         self.set_links(&inventory, &on_image);
         warn_of(

@@ -20,7 +20,7 @@ use crate::store::{Place, Rows, Store};
 use crate::tree;
 use crate::types::{SnapshotId, Volume};
 use crate::util::lock::lock;
-use crate::volume::{Dirs, Volumes, moving_id};
+use crate::volume::{Dirs, Volumes, is_unpacked, moving_id, replaced_id};
 
 pub(super) struct Trash {
     store: Arc<Store>,
@@ -157,8 +157,8 @@ impl Trash {
                         claimed.insert(id);
                     }
                 }
-                // The relocator's, and perhaps in use.
-                None if volume == Volume::Image && moving_id(name).is_some() => {}
+                // The relocator's and the checks', and perhaps in use.
+                None if volume == Volume::Image && is_worked_on(name) => {}
                 None => log::warn!(
                     "{volume} volume: {:?} in snapshots/ was not made by this program: left alone",
                     entry.name
@@ -310,6 +310,12 @@ pub(super) fn known_on(
         known.extend(leftover);
     }
     known
+}
+
+/// Whether an entry of `snapshots/` on the image volume is of a layer that moves, is
+/// compared or has healed.
+fn is_worked_on(name: &[u8]) -> bool {
+    moving_id(name).is_some() || replaced_id(name).is_some() || is_unpacked(name)
 }
 
 /// What `snapshots/` of a volume holds under ids that rows know.

@@ -333,7 +333,7 @@ pub(super) fn times_of(stat: &Stat) -> Timestamps {
 
 /// Attributes of links and device nodes have no call that takes a descriptor;
 /// through /proc the last part of the path is ours and not followed.
-fn entry_path(parent: BorrowedFd<'_>, name: &CStr) -> CString {
+pub(super) fn entry_path(parent: BorrowedFd<'_>, name: &CStr) -> CString {
     let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
     path.extend_from_slice(name.to_bytes());
     CString::new(path).expect("neither part holds a NUL")
@@ -345,7 +345,7 @@ fn fd_path(directory: BorrowedFd<'_>) -> CString {
 
 /// The most bytes that the names, or the value, of attributes can have
 /// (xattr(7), `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
-const MAX_XATTR_BYTES: usize = 65536;
+pub(super) const MAX_XATTR_BYTES: usize = 65536;
 
 /// Room for the names and for one value, kept for the whole copy.
 struct XattrBuffers {

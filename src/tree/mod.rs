@@ -1,11 +1,12 @@
 //! Walking directory trees that strangers have filled.
 //!
-//! Owns: counting, copying and deleting. Everything goes by directory descriptors and
+//! Owns: counting, comparing, copying and deleting. Everything goes by directory descriptors and
 //! never follows a link, so no content of a layer leads a walk outside of it;
 //! nothing recurses, so no depth of a tree exhausts the stack.
 //! Never: knows what a tree is for. Holds no state: a walk cut short by a
 //! crash is simply begun again.
 
+mod compare;
 mod copy;
 mod remake;
 mod remove;
@@ -22,6 +23,7 @@ use rustix::io::Errno;
 
 use crate::error::Error;
 
+pub use compare::{Differences, Rules, compare_trees};
 pub use copy::copy_tree;
 pub use remake::remake;
 pub use remove::{remove_children, remove_entry};

@@ -326,7 +326,12 @@ impl Dirs {
 }
 
 /// Makes what a snapshot's directory lacks, by names with that prefix.
-fn fill(at: impl AsFd, prefix: &str, shape: Shape, owner: Owner) -> std::result::Result<(), Errno> {
+pub(super) fn fill(
+    at: impl AsFd,
+    prefix: &str,
+    shape: Shape,
+    owner: Owner,
+) -> std::result::Result<(), Errno> {
     let make = |name: &str, mode| match mkdirat(&at, name, Mode::from_raw_mode(mode)) {
         Err(Errno::EXIST) => Ok(false),
         made => made.map(|()| true),

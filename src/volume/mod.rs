@@ -39,6 +39,7 @@ mod paths;
 mod planned_mounts;
 mod preconditions;
 mod snapshot_dirs;
+mod unpacked;
 
 pub use adopt::Filled;
 pub use dirs::{Dirs, Owner, Shape};
@@ -50,6 +51,7 @@ pub use moving::moving_id;
 pub use paths::{PROBE, ROOT_NAMES, UPPER, WRITABLE_NAMES};
 pub use preconditions::{Holding, Lifetime, Reserve, Unused, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
+pub use unpacked::{UnpackDir, is_unpacked, replaced_id};
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -73,14 +73,24 @@ impl Image {
     ///
     /// [`ErrorKind::FailedPrecondition`] if the file system cannot exchange two names.
     pub fn exchange(&self, id: SnapshotId) -> Result<()> {
+        self.exchange_with(&moving_name(id), id)
+    }
+
+    /// Exchanges the directory of that name in `snapshots/` with what has a layer's name,
+    /// durably.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Image::exchange`].
+    pub(super) fn exchange_with(&self, directory: &str, id: SnapshotId) -> Result<()> {
         let snapshots = self.dirs().snapshots_fd();
-        let (name, moving) = (id.to_string(), moving_name(id));
+        let name = id.to_string();
         let exchange = || {
-            let (moving, name) = (moving.as_str(), name.as_str());
-            renameat_with(snapshots, moving, snapshots, name, RenameFlags::EXCHANGE)
+            let flags = RenameFlags::EXCHANGE;
+            renameat_with(snapshots, directory, snapshots, name.as_str(), flags)
         };
         let exchanged = match exchange() {
-            Err(Errno::XDEV) => self.renew_link(id).and_then(|()| exchange()),
+            Err(Errno::XDEV) => self.renew_link(directory, id).and_then(|()| exchange()),
             exchanged => exchanged,
         };
         match exchanged {
@@ -104,11 +114,11 @@ impl Image {
     /// Creates a layer's link again, from within the directory that is to take its place.
     /// If `snapshots/` was put into a project after the link was made, the old link
     /// cannot be renamed there (rename(2), EXDEV), and a new one can.
-    fn renew_link(&self, id: SnapshotId) -> std::result::Result<(), Errno> {
+    fn renew_link(&self, directory: &str, id: SnapshotId) -> std::result::Result<(), Errno> {
         let snapshots = self.dirs().snapshots_fd();
         let name = id.to_string();
         let target = readlinkat(snapshots, name.as_str(), Vec::new())?;
-        let copy = open_path(snapshots, &moving_name(id))?;
+        let copy = open_path(snapshots, directory)?;
         symlinkat(target, &copy, LINK)?;
         renameat(&copy, LINK, snapshots, name.as_str())
     }

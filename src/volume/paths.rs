@@ -40,6 +40,17 @@ pub(super) const WORK: &str = "work";
 /// In the directory of a snapshot, for a moment: what will be renamed into its place.
 pub(super) const SCRATCH: &str = "scratch";
 
+/// In `snapshots`: a layer that is unpacked again, to be compared with what is there.
+pub(super) const UNPACKED: &str = ".unpacked";
+/// In `snapshots`, with an id behind it: what has changed places with a layer that was
+/// unpacked again.
+pub(super) const REPLACED: &str = ".replaced-";
+
+/// The upper directory in the directory of a snapshot.
+pub(super) fn upper_in(top: &str) -> String {
+    format!("{top}/fs")
+}
+
 /// The upper directory below `snapshots`.
 pub(super) fn upper_of(id: SnapshotId) -> String {
     format!("{id}/fs")
@@ -69,6 +80,13 @@ impl Volumes {
         let below = path.strip_prefix(&*self.snapshots_path(volume))?;
         let name = below.strip_prefix('/')?.split('/').next()?;
         SnapshotId::from_directory_name(name.as_bytes())
+    }
+
+    /// Whether a path in the options of a mount, which may be relative to `snapshots`,
+    /// leads to a snapshot of that number. Another root has the same numbers.
+    pub fn may_name(path: &str, id: SnapshotId) -> bool {
+        let upper = upper_of(id);
+        path == upper || path.ends_with(&format!("/{SNAPSHOTS}/{upper}"))
     }
 
     /// Where `<root>/snapshots/<id>` has to point for a layer whose bytes are

@@ -3,8 +3,9 @@
 //!
 //! Owns: the order of looking, telling, asking and mending. Never: what is wrong
 //! with a snapshot, or how it is mended; that is the snapshotter's. Beside a
-//! running daemon it only reads; to mend it takes the root's lock.
+//! running daemon it only reads; to mend, or to heal, it takes the root's lock.
 
+mod deep;
 mod report;
 
 use std::io::{BufRead, IsTerminal, Write};
@@ -12,9 +13,10 @@ use std::thread;
 use std::time::Duration;
 
 use crate::commands::progress::Progress;
-use crate::config::{CheckOptions, Config, Format, Mending};
+use crate::config::{CheckOptions, Config, Depth, Format, Mending};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::ByHand;
+use crate::root::lock::Lock;
 use crate::root::open::{Purpose, Visit, visit};
 use crate::root::writable;
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
@@ -32,7 +34,7 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 /// and disks agree in the end.
 pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     descriptors::raise_limit();
-    let mends = options.mending != Mending::Never;
+    let mends = options.mending != Mending::Never || options.depth == Depth::Heal;
     let purpose = if mends {
         Purpose::Change
     } else {
@@ -49,19 +51,22 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     let by_hand = ByHand::of_root(identity.as_deref())?;
     if mends && let Some(ByHand { id, point, .. }) = by_hand.first() {
         return Err(Error::refused(format!(
-            "snapshot {id} is mounted by hand at {}, and a repair may remove it: unmount it first",
+            "snapshot {id} is mounted by hand at {}, and a repair may remove its files: unmount it first",
             point.display()
         )));
     }
     let volumes = match options.resets_writable {
         false => volumes,
-        true => give_up(config, options, volumes, &store)?,
+        true => give_up(config, &options, volumes, &store)?,
     };
     let snapshotter = Snapshotter::new(store, volumes, config.options.for_this_kernel());
 
     let inspection = inspect(&snapshotter, &completeness, lock.is_none())?;
+    if options.depth != Depth::Counts {
+        return look_deep(&snapshotter, &completeness, lock, inspection, &options);
+    }
     let doomed = snapshotter.doomed(&inspection.findings)?;
-    let mut report = CheckReport::new(lock.is_none(), inspection, doomed);
+    let mut report = CheckReport::new(lock.is_none(), inspection, doomed, None);
     if !mends || report.is_clean() {
         report.print(options.format);
         return Ok(report.is_clean());
@@ -69,13 +74,70 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     if options.format == Format::Human {
         report.print(options.format);
     }
-    if !asked(options, &report.question())? {
+    if !asked(&options, &report.question())? {
         return Ok(false);
     }
     snapshotter.repair(report.findings())?;
     report.mended(look(&snapshotter)?);
     report.print(options.format);
     Ok(report.is_clean())
+}
+
+/// Compares layers with containerd's content, heals them if that is asked for, and prints
+/// the report of that with that of the counts.
+fn look_deep(
+    snapshotter: &Snapshotter,
+    completeness: &Completeness,
+    lock: Option<Lock>,
+    mut inspection: Inspection,
+    options: &CheckOptions,
+) -> Result<bool> {
+    let is_running = lock.is_none();
+    let _lock = match options.depth {
+        Depth::Heal => {
+            require_latest(&inspection)?;
+            lock
+        }
+        // It may take hours, and a daemon may start meanwhile.
+        _ => None,
+    };
+    let mut deep = deep::run(snapshotter, &inspection.findings, options)?;
+    if options.depth == Depth::Heal {
+        inspection = inspect(snapshotter, completeness, is_running)?;
+    }
+    // The same damage is named once.
+    let differs = |finding: &Finding| {
+        let counts = matches!(
+            finding.problem,
+            Problem::LayerDamaged { .. } | Problem::LayerChanged { .. } | Problem::LayerMissing
+        );
+        counts && deep.findings.iter().any(|found| found.id == finding.id)
+    };
+    inspection.findings.retain(|finding| !differs(finding));
+    inspection.findings.append(&mut deep.findings);
+    let doomed = snapshotter.doomed(&inspection.findings)?;
+    let report = CheckReport::new(is_running, inspection, doomed, Some(deep));
+    report.print(options.format);
+    Ok(report.is_clean())
+}
+
+/// A directory of a layer is only replaced if the database knows what it is.
+fn require_latest(inspection: &Inspection) -> Result<()> {
+    let is_unsure = |finding: &&Finding| {
+        matches!(
+            finding.problem,
+            Problem::OtherHistory
+                | Problem::DatabaseOlder { .. }
+                | Problem::DatabaseIncomplete { .. }
+        )
+    };
+    match inspection.findings.iter().find(is_unsure) {
+        None => Ok(()),
+        Some(finding) => Err(Error::refused(format!(
+            "{finding}: nothing is healed before that is repaired, because a directory may be \
+             another snapshot's"
+        ))),
+    }
 }
 
 /// What is found, as often as need be to leave out the daemon's own work.
@@ -135,7 +197,7 @@ fn incomplete(completeness: &Completeness) -> Option<String> {
 /// Takes the writable directory as a new volume in the place of the missing one.
 fn give_up(
     config: &Config,
-    options: CheckOptions,
+    options: &CheckOptions,
     volumes: Volumes,
     store: &Store,
 ) -> Result<Volumes> {
@@ -155,7 +217,7 @@ fn give_up(
     Ok(anew)
 }
 
-fn asked(options: CheckOptions, question: &str) -> Result<bool> {
+fn asked(options: &CheckOptions, question: &str) -> Result<bool> {
     if options.mending == Mending::AtOnce {
         return Ok(true);
     }

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::deep::Deep;
 use crate::commands::losses::{image_of, losses};
 use crate::commands::output;
 use crate::config::Format;
@@ -18,6 +19,8 @@ pub(super) struct CheckReport {
     left_out: Vec<String>,
     /// The snapshots that a repair drops.
     doomed: Vec<Snapshot>,
+    /// Of a deep check.
+    deep: Option<Deep>,
     /// What is left, once a repair has been made.
     left: Option<Vec<Finding>>,
 }
@@ -27,6 +30,7 @@ impl CheckReport {
         is_running: bool,
         inspection: Inspection,
         doomed: Vec<Snapshot>,
+        deep: Option<Deep>,
     ) -> CheckReport {
         CheckReport {
             is_running,
@@ -34,6 +38,7 @@ impl CheckReport {
             findings: inspection.findings,
             left_out: inspection.left_out,
             doomed,
+            deep,
             left: None,
         }
     }
@@ -59,7 +64,8 @@ impl CheckReport {
             0 => "The repair drops no snapshot.".to_owned(),
             number => format!(
                 "The repair drops the {number} snapshots named above; of those that are whole the \
-                 files are set aside in left-out/."
+                 files are set aside in left-out/. `check --heal` drops nothing, and puts damaged \
+                 layers right whose content containerd still has: try that first."
             ),
         }
     }
@@ -74,6 +80,9 @@ impl CheckReport {
             None => {
                 let daemon = output::daemon_state(self.is_running);
                 text.push_str(&format!("{} snapshots, daemon {daemon}\n", self.snapshots));
+                if let Some(deep) = &self.deep {
+                    tell_deep(&mut text, deep);
+                }
                 tell(&mut text, &self.findings);
                 self.tell_losses(&mut text, "a repair drops");
             }
@@ -132,6 +141,9 @@ impl CheckReport {
                 "image": image_of(&snapshot.info),
             })).collect::<Vec<_>>(),
         });
+        if let Some(deep) = &self.deep {
+            value["deep"] = deep_json(deep);
+        }
         if self.left.is_some() {
             value["repaired"] = self.findings.iter().map(finding_json).collect();
         }
@@ -146,12 +158,66 @@ fn tell(text: &mut String, findings: &[Finding]) {
     }
     for finding in findings {
         text.push_str(&format!("\n{finding}\n"));
+        let healing = finding.problem.healing();
+        if let Some(healing) = healing {
+            text.push_str(&format!("  `check --heal` {healing}\n"));
+        }
         match finding.problem.remedy() {
             Some(remedy) => text.push_str(&format!("  a repair {remedy}\n")),
+            None if healing.is_some() => {}
             None => text.push_str("  no repair can help\n"),
         }
     }
     text.push_str(&format!("\n{} findings\n", findings.len()));
+}
+
+fn tell_deep(text: &mut String, deep: &Deep) {
+    text.push_str(&format!(
+        "{} layers compared with containerd's content, {} of them sound\n",
+        deep.compared, deep.sound
+    ));
+    for problem in &deep.problems {
+        text.push_str(&format!("{problem}\n"));
+    }
+    for healed in &deep.healed {
+        let (key, differences) = (Quoted(&healed.key), &healed.differences);
+        text.push_str(&format!("\nhealed layer {key}: {differences}\n"));
+        for key in &healed.restart {
+            text.push_str(&format!(
+                "  snapshot {} is mounted with the damaged files: restart its container\n",
+                Quoted(key)
+            ));
+        }
+    }
+    for skipped in &deep.not_compared {
+        let key = Quoted(&skipped.key);
+        text.push_str(&format!(
+            "\nlayer {key} cannot be compared: {}\n",
+            skipped.why
+        ));
+        if let Some(remedy) = &skipped.remedy {
+            text.push_str(&format!("  {remedy}\n"));
+        }
+    }
+}
+
+fn deep_json(deep: &Deep) -> Value {
+    json!({
+        "compared": deep.compared,
+        "sound": deep.sound,
+        "healed": deep.healed.iter().map(|healed| json!({
+            "key": healed.key,
+            "differences": healed.differences.first,
+            "number": healed.differences.count,
+            "restart": healed.restart,
+        })).collect::<Vec<_>>(),
+        "not_compared": deep.not_compared.iter().map(|skipped| json!({
+            "key": skipped.key,
+            "why": skipped.why,
+            "remedy": skipped.remedy,
+        })).collect::<Vec<_>>(),
+        "problems": deep.problems,
+    })
 }
 
 fn finding_json(finding: &Finding) -> Value {
@@ -161,6 +227,7 @@ fn finding_json(finding: &Finding) -> Value {
         "key": finding.name,
         "id": finding.id.map(|id| id.number()),
         "volume": finding.volume.map(|volume| volume.to_string()),
+        "heal": finding.problem.healing(),
         "repair": finding.problem.remedy(),
     })
 }

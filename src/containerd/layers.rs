@@ -1,0 +1,176 @@
+//! What the layers of containerd's images are called, and of which content they are
+//! unpacked.
+//!
+//! A layer's name is its chain id: the digest of the digests of its own archive and of all
+//! below it (image-spec, config.md, "Layer ChainID"). A name that is computed from an
+//! image's configuration and is the name of a snapshot proves by that what the archive's
+//! digest has to be, whatever has happened to the configuration.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+use super::Containerd;
+use crate::error::{Error, ErrorKind, Result};
+use crate::proto::descriptor::Descriptor;
+use crate::util::sha256;
+
+/// The longest JSON document that is read; containerd takes no longer ones either.
+const MAX_JSON_BYTES: usize = 8 << 20;
+/// How deep an index may be in an index, and how many documents one image may have.
+const MAX_DEPTH: u32 = 4;
+const MAX_DOCUMENTS: u32 = 1000;
+
+/// From which content a layer can be unpacked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerSource {
+    /// containerd's namespace that has the content.
+    pub namespace: String,
+    /// An image with this layer.
+    pub image: String,
+    /// The content, mostly compressed.
+    pub blob: Descriptor,
+    /// The digest of the unpacked archive.
+    pub diff_id: String,
+    /// Whether containerd has the content now.
+    pub is_there: bool,
+}
+
+/// The layers of all images, by namespace and chain id.
+pub struct Sources {
+    by_name: HashMap<(String, String), LayerSource>,
+    /// What could not be read of images.
+    pub problems: Vec<String>,
+}
+
+impl Sources {
+    /// Asks containerd for those layers of all its images, in all namespaces, of which
+    /// `is_wanted` says, by namespace and name, that there is a snapshot.
+    pub fn find(
+        containerd: &Containerd<'_>,
+        is_wanted: &dyn Fn(&str, &str) -> bool,
+    ) -> Result<Sources> {
+        let mut sources = Sources {
+            by_name: HashMap::new(),
+            problems: Vec::new(),
+        };
+        for namespace in containerd.namespaces()? {
+            for image in containerd.images(&namespace)? {
+                let target = image.target.unwrap_or_default();
+                let mut reading = Reading {
+                    containerd,
+                    namespace: &namespace,
+                    image: &image.name,
+                    documents: 0,
+                    is_wanted,
+                    sources: &mut sources,
+                };
+                match reading.document(&target.digest, 0) {
+                    Err(error) if is_final(&error) => return Err(error),
+                    Err(error) => sources.problems.push(error.chain()),
+                    Ok(()) => {}
+                }
+            }
+        }
+        Ok(sources)
+    }
+
+    /// What a layer of that name in that namespace is unpacked from.
+    pub fn of(&self, namespace: &str, name: &str) -> Option<&LayerSource> {
+        self.by_name.get(&(namespace.to_owned(), name.to_owned()))
+    }
+}
+
+/// Whether no other image has to be tried.
+fn is_final(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::Unavailable)
+}
+
+struct Reading<'a> {
+    containerd: &'a Containerd<'a>,
+    namespace: &'a str,
+    image: &'a str,
+    documents: u32,
+    is_wanted: &'a dyn Fn(&str, &str) -> bool,
+    sources: &'a mut Sources,
+}
+
+impl Reading<'_> {
+    /// Reads an index or a manifest. What is not there is left out: of an index, mostly
+    /// only this machine's platform is.
+    fn document(&mut self, digest: &str, depth: u32) -> Result<()> {
+        self.documents += 1;
+        if depth > MAX_DEPTH || self.documents > MAX_DOCUMENTS {
+            return Ok(());
+        }
+        let Some(document) = self.json(digest)? else {
+            return Ok(());
+        };
+        for part in array(&document, "manifests") {
+            if let Some(digest) = part["digest"].as_str() {
+                self.document(digest, depth + 1)?;
+            }
+        }
+        match document["config"]["digest"].as_str() {
+            Some(config) => self.manifest(&document, config),
+            None => Ok(()),
+        }
+    }
+
+    fn manifest(&mut self, manifest: &Value, config: &str) -> Result<()> {
+        let Some(config) = self.json(config)? else {
+            return Ok(());
+        };
+        let mut chain = String::new();
+        let diff_ids = array(&config["rootfs"], "diff_ids");
+        for (diff_id, layer) in diff_ids.iter().zip(array(manifest, "layers")) {
+            let Some(diff_id) = diff_id.as_str() else {
+                return Ok(());
+            };
+            chain = match chain.as_str() {
+                "" => diff_id.to_owned(),
+                below => sha256::digest(format!("{below} {diff_id}").as_bytes()),
+            };
+            self.layer(&chain, diff_id, layer)?;
+        }
+        Ok(())
+    }
+
+    fn layer(&mut self, name: &str, diff_id: &str, layer: &Value) -> Result<()> {
+        let key = (self.namespace.to_owned(), name.to_owned());
+        let known = self.sources.by_name.get(&key);
+        if known.is_some_and(|known| known.is_there) || !(self.is_wanted)(self.namespace, name) {
+            return Ok(());
+        }
+        let mut blob = Descriptor::default();
+        let text = |name: &str| layer[name].as_str().unwrap_or_default().to_owned();
+        blob.media_type = text("mediaType");
+        blob.digest = text("digest");
+        blob.size = layer["size"].as_i64().unwrap_or(0);
+        let is_there = self.containerd.has_content(self.namespace, &blob.digest)?;
+        let source = LayerSource {
+            namespace: self.namespace.to_owned(),
+            image: self.image.to_owned(),
+            blob,
+            diff_id: diff_id.to_owned(),
+            is_there,
+        };
+        self.sources.by_name.insert(key, source);
+        Ok(())
+    }
+
+    fn json(&self, digest: &str) -> Result<Option<Value>> {
+        let read = self.containerd.read(self.namespace, digest, MAX_JSON_BYTES)?;
+        read.map(|text| {
+            serde_json::from_slice(&text).map_err(|error| {
+                let what = format!("image {}: read its {digest} as JSON", self.image);
+                Error::caused(ErrorKind::DataLoss, what, error)
+            })
+        })
+        .transpose()
+    }
+}
+
+fn array<'a>(value: &'a Value, name: &str) -> &'a [Value] {
+    value[name].as_array().map_or(&[], Vec::as_slice)
+}

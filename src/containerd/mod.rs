@@ -1,0 +1,269 @@
+//! A client of containerd: which layers its images have, and unpacking them again.
+//!
+//! Owns: the calls, and how long they are waited for. Never: writes anything into
+//! containerd; the directories that a layer is unpacked into are the caller's. Holds no
+//! state that a crash could leave behind.
+
+mod layers;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context as Task, Poll, Waker};
+use std::thread;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use grpcio::{
+    CallOption, ChannelBuilder, Client, EnvBuilder, Marshaller, MetadataBuilder, Method,
+    MethodType, RpcStatusCode, pb_de, pb_ser,
+};
+use protobuf::MessageField;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::proto::content::{InfoRequest, InfoResponse, ReadContentRequest, ReadContentResponse};
+use crate::proto::diff::{ApplyRequest, ApplyResponse};
+use crate::proto::images::{Image, ListImagesRequest, ListImagesResponse};
+use crate::proto::mount::Mount as WireMount;
+use crate::proto::namespaces::{ListNamespacesRequest, ListNamespacesResponse};
+use crate::types::{Mount, Quoted};
+pub use layers::{LayerSource, Sources};
+
+macro_rules! method {
+    ($name:ident, $kind:ident, $path:literal, $request:ty, $response:ty) => {
+        static $name: Method<$request, $response> = Method {
+            ty: MethodType::$kind,
+            name: concat!("/containerd.services.", $path),
+            req_mar: Marshaller {
+                ser: pb_ser,
+                de: pb_de,
+            },
+            resp_mar: Marshaller {
+                ser: pb_ser,
+                de: pb_de,
+            },
+        };
+    };
+}
+
+method!(
+    NAMESPACES,
+    Unary,
+    "namespaces.v1.Namespaces/List",
+    ListNamespacesRequest,
+    ListNamespacesResponse
+);
+method!(
+    IMAGES,
+    Unary,
+    "images.v1.Images/List",
+    ListImagesRequest,
+    ListImagesResponse
+);
+method!(
+    INFO,
+    Unary,
+    "content.v1.Content/Info",
+    InfoRequest,
+    InfoResponse
+);
+method!(
+    READ,
+    ServerStreaming,
+    "content.v1.Content/Read",
+    ReadContentRequest,
+    ReadContentResponse
+);
+method!(
+    APPLY,
+    Unary,
+    "diff.v1.Diff/Apply",
+    ApplyRequest,
+    ApplyResponse
+);
+
+/// The longest message that is taken; containerd's own clients have the same limit.
+const MAX_MESSAGE_BYTES: i32 = 16 << 20;
+
+/// How long a call may take that reads no layer. An unpack takes as long as it takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A connection to containerd.
+pub struct Containerd<'a> {
+    client: Client,
+    address: String,
+    /// Once it is set, every call ends with [`ErrorKind::Cancelled`].
+    cancel: &'a AtomicBool,
+}
+
+impl<'a> Containerd<'a> {
+    /// Prepares a connection to the socket at `address`; the first call makes it.
+    pub fn new(address: &str, cancel: &'a AtomicBool) -> Containerd<'a> {
+        let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
+        let channel = ChannelBuilder::new(environment)
+            .max_receive_message_len(MAX_MESSAGE_BYTES)
+            .connect(&format!("unix:{address}"));
+        Containerd {
+            client: Client::new(channel),
+            address: address.to_owned(),
+            cancel,
+        }
+    }
+
+    fn namespaces(&self) -> Result<Vec<String>> {
+        let request = ListNamespacesRequest::default();
+        let listed = self.call(&NAMESPACES, &request, "", Some(PATIENCE));
+        let listed = listed.map_err(|error| self.failed("list its namespaces", error))?;
+        let names = listed.namespaces.into_iter().map(|found| found.name);
+        Ok(names.collect())
+    }
+
+    fn images(&self, namespace: &str) -> Result<Vec<Image>> {
+        let request = ListImagesRequest::default();
+        let listed = self.call(&IMAGES, &request, namespace, Some(PATIENCE));
+        let doing = || format!("list the images of namespace {}", Quoted(namespace));
+        Ok(listed.map_err(|error| self.failed(doing(), error))?.images)
+    }
+
+    /// Whether containerd has the content of this digest.
+    fn has_content(&self, namespace: &str, digest: &str) -> Result<bool> {
+        let mut request = InfoRequest::default();
+        request.digest = digest.to_owned();
+        match self.call(&INFO, &request, namespace, Some(PATIENCE)) {
+            Ok(_) => Ok(true),
+            Err(error) if is_not_found(&error) => Ok(false),
+            Err(error) => Err(self.failed(format!("look for {}", Quoted(digest)), error)),
+        }
+    }
+
+    /// Content of at most `most` bytes; `None` if containerd has none of this digest.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if it is longer.
+    fn read(&self, namespace: &str, digest: &str, most: usize) -> Result<Option<Vec<u8>>> {
+        let doing = || format!("read {}", Quoted(digest));
+        let mut request = ReadContentRequest::default();
+        request.digest = digest.to_owned();
+        let options = options(namespace, Some(PATIENCE));
+        let mut stream = options
+            .and_then(|options| self.client.server_streaming(&READ, &request, options))
+            .map_err(|error| self.failed(doing(), error))?;
+        let mut content = Vec::new();
+        loop {
+            let next = self.wait(|task| match stream.poll_next_unpin(task) {
+                Poll::Ready(next) => Poll::Ready(Ok(next)),
+                Poll::Pending => Poll::Pending,
+            });
+            match next.map_err(|error| self.failed(doing(), error))? {
+                None => return Ok(Some(content)),
+                Some(Err(error)) if is_not_found(&error) => return Ok(None),
+                Some(Err(error)) => return Err(self.failed(doing(), error)),
+                Some(Ok(part)) => content.extend_from_slice(&part.data),
+            }
+            if content.len() > most {
+                stream.cancel();
+                let what = format!("{} is longer than {most} bytes", Quoted(digest));
+                return Err(Error::data_loss(what));
+            }
+        }
+    }
+
+    /// Has containerd unpack a layer onto a mount, and returns the digest of the unpacked
+    /// archive, as containerd has computed it on the way.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Cancelled`] once the command is to end. containerd may write a little
+    /// longer then.
+    pub fn unpack(&self, layer: &LayerSource, mount: &Mount) -> Result<String> {
+        let mut wire = WireMount::default();
+        wire.type_ = mount.fs_type.to_owned();
+        wire.source.clone_from(&mount.source);
+        wire.options.clone_from(&mount.options);
+        let mut request = ApplyRequest::default();
+        request.diff = MessageField::some(layer.blob.clone());
+        request.mounts.push(wire);
+        let applied = self.call(&APPLY, &request, &layer.namespace, None);
+        let doing = || format!("unpack {}", Quoted(&layer.blob.digest));
+        let applied = applied.map_err(|error| self.failed(doing(), error))?;
+        Ok(applied.applied.unwrap_or_default().digest)
+    }
+
+    fn call<Q, A: Unpin>(
+        &self,
+        method: &Method<Q, A>,
+        request: &Q,
+        namespace: &str,
+        patience: Option<Duration>,
+    ) -> grpcio::Result<A> {
+        let options = options(namespace, patience)?;
+        let mut call = self.client.unary_call_async(method, request, options)?;
+        let answer = self.wait(|task| Future::poll(Pin::new(&mut call), task));
+        if answer.is_err() {
+            call.cancel();
+        }
+        answer
+    }
+
+    /// Waits for something, looking now and then whether the command is to end.
+    fn wait<T>(
+        &self,
+        mut poll: impl FnMut(&mut Task<'_>) -> Poll<grpcio::Result<T>>,
+    ) -> grpcio::Result<T> {
+        const LONGEST: Duration = Duration::from_millis(20);
+        let mut pause = Duration::from_micros(100);
+        loop {
+            if let Poll::Ready(ready) = poll(&mut Task::from_waker(Waker::noop())) {
+                return ready;
+            }
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(grpcio::Error::RemoteStopped);
+            }
+            thread::sleep(pause);
+            pause = LONGEST.min(pause * 2);
+        }
+    }
+
+    fn failed(&self, doing: impl Into<String>, error: grpcio::Error) -> Error {
+        let address = &self.address;
+        let doing = format!("ask containerd at {address} to {}", doing.into());
+        let code = match &error {
+            grpcio::Error::RpcFailure(status) => status.code(),
+            _ => RpcStatusCode::UNKNOWN,
+        };
+        if self.cancel.load(Ordering::Relaxed) {
+            return Error::new(ErrorKind::Cancelled, "the command was interrupted");
+        }
+        match (code, &error) {
+            (RpcStatusCode::UNAVAILABLE, _) => Error::caused(
+                ErrorKind::Unavailable,
+                format!("{doing}: is it running? --containerd-address names its socket"),
+                error,
+            ),
+            (_, grpcio::Error::RpcFailure(status)) => Error::new(
+                ErrorKind::Internal,
+                format!("{doing}: {}", status.message()),
+            ),
+            _ => Error::caused(ErrorKind::Internal, doing, error),
+        }
+    }
+}
+
+/// The namespace goes as gRPC metadata, as with containerd's own clients.
+fn options(namespace: &str, patience: Option<Duration>) -> grpcio::Result<CallOption> {
+    let mut options = CallOption::default();
+    if let Some(patience) = patience {
+        options = options.timeout(patience);
+    }
+    if !namespace.is_empty() {
+        let mut metadata = MetadataBuilder::new();
+        metadata.add_str("containerd-namespace", namespace)?;
+        options = options.headers(metadata.build());
+    }
+    Ok(options)
+}
+
+fn is_not_found(error: &grpcio::Error) -> bool {
+    matches!(error, grpcio::Error::RpcFailure(status) if status.code() == RpcStatusCode::NOT_FOUND)
+}

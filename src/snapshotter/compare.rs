@@ -1,0 +1,202 @@
+//! Comparing a layer with what it is unpacked from.
+//!
+//! Owns: where the layer is unpacked again, on which mount, and what a finding beside a
+//! running daemon is worth. Never: asks containerd; what unpacks is given. What it writes
+//! is in `snapshots/.unpacked`, and goes with the comparison.
+
+use std::sync::atomic::AtomicBool;
+use std::thread::sleep;
+use std::time::Duration;
+
+use rustix::fd::AsFd;
+use rustix::fs::fstat;
+
+use super::Snapshotter;
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::mount::overlay::{Plan, plan_mounts};
+use crate::store::Snapshot;
+use crate::tree::{self, Differences, Rules};
+use crate::types::{Kind, Mount, Volume};
+use crate::volume::{Owner, UnpackDir};
+
+/// Where layers are unpacked to be compared; emptied and removed when dropped.
+pub struct Unpacking<'a> {
+    pub(super) snapshotter: &'a Snapshotter,
+    /// `None` only while it is dropped.
+    dir: Option<UnpackDir<'a>>,
+    cancel: &'a AtomicBool,
+}
+
+/// What a comparison has come to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Compared {
+    /// The layer is what it should be.
+    Sound,
+    /// It is not.
+    Differs(Differences),
+    /// It was removed or moved meanwhile.
+    Gone,
+}
+
+impl Snapshotter {
+    /// All layers, each after those that it stands on.
+    pub fn layers_in_order(&self) -> Result<Vec<Snapshot>> {
+        let mut layers = self.all_snapshots()?;
+        layers.retain(|snapshot| snapshot.info.kind == Kind::Committed);
+        let reader = self.store.read()?;
+        let height = |layer: &Snapshot| reader.chain(layer.id).map_or(0, |chain| chain.len());
+        layers.sort_by_cached_key(|layer| (height(layer), layer.id));
+        Ok(layers)
+    }
+
+    /// Prepares to unpack layers. Once `cancel` is set, comparisons end early.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if another process does that already.
+    pub fn begin_unpacking<'a>(&'a self, cancel: &'a AtomicBool) -> Result<Unpacking<'a>> {
+        let unpacking = Unpacking {
+            snapshotter: self,
+            dir: Some(self.volumes.image().take_unpack_dir()?),
+            cancel,
+        };
+        unpacking.empty()?;
+        Ok(unpacking)
+    }
+}
+
+impl Unpacking<'_> {
+    /// Unpacks a layer by `unpack`, which is given the mount to write to, and compares it
+    /// with what is there. The unpacked layer stays until the next one, or the end.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::ResourceExhausted`] if there is no room for it;
+    /// [`ErrorKind::Cancelled`] if it was cancelled; what `unpack` returns.
+    pub fn compare(
+        &self,
+        layer: &Snapshot,
+        unpack: impl FnOnce(&Mount) -> Result<()>,
+    ) -> Result<Compared> {
+        self.empty()?;
+        self.require_room(layer)?;
+        let lowers = self.lowers(layer)?;
+        let image = self.snapshotter.volumes.image();
+        let (paths, top) = self.dir()?.begin(self.owner(layer))?;
+        let since = fstat(&top).context(|| "look at the unpacked layer")?.st_mtime;
+        let empty = image.empty_path();
+        let mount = plan_mounts(&Plan {
+            kind: Kind::Active,
+            own: &paths,
+            lowers: &lowers,
+            host_dirs: &[],
+            empty: &empty,
+            // containerd writes there without mounting anything, and a killed command
+            // leaves no mount.
+            over_empty: true,
+            options: &self.snapshotter.options.mount_options,
+            id_options: &[],
+        });
+        mount.first().map_or(Ok(()), unpack)?;
+        let rules = Rules {
+            since,
+            is_lowest: lowers.is_empty(),
+        };
+        if rules.is_lowest {
+            tree::remove_whiteouts(&top)?;
+        }
+        let compared = self.compare_with(layer, &top, rules)?;
+        let place = self.snapshotter.store.read()?.place(layer.id)?;
+        Ok(match compared {
+            Compared::Differs(_) if place != Some(layer.place()) => Compared::Gone,
+            compared => compared,
+        })
+    }
+
+    fn compare_with(
+        &self,
+        layer: &Snapshot,
+        expected: impl AsFd,
+        rules: Rules,
+    ) -> Result<Compared> {
+        let volume = layer.volume.unwrap_or(Volume::Image);
+        let dirs = self.snapshotter.volumes.open(volume)?;
+        let found = match dirs.open_upper(layer.id) {
+            Ok(found) => found,
+            Err(error) => return Ok(Compared::Differs(Differences::whole(error.chain()))),
+        };
+        let differences = tree::compare_trees(expected, found, rules, self.cancel)?;
+        Ok(match differences.count {
+            0 => Compared::Sound,
+            _ => Compared::Differs(differences),
+        })
+    }
+
+    /// The directories of the layers below, nearest first.
+    fn lowers(&self, layer: &Snapshot) -> Result<Vec<String>> {
+        let Some(parent) = layer.parent_id else {
+            return Ok(Vec::new());
+        };
+        let image = self.snapshotter.volumes.image();
+        let chain = self.snapshotter.store.read()?.chain(parent)?;
+        Ok(chain.iter().map(|below| image.layer_path(below.id)).collect())
+    }
+
+    /// As when the layer was unpacked for the first time.
+    fn owner(&self, layer: &Snapshot) -> Owner {
+        let owner = self.snapshotter.owner_for(None, layer.parent_id);
+        owner.unwrap_or(Owner { uid: 0, gid: 0 })
+    }
+
+    fn require_room(&self, layer: &Snapshot) -> Result<()> {
+        let image = self.snapshotter.volumes.image().dirs();
+        let (needed, unused) = (layer.usage, image.unused()?);
+        if needed.size_bytes <= unused.bytes && needed.inodes <= unused.inodes {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::ResourceExhausted,
+            format!(
+                "it takes {} bytes and {} inodes to unpack it again, and {} has {} bytes and {} \
+                 inodes free: remove images, or make the volume larger",
+                needed.size_bytes,
+                needed.inodes,
+                image.path(),
+                unused.bytes,
+                unused.inodes
+            ),
+        ))
+    }
+
+    /// Deletes what was unpacked. containerd may still write a little after an unpack that
+    /// was cut short.
+    fn empty(&self) -> Result<()> {
+        const ATTEMPTS: u32 = 20;
+        let mut attempt = 1;
+        loop {
+            match tree::remove_children(self.dir()?.fd()) {
+                Err(_) if attempt < ATTEMPTS => sleep(Duration::from_millis(100)),
+                removed => return removed.context(|| "delete an unpacked layer"),
+            }
+            attempt += 1;
+        }
+    }
+
+    pub(super) fn dir(&self) -> Result<&UnpackDir<'_>> {
+        let dir = self.dir.as_ref();
+        dir.ok_or_else(|| Error::new(ErrorKind::Internal, "the unpacked layer is gone"))
+    }
+}
+
+impl Drop for Unpacking<'_> {
+    fn drop(&mut self) {
+        let emptied = self.empty();
+        if let Some(dir) = self.dir.take() {
+            dir.remove();
+        }
+        if let Err(error) = emptied {
+            // The next start, or the next check, deletes it.
+            log::warn!("{}", error.chain());
+        }
+    }
+}
