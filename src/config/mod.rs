@@ -26,7 +26,8 @@ use crate::snapshotter::{Options, PodLabels, Relocation, SyncMode};
 use crate::types::MountPath;
 use crate::volume::Lifetime;
 pub use commands::{
-    CheckOptions, Command, Depth, DoctorOptions, Format, ImportOptions, ImportTask, Mending, MountOptions,
+    CheckOptions, Command, Depth, DoctorOptions, Format, ImportOptions, ImportTask, Mending,
+    MountOptions,
 };
 use flags::{Arguments, FLAGS, Flags, seconds};
 use paths::{check_all_apart, check_mount_options, check_path};

@@ -206,6 +206,8 @@ fn guards_are_off_unless_asked_for() {
 fn check_takes_the_daemons_flags_in_any_order() {
     let plain = CheckOptions {
         format: Format::Human,
+        depth: Depth::Counts,
+        containerd_address: "/run/containerd/containerd.sock".to_owned(),
         mending: Mending::Never,
         resets_writable: false,
     };
@@ -220,6 +222,10 @@ fn check_takes_the_daemons_flags_in_any_order() {
     let all = checked(&["check", "--reset-writable", "--yes", "--json"]);
     assert_eq!(all.mending, Mending::AtOnce);
     assert!(all.resets_writable);
+    assert_eq!(checked(&["check", "--deep"]).depth, Depth::Content);
+    let heal = checked(&["check", "--deep", "--heal", "--containerd-address", "/c"]);
+    assert_eq!(heal.depth, Depth::Heal);
+    assert_eq!(heal.containerd_address, "/c");
     for mistake in [
         &["chekc"][..],
         &["check", "check"],
@@ -230,6 +236,11 @@ fn check_takes_the_daemons_flags_in_any_order() {
         &["--reset-writable"],
         &["check", "--yes"],
         &["check", "--json", "--repair"],
+        &["check", "--heal", "--repair"],
+        &["check", "--deep", "--reset-writable"],
+        &["check", "--heal", "--yes"],
+        &["check", "--containerd-address=/c"],
+        &["status", "--deep"],
         &["status", "--repair"],
         &["status", "check"],
     ] {

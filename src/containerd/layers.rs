@@ -160,7 +160,9 @@ impl Reading<'_> {
     }
 
     fn json(&self, digest: &str) -> Result<Option<Value>> {
-        let read = self.containerd.read(self.namespace, digest, MAX_JSON_BYTES)?;
+        let read = self
+            .containerd
+            .read(self.namespace, digest, MAX_JSON_BYTES)?;
         read.map(|text| {
             serde_json::from_slice(&text).map_err(|error| {
                 let what = format!("image {}: read its {digest} as JSON", self.image);

@@ -127,8 +127,10 @@ impl<'a> Containerd<'a> {
 
     /// Whether containerd has the content of this digest.
     fn has_content(&self, namespace: &str, digest: &str) -> Result<bool> {
-        let mut request = InfoRequest::default();
-        request.digest = digest.to_owned();
+        let request = InfoRequest {
+            digest: digest.to_owned(),
+            ..InfoRequest::default()
+        };
         match self.call(&INFO, &request, namespace, Some(PATIENCE)) {
             Ok(_) => Ok(true),
             Err(error) if is_not_found(&error) => Ok(false),
@@ -143,8 +145,10 @@ impl<'a> Containerd<'a> {
     /// [`ErrorKind::DataLoss`] if it is longer.
     fn read(&self, namespace: &str, digest: &str, most: usize) -> Result<Option<Vec<u8>>> {
         let doing = || format!("read {}", Quoted(digest));
-        let mut request = ReadContentRequest::default();
-        request.digest = digest.to_owned();
+        let request = ReadContentRequest {
+            digest: digest.to_owned(),
+            ..ReadContentRequest::default()
+        };
         let options = options(namespace, Some(PATIENCE));
         let mut stream = options
             .and_then(|options| self.client.server_streaming(&READ, &request, options))
@@ -177,13 +181,17 @@ impl<'a> Containerd<'a> {
     /// [`ErrorKind::Cancelled`] once the command is to end. containerd may write a little
     /// longer then.
     pub fn unpack(&self, layer: &LayerSource, mount: &Mount) -> Result<String> {
-        let mut wire = WireMount::default();
-        wire.type_ = mount.fs_type.to_owned();
-        wire.source.clone_from(&mount.source);
-        wire.options.clone_from(&mount.options);
-        let mut request = ApplyRequest::default();
-        request.diff = MessageField::some(layer.blob.clone());
-        request.mounts.push(wire);
+        let mount = WireMount {
+            type_: mount.fs_type.to_owned(),
+            source: mount.source.clone(),
+            options: mount.options.clone(),
+            ..WireMount::default()
+        };
+        let request = ApplyRequest {
+            diff: MessageField::some(layer.blob.clone()),
+            mounts: vec![mount],
+            ..ApplyRequest::default()
+        };
         let applied = self.call(&APPLY, &request, &layer.namespace, None);
         let doing = || format!("unpack {}", Quoted(&layer.blob.digest));
         let applied = applied.map_err(|error| self.failed(doing(), error))?;
@@ -241,12 +249,24 @@ impl<'a> Containerd<'a> {
                 format!("{doing}: is it running? --containerd-address names its socket"),
                 error,
             ),
-            (_, grpcio::Error::RpcFailure(status)) => Error::new(
-                ErrorKind::Internal,
-                format!("{doing}: {}", status.message()),
-            ),
+            (_, grpcio::Error::RpcFailure(status)) => {
+                let what = format!("{doing}: {}", status.message());
+                Error::new(kind_of(status.message()), what)
+            }
             _ => Error::caused(ErrorKind::Internal, doing, error),
         }
+    }
+}
+
+/// containerd reports a failed system call by the kernel's words alone.
+fn kind_of(message: &str) -> ErrorKind {
+    let is_full = |words: &&str| message.contains(*words);
+    match ["no space left on device", "disk quota exceeded"]
+        .iter()
+        .any(is_full)
+    {
+        true => ErrorKind::ResourceExhausted,
+        false => ErrorKind::Internal,
     }
 }
 

@@ -83,7 +83,9 @@ impl Unpacking<'_> {
         let lowers = self.lowers(layer)?;
         let image = self.snapshotter.volumes.image();
         let (paths, top) = self.dir()?.begin(self.owner(layer))?;
-        let since = fstat(&top).context(|| "look at the unpacked layer")?.st_mtime;
+        let since = fstat(&top)
+            .context(|| "look at the unpacked layer")?
+            .st_mtime;
         let empty = image.empty_path();
         let mount = plan_mounts(&Plan {
             kind: Kind::Active,
@@ -139,7 +141,10 @@ impl Unpacking<'_> {
         };
         let image = self.snapshotter.volumes.image();
         let chain = self.snapshotter.store.read()?.chain(parent)?;
-        Ok(chain.iter().map(|below| image.layer_path(below.id)).collect())
+        Ok(chain
+            .iter()
+            .map(|below| image.layer_path(below.id))
+            .collect())
     }
 
     /// As when the layer was unpacked for the first time.

@@ -12,7 +12,6 @@ use super::compare::Unpacking;
 use super::trash::trash_entry;
 use super::{Snapshotter, in_use};
 use crate::error::{Context, Error, Result};
-use crate::mount::mountinfo;
 use crate::store::{Snapshot, Transaction};
 use crate::tree;
 use crate::types::{Quoted, SnapshotId};
@@ -74,12 +73,15 @@ impl Unpacking<'_> {
 impl Snapshotter {
     /// The keys of the snapshots that are mounted to be written to and stand on a layer.
     fn mounted_upon(&self, layer: SnapshotId) -> Result<Vec<String>> {
-        let writers = in_use::writers_anywhere(&self.volumes, &mountinfo::read_everywhere()?);
+        let writers = in_use::writers_anywhere(&self.volumes)?;
         let reader = self.store.read()?;
         let mut upon = Vec::new();
         for snapshot in self.all_snapshots()? {
             if writers.contains(&snapshot.id)
-                && reader.chain(snapshot.id)?.iter().any(|below| below.id == layer)
+                && reader
+                    .chain(snapshot.id)?
+                    .iter()
+                    .any(|below| below.id == layer)
             {
                 upon.push(snapshot.info.name);
             }
@@ -94,7 +96,7 @@ impl Snapshotter {
         if !names.any(|name| replaced_id(name) == Some(layer)) {
             return Ok(true);
         }
-        if in_use::is_mounted_anywhere(&mountinfo::read_everywhere()?, layer) {
+        if in_use::is_mounted_anywhere(&self.volumes, layer)? {
             return Ok(false);
         }
         if let Some(name) = dirs.trash_replaced(layer)? {
@@ -113,7 +115,7 @@ impl Snapshotter {
                     log::info!("what a check had unpacked was dropped");
                 }
             } else if let Some(id) = replaced_id(name) {
-                if in_use::is_mounted_anywhere(&mountinfo::read_everywhere()?, id) {
+                if in_use::is_mounted_anywhere(&self.volumes, id)? {
                     log::info!("the damaged directory of layer {id} may be mounted, and is kept");
                 } else {
                     trash_entry(image, &entry.name.to_string_lossy())?;

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::error::Result;
-use crate::mount::mountinfo::Mounted;
+use crate::mount::mountinfo::{self, Mounted};
 use crate::mount::{self, ByHand};
 use crate::store::Store;
 use crate::types::{SnapshotId, Volume};
@@ -40,24 +40,35 @@ pub(super) fn is_mounted(
 }
 
 /// Whether a layer may be among the lower directories of a mount, or mounted itself, in any
-/// mount namespace. By its number, so perhaps that of another root.
-pub(super) fn is_mounted_anywhere(mounts: &[Mounted], layer: SnapshotId) -> bool {
-    mounts.iter().any(|mounted| {
-        let is_it = |path: &str| Volumes::may_name(path, layer);
-        match mounted.file_system.as_str() {
-            "overlay" => mounted.options.split([',', ':', '=']).any(is_it),
-            _ => is_it(&mounted.root.to_string_lossy()),
+/// mount namespace.
+pub(super) fn is_mounted_anywhere(volumes: &Volumes, layer: SnapshotId) -> Result<bool> {
+    let image = volumes.image();
+    let own = mountinfo::of_file(image.dirs().snapshots_fd())?;
+    let is_here = |mounted: &Mounted| {
+        let own = own.as_ref();
+        own.is_none_or(|own| own.device == mounted.device)
+    };
+    let is_it = |mounted: &Mounted| match mounted.file_system.as_str() {
+        "overlay" => {
+            let mut paths = mounted.options.split([',', ':', '=']);
+            paths.any(|path| image.may_be_layer(path, layer))
         }
-    })
+        _ => {
+            let root = mounted.root.to_string_lossy();
+            is_here(mounted) && image.may_be_bound_layer(&root, layer)
+        }
+    };
+    Ok(mountinfo::read_everywhere()?.iter().any(is_it))
 }
 
 /// The snapshots that are mounted to be written to, in any mount namespace.
-pub(super) fn writers_anywhere(volumes: &Volumes, mounts: &[Mounted]) -> HashSet<SnapshotId> {
+pub(super) fn writers_anywhere(volumes: &Volumes) -> Result<HashSet<SnapshotId>> {
+    let mounts = mountinfo::read_everywhere()?;
     let uppers = mounts.iter().filter_map(mount::upper_of);
-    uppers
+    Ok(uppers
         .flat_map(|upper| [Volume::Image, Volume::Writable].map(|volume| (volume, upper)))
         .filter_map(|(volume, upper)| volumes.snapshot_at(volume, upper))
-        .collect()
+        .collect())
 }
 
 /// The layers of all snapshots that were committed while they were mounted and still

@@ -36,7 +36,9 @@ pub fn digest(bytes: &[u8]) -> String {
 fn add(state: &mut [u32; 8], block: &[u8]) {
     let mut schedule = [0_u32; 64];
     for (word, bytes) in schedule.iter_mut().zip(block.chunks(4)) {
-        *word = bytes.iter().fold(0, |sum, byte| sum << 8 | u32::from(*byte));
+        *word = bytes
+            .iter()
+            .fold(0, |sum, byte| sum << 8 | u32::from(*byte));
     }
     for at in 16..64 {
         let (early, late) = (schedule[at - 15], schedule[at - 2]);

@@ -82,13 +82,6 @@ impl Volumes {
         SnapshotId::from_directory_name(name.as_bytes())
     }
 
-    /// Whether a path in the options of a mount, which may be relative to `snapshots`,
-    /// leads to a snapshot of that number. Another root has the same numbers.
-    pub fn may_name(path: &str, id: SnapshotId) -> bool {
-        let upper = upper_of(id);
-        path == upper || path.ends_with(&format!("/{SNAPSHOTS}/{upper}"))
-    }
-
     /// Where `<root>/snapshots/<id>` has to point for a layer whose bytes are
     /// on the writable volume.
     pub fn link_target(&self, id: SnapshotId) -> String {
@@ -110,6 +103,17 @@ impl Image {
     /// `<root>/empty`.
     pub fn empty_path(&self) -> String {
         format!("{}/{EMPTY}", self.path())
+    }
+
+    /// Whether a path in the options of a mount is that of a layer. A long list of layers is
+    /// shortened by their common directory, and could then be another root's as well.
+    pub fn may_be_layer(&self, path: &str, id: SnapshotId) -> bool {
+        path == self.layer_path(id) || path == upper_of(id)
+    }
+
+    /// Whether a directory of a file system may be that of a layer.
+    pub fn may_be_bound_layer(&self, directory: &str, id: SnapshotId) -> bool {
+        directory.ends_with(&format!("/{SNAPSHOTS}/{}", upper_of(id)))
     }
 
     /// The path by which a layer is mounted, wherever its bytes are.

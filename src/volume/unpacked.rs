@@ -8,9 +8,7 @@
 //! whole or as it was.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{
-    AtFlags, FlockOperation, Mode, flock, fstat, fsync, mkdirat, statat, unlinkat,
-};
+use rustix::fs::{AtFlags, FlockOperation, Mode, flock, fstat, fsync, mkdirat, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::dirs::{Dirs, Owner, Shape, ensure_directory, fill, move_aside, open_to_list};
@@ -131,7 +129,11 @@ impl UnpackDir<'_> {
     /// Removes the directory, which has to be empty.
     pub fn remove(self) {
         // What is in it is removed by the next one, or the next start.
-        let _ = unlinkat(self.image.dirs().snapshots_fd(), UNPACKED, AtFlags::REMOVEDIR);
+        let _ = unlinkat(
+            self.image.dirs().snapshots_fd(),
+            UNPACKED,
+            AtFlags::REMOVEDIR,
+        );
     }
 }
 

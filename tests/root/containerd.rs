@@ -2,6 +2,7 @@
 //! image of five layers, containers that run.
 
 mod damaged;
+mod healing;
 mod killed;
 mod lowers;
 

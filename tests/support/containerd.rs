@@ -157,6 +157,19 @@ path = "{path}/opt"
         super::disk::subdirectory(self.dir.path(), name)
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> String {
+        self.path("socket")
+    }
+
+    /// The file that has the content of a digest.
+    pub fn blob(&self, digest: &str) -> String {
+        let name = digest.replace(':', "/");
+        self.path(&format!(
+            "root/io.containerd.content.v1.content/blobs/{name}"
+        ))
+    }
+
     fn path(&self, name: &str) -> String {
         format!("{}/{name}", self.dir.path().display())
     }

@@ -47,10 +47,12 @@ pub(super) struct Healed {
     pub restart: Vec<String>,
 }
 
-/// A layer of which nobody knows what it should be.
+/// A layer that was not compared, or has not healed.
 pub(super) struct NotCompared {
     pub key: String,
     pub why: String,
+    /// Whether it could have been: the check has not seen all that it should.
+    pub has_failed: bool,
     /// What would change that.
     pub remedy: Option<String>,
 }
@@ -78,7 +80,9 @@ pub(super) fn run(
     let is_wanted = |namespace: &str, name: &str| keys.contains(&(namespace, name));
     let sources = Sources::find(&containerd, &is_wanted)?;
     let unpacking = snapshotter.begin_unpacking(&cancel)?;
-    let broken = findings.iter().filter(|one| one.problem.healing().is_some());
+    let broken = findings
+        .iter()
+        .filter(|one| one.problem.healing().is_some());
     let mut check = DeepCheck {
         containerd: &containerd,
         sources: &sources,
@@ -132,27 +136,30 @@ impl DeepCheck<'_> {
         let (namespace, name) = split_key(&layer.info.name);
         let Some(source) = self.sources.of(namespace, name) else {
             let (why, remedy) = unknown(layer);
-            return Ok(self.skip(layer, why, remedy));
+            return Ok(self.skip(layer, why, remedy, false));
         };
         if !source.is_there {
             let why = format!("containerd has not kept its content {}", source.blob.digest);
-            return Ok(self.skip(layer, why, Some(fetch(namespace, &source.image))));
+            let remedy = fetch(namespace, &source.image);
+            return Ok(self.skip(layer, why, Some(remedy), false));
         }
         // An unpack takes the modes of directories from the layers below.
-        let stands_on_broken = layer.parent_id.is_some_and(|below| self.broken.contains(&below));
+        let stands_on_broken = layer
+            .parent_id
+            .is_some_and(|below| self.broken.contains(&below));
         if self.heals && stands_on_broken {
             self.broken.insert(layer.id);
             let why = "it stands on a layer that could not be healed".to_owned();
-            return Ok(self.skip(layer, why, None));
+            return Ok(self.skip(layer, why, None, true));
         }
         match self.compare(layer, source) {
             Ok(word) => Ok(word),
             Err(error) => match error.kind() {
                 ErrorKind::Cancelled | ErrorKind::Unavailable => Err(error),
-                ErrorKind::ResourceExhausted => Ok(self.skip(layer, error.chain(), None)),
-                _ => {
-                    let remedy = fetch_again(source);
-                    Ok(self.skip(layer, error.chain(), Some(remedy)))
+                kind => {
+                    let is_full = kind == ErrorKind::ResourceExhausted;
+                    let remedy = (!is_full).then(|| fetch_again(source));
+                    Ok(self.skip(layer, error.chain(), remedy, true))
                 }
             },
         }
@@ -201,7 +208,7 @@ impl DeepCheck<'_> {
             Err(error) => {
                 self.broken.insert(layer.id);
                 self.find(layer, differences);
-                Ok(self.skip(layer, error.chain(), None))
+                Ok(self.skip(layer, error.chain(), None, true))
             }
         }
     }
@@ -216,10 +223,17 @@ impl DeepCheck<'_> {
         "damaged"
     }
 
-    fn skip(&mut self, layer: &Snapshot, why: String, remedy: Option<String>) -> &'static str {
+    fn skip(
+        &mut self,
+        layer: &Snapshot,
+        why: String,
+        remedy: Option<String>,
+        has_failed: bool,
+    ) -> &'static str {
         self.deep.not_compared.push(NotCompared {
             key: layer.info.name.clone(),
             why,
+            has_failed,
             remedy,
         });
         match self.heals {
@@ -252,7 +266,10 @@ fn fetch(namespace: &str, image: &str) -> String {
 /// How damaged content is replaced.
 fn fetch_again(source: &LayerSource) -> String {
     let namespace = word(&source.namespace, "NAMESPACE");
-    let (image, digest) = (word(&source.image, "IMAGE"), word(&source.blob.digest, "DIGEST"));
+    let (image, digest) = (
+        word(&source.image, "IMAGE"),
+        word(&source.blob.digest, "DIGEST"),
+    );
     format!(
         "if it is the content that is damaged: `ctr -n {namespace} content rm {digest}`, and \
          then `ctr -n {namespace} content fetch {image}`"

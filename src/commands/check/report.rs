@@ -55,7 +55,9 @@ impl CheckReport {
     }
 
     pub(super) fn is_clean(&self) -> bool {
+        let has_failed = |deep: &Deep| deep.not_compared.iter().any(|layer| layer.has_failed);
         self.left.as_ref().unwrap_or(&self.findings).is_empty()
+            && !self.deep.as_ref().is_some_and(has_failed)
     }
 
     /// What a repair would do, before it does it.
@@ -83,7 +85,9 @@ impl CheckReport {
                 if let Some(deep) = &self.deep {
                     tell_deep(&mut text, deep);
                 }
-                tell(&mut text, &self.findings);
+                if !self.findings.is_empty() || self.is_clean() {
+                    tell(&mut text, &self.findings);
+                }
                 self.tell_losses(&mut text, "a repair drops");
             }
             Some(left) => {
@@ -214,6 +218,7 @@ fn deep_json(deep: &Deep) -> Value {
         "not_compared": deep.not_compared.iter().map(|skipped| json!({
             "key": skipped.key,
             "why": skipped.why,
+            "failed": skipped.has_failed,
             "remedy": skipped.remedy,
         })).collect::<Vec<_>>(),
         "problems": deep.problems,

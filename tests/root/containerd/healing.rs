@@ -1,0 +1,540 @@
+//! Layers that a disk has damaged, put right from containerd's content: the containers on
+//! them keep what they wrote.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use registered::registered;
+use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, removexattr, setxattr};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::check::check;
+use crate::support::containerd::{Containerd, IMAGE, wait_for};
+use crate::support::daemon::{BINARY, Split};
+use crate::support::{run, tree, unchanged};
+
+/// An image with a stopped container that has written something, and a stopped daemon.
+struct Stage {
+    split: Split,
+    containerd: Containerd,
+    /// The directories `fs` of the image's layers, the first one first.
+    layers: Vec<PathBuf>,
+}
+
+impl Stage {
+    fn begin() -> Stage {
+        let mut split = Split::start(&[]);
+        let containerd = Containerd::start(split.daemon.address());
+        containerd.import();
+        containerd.start_container("web", "echo own >/own; echo changed >/etc/hostname");
+        containerd.exec("web", "cat /own");
+        let lowers = containerd.overlay("web").lowers;
+        containerd.stop("web");
+        split.daemon.stop();
+        Stage {
+            split,
+            containerd,
+            layers: lowers.into_iter().rev().collect(),
+        }
+    }
+
+    fn check(&self, flags: &[&str]) -> (i32, String, String) {
+        let address = self.containerd.address();
+        let flags = [flags, &["--containerd-address", &address]].concat();
+        check(&self.split, &flags)
+    }
+
+    fn command(&self, flags: &[&str]) -> Command {
+        let mut command = Command::new(BINARY);
+        command.arg("check").args(self.split.daemon.arguments());
+        command.args(flags).arg("--containerd-address");
+        command.arg(self.containerd.address());
+        command
+    }
+
+    #[track_caller]
+    fn is_sound(&self) {
+        let (code, said, complaint) = self.check(&["--deep"]);
+        assert_eq!(code, 0, "{said}{complaint}");
+        assert!(said.contains("5 layers compared"), "{said}");
+        assert!(said.contains("5 of them sound"), "{said}");
+        self.is_tidy();
+    }
+
+    /// Nothing is left of a check in `snapshots/`.
+    #[track_caller]
+    fn is_tidy(&self) {
+        let entries = fs::read_dir(self.split.root().join("snapshots")).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let others: Vec<_> = names.filter(|name| name.starts_with('.')).collect();
+        assert!(others.is_empty(), "{others:?}");
+    }
+
+    fn start_web(&mut self) {
+        self.split.daemon.restart();
+        // containerd finds it again within a moment.
+        wait_for("answer of the daemon", || {
+            self.containerd.try_ctr(&["snapshot", "ls"])
+        });
+        let start = ["task", "start", "--detach", "--null-io", "web"];
+        self.containerd.ctr(&start);
+    }
+
+    /// Starts the container again: its files are right, and its own are there.
+    #[track_caller]
+    fn web_is_whole(&mut self) {
+        self.start_web();
+        let seen = self.containerd.exec(
+            "web",
+            "cat /own /etc/hostname /etc/motd; cat /opt/tool/second; ls /opt/app
+             ls -d /etc/obsolete.conf /srv/old 2>/dev/null | wc -l",
+        );
+        assert!(
+            seen.starts_with("own\nchanged\nmotd of layer 5\n#!/bin/sh\n"),
+            "{seen}"
+        );
+        assert!(seen.contains("only.txt\n0\n"), "{seen}");
+        self.containerd.stop("web");
+        self.split.daemon.stop();
+    }
+}
+
+/// What is done to a layer, by its number in the image, and what is said of it.
+type Damage = (&'static str, usize, fn(&Path), &'static str);
+
+const DAMAGES: &[Damage] = &[
+    (
+        "emptied",
+        1,
+        |top| drop(File::create(top.join("bin/busybox")).unwrap()),
+        "has 0 bytes",
+    ),
+    (
+        "shortened",
+        2,
+        |top| payload(top).set_len(1000).unwrap(),
+        "has 1000 bytes",
+    ),
+    (
+        "other bytes",
+        2,
+        |top| payload(top).write_all_at(b"?", 777_777).unwrap(),
+        "from 777777 on",
+    ),
+    (
+        "mode",
+        5,
+        |top| set_mode(&top.join("opt/tool/setuid"), 0o755),
+        "mode 755 in place of 4755",
+    ),
+    (
+        "owner",
+        1,
+        |top| chown(top.join("etc/shadow"), Some(0), Some(0)).unwrap(),
+        "belongs to 0:0",
+    ),
+    (
+        "time",
+        1,
+        |top| later(&top.join("etc/group")),
+        "has another time",
+    ),
+    (
+        "attribute",
+        1,
+        |top| attribute(&top.join("etc")),
+        "additional attribute \"user.x\"",
+    ),
+    (
+        "opaque mark",
+        4,
+        |top| not_opaque(&top.join("opt/app")),
+        "lacks the attribute",
+    ),
+    (
+        "hard link",
+        5,
+        |top| split_link(&top.join("opt/tool")),
+        "a file of its own",
+    ),
+    (
+        "whiteout",
+        3,
+        |top| fs::remove_file(top.join("etc/obsolete.conf")).unwrap(),
+        "is missing",
+    ),
+    (
+        "more",
+        5,
+        |top| fs::write(top.join("opt/more"), "").unwrap(),
+        "should not be there",
+    ),
+    (
+        "kind",
+        2,
+        |top| no_directory(&top.join("opt/app")),
+        "is a file in the place of a directory",
+    ),
+    (
+        "link",
+        1,
+        |top| link(&top.join("usr/bin/env")),
+        "leads elsewhere",
+    ),
+    (
+        "device",
+        3,
+        |top| device_node(&top.join("srv/old")),
+        "is a character device in the place",
+    ),
+    (
+        "gone",
+        1,
+        |top| fs::remove_dir_all(top.parent().unwrap()).unwrap(),
+        "No such file",
+    ),
+    (
+        "fs gone",
+        5,
+        |top| fs::remove_dir_all(top).unwrap(),
+        "No such file",
+    ),
+    (
+        "a file",
+        4,
+        |top| no_directory(top.parent().unwrap()),
+        "layer",
+    ),
+];
+
+fn payload(top: &Path) -> File {
+    let payload = top.join("opt/data/payload");
+    File::options().write(true).open(payload).unwrap()
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn later(path: &Path) {
+    run(Command::new("touch").args(["-d", "2025-01-01"]).arg(path));
+}
+
+fn attribute(path: &Path) {
+    setxattr(path, "user.x", b"1", XattrFlags::empty()).unwrap();
+}
+
+fn not_opaque(path: &Path) {
+    removexattr(path, "trusted.overlay.opaque").unwrap();
+}
+
+fn split_link(directory: &Path) {
+    let (first, copy) = (directory.join("first"), directory.join("copy"));
+    run(Command::new("cp").arg("-a").arg(&first).arg(&copy));
+    fs::rename(copy, first).unwrap();
+    run(Command::new("touch")
+        .args(["-d", "@1704067200"])
+        .arg(directory));
+}
+
+fn no_directory(path: &Path) {
+    fs::remove_dir_all(path).unwrap();
+    fs::write(path, "").unwrap();
+}
+
+fn link(path: &Path) {
+    fs::remove_file(path).unwrap();
+    std::os::unix::fs::symlink("/bin/sh", path).unwrap();
+}
+
+fn device_node(path: &Path) {
+    fs::remove_file(path).unwrap();
+    mknodat(CWD, path, FileType::CharacterDevice, Mode::RUSR, 0x103).unwrap();
+}
+
+#[registered(crate::Test)]
+fn every_kind_of_damage_heals() {
+    let mut stage = Stage::begin();
+    stage.is_sound();
+    for (what, number, damage, word) in DAMAGES {
+        let top = &stage.layers[number - 1];
+        let before = tree(top);
+        damage(top);
+        let is_there = top.parent().unwrap().is_dir();
+        let damaged = is_there.then(|| tree(top.parent().unwrap()));
+        let (code, said, complaint) = stage.check(&["--deep"]);
+        assert_eq!(code, 1, "{what}: {said}{complaint}");
+        assert!(said.contains(word), "{what}: {word}: {said}");
+        if let Some(damaged) = damaged {
+            unchanged(top.parent().unwrap(), &damaged);
+        }
+        stage.is_tidy();
+
+        let (code, said, complaint) = stage.check(&["--heal"]);
+        assert_eq!(code, 0, "{what}: {said}{complaint}");
+        assert!(said.contains("healed layer"), "{what}: {said}");
+
+        unchanged(top, &before);
+        stage.is_sound();
+    }
+    stage.web_is_whole();
+}
+
+/// All layers of an image at once; they heal from the first one to the last.
+#[registered(crate::Test)]
+fn all_layers_heal_at_once() {
+    let mut stage = Stage::begin();
+    for top in &stage.layers {
+        fs::remove_dir_all(top.parent().unwrap()).unwrap();
+    }
+    let (code, said, _) = stage.check(&["--deep", "--json"]);
+    assert_eq!(code, 1, "{said}");
+    let told: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(told["findings"].as_array().unwrap().len(), 5, "{said}");
+    assert_eq!(told["deep"]["compared"], 5);
+    let (code, said, complaint) = stage.check(&["--heal", "--json"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    let told: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(told["deep"]["healed"].as_array().unwrap().len(), 5);
+    stage.is_sound();
+    stage.web_is_whole();
+}
+
+#[registered(crate::Test)]
+fn what_has_no_content_is_named() {
+    let stage = Stage::begin();
+    let (top, names) = (&stage.layers[1], blobs(&stage));
+    payload(top).write_all_at(b"?", 5).unwrap();
+    // containerd has forgotten the content of layer 2, and a disk has changed that of 5.
+    stage.containerd.ctr(&["content", "rm", &names[1]]);
+    let blob = stage.containerd.blob(&names[4]);
+    let sound = fs::read(&blob).unwrap();
+    let mut changed = sound.clone();
+    let at = changed
+        .windows(5)
+        .position(|part| part == b"motd ")
+        .unwrap();
+    changed[at] = b'M';
+    fs::write(&blob, changed).unwrap();
+    fs::write(stage.layers[4].join("etc/motd"), "").unwrap();
+    let before = tree(stage.split.root().join("snapshots"));
+
+    let (code, said, complaint) = stage.check(&["--heal"]);
+    assert_eq!(code, 1, "the layer is shorter: {said}{complaint}");
+    for words in [
+        "has not kept its content",
+        "content fetch docker.io/library/split-test:latest",
+        "is damaged: unpacked, its digest is",
+        "content rm sha256:",
+        "3 layers compared",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    unchanged(stage.split.root().join("snapshots"), &before);
+    stage.is_tidy();
+
+    // Without containerd, or without the layer's image.
+    let (code, _, complaint) = check(&stage.split, &["--deep", "--containerd-address", "/none"]);
+    assert_eq!(code, 2);
+    assert!(complaint.contains("is it running?"), "{complaint}");
+    fs::write(&blob, sound).unwrap();
+    stage.containerd.ctr(&["images", "rm", IMAGE]);
+    let (code, said, _) = stage.check(&["--heal"]);
+    assert_eq!(code, 1, "{said}");
+    assert!(
+        said.contains("no image in containerd's namespace"),
+        "{said}"
+    );
+    unchanged(stage.split.root().join("snapshots"), &before);
+}
+
+/// The digests of the image's layers in containerd's content.
+fn blobs(stage: &Stage) -> Vec<String> {
+    let json = |digest: &str| -> Value {
+        let text = stage.containerd.ctr(&["content", "get", digest]);
+        serde_json::from_str(&text).unwrap()
+    };
+    let images = stage.containerd.ctr(&["images", "ls"]);
+    let target = images
+        .split_whitespace()
+        .find(|word| word.starts_with("sha256:"));
+    let mut document = json(target.unwrap());
+    if let Some(manifest) = document["manifests"][0]["digest"].as_str() {
+        document = json(manifest);
+    }
+    let layers = document["layers"].as_array().unwrap().iter();
+    layers
+        .map(|layer| layer["digest"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+/// A container that runs goes on with the files that it has, and the next start of it has
+/// the healed ones.
+#[registered(crate::Test)]
+fn a_running_container_goes_on() {
+    let mut stage = Stage::begin();
+    stage.start_web();
+    stage.split.daemon.stop();
+    let top = stage.layers[4].clone();
+    fs::write(top.join("etc/motd"), "damaged").unwrap();
+    let (code, said, complaint) = stage.check(&["--heal"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    assert!(
+        said.contains("/web\" is mounted with the damaged files"),
+        "{said}"
+    );
+    assert_eq!(
+        fs::read_to_string(top.join("etc/motd")).unwrap(),
+        "motd of layer 5\n"
+    );
+    let seen = "cat /etc/motd; cat /opt/tool/first /own";
+    let (found, right) = ("damaged#!/bin/sh", "motd of layer 5\n#!/bin/sh");
+    assert!(stage.containerd.exec("web", seen).starts_with(found));
+    // Neither a start nor another healing takes it away.
+    stage.split.daemon.restart();
+    assert!(stage.containerd.exec("web", seen).starts_with(found));
+    stage.split.daemon.stop();
+    fs::write(top.join("etc/motd"), "again").unwrap();
+    let (code, said, _) = stage.check(&["--heal"]);
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("still mounted: restart"), "{said}");
+    stage.containerd.stop("web");
+    let (code, said, complaint) = stage.check(&["--heal"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    stage.is_sound();
+    stage.start_web();
+    assert!(stage.containerd.exec("web", seen).starts_with(right));
+    stage.containerd.stop("web");
+    stage.split.daemon.stop();
+    stage.web_is_whole();
+}
+
+/// Wherever it is killed, the layer is whole or as it was, and the next start tidies up.
+#[registered(crate::Test)]
+fn a_kill_leaves_the_old_or_the_new_layer() {
+    let mut stage = Stage::begin();
+    let top = stage.layers[1].clone();
+    let whole = tree(&top);
+    for step in ["unpacked", "durable", "exchanged", "recorded"] {
+        payload(&top).write_all_at(b"?", 5).unwrap();
+        let damaged = tree(&top);
+        let mut heal = stage.command(&["--heal"]);
+        let output = heal
+            .env("SNAPSHOTTER_FAULT", format!("heal-{step}"))
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), None, "{step}: {output:?}");
+        let is_new = matches!(step, "exchanged" | "recorded");
+        unchanged(&top, if is_new { &whole } else { &damaged });
+        stage.split.daemon.restart();
+        stage.split.daemon.stop();
+        stage.is_tidy();
+        unchanged(&top, if is_new { &whole } else { &damaged });
+        let (code, said, complaint) = stage.check(&["--heal"]);
+        assert_eq!(code, 0, "{step}: {said}{complaint}");
+        unchanged(&top, &whole);
+    }
+    stage.is_sound();
+    stage.web_is_whole();
+}
+
+/// Beside a running daemon: only looking, and one check at a time.
+#[registered(crate::Test)]
+fn a_check_works_beside_the_daemon_and_alone() {
+    let mut stage = Stage::begin();
+    stage.split.daemon.restart();
+    stage.is_sound();
+    let (code, _, complaint) = stage.check(&["--heal"]);
+    assert_eq!(code, 2);
+    assert!(complaint.contains("stop it first"), "{complaint}");
+
+    let scratch = stage.split.root().join("snapshots/.unpacked");
+    fs::create_dir(&scratch).unwrap();
+    let lock = File::open(&scratch).unwrap();
+    lock.lock().unwrap();
+    let (code, _, complaint) = stage.check(&["--deep"]);
+    assert_eq!(code, 2);
+    assert!(complaint.contains("another `check --deep`"), "{complaint}");
+    // A start leaves what is locked alone, and drops it else.
+    fs::write(scratch.join("file"), "").unwrap();
+    stage.split.daemon.kill();
+    stage.split.daemon.restart();
+    assert!(scratch.join("file").exists());
+    drop(lock);
+    stage.split.daemon.kill();
+    stage.split.daemon.restart();
+    stage.is_tidy();
+    stage.is_sound();
+}
+
+#[registered(crate::Test)]
+fn an_interrupted_check_leaves_no_trace() {
+    let mut stage = Stage::begin();
+    payload(&stage.layers[1]).write_all_at(b"?", 5).unwrap();
+    let before = tree(stage.split.root().join("snapshots"));
+    let (mut interrupted, mut ended) = (0, 0);
+    for round in 0..30 {
+        let mut check = stage.command(&["--deep"]);
+        let mut check = check
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(4 * round));
+        let pid = Pid::from_child(&check);
+        kill_process(pid, Signal::INT).unwrap();
+        match check.wait().unwrap().code() {
+            // Perhaps before it has asked for the signal.
+            Some(2) | None => interrupted += 1,
+            Some(1) => ended += 1,
+            other => panic!("{other:?}"),
+        }
+        stage.is_tidy();
+    }
+    unchanged(stage.split.root().join("snapshots"), &before);
+    assert!(interrupted > 0, "{ended}");
+    // What cannot be caught is tidied up by the next one, or the next start.
+    for round in 0..20 {
+        let mut check = stage.command(&["--deep"]);
+        let mut check = check
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(6 * round));
+        check.kill().unwrap();
+        check.wait().unwrap();
+    }
+    stage.split.daemon.restart();
+    stage.split.daemon.stop();
+    stage.is_tidy();
+    let (code, said, complaint) = stage.check(&["--heal"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    stage.web_is_whole();
+}
+
+#[registered(crate::Test)]
+fn a_full_disk_leaves_all_as_it_was() {
+    let stage = Stage::begin();
+    payload(&stage.layers[1]).set_len(1000).unwrap();
+    let before = tree(stage.split.root().join("snapshots"));
+    stage.split.image.fill();
+    let (code, said, complaint) = stage.check(&["--heal"]);
+    assert_ne!(code, 0, "{said}{complaint}");
+    // Room for the smaller layers.
+    let filler = stage.split.image.path().join("filler");
+    let filler = File::options().write(true).open(filler).unwrap();
+    let length = filler.metadata().unwrap().len();
+    filler.set_len(length - (400 << 10)).unwrap();
+    stage.split.image.sync();
+    let (code, said, complaint) = stage.check(&["--heal"]);
+    assert_eq!(code, 1, "{said}{complaint}");
+    assert!(said.contains("no space left on device"), "{said}");
+    assert!(said.contains("stands on a layer that could not"), "{said}");
+    assert!(!said.contains("content rm"), "{said}");
+    unchanged(stage.split.root().join("snapshots"), &before);
+}
