@@ -3,9 +3,10 @@
 //!
 //! The way of a request, each module calling only those after it:
 //! `main → daemon → service → snapshotter → { store, volume, host_dirs, mount, quota, tree }`.
-//! The commands take the place of the service. `root` opens what stands in the root
-//! directory for the daemon and for commands. `types`, `error`, `sys` and `util` are free
-//! to all, and `text` has pure functions only.
+//! The commands take the place of the service. `containerd` is a client of containerd, for
+//! commands. `root` opens what stands in the root directory for the daemon and for
+//! commands. `types`, `error`, `sys` and `util` are free to all, and `text` has pure
+//! functions only.
 
 pub mod commands;
 pub mod config;

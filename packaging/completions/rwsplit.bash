@@ -23,7 +23,7 @@ _rwsplit() {
     fi
     case ${COMP_WORDS[at]} in
     --root-dir | --writable-dir | --state-dir | --allow-lower) _rwsplit_names -d ;;
-    --address | --metrics-file | --containerd-config) _rwsplit_names -f ;;
+    --address | --metrics-file | --containerd-address | --containerd-config) _rwsplit_names -f ;;
     --async-remove | --upperdir-label) _rwsplit_words "true false" ;;
     --trust-labels-from) _rwsplit_words "k8s.io" ;;
     --sync) _rwsplit_words "commit none" ;;
@@ -39,7 +39,7 @@ _rwsplit() {
         case $command in
         '') words="status check doctor import mount umount --root-dir --writable-dir --state-dir --address --require-mount --writable-volatile --reserve --async-remove --upperdir-label --mount-option --allow-lower --lower-for --trust-labels-from --sync --relocate --relocate-after --quota --quota-ids --default-max-size --default-max-inodes --usage-max-age --threads --metrics-file --help --version" ;;
         status) words="--root-dir --writable-dir --state-dir --address --require-mount --writable-volatile --reserve --async-remove --upperdir-label --mount-option --allow-lower --lower-for --trust-labels-from --sync --relocate --relocate-after --quota --quota-ids --default-max-size --default-max-inodes --usage-max-age --threads --metrics-file --json" ;;
-        check) words="--root-dir --writable-dir --state-dir --address --require-mount --writable-volatile --reserve --async-remove --upperdir-label --mount-option --allow-lower --lower-for --trust-labels-from --sync --relocate --relocate-after --quota --quota-ids --default-max-size --default-max-inodes --usage-max-age --threads --metrics-file --json --repair --yes --reset-writable" ;;
+        check) words="--root-dir --writable-dir --state-dir --address --require-mount --writable-volatile --reserve --async-remove --upperdir-label --mount-option --allow-lower --lower-for --trust-labels-from --sync --relocate --relocate-after --quota --quota-ids --default-max-size --default-max-inodes --usage-max-age --threads --metrics-file --json --deep --heal --containerd-address --repair --yes --reset-writable" ;;
         doctor) words="--root-dir --writable-dir --state-dir --address --require-mount --writable-volatile --reserve --async-remove --upperdir-label --mount-option --allow-lower --lower-for --trust-labels-from --sync --relocate --relocate-after --quota --quota-ids --default-max-size --default-max-inodes --usage-max-age --threads --metrics-file --json --containerd-config" ;;
         import) words="--root-dir --writable-dir --state-dir --address --require-mount --writable-volatile --reserve --async-remove --upperdir-label --mount-option --allow-lower --lower-for --trust-labels-from --sync --relocate --relocate-after --quota --quota-ids --default-max-size --default-max-inodes --usage-max-age --threads --metrics-file --json --dry-run --undo --leave-out-missing" ;;
         mount) words="--root-dir --writable-dir --state-dir --address --require-mount --writable-volatile --reserve --async-remove --upperdir-label --mount-option --allow-lower --lower-for --trust-labels-from --sync --relocate --relocate-after --quota --quota-ids --default-max-size --default-max-inodes --usage-max-age --threads --metrics-file --read-only" ;;

@@ -29,6 +29,9 @@ complete -c rwsplit -l usage-max-age -x
 complete -c rwsplit -l threads -x
 complete -c rwsplit -l metrics-file -r -F
 complete -c rwsplit -n "__fish_seen_subcommand_from status check doctor import" -l json
+complete -c rwsplit -n "__fish_seen_subcommand_from check" -l deep
+complete -c rwsplit -n "__fish_seen_subcommand_from check" -l heal
+complete -c rwsplit -n "__fish_seen_subcommand_from check" -l containerd-address -r -F
 complete -c rwsplit -n "__fish_seen_subcommand_from check" -l repair
 complete -c rwsplit -n "__fish_seen_subcommand_from check" -l yes
 complete -c rwsplit -n "__fish_seen_subcommand_from check" -l reset-writable
@@ -66,6 +69,9 @@ complete -c overlay-read-write-splitting-snapshotter -l usage-max-age -x
 complete -c overlay-read-write-splitting-snapshotter -l threads -x
 complete -c overlay-read-write-splitting-snapshotter -l metrics-file -r -F
 complete -c overlay-read-write-splitting-snapshotter -n "__fish_seen_subcommand_from status check doctor import" -l json
+complete -c overlay-read-write-splitting-snapshotter -n "__fish_seen_subcommand_from check" -l deep
+complete -c overlay-read-write-splitting-snapshotter -n "__fish_seen_subcommand_from check" -l heal
+complete -c overlay-read-write-splitting-snapshotter -n "__fish_seen_subcommand_from check" -l containerd-address -r -F
 complete -c overlay-read-write-splitting-snapshotter -n "__fish_seen_subcommand_from check" -l repair
 complete -c overlay-read-write-splitting-snapshotter -n "__fish_seen_subcommand_from check" -l yes
 complete -c overlay-read-write-splitting-snapshotter -n "__fish_seen_subcommand_from check" -l reset-writable

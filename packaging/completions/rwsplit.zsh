@@ -26,6 +26,9 @@ _arguments \
     '--threads=:value: ' \
     '--metrics-file=:path:_files' \
     '--json' \
+    '--deep' \
+    '--heal' \
+    '--containerd-address=:path:_files' \
     '--repair' \
     '--yes' \
     '--reset-writable' \

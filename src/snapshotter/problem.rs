@@ -156,6 +156,7 @@ impl fmt::Display for Finding {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = Quoted(self.name.as_deref().unwrap_or_default());
         let volume = self.volume.unwrap_or(Volume::Image);
+        let layer = format!("layer {name} on the {volume} volume");
         match &self.problem {
             Problem::Orphan { is_kept } => {
                 let id = self.id.map_or(0, SnapshotId::number);
@@ -174,31 +175,22 @@ impl fmt::Display for Finding {
             }
             Problem::LayerDamaged { recorded, counted } => write!(
                 out,
-                "layer {name} on the {volume} volume is damaged: it holds {}, and held {recorded} \
+                "{layer} is damaged: it holds {}, and held {recorded} \
                  when it was committed",
                 Recorded::from(*counted)
             ),
             Problem::LayerChanged { recorded, counted } => write!(
                 out,
-                "layer {name} on the {volume} volume has changed since its commit: it holds {}, \
+                "{layer} has changed since its commit: it holds {}, \
                  and held {recorded}",
                 Recorded::from(*counted)
             ),
-            Problem::LayerDiffers(differences) => write!(
-                out,
-                "layer {name} on the {volume} volume is damaged: it differs from containerd's \
-                 content: {differences}"
-            ),
+            Problem::LayerDiffers(how) => write!(out, "{layer} is damaged: {how}"),
             Problem::MoveNotRecorded => write!(
                 out,
                 "layer {name} has moved to the image volume, which was not recorded"
             ),
-            Problem::LayerUnreadable { why } => {
-                write!(
-                    out,
-                    "layer {name} on the {volume} volume cannot be read: {why}"
-                )
-            }
+            Problem::LayerUnreadable { why } => write!(out, "{layer} cannot be read: {why}"),
             Problem::WrongLink { target } => write!(
                 out,
                 "layer {name} is on the writable volume, and there is no link to {target} for it"

@@ -185,8 +185,9 @@ impl Snapshotter {
                 Kind::Committed if is_there => continue,
                 Kind::Committed => {
                     log::error!(
-                        "layer {} is lost: {volume} volume: snapshots/{} is missing; remove the \
-                         images that use it and pull them again",
+                        "layer {} is lost: {volume} volume: snapshots/{} is missing; `check \
+                         --heal` puts it back if containerd still has its content, else remove \
+                         the images that use it and pull them again",
                         Quoted(name),
                         snapshot.id
                     );

@@ -1,21 +1,23 @@
 //! Layers that a disk has damaged, put right from containerd's content: the containers on
 //! them keep what they wrote.
 
+mod damages;
+
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use registered::registered;
-use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, removexattr, setxattr};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::check::check;
 use crate::support::containerd::{Containerd, IMAGE, wait_for};
 use crate::support::daemon::{BINARY, Split};
-use crate::support::{run, tree, unchanged};
+use crate::support::{tree, unchanged};
+use damages::{DAMAGES, payload};
 
 /// An image with a stopped container that has written something, and a stopped daemon.
 struct Stage {
@@ -101,159 +103,6 @@ impl Stage {
         self.containerd.stop("web");
         self.split.daemon.stop();
     }
-}
-
-/// What is done to a layer, by its number in the image, and what is said of it.
-type Damage = (&'static str, usize, fn(&Path), &'static str);
-
-const DAMAGES: &[Damage] = &[
-    (
-        "emptied",
-        1,
-        |top| drop(File::create(top.join("bin/busybox")).unwrap()),
-        "has 0 bytes",
-    ),
-    (
-        "shortened",
-        2,
-        |top| payload(top).set_len(1000).unwrap(),
-        "has 1000 bytes",
-    ),
-    (
-        "other bytes",
-        2,
-        |top| payload(top).write_all_at(b"?", 777_777).unwrap(),
-        "from 777777 on",
-    ),
-    (
-        "mode",
-        5,
-        |top| set_mode(&top.join("opt/tool/setuid"), 0o755),
-        "mode 755 in place of 4755",
-    ),
-    (
-        "owner",
-        1,
-        |top| chown(top.join("etc/shadow"), Some(0), Some(0)).unwrap(),
-        "belongs to 0:0",
-    ),
-    (
-        "time",
-        1,
-        |top| later(&top.join("etc/group")),
-        "has another time",
-    ),
-    (
-        "attribute",
-        1,
-        |top| attribute(&top.join("etc")),
-        "additional attribute \"user.x\"",
-    ),
-    (
-        "opaque mark",
-        4,
-        |top| not_opaque(&top.join("opt/app")),
-        "lacks the attribute",
-    ),
-    (
-        "hard link",
-        5,
-        |top| split_link(&top.join("opt/tool")),
-        "a file of its own",
-    ),
-    (
-        "whiteout",
-        3,
-        |top| fs::remove_file(top.join("etc/obsolete.conf")).unwrap(),
-        "is missing",
-    ),
-    (
-        "more",
-        5,
-        |top| fs::write(top.join("opt/more"), "").unwrap(),
-        "should not be there",
-    ),
-    (
-        "kind",
-        2,
-        |top| no_directory(&top.join("opt/app")),
-        "is a file in the place of a directory",
-    ),
-    (
-        "link",
-        1,
-        |top| link(&top.join("usr/bin/env")),
-        "leads elsewhere",
-    ),
-    (
-        "device",
-        3,
-        |top| device_node(&top.join("srv/old")),
-        "is a character device in the place",
-    ),
-    (
-        "gone",
-        1,
-        |top| fs::remove_dir_all(top.parent().unwrap()).unwrap(),
-        "No such file",
-    ),
-    (
-        "fs gone",
-        5,
-        |top| fs::remove_dir_all(top).unwrap(),
-        "No such file",
-    ),
-    (
-        "a file",
-        4,
-        |top| no_directory(top.parent().unwrap()),
-        "layer",
-    ),
-];
-
-fn payload(top: &Path) -> File {
-    let payload = top.join("opt/data/payload");
-    File::options().write(true).open(payload).unwrap()
-}
-
-fn set_mode(path: &Path, mode: u32) {
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-}
-
-fn later(path: &Path) {
-    run(Command::new("touch").args(["-d", "2025-01-01"]).arg(path));
-}
-
-fn attribute(path: &Path) {
-    setxattr(path, "user.x", b"1", XattrFlags::empty()).unwrap();
-}
-
-fn not_opaque(path: &Path) {
-    removexattr(path, "trusted.overlay.opaque").unwrap();
-}
-
-fn split_link(directory: &Path) {
-    let (first, copy) = (directory.join("first"), directory.join("copy"));
-    run(Command::new("cp").arg("-a").arg(&first).arg(&copy));
-    fs::rename(copy, first).unwrap();
-    run(Command::new("touch")
-        .args(["-d", "@1704067200"])
-        .arg(directory));
-}
-
-fn no_directory(path: &Path) {
-    fs::remove_dir_all(path).unwrap();
-    fs::write(path, "").unwrap();
-}
-
-fn link(path: &Path) {
-    fs::remove_file(path).unwrap();
-    std::os::unix::fs::symlink("/bin/sh", path).unwrap();
-}
-
-fn device_node(path: &Path) {
-    fs::remove_file(path).unwrap();
-    mknodat(CWD, path, FileType::CharacterDevice, Mode::RUSR, 0x103).unwrap();
 }
 
 #[registered(crate::Test)]
