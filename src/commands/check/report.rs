@@ -83,7 +83,7 @@ impl CheckReport {
                 let daemon = output::daemon_state(self.is_running);
                 text.push_str(&format!("{} snapshots, daemon {daemon}\n", self.snapshots));
                 if let Some(deep) = &self.deep {
-                    tell_deep(&mut text, deep);
+                    add_deep(&mut text, deep);
                 }
                 if !self.findings.is_empty() || self.is_clean() {
                     tell(&mut text, &self.findings);
@@ -175,7 +175,7 @@ fn tell(text: &mut String, findings: &[Finding]) {
     text.push_str(&format!("\n{} findings\n", findings.len()));
 }
 
-fn tell_deep(text: &mut String, deep: &Deep) {
+fn add_deep(text: &mut String, deep: &Deep) {
     text.push_str(&format!(
         "{} layers compared with containerd's content, {} of them sound\n",
         deep.compared, deep.sound

@@ -142,13 +142,13 @@ fn all_layers_heal_at_once() {
     }
     let (code, said, _) = stage.check(&["--deep", "--json"]);
     assert_eq!(code, 1, "{said}");
-    let told: Value = serde_json::from_str(&said).unwrap();
-    assert_eq!(told["findings"].as_array().unwrap().len(), 5, "{said}");
-    assert_eq!(told["deep"]["compared"], 5);
+    let report: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(report["findings"].as_array().unwrap().len(), 5, "{said}");
+    assert_eq!(report["deep"]["compared"], 5);
     let (code, said, complaint) = stage.check(&["--heal", "--json"]);
     assert_eq!(code, 0, "{said}{complaint}");
-    let told: Value = serde_json::from_str(&said).unwrap();
-    assert_eq!(told["deep"]["healed"].as_array().unwrap().len(), 5);
+    let report: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(report["deep"]["healed"].as_array().unwrap().len(), 5);
     stage.is_sound();
     stage.web_is_whole();
 }
