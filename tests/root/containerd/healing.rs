@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::check::check;
 use crate::support::containerd::{Containerd, IMAGE, wait_for};
 use crate::support::daemon::{BINARY, Split};
-use crate::support::{tree, unchanged};
+use crate::support::{run, tree, unchanged};
 use damages::{DAMAGES, payload};
 
 /// An image with a stopped container that has written something, and a stopped daemon.
@@ -386,4 +386,34 @@ fn a_full_disk_leaves_all_as_it_was() {
     assert!(said.contains("stands on a layer that could not"), "{said}");
     assert!(!said.contains("content rm"), "{said}");
     unchanged(stage.split.root().join("snapshots"), &before);
+}
+
+/// A layer whose bytes are still on the writable volume heals onto the image volume.
+#[registered(crate::Test)]
+fn an_unmoved_layer_heals() {
+    let mut stage = Stage::begin();
+    let top = stage.layers[4].clone();
+    let (whole, home) = (tree(&top), top.parent().unwrap().to_owned());
+    let away = stage.split.writable().join("snapshots");
+    let away = away.join(home.file_name().unwrap());
+    run(Command::new("cp").arg("-a").arg(&home).arg(&away));
+    fs::remove_dir_all(&home).unwrap();
+    std::os::unix::fs::symlink(&away, &home).unwrap();
+    let database = rusqlite::Connection::open(stage.split.root().join("metadata.db")).unwrap();
+    let id = home.file_name().unwrap().to_str().unwrap();
+    let changed = database.execute("UPDATE snapshot SET volume = 1 WHERE id = ?1", [id]);
+    assert_eq!(changed.unwrap(), 1);
+    drop(database);
+    stage.is_sound();
+
+    fs::write(away.join("fs/etc/motd"), "damaged").unwrap();
+    let (code, said, complaint) = stage.check(&["--deep"]);
+    assert_eq!(code, 1, "{said}{complaint}");
+    let (code, said, complaint) = stage.check(&["--heal"]);
+    assert_eq!(code, 0, "{said}{complaint}");
+    assert!(!home.is_symlink());
+    unchanged(&top, &whole);
+    stage.is_sound();
+    stage.web_is_whole();
+    stage.is_sound();
 }
