@@ -133,10 +133,21 @@ fn every_kind_of_damage_heals() {
     stage.web_is_whole();
 }
 
-/// All layers of an image at once; they heal from the first one to the last.
+/// All layers of an image at once; they heal from the first one to the last, here from
+/// compressed content.
 #[registered(crate::Test)]
 fn all_layers_heal_at_once() {
     let mut stage = Stage::begin();
+    let dir = tempfile::tempdir().unwrap();
+    let archive = dir.path().join("compressed.tar");
+    let archive = archive.to_str().unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/make-image.sh");
+    let mut make = Command::new("sh");
+    make.args([script, archive, IMAGE]).env("GZIP_LAYERS", "1");
+    run(&mut make);
+    stage.containerd.ctr(&["images", "rm", IMAGE]);
+    let import = ["images", "import", "--no-unpack", archive];
+    stage.containerd.ctr(&import);
     for top in &stage.layers {
         fs::remove_dir_all(top.parent().unwrap()).unwrap();
     }
