@@ -77,7 +77,7 @@ tools_for() {
         tools_for test
         tools_for dist
         echo qemu-system-x86_64:qemu-system-x86 strip:binutils dmsetup:dmsetup \
-            debugfs:e2fsprogs mmdebstrap:mmdebstrap
+            debugfs:e2fsprogs mmdebstrap:mmdebstrap bindfs:bindfs setfacl:acl
         ;;
     esac
 }

@@ -165,6 +165,13 @@ impl Snapshotter {
         let lowers: Vec<_> = mounted.ancestors.iter().map(layer_path).collect();
         let volume = mounted.volume.unwrap_or(Volume::Image);
         let has_host_dirs = !mounted.extras.is_empty();
+        // BuildKit merges layers for `COPY --link` from views, and fails at a view with an
+        // option that it does not know (util/overlay, `GetOverlayLayers`): `xino=auto` is one.
+        let options = if mounted.kind == Kind::View && !has_host_dirs {
+            self.options.overlay_options(false)
+        } else {
+            self.overlay_options(mounted.volume, mounted.ancestors, has_host_dirs)
+        };
         plan_mounts(&Plan {
             kind: mounted.kind,
             own: &self.volumes.snapshot_paths(volume, mounted.id),
@@ -172,7 +179,7 @@ impl Snapshotter {
             host_dirs: mounted.extras,
             empty: &self.volumes.image().empty_path(),
             over_empty: mounted.over_empty,
-            options: &self.overlay_options(mounted.volume, mounted.ancestors, has_host_dirs),
+            options: &options,
             id_options: mounted.id_options,
         })
     }

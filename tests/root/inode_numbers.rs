@@ -163,6 +163,30 @@ fn mounts_on_one_file_system_need_no_option() {
     assert_eq!(chosen.collect::<Vec<_>>(), ["xino=off"]);
 }
 
+/// BuildKit merges layers from views, and fails at an option that it does not know.
+#[registered(crate::Test)]
+fn views_have_only_options_that_builders_know() {
+    let split = Split::start(&["--allow-lower", "/srv"]);
+    let client = split.client();
+    filled_layer(&client);
+    client.prepare("step", "base", &[]).unwrap();
+    client.commit("step", "built", &[]).unwrap();
+    let view = client.view("view", "built", &[]).unwrap();
+    let known = |option: &&String| {
+        ["lowerdir=", "index=off", "redirect_dir="]
+            .iter()
+            .any(|known| option.starts_with(known))
+    };
+    let unknown: Vec<_> = view[0].options.iter().filter(|it| !known(it)).collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    // The container over both disks has it, unless it is the module's default.
+    let web = client.prepare("web", "built", &[]).unwrap();
+    let default = fs::read_to_string("/sys/module/overlay/parameters/xino_auto");
+    let is_needed = default.unwrap_or_default().trim() != "Y";
+    let has_xino = web[0].options.iter().any(|option| option == "xino=auto");
+    assert_eq!(has_xino, is_needed, "{web:?}");
+}
+
 /// Hides what the overlay module says, as before it is loaded.
 #[registered(crate::Test)]
 fn options_do_not_depend_on_when_the_module_is_loaded() {
