@@ -19,6 +19,7 @@ mod figures;
 mod full;
 mod fuzz;
 mod guard;
+mod held;
 mod histories;
 mod import;
 mod inode_numbers;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{Moved, News, Relocator, require_room};
+use super::leftovers::Leftovers;
+use super::{EVERY_MINUTE, Moved, News, Relocator, require_room};
 use crate::error::{ErrorKind, Result};
 use crate::snapshotter::Relocation;
 use crate::store::UnmovedLayer;
@@ -20,28 +21,32 @@ use crate::volume::Unused;
 const SMALL_BYTES: u64 = 1 << 20;
 
 impl Relocator {
-    /// Starts the thread, unless layers are to stay. Stopped, it ends within a file's
-    /// chunk.
-    pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Option<Background>> {
-        let Relocation::Background { after } = self.relocation else {
-            return Ok(None);
+    /// Starts the thread, which moves no layers if they are to stay. Stopped, it ends
+    /// within a file's chunk.
+    pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Background> {
+        let after = match self.relocation {
+            Relocation::Background { after } => Some(after),
+            Relocation::Never => None,
         };
         let work = move |relocator: &Relocator| {
             let mut worker = Worker {
                 relocator,
                 after,
                 notes: Notes::default(),
+                leftovers: Leftovers::default(),
             };
             worker.run();
         };
-        Background::start("relocator", self, Relocator::stop, work).map(Some)
+        Background::start("relocator", self, Relocator::stop, work)
     }
 }
 
 struct Worker<'a> {
     relocator: &'a Relocator,
-    after: Duration,
+    /// `None` if layers stay where they are.
+    after: Option<Duration>,
     notes: Notes,
+    leftovers: Leftovers,
 }
 
 /// What was found out about layers that are still to be moved.
@@ -70,11 +75,14 @@ impl Worker<'_> {
         if let Err(errno) = sys::lower_io_priority() {
             log::debug!("the relocator has no idle I/O priority: {errno}");
         }
+        if let Err(error) = self.relocator.delete_dropped_copies() {
+            log::warn!("delete copies of moves that have failed: {}", error.chain());
+        }
         loop {
             let next = self.step().unwrap_or_else(|error| {
                 log::warn!("look for layers to move home: {}", error.chain());
                 // A database that cannot be read now is no reason to spin.
-                Some(Duration::from_secs(60))
+                Some(EVERY_MINUTE)
             });
             if !self.wait(next) {
                 return;
@@ -82,18 +90,29 @@ impl Worker<'_> {
         }
     }
 
-    /// Moves at most one layer. Returns when to look again if nothing wakes the thread.
+    /// Deletes what moved layers have left, and moves at most one layer. Returns when to
+    /// look again if nothing wakes the thread.
     fn step(&mut self) -> Result<Option<Duration>> {
         let has_layers = &self.relocator.has_layers;
         // Before the look: what ends after it has to wake.
         has_layers.store(true, Ordering::SeqCst);
+        let released = self.leftovers.release(self.relocator)?;
         let away = self.relocator.store.read()?.away()?;
-        has_layers.store(!away.is_empty(), Ordering::SeqCst);
+        has_layers.store(!away.is_empty() || released.is_some(), Ordering::SeqCst);
         self.notes
             .keep_only(&away.iter().map(|layer| layer.id).collect());
+        let moved = match self.after {
+            Some(after) => self.move_one(away, after)?,
+            None => None,
+        };
+        Ok(moved.into_iter().chain(released).min())
+    }
+
+    /// As [`Worker::step`], of the layers alone.
+    fn move_one(&mut self, away: Vec<UnmovedLayer>, after: Duration) -> Result<Option<Duration>> {
         if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
             // Its return wakes nobody.
-            return Ok(Some(Duration::from_secs(60)));
+            return Ok(Some(EVERY_MINUTE));
         }
         let mut next = None;
         for layer in away {
@@ -104,9 +123,9 @@ impl Worker<'_> {
                 .nanos()
                 .saturating_sub(layer.committed.nanos());
             let age = Duration::from_nanos(age.try_into().unwrap_or(0));
-            if age < self.after {
+            if age < after {
                 // They come in order of their commit.
-                next = Some(self.after - age);
+                next = Some(after - age);
                 break;
             }
             let is_small = layer.size_bytes < SMALL_BYTES;
@@ -117,7 +136,7 @@ impl Worker<'_> {
             if self.move_home(&layer) == Some(Moved::InUse) {
                 self.say_put_off(&layer, "it is still mounted");
                 // An unmount wakes nobody.
-                next = Some(Duration::from_secs(60));
+                next = Some(EVERY_MINUTE);
                 continue;
             }
             return Ok(Some(Duration::ZERO));
