@@ -7,9 +7,11 @@
 pub mod mountinfo;
 mod options;
 pub mod overlay;
+mod probe;
 mod stack;
 
 pub use options::{Wanted, overlay_options};
+pub use probe::probe_layers;
 pub use stack::Stack;
 
 use mountinfo::{Mounted, Part};

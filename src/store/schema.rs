@@ -77,6 +77,10 @@ const MIGRATIONS: &[&str] = &[
     "ALTER TABLE retired ADD COLUMN size_bytes INTEGER NOT NULL DEFAULT 0;
      UPDATE retired SET size_bytes = coalesce(
          (SELECT size_bytes FROM snapshot WHERE snapshot.id = retired.id), 0);",
+    // 9: what a layer held beside bytes when it was committed, for `check`; NULL in layers
+    // that are older.
+    "ALTER TABLE snapshot ADD COLUMN attributes INTEGER;
+     ALTER TABLE snapshot ADD COLUMN is_hollow INTEGER CHECK (is_hollow IN (0, 1));",
 ];
 
 /// Checks the whole file.

@@ -159,27 +159,50 @@ fn views_that_are_not_mounted_hold_nothing() {
     );
 }
 
-/// A mount namespace with copies of all mounts, until the value is dropped.
-struct Namespace(Child);
+/// A mount namespace in which these directories are mounted at places of their own, until
+/// the value is dropped: where they were mounted is removed with the mount.
+struct Namespace {
+    child: Child,
+    _places: Vec<tempfile::TempDir>,
+}
 
 impl Namespace {
-    fn new() -> Namespace {
+    fn new(shown: &[PathBuf]) -> Namespace {
+        let places: Vec<_> = shown.iter().map(|_| tempfile::tempdir().unwrap()).collect();
+        let script = "while [ $# -gt 0 ]; do mount --bind \"$1\" \"$2\" || exit; shift 2; done
+            echo ready; exec sleep 300";
         let mut child = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "sh", "-c"])
-            .arg("echo ready; exec sleep 300")
+            .args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                script,
+                "sh",
+            ])
+            .args(
+                shown
+                    .iter()
+                    .zip(&places)
+                    .flat_map(|(from, to)| [from.as_path(), to.path()]),
+            )
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let mut ready = [0; 6];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
-        Namespace(child)
+        Namespace {
+            child,
+            _places: places,
+        }
     }
 }
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -211,7 +234,7 @@ fn a_mount_holds_what_it_shows_until_it_ends() {
     sleep(Duration::from_secs(11));
     client.cleanup().unwrap();
     let later = Mounted::new(&client.view("later", "second", &[]).unwrap());
-    let namespace = Namespace::new();
+    let namespace = Namespace::new(&[bound.path(), view.path(), container.path()]);
     let whole = |top: PathBuf, name: &str| fs::read(top.join(name)).unwrap().len() == 2 << 20;
     assert!(whole(bound.path(), "first") && whole(view.path(), "first"));
     let shown = status(&split);

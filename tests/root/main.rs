@@ -31,6 +31,7 @@ mod life;
 mod lowers;
 mod mapped_ids;
 mod messages;
+mod moves;
 #[path = "../bolt/program.rs"]
 mod program;
 mod races;

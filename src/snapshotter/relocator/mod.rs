@@ -275,17 +275,25 @@ impl Relocator {
         }
         let target = image.begin_move(id)?;
         fault_point("begun");
-        let bytes = tree::copy_tree(
+        let copied = tree::copy_tree(
             &source,
             &target.top,
             UPPER,
             &target.scratch,
             &self.is_stopping,
         )?;
+        if !copied.left_out.is_empty() {
+            let names: Vec<_> = copied.left_out.into_iter().collect();
+            log::info!(
+                "layer {id}: its files do not have these attributes on the image volume, which \
+                 belong to the other file system or which this one cannot have: {}",
+                names.join(", ")
+            );
+        }
         fault_point("copied");
         image.finish_copy(&target)?;
         fault_point("durable");
-        Ok(bytes)
+        Ok(copied.bytes)
     }
 
     /// The whole move where both volumes are one file system: two renames.

@@ -14,7 +14,7 @@ use crate::sys;
 use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
 use crate::util::lock::lock;
 use crate::util::threads::Background;
-use crate::volume::Unused;
+use crate::volume::{Unused, keeps_times};
 
 /// Below this a layer waits until nothing stands on it: Docker's init layers,
 /// gone with their container as a rule.
@@ -24,14 +24,15 @@ impl Relocator {
     /// Starts the thread, which moves no layers if they are to stay. Stopped, it ends
     /// within a file's chunk.
     pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Background> {
-        let after = match self.relocation {
-            Relocation::Background { after } => Some(after),
-            Relocation::Never => None,
+        let (after, keeps_small) = match self.relocation {
+            Relocation::Background { after, keeps_small } => (Some(after), keeps_small),
+            Relocation::Never => (None, true),
         };
         let work = move |relocator: &Relocator| {
             let mut worker = Worker {
                 relocator,
                 after,
+                keeps_small,
                 notes: Notes::default(),
                 leftovers: Leftovers::default(),
             };
@@ -45,6 +46,8 @@ struct Worker<'a> {
     relocator: &'a Relocator,
     /// `None` if layers stay where they are.
     after: Option<Duration>,
+    /// As of [`Relocation::Background`].
+    keeps_small: bool,
     notes: Notes,
     leftovers: Leftovers,
 }
@@ -75,6 +78,9 @@ impl Worker<'_> {
         if let Err(errno) = sys::lower_io_priority() {
             log::debug!("the relocator has no idle I/O priority: {errno}");
         }
+        if self.after.is_some() {
+            self.say_lost_times();
+        }
         if let Err(error) = self.relocator.delete_dropped_copies() {
             log::warn!("delete copies of moves that have failed: {}", error.chain());
         }
@@ -87,6 +93,20 @@ impl Worker<'_> {
             if !self.wait(next) {
                 return;
             }
+        }
+    }
+
+    fn say_lost_times(&self) {
+        let image = self.relocator.volumes.image().dirs();
+        let kept = image.trash_fd().and_then(keeps_times);
+        if kept.is_ok_and(|are_kept| !are_kept) {
+            log::warn!(
+                "the file system of {} keeps times to the second and up to 2038 only: the files \
+                 of layers that are committed from containers lose what is beyond when they move \
+                 there; ext4 keeps it with inodes of 256 bytes (mkfs.ext4 -I 256), and so do XFS \
+                 and btrfs",
+                image.path()
+            );
         }
     }
 
@@ -128,7 +148,7 @@ impl Worker<'_> {
                 next = Some(after - age);
                 break;
             }
-            let is_small = layer.size_bytes < SMALL_BYTES;
+            let is_small = self.keeps_small && layer.size_bytes < SMALL_BYTES;
             if is_small && self.relocator.store.read()?.is_in_use(layer.id)? {
                 self.say_put_off(&layer, "it is small and in use");
                 continue;
