@@ -231,6 +231,20 @@ pub struct Content {
     /// The lengths of all regular files, each inode once. The same for every
     /// true copy, and less where a disk has lost the end of a file.
     pub data_bytes: u64,
+    /// What else is known of a layer, if it was looked at.
+    pub marks: Option<Marks>,
+}
+
+/// What a tree holds that takes next to no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// How many extended attributes there are without which the layer would be another
+    /// one: overlayfs's own, capabilities, those of users. A copy that has fewer shows
+    /// deleted files again.
+    pub attributes: u64,
+    /// Whether there is nothing but empty files and directories, and links into /proc,
+    /// none of which hides anything below: an empty layer does in its place.
+    pub is_hollow: bool,
 }
 
 /// A moment in UTC, in nanoseconds since 1970.

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::mount::mountinfo;
 use crate::quota::Support;
 use crate::root::open::{Purpose, identities, visit};
-use crate::snapshotter::{Figures, Snapshotter, VolumeFigures, Written};
+use crate::snapshotter::{Figures, Held, Snapshotter, VolumeFigures, Written};
 use crate::types::{Kind, Limits, Quoted, Volume};
 use crate::volume::Reserve;
 
@@ -42,6 +42,7 @@ struct Status {
     /// Why quotas do nothing, if so.
     no_quotas: Option<String>,
     largest: Vec<Written>,
+    held: Vec<Held>,
     /// What has to stay free on the writable volume.
     reserve: Reserve,
     /// Containers get a limit that their labels do not ask for.
@@ -74,6 +75,7 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
         figures: snapshotter.figures()?,
         no_quotas: snapshotter.quota_support().err().map(|error| error.chain()),
         largest: snapshotter.largest_writable(LARGEST)?,
+        held: snapshotter.held()?,
         reserve: config.options.reserve,
         wants_limits: config.options.quota.default != Limits::NONE,
     };
@@ -117,6 +119,9 @@ impl Status {
         let away = bytes(self.figures.away_bytes);
         let away = format!("{away} in layers that have not moved to the image volume yet");
         text.push_str(&paragraph(&head("away"), &away));
+        if !self.held.is_empty() {
+            text.push_str(&paragraph(&head("held"), &self.held()));
+        }
         let mut largest = self.largest.iter().peekable();
         if largest.peek().is_some() {
             text.push_str("largest, by what they have written:\n");
@@ -183,6 +188,23 @@ impl Status {
         }
     }
 
+    /// What moved layers still take of the writable volume, and why.
+    fn held(&self) -> String {
+        let held = bytes(self.figures.held_bytes);
+        let what = format!("{held} in old directories of layers that have moved");
+        let mut points: Vec<_> = self.held.iter().flat_map(|held| &held.points).collect();
+        points.sort();
+        points.dedup();
+        let Some(first) = points.first() else {
+            return format!("{what}; nothing has them mounted, they go within a minute");
+        };
+        let more = match points.len() - 1 {
+            0 => String::new(),
+            more => format!(" and {more} more (--json has all)"),
+        };
+        format!("{what}, until these are unmounted: {first}{more}")
+    }
+
     fn json(&self) -> Value {
         let volume = |place: &VolumeState, figures: &VolumeFigures| {
             json!({
@@ -216,6 +238,13 @@ impl Status {
                 "count": held.count,
             })).collect::<Vec<_>>(),
             "away_bytes": self.figures.away_bytes,
+            "held_bytes": self.figures.held_bytes,
+            "held": self.held.iter().map(|held| json!({
+                "id": held.id,
+                "layer": held.layer,
+                "bytes": held.bytes,
+                "mounted_at": held.points,
+            })).collect::<Vec<_>>(),
             "largest": self.largest.iter().map(|written| json!({
                 "key": written.key,
                 "bytes": written.bytes,

@@ -150,6 +150,8 @@ fn check(flags: &Flags) -> Result<Config> {
         Some("never") => Relocation::Never,
         _ => Relocation::Background {
             after: seconds("--relocate-after", flags.relocate_after.as_deref(), 60)?,
+            // Their containers are there after a reboot, which empties a volatile volume.
+            keeps_small: !flags.writable_volatile,
         },
     };
     check_mount_options(&mount_options, relocation)?;

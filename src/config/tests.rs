@@ -39,7 +39,13 @@ fn defaults_are_the_originals() {
     assert!(!config.options.shows_upperdir);
     assert_eq!(config.options.sync, SyncMode::AtCommit);
     let after = Duration::from_secs(60);
-    assert_eq!(config.options.relocation, Relocation::Background { after });
+    assert_eq!(
+        config.options.relocation,
+        Relocation::Background {
+            after,
+            keeps_small: true
+        }
+    );
     assert!((8..=16).contains(&config.threads));
 }
 

@@ -145,6 +145,12 @@ fn render_single(figures: &Figures, out: &mut String) {
         ),
         (
             Kind::Gauge,
+            "snapshotter_held_bytes",
+            "Bytes in old directories of moved layers that something may have mounted.",
+            figures.held_bytes,
+        ),
+        (
+            Kind::Gauge,
             "snapshotter_lost_layers",
             "Layers that the last start has missed.",
             figures.lost_layers,

@@ -118,12 +118,9 @@ fn open(config: &Config) -> Result<(Lock, Snapshotter)> {
     let store = state::open(&root, config)?;
     let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
     let options = config.options.for_this_kernel();
-    writable::set_up(
-        &volumes,
-        &store,
-        config.writable_lifetime,
-        &options.overlay_options(false),
-    )?;
+    let mount_options = options.overlay_options(false);
+    writable::require_layers(&volumes, &store, &mount_options)?;
+    writable::set_up(&volumes, &store, config.writable_lifetime, &mount_options)?;
     let snapshotter = Snapshotter::new(store, volumes, options);
     let begin = || {
         snapshotter.recover()?;

@@ -7,12 +7,14 @@
 pub mod mountinfo;
 mod options;
 pub mod overlay;
+mod probe;
 mod stack;
 
 pub use options::{Wanted, overlay_options};
+pub use probe::probe_layers;
 pub use stack::Stack;
 
-use mountinfo::Mounted;
+use mountinfo::{Mounted, Part};
 
 use std::ffi::{CStr, OsStr};
 use std::fs;
@@ -176,26 +178,6 @@ fn unsuitable(what: String, errno: Errno) -> Error {
     )
 }
 
-/// The upper directories of all overlays that are mounted in this mount
-/// namespace, as they were given to mount(2).
-pub fn upper_directories() -> Result<Vec<String>> {
-    let mounts = mountinfo::read()?;
-    Ok(mounts
-        .iter()
-        .filter_map(upper_of)
-        .map(str::to_owned)
-        .collect())
-}
-
-/// The upper directory of a mounted overlay.
-pub fn upper_of(mounted: &Mounted) -> Option<&str> {
-    if mounted.file_system != "overlay" {
-        return None;
-    }
-    let mut options = mounted.options.split(',');
-    options.find_map(|option| option.strip_prefix("upperdir="))
-}
-
 /// Where an upper directory is mounted in this mount namespace, by an overlay that
 /// writes into it, or as it is. By its inode: a disk may have several paths. A bind mount
 /// counts if the directory that is bound is called `name`: others are not asked for, as
@@ -208,8 +190,12 @@ pub fn mounts_of_upper(upper: impl AsFd, name: &CStr) -> Result<Vec<Mounted>> {
             .is_ok_and(|found| (found.st_dev, found.st_ino) == (stat.st_dev, stat.st_ino))
     };
     let mut mounts = mountinfo::read()?;
-    mounts.retain(|mounted| match upper_of(mounted) {
-        Some(path) => is_it(Path::new(path)),
+    let upper = |mounted: &Mounted| {
+        let mut parts = mounted.overlay.clone().into_iter();
+        parts.find_map(|(part, path)| (part == Part::Upper).then_some(path))
+    };
+    mounts.retain(|mounted| match upper(mounted) {
+        Some(path) => is_it(&path),
         None => {
             let bound = mounted.root.file_name().map(OsStr::as_bytes);
             bound == Some(name.to_bytes()) && is_it(&mounted.point)

@@ -22,12 +22,26 @@ pub struct Mounted {
     pub root: PathBuf,
     /// Where.
     pub point: PathBuf,
+    /// Nothing can be written through this mount, though perhaps through others.
+    pub is_read_only: bool,
     /// `ext4`, for one.
     pub file_system: String,
     /// What was mounted: `/dev/sda1`, for one.
     pub source: String,
     /// The file system's own options, separated by commas.
     pub options: String,
+    /// Of an overlay: its directories, as they were given to the kernel. A path may be
+    /// relative to a directory that nobody knows, or have no meaning any more.
+    pub overlay: Vec<(Part, PathBuf)>,
+}
+
+/// What a directory is to an overlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// What is written goes there.
+    Upper,
+    /// It is shown beneath.
+    Lower,
 }
 
 /// All mounts, in the kernel's order.
@@ -41,28 +55,28 @@ pub fn read() -> Result<Vec<Mounted>> {
         .map(|text| parse(&text))
 }
 
-/// All mounts of all mount namespaces that a process is in: a container has its own, and
-/// so may containerd. A process that ends meanwhile is left out.
+/// The mounts of this process and those of every other mount namespace in which a process
+/// is that may be asked: a container engine may have mounted where only its own processes
+/// see it, and a container has its own list.
 pub fn read_everywhere() -> Result<Vec<Mounted>> {
-    let mut namespaces = HashSet::new();
-    let mut mounts = Vec::new();
-    for entry in fs::read_dir("/proc").context(|| "list the processes")? {
-        let process = entry.context(|| "list the processes")?.path();
-        let Ok(namespace) = fs::read_link(process.join("ns/mnt")) else {
+    let mut mounts = read()?;
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+    let mut seen = HashSet::from([namespace("self").context(|| "look at /proc/self/ns/mnt")?]);
+    for process in fs::read_dir("/proc").context(|| "list /proc")? {
+        let process = process.context(|| "list /proc")?.file_name();
+        let Some(process) = process.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
             continue;
         };
-        if namespaces.contains(&namespace) {
+        // A process may end at any time, and another one be in the same namespace.
+        let Ok(namespace) = namespace(process) else {
             continue;
-        }
-        let path = process.join("mountinfo");
-        let read = || fs::read(&path).context(|| format!("read {}", path.display()));
-        match read_until_settled(read) {
-            Ok(text) => {
-                mounts.extend(parse(&text));
-                namespaces.insert(namespace);
-            }
-            Err(_) if !process.join("ns/mnt").exists() => {}
-            Err(error) => return Err(error),
+        };
+        let path = format!("/proc/{process}/mountinfo");
+        if !seen.contains(&namespace)
+            && let Ok(text) = read_until_settled(|| fs::read(&path).context(|| "read mounts"))
+        {
+            seen.insert(namespace);
+            mounts.extend(parse(&text));
         }
     }
     Ok(mounts)
@@ -105,6 +119,11 @@ pub fn of_file(fd: impl AsFd) -> Result<Option<Mounted>> {
     Ok(mount_of(fd, &read()?)?.cloned())
 }
 
+/// The path of an open file in this process's mount namespace.
+pub fn path_of_file(fd: impl AsFd) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())).ok()
+}
+
 /// The mount that a path is on; `None` if there is nothing of that name.
 pub fn of_path(path: &str) -> Result<Option<Mounted>> {
     let file = match fs::File::open(path) {
@@ -124,22 +143,76 @@ fn parse_line(line: &[u8]) -> Option<Mounted> {
     let id = fields.next()?.to_vec();
     let device = fields.nth(1)?;
     let (root, point) = (fields.next()?, fields.next()?);
+    let mut flags = fields.next()?.split(|byte| *byte == b',');
+    let is_read_only = flags.any(|flag| flag == b"ro");
     // Behind the mount's options, as many fields as the kernel has to tell.
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let text = |field: &[u8]| String::from_utf8_lossy(&unescape(field)).into_owned();
+    let (file_system, source, options) =
+        (text(fields.next()?), text(fields.next()?), fields.next()?);
+    let overlay = match &*file_system {
+        "overlay" => overlay_directories(options),
+        _ => Vec::new(),
+    };
     Some(Mounted {
         id,
         device: text(device),
         root: path(root),
         point: path(point),
-        file_system: text(fields.next()?),
-        source: text(fields.next()?),
-        options: text(fields.next()?),
+        is_read_only,
+        file_system,
+        source,
+        options: text(options),
+        overlay,
     })
 }
 
+/// Linux 6.8 and later may list lower directories one by one (`lowerdir+=`, `datadir+=`).
+fn overlay_directories(options: &[u8]) -> Vec<(Part, PathBuf)> {
+    let mut directories = Vec::new();
+    // A comma in a path is escaped.
+    for option in options.split(|byte| *byte == b',') {
+        let Some(at) = option.iter().position(|byte| *byte == b'=') else {
+            continue;
+        };
+        let (name, value) = (&option[..at], unescape(&option[at + 1..]));
+        match name {
+            b"upperdir" => directories.push((Part::Upper, path_of(value))),
+            b"lowerdir" => {
+                directories.extend(split_lowers(&value).map(|lower| (Part::Lower, lower)));
+            }
+            b"lowerdir+" | b"datadir+" => directories.push((Part::Lower, path_of(value))),
+            _ => {}
+        }
+    }
+    directories
+}
+
+/// The directories of the option `lowerdir`, in which a backslash precedes a colon that
+/// belongs to a name.
+fn split_lowers(value: &[u8]) -> impl Iterator<Item = PathBuf> {
+    let mut lowers = vec![Vec::new()];
+    let mut bytes = value.iter();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b':' => lowers.push(Vec::new()),
+            b'\\' => lowers
+                .last_mut()
+                .expect("one at least")
+                .extend(bytes.next()),
+            other => lowers.last_mut().expect("one at least").push(*other),
+        }
+    }
+    lowers.retain(|lower| !lower.is_empty());
+    lowers.into_iter().map(path_of)
+}
+
+fn path_of(bytes: Vec<u8>) -> PathBuf {
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
 fn path(field: &[u8]) -> PathBuf {
-    PathBuf::from(OsString::from_vec(unescape(field)))
+    path_of(unescape(field))
 }
 
 /// The kernel writes blanks and backslashes as three octal digits.
@@ -181,8 +254,30 @@ mod tests {
         assert_eq!(second.device, "8:2");
         assert_eq!(second.root, PathBuf::from("/snap shots/5"));
         assert_eq!(second.point, PathBuf::from("/cache\\x"));
+        assert!(second.is_read_only && !first.is_read_only);
         assert_eq!(second.file_system, "xfs");
         assert_eq!(unescape(b"a\\134b\\"), b"a\\b\\");
+    }
+
+    #[test]
+    fn directories_of_an_overlay_are_found() {
+        let of = |options: &str| {
+            let line = format!("40 1 0:50 / /m rw - overlay overlay {options}\n");
+            let [mounted] = &*parse(line.as_bytes()) else {
+                panic!("{options}");
+            };
+            let text = |(part, path): &(Part, PathBuf)| format!("{part:?} {}", path.display());
+            mounted.overlay.iter().map(text).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            of("rw,lowerdir=3/fs:/r/1/fs,upperdir=/a\\054b/5/fs,workdir=/w,index=off"),
+            ["Lower 3/fs", "Lower /r/1/fs", "Upper /a,b/5/fs"]
+        );
+        assert_eq!(
+            of("ro,lowerdir=/a\\134:b::/c,lowerdir+=/d:e,datadir+=/f"),
+            ["Lower /a:b", "Lower /c", "Lower /d:e", "Lower /f"]
+        );
+        assert_eq!(of("ro"), [""; 0]);
     }
 
     #[test]

@@ -53,6 +53,32 @@ pub fn set_up(
     Ok(())
 }
 
+/// Refuses an image volume whose file system cannot hold layers, before the first snapshot
+/// is made. Later, one that is full or has become read-only must not prevent what can still
+/// be done.
+///
+/// # Errors
+///
+/// [`ErrorKind::FailedPrecondition`] saying what it cannot do.
+pub fn require_layers(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
+    if !store.read()?.is_untouched()? {
+        return Ok(());
+    }
+    // In the trash, so that what a crash leaves is deleted with it.
+    let image = volumes.image().dirs();
+    image.trash_fd()?;
+    let directory = format!("{}/trash", image.path());
+    clear_probe(&directory)?;
+    let probed = mount::probe_layers(&Path::new(&directory).join(PROBE), mount_options);
+    let probed = probed.context(|| {
+        let path = image.path();
+        format!(
+            "the file system of {path} cannot hold image layers: use another one, for example ext4"
+        )
+    });
+    probed.and(clear_probe(&directory))
+}
+
 /// Makes the writable directory, with the snapshots that are there already, the volume
 /// that the database knows. An import then enters those snapshots.
 ///

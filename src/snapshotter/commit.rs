@@ -57,7 +57,7 @@ impl Snapshotter {
             log_wait(volume, begun.elapsed());
         }
         // After the flush: until then some file systems cannot tell blocks.
-        let content = tree::count(upper)?;
+        let content = tree::count_layer(upper)?;
         self.flusher.refuse_suspect(snapshot.id, volume)?;
         let is_mounted = in_use::is_mounted(&self.store, &self.volumes, snapshot.id, volume)?;
         self.enter_layer(

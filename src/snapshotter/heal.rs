@@ -73,7 +73,7 @@ impl Unpacking<'_> {
 impl Snapshotter {
     /// The keys of the snapshots that are mounted to be written to and stand on a layer.
     fn mounted_upon(&self, layer: SnapshotId) -> Result<Vec<String>> {
-        let writers = in_use::writers_anywhere(&self.volumes)?;
+        let writers = in_use::Mounts::read(&self.store, &self.volumes)?.writers();
         let reader = self.store.read()?;
         let mut upon = Vec::new();
         for snapshot in self.all_snapshots()? {

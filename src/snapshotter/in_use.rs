@@ -1,13 +1,23 @@
-//! Which snapshots are mounted now, by the kernel's list of mounts.
+//! Which snapshots are mounted now, by the kernel's lists of mounts.
+//!
+//! Owns: by what a mount is known to show a directory of a snapshot. Its directories may
+//! have had other names when it was mounted: a bind mount is known by its file system and
+//! the place on it, an overlay by the inode to which its path leads. Where that path leads
+//! nowhere, the number in it decides: what may be mounted counts as mounted.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{Stat, fstat, stat};
 
 use crate::error::Result;
-use crate::mount::mountinfo::{self, Mounted};
-use crate::mount::{self, ByHand};
-use crate::store::Store;
+use crate::mount::ByHand;
+use crate::mount::mountinfo::{self, Mounted, Part};
+use crate::store::{Rows, Store};
 use crate::types::{SnapshotId, Volume};
-use crate::volume::{Identity, Volumes};
+use crate::volume::{Dirs, Identity, Volumes};
 
 /// The snapshots of this root that persons have mounted. Another root on this
 /// machine gives out the same numbers.
@@ -16,16 +26,150 @@ pub(super) fn mounted_by_hand(store: &Store) -> Result<Vec<ByHand>> {
     ByHand::of_root(identity.as_deref())
 }
 
-/// The snapshots on the writable volume that are mounted to be written to, and all
-/// that persons have mounted: who looks into a layer wants to read it to its end.
-pub(super) fn mounted_on_writable(store: &Store, volumes: &Volumes) -> Result<Vec<SnapshotId>> {
-    let uppers = mount::upper_directories()?;
-    let ids = uppers
-        .iter()
-        .filter_map(|upper| volumes.snapshot_at(Volume::Writable, upper));
-    let by_hand = mounted_by_hand(store)?;
-    let by_hand = by_hand.into_iter().map(|mounted| mounted.id);
-    Ok(ids.chain(by_hand).collect())
+/// What is mounted, as of one moment, in all mount namespaces that can be seen.
+pub(super) struct Mounts<'a> {
+    volumes: &'a Volumes,
+    mounts: Vec<Mounted>,
+    by_hand: Vec<SnapshotId>,
+    /// `None` if the writable volume is not there.
+    writable: Option<Location>,
+}
+
+/// The writable volume's `snapshots/` in terms of the kernel's list.
+struct Location {
+    dirs: Arc<Dirs>,
+    /// The file system.
+    device: String,
+    /// The place on it.
+    root: PathBuf,
+}
+
+impl<'a> Mounts<'a> {
+    pub(super) fn read(store: &Store, volumes: &'a Volumes) -> Result<Mounts<'a>> {
+        let by_hand = mounted_by_hand(store)?.into_iter();
+        let writable = match volumes.open(Volume::Writable) {
+            Ok(dirs) => location(dirs)?,
+            Err(_) => None,
+        };
+        Ok(Mounts {
+            volumes,
+            mounts: mountinfo::read_everywhere()?,
+            by_hand: by_hand.map(|mounted| mounted.id).collect(),
+            writable,
+        })
+    }
+
+    /// The snapshots whose directory on the writable volume is mounted so that it can be
+    /// written to, and all that persons have mounted: who looks into a layer wants to read
+    /// it to its end.
+    fn on_writable(&self) -> HashSet<SnapshotId> {
+        let mut found: HashSet<_> = self.by_hand.iter().copied().collect();
+        for mounted in &self.mounts {
+            found.extend(self.bound(mounted).filter(|_| !mounted.is_read_only));
+            let uppers = mounted.overlay.iter().filter(|it| it.0 == Part::Upper);
+            found.extend(uppers.filter_map(|(_, path)| self.snapshot_at(Volume::Writable, path)));
+        }
+        found
+    }
+
+    /// The snapshots that are the upper directory of an overlay.
+    pub(super) fn writers(&self) -> HashSet<SnapshotId> {
+        let parts = self.mounts.iter().flat_map(|mounted| &mounted.overlay);
+        let uppers = parts.filter(|(part, _)| *part == Part::Upper);
+        let on = |path: &Path, volume| self.snapshot_at(volume, path);
+        uppers
+            .flat_map(|(_, path)| [Volume::Image, Volume::Writable].map(|volume| on(path, volume)))
+            .flatten()
+            .collect()
+    }
+
+    /// The layers of all snapshots that were committed while they were mounted and still
+    /// are, with the layers below them. containerd asks that nobody uses a snapshot after
+    /// its commit, but `ctr snapshot commit` lets a user do it to a running container,
+    /// which goes on writing.
+    pub(super) fn layers(&self, rows: &Rows) -> Result<HashSet<SnapshotId>> {
+        rows.layers_of(&self.on_writable().into_iter().collect::<Vec<_>>())
+    }
+
+    /// The mounts that show, or have been made of, the directory that a layer has on the
+    /// writable volume. An overlay does not say whether it was mounted before the layer
+    /// has moved.
+    pub(super) fn of_leftover(&self, id: SnapshotId) -> Vec<&Mounted> {
+        let layer_of = |part: Part, path: &Path| match part {
+            Part::Upper => self.snapshot_at(Volume::Writable, path),
+            Part::Lower => self.snapshot_at(Volume::Image, path),
+        };
+        let shows = |mounted: &&Mounted| {
+            let mut parts = mounted.overlay.iter();
+            self.bound(mounted) == Some(id)
+                || parts.any(|(part, path)| layer_of(*part, path) == Some(id))
+        };
+        self.mounts.iter().filter(shows).collect()
+    }
+
+    /// The snapshot of whose directory on the writable volume this is a bind mount, or of
+    /// something in it.
+    fn bound(&self, mounted: &Mounted) -> Option<SnapshotId> {
+        let writable = self.writable.as_ref()?;
+        if mounted.device != writable.device {
+            return None;
+        }
+        let below = mounted.root.strip_prefix(&writable.root).ok()?;
+        number(below.components().next()?.as_os_str())
+    }
+
+    /// The snapshot whose directory on that volume a path in an overlay's options means.
+    fn snapshot_at(&self, volume: Volume, path: &Path) -> Option<SnapshotId> {
+        let snapshot = path.parent()?;
+        let id = number(snapshot.file_name()?)?;
+        if snapshot.parent() == Some(Path::new(&self.volumes.snapshots_path(volume))) {
+            return Some(id);
+        }
+        let is_fs = path.file_name()? == "fs";
+        // The mounting side has shortened it by a directory that only it knows.
+        let is_relative = !path.is_absolute();
+        (is_fs && (is_relative || self.may_be_it(volume, id, path))).then_some(id)
+    }
+
+    fn may_be_it(&self, volume: Volume, id: SnapshotId, path: &Path) -> bool {
+        let own = match (volume, &self.writable) {
+            (Volume::Image, _) => stat(self.volumes.image().layer_path(id)).ok(),
+            (_, Some(writable)) => {
+                let upper = writable.dirs.open_upper(id);
+                upper.ok().and_then(|upper| fstat(upper).ok())
+            }
+            (_, None) => None,
+        };
+        let inode = |stat: Stat| (stat.st_dev, stat.st_ino);
+        match (own.map(inode), stat(path).map(inode)) {
+            (Some(own), Ok(found)) => own == found,
+            (None, Ok(_)) => false,
+            (_, Err(_)) => true,
+        }
+    }
+}
+
+fn number(name: &OsStr) -> Option<SnapshotId> {
+    SnapshotId::from_directory_name(name.as_encoded_bytes())
+}
+
+/// `None` where the kernel does not show the path by which the directory was opened.
+fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
+    let snapshots = dirs.snapshots_fd();
+    let Some(mounted) = mountinfo::of_file(snapshots)? else {
+        return Ok(None);
+    };
+    let Some(path) = mountinfo::path_of_file(snapshots) else {
+        return Ok(None);
+    };
+    Ok(path
+        .strip_prefix(&mounted.point)
+        .ok()
+        .map(|below| Location {
+            root: mounted.root.join(below),
+            device: mounted.device,
+            dirs: Arc::clone(&dirs),
+        }))
 }
 
 /// Whether a snapshot is mounted, so that a program may still write into it.
@@ -36,7 +180,7 @@ pub(super) fn is_mounted(
     volume: Volume,
 ) -> Result<bool> {
     // containerd unmounts what it unpacked a layer into before it commits it.
-    Ok(volume == Volume::Writable && mounted_on_writable(store, volumes)?.contains(&id))
+    Ok(volume == Volume::Writable && Mounts::read(store, volumes)?.on_writable().contains(&id))
 }
 
 /// Whether a layer may be among the lower directories of a mount, or mounted itself, in any
@@ -61,21 +205,7 @@ pub(super) fn is_mounted_anywhere(volumes: &Volumes, layer: SnapshotId) -> Resul
     Ok(mountinfo::read_everywhere()?.iter().any(is_it))
 }
 
-/// The snapshots that are mounted to be written to, in any mount namespace.
-pub(super) fn writers_anywhere(volumes: &Volumes) -> Result<HashSet<SnapshotId>> {
-    let mounts = mountinfo::read_everywhere()?;
-    let uppers = mounts.iter().filter_map(mount::upper_of);
-    Ok(uppers
-        .flat_map(|upper| [Volume::Image, Volume::Writable].map(|volume| (volume, upper)))
-        .filter_map(|(volume, upper)| volumes.snapshot_at(volume, upper))
-        .collect())
-}
-
-/// The layers of all snapshots that were committed while they were mounted and still
-/// are, with the layers below them. containerd asks that nobody uses a snapshot after
-/// its commit, but `ctr snapshot commit` lets a user do it to a running container,
-/// which goes on writing.
+/// As [`Mounts::layers`], as of now.
 pub(super) fn mounted_layers(store: &Store, volumes: &Volumes) -> Result<HashSet<SnapshotId>> {
-    let mounted = mounted_on_writable(store, volumes)?;
-    store.read()?.layers_of(&mounted)
+    Mounts::read(store, volumes)?.layers(&*store.read()?)
 }

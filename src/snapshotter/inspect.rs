@@ -205,9 +205,13 @@ fn inspect_layer(
     is_there: bool,
     is_held: bool,
 ) -> Result<Option<Problem>> {
+    let missing = match snapshot.is_hollow() {
+        true => Problem::HollowLayerMissing,
+        false => Problem::LayerMissing,
+    };
     let counted = match is_there {
-        false => return Ok(Some(Problem::LayerMissing)),
-        true => dirs.open_upper(snapshot.id).and_then(tree::count),
+        false => return Ok(Some(missing)),
+        true => dirs.open_upper(snapshot.id).and_then(tree::count_layer),
     };
     let counted = match counted {
         Ok(counted) => counted,
@@ -227,6 +231,7 @@ fn inspect_layer(
             // It went on changing after its commit.
             DataBytes::WasMounted => return Ok(None),
         },
+        attributes: snapshot.marks.map(|marks| marks.attributes),
     };
     Ok(match compare(recorded, counted) {
         _ if is_held => None,
@@ -246,9 +251,12 @@ enum Comparison {
 fn compare(recorded: Recorded, counted: Content) -> Comparison {
     let recorded_bytes = recorded.data_bytes.unwrap_or(counted.data_bytes);
     let (inodes, bytes) = (counted.usage.inodes, counted.data_bytes);
-    if inodes < recorded.inodes || bytes < recorded_bytes {
+    let attributes = counted.marks.map_or(0, |marks| marks.attributes);
+    let recorded_attributes = recorded.attributes.unwrap_or(attributes);
+    if inodes < recorded.inodes || bytes < recorded_bytes || attributes < recorded_attributes {
         Comparison::Less
-    } else if inodes > recorded.inodes || bytes > recorded_bytes {
+    } else if inodes > recorded.inodes || bytes > recorded_bytes || attributes > recorded_attributes
+    {
         Comparison::Other
     } else {
         Comparison::Same
@@ -335,18 +343,27 @@ fn about_all(problem: Problem) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Usage;
+    use crate::types::{Marks, Usage};
 
     #[test]
     fn less_of_anything_is_damage() {
-        let recorded = |inodes, data_bytes| Recorded { inodes, data_bytes };
-        let counted = |inodes, data_bytes| Content {
+        let recorded = |inodes, data_bytes| Recorded {
+            inodes,
+            data_bytes,
+            attributes: Some(2),
+        };
+        let counted_with = |inodes, data_bytes, attributes| Content {
             usage: Usage {
                 size_bytes: 0,
                 inodes,
             },
             data_bytes,
+            marks: Some(Marks {
+                attributes,
+                is_hollow: false,
+            }),
         };
+        let counted = |inodes, data_bytes| counted_with(inodes, data_bytes, 2);
         use Comparison::{Less, Other, Same};
         let table = [
             (recorded(5, Some(100)), counted(5, 100), Same),
@@ -357,6 +374,8 @@ mod tests {
             (recorded(5, Some(100)), counted(5, 101), Other),
             (recorded(5, None), counted(5, 7), Same),
             (recorded(5, None), counted(4, 7), Less),
+            (recorded(5, Some(7)), counted_with(6, 7, 1), Less),
+            (recorded(5, Some(7)), counted_with(5, 7, 3), Other),
         ];
         for (recorded, counted, expected) in table {
             assert_eq!(

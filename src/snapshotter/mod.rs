@@ -61,7 +61,7 @@ pub use options::{Options, PodLabels, QuotaMode, QuotaOptions, Relocation, SyncM
 pub use problem::{Finding, Problem};
 use quotas::Projects;
 use relocator::Relocator;
-pub use stats::{Figures, VolumeFigures, Written};
+pub use stats::{Figures, Held, VolumeFigures, Written};
 use trash::Trash;
 pub use usage::{Caller, UsageFigures};
 
@@ -125,7 +125,7 @@ impl Snapshotter {
     ///
     /// [`ErrorKind::Internal`] if the system gives no thread.
     pub fn start_threads(&self) -> Result<Vec<Background>> {
-        let mut threads: Vec<_> = self.relocator.start()?.into_iter().collect();
+        let mut threads = vec![self.relocator.start()?];
         // Without flushes at commits there is nothing to have ready for them.
         if self.options.sync == SyncMode::AtCommit {
             threads.push(self.flusher.start(self.volumes.image().flush()?)?);

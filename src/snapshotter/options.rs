@@ -28,6 +28,9 @@ pub enum Relocation {
     Background {
         /// How long most layers of a build or of Docker's are kept.
         after: Duration,
+        /// Whether a small layer stays as long as something stands on it, so that Docker's
+        /// are not copied that are removed with their container.
+        keeps_small: bool,
     },
     Never,
 }

@@ -26,6 +26,8 @@ pub enum Problem {
     NoDirectory(Kind),
     /// A layer's directory is not there.
     LayerMissing,
+    /// The directory of a layer that held nothing of its own is not there.
+    HollowLayerMissing,
     /// A layer holds less than when it was committed.
     LayerDamaged {
         recorded: Recorded,
@@ -70,6 +72,8 @@ pub struct Recorded {
     pub inodes: u64,
     /// [`Content::data_bytes`], if it is known.
     pub data_bytes: Option<u64>,
+    /// [`crate::types::Marks::attributes`], if it is known.
+    pub attributes: Option<u64>,
 }
 
 impl Problem {
@@ -98,6 +102,10 @@ impl Problem {
                 Some("makes an empty one, as the next start does"),
             ),
             Problem::LayerMissing => ("layer-missing", DROPS),
+            Problem::HollowLayerMissing => (
+                "empty-layer-missing",
+                Some("makes an empty one in its place, as the next start does"),
+            ),
             Problem::LayerDamaged { .. } => ("layer-damaged", DROPS),
             Problem::LayerChanged { .. } => ("layer-changed", Some("records what it holds now")),
             Problem::LayerDiffers(_) => ("layer-differs", None),
@@ -173,6 +181,11 @@ impl fmt::Display for Finding {
             Problem::LayerMissing => {
                 write!(out, "layer {name} is missing from the {volume} volume")
             }
+            Problem::HollowLayerMissing => write!(
+                out,
+                "layer {name}, which held nothing but empty files and directories, is missing \
+                 from the {volume} volume"
+            ),
             Problem::LayerDamaged { recorded, counted } => write!(
                 out,
                 "{layer} is damaged: it holds {}, and held {recorded} \
@@ -237,6 +250,7 @@ impl From<Content> for Recorded {
         Recorded {
             inodes: content.usage.inodes,
             data_bytes: Some(content.data_bytes),
+            attributes: content.marks.map(|marks| marks.attributes),
         }
     }
 }
@@ -246,6 +260,9 @@ impl fmt::Display for Recorded {
         write!(out, "{} inodes", self.inodes)?;
         if let Some(bytes) = self.data_bytes {
             write!(out, " and {bytes} bytes")?;
+        }
+        if let Some(attributes) = self.attributes {
+            write!(out, ", with {attributes} extended attributes")?;
         }
         Ok(())
     }

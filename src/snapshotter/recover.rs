@@ -13,7 +13,7 @@ use super::{QuotaMode, Snapshotter};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::Result;
-use crate::types::{Kind, Quoted, SnapshotId, Volume};
+use crate::types::{Content, Kind, Marks, Quoted, SnapshotId, Usage, Volume};
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
 
@@ -176,13 +176,17 @@ impl Snapshotter {
     fn heal(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) -> HashSet<SnapshotId> {
         let volume = dirs.volume();
         let mut lost = HashSet::new();
-        for (snapshot, name) in &inventory.snapshots {
+        // Layers first: the others get the owner of the layer that they stand on.
+        let mut snapshots: Vec<_> = inventory.snapshots.iter().collect();
+        snapshots.sort_by_key(|(place, _)| (place.kind != Kind::Committed, place.id));
+        for (snapshot, name) in snapshots {
             if snapshot.volume != Some(volume) {
                 continue;
             }
             let is_there = found.get(&snapshot.id) == Some(&FileType::Directory);
             let shape = match snapshot.kind {
                 Kind::Committed if is_there => continue,
+                Kind::Committed if self.replace_hollow(dirs, name) => continue,
                 Kind::Committed => {
                     log::error!(
                         "layer {} is lost: {volume} volume: snapshots/{} is missing; `check \
@@ -223,6 +227,46 @@ impl Snapshotter {
             }
         }
         lost
+    }
+
+    /// Makes an empty layer in the place of a missing one that held nothing of its own, as
+    /// Docker's between an image and its container. `false` if the layer held more, or it
+    /// failed.
+    fn replace_hollow(&self, dirs: &Arc<Dirs>, name: &str) -> bool {
+        let replace = || -> Result<bool> {
+            let snapshot = self.store.read()?.stat(name)?;
+            if !snapshot.is_hollow() {
+                return Ok(false);
+            }
+            let owner = self.owner_for(None, snapshot.parent_id)?;
+            // Before it is there: cut off between the two, the next start does it again.
+            let empty = Content {
+                usage: Usage {
+                    inodes: 1,
+                    size_bytes: 0,
+                },
+                data_bytes: 0,
+                marks: Some(Marks {
+                    attributes: 0,
+                    is_hollow: true,
+                }),
+            };
+            self.store
+                .together(|transaction| transaction.record_content(snapshot.id, &empty))?;
+            dirs.create(snapshot.id, shape_of(Kind::Committed), owner)?
+                .keep();
+            log::warn!(
+                "layer {} was missing from the {} volume; it held nothing but empty files and \
+                 directories, and is empty now",
+                Quoted(name),
+                dirs.volume()
+            );
+            Ok(true)
+        };
+        replace().unwrap_or_else(|error| {
+            log::warn!("replace layer {}: {}", Quoted(name), error.chain());
+            false
+        })
     }
 
     fn owner_of(&self, name: &str) -> Result<Owner> {

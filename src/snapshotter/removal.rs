@@ -1,9 +1,9 @@
 //! Removing snapshots, and giving back what they took.
 
-use super::{Snapshotter, in_use, labels};
+use super::{Snapshotter, labels};
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{Place, Transaction};
-use crate::types::{Quoted, SnapshotId, Volume};
+use crate::types::{Quoted, Volume};
 
 impl Snapshotter {
     /// Removes a snapshot that nothing stands on. Its bytes go to the trash.
@@ -20,17 +20,16 @@ impl Snapshotter {
     fn remove_snapshot(&self, key: &str) -> Result<()> {
         labels::check_key("key", key)?;
         let claim = self.claim(key)?;
-        let (removed, released) = self.strike_out(key)?;
+        let removed = self.strike_out(key)?;
 
         self.flusher.end_unpack(removed.id);
         self.walks.forget(removed.id);
         self.drop_lower_links(removed.id);
 
-        // The snapshot is gone by now, so what fails here must not be told as
+        // The snapshot is gone by now, so what fails here must not be reported as
         // if it were not: its bytes are found again by Cleanup.
-        let own = removed.volume.map(|volume| (volume, removed.id));
-        let left = released.iter().map(|layer| (Volume::Writable, *layer));
-        for (volume, id) in own.into_iter().chain(left) {
+        if let Some(volume) = removed.volume {
+            let id = removed.id;
             let trashed = self.volumes.open(volume).and_then(|dirs| {
                 if let Some(name) = dirs.trash(id)?
                     && self.options.removes_at_once
@@ -64,19 +63,20 @@ impl Snapshotter {
         self.options.removes_at_once
     }
 
-    /// Removes the row; returns what it was, and the layers whose old directory
-    /// nothing needs any more. Also on a full disk: alone then, as it may be what
-    /// others do at the same time that is too much.
-    fn strike_out(&self, key: &str) -> Result<(Place, Vec<SnapshotId>)> {
+    /// Removes the row; returns what it was. Also on a full disk: alone then, as it may be
+    /// what others do at the same time that is too much.
+    fn strike_out(&self, key: &str) -> Result<Place> {
+        let strike = |transaction: &Transaction<'_>| {
+            transaction.forget_tombstones(&self.trash.take_settled())?;
+            transaction.remove(key)
+        };
         let alone = || {
             let mut transaction = self.store.write()?;
-            let struck = self.strike_out_within(&transaction, key)?;
+            let struck = strike(&transaction)?;
             transaction.commit()?;
             Ok(struck)
         };
-        let mut struck = self
-            .store
-            .together(|transaction| self.strike_out_within(transaction, key));
+        let mut struck = self.store.together(strike);
         if fails_as(&struck, ErrorKind::Unavailable) {
             struck = alone();
         }
@@ -85,28 +85,6 @@ impl Snapshotter {
             struck = alone();
         }
         struck
-    }
-
-    fn strike_out_within(
-        &self,
-        transaction: &Transaction<'_>,
-        key: &str,
-    ) -> Result<(Place, Vec<SnapshotId>)> {
-        transaction.forget_tombstones(&self.trash.take_settled())?;
-        // Before the row is gone by which it is known what stands on what.
-        let held = match transaction.retired()?.is_empty() {
-            true => None,
-            false => {
-                let mounted = in_use::mounted_on_writable(&self.store, &self.volumes)?;
-                Some(transaction.layers_of(&mounted)?)
-            }
-        };
-        let removed = transaction.remove(key)?;
-        let released = match held {
-            None => Vec::new(),
-            Some(held) => transaction.release_retired(&held)?,
-        };
-        Ok((removed, released))
     }
 
     /// Gives back the space of everything that was removed from a volume before this call.

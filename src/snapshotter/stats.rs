@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::in_use::Mounts;
 use super::{Snapshotter, UsageFigures};
 use crate::error::{Error, Result};
 use crate::quota::Support;
@@ -15,6 +16,8 @@ pub struct Figures {
     pub snapshots: Vec<Tally>,
     /// Bytes of layers that are not home yet, as counted at their commits.
     pub away_bytes: u64,
+    /// Bytes in directories that moved layers have left and something may have mounted.
+    pub held_bytes: u64,
     pub volumes: [VolumeFigures; 2],
     pub lost_layers: u64,
     /// Layers moved home since the start.
@@ -39,6 +42,18 @@ pub struct VolumeFigures {
     pub free_bytes: u64,
 }
 
+/// A directory on the writable volume that a moved layer has left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The layer's number.
+    pub id: u64,
+    /// Its name; `None` if it was removed.
+    pub layer: Option<String>,
+    pub bytes: u64,
+    /// Where what may show it is mounted.
+    pub points: Vec<String>,
+}
+
 /// What a container has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
@@ -60,6 +75,7 @@ impl Snapshotter {
     pub fn figures(&self) -> Result<Figures> {
         let reader = self.store.read()?;
         let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
+        let held_bytes = reader.retired()?.iter().map(|left| left.size_bytes).sum();
         let is_away =
             |held: &&Tally| held.kind == Kind::Committed && held.volume == Some(Volume::Writable);
         let moves = self.relocator.moves();
@@ -69,6 +85,7 @@ impl Snapshotter {
                 .filter(is_away)
                 .map(|held| held.bytes)
                 .sum(),
+            held_bytes,
             snapshots,
             volumes: [Volume::Image, Volume::Writable].map(|volume| self.volume_figures(volume)),
             lost_layers: self.lost.get().map_or(0, |lost| lost.len() as u64),
@@ -115,6 +132,37 @@ impl Snapshotter {
         written.sort_by_key(|written| std::cmp::Reverse(written.bytes));
         written.truncate(limit);
         Ok(written)
+    }
+
+    /// The directories that moved layers have left, the largest first, and what keeps them.
+    pub fn held(&self) -> Result<Vec<Held>> {
+        let leftovers = self.store.read()?.retired()?;
+        if leftovers.is_empty() {
+            return Ok(Vec::new());
+        }
+        let inventory = self.store.read()?.inventory()?;
+        let names: HashMap<_, _> = inventory
+            .into_iter()
+            .map(|(place, name)| (place.id, name))
+            .collect();
+        let mounts = Mounts::read(&self.store, &self.volumes)?;
+        let held = leftovers.into_iter().map(|left| {
+            let mounted = mounts.of_leftover(left.id).into_iter();
+            let mut points: Vec<_> = mounted
+                .map(|mounted| mounted.point.display().to_string())
+                .collect();
+            points.sort();
+            points.dedup();
+            Held {
+                id: left.id.number(),
+                layer: names.get(&left.id).cloned(),
+                bytes: left.size_bytes,
+                points,
+            }
+        });
+        let mut held: Vec<_> = held.collect();
+        held.sort_by_key(|held| std::cmp::Reverse(held.bytes));
+        Ok(held)
     }
 
     pub fn problem_of(&self, volume: Volume) -> Option<Error> {

@@ -61,7 +61,7 @@ impl Transaction<'_> {
         self.execute(
             "UPDATE snapshot SET name = ?2, parent_id = ?3, kind = ?4, created_ns = ?5,
                  updated_ns = ?5, size_bytes = ?6, inodes = ?7, data_bytes = ?8, labels = ?9,
-                 is_remapped = ?10
+                 is_remapped = ?10, attributes = ?11, is_hollow = ?12
              WHERE id = ?1",
             params![
                 snapshot.id,
@@ -74,6 +74,8 @@ impl Transaction<'_> {
                 commit.data_bytes,
                 labels::encode(commit.labels),
                 commit.is_remapped,
+                commit.content.marks.map(|marks| Number(marks.attributes)),
+                commit.content.marks.map(|marks| marks.is_hollow),
             ],
             format_args!("commit snapshot {}", Quoted(commit.key)),
         )
@@ -149,15 +151,19 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Replaces what is recorded of the size of a layer.
+    /// Replaces what is recorded of what a layer holds.
     pub fn record_content(&self, id: SnapshotId, content: &Content) -> Result<()> {
         self.execute(
-            "UPDATE snapshot SET size_bytes = ?2, inodes = ?3, data_bytes = ?4 WHERE id = ?1",
+            "UPDATE snapshot SET size_bytes = ?2, inodes = ?3, data_bytes = ?4, attributes = ?5,
+                 is_hollow = ?6
+             WHERE id = ?1",
             params![
                 id,
                 Number(content.usage.size_bytes),
                 Number(content.usage.inodes),
                 Number(content.data_bytes),
+                content.marks.map(|marks| Number(marks.attributes)),
+                content.marks.map(|marks| marks.is_hollow),
             ],
             format_args!("record what layer {id} holds"),
         )

@@ -42,8 +42,8 @@ impl Transaction<'_> {
         let info = &snapshot.info;
         self.execute(
             "INSERT INTO snapshot (id, name, parent_id, kind, volume, created_ns, updated_ns,
-                 size_bytes, inodes, data_bytes, labels)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+                 size_bytes, inodes, data_bytes, labels, attributes, is_hollow)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
             params![
                 snapshot.id,
                 info.name,
@@ -56,6 +56,8 @@ impl Transaction<'_> {
                 Number(snapshot.usage.inodes),
                 snapshot.data_bytes,
                 labels::encode(&info.labels),
+                snapshot.marks.map(|marks| Number(marks.attributes)),
+                snapshot.marks.map(|marks| marks.is_hollow),
             ],
             format_args!("enter snapshot {}", Quoted(&info.name)),
         )
@@ -117,6 +119,7 @@ fn add(sum: &mut Fnv, value: ValueRef<'_>) {
 mod tests {
     use super::*;
     use crate::store::{DataBytes, LabelChange, New, Store};
+    use crate::types::Marks;
     use crate::types::{Info, Kind, Labels, SnapshotId, Timestamp, Usage, Volume};
 
     fn snapshot(id: u64, parent_id: Option<u64>) -> Snapshot {
@@ -137,6 +140,10 @@ mod tests {
                 inodes: 3,
             },
             data_bytes: DataBytes::Counted(17),
+            marks: Some(Marks {
+                attributes: 2,
+                is_hollow: false,
+            }),
         }
     }
 

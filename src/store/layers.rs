@@ -33,6 +33,10 @@ pub struct LeftoverDir {
     pub id: SnapshotId,
     /// On which boot of the host something may have had it mounted.
     pub boot_id: String,
+    /// What it takes, in bytes.
+    pub size_bytes: u64,
+    /// The highest id that a snapshot had when the layer moved.
+    highest_id: u64,
 }
 
 impl Rows {
@@ -107,7 +111,13 @@ impl Rows {
         self.is_in_use_up_to(layer, Number(u64::MAX))
     }
 
-    /// The same, for snapshots with an id up to `highest_id`.
+    /// Whether a snapshot is still there of which a caller may have been given the mounts
+    /// before the layer moved.
+    pub fn may_be_mounted(&self, leftover: &LeftoverDir) -> Result<bool> {
+        self.is_in_use_up_to(leftover.id, Number(leftover.highest_id))
+    }
+
+    /// As [`Rows::is_in_use`], for snapshots with an id up to `highest_id`.
     fn is_in_use_up_to(&self, layer: SnapshotId, highest_id: Number) -> Result<bool> {
         let found = self.one(
             "WITH RECURSIVE upon (id, kind) AS (
@@ -125,11 +135,13 @@ impl Rows {
 
     /// The directories that layers have left and that are still kept.
     pub fn retired(&self) -> Result<Vec<LeftoverDir>> {
-        let sql = "SELECT id, boot_id FROM retired ORDER BY id";
+        let sql = "SELECT id, boot_id, size_bytes, highest_id FROM retired ORDER BY id";
         self.all(sql, "list the directories that layers have left", |row| {
             Ok(LeftoverDir {
                 id: row.get(0)?,
                 boot_id: row.get(1)?,
+                size_bytes: row.get::<_, Number>(2)?.0,
+                highest_id: row.get::<_, Number>(3)?.0,
             })
         })
     }
@@ -139,7 +151,7 @@ impl Transaction<'_> {
     /// Records that a layer's bytes are on the image volume now. `true` if
     /// something may have its old directory mounted, because it stands on the
     /// layer or the layer is in `held`: that is recorded too, and the directory
-    /// has to stay until [`Transaction::release_retired`] returns it.
+    /// has to stay until [`Transaction::forget_retired`].
     pub fn move_home(
         &self,
         layer: SnapshotId,
@@ -154,28 +166,13 @@ impl Transaction<'_> {
             return Ok(false);
         }
         self.execute(
-            "INSERT OR REPLACE INTO retired (id, highest_id, boot_id)
-             SELECT ?1, seq, ?2 FROM sqlite_sequence WHERE name = 'snapshot'",
+            "INSERT OR REPLACE INTO retired (id, highest_id, boot_id, size_bytes)
+             SELECT ?1, seq, ?2, (SELECT size_bytes FROM snapshot WHERE id = ?1)
+             FROM sqlite_sequence WHERE name = 'snapshot'",
             params![layer, boot_id],
             &doing,
         )?;
         Ok(true)
-    }
-
-    /// Forgets, and returns, the left directories that nothing can have mounted any
-    /// more because what stood on their layers is gone; those in `held` stay.
-    pub fn release_retired(&self, held: &HashSet<SnapshotId>) -> Result<Vec<SnapshotId>> {
-        let sql = "SELECT id, highest_id FROM retired";
-        let doing = "release the directories that layers have left";
-        let kept = self.all(sql, doing, |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let mut released = Vec::new();
-        for (id, highest_id) in kept {
-            if !held.contains(&id) && !self.is_in_use_up_to(id, highest_id)? {
-                self.forget_retired(id)?;
-                released.push(id);
-            }
-        }
-        Ok(released)
     }
 
     /// Forgets the directory that a layer has left: it may be deleted.

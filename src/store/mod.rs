@@ -51,7 +51,7 @@ pub use files::{
     DATABASE, DRAFT, ORIGINAL, find_remains, is_database_file, remove_companions, require_short,
 };
 pub use format::{FileFormat, probe_format};
-pub use layers::UnmovedLayer;
+pub use layers::{LeftoverDir, UnmovedLayer};
 pub use projects::Project;
 pub use snapshots::{Ancestor, Commit, DataBytes, LabelChange, New, Place, Snapshot, Tally};
 pub use sql::Rows;

@@ -73,6 +73,14 @@ const MIGRATIONS: &[&str] = &[
     // 7: layers whose files containerd has given the owners of a user namespace.
     "ALTER TABLE snapshot ADD COLUMN is_remapped INTEGER NOT NULL DEFAULT 0
          CHECK (is_remapped IN (0, 1));",
+    // 8: what a directory takes that a layer has left.
+    "ALTER TABLE retired ADD COLUMN size_bytes INTEGER NOT NULL DEFAULT 0;
+     UPDATE retired SET size_bytes = coalesce(
+         (SELECT size_bytes FROM snapshot WHERE snapshot.id = retired.id), 0);",
+    // 9: what a layer held beside bytes when it was committed, for `check`; NULL in layers
+    // that are older.
+    "ALTER TABLE snapshot ADD COLUMN attributes INTEGER;
+     ALTER TABLE snapshot ADD COLUMN is_hollow INTEGER CHECK (is_hollow IN (0, 1));",
 ];
 
 /// Checks the whole file.

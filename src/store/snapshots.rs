@@ -7,7 +7,7 @@ use super::labels;
 use super::sql::{Number, Rows, damaged, sql_error};
 use crate::error::{Error, ErrorKind, Result};
 use crate::text::filter::{Filters, Subject};
-use crate::types::{Content, Info, Kind, Labels, Quoted, SnapshotId, Usage, Volume};
+use crate::types::{Content, Info, Kind, Labels, Marks, Quoted, SnapshotId, Usage, Volume};
 
 /// One snapshot as it is recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,9 +24,26 @@ pub struct Snapshot {
     pub usage: Usage,
     /// What is known of [`Content::data_bytes`].
     pub data_bytes: DataBytes,
+    /// As counted at commit; `None` if they were not.
+    pub marks: Option<Marks>,
 }
 
+/// Docker makes some ten inodes in the layer between an image and its container.
+const MOST_HOLLOW_INODES: u64 = 64;
+
 impl Snapshot {
+    /// Whether it is known that the layer held nothing of its own, so that an empty one
+    /// can take its place.
+    pub fn is_hollow(&self) -> bool {
+        let is_small = self.usage.inodes <= MOST_HOLLOW_INODES;
+        let is_hollow = match self.marks {
+            Some(marks) => marks.is_hollow,
+            // A layer older than that record, as Docker names it.
+            None => self.info.name.ends_with("-init"),
+        };
+        is_small && is_hollow && self.data_bytes == DataBytes::Counted(0)
+    }
+
     /// What the snapshot is, and where its directory is.
     pub fn place(&self) -> Place {
         Place {
@@ -168,7 +185,8 @@ impl LabelChange {
 }
 
 const SELECT: &str = "SELECT s.id, s.name, s.kind, s.volume, s.created_ns, s.updated_ns, \
-     s.size_bytes, s.inodes, s.data_bytes, s.labels, s.parent_id, p.name \
+     s.size_bytes, s.inodes, s.data_bytes, s.labels, s.parent_id, p.name, \
+     s.attributes, s.is_hollow \
      FROM snapshot s LEFT JOIN snapshot p ON p.id = s.parent_id";
 
 fn snapshot(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
@@ -184,6 +202,7 @@ fn snapshot(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
             inodes: row.get::<_, Number>(7)?.0,
         },
         data_bytes: row.get(8)?,
+        marks: marks(row.get(12)?, row.get(13)?),
         info: Info {
             name: row.get(1)?,
             parent: row.get::<_, Option<String>>(11)?.unwrap_or_default(),
@@ -192,6 +211,13 @@ fn snapshot(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
             updated: row.get(5)?,
             labels: labels.ok_or_else(|| FromSqlError::other(damage()))?,
         },
+    })
+}
+
+fn marks(attributes: Option<Number>, is_hollow: Option<bool>) -> Option<Marks> {
+    Some(Marks {
+        attributes: attributes?.0,
+        is_hollow: is_hollow?,
     })
 }
 

@@ -53,6 +53,7 @@ impl Fixture {
                     inodes: 3,
                 },
                 data_bytes: 7,
+                marks: None,
             },
             data_bytes: DataBytes::Counted(7),
             is_remapped: false,

@@ -19,8 +19,8 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pread};
 
-use super::copy::{MAX_XATTR_BYTES, entry_path};
 use super::walk::{Inode, Walk, inode_of, open_as};
+use super::xattrs::{MAX_XATTR_BYTES, entry_path};
 use super::{open_directory, open_file};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::Quoted;

@@ -1,33 +1,42 @@
 //! Copying a tree to another file system, whole or not at all.
 //!
-//! Kept: owner, mode, both times to the nanosecond, every extended attribute
-//! (overlayfs's own, capabilities, ACLs), whiteouts and other device nodes,
+//! Kept: owner, mode, both times to the nanosecond, every extended attribute that is
+//! content (overlayfs's own, capabilities, those of users; see `xattrs`), ACLs where the
+//! target has them, whiteouts and other device nodes,
 //! FIFOs, sockets, links as they are, hard links within the tree, holes, names
 //! that are no UTF-8. What the target refuses ends the copy with an error.
 //! Memory depends on the tree's depth only, and descriptors on nothing of it.
 
+use std::collections::{BTreeSet, HashSet};
 use std::ffi::{CStr, CString};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::buffer::spare_capacity;
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid, XattrFlags,
-    chmodat, chownat, copy_file_range, fstat, ftruncate, lgetxattr, linkat, llistxattr, lsetxattr,
-    mkdirat, mknodat, openat, readlinkat, seek, statat, statvfs, symlinkat, unlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid, chmodat,
+    chownat, copy_file_range, fstat, ftruncate, linkat, mkdirat, mknodat, openat, readlinkat,
+    renameat, seek, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::{Errno, pread, pwrite};
 
 use super::walk::{Inode, Walk, inode_of, open_as};
+use super::xattrs::{XattrBuffers, entry_path, fd_path};
 use super::{open_directory, open_file};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::entries;
 
+/// What has been copied.
+pub struct Copied {
+    /// Bytes of data.
+    pub bytes: u64,
+    /// The names of some attributes that are no content and that the target lacks.
+    pub left_out: BTreeSet<String>,
+}
+
 /// Copies the directory `name` in `from` to the same name in `to`, where there
 /// must be nothing of that name. Hard links are found again through `scratch`,
 /// an empty directory on the target's file system, empty again at the end.
-/// Stops early, with an error, once `cancel` is set. Returns the bytes of data
-/// copied. On failure, what has been copied is left for the caller to delete.
+/// Stops early, with an error, once `cancel` is set. On failure, what has been copied is left for the caller to delete.
 ///
 /// # Errors
 ///
@@ -40,12 +49,13 @@ pub fn copy_tree(
     name: &CStr,
     scratch: impl AsFd,
     cancel: &AtomicBool,
-) -> Result<u64> {
+) -> Result<Copied> {
     let mut copy = Copy {
         scratch: scratch.as_fd(),
         cancel,
         bytes: 0,
         links: 0,
+        used_up: HashSet::new(),
         xattrs: XattrBuffers::new(),
     };
     let (source, mut target, level) = copy.enter(from.as_fd(), to.as_fd(), name)?;
@@ -79,7 +89,10 @@ pub fn copy_tree(
         }
     }
     copy.forget_links()?;
-    Ok(copy.bytes)
+    Ok(Copied {
+        bytes: copy.bytes,
+        left_out: copy.xattrs.left_out,
+    })
 }
 
 fn open_above(target: impl AsFd, inode: Inode) -> Result<OwnedFd> {
@@ -107,6 +120,8 @@ struct Copy<'a> {
     cancel: &'a AtomicBool,
     bytes: u64,
     links: u64,
+    /// Inodes that have as many names on the target as it allows.
+    used_up: HashSet<String>,
     xattrs: XattrBuffers,
 }
 
@@ -152,8 +167,7 @@ impl Copy<'_> {
             FileType::RegularFile => self.file(from, to, name)?,
             _ => make_node((from, name), (to, name), &stat)?,
         }
-        self.xattrs
-            .set_all_attributes((from, name), (to, name), &stat)?;
+        set_all_attributes(&mut self.xattrs, (from, name), (to, name), &stat)?;
         if is_linked {
             linkat(to, name, self.scratch, link_name(&stat), AtFlags::empty())
                 .context(|| "remember its hard links")?;
@@ -163,11 +177,22 @@ impl Copy<'_> {
     }
 
     /// Makes a further name of an inode that has been copied already.
-    fn link_again(&self, stat: &Stat, to: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
-        match linkat(self.scratch, link_name(stat), to, name, AtFlags::empty()) {
+    fn link_again(&mut self, stat: &Stat, to: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
+        let linking = || "make the hard link";
+        let remembered = link_name(stat);
+        if self.used_up.contains(&remembered) {
+            return Err(Errno::MLINK).context(linking);
+        }
+        match linkat(self.scratch, &*remembered, to, name, AtFlags::empty()) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
-            Err(errno) => Err(errno).context(|| "make the hard link"),
+            // The name in the scratch directory is the one too many.
+            Err(Errno::MLINK) => {
+                renameat(self.scratch, &*remembered, to, name).context(linking)?;
+                self.used_up.insert(remembered);
+                Ok(true)
+            }
+            Err(errno) => Err(errno).context(linking),
         }
     }
 
@@ -272,7 +297,7 @@ type Entry<'a> = (BorrowedFd<'a>, &'a CStr);
 /// Copies what is neither a directory nor a regular file, whose metadata is `stat`.
 pub(super) fn copy_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
     make_node(from, to, stat)?;
-    XattrBuffers::new().set_all_attributes(from, to, stat)
+    set_all_attributes(&mut XattrBuffers::new(), from, to, stat)
 }
 
 fn make_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
@@ -331,72 +356,16 @@ pub(super) fn times_of(stat: &Stat) -> Timestamps {
     }
 }
 
-/// Attributes of links and device nodes have no call that takes a descriptor;
-/// through /proc the last part of the path is ours and not followed.
-pub(super) fn entry_path(parent: BorrowedFd<'_>, name: &CStr) -> CString {
-    let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
-    path.extend_from_slice(name.to_bytes());
-    CString::new(path).expect("neither part holds a NUL")
-}
-
-fn fd_path(directory: BorrowedFd<'_>) -> CString {
-    entry_path(directory, c".")
-}
-
-/// The most bytes that the names, or the value, of attributes can have
-/// (xattr(7), `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
-pub(super) const MAX_XATTR_BYTES: usize = 65536;
-
-/// Room for the names and for one value, kept for the whole copy.
-struct XattrBuffers {
-    names: Vec<u8>,
-    value: Vec<u8>,
-}
-
-impl XattrBuffers {
-    fn new() -> XattrBuffers {
-        XattrBuffers {
-            names: Vec::with_capacity(MAX_XATTR_BYTES),
-            value: Vec::with_capacity(MAX_XATTR_BYTES),
-        }
-    }
-
-    /// Owner, mode, extended attributes and times of an entry.
-    fn set_all_attributes(&mut self, from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
-        set_owner_and_mode(to.0, to.1, stat)?;
-        self.copy(&entry_path(from.0, from.1), &entry_path(to.0, to.1))?;
-        set_times(to.0, to.1, stat)
-    }
-
-    fn copy(&mut self, from: &CStr, to: &CStr) -> Result<()> {
-        self.names.clear();
-        match llistxattr(from, spare_capacity(&mut self.names)) {
-            Err(Errno::OPNOTSUPP) => return Ok(()),
-            listed => listed.context(|| "list its attributes")?,
-        };
-        for name in self.names.split_inclusive(|byte| *byte == 0) {
-            let name = CStr::from_bytes_with_nul(name).map_err(|error| {
-                Error::caused(ErrorKind::Internal, "list its attributes", error)
-            })?;
-            self.value.clear();
-            lgetxattr(from, name, spare_capacity(&mut self.value))
-                .context(|| format!("read its attribute {name:?}"))?;
-            lsetxattr(to, name, &self.value, XattrFlags::empty())
-                .map_err(|errno| xattr_error(errno, to, name))?;
-        }
-        Ok(())
-    }
-}
-
-/// ext4 says `ENOSPC` for an attribute that is larger than it can ever keep;
-/// with room on the disk, that is what it means.
-fn xattr_error(errno: Errno, to: &CStr, name: &CStr) -> Error {
-    let what = format!("set its attribute {name:?}");
-    let has_room = statvfs(to).is_ok_and(|disk| disk.f_bavail * disk.f_frsize > 1 << 20);
-    if errno == Errno::NOSPC && has_room {
-        return Error::caused(ErrorKind::Internal, what, std::io::Error::from(errno));
-    }
-    Error::system(errno, what)
+/// Owner, mode, extended attributes and times of an entry.
+fn set_all_attributes(
+    xattrs: &mut XattrBuffers,
+    from: Entry<'_>,
+    to: Entry<'_>,
+    stat: &Stat,
+) -> Result<()> {
+    set_owner_and_mode(to.0, to.1, stat)?;
+    xattrs.copy(&entry_path(from.0, from.1), &entry_path(to.0, to.1))?;
+    set_times(to.0, to.1, stat)
 }
 
 fn link_name(stat: &Stat) -> String {

@@ -14,6 +14,7 @@ mod usage;
 mod visit;
 mod walk;
 mod whiteouts;
+mod xattrs;
 
 use std::ffi::CStr;
 
@@ -24,10 +25,10 @@ use rustix::io::Errno;
 use crate::error::Error;
 
 pub use compare::{Differences, Rules, compare_trees};
-pub use copy::copy_tree;
+pub use copy::{Copied, copy_tree};
 pub use remake::remake;
 pub use remove::{remove_children, remove_entry};
-pub use usage::{count, count_unless};
+pub use usage::{count, count_layer, count_unless};
 pub use visit::{Visited, visit_open};
 pub use whiteouts::remove_whiteouts;
 

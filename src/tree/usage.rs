@@ -1,15 +1,17 @@
 //! Counting what a tree takes.
 
 use std::collections::HashSet;
+use std::ffi::CStr;
 
-use rustix::fd::AsFd;
-use rustix::fs::{AtFlags, FileType, Stat, fstat, statat};
+use rustix::fd::{AsFd, BorrowedFd};
+use rustix::fs::{AtFlags, FileType, Stat, fstat, readlinkat, statat};
 use rustix::io::Errno;
 
 use super::open_directory;
 use super::walk::Walk;
+use super::xattrs::{XattrBuffers, entry_path};
 use crate::error::{Context, Error, ErrorKind, Result};
-use crate::types::Content;
+use crate::types::{Content, Marks};
 
 const COUNTING: &str = "count what a directory tree holds";
 
@@ -29,11 +31,69 @@ pub fn count(top: impl AsFd) -> Result<Content> {
 ///
 /// [`ErrorKind::Cancelled`] if it was given up.
 pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Content> {
+    count_with(top, is_given_up, |_, _, _| Ok(()))
+}
+
+/// As [`count`], with what is to be known of a layer beside what it takes.
+pub fn count_layer(top: impl AsFd) -> Result<Content> {
+    let mut xattrs = XattrBuffers::new();
+    let mut marks = Marks {
+        attributes: 0,
+        is_hollow: true,
+    };
+    let content = count_with(
+        &top,
+        || false,
+        |parent, name, stat| {
+            let found = match xattrs.count(&entry_path(parent, name)) {
+                // Gone by now.
+                Err(_) if is_gone(parent, name) => {
+                    return Ok(());
+                }
+                found => found.context(|| COUNTING)?,
+            };
+            marks.attributes = marks.attributes.saturating_add(found.count);
+            marks.is_hollow &= !found.has_mark && is_hollow(parent, name, stat);
+            Ok(())
+        },
+    )?;
+    Ok(Content {
+        marks: Some(marks),
+        ..content
+    })
+}
+
+fn is_gone(parent: BorrowedFd<'_>, name: &CStr) -> bool {
+    matches!(
+        statat(parent, name, AtFlags::SYMLINK_NOFOLLOW),
+        Err(Errno::NOENT)
+    )
+}
+
+/// Whether an entry is one of those that Docker makes in the layer between an image and
+/// its container: empty, to be mounted upon, or a link to what the kernel shows.
+fn is_hollow(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> bool {
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Directory => true,
+        FileType::RegularFile => stat.st_size == 0,
+        FileType::Symlink => readlinkat(parent, name, Vec::new())
+            .is_ok_and(|target| target.to_bytes().starts_with(b"/proc/")),
+        _ => false,
+    }
+}
+
+fn count_with(
+    top: impl AsFd,
+    is_given_up: impl Fn() -> bool,
+    mut examine: impl FnMut(BorrowedFd<'_>, &CStr, &Stat) -> Result<()>,
+) -> Result<Content> {
     /// Between two questions.
     const ENTRIES: u64 = 256;
     let mut entries: u64 = 0;
     let mut tally = Count::new(MOST_REMEMBERED);
-    tally.add(&fstat(&top).context(|| COUNTING)?);
+    let own = fstat(&top).context(|| COUNTING)?;
+    tally.add(&own);
+    examine(top.as_fd(), c".", &own)?;
     let mut walk = Walk::begin(&top, COUNTING)?;
     while let Some(entry) = walk.next()? {
         entries += 1;
@@ -48,7 +108,9 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
             Err(Errno::NOENT) => continue,
             stat => stat.context(|| COUNTING)?,
         };
-        tally.add(&stat);
+        if tally.add(&stat) {
+            examine(parent, name, &stat)?;
+        }
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             continue;
         }
@@ -94,7 +156,8 @@ impl Count {
         }
     }
 
-    fn add(&mut self, stat: &Stat) {
+    /// Returns whether the inode, or this name of it, counts for the first time.
+    fn add(&mut self, stat: &Stat) -> bool {
         let file_type = FileType::from_raw_mode(stat.st_mode);
         let size_bytes = u64::try_from(stat.st_blocks)
             .unwrap_or(0)
@@ -106,18 +169,19 @@ impl Count {
         let inode = (stat.st_dev, stat.st_ino);
         if file_type != FileType::Directory && stat.st_nlink > 1 {
             if self.remembered.contains(&inode) {
-                return;
+                return false;
             }
             if self.remembered.len() >= self.most_remembered {
                 let share = |whole: u64| (u128::from(whole) << 32) / u128::from(stat.st_nlink);
                 self.shares.inodes += share(1);
                 self.shares.size_bytes += share(size_bytes);
                 self.shares.data_bytes += share(data_bytes);
-                return;
+                return true;
             }
             self.remembered.insert(inode);
         }
         self.add_whole(1, size_bytes, data_bytes);
+        true
     }
 
     /// Adds, up to the highest number that the database can record: the lengths of
@@ -126,6 +190,7 @@ impl Count {
         let Content {
             usage,
             data_bytes: data,
+            marks: _,
         } = &mut self.content;
         for (sum, more) in [
             (&mut usage.inodes, inodes),

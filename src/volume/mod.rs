@@ -49,7 +49,7 @@ pub use identity::{Claim, Identity};
 pub use image::{Image, Root};
 pub use moving::moving_id;
 pub use paths::{PROBE, ROOT_NAMES, UPPER, WRITABLE_NAMES};
-pub use preconditions::{Holding, Lifetime, Reserve, Unused, require_mount_points};
+pub use preconditions::{Holding, Lifetime, Reserve, Unused, keeps_times, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 pub use unpacked::{UnpackDir, is_unpacked, replaced_id};
 

@@ -15,7 +15,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Dirs;
-use super::dirs::{ensure_directory, open_path, stop_handing_on};
+use super::dirs::{Entry, ensure_directory, open_path, stop_handing_on};
 use super::durable::failed_flush;
 use super::image::Image;
 use super::paths::{SCRATCH, WORK};
@@ -185,6 +185,16 @@ impl Image {
     pub fn is_renamed_layer(&self, id: SnapshotId) -> Result<bool> {
         let work = self.entry_type(&format!("{}/{WORK}", moving_name(id)))?;
         Ok(work == Some(FileType::Directory))
+    }
+}
+
+impl Dirs {
+    /// What moves have left in the trash.
+    pub fn trashed_moves(&self) -> Result<Vec<String>> {
+        let mut names = self.trashed()?;
+        names.retain(|entry| entry.name.to_bytes().starts_with(PREFIX.as_bytes()));
+        let text = |entry: &Entry| entry.name.to_string_lossy().into_owned();
+        Ok(names.iter().map(text).collect())
     }
 }
 

@@ -75,13 +75,6 @@ impl Volumes {
         }
     }
 
-    /// The snapshot whose directory on that volume `path` leads into.
-    pub fn snapshot_at(&self, volume: Volume, path: &str) -> Option<SnapshotId> {
-        let below = path.strip_prefix(&*self.snapshots_path(volume))?;
-        let name = below.strip_prefix('/')?.split('/').next()?;
-        SnapshotId::from_directory_name(name.as_bytes())
-    }
-
     /// Where `<root>/snapshots/<id>` has to point for a layer whose bytes are
     /// on the writable volume.
     pub fn link_target(&self, id: SnapshotId) -> String {

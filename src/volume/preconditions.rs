@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, fstatvfs, stat, statfs, statx};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, StatxAttributes, StatxFlags, Timespec, Timestamps, fstat, fstatvfs,
+    futimens, openat, stat, statfs, statx, unlinkat,
+};
 use rustix::io::Errno;
 
 use super::Dirs;
@@ -207,6 +210,29 @@ pub(super) fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
     // Before Linux 5.8; a bind mount of the same file system goes unnoticed.
     let parent = format!("{path}/..");
     Ok(stat(path)?.st_dev != stat(parent.as_str())?.st_dev)
+}
+
+/// Whether a file system keeps times as layers have them: to the nanosecond, and beyond
+/// 2038. ext4 with inodes of 128 bytes, ext3 and ext2 do not, and report no error. A file
+/// is made for a moment in `directory`.
+pub fn keeps_times(directory: impl AsFd) -> Result<bool> {
+    const NAME: &str = ".times";
+    let asking = || "look which times the file system keeps";
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = openat(&directory, NAME, flags, Mode::from_raw_mode(0o600)).context(asking)?;
+    unlinkat(&directory, NAME, AtFlags::empty()).context(asking)?;
+    let time = Timespec {
+        // In the year 2100.
+        tv_sec: 4_102_444_800,
+        tv_nsec: 123_456_789,
+    };
+    let times = Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
+    futimens(&file, &times).context(asking)?;
+    let stat = fstat(&file).context(asking)?;
+    Ok(stat.st_mtime == time.tv_sec && i64::try_from(stat.st_mtime_nsec) == Ok(time.tv_nsec))
 }
 
 #[cfg(test)]

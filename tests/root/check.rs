@@ -67,7 +67,9 @@ fn sample(client: &Client) {
             fs::write(top.join("other"), name).unwrap();
         });
     }
-    client.prepare("init", "default/1/base", &[]).unwrap();
+    let mounted = Mounted::new(&client.prepare("init", "default/1/base", &[]).unwrap());
+    fs::write(mounted.path().join("own"), "own").unwrap();
+    drop(mounted);
     client.commit("init", "default/6/away", &[]).unwrap();
     for (key, parent) in [
         ("default/7/web", "default/6/away"),

@@ -20,6 +20,7 @@ mod flushes;
 mod full;
 mod fuzz;
 mod guard;
+mod held;
 mod histories;
 mod import;
 mod inode_numbers;
@@ -31,6 +32,7 @@ mod life;
 mod lowers;
 mod mapped_ids;
 mod messages;
+mod moves;
 #[path = "../bolt/program.rs"]
 mod program;
 mod races;

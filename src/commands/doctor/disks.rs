@@ -19,7 +19,7 @@ use crate::root::open::require_mounts;
 use crate::snapshotter::QuotaMode;
 use crate::store::{DATABASE, require_short};
 use crate::types::Limits;
-use crate::volume::Lifetime;
+use crate::volume::{Lifetime, keeps_times};
 
 /// A directory, or the nearest one above it that is there.
 struct Nearest {
@@ -48,6 +48,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     let (Some(image), Some(writable)) = (image, writable) else {
         return findings;
     };
+    findings.extend(lost_times(&image));
     let is_one = image.mounted.device == writable.mounted.device;
     findings.push(match is_one {
         false => Finding::good("split", "two file systems"),
@@ -109,6 +110,22 @@ fn limits(config: &Config, writable: &Nearest) -> Option<Finding> {
         Err(error) => (missing, error.chain()),
     };
     Some(Finding::new("limits", verdict, text))
+}
+
+/// A layer that moves there would lose a part of its files' times, with no error.
+fn lost_times(image: &Nearest) -> Option<Finding> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = open(&image.there, flags, Mode::empty()).ok()?;
+    keeps_times(directory)
+        .is_ok_and(|are_kept| !are_kept)
+        .then(|| {
+            Finding::note(
+                "image",
+                "the file system keeps times to the second and up to 2038 only, and the files of \
+             layers that move there lose the rest: ext4 needs inodes of 256 bytes (mkfs.ext4 -I \
+             256); XFS and btrfs keep all",
+            )
+        })
 }
 
 /// What is in memory is gone after a reboot; the daemon then takes the volume for a

@@ -216,6 +216,7 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<
             parent_id: ids.get(&snapshot.info.parent).copied(),
             volume: found.volume,
             usage: usage(snapshot.usage, found.content),
+            marks: found.content.and_then(|content| content.marks),
             data_bytes: found.content.map_or(DataBytes::Unknown, |content| {
                 DataBytes::Counted(content.data_bytes)
             }),
@@ -297,7 +298,7 @@ fn judge_layer(snapshot: &Original, places: &[&Found]) -> Judgement {
 /// without it.
 fn judge_layer_in(snapshot: &Original, found: &Found) -> Judgement {
     let filled = &found.filled;
-    let content = match filled.open_upper(snapshot.id).and_then(tree::count) {
+    let content = match filled.open_upper(snapshot.id).and_then(tree::count_layer) {
         Ok(content) => content,
         Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(Err(Reason::Missing)),
         Err(error) => {

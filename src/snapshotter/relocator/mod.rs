@@ -3,25 +3,27 @@
 //! What a container may have mounted is never touched: the layer is copied,
 //! the copy is made durable, copy and link change names, and the row says so. New mounts find the copy by the same
 //! path. The old directory goes at once if nothing stands on the layer, else
-//! when the last snapshot that may have it mounted is removed, or when the
-//! host has rebooted.
+//! when nothing has it mounted any more, or when the host has rebooted.
 //!
 //! After a crash: before the exchange, the copy is dropped and the layer is
 //! where it was; after it, the copy is whole and the start records it.
 
+mod leftovers;
 mod worker;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::fs::FileType;
 
+use super::Relocation;
 use super::flusher::Flusher;
 use super::ids::Ids;
+use super::in_use::{self, Mounts};
 use super::links::Links;
 use super::trash::Trash;
-use super::{Relocation, in_use};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Ancestor, Store, UnmovedLayer};
 use crate::tree;
@@ -38,6 +40,9 @@ fn boot_id() -> Result<String> {
         .map(|text| text.trim_end().to_owned())
         .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
 }
+
+/// How often the thread looks for what no request reports.
+const EVERY_MINUTE: Duration = Duration::from_secs(60);
 
 /// What was moved to the trash of a volume, and its name there.
 type Trashed = (Arc<Dirs>, String);
@@ -65,7 +70,8 @@ pub(super) struct Relocator {
     /// One layer moves at a time.
     moving: Mutex<()>,
     news: Monitor<News>,
-    /// An unmoved layer was there when the thread last looked, or it is just looking.
+    /// An unmoved layer or a leftover directory was there when the thread last looked, or
+    /// it is just looking.
     has_layers: AtomicBool,
     /// Ends a copy under way.
     is_stopping: AtomicBool,
@@ -171,11 +177,7 @@ impl Relocator {
             match self.copy_home(id, &writable) {
                 Ok(copied) => bytes = copied,
                 Err(error) => {
-                    let copy = image.end_move(id)?;
-                    if error.kind() == ErrorKind::ResourceExhausted {
-                        // At once: half a copy is no use to a disk that is full.
-                        trashed.extend(copy.map(|name| (Arc::clone(image.dirs()), name)));
-                    }
+                    self.end_move(id, trashed)?;
                     if !self.is_unmoved(id)? {
                         return Ok(Moved::Gone);
                     }
@@ -184,31 +186,32 @@ impl Relocator {
             }
         }
 
-        let _claim = self.ids.claim(id);
+        let claim = self.ids.claim(id);
         if !self.is_unmoved(id)? {
-            image.end_move(id)?;
+            self.end_move(id, trashed)?;
             return Ok(Moved::Gone);
         }
         if !is_exchanged
             && let Err(error) = self.links.require([id]).and_then(|()| image.exchange(id))
         {
-            image.end_move(id)?;
+            self.end_move(id, trashed)?;
             return Err(error);
         }
         fault_point("exchanged");
         // If recording fails, the copy stays in place: it is whole, and the
         // next try, or the next start, finds it and only records it. What is
         // held is asked again: what stood on it may have been committed since.
-        let held = self.mounted_layers()?;
+        let held = self.held_after_exchange(id)?;
         let boot_id = boot_id()?;
         let is_in_use = self.store.together(|transaction| {
             transaction.forget_tombstones(&self.trash.take_settled())?;
             transaction.move_home(id, &held, &boot_id)
         })?;
         fault_point("recorded");
+        // A Remove of the layer need not wait for the writable volume any more.
+        drop(claim);
         let mut tidy = || -> Result<()> {
-            let link = image.end_move(id)?;
-            trashed.extend(link.map(|name| (Arc::clone(image.dirs()), name)));
+            self.end_move(id, trashed)?;
             if !is_in_use {
                 let old = writable.trash(id)?;
                 trashed.extend(old.map(|name| (Arc::clone(&writable), name)));
@@ -222,6 +225,35 @@ impl Relocator {
         }
         fault_point("trashed");
         Ok(Moved::Home(bytes))
+    }
+
+    /// Drops what a move has under its own name: half a copy, or the link.
+    fn end_move(&self, id: SnapshotId, trashed: &mut Vec<Trashed>) -> Result<()> {
+        let image = self.volumes.image();
+        let name = image.end_move(id)?;
+        trashed.extend(name.map(|name| (Arc::clone(image.dirs()), name)));
+        Ok(())
+    }
+
+    /// Deletes the copies in the trash that a kill has kept from being deleted: at a daemon
+    /// that is killed again and again they would fill the disk before a Cleanup comes.
+    fn delete_dropped_copies(&self) -> Result<()> {
+        let image = self.volumes.image().dirs();
+        for name in image.trashed_moves()? {
+            self.trash.delete(image, &name);
+        }
+        Ok(())
+    }
+
+    /// The layers whose old directory is mounted, though perhaps by nothing that the
+    /// database knows.
+    fn held_after_exchange(&self, id: SnapshotId) -> Result<HashSet<SnapshotId>> {
+        let mounts = Mounts::read(&self.store, &self.volumes)?;
+        let mut held = mounts.layers(&*self.store.read()?)?;
+        if !mounts.of_leftover(id).is_empty() {
+            held.insert(id);
+        }
+        Ok(held)
     }
 
     /// As [`Relocator::relocate`], and deletes what that has left.
@@ -243,17 +275,25 @@ impl Relocator {
         }
         let target = image.begin_move(id)?;
         fault_point("begun");
-        let bytes = tree::copy_tree(
+        let copied = tree::copy_tree(
             &source,
             &target.top,
             UPPER,
             &target.scratch,
             &self.is_stopping,
         )?;
+        if !copied.left_out.is_empty() {
+            let names: Vec<_> = copied.left_out.into_iter().collect();
+            log::info!(
+                "layer {id}: its files do not have these attributes on the image volume, which \
+                 belong to the other file system or which this one cannot have: {}",
+                names.join(", ")
+            );
+        }
         fault_point("copied");
         image.finish_copy(&target)?;
         fault_point("durable");
-        Ok(bytes)
+        Ok(copied.bytes)
     }
 
     /// The whole move where both volumes are one file system: two renames.
@@ -313,6 +353,8 @@ impl Relocator {
             let moved = self
                 .relocate_and_delete(*id)
                 .context(|| format!("move layer {id} home for a container with mapped ids"))?;
+            // It may have left a directory that the thread has to look after.
+            self.wake();
             if moved == Moved::InUse {
                 return Err(Error::refused(format!(
                     "layer {id} was committed while it was mounted, and still is: it cannot \
@@ -337,7 +379,7 @@ impl Relocator {
             if is_exchanged {
                 // A crash may have come between the exchange and its own flush.
                 image.dirs().settle_names()?;
-                let held = self.mounted_layers()?;
+                let held = self.held_after_exchange(away.id)?;
                 self.store
                     .together(|transaction| transaction.move_home(away.id, &held, &boot_id))?;
                 log::info!("layer {} had been moved home: recorded", Quoted(&away.name));

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{Moved, News, Relocator, require_room};
+use super::leftovers::Leftovers;
+use super::{EVERY_MINUTE, Moved, News, Relocator, require_room};
 use crate::error::{ErrorKind, Result};
 use crate::snapshotter::Relocation;
 use crate::store::UnmovedLayer;
@@ -13,35 +14,42 @@ use crate::sys;
 use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
 use crate::util::lock::lock;
 use crate::util::threads::Background;
-use crate::volume::Unused;
+use crate::volume::{Unused, keeps_times};
 
 /// Below this a layer waits until nothing stands on it: Docker's init layers,
 /// gone with their container as a rule.
 const SMALL_BYTES: u64 = 1 << 20;
 
 impl Relocator {
-    /// Starts the thread, unless layers are to stay. Stopped, it ends within a file's
-    /// chunk.
-    pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Option<Background>> {
-        let Relocation::Background { after } = self.relocation else {
-            return Ok(None);
+    /// Starts the thread, which moves no layers if they are to stay. Stopped, it ends
+    /// within a file's chunk.
+    pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Background> {
+        let (after, keeps_small) = match self.relocation {
+            Relocation::Background { after, keeps_small } => (Some(after), keeps_small),
+            Relocation::Never => (None, true),
         };
         let work = move |relocator: &Relocator| {
             let mut worker = Worker {
                 relocator,
                 after,
+                keeps_small,
                 notes: Notes::default(),
+                leftovers: Leftovers::default(),
             };
             worker.run();
         };
-        Background::start("relocator", self, Relocator::stop, work).map(Some)
+        Background::start("relocator", self, Relocator::stop, work)
     }
 }
 
 struct Worker<'a> {
     relocator: &'a Relocator,
-    after: Duration,
+    /// `None` if layers stay where they are.
+    after: Option<Duration>,
+    /// As of [`Relocation::Background`].
+    keeps_small: bool,
     notes: Notes,
+    leftovers: Leftovers,
 }
 
 /// What was found out about layers that are still to be moved.
@@ -70,11 +78,17 @@ impl Worker<'_> {
         if let Err(errno) = sys::lower_io_priority() {
             log::debug!("the relocator has no idle I/O priority: {errno}");
         }
+        if self.after.is_some() {
+            self.say_lost_times();
+        }
+        if let Err(error) = self.relocator.delete_dropped_copies() {
+            log::warn!("delete copies of moves that have failed: {}", error.chain());
+        }
         loop {
             let next = self.step().unwrap_or_else(|error| {
                 log::warn!("look for layers to move home: {}", error.chain());
                 // A database that cannot be read now is no reason to spin.
-                Some(Duration::from_secs(60))
+                Some(EVERY_MINUTE)
             });
             if !self.wait(next) {
                 return;
@@ -82,18 +96,43 @@ impl Worker<'_> {
         }
     }
 
-    /// Moves at most one layer. Returns when to look again if nothing wakes the thread.
+    fn say_lost_times(&self) {
+        let image = self.relocator.volumes.image().dirs();
+        let kept = image.trash_fd().and_then(keeps_times);
+        if kept.is_ok_and(|are_kept| !are_kept) {
+            log::warn!(
+                "the file system of {} keeps times to the second and up to 2038 only: the files \
+                 of layers that are committed from containers lose what is beyond when they move \
+                 there; ext4 keeps it with inodes of 256 bytes (mkfs.ext4 -I 256), and so do XFS \
+                 and btrfs",
+                image.path()
+            );
+        }
+    }
+
+    /// Deletes what moved layers have left, and moves at most one layer. Returns when to
+    /// look again if nothing wakes the thread.
     fn step(&mut self) -> Result<Option<Duration>> {
         let has_layers = &self.relocator.has_layers;
         // Before the look: what ends after it has to wake.
         has_layers.store(true, Ordering::SeqCst);
+        let released = self.leftovers.release(self.relocator)?;
         let away = self.relocator.store.read()?.away()?;
-        has_layers.store(!away.is_empty(), Ordering::SeqCst);
+        has_layers.store(!away.is_empty() || released.is_some(), Ordering::SeqCst);
         self.notes
             .keep_only(&away.iter().map(|layer| layer.id).collect());
+        let moved = match self.after {
+            Some(after) => self.move_one(away, after)?,
+            None => None,
+        };
+        Ok(moved.into_iter().chain(released).min())
+    }
+
+    /// As [`Worker::step`], of the layers alone.
+    fn move_one(&mut self, away: Vec<UnmovedLayer>, after: Duration) -> Result<Option<Duration>> {
         if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
             // Its return wakes nobody.
-            return Ok(Some(Duration::from_secs(60)));
+            return Ok(Some(EVERY_MINUTE));
         }
         let mut next = None;
         for layer in away {
@@ -104,12 +143,12 @@ impl Worker<'_> {
                 .nanos()
                 .saturating_sub(layer.committed.nanos());
             let age = Duration::from_nanos(age.try_into().unwrap_or(0));
-            if age < self.after {
+            if age < after {
                 // They come in order of their commit.
-                next = Some(self.after - age);
+                next = Some(after - age);
                 break;
             }
-            let is_small = layer.size_bytes < SMALL_BYTES;
+            let is_small = self.keeps_small && layer.size_bytes < SMALL_BYTES;
             if is_small && self.relocator.store.read()?.is_in_use(layer.id)? {
                 self.say_put_off(&layer, "it is small and in use");
                 continue;
@@ -117,7 +156,7 @@ impl Worker<'_> {
             if self.move_home(&layer) == Some(Moved::InUse) {
                 self.say_put_off(&layer, "it is still mounted");
                 // An unmount wakes nobody.
-                next = Some(Duration::from_secs(60));
+                next = Some(EVERY_MINUTE);
                 continue;
             }
             return Ok(Some(Duration::ZERO));

@@ -1,0 +1,185 @@
+//! Extended attributes: which are content, copying them, and counting them.
+
+use std::collections::BTreeSet;
+use std::ffi::{CStr, CString};
+
+use rustix::buffer::spare_capacity;
+use rustix::fd::{AsRawFd, BorrowedFd};
+use rustix::fs::{XattrFlags, lgetxattr, llistxattr, lsetxattr, statvfs};
+use rustix::io::Errno;
+
+use crate::error::{Context, Error, ErrorKind, Result};
+
+/// The most bytes that the names, or the value, of attributes can have
+/// (xattr(7), `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
+pub(super) const MAX_XATTR_BYTES: usize = 65536;
+
+/// How many names of attributes that are left out are remembered.
+const MOST_NAMED: usize = 8;
+
+/// What an attribute is to a layer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Without it, the layer is another one.
+    Content,
+    /// An ACL, or a label that the host's own security module has set: kept where the
+    /// target can have it, as containerd does when it unpacks.
+    IfPossible,
+    /// It belongs to the file system that it is on: a property, or its own form of
+    /// something that is listed under another name as well.
+    FileSystem,
+}
+
+fn role(name: &[u8]) -> Role {
+    let begins = |prefix: &[u8]| name.starts_with(prefix);
+    match name {
+        b"system.posix_acl_access" | b"system.posix_acl_default" => Role::IfPossible,
+        b"security.capability" => Role::Content,
+        _ if begins(b"security.") => Role::IfPossible,
+        // XFS lists each ACL a second time, with ids that nobody maps.
+        _ if begins(b"trusted.SGI_") => Role::FileSystem,
+        _ if begins(b"trusted.") || begins(b"user.") => Role::Content,
+        _ => Role::FileSystem,
+    }
+}
+
+/// Whether an attribute changes what a layer shows. overlayfs sets others on every
+/// directory that it copies up.
+fn is_mark(name: &[u8]) -> bool {
+    const COPIED_UP: [&[u8]; 4] = [b"origin", b"impure", b"nlink", b"uuid"];
+    let own = [&b"trusted.overlay."[..], &b"user.overlay."[..]];
+    let overlay = own.iter().find_map(|prefix| name.strip_prefix(*prefix));
+    role(name) == Role::Content && overlay.is_none_or(|name| !COPIED_UP.contains(&name))
+}
+
+/// Attributes of links and device nodes have no call that takes a descriptor;
+/// through /proc the last part of the path is ours and not followed.
+pub(super) fn entry_path(parent: BorrowedFd<'_>, name: &CStr) -> CString {
+    let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
+    path.extend_from_slice(name.to_bytes());
+    CString::new(path).expect("neither part holds a NUL")
+}
+
+pub(super) fn fd_path(directory: BorrowedFd<'_>) -> CString {
+    entry_path(directory, c".")
+}
+
+/// Room for the names and for one value, kept for the whole walk.
+pub(super) struct XattrBuffers {
+    names: Vec<u8>,
+    value: Vec<u8>,
+    /// The names of some attributes that were not copied.
+    pub left_out: BTreeSet<String>,
+}
+
+/// The attributes of an entry that are content.
+#[derive(Default)]
+pub(super) struct Found {
+    pub count: u64,
+    pub has_mark: bool,
+}
+
+impl XattrBuffers {
+    pub(super) fn new() -> XattrBuffers {
+        XattrBuffers {
+            names: Vec::with_capacity(MAX_XATTR_BYTES),
+            value: Vec::with_capacity(MAX_XATTR_BYTES),
+            left_out: BTreeSet::new(),
+        }
+    }
+
+    fn list(&mut self, path: &CStr) -> Result<()> {
+        self.names.clear();
+        match llistxattr(path, spare_capacity(&mut self.names)) {
+            Err(Errno::OPNOTSUPP) => Ok(()),
+            listed => listed.map(drop).context(|| "list its attributes"),
+        }
+    }
+
+    /// Counts the attributes that are content.
+    pub(super) fn count(&mut self, path: &CStr) -> Result<Found> {
+        self.list(path)?;
+        let mut found = Found::default();
+        let names = self.names.split(|byte| *byte == 0);
+        for name in names.filter(|name| role(name) == Role::Content && !name.is_empty()) {
+            found.count += 1;
+            found.has_mark |= is_mark(name);
+        }
+        Ok(found)
+    }
+
+    pub(super) fn copy(&mut self, from: &CStr, to: &CStr) -> Result<()> {
+        self.list(from)?;
+        for name in self.names.split_inclusive(|byte| *byte == 0) {
+            let name = CStr::from_bytes_with_nul(name).map_err(|error| {
+                Error::caused(ErrorKind::Internal, "list its attributes", error)
+            })?;
+            let role = role(name.to_bytes());
+            if role != Role::FileSystem {
+                self.value.clear();
+                lgetxattr(from, name, spare_capacity(&mut self.value))
+                    .context(|| format!("read its attribute {name:?}"))?;
+                match lsetxattr(to, name, &self.value, XattrFlags::empty()) {
+                    Ok(()) => continue,
+                    Err(errno) if role == Role::IfPossible && cannot_have(errno) => {}
+                    Err(errno) => return Err(xattr_error(errno, to, name)),
+                }
+            }
+            if self.left_out.len() < MOST_NAMED {
+                self.left_out.insert(name.to_string_lossy().into_owned());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The target has no attributes of that kind, or does not let this program set one. An
+/// ACL that is too large, or a full disk, is another matter.
+fn cannot_have(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::OPNOTSUPP | Errno::PERM | Errno::ACCESS | Errno::INVAL
+    )
+}
+
+/// ext4 says `ENOSPC` for an attribute that is larger than it can ever keep;
+/// with room on the disk, that is what it means.
+fn xattr_error(errno: Errno, to: &CStr, name: &CStr) -> Error {
+    let what = format!("set its attribute {name:?}");
+    let has_room = statvfs(to).is_ok_and(|disk| disk.f_bavail * disk.f_frsize > 1 << 20);
+    if errno == Errno::NOSPC && has_room {
+        return Error::caused(ErrorKind::Internal, what, std::io::Error::from(errno));
+    }
+    Error::system(errno, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_overlayfs_and_programs_mean_is_content() {
+        for name in [
+            "security.capability",
+            "trusted.overlay.opaque",
+            "trusted.overlay.origin",
+            "trusted.mine",
+            "user.btrfs.compression",
+        ] {
+            assert!(role(name.as_bytes()) == Role::Content, "{name}");
+        }
+        for name in [
+            "btrfs.compression",
+            "trusted.SGI_ACL_FILE",
+            "system.nfs4_acl",
+            "system.advise",
+            "bcachefs.data_replicas",
+        ] {
+            assert!(role(name.as_bytes()) == Role::FileSystem, "{name}");
+        }
+        assert!(role(b"security.selinux") == Role::IfPossible);
+        assert!(role(b"system.posix_acl_default") == Role::IfPossible);
+        assert!(is_mark(b"trusted.overlay.redirect") && is_mark(b"user.x"));
+        assert!(!is_mark(b"user.overlay.impure") && !is_mark(b"btrfs.compression"));
+    }
+}
