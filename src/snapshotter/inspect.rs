@@ -199,7 +199,7 @@ impl Snapshotter {
 }
 
 /// A layer that is mounted as a container's upper may be written to.
-fn inspect_layer(
+pub(super) fn inspect_layer(
     dirs: &Arc<Dirs>,
     snapshot: &Snapshot,
     is_there: bool,

@@ -13,7 +13,7 @@ use crate::content::layer;
 use crate::support::client::{Client, finish};
 use crate::support::daemon::{Daemon, Split, command, is_empty, refused};
 use crate::support::disk::Disk;
-use crate::support::run;
+use crate::support::{run, until};
 
 /// A container that has written its own name.
 fn container(client: &Client, split: &Split, key: &str) {
@@ -347,4 +347,29 @@ fn the_bare_mount_point_of_a_disk_is_not_taken() {
     daemon.client().prepare("web", "", &[]).unwrap();
     daemon.stop();
     fs::remove_file(&unit).unwrap();
+}
+
+/// What a volume of an earlier day has of a layer does not take the layer's place.
+#[registered(crate::Test)]
+fn a_layer_that_holds_less_than_at_its_commit_does_not_move() {
+    let mut split = Split::start(&["--relocate", "never"]);
+    let client = split.client();
+    container(&client, &split, "web");
+    client.commit("web", "layer", &[]).unwrap();
+    let id = fs::read_dir(split.writable().join("snapshots")).unwrap();
+    let upper = id.last().unwrap().unwrap().path().join("fs");
+    split.daemon.stop();
+    fs::write(upper.join("own"), "").unwrap();
+    let mut arguments = split.daemon.arguments().to_vec();
+    arguments.retain(|argument| argument != "--relocate" && argument != "never");
+    arguments.extend(["--relocate-after", "0"].map(str::to_owned));
+    split.daemon.set_arguments(arguments);
+    split.daemon.restart();
+    until("the move is refused", || {
+        split
+            .daemon
+            .log()
+            .contains("holds less than when it was committed")
+    });
+    assert!(upper.exists());
 }

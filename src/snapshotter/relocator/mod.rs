@@ -22,7 +22,9 @@ use super::Relocation;
 use super::flusher::Flusher;
 use super::ids::Ids;
 use super::in_use::{self, Mounts};
+use super::inspect::inspect_layer;
 use super::links::Links;
+use super::problem::Problem;
 use super::trash::Trash;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Ancestor, Store, UnmovedLayer};
@@ -266,12 +268,20 @@ impl Relocator {
         moved
     }
 
-    fn copy_home(&self, id: SnapshotId, writable: &Dirs) -> Result<u64> {
+    fn copy_home(&self, id: SnapshotId, writable: &Arc<Dirs>) -> Result<u64> {
         let source = writable.open_snapshot(id)?;
         let image = self.volumes.image();
         let away = self.store.read()?.away()?;
         if let Some(layer) = away.iter().find(|layer| layer.id == id) {
             require_room(layer, image.dirs())?;
+            let snapshot = self.store.read()?.stat(&layer.name)?;
+            // A copy of less would take the place of what is perhaps only elsewhere now.
+            let found = inspect_layer(writable, &snapshot, true, false)?;
+            if matches!(found, Some(Problem::LayerDamaged { .. })) {
+                return Err(Error::data_loss(format!(
+                    "layer {id} holds less than when it was committed: run `check`"
+                )));
+            }
         }
         let target = image.begin_move(id)?;
         fault_point("begun");
@@ -291,7 +301,9 @@ impl Relocator {
             );
         }
         fault_point("copied");
-        image.finish_copy(&target)?;
+        let flushed = image.finish_copy(&target);
+        self.flusher.note_failure(&flushed, Volume::Image);
+        flushed?;
         fault_point("durable");
         Ok(copied.bytes)
     }
