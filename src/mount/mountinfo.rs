@@ -150,6 +150,9 @@ fn parse_line(line: &[u8]) -> Option<Mounted> {
     let text = |field: &[u8]| String::from_utf8_lossy(&unescape(field)).into_owned();
     let (file_system, source, options) =
         (text(fields.next()?), text(fields.next()?), fields.next()?);
+    // The mount is, or the file system itself.
+    let mut own = options.split(|byte| *byte == b',');
+    let is_read_only = is_read_only || own.any(|option| option == b"ro");
     let overlay = match &*file_system {
         "overlay" => overlay_directories(options),
         _ => Vec::new(),

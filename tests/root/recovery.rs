@@ -267,9 +267,12 @@ fn links_are_healed() {
 fn lost_layers_are_reported() {
     let mut split = Split::start(&["--relocate", "never"]);
     let client = split.client();
-    layer(&client, "lost", "", |_| ());
+    layer(&client, "lost", "", |top| {
+        fs::write(top.join("file"), "lost").unwrap();
+    });
     layer(&client, "sound", "", |_| ());
     client.prepare("key", "sound", &[]).unwrap();
+    fs::write(split.writable().join("snapshots/3/fs/file"), "lost").unwrap();
     client.commit("key", "lost too", &[]).unwrap();
     layer(&client, "on the lost", "lost", |_| ());
     client.prepare("old", "on the lost", &[]).unwrap();
