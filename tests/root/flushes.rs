@@ -125,6 +125,6 @@ fn every_later_request_has_one() {
         }
         let all = flushes(&split) - before;
         println!("{request:?}: {all} flushes of 1000 requests");
-        assert!(all < 1100, "{request:?}: {all} flushes of 1000 requests");
+        assert!(all < 1300, "{request:?}: {all} flushes of 1000 requests");
     }
 }
