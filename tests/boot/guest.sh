@@ -354,7 +354,7 @@ limited_life() {
     ctr snapshots --snapshotter rwsplit usage -b limited >/tmp/usage
     [ "$(awk '$1 == "limited" { print $2, $3 }' /tmp/usage)" = "$taken" ] ||
         fail "containerd is told a usage of: $(cat /tmp/usage), not $taken"
-    status_says 'limited" *of 16M$'
+    status_says 'limited  *of 16M$'
     report "ok: a container reaches its limit"
 
     ctr snapshots --snapshotter rwsplit label limited "$label_max_size=32Mi"
