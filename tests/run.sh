@@ -136,34 +136,6 @@ build_suite() {
             go test -c -o "$scratch/suite" .)
 }
 
-# The client of CRI, which has to run on another Debian.
-build_cri() {
-    ln -s "$PWD/tests/clients/cri" "$scratch/go/src/cri"
-    (cd "$scratch/go/src/cri" &&
-        CGO_ENABLED=0 GO111MODULE=off GOFLAGS='' GOPATH="$scratch/go:/usr/share/gocode" \
-            go build -o "$scratch/cri" .)
-}
-
-# clients NAME COMMAND...: a script of tests/clients. Each line of its that ends with
-# seconds is a test.
-clients() {
-    begin "$1"
-    shift
-    failed_before=$failed
-    {
-        status=0
-        "$@" 2>&1 || status=$?
-        echo "$status" >"$scratch/status"
-    } | tee "$scratch/output"
-    passed=$((passed + $(grep -c ': ok, [0-9]* s$' "$scratch/output" || true)))
-    failed=$((failed + $(grep -c ': FAILED, [0-9]* s$' "$scratch/output" || true)))
-    if [ "$(cat "$scratch/status")" != 0 ] && [ "$failed" = "$failed_before" ]; then
-        echo "== $part FAILED"
-        failed=$((failed + 1))
-    fi
-    took
-}
-
 # begin_release and begin_openrc start jobs that run beside the tests, each in a
 # session of its own, so that it can be ended with all its compilers and machines.
 #
@@ -253,11 +225,6 @@ ring_ends "The tests of every day"
 if [ "$ring" = all ]; then
     begin_release
     rust_tests --test vm
-    SUITE="$scratch/suite" clients "file systems" sh tests/clients/disks.sh
-    step "client of CRI" build_cri
-    for release in trixie unstable; do
-        CRI="$scratch/cri" clients "clients of Debian $release" sh tests/clients/debian.sh "$release"
-    done
     # The release; its parts build on one another.
     step "static binaries and packages" finish "$release_job" release
     release_job=
