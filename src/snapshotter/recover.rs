@@ -67,7 +67,7 @@ impl Snapshotter {
             "drop what checks have left",
             self.drop_leftovers_of_checks(&image),
         );
-        let on_image = self.trash.sweep(&image)?;
+        let (on_image, _) = self.trash.sweep(&image)?;
         self.set_links(&inventory, &on_image);
         warn_of(
             "remove links that are not needed",
@@ -78,7 +78,7 @@ impl Snapshotter {
         let mut uncharged = Vec::new();
         match self.volumes.open(Volume::Writable) {
             Ok(writable) => match self.trash.sweep(&writable) {
-                Ok(found) => {
+                Ok((found, _)) => {
                     lost.extend(self.heal(&writable, &inventory, &found));
                     // Without quotas that have to be there nothing is served.
                     uncharged = match self.options.quota.mode {

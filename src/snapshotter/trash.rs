@@ -123,7 +123,9 @@ impl Trash {
     /// Looks a volume through beside the requests: a removal has failed there, or it was
     /// missing at the start.
     fn sweep_late(&self, dirs: &Arc<Dirs>) -> Result<()> {
-        self.sweep(dirs)?;
+        if let (_, Some(error)) = self.sweep(dirs)? {
+            return Err(error);
+        }
         if dirs.volume() == Volume::Writable {
             let uncharged = self.recover_projects(dirs);
             self.projects.recharge_later(&uncharged);
@@ -143,9 +145,11 @@ impl Trash {
     }
 
     /// Moves what no row places on that volume out of `snapshots/`, and returns the rest.
-    /// Names that are no ids are left alone: this program did not make them.
-    pub(super) fn sweep(&self, dirs: &Arc<Dirs>) -> Result<Found> {
+    /// Names that are no ids are left alone: this program did not make them. Also returns the
+    /// last error of what could not be moved, as on a full disk: a start goes on then.
+    pub(super) fn sweep(&self, dirs: &Arc<Dirs>) -> Result<(Found, Option<Error>)> {
         let volume = dirs.volume();
+        let mut failed = None;
         let mut found = Found::new();
         let mut claimed = HashSet::new();
         for entry in dirs.entries()? {
@@ -174,7 +178,6 @@ impl Trash {
                 continue;
             }
             found.remove(&id);
-            // On a full disk, for example: a start has to go on.
             if let Err(error) = self.clear_stray(dirs, id, buried.contains(&id)) {
                 self.note_stray(volume);
                 buried.remove(&id);
@@ -183,6 +186,7 @@ impl Trash {
                      the next Cleanup: {}",
                     error.chain()
                 );
+                failed = Some(error);
             }
         }
         let is_gone = |id: &SnapshotId| !claimed.contains(id);
@@ -193,7 +197,7 @@ impl Trash {
             let forget = self.store.together(|rows| rows.forget_tombstones(&gone));
             forget.context(|| "forget directories that are in the trash")?;
         }
-        Ok(found)
+        Ok((found, failed))
     }
 
     fn clear_stray(&self, dirs: &Dirs, id: SnapshotId, is_buried: bool) -> Result<()> {

@@ -99,6 +99,7 @@ fn a_volume_in_memory() {
         fs::write(top.join("file"), "base").unwrap();
     });
     client.prepare("init", "base", &[]).unwrap();
+    fs::write(writable.path().join("a/b/snapshots/2/fs/own"), "lost").unwrap();
     client.commit("init", "layer", &[]).unwrap();
     client.prepare("on-layer", "layer", &[]).unwrap();
     let mounted = Mounted::new(&client.prepare("web", "base", &[]).unwrap());
