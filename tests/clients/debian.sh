@@ -94,7 +94,10 @@ enter_folder() {
     cp "$BUSYBOX" new/test/busybox
     cp -a "$scratch/www" "$scratch/httpd.conf" "$scratch/image.tar" new/test/t/
     for kind in image writable; do
-        make_volume "new/test/t/$kind" 1500M -m 0
+        truncate -s 1500M "new/test/t/$kind.ext4"
+        mkfs.ext4 -q -F -m 0 "new/test/t/$kind.ext4"
+        mkdir "new/test/t/$kind"
+        mount_file "new/test/t/$kind.ext4" "new/test/t/$kind"
     done
     mount -t proc proc new/proc
     mount --rbind /dev new/dev

@@ -56,7 +56,7 @@ make_disk() {
     ext4) mkfs.ext4 -q -F "$2.disk" ;;
     *) "mkfs.$1" -q "$2.disk" >/dev/null ;;
     esac
-    mount -o loop,noatime "$2.disk" "$2"
+    mount_file "$2.disk" "$2"
 }
 
 # check_disk KIND DIR: unmounts it and runs the file system's own check.

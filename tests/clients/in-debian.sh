@@ -126,6 +126,47 @@ CNI
     echo '{"cniVersion":"0.4.0","name":"none","plugins":[{"type":"nothing"}]}' >"$scratch/cni/net.d/1.conflist"
 }
 
+# configure_containerd: pods have the snapshotter, as docs/containerd.md says it.
+configure_containerd() {
+    cni="bin_dir = \"$scratch/cni/bin\"
+conf_dir = \"$scratch/cni/net.d\""
+    case $(containerd --version) in
+    *' 1.'*)
+        containerd_more="
+[plugins.\"io.containerd.grpc.v1.cri\"]
+sandbox_image = \"localhost:5000/pause:1.oci\"
+restrict_oom_score_adj = true
+stats_collect_period = 1
+[plugins.\"io.containerd.grpc.v1.cri\".containerd]
+snapshotter = \"rwsplit\"
+[plugins.\"io.containerd.grpc.v1.cri\".cni]
+$cni
+"
+        return
+        ;;
+    esac
+    containerd_version=3
+    containerd_more="
+[plugins.\"io.containerd.cri.v1.images\"]
+snapshotter = \"rwsplit\"
+stats_collect_period = 1
+[plugins.\"io.containerd.cri.v1.images\".pinned_images]
+sandbox = \"localhost:5000/pause:1.oci\"
+[plugins.\"io.containerd.cri.v1.runtime\"]
+restrict_oom_score_adj = true
+[plugins.\"io.containerd.cri.v1.runtime\".cni]
+$cni
+"
+    for name in overlayfs rwsplit; do
+        containerd_more="$containerd_more
+[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]
+platform = \"linux/$(dpkg --print-architecture)\"
+snapshotter = \"$name\"
+differ = \"walking\"
+"
+    done
+}
+
 #
 # Docker
 #
@@ -292,30 +333,7 @@ system="Debian $RELEASE, $(containerd --version | sed 's/.* \([0-9][^ ]*\) .*/co
 /test/busybox httpd -p 127.0.0.1:5000 -h "$scratch/www" -c "$scratch/httpd.conf"
 make_network
 configure_docker
-containerd_more="
-[plugins.\"io.containerd.grpc.v1.cri\"]
-  sandbox_image = \"localhost:5000/pause:1.oci\"
-  restrict_oom_score_adj = true
-  stats_collect_period = 1
-  [plugins.\"io.containerd.grpc.v1.cri\".containerd]
-    snapshotter = \"rwsplit\"
-  [plugins.\"io.containerd.grpc.v1.cri\".cni]
-    bin_dir = \"$scratch/cni/bin\"
-    conf_dir = \"$scratch/cni/net.d\"
-"
-case $(containerd --version) in
-*' 1.'*) ;;
-*)
-    for name in overlayfs rwsplit; do
-        containerd_more="$containerd_more
-[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]
-  platform = \"linux/$(dpkg --print-architecture)\"
-  snapshotter = \"$name\"
-  differ = \"walking\"
-"
-    done
-    ;;
-esac
+configure_containerd
 start_daemon --relocate-after 1
 start_containerd
 remember_empty

@@ -26,6 +26,14 @@ expect() {
     [ "$1" = "$2" ] || fail "$3: wanted '$1', found '$2'"
 }
 
+# mount_file FILE DIR: mounts the file system in FILE; its loop device goes with it. Not by
+# `mount -o loop`, which asks every loop device of the machine and waits for each.
+mount_file() {
+    loop=$(losetup --find --show "$1")
+    mount -o noatime "$loop" "$2"
+    losetup -d "$loop"
+}
+
 # start_daemon FLAG...: the daemon on $image and $writable.
 start_daemon() {
     daemon_flags=$*
@@ -47,10 +55,11 @@ kill_daemon() {
 }
 
 # start_containerd: a containerd that shares nothing with another one, and has the
-# daemon as `rwsplit`. $containerd_more are further lines of its configuration.
+# daemon as `rwsplit`. $containerd_more are further lines of its configuration, whose
+# version is $containerd_version.
 start_containerd() {
     cat >"$scratch/containerd.toml" <<TOML
-version = 2
+version = ${containerd_version-2}
 root = "$scratch/containerd"
 state = "$scratch/containerd-state"
 disabled_plugins = [${containerd_disabled-}]
