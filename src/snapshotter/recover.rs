@@ -8,7 +8,7 @@ use rustix::fs::FileType;
 
 use super::labels::IdMaps;
 use super::prepare::shape_of;
-use super::trash::{Found, Inventory, trash_entry};
+use super::trash::{Found, GivenOut, Inventory, trash_entry};
 use super::{QuotaMode, Snapshotter};
 #[cfg(doc)]
 use crate::error::ErrorKind;
@@ -39,11 +39,11 @@ impl Snapshotter {
             self.volumes.require_same_history(writable)?;
         }
         self.relocator.recover_moves()?;
-        let inventory = Inventory::read(&*self.store.read()?)?;
+        let given_out = GivenOut::read(&*self.store.read()?)?;
         // Both volumes before anything is taken for a stray.
-        inventory.require_latest(&image)?;
+        given_out.require_latest(&image)?;
         if let Some(writable) = &writable {
-            inventory.require_latest(writable)?;
+            given_out.require_latest(writable)?;
         }
         self.mend()
     }

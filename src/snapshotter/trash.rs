@@ -225,7 +225,6 @@ pub(super) struct Inventory {
     pub snapshots: Vec<(Place, String)>,
     /// Layers whose leftover directory on the writable volume is still kept.
     leftover: HashSet<SnapshotId>,
-    pub ids: GivenOut,
 }
 
 /// Which ids a database has given out.
@@ -260,6 +259,26 @@ impl GivenOut {
         }
         Ok(None)
     }
+
+    /// Refuses, as [`ErrorKind::DataLoss`], a database that has forgotten snapshots
+    /// whose directories are there.
+    pub(super) fn require_latest(self, dirs: &Dirs) -> Result<()> {
+        let entries = dirs.entries()?;
+        let ids = entries
+            .iter()
+            .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
+        let Some(forgotten) = self.first_forgotten(dirs, ids)? else {
+            return Ok(());
+        };
+        Err(Error::data_loss(format!(
+            "the {} volume has snapshots/{forgotten}, but the database has given out numbers up \
+             to {} only: it is an older state of itself, unless somebody has made that directory \
+             by hand. Put the latest one back, or run `check --repair`, which sets aside what it \
+             does not know",
+            dirs.volume(),
+            self.entered
+        )))
+    }
 }
 
 impl Inventory {
@@ -269,29 +288,8 @@ impl Inventory {
             Ok(Inventory {
                 snapshots: rows.inventory()?,
                 leftover: leftover.into_iter().map(|leftover| leftover.id).collect(),
-                ids: GivenOut::read(rows)?,
             })
         })
-    }
-
-    /// Refuses, as [`ErrorKind::DataLoss`], a database that has forgotten snapshots
-    /// whose directories are there.
-    pub(super) fn require_latest(&self, dirs: &Dirs) -> Result<()> {
-        let entries = dirs.entries()?;
-        let ids = entries
-            .iter()
-            .filter_map(|entry| SnapshotId::from_directory_name(entry.name.to_bytes()));
-        let Some(forgotten) = self.ids.first_forgotten(dirs, ids)? else {
-            return Ok(());
-        };
-        Err(Error::data_loss(format!(
-            "the {} volume has snapshots/{forgotten}, but the database has given out numbers up \
-             to {} only: it is an older state of itself, unless somebody has made that directory \
-             by hand. Put the latest one back, or run `check --repair`, which sets aside what it \
-             does not know",
-            dirs.volume(),
-            self.ids.entered
-        )))
     }
 
     fn known(&self, volume: Volume) -> HashSet<SnapshotId> {
