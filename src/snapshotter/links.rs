@@ -46,6 +46,12 @@ enum Job {
 }
 
 impl Work {
+    /// Why the link of a layer could not be made. All who wait for it get the same answer.
+    fn failure(&self, id: SnapshotId) -> Option<Error> {
+        let why = self.unlinked.get(&id)?.as_ref()?;
+        Some(Error::new(why.kind(), why.chain()))
+    }
+
     fn is_open(&self, job: Job) -> bool {
         self.current == Some(job) || self.jobs.contains(&job)
     }
@@ -76,8 +82,7 @@ impl Links {
             work.jobs.push_back(Job::Make(id));
         });
         self.wait_for(Job::Make(id));
-        let failure = |work: &mut Work| work.unlinked.get_mut(&id).and_then(Option::take);
-        self.work.look(failure).map_or(Ok(()), Err)
+        self.work.look(|work| work.failure(id)).map_or(Ok(()), Err)
     }
 
     fn wait_for(&self, job: Job) {
@@ -133,25 +138,11 @@ impl Links {
                 continue;
             }
             let deadline = Some(Instant::now() + LONGEST);
-            let look = |work: &mut Work| {
-                let failure = work.unlinked.get_mut(&id).map(Option::take);
-                (work.is_open(job), failure)
-            };
-            match self
-                .work
-                .wait_until(deadline, |work| work.is_open(job), look)
-            {
-                Some((false, Some(Some(error)))) => return Err(error),
-                Some((true, _)) => {
-                    return Err(Error::new(
-                        ErrorKind::Unavailable,
-                        format!(
-                            "the image disk has not taken the link of layer {id} for {} seconds: \
-                             look whether it answers, and try again",
-                            LONGEST.as_secs()
-                        ),
-                    ));
-                }
+            let is_open = |work: &Work| work.is_open(job);
+            let look = |work: &mut Work| (work.is_open(job), work.failure(id));
+            match self.work.wait_until(deadline, is_open, look) {
+                Some((true, _)) => return Err(not_answered(id)),
+                Some((false, Some(error))) => return Err(error),
                 _ => {}
             }
         }
@@ -205,6 +196,17 @@ impl Links {
             }
         }
     }
+}
+
+fn not_answered(id: SnapshotId) -> Error {
+    Error::new(
+        ErrorKind::Unavailable,
+        format!(
+            "the image disk has not taken the link of layer {id} for {} seconds: look whether it \
+             answers, and try again",
+            LONGEST.as_secs()
+        ),
+    )
 }
 
 fn log_failure(done: Result<()>) {
