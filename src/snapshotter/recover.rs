@@ -118,14 +118,22 @@ impl Snapshotter {
 
     /// What moves have left under their own names is not needed any more: copies
     /// that were not exchanged, and links that were. A directory may be all
-    /// there is of a layer as long as the writable volume cannot be asked.
+    /// there is of a layer as long as the writable volume cannot be asked, or if the layer
+    /// was renamed there and the database does not know it: such a directory stays.
     fn drop_unfinished_moves(&self, image: &Arc<Dirs>) -> Result<()> {
         let can_ask = self.volumes.open(Volume::Writable).is_ok();
         for entry in image.entries()? {
             let Some(id) = moving_id(entry.name.to_bytes()) else {
                 continue;
             };
-            if entry.file_type == FileType::Symlink || can_ask {
+            let is_link = entry.file_type == FileType::Symlink;
+            if !is_link && self.volumes.image().is_renamed_layer(id)? {
+                log::warn!(
+                    "image volume: {:?} in snapshots/ is a layer that no snapshot owns: it stays \
+                     there; delete it if nobody needs it",
+                    entry.name
+                );
+            } else if is_link || can_ask {
                 trash_entry(image, &entry.name.to_string_lossy())?;
                 log::info!("what a move of layer {id} had left was dropped");
             }

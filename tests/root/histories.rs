@@ -373,3 +373,20 @@ fn a_layer_that_holds_less_than_at_its_commit_does_not_move() {
     });
     assert!(upper.exists());
 }
+
+/// A kill between the two renames of a move, and a database that does not know the layer.
+#[registered(crate::Test)]
+fn a_layer_that_was_renamed_and_is_not_known_stays() {
+    let mut split = Split::start(&[]);
+    split.daemon.stop();
+    let moving = split.root().join("snapshots/.moving-7");
+    fs::create_dir_all(moving.join("work")).unwrap();
+    fs::create_dir(moving.join("fs")).unwrap();
+    fs::write(moving.join("fs/own"), "all there is").unwrap();
+    for _ in 0..2 {
+        split.daemon.restart();
+        split.client().cleanup().unwrap();
+        assert!(moving.join("fs/own").exists());
+        split.daemon.stop();
+    }
+}
