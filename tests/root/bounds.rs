@@ -15,7 +15,7 @@ use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, mkdirat, open, openat}
 use crate::check::is_clean;
 use crate::content::layer;
 use crate::support::client::finish;
-use crate::support::daemon::{Daemon, Split, command, is_empty};
+use crate::support::daemon::{Split, is_empty};
 use crate::support::disk::Disk;
 use crate::support::mounted::upper_of;
 use crate::support::{run, until};
@@ -24,13 +24,7 @@ const LOWERS: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
 
 /// Two disks and a daemon that is started by another command.
 fn start_by(starter: &[&str], flags: &[&str]) -> Split {
-    let (image, writable) = (Disk::ext4(256), Disk::ext4(256));
-    let daemon = Daemon::start_by(starter, &command(&image, &writable, flags), &[]);
-    Split {
-        image,
-        writable,
-        daemon,
-    }
+    Split::start_by(starter, Disk::ext4(256), Disk::ext4(256), flags)
 }
 
 /// Makes so many directories, each in the one before, with a file in each.
@@ -184,12 +178,7 @@ fn a_layer_that_does_not_fit_is_not_copied() {
     let flags = ["--relocate-after", "0", "--state-dir", &state_dir];
     let filler = File::create(image.path().join("filler")).unwrap();
     fallocate(&filler, FallocateFlags::empty(), 0, 32 << 20).unwrap();
-    let daemon = Daemon::start(&command(&image, &writable, &flags));
-    let split = Split {
-        image,
-        writable,
-        daemon,
-    };
+    let split = Split::on(image, writable, &flags);
     let client = split.client();
     let commit = |key: &str, bytes: usize| {
         let top = upper_of(&client.prepare(key, "", &[]).unwrap());

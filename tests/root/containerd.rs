@@ -16,7 +16,7 @@ use registered::registered;
 use rustix::process::Signal;
 
 use crate::support::containerd::{Containerd, IMAGE, Listed, archive, wait_for};
-use crate::support::daemon::{Daemon, Split, command, is_empty};
+use crate::support::daemon::{Split, is_empty};
 use crate::support::disk::Disk;
 use crate::support::{device, run};
 
@@ -316,12 +316,7 @@ fn fifty_containers_leave_the_image_disk_asleep() {
     );
     let writable = Disk::ext4(256);
     let state = format!("{}/state", writable.text());
-    let daemon = Daemon::start(&command(&image, &writable, &["--state-dir", &state]));
-    let split = Split {
-        image,
-        writable,
-        daemon,
-    };
+    let split = Split::on(image, writable, &["--state-dir", &state]);
     let containerd = Containerd::start(split.daemon.address());
     containerd.import();
     split.image.sync();

@@ -450,10 +450,8 @@ fn modes_do_not_depend_on_the_umask() {
 /// There overlayfs may not use `trusted.*` attributes (Linux 5.11).
 #[registered(crate::Test)]
 fn a_user_namespace_gets_its_own_attributes() {
-    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
-    let starter = ["unshare", "--user", "--map-root-user", "--mount", "--"];
-    let daemon = Daemon::start_by(&starter, &command(&image, &writable, &[]), &[]);
-    let client = daemon.client();
+    let split = Split::in_user_namespace();
+    let client = split.client();
     client.prepare("extract-1", "", &[]).unwrap();
     client.commit("extract-1", "base", &[]).unwrap();
     let mounts = client.prepare("web", "base", &[]).unwrap();

@@ -12,7 +12,7 @@ use registered::registered;
 
 use crate::content::layer;
 use crate::support::client::{Client, Refusal};
-use crate::support::daemon::{Daemon, Split, command, is_empty};
+use crate::support::daemon::{Split, is_empty};
 use crate::support::disk::Disk;
 use crate::support::mounted::upper_of;
 use crate::support::{tree, unchanged, until};
@@ -146,12 +146,7 @@ impl Disks {
         };
         // Nothing moves: what changes on the disks is what the test does.
         let flags = ["--relocate", "never", "--state-dir", &state_dir];
-        let daemon = Daemon::start(&command(&image, &writable, &flags));
-        let split = Split {
-            image,
-            writable,
-            daemon,
-        };
+        let split = Split::on(image, writable, &flags);
         Disks {
             split,
             database: own,

@@ -10,8 +10,7 @@ use rustix::fs::{CWD, FileType, Mode, XattrFlags, lsetxattr, mknodat};
 
 use crate::content::layer;
 use crate::support::client::Client;
-use crate::support::daemon::{Daemon, Split, command};
-use crate::support::disk::Disk;
+use crate::support::daemon::Split;
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::trees::files;
 
@@ -187,10 +186,8 @@ fn no_deletion_is_lost_where_parents_are_not_announced() {
 /// `core/diff/apply/apply_linux.go`).
 #[registered(crate::Test)]
 fn a_parent_named_late_is_refused_in_a_user_namespace() {
-    let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
-    let starter = ["unshare", "--user", "--map-root-user", "--mount", "--"];
-    let daemon = Daemon::start_by(&starter, &command(&image, &writable, &[]), &[]);
-    let client = daemon.client();
+    let split = Split::in_user_namespace();
+    let client = split.client();
     client.prepare("extract-1", "", &[]).unwrap();
     client.commit("extract-1", "base", &[]).unwrap();
     for (key, labels) in [("extract-2", &[(PARENT, "base")][..]), ("extract-3", &[])] {

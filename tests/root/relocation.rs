@@ -398,12 +398,7 @@ fn a_full_image_volume_puts_a_move_off() {
         let (image, writable) = (Disk::ext4(256), Disk::ext4(256));
         let state_dir = format!("{}/state", writable.text());
         let flags = ["--relocate-after", "0", "--state-dir", &state_dir];
-        let daemon = Daemon::start(&command(&image, &writable, &flags));
-        let split = Split {
-            image,
-            writable,
-            daemon,
-        };
+        let split = Split::on(image, writable, &flags);
         let client = split.client();
         let size: u64 = 32 << 20;
         let fill = split.image.path().join("fill");

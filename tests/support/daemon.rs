@@ -31,13 +31,28 @@ impl Split {
     /// Two ext4 disks of 256 MiB, a daemon with its root on the one and its
     /// writable directory on the other, both in a subdirectory.
     pub fn start(flags: &[&str]) -> Split {
-        let (image, writable) = (Disk::ext4(256), Disk::ext4(256));
-        let daemon = Daemon::start(&command(&image, &writable, flags));
+        Split::on(Disk::ext4(256), Disk::ext4(256), flags)
+    }
+
+    /// The same on these disks.
+    pub fn on(image: Disk, writable: Disk, flags: &[&str]) -> Split {
+        Split::start_by(&[], image, writable, flags)
+    }
+
+    /// The same with a daemon that is started by another command.
+    pub fn start_by(starter: &[&str], image: Disk, writable: Disk, flags: &[&str]) -> Split {
+        let daemon = Daemon::start_by(starter, &command(&image, &writable, flags), &[]);
         Split {
             image,
             writable,
             daemon,
         }
+    }
+
+    /// The same on two small disks, with the daemon in a user namespace of its own.
+    pub fn in_user_namespace() -> Split {
+        let starter = ["unshare", "--user", "--map-root-user", "--mount", "--"];
+        Split::start_by(&starter, Disk::ext4(64), Disk::ext4(64), &[])
     }
 
     /// Has the database take all numbers up to that one for given out, as if so

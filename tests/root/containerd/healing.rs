@@ -6,7 +6,7 @@ mod damages;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use registered::registered;
@@ -56,6 +56,12 @@ impl Stage {
         command.args(flags).arg("--containerd-address");
         command.arg(self.containerd.address());
         command
+    }
+
+    fn begin_deep_check(&self) -> Child {
+        let mut check = self.command(&["--deep"]);
+        let check = check.stdout(Stdio::null()).stderr(Stdio::null());
+        check.spawn().unwrap()
     }
 
     #[track_caller]
@@ -338,12 +344,7 @@ fn an_interrupted_check_leaves_no_trace() {
     let before = tree(stage.split.root().join("snapshots"));
     let (mut interrupted, mut ended) = (0, 0);
     for round in 0..30 {
-        let mut check = stage.command(&["--deep"]);
-        let mut check = check
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut check = stage.begin_deep_check();
         std::thread::sleep(Duration::from_millis(4 * round));
         let pid = Pid::from_child(&check);
         kill_process(pid, Signal::INT).unwrap();
@@ -359,12 +360,7 @@ fn an_interrupted_check_leaves_no_trace() {
     assert!(interrupted > 0, "{ended}");
     // What cannot be caught is tidied up by the next one, or the next start.
     for round in 0..20 {
-        let mut check = stage.command(&["--deep"]);
-        let mut check = check
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut check = stage.begin_deep_check();
         std::thread::sleep(Duration::from_millis(6 * round));
         check.kill().unwrap();
         check.wait().unwrap();
