@@ -24,14 +24,14 @@ pub struct Mounted {
     pub point: PathBuf,
     /// Nothing can be written through this mount, though perhaps through others.
     pub is_read_only: bool,
-    /// `ext4`, for one.
+    /// The type of the file system, such as `ext4`.
     pub file_system: String,
-    /// What was mounted: `/dev/sda1`, for one.
+    /// What was mounted, such as `/dev/sda1`.
     pub source: String,
     /// The file system's own options, separated by commas.
     pub options: String,
-    /// Of an overlay: its directories, as they were given to the kernel. A path may be
-    /// relative to a directory that nobody knows, or have no meaning any more.
+    /// The directories of an overlay, as they were given to the kernel. Such a path may be
+    /// relative to a directory that only the mounting program knew, or may lead nowhere now.
     pub overlay: Vec<(Part, PathBuf)>,
 }
 

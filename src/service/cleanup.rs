@@ -78,7 +78,7 @@ impl Service {
         }
     }
 
-    /// Has the next Cleanup of a volume run, unless nobody waits for one.
+    /// Starts the next Cleanup of a volume if a caller waits for it.
     fn begin_cleanup(self: &Arc<Service>, volume: Volume, state: &mut State) {
         let first = state.waiting.first();
         state.is_running = first.is_some();

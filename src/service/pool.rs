@@ -29,7 +29,7 @@ pub enum Work {
 /// How many requests may wait for something else than our own disks at the same time.
 pub const MOST_ELSEWHERE: usize = 32;
 
-/// How long a further such request waits for one of them to end, before it is refused.
+/// How long a request beyond [`MOST_ELSEWHERE`] waits for a thread before it is refused.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a request waits for a worker before it is given a further thread. By then the

@@ -6,9 +6,10 @@
 //! an overlay (`core/diff/apply/apply_linux.go`). A first layer deletes nothing: it gets a
 //! bind mount, on which a deletion of nothing leaves nothing. A layer with a parent to come
 //! needs the overlay, else all that it deletes would be back. containerd 2.3 and later name
-//! that parent in a label. containerd 2.2 does not, so its unpacks cannot be told from those
-//! of older versions, which are all first layers; its first late parent is refused, and
-//! from then on every unpack without a parent gets an overlay.
+//! that parent in a label. containerd 2.2 sends no such label, and older versions unpack only
+//! first layers without a parent, so the snapshotter cannot tell the two apart. It refuses
+//! the first parent that is named late, and from then on gives every unpack without a parent
+//! an overlay.
 
 use rustix::fd::AsFd;
 

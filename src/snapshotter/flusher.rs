@@ -3,8 +3,8 @@
 //! Owns: which snapshots may have lost data to a failing disk, and a thread that
 //! flushes the image volume while layers are unpacked, so that little is left to be
 //! flushed when they are committed: containerd holds a lock of its own during a
-//! Commit. The thread is only for speed: what it has flushed, or failed to flush,
-//! Commit asks for again.
+//! Commit. Commit flushes again what the thread has flushed; a failure that the thread
+//! meets is recorded, because the kernel does not report it a second time.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -71,8 +71,9 @@ impl Flusher {
         flushed
     }
 
-    /// Remembers, after a flush of whatever part of this program, that a disk has failed to
-    /// write data, also after a restart: the kernel reports it to nobody else any more.
+    /// Records that a disk has failed to write data, if `flushed` says so. Every part of this
+    /// program that flushes has to call it: the kernel reports such a failure once, and a
+    /// restart must not forget it.
     pub(super) fn note_failure(&self, flushed: &Result<()>, volume: Volume) {
         let is_failure = |error: &Error| error.kind() == ErrorKind::DataLoss;
         if !flushed.as_ref().is_err_and(is_failure) {

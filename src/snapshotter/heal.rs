@@ -1,5 +1,5 @@
-//! Putting an unpacked layer into the place of a damaged or missing one, while nobody is
-//! served.
+//! Putting an unpacked layer into the place of a damaged or missing one, while no daemon
+//! runs.
 //!
 //! The row, the name, the id and what stands on the layer stay. What a container may have
 //! mounted is never changed: the damaged directory is kept, as `.replaced-<id>`, as long as

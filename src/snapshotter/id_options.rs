@@ -22,9 +22,10 @@ pub(super) struct MappedIds {
 }
 
 impl Snapshotter {
-    /// `uidmap=` and `gidmap=` for a snapshot on these layers, whose own directory is on
-    /// `volume`. None for one whose ids are not mapped, and for one on a layer to which
-    /// containerd has given the mapped owners itself: their ids would be mapped twice.
+    /// Returns the options `uidmap=` and `gidmap=` for a snapshot on these layers, whose own
+    /// directory is on `volume`. A snapshot whose ids are not mapped gets none. Neither does
+    /// a snapshot on a layer to whose files containerd has given the mapped owners itself:
+    /// their ids would be mapped twice.
     ///
     /// # Errors
     ///

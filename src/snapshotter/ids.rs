@@ -1,8 +1,8 @@
 //! Which id the next snapshot gets, and which snapshots are being worked on.
 //!
-//! Owns: the block of ids that is in use, the following one, and the claims. A snapshot gets its id before
-//! its row is entered, so that its directories are made while nothing is locked. An id is
-//! given out once. After a crash, ids of the block may have empty directories and no row.
+//! Owns: the block of ids that is in use, the following one, and the claims. A snapshot gets
+//! its id before its row is entered, so that its directories are made while nothing is
+//! locked. An id is given out once. After a crash, ids of the block may have empty directories and no row.
 //!
 //! What changes the directories of a snapshot has a claim on its id for that time. So no
 //! two requests change the same directories, and a sweep knows that a directory without

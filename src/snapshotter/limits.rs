@@ -240,7 +240,7 @@ mod tests {
             raised(both, 10 << 20, 96),
             limits(most.max_bytes, Some(100))
         );
-        // The same again for one that has written while an earlier loan lasted.
+        // A project that was written to during an earlier loan gets the same limit again.
         for over in [1, 4 << 10, ROOM_BYTES - MOUNT_BYTES] {
             assert_eq!(raised(both, (10 << 20) + over, 100), most, "{over}");
         }

@@ -184,7 +184,8 @@ impl Snapshotter {
     /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidArgument`] for a mask that
     /// names anything but labels, a bad label, or host directories that will not
     /// do; [`ErrorKind::FailedPrecondition`] for a limit that cannot be kept, or a label
-    /// in the mask that does not count on this snapshot; for host directories also as of [`crate::host_dirs::Policy::ensure`].
+    /// in the mask that does not count on this snapshot; for host directories also as of
+    /// [`crate::host_dirs::Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || -> Result<Snapshot> {
             let (_, changes) = self.plan_update(key, mask, given)?;

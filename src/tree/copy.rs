@@ -36,7 +36,8 @@ pub struct Copied {
 /// Copies the directory `name` in `from` to the same name in `to`, where there
 /// must be nothing of that name. Hard links are found again through `scratch`,
 /// an empty directory on the target's file system, empty again at the end.
-/// Stops early, with an error, once `cancel` is set. On failure, what has been copied is left for the caller to delete.
+/// Stops early, with an error, once `cancel` is set. On failure, what has been copied is left
+/// for the caller to delete.
 ///
 /// # Errors
 ///

@@ -1,8 +1,8 @@
 //! Moving committed layers home, from the writable to the image volume.
 //!
-//! What a container may have mounted is never touched: the layer is copied,
-//! the copy is made durable, copy and link change names, and the row says so. New mounts find the copy by the same
-//! path. The old directory goes at once if nothing stands on the layer, else
+//! What a container may have mounted is never touched: the layer is copied, the copy is made
+//! durable, copy and link change names, and the row says so. New mounts find the copy by the
+//! same path. The old directory goes at once if nothing stands on the layer, else
 //! when nothing has it mounted any more, or when the host has rebooted.
 //!
 //! After a crash: before the exchange, the copy is dropped and the layer is
