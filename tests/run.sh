@@ -89,11 +89,12 @@ rust_test() {
     name=${1##*/}
     begin "tests of ${name%-*}"
     failed_before=$failed
-    {
-        status=0
-        "$1" 2>&1 || status=$?
-        echo "$status" >"$scratch/status"
-    } | tee "$scratch/output"
+    status=0
+    SNAPSHOTTER_TESTS=$scratch timeout -k 60 1800 "$1" >"$scratch/output" 2>&1 &
+    # Not a pipe, which a process that is left behind would keep open.
+    tail -n +1 -f -s 0.2 --pid=$! "$scratch/output"
+    wait $! || status=$?
+    nothing_is_left || failed=$((failed + 1))
     count=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$scratch/output")
     passed=$((passed + ${count:-0}))
     count=$(sed -n 's/^test result: .* \([0-9]*\) failed; .*/\1/p' "$scratch/output")
@@ -103,11 +104,21 @@ rust_test() {
         failed=$((failed + 1))
     fi
     # A binary that dies has no closing line.
-    if [ "$(cat "$scratch/status")" != 0 ] && [ "$failed" = "$failed_before" ]; then
+    if [ "$status" != 0 ] && [ "$failed" = "$failed_before" ]; then
         echo "== $part FAILED"
         failed=$((failed + 1))
     fi
     took
+}
+
+# Ends the processes that a test binary has left behind, and fails if there are any.
+nothing_is_left() {
+    left=$(grep -lsz "^SNAPSHOTTER_TESTS=$scratch\$" /proc/[0-9]*/environ | cut -d / -f 3)
+    for pid in $left; do
+        echo "run.sh: a test left a process behind: $(tr '\0' ' ' <"/proc/$pid/cmdline")" >&2
+        kill -9 "$pid" || :
+    done
+    [ -z "$left" ]
 }
 
 # suite NAME: containerd's own cases; the environment says with which daemon.

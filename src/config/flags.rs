@@ -149,6 +149,7 @@ impl Arguments {
                 continue;
             }
             let flag = FLAGS.iter().find(|flag| flag.name == name).ok_or_else(|| {
+                let name = name.escape_debug();
                 Error::invalid(format!(
                     "there is no flag {name}: --help lists the usual ones, the manual page all"
                 ))

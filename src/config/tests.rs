@@ -337,6 +337,7 @@ fn flags_that_there_are_not_and_values_that_they_do_not_take_are_named() {
     for (arguments, said) in [
         (&["--no-such-flag"][..], "there is no flag --no-such-flag"),
         (&["-x"], "there is no flag -x"),
+        (&["---\n"], "there is no flag ---\\n"),
         (&["--root-dir"], "--root-dir needs a value"),
         (
             &["--root-dir=/a", "--root-dir", "/b"],

@@ -8,9 +8,10 @@
 
 use std::sync::Arc;
 
+use super::Snapshotter;
 use super::compare::Unpacking;
+use super::in_use::Mounts;
 use super::trash::trash_entry;
-use super::{Snapshotter, in_use};
 use crate::error::{Context, Error, Result};
 use crate::store::{Snapshot, Transaction};
 use crate::tree;
@@ -73,7 +74,7 @@ impl Unpacking<'_> {
 impl Snapshotter {
     /// The keys of the snapshots that are mounted to be written to and stand on a layer.
     fn mounted_upon(&self, layer: SnapshotId) -> Result<Vec<String>> {
-        let writers = in_use::Mounts::read(&self.store, &self.volumes)?.writers();
+        let writers = Mounts::read(&self.store, &self.volumes)?.writers();
         let reader = self.store.read()?;
         let mut upon = Vec::new();
         for snapshot in self.all_snapshots()? {
@@ -96,7 +97,7 @@ impl Snapshotter {
         if !names.any(|name| replaced_id(name) == Some(layer)) {
             return Ok(true);
         }
-        if in_use::is_mounted_anywhere(&self.volumes, layer)? {
+        if Mounts::read(&self.store, &self.volumes)?.may_show_layer(layer) {
             return Ok(false);
         }
         if let Some(name) = dirs.trash_replaced(layer)? {
@@ -115,7 +116,7 @@ impl Snapshotter {
                     log::info!("what a check had unpacked was dropped");
                 }
             } else if let Some(id) = replaced_id(name) {
-                if in_use::is_mounted_anywhere(&self.volumes, id)? {
+                if Mounts::read(&self.store, &self.volumes)?.may_show_layer(id) {
                     log::info!("the damaged directory of layer {id} may be mounted, and is kept");
                 } else {
                     trash_entry(image, &entry.name.to_string_lossy())?;

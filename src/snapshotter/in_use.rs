@@ -17,7 +17,7 @@ use crate::mount::ByHand;
 use crate::mount::mountinfo::{self, Mounted, Part};
 use crate::store::{Rows, Store};
 use crate::types::{SnapshotId, Volume};
-use crate::volume::{Dirs, Identity, Volumes};
+use crate::volume::{Dirs, Identity, Volumes, replaced_id};
 
 /// The snapshots of this root that persons have mounted. Another root on this
 /// machine gives out the same numbers.
@@ -31,11 +31,13 @@ pub(super) struct Mounts<'a> {
     volumes: &'a Volumes,
     mounts: Vec<Mounted>,
     by_hand: Vec<SnapshotId>,
+    /// `None` if the kernel does not show where the image volume is.
+    image: Option<Location>,
     /// `None` if the writable volume is not there.
     writable: Option<Location>,
 }
 
-/// The writable volume's `snapshots/` in terms of the kernel's list.
+/// A volume's `snapshots/` in terms of the kernel's list.
 struct Location {
     dirs: Arc<Dirs>,
     /// The file system.
@@ -55,6 +57,7 @@ impl<'a> Mounts<'a> {
             volumes,
             mounts: mountinfo::read_everywhere()?,
             by_hand: by_hand.map(|mounted| mounted.id).collect(),
+            image: location(Arc::clone(volumes.image().dirs()))?,
             writable,
         })
     }
@@ -65,7 +68,8 @@ impl<'a> Mounts<'a> {
     fn on_writable(&self) -> HashSet<SnapshotId> {
         let mut found: HashSet<_> = self.by_hand.iter().copied().collect();
         for mounted in &self.mounts {
-            found.extend(self.bound(mounted).filter(|_| !mounted.is_read_only));
+            let bound = bound(self.writable.as_ref(), mounted);
+            found.extend(bound.filter(|_| !mounted.is_read_only));
             let uppers = mounted.overlay.iter().filter(|it| it.0 == Part::Upper);
             found.extend(uppers.filter_map(|(_, path)| self.snapshot_at(Volume::Writable, path)));
         }
@@ -101,21 +105,21 @@ impl<'a> Mounts<'a> {
         };
         let shows = |mounted: &&Mounted| {
             let mut parts = mounted.overlay.iter();
-            self.bound(mounted) == Some(id)
+            bound(self.writable.as_ref(), mounted) == Some(id)
                 || parts.any(|(part, path)| layer_of(*part, path) == Some(id))
         };
         self.mounts.iter().filter(shows).collect()
     }
 
-    /// The snapshot of whose directory on the writable volume this is a bind mount, or of
-    /// something in it.
-    fn bound(&self, mounted: &Mounted) -> Option<SnapshotId> {
-        let writable = self.writable.as_ref()?;
-        if mounted.device != writable.device {
-            return None;
-        }
-        let below = mounted.root.strip_prefix(&writable.root).ok()?;
-        number(below.components().next()?.as_os_str())
+    /// Whether the directory of a layer on the image volume, or one that it has taken the
+    /// place of, may be mounted or among the lower directories of an overlay.
+    pub(super) fn may_show_layer(&self, id: SnapshotId) -> bool {
+        let shows = |mounted: &Mounted| {
+            let mut lowers = mounted.overlay.iter().filter(|it| it.0 == Part::Lower);
+            bound(self.image.as_ref(), mounted) == Some(id)
+                || lowers.any(|(_, path)| self.snapshot_at(Volume::Image, path) == Some(id))
+        };
+        self.image.is_none() || self.mounts.iter().any(shows)
     }
 
     /// The snapshot whose directory on that volume a path in an overlay's options means.
@@ -147,6 +151,15 @@ impl<'a> Mounts<'a> {
             (_, Err(_)) => true,
         }
     }
+}
+
+/// The snapshot of whose directory on a volume this is a bind mount, or of something in it.
+/// A directory that was replaced after it was mounted has another name now.
+fn bound(volume: Option<&Location>, mounted: &Mounted) -> Option<SnapshotId> {
+    let volume = volume.filter(|volume| volume.device == mounted.device)?;
+    let below = mounted.root.strip_prefix(&volume.root).ok()?;
+    let name = below.components().next()?.as_os_str();
+    number(name).or_else(|| replaced_id(name.as_encoded_bytes()))
 }
 
 fn number(name: &OsStr) -> Option<SnapshotId> {
@@ -181,28 +194,6 @@ pub(super) fn is_mounted(
 ) -> Result<bool> {
     // containerd unmounts what it unpacked a layer into before it commits it.
     Ok(volume == Volume::Writable && Mounts::read(store, volumes)?.on_writable().contains(&id))
-}
-
-/// Whether a layer may be among the lower directories of a mount, or mounted itself, in any
-/// mount namespace.
-pub(super) fn is_mounted_anywhere(volumes: &Volumes, layer: SnapshotId) -> Result<bool> {
-    let image = volumes.image();
-    let own = mountinfo::of_file(image.dirs().snapshots_fd())?;
-    let is_here = |mounted: &Mounted| {
-        let own = own.as_ref();
-        own.is_none_or(|own| own.device == mounted.device)
-    };
-    let is_it = |mounted: &Mounted| match mounted.file_system.as_str() {
-        "overlay" => {
-            let mut paths = mounted.options.split([',', ':', '=']);
-            paths.any(|path| image.may_be_layer(path, layer))
-        }
-        _ => {
-            let root = mounted.root.to_string_lossy();
-            is_here(mounted) && image.may_be_bound_layer(&root, layer)
-        }
-    };
-    Ok(mountinfo::read_everywhere()?.iter().any(is_it))
 }
 
 /// As [`Mounts::layers`], as of now.

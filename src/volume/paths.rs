@@ -98,17 +98,6 @@ impl Image {
         format!("{}/{EMPTY}", self.path())
     }
 
-    /// Whether a path in the options of a mount is that of a layer. A long list of layers is
-    /// shortened by their common directory, and could then be another root's as well.
-    pub fn may_be_layer(&self, path: &str, id: SnapshotId) -> bool {
-        path == self.layer_path(id) || path == upper_of(id)
-    }
-
-    /// Whether a directory of a file system may be that of a layer.
-    pub fn may_be_bound_layer(&self, directory: &str, id: SnapshotId) -> bool {
-        directory.ends_with(&format!("/{SNAPSHOTS}/{}", upper_of(id)))
-    }
-
     /// The path by which a layer is mounted, wherever its bytes are.
     pub fn layer_path(&self, id: SnapshotId) -> String {
         format!("{}/{}", self.snapshots_path(), upper_of(id))

@@ -269,7 +269,6 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
     let state = Disk::ext4(64);
     let directory = state.path().join("state").to_str().unwrap().to_owned();
     let mut split = Split::start(&["--state-dir", &directory, "--relocate", "never"]);
-    split.daemon.restart();
     let client = split.client();
     layer(&client, "base", "", |_| ());
     for key in ["web", "committed", "removed"] {
@@ -324,6 +323,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
     drop(frozen);
     finish(waiting).unwrap();
     finish(upon).unwrap();
+    split.daemon.stop();
     split.daemon.restart();
     is_clean(&split);
 }

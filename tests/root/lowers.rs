@@ -327,7 +327,8 @@ fn stale_links_are_swept_at_start() {
 
 #[registered(crate::Test)]
 fn many_layers_and_directories_mount() {
-    let scene = Scene::start(&[]);
+    let mut scene = Scene::start(&[]);
+    scene.split.restart_at_far_ids();
     let client = scene.client();
     let mut parent = "base".to_owned();
     for number in 2..=128 {

@@ -258,7 +258,8 @@ fn only_its_own_mounts_are_unmounted() {
 
 #[registered(crate::Test)]
 fn four_hundred_layers_mount() {
-    let split = Split::start(&["--sync", "none"]);
+    let mut split = Split::start(&["--sync", "none"]);
+    split.restart_at_far_ids();
     let client = split.client();
     let mut parent = String::new();
     for number in 1..=400 {
@@ -287,8 +288,13 @@ fn long_paths_mount_in_one_string() {
         "--writable-dir",
         &subdirectory(Path::new(&long), "writable"),
     ];
-    let daemon = Daemon::start(&arguments.map(str::to_owned));
-    let client = daemon.client();
+    let mut split = Split {
+        daemon: Daemon::start(&arguments.map(str::to_owned)),
+        image,
+        writable,
+    };
+    split.restart_at_far_ids();
+    let (client, daemon) = (split.client(), &split.daemon);
     let mut parent = String::new();
     for number in 1..=150 {
         let name = format!("layer-{number}");
@@ -297,15 +303,14 @@ fn long_paths_mount_in_one_string() {
         });
         parent = name;
     }
-    client.prepare("web", &parent, &[]).unwrap();
+    let upper = upper_of(&client.prepare("web", &parent, &[]).unwrap());
     let target = Target::new();
-    done(&daemon, &["mount", "web", target.text()]);
+    done(daemon, &["mount", "web", target.text()]);
     assert_eq!(fs::read_dir(target.path()).unwrap().count(), 150);
     fs::write(target.path().join("own"), "x").unwrap();
-    let said = refused(&daemon, &["mount", "web", Target::new().text()]);
+    let said = refused(daemon, &["mount", "web", Target::new().text()]);
     assert!(said.contains("mounted already"), "{said}");
-    done(&daemon, &["umount", target.text()]);
-    let upper = Path::new(&long).join("writable/snapshots/151/fs");
+    done(daemon, &["umount", target.text()]);
     assert_eq!(read(&upper.join("own")), "x");
 }
 

@@ -61,6 +61,17 @@ impl Split {
         skip_ids_through(&self.root(), highest);
     }
 
+    /// The same, with the daemon started again after it, and a snapshot left behind that
+    /// makes this possible. Tests with long chains do this: the kernel shows their layers
+    /// without the root, so that every other root on the machine takes those of its own
+    /// numbers for mounted.
+    pub fn restart_at_far_ids(&mut self) {
+        self.client().prepare("first", "", &[]).unwrap();
+        self.daemon.stop();
+        self.skip_ids_through(9000);
+        self.daemon.restart();
+    }
+
     /// `<root>`.
     pub fn root(&self) -> PathBuf {
         self.image.path().join("root")
@@ -192,24 +203,14 @@ impl Daemon {
 
     /// Starts it again, after its end, to be killed when it reaches a step.
     pub fn restart_to_die_at(&mut self, step: &str) {
-        self.child = spawn(
-            &self.command,
-            &self.environment,
-            self.log.as_file(),
-            Some(step),
-        );
+        self.launch(Some(step));
         self.wait_until_serving();
     }
 
     /// Starts it again, after its end, and waits until it is killed at a step
     /// that it comes to by itself, be it before anybody has seen it serve.
     pub fn restart_until_dead_at(&mut self, step: &str) {
-        self.child = spawn(
-            &self.command,
-            &self.environment,
-            self.log.as_file(),
-            Some(step),
-        );
+        self.launch(Some(step));
         assert!(!self.wait().success());
     }
 
@@ -224,12 +225,7 @@ impl Daemon {
     /// Starts it again, after its end, to be killed when it reaches a step. `false`
     /// if it comes to that before it serves.
     pub fn restart_perhaps_to_die_at(&mut self, step: &str) -> bool {
-        self.child = spawn(
-            &self.command,
-            &self.environment,
-            self.log.as_file(),
-            Some(step),
-        );
+        self.launch(Some(step));
         self.is_serving_before_its_end().is_ok()
     }
 
@@ -263,7 +259,12 @@ impl Daemon {
 
     /// The same, without waiting until it serves.
     pub fn begin_restart(&mut self) {
-        self.child = spawn(&self.command, &self.environment, self.log.as_file(), None);
+        self.launch(None);
+    }
+
+    fn launch(&mut self, fault: Option<&str>) {
+        assert!(!self.is_running(), "the daemon has not ended yet");
+        self.child = spawn(&self.command, &self.environment, self.log.as_file(), fault);
     }
 
     /// Its arguments.
@@ -374,6 +375,7 @@ fn spawn(
         .env("RUST_LOG", "debug")
         .envs(environment.iter().cloned())
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
         .stderr(log.try_clone().unwrap())
         .spawn()
         .unwrap()

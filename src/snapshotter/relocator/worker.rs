@@ -136,7 +136,12 @@ impl Worker<'_> {
         }
         let mut next = None;
         for layer in away {
-            if self.notes.unmovable.contains(&layer.id) || !self.may_have_room(&layer)? {
+            if self.notes.unmovable.contains(&layer.id) {
+                continue;
+            }
+            if !self.may_have_room(&layer)? {
+                // Room that others make on the disk wakes nobody.
+                next = Some(EVERY_MINUTE);
                 continue;
             }
             let age = Timestamp::now()
@@ -145,7 +150,7 @@ impl Worker<'_> {
             let age = Duration::from_nanos(age.try_into().unwrap_or(0));
             if age < after {
                 // They come in order of their commit.
-                next = Some(after - age);
+                next = next.into_iter().chain([after - age]).min();
                 break;
             }
             let is_small = self.keeps_small && layer.size_bytes < SMALL_BYTES;
@@ -205,8 +210,7 @@ impl Worker<'_> {
                         .without_room
                         .insert(layer.id, unused.unwrap_or_default());
                     log::warn!(
-                        "layer {name} stays on the writable volume until something on the image \
-                         volume is removed: {}",
+                        "layer {name} stays on the writable volume until the image volume has room: {}",
                         error.chain()
                     );
                 }

@@ -10,11 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use registered::registered;
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::check::check;
-use crate::support::containerd::{Containerd, IMAGE, wait_for};
+use crate::support::containerd::{AtEnd, Containerd, IMAGE, wait_for};
 use crate::support::daemon::{BINARY, Split};
 use crate::support::{run, tree, unchanged};
 use damages::{DAMAGES, payload};
@@ -277,6 +278,24 @@ fn a_running_container_goes_on() {
     stage.containerd.stop("web");
     stage.split.daemon.stop();
     stage.web_is_whole();
+}
+
+/// A view may be a bind mount, whose directory has another name afterwards.
+#[registered(crate::Test)]
+fn a_mounted_view_goes_on() {
+    let stage = Stage::begin();
+    let top = &stage.layers[1];
+    let view = tempfile::tempdir().unwrap();
+    mount_bind(top, view.path()).unwrap();
+    let _unmount = AtEnd(|| unmount(view.path(), UnmountFlags::DETACH).unwrap());
+    payload(top).write_all_at(b"?", 5).unwrap();
+    let before = tree(view.path());
+    for expected in [0, 1] {
+        let (code, said, complaint) = stage.check(&["--heal"]);
+        assert_eq!(code, expected, "{said}{complaint}");
+        unchanged(view.path(), &before);
+        payload(top).write_all_at(b"?", 5).unwrap();
+    }
 }
 
 /// Wherever it is killed, the layer is whole or as it was, and the next start tidies up.
