@@ -90,7 +90,8 @@ rust_test() {
     begin "tests of ${name%-*}"
     failed_before=$failed
     status=0
-    SNAPSHOTTER_TESTS=$scratch timeout -k 60 1800 "$1" >"$scratch/output" 2>&1 &
+    : >"$scratch/output"
+    SNAPSHOTTER_TESTS=$scratch timeout -k 60 1800 "$1" >>"$scratch/output" 2>&1 &
     # Not a pipe, which a process that is left behind would keep open.
     tail -n +1 -f -s 0.2 --pid=$! "$scratch/output"
     wait $! || status=$?
