@@ -53,13 +53,38 @@ impl<'a> Mounts<'a> {
             Ok(dirs) => location(dirs)?,
             Err(_) => None,
         };
-        Ok(Mounts {
+        let mut read = Mounts {
             volumes,
-            mounts: mountinfo::read_everywhere()?,
+            mounts: Vec::new(),
             by_hand: by_hand.map(|mounted| mounted.id).collect(),
             image: location(Arc::clone(volumes.image().dirs()))?,
             writable,
-        })
+        };
+        let mut mounts = mountinfo::read_everywhere()?;
+        for mounted in &mut mounts {
+            if read.is_another_snapshotters(mounted) {
+                mounted.overlay.retain(|(_, path)| path.is_absolute());
+            }
+        }
+        read.mounts = mounts;
+        Ok(read)
+    }
+
+    /// Whether the upper directory of an overlay is a snapshot's, `snapshots/<id>/fs`, and
+    /// none of ours. The numbers in its relative paths are then that snapshotter's.
+    fn is_another_snapshotters(&self, mounted: &Mounted) -> bool {
+        let mut parts = mounted.overlay.iter();
+        let Some((_, upper)) = parts.find(|it| it.0 == Part::Upper) else {
+            return false;
+        };
+        let snapshots = upper.ancestors().nth(2).and_then(Path::file_name);
+        let volumes = [Volume::Image, Volume::Writable];
+        upper.is_absolute()
+            && snapshots.is_some_and(|name| name == "snapshots")
+            && stat(upper).is_ok()
+            && volumes
+                .iter()
+                .all(|volume| self.snapshot_at(*volume, upper).is_none())
     }
 
     /// The snapshots whose directory on the writable volume is mounted so that it can be

@@ -13,9 +13,11 @@ use rustix::mount::{UnmountFlags, mount_bind, unmount};
 
 use crate::content::layer;
 use crate::support::client::Client;
+use crate::support::containerd::AtEnd;
 use crate::support::daemon::{BINARY, Split};
+use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
-use crate::support::until;
+use crate::support::{run, until};
 
 fn is_home(root: &Path, id: u64) -> bool {
     fs::symlink_metadata(root.join(format!("snapshots/{id}"))).is_ok_and(|found| found.is_dir())
@@ -157,6 +159,37 @@ fn views_that_are_not_mounted_hold_nothing() {
         fs::read(view.path().join("build-2")).unwrap().len(),
         30 << 20
     );
+}
+
+/// Long lists of layers are mounted by names without the root. The upper directory proves
+/// that the layers are another snapshotter's; without that proof they may be ours.
+#[registered(crate::Test)]
+fn another_snapshotters_layers_hold_nothing() {
+    for (upper, holds) in [("snapshots/9/fs", false), ("upper", true)] {
+        let other = Disk::ext4(64);
+        for name in ["snapshots/1/fs", "snapshots/2/fs", "work", "shown", upper] {
+            fs::create_dir_all(other.path().join(name)).unwrap();
+        }
+        let script = "cd \"$1/snapshots\" && mount -t overlay overlay \
+            -o lowerdir=2/fs:1/fs,upperdir=\"$1/$2\",workdir=\"$1/work\" \"$1/shown\"";
+        run(Command::new("sh").args(["-c", script, "sh", &other.text(), upper]));
+        let shown = other.path().join("shown");
+        let _unmount = AtEnd(|| unmount(&shown, UnmountFlags::DETACH).unwrap());
+
+        let split = Split::start(&["--relocate-after", "0"]);
+        let client = split.client();
+        built(&client, "run", "", "layer", 2);
+        let old = split.writable().join("snapshots/1");
+        until("it is home", || is_home(&split.root(), 1));
+        // Beyond the time after which mounts that are not there yet do not count.
+        sleep(Duration::from_secs(12));
+        client.cleanup().unwrap();
+        if holds {
+            assert!(old.exists());
+        } else {
+            until("nothing is left", || !old.exists());
+        }
+    }
 }
 
 /// A mount namespace in which these directories are mounted at places of their own, until

@@ -297,8 +297,9 @@ path = "{path}/opt"
 
     /// Ends a container's processes by SIGTERM; the container stays.
     pub fn stop(&self, id: &str) {
-        self.ctr(&["task", "kill", id]);
         wait_for("end of the container", || {
+            // Again and again: before the first process has asked for it, nothing ends it.
+            let _ = self.try_ctr(&["task", "kill", id]);
             let tasks = self.ctr(&["task", "ls"]);
             let mut lines = tasks.lines().map(str::split_whitespace);
             let is_stopped = |mut line: SplitWhitespace| {
