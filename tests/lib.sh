@@ -132,7 +132,16 @@ make_volume() {
     truncate -s "$2" "$volume.ext4"
     shift 2
     mkfs.ext4 -q -F "$@" "$volume.ext4" && mkdir "$volume" &&
-        mount -o loop,noatime "$volume.ext4" "$volume"
+        mount_file "$volume.ext4" "$volume"
+}
+
+# mount_file FILE DIR: mounts the file system in FILE; its loop device goes with it. Not by
+# `mount -o loop`, which asks every loop device of the machine and waits for each.
+mount_file() {
+    loop=$(losetup --find --show "$1") || return
+    mount -o noatime "$loop" "$2" || mount_failed=1
+    losetup -d "$loop"
+    [ -z "${mount_failed-}" ]
 }
 
 # Waits until no loop device uses a volume below $scratch: the kernel lets go of one

@@ -26,14 +26,6 @@ expect() {
     [ "$1" = "$2" ] || fail "$3: wanted '$1', found '$2'"
 }
 
-# mount_file FILE DIR: mounts the file system in FILE; its loop device goes with it. Not by
-# `mount -o loop`, which asks every loop device of the machine and waits for each.
-mount_file() {
-    loop=$(losetup --find --show "$1")
-    mount -o noatime "$loop" "$2"
-    losetup -d "$loop"
-}
-
 # start_daemon FLAG...: the daemon on $image and $writable.
 start_daemon() {
     daemon_flags=$*

@@ -337,10 +337,15 @@ impl Disks {
     /// Mounts both here, which replays their journals.
     pub fn mount(&self) {
         for (file, at) in self.files().iter().zip([self.image(), self.writable()]) {
-            run(Command::new("mount")
-                .args(["-o", "loop,noatime"])
-                .arg(file)
-                .arg(at));
+            // Not `mount -o loop`: that asks every loop device of the machine, and waits for
+            // those whose files are another test's hanging disk.
+            let find = ["--find", "--show"];
+            let device = run(Command::new("losetup").args(find).arg(file));
+            let device = device.trim();
+            let mut mount = Command::new("mount");
+            run(mount.args(["-o", "noatime", device]).arg(at));
+            // The mount keeps it.
+            run(Command::new("losetup").args(["--detach", device]));
         }
     }
 
