@@ -275,8 +275,8 @@ impl Image {
 pub(super) fn no_entry_types(path: &str) -> Error {
     Error::refused(format!(
         "the file system of {path} does not report the types of directory entries (d_type), \
-                 which overlayfs needs: make it again with them (mkfs.xfs -n ftype=1, mkfs.ext4 -O \
-                 filetype) or use another disk"
+         which overlayfs needs: make it again with them (mkfs.xfs -n ftype=1, mkfs.ext4 -O \
+         filetype) or use another disk"
     ))
 }
 
