@@ -54,7 +54,7 @@ impl WantedHostDirs {
         }
         Err(Error::invalid(format!(
             "host directories ({}) cannot be shown to a container with mapped ids, because \
-               their owners would not be mapped: leave out the host directories or the mapping",
+             their owners would not be mapped: leave out the host directories or the mapping",
             Quoted(&self.all().join(":"))
         )))
     }

@@ -58,7 +58,10 @@ fn deep_trees_need_few_descriptors() {
     });
     client.commit("a", "layer", &[]).unwrap();
     until("the layer is moved", || {
-        split.daemon.log().contains("\"layer\" is home")
+        split
+            .daemon
+            .log()
+            .contains("\"layer\" moved to the image volume")
     });
     for key in ["b", "c", "layer"] {
         client.remove(key).unwrap();
@@ -193,7 +196,10 @@ fn a_layer_that_does_not_fit_is_not_copied() {
     // A smaller one does not wait for it.
     commit("small", 2 << 20);
     until("the small one is moved", || {
-        split.daemon.log().contains("\"layer small\" is home")
+        split
+            .daemon
+            .log()
+            .contains("\"layer small\" moved to the image volume")
     });
     split.image.sync();
     let before = split.image.writes();
@@ -213,7 +219,10 @@ fn a_layer_that_does_not_fit_is_not_copied() {
     fs::remove_file(split.image.path().join("filler")).unwrap();
     client.cleanup().unwrap();
     until("the large one is moved", || {
-        split.daemon.log().contains("\"layer large\" is home")
+        split
+            .daemon
+            .log()
+            .contains("\"layer large\" moved to the image volume")
     });
 }
 

@@ -151,7 +151,12 @@ fn views_that_are_not_mounted_hold_nothing() {
             .count()
     };
     until("all are home", || {
-        split.daemon.log().matches("is home").count() == 3
+        split
+            .daemon
+            .log()
+            .matches("moved to the image volume")
+            .count()
+            == 3
     });
     until("nothing is left", || left() == 0);
     let view = Mounted::new(&client.mounts("build-2-view").unwrap());

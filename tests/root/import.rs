@@ -383,7 +383,7 @@ fn what_is_missing_is_left_out() {
     }
     let mut ours = listing(&client);
     let grown = ours.remove("default/12/grown").unwrap();
-    assert_eq!(grown["usage"][1], 4, "what it holds now");
+    assert_eq!(grown["usage"][1], 4, "what the layer holds now");
     all.remove("default/12/grown");
     assert_eq!(ours, all);
     client.cleanup().unwrap();

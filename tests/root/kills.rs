@@ -239,10 +239,10 @@ fn assert_all_was_met(workers: &[Worker], log: &str) {
     let cut: u64 = workers.iter().map(|worker| worker.answered.cut).sum();
     assert!(0 < done && done < cut, "{done} of {cut} had been done");
     for met in [
-        "is home: ",
-        "had left was dropped",
-        "was removed before a stop: trashed",
-        "belongs to no snapshot: trashed",
+        "moved to the image volume: ",
+        "dropped the leftovers of an unfinished move",
+        ", which was removed before a stop, to the trash",
+        "which is empty and no snapshot's, to the trash",
     ] {
         assert!(log.contains(met), "never: {met}");
     }

@@ -100,7 +100,12 @@ fn a_layer_moves_home_under_a_running_container() {
         device(root.join("snapshots/2/fs/data-init")),
         device(split.image.path())
     );
-    assert!(split.daemon.log().contains("layer \"init\" is home"));
+    assert!(
+        split
+            .daemon
+            .log()
+            .contains("layer \"init\" moved to the image volume")
+    );
 
     assert!(
         holds(&old.join("fs"), "init"),
@@ -352,7 +357,12 @@ fn a_layer_waits_its_time() {
         "{:?}",
         begun.elapsed()
     );
-    assert!(!split.daemon.log().contains("\"short\" is home"));
+    assert!(
+        !split
+            .daemon
+            .log()
+            .contains("\"short\" moved to the image volume")
+    );
 }
 
 #[registered(crate::Test)]
