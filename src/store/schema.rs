@@ -83,7 +83,7 @@ const MIGRATIONS: &[&str] = &[
      ALTER TABLE snapshot ADD COLUMN is_hollow INTEGER CHECK (is_hollow IN (0, 1));",
 ];
 
-/// Checks the whole file.
+/// Checks the whole database file for damage.
 pub fn require_sound(connection: &Connection) -> Result<()> {
     let checking = |error| sql_error(error, "check the database");
     let said: String = connection
@@ -103,7 +103,8 @@ fn version(connection: &Connection) -> Result<usize> {
     Ok(version as usize)
 }
 
-/// Refuses a schema of another version, for a caller that may not migrate it.
+/// Returns an error for a schema of another version, for a caller that may not
+/// migrate it.
 pub fn require_current(connection: &Connection) -> Result<()> {
     let version = version(connection)?;
     if version == MIGRATIONS.len() {
