@@ -366,7 +366,7 @@ limited_life() {
         fail "the larger limit is not kept"
     collect_garbage
     wait_for "the end of its project" has_no_projects
-    status_says 'limits are kept, 0 project ids given out'
+    status_says 'limits are enforced, 0 project ids given out'
     report "ok: its limit was raised, and nothing is left of it"
 }
 

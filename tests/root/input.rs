@@ -425,7 +425,11 @@ fn refused_requests_do_not_fill_the_log() {
     let usual = || log.lines().filter(|line| !line.contains(" DEBUG]"));
     let lines = |text: &str| usual().filter(|line| line.contains(text)).count();
     assert_eq!(lines("key "), 10, "{log}");
-    assert_eq!(lines("further failures of this kind are only counted"), 1, "{log}");
+    assert_eq!(
+        lines("further failures of this kind are only counted"),
+        1,
+        "{log}"
+    );
     assert_eq!(
         lines("Prepare: 290 more requests ended with INVALID_ARGUMENT"),
         1,

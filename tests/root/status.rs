@@ -130,7 +130,7 @@ fn what_is_wrong_comes_first() {
     split.writable.make_room();
     let said = status(&split, &["--default-max-size", "1G"]);
     // ext4 without project quotas.
-    assert!(said.contains("their limits cannot be kept"), "{said}");
+    assert!(said.contains("their limits cannot be enforced"), "{said}");
 }
 
 /// Whether a terminal of 24 lines shows all of it.

@@ -150,7 +150,7 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
     if !rig.is_xfs() {
         // ext4 counts all the same.
         assert_eq!(usage(&client, "free"), walk(&rig.newest()));
-        assert!(status(rig).contains("limits are not kept"));
+        assert!(status(rig).contains("limits are not enforced"));
     }
     client.remove("free").unwrap();
     client.cleanup().unwrap();
@@ -179,7 +179,7 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
     drop(prepare(&client, "web", LIMITED));
     let said = status(rig);
     assert!(
-        said.contains("limits are kept") && said.contains("of 8.0M"),
+        said.contains("limits are enforced") && said.contains("of 8.0M"),
         "{said}"
     );
     rig.clear(&client);
