@@ -33,8 +33,8 @@ die() {
     exit 1
 }
 
-# put MODE SOURCE PATH: a whole file appears in one step, also in the place of a
-# program that runs.
+# put MODE SOURCE PATH: installs a file in one step, even if a program with this
+# path is running.
 put() {
     mkdir -p "$destdir${3%/*}"
     cp "$2" "$destdir$3.new"
@@ -42,7 +42,8 @@ put() {
     mv -f "$destdir$3.new" "$destdir$3"
 }
 
-# put_adapted MODE SOURCE PATH: the same for a file that names what is in PREFIX.
+# put_adapted MODE SOURCE PATH: the same for a file that contains paths in
+# PREFIX.
 put_adapted() {
     mkdir -p "$destdir${3%/*}"
     adapt "$2" >"$destdir$3.new"
@@ -71,8 +72,8 @@ drop_link() {
     [ "$(readlink "$destdir$2")" != "$1" ] || rm "$destdir$2"
 }
 
-# put_config SOURCE PATH: settings that were changed stay. What was installed
-# last is in $share, to tell.
+# put_config SOURCE PATH: installs a configuration file, unless it was changed.
+# $share has the version that was installed last, for comparison.
 put_config() {
     installed=$share/${2##*/}.${1##*.}
     if [ ! -e "$destdir$2" ] || cmp -s "$destdir$installed" "$destdir$2"; then
@@ -93,8 +94,8 @@ drop_config() {
     fi
 }
 
-# installed_prefix: where an earlier run has put the program. The service says so, and the
-# files beside it that this is no other program's service.
+# installed_prefix: prints where an earlier run has put the program. The service has the
+# path, and the files beside it prove that the service is this program's.
 installed_prefix() {
     for file in "/etc/systemd/system/$program.service" \
         "/usr/local/lib/systemd/system/$program.service" "/etc/init.d/$program"; do
@@ -108,8 +109,8 @@ installed_prefix() {
     done
 }
 
-# choose_places: PREFIX, else where this file is installed, else where an earlier run has
-# put the program.
+# choose_places: PREFIX if it is set, otherwise the prefix of this file's own
+# installation, otherwise that of an earlier run.
 choose_places() {
     earlier=$(installed_prefix)
     prefix=${PREFIX-}
@@ -133,14 +134,14 @@ choose_places() {
     bash=$prefix/share/bash-completion/completions
     zsh=$prefix/share/zsh/site-functions
     fish=$prefix/share/fish/vendor_completions.d
-    # systemd looks there for what is neither a distribution's nor the administrator's,
-    # and does not look below any other prefix. What is changed with `systemctl edit` is
-    # kept elsewhere.
+    # Under /usr/local, systemd looks in this directory for units that are neither a
+    # distribution's nor the administrator's. It does not look below any other prefix.
+    # Changes by `systemctl edit` are stored elsewhere.
     units=/usr/local/lib/systemd/system
     [ "$prefix" = /usr/local ] || units=/etc/systemd/system
 }
 
-# require_writable DIR: dies if nothing can be put there.
+# require_writable DIR: dies if no file can be created there.
 require_writable() {
     above=$destdir$1
     while [ ! -d "$above" ] && [ -n "$above" ]; do
@@ -153,7 +154,7 @@ require_writable() {
 }
 
 find_service() {
-    # systemd's own way to tell whether it is in charge.
+    # This is how systemd's own programs find out whether it is in charge.
     if [ -d /run/systemd/system ]; then
         service=systemd
     elif [ -x /sbin/openrc-run ] || [ -x /usr/sbin/openrc-run ]; then
@@ -178,7 +179,7 @@ install_files() {
     put 755 "$here/disks.sh" "$share/disks.sh"
     put 644 "$here/devices.sh" "$share/devices.sh"
     put_config "$here/modprobe.conf" "/etc/modprobe.d/$program.conf"
-    # To remove it when the archive is gone.
+    # Needed to remove the program when the archive is gone.
     put 755 "$here/install.sh" "$share/install.sh"
     for file in README.md README.zh-CN.md CHANGELOG.md LICENSE; do
         put 644 "$here/$file" "$share/$file"
@@ -208,7 +209,7 @@ start_systemd() {
         systemctl restart "$program.service" ||
             die "it does not start: see 'journalctl -u $program'"
     else
-        # One that was stopped on purpose stays so.
+        # A service that was stopped on purpose stays stopped.
         systemctl try-restart "$program.service" ||
             die "it does not start again: see 'journalctl -u $program'"
     fi
@@ -247,8 +248,9 @@ start_openrc() {
     if [ "$new" = yes ]; then
         rc-service "$program" start || die "it does not start: see /var/log/$program.log"
     elif rc-service --quiet "$program" status >/dev/null 2>&1; then
-        # --nodeps: what needs it (containerd, say) goes on meanwhile. In two
-        # steps: after a restart with --nodeps OpenRC takes it for stopped.
+        # With --nodeps, services that need this one (containerd, for example)
+        # keep running. It takes two steps, because after a restart with
+        # --nodeps OpenRC considers the service stopped.
         rc-service --nodeps "$program" stop
         rc-service --nodeps "$program" start ||
             die "it does not start again: see /var/log/$program.log"
@@ -297,7 +299,7 @@ while [ $# -gt 0 ]; do
         sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
-    # What else there is, is for disks.sh; words of its own have no blanks.
+    # The other options are for disks.sh. None of its words contains a blank.
     *) disks="$disks $1" ;;
     esac
     shift
@@ -318,14 +320,15 @@ if [ "$action" = uninstall ]; then
 fi
 
 [ -f "$here/$program" ] || die "$here is no unpacked release archive: $program is not in it"
-# Before anything is changed: a binary for another machine would not start.
+# Checked before anything is changed: a binary for another machine would not
+# start.
 [ -n "$destdir" ] || "$here/$program" --version >/dev/null ||
     die "this archive's program does not run here: is the archive for a machine like this" \
         "($(uname -m))?"
 require_writable "$bin"
 require_writable "$share"
-# An earlier run that did not come to its end is continued. What was disabled or stopped
-# after one that did stays so.
+# An earlier run that was interrupted is continued. If it was completed, services that
+# were disabled or stopped since stay so.
 new=yes
 [ ! -e "$destdir$share/installed" ] || new=no
 # $disks is a list.
