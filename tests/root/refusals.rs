@@ -403,13 +403,16 @@ fn addresses_that_are_taken() {
     let text = address.to_str().unwrap();
 
     fs::write(&address, "mine").unwrap();
-    says(&refused(&arguments), &[text, "no socket", "move it away"]);
+    says(
+        &refused(&arguments),
+        &[text, "not a socket", "move it away"],
+    );
     assert_eq!(fs::read_to_string(&address).unwrap(), "mine");
     fs::remove_file(&address).unwrap();
 
     let target = top.join("target");
     symlink(&target, &address).unwrap();
-    says(&refused(&arguments), &[text, "no socket"]);
+    says(&refused(&arguments), &[text, "not a socket"]);
     assert_eq!(fs::read_link(&address).unwrap(), target);
     assert!(!target.exists());
     fs::remove_file(&address).unwrap();
