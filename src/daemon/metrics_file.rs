@@ -38,7 +38,7 @@ pub fn start(service: &Arc<Service>, path: Option<&str>) -> Result<Option<Backgr
             if let Err(error) = &written
                 && !is_broken
             {
-                log::warn!("write the figures to {path} (--metrics-file): {error}");
+                log::warn!("cannot write the figures to {path} (--metrics-file): {error}");
             }
             is_broken = written.is_err();
             if !stop.pause(INTERVAL) {

@@ -93,7 +93,7 @@ impl Server {
         let is_ours = fs::symlink_metadata(&self.address)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.socket);
         if is_ours && let Err(error) = fs::remove_file(&self.address) {
-            log::debug!("remove the socket {}: {error}", self.address);
+            log::debug!("cannot remove the socket {}: {error}", self.address);
         }
     }
 }

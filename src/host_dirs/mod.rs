@@ -67,7 +67,7 @@ impl Drop for HostDirs {
                 // Another program uses the directory by now.
                 Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST | Errno::BUSY) => {}
                 Err(errno) => log::warn!(
-                    "remove the directory {:?}, made for a request that was refused: {errno}",
+                    "cannot remove the directory {:?}, made for a request that was refused: {errno}",
                     String::from_utf8_lossy(&name)
                 ),
             }

@@ -171,7 +171,7 @@ impl Pool {
         let requests = Arc::clone(&self.requests);
         let thread = thread::Builder::new().name("elsewhere".to_owned());
         if let Err(error) = thread.spawn(move || requests.work_elsewhere()) {
-            log::error!("start a thread for a request: {error}");
+            log::error!("cannot start a thread for a request: {error}");
             lock(&self.requests.state).elsewhere_running -= 1;
             self.requests.added.notify_all();
         }
@@ -239,7 +239,7 @@ impl Requests {
                 let requests = Arc::clone(self);
                 let spare = thread::Builder::new().name("spare".to_owned());
                 if let Err(error) = spare.spawn(move || requests.work_as_spare()) {
-                    log::error!("start a thread for a request: {error}");
+                    log::error!("cannot start a thread for a request: {error}");
                     lock(&self.state).spare -= 1;
                 }
                 state = lock(&self.state);

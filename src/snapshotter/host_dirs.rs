@@ -138,7 +138,10 @@ impl Snapshotter {
         if let Err(error) = self.volumes.image().remove_host_dir_links(id) {
             // The snapshot itself is gone or committed; the next start removes
             // the links.
-            log::warn!("remove the links of snapshot {id}: {}", error.chain());
+            log::warn!(
+                "cannot remove the links of snapshot {id}: {}",
+                error.chain()
+            );
         }
     }
 }

@@ -113,7 +113,7 @@ impl Snapshotter {
         if let Err(error) = self.ids.begin(&swept) {
             // Requests that create a snapshot on a volume that cannot be written fail
             // with the reason.
-            log::warn!("prepare ids for new snapshots: {}", error.chain());
+            log::warn!("cannot prepare ids for new snapshots: {}", error.chain());
         }
         self.projects.recharge_later(&uncharged);
         Ok(())
@@ -278,7 +278,7 @@ impl Snapshotter {
             Ok(true)
         };
         replace().unwrap_or_else(|error| {
-            log::warn!("replace layer {}: {}", Quoted(name), error.chain());
+            log::warn!("cannot replace layer {}: {}", Quoted(name), error.chain());
             false
         })
     }

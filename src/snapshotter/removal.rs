@@ -42,7 +42,7 @@ impl Snapshotter {
             if let Err(error) = trashed {
                 self.trash.note_stray(volume);
                 log::warn!(
-                    "remove snapshots/{id} from the {volume} volume: {}",
+                    "cannot remove snapshots/{id} from the {volume} volume: {}",
                     error.chain()
                 );
             }

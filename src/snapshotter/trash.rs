@@ -103,7 +103,7 @@ impl Trash {
         // The deleted files may have been the last ones of a project; if both
         // volumes are on one file system, on either volume.
         if let Err(error) = self.projects.free_unused() {
-            log::warn!("give project ids back: {}", error.chain());
+            log::warn!("cannot take project ids back: {}", error.chain());
         }
         emptied
     }
@@ -141,7 +141,7 @@ impl Trash {
         let recovered = self.projects.recover(dirs);
         recovered.unwrap_or_else(|error| {
             self.note_stray(Volume::Writable);
-            log::warn!("look at the project quotas: {}", error.chain());
+            log::warn!("cannot look at the project quotas: {}", error.chain());
             Vec::new()
         })
     }

@@ -141,7 +141,7 @@ impl Drop for Leader<'_> {
         drop(known);
         self.end(&Err(Error::new(
             ErrorKind::Internal,
-            "the walk has ended by a bug; the log says where",
+            "the walk has ended because of a bug; the log shows where",
         )));
     }
 }

@@ -54,7 +54,7 @@ fn fill(path: &Path) {
     // On a full disk, the file has got what there was, and the next call adds the
     // rest.
     if let Err(errno) = filled {
-        log::debug!("set space aside in {}: {errno}", path.display());
+        log::debug!("cannot set space aside in {}: {errno}", path.display());
     }
 }
 
@@ -63,7 +63,7 @@ fn release(path: &Path) -> bool {
         Ok(()) => true,
         Err(Errno::NOENT) => false,
         Err(errno) => {
-            log::debug!("remove {}: {errno}", path.display());
+            log::debug!("cannot remove {}: {errno}", path.display());
             false
         }
     }

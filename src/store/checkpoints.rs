@@ -153,7 +153,7 @@ impl Store {
     fn extend_log(&self, chunk: u64, spared: u64) {
         if let Err(error) = self.try_extend_log(chunk, spared) {
             let shown = self.shown();
-            log::debug!("give the log of {shown} its full size: {error}");
+            log::debug!("cannot give the log of {shown} its full size: {error}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::lock::lock;
 
-/// A value behind a mutex, with a condition variable and a flag that tells
+/// A value behind a mutex, with a condition variable and a flag that asks
 /// background threads to end. All waiting ends when the flag is set.
 #[derive(Default)]
 pub struct Monitor<T> {

@@ -46,7 +46,10 @@ impl Drop for Background {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            log::error!("the {} has ended by a bug; the log says where", self.name);
+            log::error!(
+                "the {} has ended because of a bug; the log shows where",
+                self.name
+            );
         }
     }
 }

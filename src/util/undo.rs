@@ -32,7 +32,7 @@ impl<F: FnOnce() -> Result<()>> Drop for Undo<F> {
             && let Err(error) = undo()
         {
             // The next start removes what is left.
-            log::warn!("undo {}: {}", self.what, error.chain());
+            log::warn!("cannot undo {}: {}", self.what, error.chain());
         }
     }
 }

@@ -91,7 +91,10 @@ impl Drop for GivenProject<'_> {
         if !self.is_kept
             && let Err(error) = self.take_back()
         {
-            log::warn!("undo the project of a refused snapshot: {}", error.chain());
+            log::warn!(
+                "cannot undo the project of a refused snapshot: {}",
+                error.chain()
+            );
         }
         self.projects.end_search(self.row.project);
     }

@@ -374,7 +374,7 @@ impl Projects {
             })
             .inspect_err(|_| {
                 if let Err(error) = quotas.set_limits(change.project, change.from) {
-                    log::warn!("undo a refused update: {}", error.chain());
+                    log::warn!("cannot undo a refused update: {}", error.chain());
                 }
             })
     }

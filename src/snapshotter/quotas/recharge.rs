@@ -138,7 +138,9 @@ impl Projects {
             parts => parts?,
         };
         self.charge_tree(id, &parts, project)?;
-        log::warn!("snapshot {id} was not charged to project {project}, and is now");
+        log::warn!(
+            "the files of snapshot {id} were not charged to project {project}; now they are"
+        );
         Ok(())
     }
 

@@ -103,7 +103,7 @@ impl Projects {
             && !given.limits.are_kept_by(quotas.held(project)?.limits)
         {
             quotas.set_limits(project, given.limits)?;
-            log::warn!("project {project} of snapshot {id} has its limits again");
+            log::warn!("set the limits of project {project} of snapshot {id} again");
         }
         is_charged(&parts, project)
     }
@@ -221,7 +221,7 @@ impl Projects {
                     snapshot: None,
                     limits: Limits::NONE,
                 })?;
-                log::info!("project {project} is taken by what is in the trash");
+                log::info!("files in the trash still use project {project}");
             }
             Ok(())
         })

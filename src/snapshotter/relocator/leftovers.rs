@@ -70,14 +70,14 @@ impl Leftovers {
                 Err(error) => {
                     relocator.trash.note_stray(Volume::Writable);
                     log::warn!(
-                        "remove what layer {id} has left on the writable volume: {}",
+                        "cannot remove what layer {id} has left on the writable volume: {}",
                         error.chain()
                     );
                     continue;
                 }
             }
             relocator.trash.note_trashed(id, Volume::Writable);
-            log::debug!("what layer {id} had left on the writable volume is deleted");
+            log::debug!("deleted the leftover directory of layer {id} on the writable volume");
         }
         Ok(next)
     }

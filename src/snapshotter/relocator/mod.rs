@@ -227,7 +227,10 @@ impl Relocator {
         };
         if let Err(error) = tidy() {
             self.trash.note_stray(Volume::Writable);
-            log::warn!("tidy up after the move of layer {id}: {}", error.chain());
+            log::warn!(
+                "cannot tidy up after the move of layer {id}: {}",
+                error.chain()
+            );
         }
         fault_point("trashed");
         Ok(Moved::Home(bytes))

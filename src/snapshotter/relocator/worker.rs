@@ -83,12 +83,15 @@ impl Worker<'_> {
             self.say_lost_times();
         }
         if let Err(error) = self.relocator.delete_dropped_copies() {
-            log::warn!("delete copies of moves that have failed: {}", error.chain());
+            log::warn!(
+                "cannot delete copies of moves that have failed: {}",
+                error.chain()
+            );
         }
         loop {
             let next = self.step().unwrap_or_else(|error| {
                 log::warn!(
-                    "look for layers to move to the image volume: {}",
+                    "cannot look for layers to move to the image volume: {}",
                     error.chain()
                 );
                 // The pause keeps the thread from trying without end if the
