@@ -102,7 +102,7 @@ impl Dirs {
             made => made,
         }
         .context(creating)?;
-        let new = Undo::new("make the directories of a snapshot", move || {
+        let new = Undo::new("the creation of a snapshot's directories", move || {
             self.trash(id).map(drop)
         });
         // The directory was just created, so no link in it can be followed.

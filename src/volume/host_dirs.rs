@@ -89,9 +89,10 @@ impl Image {
         id: SnapshotId,
         targets: &[PathBuf],
     ) -> Result<Undo<impl FnOnce() -> Result<()> + use<'a>>> {
-        let new = Undo::new("link the host directories of a snapshot", move || {
-            self.remove_host_dir_links(id)
-        });
+        let new = Undo::new(
+            "the links to the host directories of a snapshot",
+            move || self.remove_host_dir_links(id),
+        );
         if targets.is_empty() {
             self.remove_host_dir_links(id)?;
             return Ok(new);

@@ -61,7 +61,10 @@ fn a_restored_directory_is_charged_again(rig: &mut Rig) {
     assert_eq!(usage(&client, "web"), walk(&top));
     let log = daemon.log();
     let (_, last) = log.rsplit_once("serving on").unwrap();
-    assert!(last.contains("; now they are"), "nobody waits for it: {log}");
+    assert!(
+        last.contains("; now they are"),
+        "nobody waits for it: {log}"
+    );
     rig.clear(&client);
 }
 
