@@ -154,12 +154,12 @@ put_drop_in() {
         echo "# whenever that runs."
         echo "[Unit]"
         [ "$moved_root" = "$default_root" ] || {
-            echo "# The default's does not count any more."
+            echo "# The mount of the default directory does not count any more."
             echo "RequiresMountsFor="
         }
         echo "RequiresMountsFor=$moved_root${moved_state:+ $moved_state}"
         [ -z "$moved_writable" ] || {
-            echo "# Without the writable volume it serves what does not need it."
+            echo "# Without the writable volume, the daemon serves what does not need it."
             echo "After=$units"
         }
     } >"$destdir$drop_in.new"
@@ -387,7 +387,7 @@ if [ -z "$service" ]; then
     elif command -v systemctl >/dev/null 2>&1; then
         service=systemd
     else
-        die "neither systemd nor OpenRC is here; choose with --service"
+        die "neither systemd nor OpenRC runs here; choose one with --service"
     fi
 fi
 case $service in

@@ -60,7 +60,7 @@ adapt() {
 put_link() {
     if [ -e "$destdir$2" ] || [ -L "$destdir$2" ]; then
         [ "$(readlink "$destdir$2")" = "$1" ] || {
-            say "$2 is something else's, and stays"
+            say "$2 belongs to another program, and stays"
             return 0
         }
     fi
@@ -79,7 +79,7 @@ put_config() {
     if [ ! -e "$destdir$2" ] || cmp -s "$destdir$installed" "$destdir$2"; then
         put_adapted 644 "$1" "$2"
     elif ! adapt "$1" | cmp -s - "$destdir$2"; then
-        say "$2 was changed and stays; the one of this version is $installed"
+        say "$2 was changed and stays; this version's own file is $installed"
     fi
     put_adapted 644 "$1" "$installed"
 }
@@ -162,7 +162,7 @@ find_service() {
     elif command -v systemctl >/dev/null 2>&1; then
         service=systemd
     else
-        die "neither systemd nor OpenRC is here; choose with --service"
+        die "neither systemd nor OpenRC runs here; choose one with --service"
     fi
 }
 
@@ -207,11 +207,11 @@ start_systemd() {
     [ -d /run/systemd/system ] || return 0
     if [ "$new" = yes ]; then
         systemctl restart "$program.service" ||
-            die "it does not start: see 'journalctl -u $program'"
+            die "the service does not start: see 'journalctl -u $program'"
     else
         # A service that was stopped on purpose stays stopped.
         systemctl try-restart "$program.service" ||
-            die "it does not start again: see 'journalctl -u $program'"
+            die "the service does not start again: see 'journalctl -u $program'"
     fi
 }
 
@@ -246,14 +246,14 @@ start_openrc() {
     # Not in an image that will be booted later.
     [ -d /run/openrc ] || return 0
     if [ "$new" = yes ]; then
-        rc-service "$program" start || die "it does not start: see /var/log/$program.log"
+        rc-service "$program" start || die "the service does not start: see /var/log/$program.log"
     elif rc-service --quiet "$program" status >/dev/null 2>&1; then
         # With --nodeps, services that need this one (containerd, for example)
         # keep running. It takes two steps, because after a restart with
         # --nodeps OpenRC considers the service stopped.
         rc-service --nodeps "$program" stop
         rc-service --nodeps "$program" start ||
-            die "it does not start again: see /var/log/$program.log"
+            die "the service does not start again: see /var/log/$program.log"
     fi
 }
 
@@ -268,7 +268,7 @@ remove_openrc() {
 }
 
 uninstall() {
-    [ -e "$destdir$bin/$program" ] || say "$bin/$program is not there; removing what else is"
+    [ -e "$destdir$bin/$program" ] || say "$bin/$program is not there; removing the other files"
     [ "$service" != systemd ] || remove_systemd
     [ "$service" != openrc ] || remove_openrc
     drop_config conf "/etc/modprobe.d/$program.conf"
@@ -278,7 +278,7 @@ uninstall() {
         "$destdir$bash/$program" "$destdir$zsh/_rwsplit" "$destdir$fish/rwsplit.fish" \
         "$destdir$fish/$program.fish"
     rm -rf "$destdir$share"
-    say "removed. Images and containers are where they were, and so are mounts that were set up;" \
+    say "removed. Images and containers stay, and so do the mounts that were set up;" \
         "containerd's configuration still names the snapshotter"
 }
 
@@ -309,7 +309,7 @@ systemd | openrc) ;;
 '') find_service ;;
 *) die "--service is '$service', it has to be systemd or openrc" ;;
 esac
-[ -n "$destdir" ] || [ "$(id -u)" = 0 ] || die "has to be run by root"
+[ -n "$destdir" ] || [ "$(id -u)" = 0 ] || die "run this script as root"
 [ -z "$destdir" ] || start=no
 choose_places
 
@@ -319,7 +319,7 @@ if [ "$action" = uninstall ]; then
     exit 0
 fi
 
-[ -f "$here/$program" ] || die "$here is no unpacked release archive: $program is not in it"
+[ -f "$here/$program" ] || die "$here is not an unpacked release archive: $program is not in it"
 # Checked before anything is changed: a binary for another machine would not
 # start.
 [ -n "$destdir" ] || "$here/$program" --version >/dev/null ||
