@@ -1,4 +1,4 @@
-//! Turns the files under `proto/` into Rust messages, in pure Rust: neither
+//! Generates Rust messages from the files under `proto/`, in pure Rust: neither
 //! `protoc` nor a plugin has to be installed.
 
 fn main() {

@@ -1,18 +1,18 @@
 #!/bin/sh
 # check-binary.sh BINARY MACHINE: checks a static binary for MACHINE (x86_64,
 # aarch64) as root: that it is static and small, that it starts and serves, and,
-# if this machine can run it without an emulator, that it is sparing with memory.
+# if this machine runs it without an emulator, that it takes little memory.
 set -eu
 
 cd "$(dirname "$0")/.."
 binary=$(realpath "$1")
 machine=$2
-# The budget.
+# The limits.
 most_bytes=6200000
 most_idle_kib=6144
 most_used_kib=8192
 requests=10000
-# What comes and goes with some callers is no growth.
+# Growth below this comes and goes with some callers.
 most_grown_kib=512
 
 fail() {
@@ -49,8 +49,8 @@ case $headers in
 *NEEDED*) fail "$binary needs shared libraries" ;;
 esac
 echo "$headers" | grep -q "Machine: *$elf_machine\$" || fail "$binary is for another machine"
-# Nothing of the machine that it was built on. Panics name src/root/, which is no path
-# of root's.
+# The binary must not contain paths of the machine that it was built on. (Panics name
+# src/root/, which is not a path in /root.)
 for path in "$PWD" "${HOME:-/root}"; do
     [ "$path" != / ] || continue
     ! sed 's,src/root/,,g' "$binary" | grep -qaF "$path/" || fail "$binary has the path $path/ of this machine in it"
@@ -83,12 +83,12 @@ until grep -q ' serving on ' "$scratch/log"; do
     sleep 0.1
 done
 
-# resident: the daemon's memory, all of it, in KiB.
+# resident: prints the memory that the daemon takes, in KiB.
 resident() {
     sed -n 's/^VmRSS:[[:space:]]*\([0-9]*\) kB/\1/p' "/proc/$daemon/status"
 }
 
-# at_most WHEN LIMIT: checks it, and leaves it in kib.
+# at_most WHEN LIMIT: checks the memory, and leaves it in kib.
 at_most() {
     kib=$(resident)
     echo "$machine: $kib KiB resident $1"
@@ -99,13 +99,13 @@ at_most() {
 }
 
 if [ -z "$emulator" ]; then
-    # What the start does in the background is done by then.
+    # The background work of the start is done by then.
     sleep 3
     at_most "when idle" "$most_idle_kib"
 fi
 "$scratch/client" "$scratch/root/grpc.socks" once || fail "it does not serve"
-# For this it starts itself as a child, and does without where it cannot have
-# what it needs, such as mount_setattr(2) in an emulator.
+# For this, the daemon starts itself as a child process. Without what that
+# needs, such as mount_setattr(2) in an emulator, it serves all the same.
 "$scratch/client" "$scratch/root/grpc.socks" mapped || fail "it does not serve mapped ids"
 if [ -z "$emulator" ]; then
     "$scratch/client" "$scratch/root/grpc.socks" many "$requests" || fail "it does not serve"
@@ -119,7 +119,7 @@ status=0
 wait "$daemon" || status=$?
 daemon=
 [ "$status" = 0 ] || fail "it ended with status $status"
-# What it could not do, it has logged.
+# If it could not do that, it has logged the reason.
 grep 'layers cannot be id-mapped' "$scratch/log" || :
 ! grep -E ' (WARN|ERROR) ' "$scratch/log" | grep -v 'asks for mapped ids' || fail "it has warned"
 echo "$machine: serves"

@@ -1,10 +1,12 @@
 # shellcheck shell=sh
-# What is on a block device, and whether it may be taken or formatted. disks.sh reads
-# this file; die, $destdir and its settings are its own.
+# What is on a block device, and whether it may be used or formatted. disks.sh reads
+# this file, and has die, $destdir and the settings.
 #
 # That a program finds nothing proves nothing: the disk may not answer, or may hold
-# what the program does not know or cannot decide on. So a device is blank only where
-# two programs say so and zeros are read, and it is formatted only where they agree
+# contents that the program does not know or cannot decide on. So a device counts as
+# blank only if two programs say so and zeros are read, and it is formatted only if
+# both programs agree on one of the file systems that use a single disk. Everything
+# else is refused.
 # on one of the file systems that use one disk alone. Everything else is refused.
 #
 # shellcheck disable=SC2034,SC2154 # disks.sh has what seems unused or not assigned.
@@ -24,8 +26,8 @@ sys_of() {
     printf '/sys/dev/block/%d:%d\n' "0x$(stat -L -c %t "$1")" "0x$(stat -L -c %T "$1")"
 }
 
-# mounted_at DEV: where DEV is mounted, a line each. A mount of btrfs has a device
-# number of its own, and names the device.
+# mounted_at DEV: prints the mount points of DEV, one per line. A mount of btrfs
+# has a device number of its own, and names the device.
 mounted_at() {
     sys=$(sys_of "$1")
     mapped=$(cat "$sys/dm/name" 2>/dev/null || :)
@@ -60,14 +62,15 @@ check_use() {
     backed=$(losetup -j "$node") || die "$flag: losetup cannot list the loop devices on $1"
     [ -z "$backed" ] || die "$flag: $1 is used by ${backed%%:*}"
     [ "$(cat "$sys/ro")" = 0 ] || die "$flag: $1 is read-only"
-    # mkfs.ext4 opens the device with O_EXCL, which the kernel refuses for a device that
-    # is in use in any way, also by a mount that is not seen from here. -n writes nothing.
+    # mkfs.ext4 opens the device with O_EXCL, which the kernel refuses for a device in any
+    # use, even by a mount that is not visible here. With -n, nothing is written.
     said=$(mkfs.ext4 -n -q -F "$1" 2>&1) ||
         die "$flag: $1 is in use, or too small: 'mkfs.ext4 -n $1' says: $said"
 }
 
 # is_blank DEV BYTES: whether a MiB at the beginning of DEV, one at its end, and one at
-# each sixteenth between are zeros. What no program knows may still be data.
+# each sixteenth in between contain only zeros. Contents that no program knows may
+# still be data.
 is_blank() {
     sixteenth=0
     while [ "$sixteenth" -le 16 ]; do
@@ -79,14 +82,14 @@ is_blank() {
     done
 }
 
-# value NAME: the value that blkid has reported under this name.
+# value NAME: prints the value that blkid has reported under this name.
 value() {
     echo "$probed" | sed -n "s/^$1=//p"
 }
 
-# look_at DEV: finds out what DEV holds, or dies. Sets $found to its type, to "unknown",
-# or to nothing if DEV is blank; $uuid; and $state, which differs for another device and
-# for other contents.
+# look_at DEV: finds out what DEV holds, or dies. Sets $found to the type, to "unknown",
+# or to nothing if DEV is blank; $uuid; and $state, which differs for other devices and
+# other contents.
 look_at() {
     status=0
     probed=$(blkid -p -o export "$1" 2>&1) || status=$?
@@ -97,8 +100,8 @@ look_at() {
     uuid=$(value UUID)
     table=$(value PTTYPE)
     case $status in
-    # 2 is that nothing was found, and also that the device cannot be read. A partition
-    # always has a place in a table to be found, and ends with 0.
+    # 2 means that nothing was found, or that the device cannot be read. For a
+    # partition, blkid always finds its place in the table, and ends with 0.
     0 | 2) ;;
     8)
         leave "$1" "it holds more than one thing ($types); 'wipefs --all --types TYPE $1' takes" \
@@ -114,7 +117,7 @@ look_at() {
         leave "$1" "blkid finds ${found:-nothing}, and wipefs finds ${types:-nothing}"
     if [ -z "$found" ] && ! is_blank "$1" "$(blockdev --getsize64 "$1")"; then
         found=unknown
-        # util-linux before 2.39 does not know it.
+        # util-linux before 2.39 does not know bcachefs.
         [ "$(od -A n -t x8 -j 4120 -N 8 "$1" | tr -d ' ')" != ca451a4ef67385c6 ] || found=bcachefs
     fi
     identity=$(lsblk --inverse --noheadings --bytes --output MAJ:MIN,SIZE,SERIAL,WWN "$1")
@@ -127,7 +130,7 @@ $probed
 $signatures"
 }
 
-# check_content DEV: dies unless what DEV holds may be taken, or may be lost.
+# check_content DEV: dies unless what DEV holds may be used, or may be lost.
 check_content() {
     look_at "$1"
     unwanted="if nothing needs that any more, 'wipefs --all $1' takes it away; give --format then"
@@ -155,7 +158,7 @@ check_content() {
     esac
 }
 
-# check_device FLAG DEV DIR: dies unless DEV may be used, and mounted on DIR. Sets $state,
+# check_device FLAG DEV DIR: dies unless DEV may be used, and mounted on DIR. Sets $state
 # for set_up.
 check_device() {
     flag=$1
@@ -167,7 +170,8 @@ check_device() {
     check_hidden "$3" "$2"
 }
 
-# ask FLAG DEV: before DEV is formatted. Sets $state to what the answer was given for.
+# ask FLAG DEV: asks before DEV is formatted. Sets $state to the state that the answer
+# is for.
 ask() {
     flag=$1
     look_at "$2"
@@ -183,13 +187,14 @@ ask() {
     [ "$answer" = "$2" ] || die "that is not $2: no disk was formatted"
 }
 
-# format DEV LABEL. -m 0: what a file system keeps for root would be kept from
-# nobody, containers write as root.
+# format DEV LABEL. With -m 0, the file system reserves nothing for root:
+# containers write as root, so a reserve would protect nothing.
 format() {
-    # mkfs.ext4 leaves signatures of other file systems where it writes nothing.
+    # mkfs.ext4 leaves signatures of other file systems in places where it does
+    # not write.
     [ -z "$found" ] || wipefs --all --quiet "$1" || die "$flag: wipefs failed on $1"
     mkfs.ext4 -q -F -m 0 -L "$2" "$1" || die "$flag: mkfs.ext4 failed on $1"
-    # So that links by UUID are there before the mount looks for them.
+    # After this, the links by UUID exist before the mount looks for them.
     ! command -v udevadm >/dev/null 2>&1 || udevadm settle --timeout=10 || :
     look_at "$1"
     [ "$found" = ext4 ] || die "$flag: mkfs.ext4 has made '$found' on $1"

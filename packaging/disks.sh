@@ -1,7 +1,6 @@
 #!/bin/sh
-# Tells the service manager which disks overlay-read-write-splitting-snapshotter
-# needs, and sets disks up for it. Run by root; install.sh runs it as well, with
-# the options that it is given.
+# Configures which disks overlay-read-write-splitting-snapshotter needs, and
+# sets them up. Run by root; install.sh also runs it, with its own options.
 #
 #     disks.sh                        after OPTIONS was changed by hand: writes
 #                                     down which mounts the service waits for
@@ -20,12 +19,13 @@
 #     --service systemd|openrc
 #     --check              changes nothing
 #
-# DEV is never a disk that is in use, or one that holds anything but a single file
-# system on a single disk: a partition table, or a part of LVM, RAID, a ZFS pool or
-# encryption, is left alone with --format too. Nothing is formatted before its name
-# was typed. Units or fstab entries for the mounts are written and enabled.
+# DEV is never a disk that is in use, or one that holds anything other than a
+# single file system on a single disk: a partition table, or a part of LVM, RAID, a
+# ZFS pool or encryption, is left alone even with --format. A device is formatted
+# only after its name was typed. Units or fstab entries for the mounts are written
+# and enabled.
 #
-# Environment: DESTDIR goes before every path that is written, for tests;
+# Environment: DESTDIR is put before every path that is written, for tests;
 # nothing is mounted then.
 
 set -eu
@@ -52,7 +52,7 @@ die() {
 #
 
 # read_settings: sets $settings to the last line that sets OPTIONS. A file that
-# cannot be read is not one without settings.
+# cannot be read does not count as one without settings.
 read_settings() {
     settings=
     [ -e "$destdir$config" ] || [ -L "$destdir$config" ] || return 0
@@ -73,12 +73,12 @@ option() {
         END { print value }'
 }
 
-# What OPTIONS says now, or nothing.
+# Prints the present OPTIONS, or nothing.
 options_now() {
     echo "$settings" | sed -e 's/^"\(.*\)"$/\1/' -e "s/^'\(.*\)'\$/\1/"
 }
 
-# The options that the disks ask for, as one line.
+# Prints the options for the disks, in one line.
 options_wanted() {
     wanted=
     [ "$root" = "$default_root" ] || wanted="$wanted --root-dir $root"
@@ -86,7 +86,7 @@ options_wanted() {
     [ "$state" = "$root" ] || wanted="$wanted --state-dir $state"
     [ -z "$writable_tmpfs" ] || wanted="$wanted --writable-volatile"
     # systemd ties the service to the image volume's mount. OpenRC does not, and
-    # the daemon would begin again, with nothing, on an empty mount point.
+    # the daemon would start with an empty mount point, without any layers.
     [ "$service" = systemd ] || [ -z "$image_device" ] || [ -z "$writable_any" ] ||
         wanted="$wanted --require-mount"
     echo "${wanted# }"
@@ -95,7 +95,7 @@ options_wanted() {
 write_options() {
     mkdir -p "$destdir${config%/*}"
     [ -e "$destdir$config" ] || : >"$destdir$config"
-    # Its only line that sets OPTIONS.
+    # Replaces the line that sets OPTIONS.
     sed '/^[[:space:]]*OPTIONS=/d' "$destdir$config" >"$destdir$config.new" ||
         die "cannot read $config"
     echo "OPTIONS=\"$1\"" >>"$destdir$config.new"
@@ -103,7 +103,7 @@ write_options() {
     settings="\"$1\""
 }
 
-# replace PATH: PATH.new takes its place, and after a power cut one of the two is
+# replace PATH: puts PATH.new in its place. After a power cut, one of the two is
 # there, whole.
 replace() {
     chmod 644 "$1.new"
@@ -128,8 +128,8 @@ mount_units() {
     units=${units# }
 }
 
-# A drop-in if OPTIONS moves a directory; none if not: the unit knows the
-# defaults.
+# Writes a drop-in if OPTIONS sets another directory, and none otherwise,
+# because the unit knows the defaults.
 write_drop_in() {
     [ "$service" = systemd ] || return 0
     put_drop_in
@@ -154,12 +154,12 @@ put_drop_in() {
         echo "# whenever that runs."
         echo "[Unit]"
         [ "$moved_root" = "$default_root" ] || {
-            echo "# The default's does not count any more."
+            echo "# The mount of the default directory does not count any more."
             echo "RequiresMountsFor="
         }
         echo "RequiresMountsFor=$moved_root${moved_state:+ $moved_state}"
         [ -z "$moved_writable" ] || {
-            echo "# Without the writable volume it serves what does not need it."
+            echo "# Without the writable volume, the daemon serves what does not need it."
             echo "After=$units"
         }
     } >"$destdir$drop_in.new"
@@ -183,7 +183,7 @@ check_hidden() {
     [ -e "$destdir$1" ] || [ -L "$destdir$1" ] || return 0
     inside=$(ls -A "$destdir$1") || die "$flag: cannot read $1"
     [ -n "$inside" ] || return 0
-    # A mount point in a mount point.
+    # A mount point inside of a mount point.
     if [ -n "$image_device" ] && [ "$1" = "$root" ] && [ "$inside" = writable ]; then
         inside=$(ls -A "$destdir$1/writable") || die "$flag: cannot read $1/writable"
         [ -n "$inside" ] || return 0
@@ -193,7 +193,7 @@ check_hidden() {
 }
 
 # check_entries DIR WHAT: dies if fstab or a unit mounts another disk than WHAT there.
-# That it is not mounted, and DIR empty, is no proof that it is not needed.
+# That it is not mounted, and DIR is empty, does not prove that it is not needed.
 check_entries() {
     entries=$(entries_of "$1") || die "$flag: cannot read what is mounted at $1 at boot"
     for entry in $entries; do
@@ -207,7 +207,7 @@ check_entries() {
     done
 }
 
-# entries_of DIR: what fstab and a unit of that name mount there.
+# entries_of DIR: prints what fstab, or a unit of that name, mounts there.
 entries_of() {
     [ ! -e "$destdir/etc/fstab" ] ||
         awk -v where="$1" '$1 !~ /^#/ && $2 == where { print $1 }' "$destdir/etc/fstab" ||
@@ -241,16 +241,16 @@ add_mount_unit() {
         echo "What=$1"
         echo "Where=$2"
         echo "Type=$3"
-        # nofail: the machine boots without it.
+        # With nofail, the machine boots without the disk.
         echo "Options=$4"
         echo
         echo "[Install]"
         echo "WantedBy=local-fs.target"
-        # A disk that appears late is mounted then.
+        # With this, a disk that appears late is mounted then.
         case $1 in
         /dev/*) echo "WantedBy=$(systemd-escape --path --suffix=device "$1")" ;;
         esac
-        # One in the image volume fails with it, and is mounted with it.
+        # A mount in the image volume fails with it, and is mounted with it.
         case ${image_device:+$2} in
         "$root"/*) echo "WantedBy=$(systemd-escape --path --suffix=mount "$root")" ;;
         esac
@@ -263,9 +263,9 @@ add_mount_unit() {
     }
 }
 
-# The image volume's mount starts the daemon, which gives up without it. Written
-# after both volumes are mounted: a daemon that was started between the two would
-# take the bare mount point for the writable volume.
+# The image volume's mount starts the daemon, which gives up without it. This is
+# written after both volumes are mounted: a daemon that started between the two
+# mounts would use the bare mount point as the writable volume.
 start_with_image_volume() {
     [ "$service" = systemd ] || return 0
     wants=/etc/systemd/system/$(systemd-escape --path --suffix=mount "$root").wants
@@ -285,22 +285,22 @@ add_fstab_line() {
     pass=2
     [ "$3" = ext4 ] || pass=0
     mkdir -p "$destdir/etc" "$destdir$2"
-    # The file itself, where /etc/fstab is a link to it.
+    # The file itself, in case /etc/fstab is a link to it.
     fstab=$(readlink -f "$destdir/etc/fstab") || die "/etc/fstab leads nowhere"
     case $fstab in
     "$(readlink -f "${destdir:-/}")"*) ;;
     *) die "/etc/fstab leads out of $destdir" ;;
     esac
     [ -e "$fstab" ] || : >"$fstab"
-    # In the place of what an earlier run has written.
+    # Replaces the entry of an earlier run.
     awk -v where="$2" '$1 ~ /^#/ || $2 != where' "$fstab" >"$fstab.new" || die "cannot read $fstab"
     printf '%s\t%s\t%s\t%s\t0\t%s\n' "$what_fstab" "$2" "$3" "$4" "$pass" >>"$fstab.new"
     replace "$fstab"
     [ -n "$destdir" ] || is_tmpfs "$2" || mount "$2" || die "$2 could not be mounted"
 }
 
-# set_up FLAG DEV DIR STATE LABEL COMMENT. STATE is how DEV was found, perhaps minutes
-# ago.
+# set_up FLAG DEV DIR STATE LABEL COMMENT. STATE is the state in which DEV was found,
+# perhaps minutes ago.
 set_up() {
     ! is_set_up "$2" "$3" || return 0
     check_device "$1" "$2" "$3"
@@ -309,7 +309,7 @@ set_up() {
     [ "$what" = keep ] || format "$2" "$5"
     [ -n "$uuid" ] || die "$1: $2 has no UUID"
     mount_options=noatime,nofail
-    # The pool of a zvol would never get back what was removed.
+    # Without discard, the pool of a zvol would never get back what was removed.
     case $(readlink -f "$2") in
     /dev/zd*) mount_options=$mount_options,discard ;;
     esac
@@ -361,7 +361,7 @@ while [ $# -gt 0 ]; do
         sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
-    *) die "unknown option $1; --help tells which there are" ;;
+    *) die "unknown option $1; --help lists the options" ;;
     esac
     case $name in
     --format | --keep)
@@ -387,7 +387,7 @@ if [ -z "$service" ]; then
     elif command -v systemctl >/dev/null 2>&1; then
         service=systemd
     else
-        die "neither systemd nor OpenRC is here; choose with --service"
+        die "neither systemd nor OpenRC runs here; choose one with --service"
     fi
 fi
 case $service in
@@ -441,7 +441,7 @@ fi
     die "$image_device cannot be both"
 [ "$check_only" = no ] || exit 0
 
-# All questions before the first change.
+# All questions are asked before the first change.
 if [ "$what" != keep ]; then
     if [ -n "$image_device" ] && ! is_set_up "$image_device" "$root"; then
         ask --image-device "$image_device"

@@ -33,8 +33,8 @@ die() {
     exit 1
 }
 
-# put MODE SOURCE PATH: a whole file appears in one step, also in the place of a
-# program that runs.
+# put MODE SOURCE PATH: installs a file in one step, even if a program with this
+# path is running.
 put() {
     mkdir -p "$destdir${3%/*}"
     cp "$2" "$destdir$3.new"
@@ -42,7 +42,8 @@ put() {
     mv -f "$destdir$3.new" "$destdir$3"
 }
 
-# put_adapted MODE SOURCE PATH: the same for a file that names what is in PREFIX.
+# put_adapted MODE SOURCE PATH: the same for a file that contains paths in
+# PREFIX.
 put_adapted() {
     mkdir -p "$destdir${3%/*}"
     adapt "$2" >"$destdir$3.new"
@@ -59,7 +60,7 @@ adapt() {
 put_link() {
     if [ -e "$destdir$2" ] || [ -L "$destdir$2" ]; then
         [ "$(readlink "$destdir$2")" = "$1" ] || {
-            say "$2 is something else's, and stays"
+            say "$2 belongs to another program, and stays"
             return 0
         }
     fi
@@ -71,14 +72,14 @@ drop_link() {
     [ "$(readlink "$destdir$2")" != "$1" ] || rm "$destdir$2"
 }
 
-# put_config SOURCE PATH: settings that were changed stay. What was installed
-# last is in $share, to tell.
+# put_config SOURCE PATH: installs a configuration file, unless it was changed.
+# $share has the version that was installed last, for comparison.
 put_config() {
     installed=$share/${2##*/}.${1##*.}
     if [ ! -e "$destdir$2" ] || cmp -s "$destdir$installed" "$destdir$2"; then
         put_adapted 644 "$1" "$2"
     elif ! adapt "$1" | cmp -s - "$destdir$2"; then
-        say "$2 was changed and stays; the one of this version is $installed"
+        say "$2 was changed and stays; this version's own file is $installed"
     fi
     put_adapted 644 "$1" "$installed"
 }
@@ -93,8 +94,8 @@ drop_config() {
     fi
 }
 
-# installed_prefix: where an earlier run has put the program. The service says so, and the
-# files beside it that this is no other program's service.
+# installed_prefix: prints where an earlier run has put the program. The service has the
+# path, and the files beside it prove that the service is this program's.
 installed_prefix() {
     for file in "/etc/systemd/system/$program.service" \
         "/usr/local/lib/systemd/system/$program.service" "/etc/init.d/$program"; do
@@ -108,8 +109,8 @@ installed_prefix() {
     done
 }
 
-# choose_places: PREFIX, else where this file is installed, else where an earlier run has
-# put the program.
+# choose_places: PREFIX if it is set, otherwise the prefix of this file's own
+# installation, otherwise that of an earlier run.
 choose_places() {
     earlier=$(installed_prefix)
     prefix=${PREFIX-}
@@ -133,14 +134,14 @@ choose_places() {
     bash=$prefix/share/bash-completion/completions
     zsh=$prefix/share/zsh/site-functions
     fish=$prefix/share/fish/vendor_completions.d
-    # systemd looks there for what is neither a distribution's nor the administrator's,
-    # and does not look below any other prefix. What is changed with `systemctl edit` is
-    # kept elsewhere.
+    # Under /usr/local, systemd looks in this directory for units that are neither a
+    # distribution's nor the administrator's. It does not look below any other prefix.
+    # Changes by `systemctl edit` are stored elsewhere.
     units=/usr/local/lib/systemd/system
     [ "$prefix" = /usr/local ] || units=/etc/systemd/system
 }
 
-# require_writable DIR: dies if nothing can be put there.
+# require_writable DIR: dies if no file can be created there.
 require_writable() {
     above=$destdir$1
     while [ ! -d "$above" ] && [ -n "$above" ]; do
@@ -153,7 +154,7 @@ require_writable() {
 }
 
 find_service() {
-    # systemd's own way to tell whether it is in charge.
+    # This is how systemd's own programs find out whether it is in charge.
     if [ -d /run/systemd/system ]; then
         service=systemd
     elif [ -x /sbin/openrc-run ] || [ -x /usr/sbin/openrc-run ]; then
@@ -161,7 +162,7 @@ find_service() {
     elif command -v systemctl >/dev/null 2>&1; then
         service=systemd
     else
-        die "neither systemd nor OpenRC is here; choose with --service"
+        die "neither systemd nor OpenRC runs here; choose one with --service"
     fi
 }
 
@@ -178,7 +179,7 @@ install_files() {
     put 755 "$here/disks.sh" "$share/disks.sh"
     put 644 "$here/devices.sh" "$share/devices.sh"
     put_config "$here/modprobe.conf" "/etc/modprobe.d/$program.conf"
-    # To remove it when the archive is gone.
+    # Needed to remove the program when the archive is gone.
     put 755 "$here/install.sh" "$share/install.sh"
     for file in README.md README.zh-CN.md CHANGELOG.md LICENSE; do
         put 644 "$here/$file" "$share/$file"
@@ -206,11 +207,11 @@ start_systemd() {
     [ -d /run/systemd/system ] || return 0
     if [ "$new" = yes ]; then
         systemctl restart "$program.service" ||
-            die "it does not start: see 'journalctl -u $program'"
+            die "the service does not start: see 'journalctl -u $program'"
     else
-        # One that was stopped on purpose stays so.
+        # A service that was stopped on purpose stays stopped.
         systemctl try-restart "$program.service" ||
-            die "it does not start again: see 'journalctl -u $program'"
+            die "the service does not start again: see 'journalctl -u $program'"
     fi
 }
 
@@ -245,13 +246,14 @@ start_openrc() {
     # Not in an image that will be booted later.
     [ -d /run/openrc ] || return 0
     if [ "$new" = yes ]; then
-        rc-service "$program" start || die "it does not start: see /var/log/$program.log"
+        rc-service "$program" start || die "the service does not start: see /var/log/$program.log"
     elif rc-service --quiet "$program" status >/dev/null 2>&1; then
-        # --nodeps: what needs it (containerd, say) goes on meanwhile. In two
-        # steps: after a restart with --nodeps OpenRC takes it for stopped.
+        # With --nodeps, services that need this one (containerd, for example)
+        # keep running. It takes two steps, because after a restart with
+        # --nodeps OpenRC considers the service stopped.
         rc-service --nodeps "$program" stop
         rc-service --nodeps "$program" start ||
-            die "it does not start again: see /var/log/$program.log"
+            die "the service does not start again: see /var/log/$program.log"
     fi
 }
 
@@ -266,7 +268,7 @@ remove_openrc() {
 }
 
 uninstall() {
-    [ -e "$destdir$bin/$program" ] || say "$bin/$program is not there; removing what else is"
+    [ -e "$destdir$bin/$program" ] || say "$bin/$program is not there; removing the other files"
     [ "$service" != systemd ] || remove_systemd
     [ "$service" != openrc ] || remove_openrc
     drop_config conf "/etc/modprobe.d/$program.conf"
@@ -276,7 +278,7 @@ uninstall() {
         "$destdir$bash/$program" "$destdir$zsh/_rwsplit" "$destdir$fish/rwsplit.fish" \
         "$destdir$fish/$program.fish"
     rm -rf "$destdir$share"
-    say "removed. Images and containers are where they were, and so are mounts that were set up;" \
+    say "removed. Images and containers stay, and so do the mounts that were set up;" \
         "containerd's configuration still names the snapshotter"
 }
 
@@ -297,7 +299,7 @@ while [ $# -gt 0 ]; do
         sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
         exit 0
         ;;
-    # What else there is, is for disks.sh; words of its own have no blanks.
+    # The other options are for disks.sh. None of its words contains a blank.
     *) disks="$disks $1" ;;
     esac
     shift
@@ -307,7 +309,7 @@ systemd | openrc) ;;
 '') find_service ;;
 *) die "--service is '$service', it has to be systemd or openrc" ;;
 esac
-[ -n "$destdir" ] || [ "$(id -u)" = 0 ] || die "has to be run by root"
+[ -n "$destdir" ] || [ "$(id -u)" = 0 ] || die "run this script as root"
 [ -z "$destdir" ] || start=no
 choose_places
 
@@ -317,15 +319,16 @@ if [ "$action" = uninstall ]; then
     exit 0
 fi
 
-[ -f "$here/$program" ] || die "$here is no unpacked release archive: $program is not in it"
-# Before anything is changed: a binary for another machine would not start.
+[ -f "$here/$program" ] || die "$here is not an unpacked release archive: $program is not in it"
+# Checked before anything is changed: a binary for another machine would not
+# start.
 [ -n "$destdir" ] || "$here/$program" --version >/dev/null ||
     die "this archive's program does not run here: is the archive for a machine like this" \
         "($(uname -m))?"
 require_writable "$bin"
 require_writable "$share"
-# An earlier run that did not come to its end is continued. What was disabled or stopped
-# after one that did stays so.
+# An earlier run that was interrupted is continued. If it was completed, services that
+# were disabled or stopped since stay so.
 new=yes
 [ ! -e "$destdir$share/installed" ] || new=no
 # $disks is a list.

@@ -1,7 +1,7 @@
 #!/bin/sh
-# package.sh BINARY MACHINE DIR: packs a binary for MACHINE (x86_64, aarch64) and
-# all that goes with it into DIR, as an archive and as a Debian package. The time
-# of every file in them is SOURCE_DATE_EPOCH: the same input gives the same
+# package.sh BINARY MACHINE DIR: packs a binary for MACHINE (x86_64, aarch64)
+# with all its files into DIR, as an archive and as a Debian package. The time of
+# every file in them is SOURCE_DATE_EPOCH, so the same input gives the same
 # bytes. Needs no root.
 set -eu
 
@@ -36,8 +36,8 @@ put() {
     chmod "$1" "$3"
 }
 
-# The page, from Markdown. groff would print "--" as two hyphens that are no
-# minus signs, and cannot be searched for.
+# The manual page, from Markdown. groff would print "--" as two hyphens that are
+# not minus signs, and cannot be searched for.
 sed -e "s/@VERSION@/$version/" \
     -e "s/@DATE@/$(LC_ALL=C date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%d)/" \
     "packaging/$program.8.md" >"$scratch/page.md"
@@ -72,8 +72,8 @@ find "$scratch/$name" -type d -exec chmod 755 {} +
 tar --create --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --numeric-owner \
     --format=ustar --directory "$scratch" "$name" | gzip -9 -n >"$out/$name.tar.gz"
 
-# The Debian package. It is for systemd: OpenRC's script would be taken for one
-# of sysvinit's there.
+# The Debian package. It is for systemd only: Debian would treat OpenRC's script
+# as one of sysvinit.
 deb=$scratch/deb
 put 755 "$binary" "$deb/usr/bin/$program"
 mkdir -p "$deb/usr/lib/systemd/system"
@@ -112,6 +112,7 @@ sed -e "s/@VERSION@/$version/" -e "s/@MACHINE@/$debian_machine/" \
     packaging/deb/control >"$deb/DEBIAN/control"
 (cd "$deb" && find etc usr -type f -exec md5sum {} + | LC_ALL=C sort -k 2 >DEBIAN/md5sums)
 find "$deb" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
-# One thread: several would cut the data by the number of processors.
+# With one thread, because several would divide the data by the number of
+# processors.
 dpkg-deb --root-owner-group -Zxz --threads-max=1 --build "$deb" \
     "$out/${program}_${version}_$debian_machine.deb" >/dev/null

@@ -3,10 +3,10 @@
 #
 #     sudo sh packaging/release.sh [x86_64|aarch64|all]
 #
-# all is what it makes without an argument. It installs what is missing on a
-# Debian 12, builds each binary against musl, checks that it is static, small,
-# sparing with memory and that it serves, and packs it. Two runs for one commit
-# give the same bytes.
+# Without an argument, it makes all. It installs what is missing on a Debian 12,
+# builds each binary against musl, checks that it is static and small, takes
+# little memory and serves, and packs it. Two runs for one commit give the same
+# bytes.
 
 set -eu
 
@@ -40,7 +40,7 @@ SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(as_builder git log -1 --format=%ct)}
 export SOURCE_DATE_EPOCH
 
 as_builder mkdir -p dist
-# For tests that pack it once more.
+# For tests that pack the binaries again.
 as_builder touch --date="@$SOURCE_DATE_EPOCH" dist/.time
 rm -f dist/SHA256SUMS
 for machine in $machines; do

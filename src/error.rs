@@ -6,8 +6,8 @@
 //! what they were doing and never change it. Never: decides what to do.
 //!
 //! A doc comment has an `# Errors` section only where it names a kind that callers rely
-//! on. Every fallible function can also fail as the disk, the database or the kernel
-//! does, and that is not said again.
+//! on. Every fallible function can also fail because the disk, the database or the
+//! kernel fails; the sections do not repeat this.
 
 use std::fmt;
 
@@ -19,18 +19,20 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What an error means to the caller; the service maps each to a gRPC code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// No snapshot of that key or name. Said by the store alone.
+    /// No snapshot has that key or name. Only the store returns this kind.
     NotFound,
-    /// The key or name is taken. Said by the store alone.
+    /// The key or name is taken. Only the store returns this kind.
     AlreadyExists,
-    /// The request itself is wrong, whatever the state.
+    /// The request itself is wrong, in any state of the snapshots and the
+    /// machine.
     InvalidArgument,
     /// The request is sound, but the state of a snapshot, a volume or the
     /// machine forbids it.
     FailedPrecondition,
     /// A disk, a quota or a table is full.
     ResourceExhausted,
-    /// Not now: starting, stopping or busy.
+    /// The daemon is starting, stopping or busy: the same request may succeed
+    /// later.
     Unavailable,
     /// The caller has gone, or does not wait any longer.
     Cancelled,
@@ -49,7 +51,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error that begins here.
+    /// An error without a cause.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Error {
         Error {
             kind,
@@ -64,7 +66,7 @@ impl Error {
         Error::new(ErrorKind::FailedPrecondition, what)
     }
 
-    /// [`ErrorKind::InvalidArgument`]: the request is wrong whatever the state.
+    /// [`ErrorKind::InvalidArgument`]: the request itself is wrong.
     pub fn invalid(what: impl Into<String>) -> Error {
         Error::new(ErrorKind::InvalidArgument, what)
     }
@@ -121,7 +123,7 @@ impl Error {
         }
     }
 
-    /// What it means to the caller.
+    /// The kind, which no layer above has changed.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }

@@ -1,11 +1,12 @@
 //! A containerd proxy snapshotter that keeps image layers on one disk and what
 //! containers write on another.
 //!
-//! The way of a request, each module calling only those after it:
-//! `main → daemon → service → snapshotter → { store, volume, host_dirs, mount, quota, tree }`.
-//! The commands take the place of the service. `containerd` is a client of containerd, for
-//! commands. `root` opens what stands in the root directory for the daemon and for
-//! commands. `types`, `error`, `sys` and `util` are free to all, and `text` has pure
+//! A request passes through these modules, each of which calls only those after it: `main
+//! → daemon → service → snapshotter → { store, volume, host_dirs, mount, quota, tree }`.
+//! The commands take the place of the service. `containerd` is a client of containerd,
+//! for commands. `root` opens the root directory for the daemon and for commands.
+//! `types`, `error`, `sys` and `util` may be used by every module, and `text` has pure
+//! functions only.
 //! functions only.
 
 pub mod commands;

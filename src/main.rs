@@ -11,8 +11,8 @@ use overlay_read_write_splitting_snapshotter::daemon;
 use overlay_read_write_splitting_snapshotter::error::Result;
 use overlay_read_write_splitting_snapshotter::mount::{USER_NAMESPACE_CHILD, hold_user_namespace};
 
-/// The exit code of `check`, `doctor` and `import` if they fail: their exit code 1 says
-/// that not all is well.
+/// The exit code of `check`, `doctor` and `import` for a failure of the command itself.
+/// Their exit code 1 means that they have found something wrong.
 const COULD_NOT_LOOK: u8 = 2;
 
 fn main() -> ExitCode {
@@ -43,7 +43,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Does what the arguments ask for. Returns `false` if not all is well.
+/// Does what the arguments ask for. Returns `false` if a command has found
+/// something wrong.
 fn run(parsed: Parsed) -> Result<bool> {
     let (config, command) = match parsed {
         Parsed::Print(text) => {
@@ -65,8 +66,9 @@ fn run(parsed: Parsed) -> Result<bool> {
     Ok(true)
 }
 
-/// On standard error, level by `RUST_LOG` (default info); the journal adds the
-/// time by itself (systemd.exec(5), `$JOURNAL_STREAM`).
+/// Logs to standard error, with the level of `RUST_LOG` (default: info). Lines
+/// for the journal have no time, because the journal adds it (systemd.exec(5),
+/// `$JOURNAL_STREAM`).
 fn start_log() {
     let environment = env_logger::Env::default().default_filter_or("info");
     let mut builder = env_logger::Builder::from_env(environment);

@@ -1,13 +1,16 @@
-//! Project quotas: what a project may take of a file system, and what it takes.
+//! Project quotas: how much of a file system a project may take, and how much
+//! it does take.
 //!
 //! A project is a number that inodes carry. A directory with the inherit flag
-//! gives its number to what is made in it, and the file system counts blocks and
-//! inodes of each number, and keeps limits (quotactl(2); xfs_quota(8), "PROJECT
-//! QUOTA"). No external program is asked, and none has to be installed.
+//! gives its project to everything created in it. The file system counts the
+//! blocks and inodes of each project, and enforces limits (quotactl(2);
+//! xfs_quota(8), "PROJECT QUOTA"). Only system calls are used, no external
+//! program.
 //!
-//! Owns: numbers, limits, what a file system can do and what it lacks. Never:
-//! walks a tree, knows what a directory is for, remembers which number is whose.
-//! After a crash, numbers and limits are what the file system's journal has.
+//! Owns: projects and limits on a file system, and finding out what that file
+//! system supports and lacks. Never: walks a tree, knows what a directory is
+//! for, remembers which snapshot has which project. After a crash, projects and
+//! limits are in the state of the file system's journal.
 
 use std::ffi::CString;
 use std::fmt;
@@ -23,7 +26,7 @@ use crate::sys::quota::{self as sys, Target};
 use crate::types::{Limits, ProjectId, Usage};
 use crate::util::fault_point::HAS_FAULT_POINTS;
 
-/// Project ids that are ours to give out, both ends included.
+/// The project ids that the daemon may give out, from a first to a last one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProjectRange {
     first: u32,
@@ -31,40 +34,43 @@ pub struct ProjectRange {
 }
 
 impl ProjectRange {
-    /// Far from those that a kubelet gives to volumes (1048577 and up), and from
-    /// those that people write into /etc/projid.
+    /// The default range: far from the ids that a kubelet gives to volumes
+    /// (1048577 and up), and from those that people write into /etc/projid.
     pub const DEFAULT: ProjectRange = ProjectRange {
         first: 1_000_000_000,
         last: 1_999_999_999,
     };
 
-    /// The ids from `first` to `last`; `None` if there is none among them, or one
-    /// that is no project: 0, and the highest, which stands for "no id".
+    /// The ids from `first` to `last`. `None` if the range is empty, or contains
+    /// an id that no project can have: 0, and the highest number, which means "no
+    /// id".
     pub fn new(first: u32, last: u32) -> Option<ProjectRange> {
         (first > 0 && first <= last && last < u32::MAX).then_some(ProjectRange { first, last })
     }
 
-    /// The first of them.
+    /// The first id.
     pub fn first(self) -> ProjectId {
         ProjectId::new(self.first)
     }
 
-    /// Whether it is one of them.
+    /// Whether the range contains this id.
     pub fn contains(self, project: ProjectId) -> bool {
         (self.first..=self.last).contains(&project.number())
     }
 
-    /// How many they are.
+    /// How many ids the range has.
     pub fn count(self) -> u32 {
         self.last - self.first + 1
     }
 
-    /// The one at a place, counted from 0 and round and round.
+    /// The id at a place counted from 0. After the last id, counting goes on
+    /// with the first.
     pub fn at(self, place: u32) -> ProjectId {
         ProjectId::new(self.first + place % self.count())
     }
 
-    /// The one after that; the first after the last, and after any other.
+    /// The id after `project`: the first one after the last, and after an id
+    /// outside of the range.
     pub fn after(self, project: ProjectId) -> ProjectId {
         match project.number() >= self.first && project.number() < self.last {
             true => ProjectId::new(project.number() + 1),
@@ -79,22 +85,23 @@ impl fmt::Display for ProjectRange {
     }
 }
 
-/// What the file system has of a project.
+/// What a file system reports of a project.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
-    /// What it takes.
+    /// What the project takes.
     pub usage: Usage,
-    /// What it may take.
+    /// What the project may take.
     pub limits: Limits,
 }
 
 impl Held {
-    /// Whether it is as if nobody had ever used it.
+    /// Whether the project was never used: nothing is charged to it, and it has
+    /// no limits.
     pub fn is_nothing(&self) -> bool {
         *self == Held::default()
     }
 
-    /// Whether nothing is charged to it.
+    /// Whether nothing is charged to the project.
     pub fn is_unused(&self) -> bool {
         self.usage == Usage::default()
     }
@@ -117,35 +124,35 @@ impl Held {
 /// What a file system does for projects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Support {
-    /// It counts and limits.
+    /// It counts what projects take, and enforces limits.
     Limits,
-    /// It counts.
+    /// It counts only.
     Counts,
 }
 
-/// The project quotas of one file system, for as long as a directory of it is
+/// The project quotas of one file system, usable while a directory of it is
 /// open.
 pub struct Quotas<'a> {
     directory: BorrowedFd<'a>,
-    /// Where the kernel is older than Linux 5.14.
+    /// The block device, for kernels before Linux 5.14.
     device: Option<CString>,
     support: Support,
 }
 
 impl<'a> Quotas<'a> {
-    /// Asks what the file system of an open directory does; `None` if it does not
-    /// even count.
+    /// Asks what the file system of an open directory supports. Returns `None` if
+    /// it does not even count.
     ///
     /// # Errors
     ///
     /// `ErrorKind::FailedPrecondition` if this process may not ask;
-    /// `ErrorKind::Internal` for what else the kernel says.
+    /// `ErrorKind::Internal` for any other failure.
     pub fn probe(directory: BorrowedFd<'a>) -> Result<Option<Quotas<'a>>> {
         let device = match has_quotactl_fd() {
             true => None,
             false => match device_of(directory) {
                 Some(device) => Some(device),
-                // No disk, so no quotas.
+                // A file system without a disk has no quotas.
                 None => return Ok(None),
             },
         };
@@ -172,7 +179,7 @@ impl<'a> Quotas<'a> {
         Ok(Some(quotas))
     }
 
-    /// What it does.
+    /// What the file system supports.
     pub fn support(&self) -> Support {
         self.support
     }
@@ -180,7 +187,7 @@ impl<'a> Quotas<'a> {
     /// What a project takes and may take.
     pub fn held(&self, project: ProjectId) -> Result<Held> {
         match sys::quota(self.target(), project.number()) {
-            // Nothing was ever charged to it.
+            // Nothing was ever charged to this project.
             Err(Errno::NOENT) => Ok(Held::default()),
             quota => quota
                 .map(|quota| Held::new(&quota))
@@ -188,7 +195,8 @@ impl<'a> Quotas<'a> {
         }
     }
 
-    /// Limits a project. Durable when the file system's journal is.
+    /// Limits a project. The limit is durable when the file system's journal
+    /// is.
     pub fn set_limits(&self, project: ProjectId, limits: Limits) -> Result<()> {
         let kib = limits.max_bytes.map_or(0, |bytes| (bytes / 1024).max(1));
         sys::set_quota(
@@ -212,11 +220,11 @@ impl<'a> Quotas<'a> {
         }
     }
 
-    /// XFS gives deleted files back in the background, and does it at once, or a
-    /// moment later, when somebody asks for the quota of project 0 (Linux 5.14,
-    /// `xfs_qm_scall_getquota`).
+    /// Has XFS free the space of deleted files now. XFS does that in the
+    /// background, and at once, or a moment later, when a program asks for the
+    /// quota of project 0 (Linux 5.14, `xfs_qm_scall_getquota`).
     pub fn settle(&self) {
-        // Only for what is told after it.
+        // The answer is not needed, only what XFS does before it.
         let _ = sys::quota(self.target(), 0);
     }
 
@@ -228,8 +236,8 @@ impl<'a> Quotas<'a> {
     }
 }
 
-/// What a file system lacks to keep limits, where [`Quotas::probe`] has found
-/// that much support, and how to come by it. `path` is where it was looked for.
+/// What a file system lacks to enforce limits, given what [`Quotas::probe`] has
+/// found, and how to enable it. `path` names the file system in the message.
 pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> Error {
     let Some(mounted) = mounted(directory) else {
         return Error::refused(format!("the file system of {path} has no project quotas"));
@@ -264,21 +272,21 @@ pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> 
     })
 }
 
-/// The project that an open directory's new entries are charged to:
-/// [`ProjectId::NONE`] if it hands none on.
+/// The project that an open directory gives to its new entries;
+/// [`ProjectId::NONE`] if it gives none.
 pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
     match sys::file_attributes(directory) {
         Ok(attributes) if attributes.flags & sys::INHERIT != 0 => {
             Ok(ProjectId::new(attributes.project))
         }
-        // Neither do file systems that know no projects.
+        // File systems without projects give none either.
         Ok(_) | Err(Errno::NOTTY | Errno::OPNOTSUPP) => Ok(ProjectId::NONE),
         Err(errno) => Err(errno).context(|| "ask for the project of a directory"),
     }
 }
 
-/// Charges an open directory, and what will be made in it, to a project, or to
-/// none. What is in it already stays where it is.
+/// Charges an open directory, and everything created in it from now on, to a
+/// project or to none. What is in it already keeps its project.
 pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
     let setting = || format!("charge a directory to project {project}");
     let mut attributes = sys::file_attributes(&directory).context(setting)?;
@@ -302,12 +310,12 @@ pub fn charge_file(file: impl AsFd, project: ProjectId) -> Result<()> {
 /// it fails with EBADF rather than ENOSYS.
 fn has_quotactl_fd() -> bool {
     static HAS: OnceLock<bool> = OnceLock::new();
-    // For a test of the older call on a newer kernel.
+    // Lets a test use the older call on a newer kernel.
     let is_hidden = HAS_FAULT_POINTS && std::env::var_os("SNAPSHOTTER_NO_QUOTACTL_FD").is_some();
     *HAS.get_or_init(|| !is_hidden && sys::has_quotactl_fd())
 }
 
-/// The block device of a directory's file system, by a path that is that device.
+/// The path of the block device that a directory's file system is on.
 fn device_of(directory: BorrowedFd<'_>) -> Option<CString> {
     let device = fstat(directory).ok()?.st_dev;
     let source = mounted(directory).map(|mounted| mounted.source);

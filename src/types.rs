@@ -1,5 +1,5 @@
-//! The words the whole program is written in: containerd's key, name, parent
-//! and kind, and our own volume.
+//! The words in which the whole program is written: containerd's key, name,
+//! parent and kind, and our own volume.
 //!
 //! Owns: plain values and how they are shown. Never: I/O or decisions.
 
@@ -15,8 +15,8 @@ pub type Labels = BTreeMap<String, String>;
 /// The label that says which layer an unpacked snapshot will become
 /// (containerd `core/snapshots/snapshotter.go`, `labelSnapshotRef`).
 pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
-/// The parent of a layer that is being unpacked, also where it is named at the commit only
-/// (containerd 2.3).
+/// The label with the parent of a layer that is being unpacked. containerd 2.3 sets it
+/// also where the parent is named only at the commit.
 pub const LABEL_PARENT_CHAIN_ID: &str = "containerd.io/snapshot/parent-chain-id";
 /// Where a snapshot's own files are; added to answers with `--upperdir-label`
 /// (containerd `plugins/snapshots/overlay/overlay.go`, `upperdirKey`).
@@ -36,7 +36,7 @@ pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 /// How many bytes an active snapshot may take, in decimal (containerd 2.4
 /// `core/snapshots/snapshotter.go`, `LabelSnapshotMaxSize`).
 pub const LABEL_MAX_SIZE: &str = "containerd.io/snapshot/max-size";
-/// The same, with a unit if one likes.
+/// The same limit as [`LABEL_MAX_SIZE`]; this label's value may have a unit.
 pub const LABEL_OWN_MAX_SIZE: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
 /// How many inodes an active snapshot may take.
 pub const LABEL_MAX_INODES: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-inodes";
@@ -45,8 +45,9 @@ pub const LABEL_MAX_INODES: &str = "containerd.io/snapshot/overlay-read-write-sp
 /// `pkg/labels/validate.go`).
 pub const MAX_LABEL_BYTES: usize = 4096;
 
-/// No id is ever higher: at a million a second that is after 285 years. What has
-/// a higher number for a name was made by somebody else.
+/// No id is higher: a million snapshots a second would reach this number after
+/// 285 years. A directory with a higher number as its name was made by another
+/// program.
 const MAX_ID: u64 = 1 << 53;
 
 /// The number under which a snapshot's directories are found. Starts at 1,
@@ -84,15 +85,15 @@ impl fmt::Display for SnapshotId {
     }
 }
 
-/// The number of a project.
+/// The number of a project, to which a file system charges inodes and blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProjectId(u32);
 
 impl ProjectId {
-    /// The project of all that belongs to none.
+    /// The project of every inode that has no other one.
     pub const NONE: ProjectId = ProjectId(0);
 
-    /// From its number.
+    /// A project from its number.
     pub fn new(number: u32) -> ProjectId {
         ProjectId(number)
     }
@@ -109,7 +110,7 @@ impl fmt::Display for ProjectId {
     }
 }
 
-/// What a snapshot is good for (containerd `core/snapshots`, `Kind`).
+/// What a snapshot is for (containerd `core/snapshots`, `Kind`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Read-only, on top of a committed snapshot.
@@ -155,36 +156,37 @@ impl fmt::Display for Volume {
     }
 }
 
-/// Ids that a database has reserved together, from `first` on.
+/// Consecutive ids, from `first` on, that a database has reserved in one step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Block {
-    /// The first of them.
+    /// The first id.
     pub first: u64,
-    /// A random number, so that no other database has the same block.
+    /// A random number, so that no two databases have the same block.
     pub token: String,
 }
 
 impl Block {
     const LENGTH: u64 = 256;
 
-    /// The last of its ids.
+    /// The last id of the block.
     pub fn last(&self) -> u64 {
         self.first.saturating_add(Block::LENGTH - 1)
     }
 }
 
-/// How a volume's snapshots and a database's belong together.
+/// How the state of a volume and the state of a database fit together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum History {
-    /// Nothing speaks against their being of the same moment.
+    /// Nothing shows that they are of different moments.
     Same,
-    /// The volume is of an earlier day.
+    /// The volume is in an earlier state than the database.
     Earlier,
-    /// The volume is another database's, or of a later day.
+    /// The volume is another database's, or in a later state than this
+    /// database.
     Other,
 }
 
-/// What a snapshot holds by itself, without its parents.
+/// What a snapshot itself takes, without its parents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Allocated bytes: blocks of 512 bytes × 512.
@@ -193,7 +195,7 @@ pub struct Usage {
     pub inodes: u64,
 }
 
-/// What a project may take at most; `None` is no limit.
+/// The most that a project may take; `None` means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes, in whole KiB.
@@ -203,14 +205,14 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// No limit at all.
+    /// No limit for either.
     pub const NONE: Limits = Limits {
         max_bytes: None,
         max_inodes: None,
     };
 
-    /// Whether these limits are what a file system has been told, which it may
-    /// have rounded up to its blocks.
+    /// Whether `held`, the limits that a file system reports, are these limits.
+    /// A file system may have rounded them up to its blocks.
     pub fn are_kept_by(self, held: Limits) -> bool {
         const MOST_BLOCK: u64 = 64 << 10;
         let bytes = match (self.max_bytes, held.max_bytes) {
@@ -225,25 +227,27 @@ impl Limits {
 /// What a tree was found to hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Content {
-    /// What it takes of its disk, which is that disk's affair: a copy on another
-    /// file system may take more or less.
+    /// What the tree takes of its disk. A copy on another file system may take
+    /// more or less.
     pub usage: Usage,
-    /// The lengths of all regular files, each inode once. The same for every
-    /// true copy, and less where a disk has lost the end of a file.
+    /// The sum of the lengths of all regular files, each inode once. Every true
+    /// copy has the same sum; it is smaller where a disk has lost the end of a
+    /// file.
     pub data_bytes: u64,
-    /// What else is known of a layer, if it was looked at.
+    /// What else is known of the tree if it is a layer.
     pub marks: Option<Marks>,
 }
 
-/// What a tree holds that takes next to no room.
+/// What a tree holds beside the bytes of its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
-    /// How many extended attributes there are without which the layer would be another
-    /// one: overlayfs's own, capabilities, those of users. A copy that has fewer shows
-    /// deleted files again.
+    /// How many extended attributes belong to the layer's content: those of overlayfs,
+    /// capabilities, and those of users. In a copy that has fewer of overlayfs's, deleted
+    /// files show again.
     pub attributes: u64,
-    /// Whether there is nothing but empty files and directories, and links into /proc,
-    /// none of which hides anything below: an empty layer does in its place.
+    /// Whether the tree holds nothing but empty files, directories and links into
+    /// /proc, and hides nothing of the layers below. An empty layer can replace such a
+    /// layer.
     pub is_hollow: bool,
 }
 
@@ -290,9 +294,9 @@ pub struct Info {
     pub name: String,
     /// The parent's name; empty without one.
     pub parent: String,
-    /// What it is good for.
+    /// What the snapshot is for.
     pub kind: Kind,
-    /// When it was prepared, or committed.
+    /// When it was prepared or, for a layer, committed.
     pub created: Timestamp,
     /// When it was prepared, committed or last updated.
     pub updated: Timestamp,
@@ -300,9 +304,9 @@ pub struct Info {
     pub labels: Labels,
 }
 
-/// A path that can be part of a mount option, where a comma ends an option, a colon ends
-/// a lower directory, and a backslash escapes: absolute, normalised, and without these
-/// and control characters.
+/// A path that can be part of a mount option: absolute, normalised, and without commas,
+/// colons, backslashes and control characters. In a mount option, a comma ends the
+/// option, a colon ends a lower directory, and a backslash escapes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountPath(String);
 
@@ -311,7 +315,7 @@ impl MountPath {
     pub fn parse(path: &str) -> Result<MountPath, &'static str> {
         if path.contains(|c: char| matches!(c, ',' | ':' | '\\') || c.is_control()) {
             return Err(
-                "commas, colons, backslashes and control characters mean something to mount(8), \
+                "commas, colons, backslashes and control characters have a meaning for mount(8): \
                  choose a path without them",
             );
         }
@@ -322,7 +326,7 @@ impl MountPath {
         for name in path.split('/') {
             match name {
                 "" | "." => {}
-                ".." => return Err("write it without \"..\""),
+                ".." => return Err("give a path without \"..\""),
                 name => normal.extend(["/", name]),
             }
         }

@@ -5,13 +5,13 @@
 #     sudo sh tests/bench.sh [--quick] [--json FILE]
 #
 # It installs what is missing (Debian 12), builds the release, makes two ext4 disks
-# out of sparse files in /var/tmp, and removes them at the end, also when it is
-# interrupted. --quick makes little of everything, to see that it works.
+# out of sparse files in /var/tmp, and removes them at the end, even if it is
+# interrupted. --quick measures little of everything, to see that it works.
 # --json writes the figures to FILE as well. With SNAPSHOTTER=PATH it measures that
 # program, and builds none.
 #
-# The script calls itself, with --inside, for what happens in namespaces of its own:
-# with them end all processes and mounts.
+# The script calls itself, with --inside, for the part that runs in namespaces of
+# its own: all its processes and mounts end with them.
 
 set -eu
 
@@ -24,11 +24,12 @@ checkout=$(cd "$(dirname "$0")/.." && pwd)
 inside() {
     scratch=$1 snapshotter=$2
     shift 2
-    # The signal came before there were traps.
+    # The signal came before the traps were set.
     [ ! -e "$scratch/stop" ] || exit 143
     for disk in image writable; do
-        # Room for the inodes of 100,000 snapshots, all of them written now: the
-        # kernel would do it in the background, while something is measured.
+        # Room for the inodes of 100,000 snapshots, all of them written now.
+        # Otherwise the kernel would write them in the background during a
+        # measurement.
         make_volume "$scratch/$disk" 24G \
             -m 0 -i 8192 -E lazy_itable_init=0,lazy_journal_init=0
     done
@@ -57,7 +58,7 @@ bench() {
         json=$(realpath "$json")
     fi
 
-    # Standard output is the table's.
+    # Standard output is only for the table.
     install_tools bench >&2
     make_scratch
     if [ -n "${SNAPSHOTTER-}" ]; then
@@ -65,7 +66,7 @@ bench() {
         [ -x "$snapshotter" ] || die "SNAPSHOTTER is no program: $SNAPSHOTTER"
     else
         cd "$checkout"
-        # The user's configuration may name another target directory.
+        # The user's configuration of cargo may name another target directory.
         build_with_progress cargo build --release --locked --target-dir "$checkout/target" >&2
         snapshotter=$checkout/target/release/overlay-read-write-splitting-snapshotter
     fi

@@ -1,6 +1,6 @@
-//! Databases that containerd's own Go package has written, read by ours.
+//! Databases written by containerd's own Go package, and read by this program.
 
-// A test tells by its panic.
+// A test fails by a panic.
 #![allow(clippy::unwrap_used)]
 
 // Shared with the tests that need root, each of which uses a part of it.
@@ -25,7 +25,7 @@ use program::{commit, prepare, remove, update, view, write};
 use random::Seed;
 use serde_json::{Value, json};
 
-/// What ours finds, in the words of the Go program.
+/// What this program reads, in the form in which the Go program prints it.
 fn listing(contents: &Contents) -> Value {
     let snapshots: Vec<Value> = contents
         .snapshots
@@ -54,7 +54,7 @@ fn listing(contents: &Contents) -> Value {
     json!({"snapshots": snapshots, "sequence": contents.highest_id})
 }
 
-/// Fails unless both find the same.
+/// Fails unless both read the same.
 #[track_caller]
 fn same(path: &Path, mut theirs: Value) -> Contents {
     let contents = read(File::open(path).unwrap()).unwrap();
@@ -62,7 +62,7 @@ fn same(path: &Path, mut theirs: Value) -> Contents {
         theirs["snapshots"] = json!([]);
     }
     for snapshot in theirs["snapshots"].as_array_mut().unwrap() {
-        // Go tells no labels from none.
+        // Go does not distinguish an empty map of labels from none.
         if snapshot["labels"] == json!({}) {
             snapshot["labels"] = Value::Null;
         }
@@ -77,8 +77,8 @@ fn same(path: &Path, mut theirs: Value) -> Contents {
     contents
 }
 
-/// `count` layers, each third with big labels, some upon others, and a few
-/// containers; a part of it removed again.
+/// `count` layers, one third of them with big labels, some on others, and a few
+/// containers. Some of them are removed again.
 fn steps(count: usize) -> Vec<Value> {
     let mut steps = Vec::new();
     for number in 0..count {
@@ -108,7 +108,8 @@ fn steps(count: usize) -> Vec<Value> {
             steps.push(remove(&format!("default/{number}/look")));
         }
     }
-    // The free list, and pages that are used again: nothing stands on these.
+    // The removals fill the free list, and pages are used again. Nothing stands
+    // on these layers.
     let topmost = (0..count).filter(|number| number % 7 == 6 && number % 5 != 0);
     steps.extend(topmost.map(|number| remove(&format!("sha256:{number:08}"))));
     steps
@@ -123,7 +124,7 @@ fn what_containerd_writes_is_read() {
     let path = dir.path().join("metadata.db");
     let empty = write(&path, &[], &[]);
     assert_eq!(same(&path, empty).snapshots, []);
-    // Step by step: small buckets within pages, which grow out of them.
+    // Step by step, so that small buckets within pages grow out of them.
     let mut kept = Vec::new();
     for step in [
         prepare("é/1/first", "", json!({"a": "1", "b.c/d": "é\n"})),
@@ -178,7 +179,7 @@ fn five_thousand_snapshots_are_read() {
     same(&path, theirs);
 }
 
-/// Whatever is wrong with a file, there is an answer, and soon.
+/// Reading any damaged file ends with a result, and soon.
 #[test]
 fn damaged_files_end_in_an_error() {
     if !program::is_available() {
@@ -203,7 +204,7 @@ fn damaged_files_end_in_an_error() {
     for _ in cases(1000) {
         let mut bytes = whole.clone();
         if random.is_one_in(4) {
-            // Parts come twice, elsewhere, or not at all.
+            // Some pages come twice, in other places, or not at all.
             let mut pages: Vec<_> = bytes.chunks(4096).map(<[u8]>::to_vec).collect();
             spoil(&mut pages, &mut random, |random| {
                 whole[random.index(whole.len() / 4096) * 4096..][..4096].to_vec()
@@ -212,7 +213,7 @@ fn damaged_files_end_in_an_error() {
         }
         for _ in 0..=random.index(3) {
             let at = match random.is_one_in(2) {
-                // Where pages say what they are, and lead elsewhere.
+                // Fields that say what a page is, or lead to other pages.
                 true => random.index(used / 4096) * 4096 + random.index(200),
                 false => random.index(used),
             };
@@ -236,7 +237,7 @@ fn damaged_files_end_in_an_error() {
     assert!(refused > 100 && read_on > 100, "{refused} {read_on}");
 }
 
-/// How many pages the newer meta counts (`pgid`, at byte 56 of its page).
+/// The number of pages in the newer meta (`pgid`, at byte 56 of its page).
 fn used_pages(bytes: &[u8]) -> usize {
     let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
     let pages = number(56).max(number(4096 + 56));

@@ -21,7 +21,7 @@ systemd | openrc) ;;
     ;;
 esac
 program=overlay-read-write-splitting-snapshotter
-# Of one boot, from power on to off, emulated on a busy machine.
+# For one boot, from power on to off, emulated on a busy machine.
 limit_seconds=1800
 
 # shellcheck source=tests/install-tools.sh
@@ -52,7 +52,7 @@ kernel=$PWD/target/tools/kernel
 . tests/boot/machines.sh
 
 modules=$(echo "$kernel"/lib/modules/*)
-# How a machine is run where its kernel does not matter.
+# How a machine is run if its kernel does not matter.
 fast=qemu
 if [ -e target/tools/uml/linux ]; then
     fast=uml
@@ -60,7 +60,7 @@ if [ -e target/tools/uml/linux ]; then
 else
     echo "boot.sh: $manager: there is no user-mode Linux: all boots are emulated"
 fi
-# Made again when what it is made from has changed.
+# The root disk is made again when its inputs have changed.
 made_from=$({ cat tests/boot/root.sh tests/boot/boot-test.service tests/boot/containerd.initd &&
     echo "$modules"; } | sha256sum | cut -c 1-16)
 root=target/tools/boot-$manager-$made_from.ext4
@@ -76,8 +76,8 @@ fi
 cp --sparse=always "$root" "$scratch/root"
 truncate -s 1G "$scratch/image" "$scratch/writable"
 
-# What is read in the machine: the release as a user has it, and as the next one
-# that an upgrade brings; an image.
+# The disk that the machine reads: the release as a user gets it, the next
+# release for an upgrade, and an image.
 archive=$(echo dist/$program-*-x86_64.tar.gz)
 [ -f "$archive" ] || fail "no archive in dist; make it with: sudo sh packaging/release.sh x86_64"
 mkdir -p "$scratch/test/first" "$scratch/test/next" "$scratch/next"
@@ -95,8 +95,8 @@ mkfs.ext4 -q -F -L test -d "$scratch/test" "$scratch/test.ext4"
 # Boots.
 #
 
-# boot KIND PHASE DISKS: turns a machine of that kind (qemu, uml) on that has the
-# disks of the list DISKS, and hands it others when it asks for them, until it turns
+# boot KIND PHASE DISKS: boots a machine of that kind (qemu, uml) with the disks in
+# the list DISKS, plugs in others when it asks for them, and waits until it turns
 # itself off.
 boot() {
     kind=$1
@@ -105,7 +105,8 @@ boot() {
     began=$(date +%s)
     : >"$scratch/records"
     : >"$scratch/console"
-    # On a busy machine systemd shall not give a disk up that is there.
+    # The limit keeps systemd on a busy machine from giving up a disk that is
+    # there.
     "start_$kind" "rw console=ttyS0 quiet panic=-1 \
 systemd.default_timeout_start_sec=$limit_seconds boot-test=$phase" "$disks"
     read_lines=0
@@ -124,9 +125,9 @@ systemd.default_timeout_start_sec=$limit_seconds boot-test=$phase" "$disks"
     echo "boot.sh: $manager: $phase ($kind): $(($(date +%s) - began)) s"
 }
 
-# Does as the machine has said since the last time.
+# Does what the machine has asked for since the last call.
 follow() {
-    # Only whole lines.
+    # Only complete lines are read.
     lines=$(wc -l <"$scratch/records")
     while [ "$read_lines" -lt "$lines" ]; do
         read_lines=$((read_lines + 1))
@@ -141,7 +142,7 @@ follow() {
 
 boot_failed() {
     echo "--- the end of the console:" >&2
-    # Without what colours it.
+    # Escape sequences for colours are removed.
     tail -n 150 "$scratch/console" | sed 's/\x1b\[[0-9;?]*[a-zA-Z]//g; s/\r//g' >&2
     fail "$phase: $*"
 }

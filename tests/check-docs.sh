@@ -1,8 +1,7 @@
 #!/bin/sh
 # Checks what the pages refer to: links between them lead to files and headings that
-# exist, and the map in docs/design.md names files that exist. The README in Chinese has
-# the code blocks, the code and flags in sentences, the links and the figures of the one in
-# English, in the same order.
+# exist, and the map in docs/design.md names files that exist. The Chinese README has the
+# same code blocks, code, flags, links and figures as the English one, in the same order.
 #
 #     sh tests/check-docs.sh
 set -eu
@@ -63,7 +62,8 @@ code_blocks() {
         END { end_block() }' "$1"
 }
 
-# matches PATTERN FILE: what matches outside code blocks, one match a line.
+# matches PATTERN FILE: prints what matches outside of code blocks, one match
+# per line.
 matches() {
     grep -v '^    ' "$2" | grep -Eo -e "$1" || :
 }
@@ -89,7 +89,7 @@ compare "code blocks" "$(code_blocks $english)" "$(code_blocks $chinese)"
 # shellcheck disable=SC2016
 code='`[^`]*`|--[a-z][a-z-]*'
 compare "code and flags" "$(matches "$code" $english)" "$(matches "$code" $chinese)"
-# The links to each other are the pair that differs.
+# The links from each README to the other one differ.
 compare "links" "$(links $english)" "$(links $chinese |
     sed -e 's/^README\.md$/README.zh-CN.md/' -e t -e 's/^README\.zh-CN\.md$/README.md/')"
 figure='[0-9]+([.,][0-9]+)*'

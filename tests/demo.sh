@@ -16,9 +16,9 @@
 #   WRITABLE_VOLUME  sparse files; a new directory is made in each, and removed
 #   BUSYBOX          a static busybox to make the image from
 #
-# The script calls itself, with --inside, for what happens in namespaces of its own:
-# whatever becomes of it, the kernel ends all processes and unmounts all volumes with
-# them.
+# The script calls itself, with --inside, for the part that runs in namespaces of its
+# own. However it ends, the kernel then ends all its processes and unmounts all its
+# volumes.
 
 set -eu
 
@@ -27,7 +27,7 @@ checkout=$(cd "$(dirname "$0")/.." && pwd)
 . "$checkout/tests/install-tools.sh"
 image=docker.io/library/split-test:latest
 
-# fail WORDS...: says what went wrong, shows the ends of the logs, ends.
+# fail WORDS...: reports what went wrong, shows the ends of the logs, and exits.
 fail() {
     echo "demo: FAILED: $*" >&2
     for log in "${scratch:-/nonexistent}"/*.log; do
@@ -51,11 +51,11 @@ inside() {
     scratch=$1 snapshotter=$2 images=$3 writes=$4
     name=${scratch##*/}
     trap stop_inside EXIT
-    # The signal came before there were traps.
+    # The signal came before the traps were set.
     [ ! -e "$scratch/stop" ] || exit 143
 
-    # containerd, its shims and runc have fixed places in /run, where those of
-    # the host are.
+    # containerd, its shims and runc use fixed paths in /run, where those of the
+    # host are.
     mount -t tmpfs tmpfs /run
     mkdir "$scratch/tmp"
     TMPDIR=$scratch/tmp
@@ -79,8 +79,8 @@ inside() {
     start_containerd
 
     say "importing the image, running a container"
-    # From containerd 2 on, ctr lets the daemon unpack, which takes more
-    # configuration; unpacking by ctr is the same for the snapshotter.
+    # From version 2 on, ctr has containerd unpack, which takes more
+    # configuration. Unpacking by ctr is the same for the snapshotter.
     unpack=
     ! ctr images import --help | grep -q -e --local || unpack=--local
     # $unpack is one word or none.
@@ -91,7 +91,7 @@ inside() {
     image_before=$(used "$images")
     writable_before=$(used "$writes")
     container=yes
-    # The container's script is the container's to expand.
+    # The container's shell expands the script.
     # shellcheck disable=SC2016
     ctr run --snapshotter rwsplit --cgroup "/$name" "$image" "$name" /bin/sh -c '
         set -e
@@ -108,15 +108,15 @@ inside() {
 
     stop_inside
     trap - EXIT
-    # The daemon was the last to be stopped.
+    # The daemon was stopped last.
     [ "$stop_status" = 0 ] || fail "the daemon ended with status $stop_status, not 0"
     echo
     echo "Success: image on $image_source, the container's writes on $writable_source."
 }
 
 start_daemon() {
-    # With its database on the writable volume, too, the daemon writes to the
-    # image volume only when images come and go.
+    # With its database on the writable volume, the daemon writes to the image
+    # volume only when images are pulled or removed.
     "$snapshotter" --root-dir "$images" --writable-dir "$writes" \
         --state-dir "$writes/state" --address "$scratch/snapshotter.sock" \
         >"$scratch/daemon.log" 2>&1 &
@@ -154,7 +154,7 @@ END
     until_true "$containerd" ctr version || fail "containerd did not start"
 }
 
-# Bytes used on the volume of DIR, once all that was written is on it.
+# The bytes used on the volume of DIR, after a flush.
 used() {
     sync -f "$1"
     # shellcheck disable=SC2046 # three numbers
@@ -162,7 +162,7 @@ used() {
     echo $((($1 - $2) * $3))
 }
 
-# Asks the snapshotter what the container's root is mounted from: $lowers, the
+# Sets the directories that the container's root is mounted from: $lowers, the
 # oldest first, and $upper.
 find_layers() {
     options=$(ctr snapshots --snapshotter rwsplit mounts /mnt "$name" 2>"$scratch/mounts.log") ||
@@ -224,12 +224,12 @@ show() {
         "$(kib "$writable_before")" "$(kib "$writable_after")"
 }
 
-# Everything in directory DIR, itself included, is on device NUMBER.
+# Checks that everything in directory DIR, and DIR itself, is on device NUMBER.
 all_on_device() {
     [ "$(find "$1/" -printf '%D\n' | sort -u)" = "$2" ]
 }
 
-# What was shown is so.
+# Checks what the demonstration has shown.
 check() {
     count=0
     old_ifs=$IFS
@@ -258,27 +258,30 @@ check() {
     [ "$(sha256sum <"$upper/data.bin")" = "$(cat "$scratch/container.log")" ] ||
         fail "$upper/data.bin is not what the container wrote"
 
-    # /etc/motd is the newest layer's; the container changed its own copy.
+    # /etc/motd in the newest layer is unchanged; the container changed its own
+    # copy.
     [ "$(cat "$newest/etc/motd")" = 'motd of layer 5' ] ||
         fail "the container has changed its image: $newest/etc/motd"
     [ "$(cat "$upper/etc/motd")" = 'changed by the container' ] ||
         fail "$upper/etc/motd is not what the container wrote"
 
-    # Something else may write to a volume that is not the demo's alone, but
-    # 5 MiB do not go unseen.
+    # Another program may write to a volume that is not the demo's alone, but 5
+    # MiB would be noticed.
     [ $((image_after - image_before)) -lt 1048576 ] ||
         fail "the container's writes have used space on the image volume"
     [ $((writable_after - writable_before)) -ge 5242880 ] ||
         fail "the container's writes have used no space on the writable volume"
 }
 
-# Ends what inside() started, in order, so that nothing that outlives the
-# namespaces (a cgroup) is left. What will not end, ends with process 1.
+# Ends what inside() started, in order, so that nothing remains that outlives
+# the namespaces (a cgroup). Processes that do not end in time end with process
+# 1.
 stop_inside() {
     trap '' HUP INT TERM
     if [ -n "$container" ]; then
         for step in "tasks kill -s KILL" "tasks delete -f" "containers delete"; do
-            # containerd may have ended by the same signal. $step is words.
+            # The same signal may have ended containerd. $step is a list of
+            # words.
             # shellcheck disable=SC2086
             ! kill -0 "$containerd" 2>/dev/null || timeout 5 ctr $step "$name" >/dev/null 2>&1 || :
         done
@@ -301,7 +304,8 @@ images=
 writes=
 
 clean_up() {
-    # Of a container that had to be killed; cgroup 1 has one for each resource.
+    # The cgroup of a container that had to be killed; with cgroups v1 there is
+    # one for each resource.
     for group in /sys/fs/cgroup/"${scratch##*/}" /sys/fs/cgroup/*/"${scratch##*/}"; do
         [ ! -d "$group" ] || rmdir "$group" 2>/dev/null || :
     done
@@ -310,7 +314,8 @@ clean_up() {
     done
 }
 
-# The kernel has filesystem NAME, or has it once its module is loaded.
+# Whether the kernel has filesystem NAME, perhaps in a module that is loaded
+# now.
 has_filesystem() {
     grep -qw "$1" /proc/filesystems || { modprobe "$1" && grep -qw "$1" /proc/filesystems; }
 }
@@ -344,7 +349,7 @@ demo() {
     make_scratch
     if [ -z "${SNAPSHOTTER-}" ]; then
         cd "$checkout"
-        # The user's configuration may name another target directory.
+        # The user's configuration of cargo may name another target directory.
         build_with_progress cargo build --release --locked --target-dir "$checkout/target" ||
             fail "the build failed, see above"
     fi

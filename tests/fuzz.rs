@@ -1,11 +1,11 @@
-//! Made-up text for what reads text without a disk: filters and the command
-//! line. `FUZZ_SEED` repeats a run, `FUZZ_SECONDS` says how long each test goes
-//! on.
+//! Random text for code that parses text without a disk: filters and the
+//! command line. `FUZZ_SEED` repeats a run, and `FUZZ_SECONDS` sets how long
+//! each test runs.
 
-// A test tells by its panic.
+// A test fails by a panic.
 #![allow(clippy::unwrap_used)]
 
-// Shared with the tests that need root, each of which uses a part of it.
+// Shared with the tests that need root. Each binary uses a part of it.
 #[path = "support/fuzzing.rs"]
 mod fuzzing;
 #[allow(dead_code)]
@@ -24,7 +24,7 @@ use random::{Random, Seed};
 
 const CASES: u64 = 5_000;
 
-/// What filters are made of, and what they are not.
+/// Pieces of filters, valid and invalid.
 const PIECES: &[&str] = &[
     "name",
     "parent",
@@ -66,7 +66,7 @@ const PIECES: &[&str] = &[
     "\u{1f404}",
 ];
 
-/// Characters that mean something, somewhere.
+/// Characters that have a meaning in some place.
 const CHARACTERS: &[char] = &[
     'a',
     '0',
@@ -137,8 +137,8 @@ fn named<'a>(name: &'a str, labels: &'a BTreeMap<String, String>) -> Subject<'a>
     }
 }
 
-/// A list of filters is refused if one of them is, and lets through what one of
-/// them does.
+/// A list of filters is refused if one of them is, and matches what one of them
+/// matches.
 #[test]
 fn filters_are_understood_or_refused() {
     let seed = Seed::of("FUZZ_SEED");
@@ -175,7 +175,7 @@ fn filters_are_understood_or_refused() {
     assert!(share < taken && share < refused, "{taken}, {refused}");
 }
 
-/// Any of the spellings that stand for the text between double quotes.
+/// A random one of the spellings of a text in double quotes.
 fn quoted(text: &str, random: &mut Random) -> String {
     let mut quoted = String::from("\"");
     for character in text.chars() {
@@ -199,7 +199,7 @@ fn quoted(text: &str, random: &mut Random) -> String {
     quoted + "\""
 }
 
-/// Whatever a snapshot or a label is called, a filter can name it.
+/// Whatever name a snapshot or a label has, a filter can match it.
 #[test]
 fn quoted_text_is_matched_as_it_is() {
     let seed = Seed::of("FUZZ_SEED");
@@ -296,7 +296,7 @@ fn arguments(random: &mut Random) -> Vec<OsString> {
     arguments.into_iter().map(OsString::from_vec).collect()
 }
 
-/// What the rest of the program takes for granted.
+/// What the rest of the program relies on.
 fn assert_checked(config: &Config, said: &str) {
     let paths: [&str; 4] = [
         &config.root,
@@ -327,7 +327,7 @@ fn arguments_are_understood_or_refused() {
                 taken += 1;
                 assert_checked(&config, &said);
             }
-            // Not to serve: the version, for one.
+            // The command line does not ask to serve, but for the version, say.
             Ok(_) => {}
             Err(error) => {
                 refused += 1;

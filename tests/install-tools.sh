@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what a script of the tests needs on a Debian 12 machine, and only what is
-# not there yet.
+# Installs what a script of the tests needs on a Debian 12 machine and does not have
+# yet.
 #
 #     sudo sh tests/install-tools.sh run     to run the daemon with a containerd
 #     sudo sh tests/install-tools.sh demo    the same, and to build the daemon
@@ -32,13 +32,14 @@ esac
 # shellcheck source=tests/lib.sh
 . "$checkout/tests/lib.sh"
 
-# Where `su` without `-` leaves a user, neither mkfs.ext4 nor runc is found.
+# After `su` without `-`, these directories are not on PATH, and mkfs.ext4 and
+# runc are not found.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PATH
 
 # What each purpose needs, as COMMAND:PACKAGE, FILE:PACKAGE or PACKAGE. A package is
-# not installed where its command is there: it may be from elsewhere, and Debian's
-# would be in its way.
+# not installed if its command is there: the command may come from elsewhere, and
+# Debian's package could conflict with it.
 tools_for() {
     case $1 in
     run)
@@ -67,7 +68,7 @@ tools_for() {
             cryptsetup:cryptsetup-bin pvcreate:lvm2 make-bcache:bcache-tools
         ;;
     dist)
-        # packaging/cross.sh brings the compilers.
+        # packaging/cross.sh installs the compilers.
         tools_for bench
         echo git:git curl:curl python3-venv lowdown:lowdown groff:groff-base \
             qemu-aarch64-static:qemu-user-static readelf:binutils setcap:libcap2-bin \
@@ -120,12 +121,13 @@ is_installed() {
     esac
 }
 
-# Runs apt-get; shows what it said only if it fails.
+# Runs apt-get, and shows its output only if it fails.
 apt_get() {
-    # Debian's own timers may be at work: wait for the lock.
+    # Debian's own timers may be running, so this waits for the lock.
     if ! apt_said=$(DEBIAN_FRONTEND=noninteractive apt-get -q -y \
         -o DPkg::Lock::Timeout=300 "$@" 2>&1 </dev/null); then
-        # apt-get marks its reasons; without any, the end must do.
+        # apt-get marks its reasons. If there are none, the end of the output is
+        # shown.
         echo "$apt_said" | grep '^[EW]:' >&2 || echo "$apt_said" | tail -n 15 >&2
         return 1
     fi
@@ -139,8 +141,8 @@ read_lists() {
     command -v apt-get >/dev/null || die "missing: $missing. This script can install that on" \
         "Debian only; install it and start again"
     [ "$(id -u)" = 0 ] || die "missing: $missing. Start again as root to install it"
-    # One broken source among several need not stop anything: what matters is
-    # whether the packages can be had.
+    # One broken source among several is no failure, as long as the packages can
+    # be installed.
     apt_get update || say "apt-get update failed; going on with the lists that are there"
 }
 
@@ -155,7 +157,7 @@ install_missing() {
     apt_get install --no-install-recommends --no-remove $missing ||
         die "could not install $missing (see above);" \
             "install what can take their place, and start again"
-    # Forget where commands were not.
+    # The shell forgets where commands were missing.
     hash -r
 }
 
@@ -164,7 +166,7 @@ unpack() {
     missing=$1
     read_lists
     say "unpacking $1 into target/tools"
-    # All of it is the builder's, who may remove the target directory.
+    # All files belong to the builder, who may remove the target directory.
     unpacked=$checkout/target/tools/$2
     rm -rf "$unpacked.new"
     as_builder mkdir -p "$unpacked.new"
@@ -173,8 +175,8 @@ unpack() {
         die "$1 could not be unpacked: see above"
 }
 
-# is_static PROGRAM: returns whether a program needs no libraries, of which a container
-# has none of the host's. ldd fails on such a program.
+# is_static PROGRAM: returns whether a program needs no libraries. A container has none
+# of the host's. ldd fails for such a program.
 is_static() {
     command -v "$1" >/dev/null && ! ldd "$(command -v "$1")" >/dev/null 2>&1
 }
@@ -196,12 +198,12 @@ unpack_kernel() {
     [ ! -d "$checkout/target/tools/kernel" ] || return 0
     missing=linux-image-cloud-amd64
     read_lists
-    # That has no files but depends on the latest package that has.
+    # This package has no files, but depends on the latest one that has.
     unpack "$(LC_ALL=C apt-cache depends "$missing" |
         sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)" kernel
 }
 
-# A kernel that runs as a process, where there is one for this machine.
+# Unpacks a kernel that runs as a process, if there is one for this machine.
 unpack_uml() {
     [ ! -d "$checkout/target/tools/uml" ] || return 0
     missing=user-mode-linux
@@ -227,7 +229,7 @@ find_builder() {
     done
     [ "${SUDO_USER:-root}" != root ] || return 0
     builder_home=$(getent passwd "$SUDO_USER" | cut -d: -f6)
-    # --init-groups and HOME: so that the user's programs find what they find when
+    # With --init-groups and HOME, the user's programs find the same files as when
     # the user runs them.
     builder="setpriv --reuid=$SUDO_USER --regid=$(id -g "$SUDO_USER") --init-groups \
         env HOME=$builder_home USER=$SUDO_USER LOGNAME=$SUDO_USER"
@@ -238,7 +240,7 @@ as_builder() {
 }
 
 # Finds a Rust that is new enough for this crate, and puts it first on PATH. Debian's
-# is the last to be tried: an older one may be before it on PATH.
+# Rust is tried last, in case that an older one precedes it on PATH.
 find_rust() {
     rust_wanted=$(sed -n 's/^rust-version *= *"1\.\([0-9]*\).*/\1/p' "$checkout/Cargo.toml")
     rust_on_path=$(command -v rustc || :)
@@ -246,7 +248,7 @@ find_rust() {
         tools_rust_version=$(as_builder "$tools_rust_dir/rustc" --version 2>/dev/null |
             sed 's/^rustc \([0-9.]*\).*/\1/')
         rust_minor=${tools_rust_version#1.}
-        # What is not a number is not a version.
+        # A text that is not a number is not a version.
         if [ "${rust_minor%%.*}" -ge "$rust_wanted" ] 2>/dev/null &&
             as_builder "$tools_rust_dir/cargo" --version >/dev/null 2>&1; then
             PATH=$tools_rust_dir:$PATH
@@ -270,7 +272,7 @@ add_lints() {
     fi
 }
 
-# Read by another script, this file only defines.
+# A script that reads this file only gets the definitions.
 case ${0##*/} in
 install-tools.sh) install_tools "$@" ;;
 esac

@@ -11,9 +11,9 @@ script=${script%.sh}
 
 # The directory that make_scratch makes.
 scratch=
-# The command that run_job runs: its process and its process group.
+# The command that run_job runs, as the id of its process and process group.
 job=
-# Words before a command that is to run as the user who builds; none for this
+# Words before a command that runs as the user who builds; none if that is this
 # user. install-tools.sh sets them.
 builder=
 
@@ -50,7 +50,8 @@ make_scratch() {
     scratch=$(mktemp -d "/var/tmp/$script.XXXXXX")
 }
 
-# What a script has to remove besides: the script defines this again.
+# Removes what the script itself has created. The script redefines this
+# function.
 clean_up() {
     :
 }
@@ -67,9 +68,9 @@ end_script() {
     rm -rf --one-file-system "$scratch"
 }
 
-# run_job COMMAND...: runs the program COMMAND as a session of its own, so that one
-# signal ends all of it and a Ctrl-C is not for it. The script can be interrupted
-# meanwhile. Returns the status of COMMAND.
+# run_job COMMAND...: runs the program COMMAND in a session of its own, so that one
+# signal ends all of it, and a Ctrl-C does not reach it. The script can be
+# interrupted meanwhile. Returns the status of COMMAND.
 run_job() {
     setsid "$@" </dev/null &
     job=$!
@@ -83,21 +84,21 @@ wait_for_job() {
     return "$job_status"
 }
 
-# run_job_in_namespaces COMMAND...: run_job with mounts and processes of its own.
-# COMMAND is process 1 there: all its processes and mounts end with it, and it ends
-# if this script or unshare is killed.
+# run_job_in_namespaces COMMAND...: like run_job, in mount and process namespaces
+# of its own. COMMAND is process 1 there: all its processes and mounts end with it,
+# and it ends if this script or unshare is killed.
 run_job_in_namespaces() {
     run_job setpriv --pdeathsig KILL \
         unshare --mount --propagation private --pid --fork --kill-child --mount-proc "$@"
 }
 
-# stop PROCESS SECONDS: sends SIGTERM to a child, or with a minus before its number to
-# its process group, and SIGKILL if it has not ended after SECONDS. $stop_status is
-# how the child ended.
+# stop PROCESS SECONDS: sends SIGTERM to a child, or to its process group if the
+# number has a minus sign, and SIGKILL if it has not ended after SECONDS. Sets
+# $stop_status to the status of the child.
 stop() {
     stop_status=0
     stop_tries=$(($2 * 10))
-    # Its group exists a little later than the child.
+    # The group exists a little later than the child.
     kill -TERM "$1" 2>/dev/null || kill -TERM "${1#-}" 2>/dev/null || :
     while [ "$stop_tries" -gt 0 ] && kill -0 "$1" 2>/dev/null; do
         sleep 0.1
@@ -144,8 +145,8 @@ mount_file() {
     [ -z "${mount_failed-}" ]
 }
 
-# Waits until no loop device uses a volume below $scratch: the kernel lets go of one
-# a little after its last mount.
+# Waits until no loop device uses a volume below $scratch: the kernel releases a
+# device a little after its last unmount.
 release_loop_devices() {
     for file in "$scratch"/*.ext4; do
         [ -e "$file" ] || continue
@@ -164,11 +165,11 @@ release_loop_devices() {
 # Builds.
 #
 
-# build_with_progress COMMAND...: runs a cargo that compiles, as the user who builds,
-# and shows how far it is. On a terminal that is one line, otherwise a line every 20
-# seconds. What cargo says is shown if it fails. Needs a scratch directory.
+# build_with_progress COMMAND...: runs cargo as the user who builds, and shows the
+# progress: on a terminal in one line, otherwise in a line every 20 seconds. Shows
+# the output of cargo if it fails. Needs a scratch directory.
 build_with_progress() {
-    # The build script of grpcio-sys calls cmake, which reads these.
+    # The build script of grpcio-sys calls cmake, which reads these variables.
     if command -v ccache >/dev/null 2>&1; then
         export CMAKE_C_COMPILER_LAUNCHER=ccache CMAKE_CXX_COMPILER_LAUNCHER=ccache
     fi
@@ -176,10 +177,10 @@ build_with_progress() {
     build_began=$(date +%s)
     grpc_dir=
     : >"$scratch/build.began"
-    # Without what sets the environment of cargo.
+    # The words without those that set the environment of cargo.
     build_words=$*
     say "building: cargo ${build_words#*cargo } (the first time several minutes, for gRPC's C++ core)"
-    # $builder is words. cargo says how far it is only if it is asked to.
+    # $builder is a list of words. cargo reports its progress only on request.
     # shellcheck disable=SC2086
     $builder env CARGO_TERM_PROGRESS_WHEN=always CARGO_TERM_PROGRESS_WIDTH=120 \
         setsid "$@" >"$build_log" 2>&1 </dev/null &
@@ -189,7 +190,7 @@ build_with_progress() {
         sleep 1
         if [ -t 1 ]; then
             describe_build
-            # No longer than a line of any terminal.
+            # No line is longer than a terminal's.
             printf '\r\033[K%.79s' "$script: $build_text"
         elif [ $(($(date +%s) - build_shown)) -ge 20 ]; then
             build_shown=$(date +%s)
@@ -201,7 +202,7 @@ build_with_progress() {
     build_status=0
     wait_for_job || build_status=$?
     if [ "$build_status" != 0 ]; then
-        # What a compiler says about one error can be long.
+        # The messages about one error can be long.
         build_messages | tail -n 100 >&2
     else
         say "built in $(minutes $(($(date +%s) - build_began)))"
@@ -210,7 +211,7 @@ build_with_progress() {
     return "$build_status"
 }
 
-# What cargo said, without its progress bars.
+# Prints the output of cargo without its progress bars.
 build_messages() {
     tr '\r' '\n' <"$build_log" | grep -v '^ *[A-Z][a-z]* *\[[=> ]*\]\|^ *Downloading [0-9]* crate'
 }
@@ -230,13 +231,13 @@ describe_build() {
     fi
 }
 
-# gRPC's C++ core takes nearly all of the time of a first build. It is one step for
-# cargo, whose build script calls cmake and make. make counts in CMakeFiles/Progress,
-# which is there only while it runs, but in a hundred parts of all that cmake could
-# build. Object files are counted here instead.
+# gRPC's C++ core takes most of the time of a first build. For cargo it is one step,
+# whose build script calls cmake and make. CMakeFiles/Progress has the progress of
+# make only in percent of everything that cmake could build, so object files are
+# counted here instead.
 
-# Sets grpc_dir to the directory in which make is at work for this build, and grpc_files
-# and grpc_work to the object files that it will make. Returns false if there is none.
+# Sets grpc_dir to the directory in which make works for this build, and grpc_files and
+# grpc_work to the object files that it will make. Returns false if there is none.
 find_grpc() {
     grpc_found=$(find "$checkout"/target/*/build/grpcio-sys-*/out/build/CMakeFiles/Progress \
         "$checkout"/target/*/*/build/grpcio-sys-*/out/build/CMakeFiles/Progress \
@@ -259,8 +260,8 @@ find_grpc() {
     grpc_began=$(date +%s)
 }
 
-# Prints how many lines name an object file, and the work in them: those of grpc itself,
-# which come last, take twice as long as the others.
+# Prints how many lines name an object file, and the work in them: the files of grpc
+# itself, which come last, take twice as long as the others.
 weigh_objects() {
     awk '/grpc_unsecure\.dir/ { heavy++ } END { print NR, NR + heavy }'
 }

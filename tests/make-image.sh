@@ -6,7 +6,7 @@
 # NAME is what `ctr images import` calls the image; without it,
 # docker.io/library/split-test:latest. The image runs /bin/sh.
 #
-# Five layers, each of which asks something else of a snapshotter:
+# Five layers, each of which tests another ability of a snapshotter:
 #
 #   1  busybox and its applets, /etc, directories with unusual modes and owners
 #   2  adds      /opt/app/added.txt  /opt/app/sub/deep.txt
@@ -17,9 +17,9 @@
 #   5  replaces  /etc/motd; adds /opt/tool/first and second, one file with two
 #                names, and /opt/tool/setuid, mode 4755
 #
-# The same busybox gives the same archive, bit for bit: times are fixed, the
-# order is fixed, owners are numbers. No root needed: tar is told owners and
-# modes, so the files packed need not have them.
+# The same busybox gives the same archive, byte for byte: times, order and
+# owners are fixed. No root is needed: tar gets owners and modes as options, so
+# the packed files need not have them.
 #
 # Environment:
 #   BUSYBOX      the static busybox to pack, instead of the one on PATH
@@ -46,13 +46,14 @@ case $out in
 */) die "not a file name: '$out'" ;;
 esac
 
-# Sorting, and what tar and ldd print, must not depend on the user's language.
+# Sorting, and the output of tar and ldd, must not depend on the user's
+# language.
 LC_ALL=C
 export LC_ALL
-# What tar takes from the environment would change the archive.
+# Options for tar in the environment would change the archive.
 unset TAR_OPTIONS
-# Modes come from the calls of `put` below, but the archive itself should be
-# readable to all.
+# The modes come from the calls of `put` below, but the archive itself has to be
+# readable for all users.
 umask 022
 
 busybox=${BUSYBOX:-$(command -v busybox || true)}
@@ -64,8 +65,8 @@ if ldd "$busybox" >/dev/null 2>&1; then
         "or name a static one in BUSYBOX"
 fi
 
-# The name that Go, and so containerd, gives this machine's architecture. A
-# 32-bit Debian on a 64-bit kernel is what dpkg says, not what the kernel says.
+# The name of this machine's architecture in Go, and so in containerd. On a
+# 32-bit Debian with a 64-bit kernel, dpkg's answer counts.
 machine=$(dpkg --print-architecture 2>/dev/null || uname -m)
 variant=
 case $machine in
@@ -80,7 +81,7 @@ esac
 platform="\"architecture\":\"$arch\",\"os\":\"linux\""
 [ -z "$variant" ] || platform="$platform,\"variant\":\"$variant\""
 
-# 2024-01-01, as tar and as JSON want it.
+# 2024-01-01, in the forms for tar and JSON.
 epoch=1704067200
 created=2024-01-01T00:00:00Z
 
@@ -223,7 +224,8 @@ folder 0755 0 0 opt opt/app opt/app/sub
 text opt/app/added.txt 'hidden by layer 4'
 text opt/app/sub/deep.txt 'hidden by layer 4, with its directory'
 folder 0755 0 0 opt/data
-# Where SIGPIPE is ignored, as under a service manager, yes complains of head.
+# If SIGPIPE is ignored, as under a service manager, yes prints an error because
+# of head.
 yes 'a line of the payload of layer 2' 2>/dev/null | head -c 1048576 >"$tree/opt/data/payload"
 put 0600 1000 1000 opt/data/payload
 text opt/data/passing.txt 'deleted by layer 3'
@@ -292,7 +294,7 @@ printf '{"schemaVersion":2,"mediaType":"%s","manifests":[{"mediaType":"%s","dige
     "$manifest" "$manifest_bytes" "$name" "$tag" "$platform" >"$image/index.json"
 printf '{"imageLayoutVersion":"1.0.0"}' >"$image/oci-layout"
 
-# Written under another name first: OUT is never half an archive.
+# Written under another name first, so that OUT is never half an archive.
 part=$out.part.$$
 tar --create --file="$part" --format=ustar --sort=name \
     --numeric-owner --owner=0 --group=0 --mode=u=rwX,go=rX --mtime="@$epoch" \

@@ -27,14 +27,14 @@ if [ "$(id -u)" != 0 ]; then
     echo "run.sh: the tests mount file systems, run them as root: sudo sh tests/run.sh" >&2
     exit 1
 fi
-# Tests that would be left out for a developer fail under CI.
+# Under CI, tests that a developer's machine may ignore fail.
 export CI=true
 started=$(date +%s)
 # shellcheck source=tests/install-tools.sh
 . tests/install-tools.sh
 install_tools "$ring"
 
-# Process groups that run beside the tests.
+# Process groups that run in the background.
 release_job=
 openrc_job=
 clean_up() {
@@ -49,7 +49,8 @@ passed=0
 failed=0
 times=
 
-# begin NAME, and at its end took: what is under way, and how long it took.
+# begin NAME and took: the name of the present part, and, at its end, how long
+# it took.
 begin() {
     part=$1
     part_began=$(date +%s)
@@ -62,7 +63,7 @@ took() {
 "
 }
 
-# step NAME COMMAND...: runs a step, shows what it says, counts it as one test.
+# step NAME COMMAND...: runs a step, shows its output, counts it as one test.
 step() {
     begin "$1"
     shift
@@ -76,7 +77,7 @@ step() {
 }
 
 # rust_tests TARGET...: runs the tests of these targets, which have been built, as
-# root: the user who builds may be another one. Adds up their closing lines.
+# root, because the user who builds may be another one. Adds up their last lines.
 rust_tests() {
     # $profile is a list of words.
     # shellcheck disable=SC2086
@@ -104,7 +105,7 @@ rust_test() {
         echo "run.sh: tests were ignored, which must not be here" >&2
         failed=$((failed + 1))
     fi
-    # A binary that dies has no closing line.
+    # A binary that dies prints no last line.
     if [ "$status" != 0 ] && [ "$failed" = "$failed_before" ]; then
         echo "== $part FAILED"
         failed=$((failed + 1))
@@ -122,8 +123,8 @@ nothing_is_left() {
     [ -z "$left" ]
 }
 
-# suite NAME: containerd's own cases; the environment says with which daemon.
-# The suite itself leaves out one case; any other that is missing is a failure.
+# suite NAME: runs containerd's own cases; the environment chooses the daemon.
+# The suite itself leaves out one case. Any other missing case is a failure.
 suite() {
     begin "containerd's snapshotter suite, $1"
     status=0
@@ -148,25 +149,25 @@ build_suite() {
             go test -c -o "$scratch/suite" .)
 }
 
-# begin_release and begin_openrc start jobs that run beside the tests, each in a
-# session of its own, so that it can be ended with all its compilers and machines.
+# begin_release and begin_openrc start jobs in the background, each in a session of
+# its own, so that it can be ended with all its compilers and machines.
 #
-# A release takes long to compile, and many tests wait for disks: it gets what time
-# they leave.
+# A release takes long to compile, and many tests wait for disks, so it gets the
+# time that they leave.
 begin_release() {
     setsid nice -n 19 sh packaging/release.sh all >"$scratch/release" 2>&1 &
     release_job=$!
-    # Sessions get equal shares, however nice those in them are (sched(7), "The
-    # autogroup feature").
+    # Each session gets an equal share, whatever the nice values in it are
+    # (sched(7), "The autogroup feature").
     echo 19 >"/proc/$release_job/autogroup" 2>/dev/null || true
 }
-# The machines keep one processor busy each.
+# The machines use one processor each.
 begin_openrc() {
     setsid sh tests/boot.sh openrc >"$scratch/openrc" 2>&1 &
     openrc_job=$!
 }
 
-# finish JOB OUTPUT: waits for such a job, and shows what it has said.
+# finish JOB OUTPUT: waits for such a job, and shows its output.
 finish() {
     status=0
     wait "$1" || status=$?
@@ -174,7 +175,7 @@ finish() {
     return "$status"
 }
 
-# ring_ends NAME: how long the ring took, part by part.
+# ring_ends NAME: prints how long the ring took, part by part.
 ring_ends() {
     echo
     echo "$1, in $(($(date +%s) - started)) s:"
@@ -237,10 +238,10 @@ ring_ends "The tests of every day"
 if [ "$ring" = all ]; then
     begin_release
     rust_tests --test vm
-    # The release; its parts build on one another.
+    # The release, whose parts build on one another.
     step "static binaries and packages" finish "$release_job" release
     release_job=
-    # The binary that is released, with musl's memory and threads.
+    # The released binary, with musl's memory management and threads.
     SNAPSHOTTER="$PWD/dist/overlay-read-write-splitting-snapshotter-$(uname -m)" \
         SNAPSHOTTER_WRITABLE="$scratch/disk" suite "static binary"
     step "packages, once more" sh tests/packaging/test-same.sh
@@ -249,7 +250,7 @@ if [ "$ring" = all ]; then
     step "archive" sh tests/packaging/sandbox.sh test-install.sh
     step "Debian package" sh tests/packaging/sandbox.sh test-deb.sh
     step "disks" sh tests/packaging/sandbox.sh test-disks.sh
-    # The machines keep one processor busy each.
+    # The machines use one processor each.
     begin_openrc
     step "boots under systemd" sh tests/boot.sh systemd
     step "boots under OpenRC" finish "$openrc_job" openrc

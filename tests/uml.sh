@@ -1,9 +1,9 @@
 #!/bin/sh
 # Unpacks user-mode Linux into target/tools/uml: a Linux kernel that runs as an
-# ordinary process, at the speed of the processor. Run by root on x86-64; nothing
-# is installed, and apt's own lists stay as they are. Ends with 1, and says why,
-# where there is none to be had; the tests then emulate their machines with qemu,
-# which takes longer.
+# ordinary process, at the speed of the processor. Run by root on x86-64. Nothing
+# is installed, and apt's own lists do not change. If it is not available, the
+# script ends with 1 and the reason. The tests then emulate their machines with
+# qemu, which takes longer.
 #
 # The package is that of Debian's unstable distribution: Debian 12's (Linux 6.1)
 # needs ptrace to save floating-point registers in a form that newer kernels

@@ -1,8 +1,8 @@
-//! Which configuration a command works with if its command line has no flag of the daemon.
+//! The configuration that a command uses if its command line has no flag of the daemon.
 //!
-//! Owns: finding the running daemon, and the service's settings. That a process is a
-//! daemon, and of which root, is what the kernel's table of locks says: it has the lock of
-//! the root that its own command line names.
+//! Owns: finding the running daemon, and reading the service's settings. The kernel's table
+//! of locks proves that a process is a daemon, and of which root: the process holds the lock
+//! of the root that its own command line names.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -17,12 +17,14 @@ use crate::config::{Command, Config, Parsed, have_daemon_flags, parse};
 use crate::error::{Context, Error, Result};
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
-/// How the kernel shortens the names of processes (proc(5), `comm`).
+/// The length to which the kernel shortens the names of processes (proc(5),
+/// `comm`).
 const COMM_BYTES: usize = 15;
-/// The other name that the program is installed by.
+/// The second name under which the program is installed.
 const SHORT_NAME: &str = "rwsplit";
 
-/// What says which service manager is in charge, and where the service's settings are then.
+/// For each service manager: a path that exists if it is in charge, and the file with the
+/// service's settings.
 const SETTINGS: [(&str, &str); 2] = [
     (
         "/run/systemd/system",
@@ -34,14 +36,14 @@ const SETTINGS: [(&str, &str); 2] = [
     ),
 ];
 
-/// Reads the arguments after the program's name. A command without a flag of the daemon gets
-/// the configuration of the running daemon, else the service's, and one line on standard
-/// error says which.
+/// Reads the arguments after the program's name. A command without a flag of the daemon
+/// gets the configuration of the running daemon, or, if there is none, the service's. A
+/// line on standard error says which one.
 ///
 /// # Errors
 ///
-/// [`FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if there are several
-/// daemons, or the service's settings cannot be understood.
+/// [`FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if several daemons
+/// are running, or the service's settings cannot be parsed.
 pub fn read(arguments: Vec<OsString>) -> Result<Parsed> {
     let is_complete = have_daemon_flags(&arguments);
     match parse(arguments)? {
@@ -61,7 +63,7 @@ fn find(default: Box<Config>) -> Result<Box<Config>> {
     if daemons.len() > 1 {
         let each = daemons.iter().map(|daemon| format!("process {daemon}"));
         return Err(Error::refused(format!(
-            "{} daemons are running ({}): give the flags of the one that is meant",
+            "{} daemons are running ({}): give the flags of the daemon that you mean",
             daemons.len(),
             each.collect::<Vec<_>>().join("; ")
         )));
@@ -91,19 +93,20 @@ fn find(default: Box<Config>) -> Result<Box<Config>> {
 
 fn unreadable(path: &str) -> Error {
     Error::refused(format!(
-        "OPTIONS in {path} is not only flags of the daemon, separated by blanks and within one \
-         pair of quotes: give the daemon's flags to the command"
+        "OPTIONS in {path} does not consist of flags of the daemon, separated by blanks and \
+         within one pair of quotes: give the daemon's flags to the command"
     ))
 }
 
-/// The settings of the service manager that is in charge first.
+/// The files with the service's settings, that of the service manager in charge
+/// first.
 fn settings_files() -> [(&'static str, &'static str); 2] {
     let mut files = SETTINGS;
     files.sort_by_key(|(manager, _)| !Path::new(manager).exists());
     files
 }
 
-/// A daemon that is running.
+/// A running daemon.
 struct Daemon {
     process: u32,
     config: Box<Config>,
@@ -123,13 +126,14 @@ impl std::fmt::Display for Daemon {
     }
 }
 
-/// Every process of this program that has the lock of the root that it serves.
+/// All processes of this program that hold the lock of the root that they
+/// serve.
 fn running_daemons() -> Result<Vec<Daemon>> {
     let locks = fs::read_to_string("/proc/locks").context(|| "read /proc/locks")?;
     let mut daemons: Vec<Daemon> = Vec::new();
     for (process, inode) in locks.lines().filter_map(lock) {
         let is_known = daemons.iter().any(|daemon| daemon.process == process);
-        // A process that ends meanwhile is no daemon.
+        // A process that ends meanwhile is not a daemon.
         if !is_known && let Some(daemon) = daemon_with_lock(process, inode) {
             daemons.push(daemon);
         }
@@ -138,7 +142,7 @@ fn running_daemons() -> Result<Vec<Daemon>> {
     Ok(daemons)
 }
 
-/// The process and the inode of a line about an flock(2) (proc_locks(5)), such as
+/// The process and the inode in a line about an flock(2) (proc_locks(5)), such as
 /// `1: FLOCK ADVISORY WRITE 749 fe:00:2384799 0 EOF`.
 fn lock(line: &str) -> Option<(u32, u64)> {
     let words: Vec<_> = line.split_whitespace().collect();
@@ -151,10 +155,11 @@ fn lock(line: &str) -> Option<(u32, u64)> {
     }
 }
 
-/// That process, if its command line is the daemon's and that inode is the lock of its root.
+/// The process as a daemon, if its command line is that of one and the inode is the lock
+/// of its root.
 fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
-    // A name and a command line are what a process says of itself, and a container can lock
-    // a file of its own with any inode number.
+    // A process can choose its name and command line freely, and a container can lock a
+    // file of its own with any inode number.
     if !is_an_administrators(process) {
         return None;
     }
@@ -170,7 +175,7 @@ fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
     let arguments: Vec<_> = words
         .map(|word| OsStr::from_bytes(word).to_owned())
         .collect();
-    // Its paths may start at its own working directory.
+    // Relative paths are relative to the process's own working directory.
     let own = open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
     chdir(format!("/proc/{process}/cwd")).ok()?;
     let config = daemon_config(arguments.clone());
@@ -184,8 +189,8 @@ fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
     })
 }
 
-/// Whether a process is root's, and in the namespaces of users and mounts that this one is
-/// in.
+/// Whether a process belongs to root, and is in the same user and mount namespaces as
+/// this one.
 fn is_an_administrators(process: u32) -> bool {
     let is_roots = fs::metadata(format!("/proc/{process}")).is_ok_and(|found| found.uid() == 0);
     let is_here = |name: &str| {
@@ -196,7 +201,8 @@ fn is_an_administrators(process: u32) -> bool {
     is_roots && is_here("user") && is_here("mnt")
 }
 
-/// The configuration of a daemon with these arguments; `None` if they are a command's.
+/// The configuration of a daemon with these arguments; `None` if they are the
+/// arguments of a command.
 fn daemon_config(arguments: Vec<OsString>) -> Result<Option<Box<Config>>> {
     Ok(match parse(arguments)? {
         Parsed::Run(config, Command::Serve) => Some(config),
@@ -204,8 +210,8 @@ fn daemon_config(arguments: Vec<OsString>) -> Result<Option<Box<Config>>> {
     })
 }
 
-/// The words of the last line that sets OPTIONS, as systemd and OpenRC hand them to the
-/// daemon; `None` if a shell would make more of them than these words.
+/// The words of the last line that sets OPTIONS, as systemd and OpenRC pass them to the
+/// daemon; `None` if a shell would read them in another way.
 fn service_options(text: &str) -> Option<Vec<String>> {
     let lines = text.lines().map(str::trim);
     let lines = lines.filter(|line| line.contains("OPTIONS") && !line.starts_with('#'));

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::types::{Info, Kind, LABEL_IMAGE_REF};
 
-/// What one of containerd's namespaces loses.
+/// The losses of one of containerd's namespaces.
 #[derive(Default)]
 pub struct Loss<'a> {
-    /// Images of which a layer is lost, as far as labels name them.
+    /// Images that lose a layer, as far as labels name them.
     pub images: BTreeSet<&'a str>,
     /// The names of lost layers.
     pub layers: BTreeSet<&'a str>,
@@ -15,7 +15,8 @@ pub struct Loss<'a> {
     pub containers: BTreeSet<&'a str>,
 }
 
-/// Sorts lost snapshots by namespace; those whose key names none are below "?".
+/// Sorts lost snapshots by namespace. Snapshots without a namespace in their
+/// key are under "?".
 pub fn losses<'a>(lost: impl Iterator<Item = &'a Info>) -> BTreeMap<&'a str, Loss<'a>> {
     let mut losses = BTreeMap::<&str, Loss<'_>>::new();
     for info in lost {
@@ -35,8 +36,8 @@ pub fn image_of(info: &Info) -> Option<&str> {
     info.labels.get(LABEL_IMAGE_REF).map(String::as_str)
 }
 
-/// The namespace and the name in a key as containerd makes it:
-/// `<namespace>/<number>/<name>`.
+/// Splits a key that containerd has made, `<namespace>/<number>/<name>`, into
+/// the namespace and the name.
 pub fn split_key(key: &str) -> (&str, &str) {
     let mut parts = key.splitn(3, '/');
     match (parts.next(), parts.next(), parts.next()) {

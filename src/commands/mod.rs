@@ -1,4 +1,4 @@
-//! What the program does beside serving: one module for each command.
+//! What the program does besides serving: one module for each command.
 
 pub mod check;
 pub mod configuration;

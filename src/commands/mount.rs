@@ -1,8 +1,8 @@
-//! The commands `mount` and `umount`: a snapshot's files for a person, when
-//! containerd is down or a container does not start.
+//! The commands `mount` and `umount`: they show a snapshot's files to a person,
+//! when containerd is down or a container does not start.
 //!
-//! Owns: where it may be mounted. Works beside a running daemon and without one,
-//! and changes nothing else.
+//! Owns: where a snapshot may be mounted. Works with or without a running
+//! daemon, and changes nothing else.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -25,18 +25,19 @@ use crate::util::entries::is_empty;
 
 const PROGRAM: &str = env!("CARGO_PKG_NAME");
 
-/// Mounts a snapshot for a person, and prints where.
+/// Mounts a snapshot for a person, and prints the directory.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] for a directory that will not do.
+/// [`ErrorKind::FailedPrecondition`] for an unsuitable directory.
 pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     let (target, path) = empty_directory(&options.target)?;
     for volume in [&config.root, &config.writable] {
         refuse_within(&path, volume)?;
     }
     let Visit {
-        // Held until it is mounted: no daemon starts, and moves layers, meanwhile.
+        // Held until the snapshot is mounted, so that no daemon starts and moves
+        // layers meanwhile.
         lock,
         store,
         volumes,
@@ -44,8 +45,8 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     } = visit(config, Purpose::Look)?;
     if lock.is_none() && UnixStream::connect(&config.address).is_err() {
         return Err(Error::refused(format!(
-            "somebody works on {} who serves nobody on {}: wait until a check, an import or the \
-             start of a daemon is done",
+            "another process of this program has locked {}, and no daemon answers on {}: wait until \
+             the check, the import or the start of a daemon is done",
             config.root, config.address
         )));
     }
@@ -92,14 +93,15 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     Ok(())
 }
 
-/// Unmounts what [`mount`] has mounted on a directory.
+/// Unmounts a snapshot that [`mount`] has mounted on a directory.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if there is none, or if it is in use.
+/// [`ErrorKind::FailedPrecondition`] if no snapshot is mounted there, or if it
+/// is in use.
 pub fn umount(target: &str) -> Result<()> {
     let path = fs::canonicalize(target).map_err(|error| cannot("find", target, error))?;
-    // The last one hides the others.
+    // The last mount hides the others.
     let mounts = mountinfo::read()?;
     let topmost = mounts.iter().rev().find(|mounted| mounted.point == path);
     let is_by_hand = topmost.is_some_and(|mounted| ByHand::parse(mounted).is_some());
@@ -117,7 +119,7 @@ pub fn umount(target: &str) -> Result<()> {
     }
 }
 
-/// Opens the directory to mount on, and returns its path with links followed.
+/// Opens the directory to mount on, and returns its path without links.
 fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
     let opening = |errno: Errno| cannot("open", target, errno.into());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -137,7 +139,8 @@ fn cannot(what: &str, target: &str, error: std::io::Error) -> Error {
     Error::caused(ErrorKind::FailedPrecondition, what, error)
 }
 
-/// A mount in there would be taken for a snapshot's files.
+/// Refuses a directory within a volume, where the mount would look like a
+/// snapshot's files.
 fn refuse_within(target: &Path, volume: &str) -> Result<()> {
     match fs::canonicalize(volume) {
         Ok(volume) if target.starts_with(&volume) => Err(Error::refused(format!(
@@ -145,7 +148,8 @@ fn refuse_within(target: &Path, volume: &str) -> Result<()> {
             target.display(),
             volume.display()
         ))),
-        // What is not there holds nothing; the visit says more about it.
+        // A directory that does not exist contains nothing. The step that needs
+        // it reports it.
         _ => Ok(()),
     }
 }

@@ -1,5 +1,5 @@
-//! Printing what a command found: sentences or JSON, sizes, lines that fit a terminal,
-//! a little colour.
+//! Printing the results of a command: sentences or JSON, sizes, lines that fit a
+//! terminal, a little colour.
 
 use std::io::{IsTerminal, Write};
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::config::Format;
 
-/// How many columns lines have at most, apart from words that are longer.
+/// How many columns a line has at most, except for a longer word.
 pub const COLUMNS: usize = 80;
 
 /// Prints a report in the format that the user asked for.
@@ -23,7 +23,7 @@ pub fn print(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// How reports call the state of the daemon.
+/// The words of reports for the state of the daemon.
 pub fn daemon_state(is_running: bool) -> &'static str {
     match is_running {
         true => "running",
@@ -31,7 +31,7 @@ pub fn daemon_state(is_running: bool) -> &'static str {
     }
 }
 
-/// A number of bytes in powers of 1024, as `df -h` and `du -h` print it.
+/// Formats a number of bytes in powers of 1024, as `df -h` and `du -h` do.
 pub fn bytes(bytes: u64) -> String {
     let mut size = bytes as f64;
     for unit in ["B", "K", "M", "G", "T"] {
@@ -44,8 +44,8 @@ pub fn bytes(bytes: u64) -> String {
     format!("{size:.0}P")
 }
 
-/// `text` behind `head`, in lines that fit; the second and all further ones begin
-/// below the text of the first.
+/// Formats `text` after `head`, in lines that fit. Further lines begin below the
+/// text of the first.
 pub fn paragraph(head: &str, text: &str) -> String {
     let indent = head.chars().count();
     let mut lines = head.to_owned();
@@ -68,18 +68,18 @@ pub fn paragraph(head: &str, text: &str) -> String {
     lines
 }
 
-/// How a word is to stand out.
+/// What a coloured word means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Colour {
     /// All is well.
     Green,
-    /// Worth a look.
+    /// The user should look at it.
     Yellow,
     /// Something is wrong.
     Red,
 }
 
-/// The word in that colour, if standard output is a terminal that may have some
+/// The word in that colour, if standard output is a terminal with colours
 /// (<https://no-color.org>).
 pub fn coloured(colour: Colour, word: &str) -> String {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());

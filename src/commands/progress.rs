@@ -1,13 +1,14 @@
-//! How far a long command has come, on a terminal only.
+//! Showing the progress of a long command, on a terminal only.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-/// What is done sooner needs no line.
+/// Commands that end sooner show no progress.
 const SILENCE: Duration = Duration::from_millis(500);
 const BETWEEN_LINES: Duration = Duration::from_millis(100);
 
-/// A line on standard error, if that is a terminal. It goes when this is dropped.
+/// A line on standard error, if that is a terminal. Dropping this value removes
+/// the line.
 pub struct Progress {
     what: &'static str,
     is_terminal: bool,
@@ -25,7 +26,7 @@ impl Progress {
         }
     }
 
-    /// Goes through snapshots, and shows how many are done.
+    /// Iterates over snapshots, and shows how many are done.
     pub fn over<'a, T>(what: &'static str, all: &'a [T]) -> impl Iterator<Item = &'a T> {
         let mut progress = Progress::new(what);
         all.iter().enumerate().map(move |(done, one)| {
@@ -34,7 +35,7 @@ impl Progress {
         })
     }
 
-    /// Shows that so many of all are done, not more often than can be read.
+    /// Shows how many of all are done, not more often than a person can read.
     pub fn show(&mut self, done: usize, all: usize) {
         let now = Instant::now();
         if !self.is_terminal || now < self.next {
@@ -54,7 +55,7 @@ impl Progress {
     }
 
     fn write(&self, text: &str) {
-        // What cannot be shown is no failure of the command.
+        // A failure to show progress is no failure of the command.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
 }

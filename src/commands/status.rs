@@ -1,4 +1,4 @@
-//! The command `status`: how things stand, for the person in front of it.
+//! The command `status`: the present state, for a person.
 //!
 //! Owns: the report. Changes nothing; works beside a running daemon.
 
@@ -15,23 +15,23 @@ use crate::snapshotter::{Figures, Held, Snapshotter, VolumeFigures, Written};
 use crate::types::{Kind, Limits, Quoted, Volume};
 use crate::volume::Reserve;
 
-/// How many of the largest writable snapshots are reported, and how many at least where
-/// there is not room for all of them.
+/// How many of the largest writable snapshots are counted, and how many of them the
+/// report shows at most if the screen has no room for more.
 const LARGEST: usize = 10;
 const LEAST: usize = 3;
-/// A volume of which less than that part is free is called full.
+/// A volume is called full if less than this fraction of it is free.
 const FULL: u64 = 100;
-/// How many lines a terminal has at least; one of them is the shell's.
+/// The lines of the smallest terminal, without the line of the shell.
 const ROWS: usize = 23;
 
-/// A volume's directory and what it is on.
+/// A volume's directory, and the file system it is on.
 struct VolumeState {
     path: String,
-    /// What is mounted there, and its file system; `None` if that is unknown.
+    /// The source of the mount and its file system; `None` if unknown.
     mounted: Option<(String, String)>,
-    /// Which one it is, as it is recorded.
+    /// The recorded identity of the volume.
     identity: Option<String>,
-    /// Why it cannot be used, if so.
+    /// The reason why the volume cannot be used; `None` if it can.
     problem: Option<String>,
 }
 
@@ -39,17 +39,17 @@ struct Status {
     is_running: bool,
     places: [VolumeState; 2],
     figures: Figures,
-    /// Why quotas do nothing, if so.
+    /// The reason why there are no quotas; `None` if there are.
     no_quotas: Option<String>,
     largest: Vec<Written>,
     held: Vec<Held>,
-    /// What has to stay free on the writable volume.
+    /// How much has to stay free on the writable volume.
     reserve: Reserve,
-    /// Containers get a limit that their labels do not ask for.
+    /// Whether containers get a default limit.
     wants_limits: bool,
 }
 
-/// Prints how things stand.
+/// Prints the present state.
 pub fn run(config: &Config, format: Format) -> Result<()> {
     let visit = visit(config, Purpose::Look)?;
     let is_running = visit.lock.is_none();
@@ -84,7 +84,7 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
 }
 
 impl Status {
-    /// What is wrong first; all of it fits a screen.
+    /// The report, with problems first. All of it fits a screen.
     fn sentences(&self) -> String {
         let mut text = String::new();
         let wrong = self.wrong();
@@ -136,7 +136,7 @@ impl Status {
         text
     }
 
-    /// What keeps containers from being made or started, or soon will.
+    /// The reasons why containers cannot be created or started, or soon cannot.
     fn wrong(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         if !self.is_running {
@@ -169,7 +169,9 @@ impl Status {
         }
         let keeps_limits = self.figures.quotas == Some(Support::Limits);
         if self.wants_limits && !keeps_limits {
-            wrong.push("new containers are refused, as their limits cannot be kept".to_owned());
+            wrong.push(
+                "new containers are refused, because their limits cannot be enforced".to_owned(),
+            );
         }
         wrong
     }
@@ -180,15 +182,15 @@ impl Status {
             projects => format!("{projects} project ids given out"),
         };
         match (self.figures.quotas, &self.no_quotas) {
-            (Some(Support::Limits), _) => format!("limits are kept, {given}"),
+            (Some(Support::Limits), _) => format!("limits are enforced, {given}"),
             (Some(Support::Counts), _) => {
-                format!("usage is counted, but limits are not kept, {given}")
+                format!("usage is counted, but limits are not enforced, {given}")
             }
             (None, why) => format!("none: {}", why.as_deref().unwrap_or_default()),
         }
     }
 
-    /// What moved layers still take of the writable volume, and why.
+    /// How much leftover directories take of the writable volume, and why.
     fn held(&self) -> String {
         let held = bytes(self.figures.held_bytes);
         let what = format!("{held} in old directories of layers that have moved");
@@ -196,7 +198,9 @@ impl Status {
         points.sort();
         points.dedup();
         let Some(first) = points.first() else {
-            return format!("{what}; nothing has them mounted, they go within a minute");
+            return format!(
+                "{what}; nothing has them mounted, and they are deleted within a minute"
+            );
         };
         let more = match points.len() - 1 {
             0 => String::new(),
@@ -256,7 +260,7 @@ impl Status {
     }
 }
 
-/// The first column.
+/// The first column of a line.
 fn head(name: &str) -> String {
     format!("{name:<10} ")
 }
@@ -267,7 +271,8 @@ fn rows(text: &str) -> usize {
     lines.map(|length| length.div_ceil(COLUMNS).max(1)).sum()
 }
 
-/// What a container has written, with the last part of its key, which `mount` takes.
+/// How much a container has written, with the last part of its key, which `mount`
+/// accepts.
 fn written_line(written: &Written) -> String {
     let (namespace, name) = split_key(&written.key);
     let is_plain = |c: char| c.is_ascii_graphic();
@@ -285,13 +290,13 @@ fn written_line(written: &Written) -> String {
 
 fn room(figures: &VolumeFigures) -> String {
     match figures.size_bytes {
-        // It cannot be asked.
+        // The size is unknown, because the volume cannot be asked.
         0 => String::new(),
         size => format!(", {}, {} free", bytes(size), bytes(figures.free_bytes)),
     }
 }
 
-/// What a container may take, if that is limited.
+/// How much a container may take, if that is limited.
 fn limits(limits: &Limits) -> String {
     let mut parts = Vec::new();
     parts.extend(limits.max_bytes.map(bytes));

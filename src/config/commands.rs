@@ -15,26 +15,27 @@ pub enum Format {
 /// Whether `check` repairs what it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mending {
-    /// It does not.
+    /// It repairs nothing.
     Never,
-    /// It does if the user agrees.
+    /// It repairs if the user agrees.
     AfterAsking,
-    /// It does, without asking.
+    /// It repairs without asking.
     AtOnce,
 }
 
-/// Whether `check` compares layers with what they are unpacked from.
+/// How `check` looks at layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
     /// It counts files and their lengths.
     Counts,
-    /// It compares everything in a layer.
+    /// It compares everything in a layer with the content that the layer was
+    /// unpacked from.
     Content,
-    /// It does that, and puts right what differs.
+    /// It compares, and replaces layers that differ.
     Heal,
 }
 
-/// How to check.
+/// The options of the command `check`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckOptions {
     /// From `--json`.
@@ -49,7 +50,7 @@ pub struct CheckOptions {
     pub resets_writable: bool,
 }
 
-/// How to look at a machine.
+/// The options of the command `doctor`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct DoctorOptions {
     /// From `--json`.
@@ -58,54 +59,55 @@ pub struct DoctorOptions {
     pub containerd_config: Option<String>,
 }
 
-/// What to mount.
+/// The options of the command `mount`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MountOptions {
     /// The snapshot, by its key or the last part of it.
     pub key: String,
-    /// Where: a directory.
+    /// The directory to mount on.
     pub target: String,
     /// From `--read-only`. Layers and views are read-only without it.
     pub is_read_only: bool,
 }
 
-/// What `import` is to do.
+/// What `import` should do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImportTask {
     /// Take over the snapshots of the Go original.
     Import,
     /// Report what an import would do.
     Look,
-    /// Put things back as they were before the import.
+    /// Undo the import.
     Undo,
 }
 
-/// How to import.
+/// The options of the command `import`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImportOptions {
     /// From `--json`.
     pub format: Format,
     /// From `--dry-run` and `--undo`.
     pub task: ImportTask,
-    /// From `--leave-out-missing`. Without it an import is refused if a snapshot's
-    /// directory is on neither volume: a disk that is not mounted looks like that.
+    /// From `--leave-out-missing`. Without it, an import is refused if a
+    /// snapshot's directory is on neither volume, because the reason may be a disk
+    /// that is not mounted.
     pub leaves_out_missing: bool,
 }
 
-/// What the program is asked to do.
+/// What the program should do.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
     /// Serve containerd.
     Serve,
-    /// Look whether database and disks agree.
+    /// Check whether the database and the disks agree.
     Check(CheckOptions),
-    /// Report how things stand.
+    /// Report the present state.
     Status(Format),
-    /// Look whether this machine and its containerd will do.
+    /// Check whether this machine and its containerd are suitable.
     Doctor(DoctorOptions),
     /// Mount a snapshot for a person.
     Mount(MountOptions),
-    /// Unmount what was mounted by [`Command::Mount`] on this directory.
+    /// Unmount what [`Command::Mount`] has mounted on this directory.
     Unmount(String),
     /// Take over the snapshots of the Go original.
     Import(ImportOptions),
@@ -115,12 +117,12 @@ pub enum Command {
 const COMMANDS: &str =
     "\"status\", \"check\", \"doctor\", \"import\", \"mount KEY DIR\" and \"umount DIR\"";
 
-/// Reads the command's words, with the flags that belong to them.
+/// Reads the command's words, and the flags that belong to the command.
 ///
 /// # Errors
 ///
-/// [`crate::error::ErrorKind::InvalidArgument`] for a word that is no command, too
-/// few or too many of them, and a flag of another command.
+/// [`crate::error::ErrorKind::InvalidArgument`] for an unknown command, for too
+/// few or too many words, and for a flag of another command.
 pub(super) fn parse(flags: &Flags, named: &[&Flag]) -> Result<Command> {
     let words: Vec<&str> = flags.command.iter().map(String::as_str).collect();
     let command = words.first().copied();
@@ -184,7 +186,7 @@ fn format(flags: &Flags) -> Format {
     }
 }
 
-/// Where containerd listens if its configuration says nothing else.
+/// The address of containerd if its configuration does not set another.
 const CONTAINERD_ADDRESS: &str = "/run/containerd/containerd.sock";
 
 fn depth(flags: &Flags, mends: bool) -> Result<Depth> {

@@ -1,5 +1,6 @@
-//! The shells' completions, made from the table of flags. The files that are installed are
-//! in `packaging/completions/`; with `UPDATE_COMPLETIONS` set, the test writes them.
+//! The completions for shells, generated from the table of flags. The files that are
+//! installed are in `packaging/completions/`; the test writes them if
+//! `UPDATE_COMPLETIONS` is set.
 
 use super::flags::{FLAGS, Flag, Takes};
 
@@ -13,7 +14,7 @@ fn names(is_one: impl Fn(&Flag) -> bool) -> Vec<&'static str> {
     flags.map(|flag| flag.name).collect()
 }
 
-/// The flags that go with a command, or with none.
+/// The flags of a command, or of the daemon.
 fn flags_of(command: Option<&str>) -> String {
     let goes_with = |flag: &Flag| match command {
         None => flag.commands.is_empty(),
@@ -176,7 +177,7 @@ fn completions_are_those_of_the_table() {
     }
 }
 
-/// What bash offers for the last of these words.
+/// The completions that bash offers for the last of these words.
 fn offered(words: &str) -> Vec<String> {
     let script = format!(
         "{}\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _rwsplit\n\

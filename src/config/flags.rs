@@ -1,5 +1,6 @@
-//! The flags: one listing, from which come the struct that argh fills, and the table for
-//! the shells' completions and for the tests that hold the manual page to it.
+//! The flags, in one list. The struct that argh fills is generated from it, and so is
+//! the table for the shells' completions and for the tests that compare the manual page
+//! with it.
 
 use std::ffi::OsString;
 use std::time::Duration;
@@ -9,12 +10,13 @@ use argh::FromArgs;
 use super::wrong;
 use crate::error::{Error, Result};
 
-/// What follows a flag.
+/// The value that follows a flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Takes {
-    /// Nothing: to give it is enough.
+    /// No value.
     Nothing,
-    /// "true" or "false", or nothing, which means "true". The Go original had such flags.
+    /// "true" or "false", or no value, which means "true". The Go original had such
+    /// flags.
     Truth,
     /// One of these words.
     OneOf(&'static [&'static str]),
@@ -24,7 +26,7 @@ pub(super) enum Takes {
     Path,
     /// A word of another kind.
     Word,
-    /// The same; such a flag may be given several times.
+    /// Any other word; such a flag may be given several times.
     Words,
     /// A directory; such a flag may be given several times.
     Directories,
@@ -34,29 +36,29 @@ pub(super) enum Takes {
 pub(super) struct Flag {
     pub name: &'static str,
     pub takes: Takes,
-    /// The commands that it goes with. Empty for the daemon's own flags, which say where
-    /// the volumes are: every command takes those.
+    /// The commands that accept the flag. Empty for the daemon's own flags: they set
+    /// where the volumes are, so every command accepts them.
     pub commands: &'static [&'static str],
 }
 
-/// Makes the struct that argh fills and the table of flags from one listing.
+/// Generates the struct that argh fills and the table of flags from one list.
 macro_rules! flags {
     ($(
         $name:tt $kind:ident $field:ident: $type:ident $(<$of:ident>)? =
             $takes:expr, $goes_with:expr;
     )*) => {
-        /// What was given.
+        /// The values that were given.
         #[derive(FromArgs)]
         #[argh(help_triggers("--help"))]
         pub(super) struct Flags {
-            // A command with its words, or nothing. (argh reads doc comments, and refuses
-            // one that begins with a capital letter.)
+            // The words of a command. (argh reads doc comments, and refuses one that
+            // begins with a capital letter.)
             #[argh(positional)]
             pub command: Vec<String>,
             $(#[argh($kind, long = $name)] pub $field: $type $(<$of>)?,)*
         }
 
-        /// All flags, but for `--help` and `--version`.
+        /// All flags except `--help` and `--version`.
         pub(super) const FLAGS: &[Flag] = &[
             $(Flag { name: concat!("--", $name), takes: $takes, commands: $goes_with },)*
         ];
@@ -65,7 +67,7 @@ macro_rules! flags {
 
 /// The commands that print a report, which can be JSON.
 pub(super) const REPORTING: &[&str] = &["status", "check", "doctor", "import"];
-/// No command: a flag of the daemon.
+/// A flag of the daemon, which belongs to no command.
 const DAEMON: &[&str] = &[];
 
 flags! {
@@ -107,26 +109,26 @@ flags! {
     "read-only" switch read_only: bool = Takes::Nothing, &["mount"];
 }
 
-/// The arguments, taken apart.
+/// The arguments after splitting.
 pub(super) enum Arguments {
     Given {
         flags: Box<Flags>,
-        /// The flags that are among them, by name.
+        /// The given flags, by name.
         named: Vec<&'static Flag>,
     },
-    /// `--help` is among them.
+    /// The arguments contain `--help`.
     Help,
-    /// `--version` is among them.
+    /// The arguments contain `--version`.
     Version,
 }
 
 impl Arguments {
-    /// Takes arguments apart. `--flag value` and `--flag=value` mean the same.
+    /// Splits arguments. `--flag value` and `--flag=value` mean the same.
     ///
     /// # Errors
     ///
-    /// [`InvalidArgument`](crate::error::ErrorKind::InvalidArgument) for a flag that there
-    /// is not, that is given twice, or whose value is missing or not one of its words.
+    /// [`InvalidArgument`](crate::error::ErrorKind::InvalidArgument) for an unknown flag,
+    /// a flag that is given twice, and a missing or wrong value.
     pub fn parse(arguments: Vec<OsString>) -> Result<Arguments> {
         let (mut plain, mut named) = (Vec::new(), Vec::<&Flag>::new());
         let mut has_command = false;
@@ -176,8 +178,8 @@ impl Arguments {
 }
 
 impl Flag {
-    /// The value that argh is to read after this flag, where `joined` follows it after an
-    /// equals sign. `next` takes the next argument if it can be the value.
+    /// The value of this flag for argh. `joined` is the value after an equals sign, if
+    /// there is one; `next` takes the next argument if it can be the value.
     fn value(
         &self,
         joined: Option<String>,
@@ -229,7 +231,7 @@ fn text(argument: OsString) -> Result<String> {
         .map_err(|argument| Error::invalid(format!("the argument {argument:?} is not UTF-8")))
 }
 
-/// `"a", "b" or "c"`.
+/// Formats words as `"a", "b" or "c"`.
 fn one_of(words: &[&str]) -> String {
     let quoted: Vec<_> = words.iter().map(|word| format!("{word:?}")).collect();
     match quoted.split_last() {
@@ -242,7 +244,7 @@ fn one_of(words: &[&str]) -> String {
 mod tests {
     use super::*;
 
-    /// What argh does with a field agrees with what the table says of its flag.
+    /// argh treats each field as the table says of its flag.
     #[test]
     fn argh_reads_every_flag_of_the_table() {
         for flag in FLAGS {
@@ -271,7 +273,8 @@ mod tests {
         }
     }
 
-    /// A word that is none of the first is a snapshot's key or a directory, whatever it is.
+    /// Every word after the command is a snapshot's key or a directory, whatever it looks
+    /// like.
     #[test]
     fn words_of_a_command_stay_whole() {
         let words = ["mount", "help", "a=b"];

@@ -1,12 +1,12 @@
-//! Which host directories containers may be shown.
+//! Checking which host directories containers may be shown.
 
 use super::paths::check_path;
 use crate::error::{Context, Error, Result};
 use crate::host_dirs::{ImageRule, strip_prefix};
 
-/// With these, an upper directory holds parts of what overlayfs found beneath
-/// it once; the host's directories change, and are not the same at each mount
-/// (overlayfs.rst, "Changes to underlying filesystems").
+/// Options with which an upper directory refers to what overlayfs has found
+/// beneath it before. Host directories change, and may be others at the next
+/// mount (overlayfs.rst, "Changes to underlying filesystems").
 const TIED: &[&str] = &[
     "index=on",
     "nfs_export=on",
@@ -14,8 +14,8 @@ const TIED: &[&str] = &[
     "redirect_dir=on",
 ];
 
-/// Checks `--allow-lower` and `--lower-for`, as far as possible without a
-/// look at the disks: links are followed when a directory is used.
+/// Checks `--allow-lower` and `--lower-for` as far as possible without looking
+/// at the disks: links are followed only when a directory is used.
 pub(super) fn check(
     allowed: &[String],
     rules: &[String],

@@ -1,9 +1,9 @@
 //! From the command line to one checked configuration.
 //!
 //! Owns: flags, defaults, and every check that needs no disk. Never: touches a
-//! disk, except to ask for the working directory of a relative path. Paths
-//! that leave here are absolute, UTF-8 and free of every character that means
-//! something in a mount option.
+//! disk, except to ask for the working directory if a path is relative. All
+//! resulting paths are absolute, UTF-8 and free of characters with a meaning in
+//! mount options.
 
 mod commands;
 #[cfg(test)]
@@ -32,11 +32,12 @@ pub use commands::{
 use flags::{Arguments, FLAGS, Flags, seconds};
 use paths::{check_all_apart, check_mount_options, check_path};
 
-/// The original's root, so that a drop-in replacement finds its place.
+/// The original's root, so that this program can replace it without
+/// configuration.
 pub const DEFAULT_ROOT: &str =
     "/var/lib/containerd/tech.imvictor.containerd.overlay-read-write-splitting-snapshotter";
 
-/// What `--help` prints.
+/// The text of `--help`.
 const HELP: &str = include_str!("help.txt");
 
 /// A checked configuration.
@@ -46,18 +47,18 @@ pub struct Config {
     pub root: MountPath,
     /// `<writable>`.
     pub writable: MountPath,
-    /// Where `metadata.db` is.
+    /// The directory of `metadata.db`.
     pub state_dir: String,
-    /// The socket.
+    /// The path of the socket.
     pub address: String,
     /// From `--require-mount`: the directories of both volumes have to be mount points,
-    /// so that a disk that is not mounted is noticed before anything else.
+    /// so that a missing disk is noticed before anything is written.
     pub requires_mounts: bool,
     /// From `--writable-volatile`.
     pub writable_lifetime: Lifetime,
-    /// How snapshots are kept, before `Options::for_this_kernel`.
+    /// The snapshotter's options, before `Options::for_this_kernel`.
     pub options: Options,
-    /// How many workers.
+    /// The number of workers.
     pub threads: usize,
     /// From `--metrics-file`.
     pub metrics_file: Option<String>,
@@ -66,7 +67,7 @@ pub struct Config {
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// Run a command.
+    /// Run the daemon or a command.
     Run(Box<Config>, Command),
     /// Print this text.
     Print(String),
@@ -76,7 +77,7 @@ pub enum Parsed {
 ///
 /// # Errors
 ///
-/// [`InvalidArgument`](crate::error::ErrorKind::InvalidArgument) naming the flag, the
+/// [`InvalidArgument`](crate::error::ErrorKind::InvalidArgument) with the flag, its
 /// value and what would be right.
 pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
     let (flags, named) = match Arguments::parse(arguments)? {
@@ -89,15 +90,15 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
     };
     let command = commands::parse(&flags, &named)?;
     let config = check(&flags)?;
-    // Commands need no socket.
+    // Only the daemon needs a socket.
     if command == Command::Serve {
         require_short_address(&config.address)?;
     }
     Ok(Parsed::Run(Box::new(config), command))
 }
 
-/// Whether a flag of the daemon is among the arguments, which then say all that a command
-/// has to know of the daemon.
+/// Whether the arguments contain a flag of the daemon. If so, they contain everything
+/// that a command needs to know about the daemon.
 pub fn have_daemon_flags(arguments: &[OsString]) -> bool {
     let names: Vec<_> = arguments
         .iter()
@@ -110,10 +111,10 @@ pub fn have_daemon_flags(arguments: &[OsString]) -> bool {
     })
 }
 
-/// sockaddr_un's `sun_path` has 108 bytes with the final NUL (unix(7)).
+/// `sun_path` of sockaddr_un has 108 bytes, including the final NUL (unix(7)).
 const MAX_ADDRESS_BYTES: usize = 107;
 
-/// Refuses a path that no socket can have.
+/// Returns an error for a path that is too long for a socket.
 pub fn require_short_address(address: &str) -> Result<()> {
     if address.len() <= MAX_ADDRESS_BYTES {
         return Ok(());
@@ -150,7 +151,8 @@ fn check(flags: &Flags) -> Result<Config> {
         Some("never") => Relocation::Never,
         _ => Relocation::Background {
             after: seconds("--relocate-after", flags.relocate_after.as_deref(), 60)?,
-            // Their containers are there after a reboot, which empties a volatile volume.
+            // If the volume is volatile, a reboot empties it, but the containers of a
+            // small layer are still there.
             keeps_small: !flags.writable_volatile,
         },
     };
@@ -182,7 +184,7 @@ fn check(flags: &Flags) -> Result<Config> {
         },
         lower_rules,
         pod_labels: match flags.trust_labels_from {
-            // The table has only the namespace of pods.
+            // The table permits only the namespace of pods.
             Some(_) => PodLabels::Trusted,
             None => PodLabels::Ignored,
         },
@@ -203,15 +205,16 @@ fn check(flags: &Flags) -> Result<Config> {
     })
 }
 
-/// More than there are processors: most of them wait for a disk, and those that wait
-/// at the same time become durable together.
+/// The default number of workers, which is higher than the number of processors:
+/// most workers wait for a disk, and the changes of those that wait at the same time
+/// become durable together.
 fn default_threads() -> usize {
     thread::available_parallelism()
         .map_or(8, NonZeroUsize::get)
         .clamp(8, 16)
 }
 
-/// The error for a flag's value that is not one of those it can have.
+/// The error for a wrong value of a flag.
 fn wrong(flag: &str, value: &str, right: impl Display) -> Error {
     Error::invalid(format!("{flag} is {value:?}, it has to be {right}"))
 }

@@ -1,5 +1,6 @@
-//! Paths and mount options from the command line: absolute, apart from each
-//! other, and free of what would mean something in a mount option.
+//! Paths and mount options from the command line. Paths have to be absolute,
+//! apart from each other, and free of characters with a meaning in mount
+//! options.
 
 use crate::error::{Error, Result};
 use crate::snapshotter::Relocation;
@@ -7,24 +8,26 @@ use crate::store::is_database_file;
 use crate::types::MountPath;
 use crate::volume::{ROOT_NAMES, WRITABLE_NAMES};
 
-/// Names in `<root>` that are ours, beside the files of the database and the volume's.
+/// Names in `<root>` that this program uses, in addition to those of the database's
+/// files and the volume.
 const OTHER_ROOT_NAMES: [&str; 4] = ["state", "state.new", "lock", "grpc.socks"];
 
-/// Makes a path absolute and refuses what could not be written into a mount option.
+/// Makes a path absolute, and refuses one that cannot be part of a mount option.
 pub(super) fn check_path(flag: &str, path: &str) -> Result<MountPath> {
     let refuse = |why: &str| Error::invalid(format!("{flag} is {path:?}: {why}"));
     if path.is_empty() {
         return Err(refuse("a path is needed"));
     }
     let absolute = std::path::absolute(path)
-        .map_err(|_| refuse("the working directory cannot be told, give an absolute path"))?;
+        .map_err(|_| refuse("the working directory cannot be found out, give an absolute path"))?;
     let text = absolute
         .to_str()
         .ok_or_else(|| refuse("the working directory is not UTF-8, give an absolute path"))?;
     MountPath::parse(text).map_err(refuse)
 }
 
-/// Refuses paths of which one lies where the other keeps files of its own.
+/// Refuses two paths if one of them is where this program keeps files of the
+/// other.
 pub(super) fn check_all_apart(
     root: &str,
     writable: &str,
@@ -52,8 +55,8 @@ pub(super) fn check_all_apart(
     Ok(())
 }
 
-/// Whether a name in a directory is one of ours; other directories may be in that one,
-/// but not below such a name.
+/// Whether this program uses a name in a directory. Other directories may be in the
+/// same directory, but not below such a name.
 type IsOurs = fn(&str) -> bool;
 
 fn is_root_name(name: &str) -> bool {
@@ -64,7 +67,8 @@ fn is_writable_name(name: &str) -> bool {
     WRITABLE_NAMES.contains(&name)
 }
 
-/// Refuses `other` where it is `base` itself or below it in a name of ours.
+/// Refuses `other` if it is `base` itself, or below `base` in a name that this
+/// program uses.
 fn check_apart(base: (&str, &str, IsOurs), other: (&str, &str)) -> Result<()> {
     let (base_flag, base, is_ours) = base;
     let Some(below) = other.1.strip_prefix(base) else {
@@ -83,7 +87,7 @@ fn check_apart(base: (&str, &str, IsOurs), other: (&str, &str)) -> Result<()> {
     )))
 }
 
-/// Options that each mount gets from its snapshot (overlayfs.rst).
+/// Options that the daemon sets for each mount (overlayfs.rst).
 const OWN_OPTIONS: &[&str] = &[
     "lowerdir",
     "lowerdir+",
@@ -97,8 +101,9 @@ const OWN_OPTIONS: &[&str] = &[
 pub(super) fn check_mount_options(options: &[String], relocation: Relocation) -> Result<()> {
     for option in options {
         check_mount_option(option)?;
-        // overlayfs then keeps a handle of the topmost layer in the upper
-        // directory, and refuses the upper once that layer has moved (ESTALE).
+        // With this option, overlayfs stores a handle of the topmost layer in
+        // the upper directory, and refuses the upper directory once that layer
+        // has moved (ESTALE).
         if relocation != Relocation::Never
             && matches!(option.as_str(), "index=on" | "nfs_export=on")
         {

@@ -9,7 +9,7 @@ use crate::text::size::{parse_bytes, parse_number};
 use crate::types::Limits;
 use crate::volume::Reserve;
 
-/// Reads the flags of quotas.
+/// Parses the flags of quotas.
 pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
     let mode = match given.quota.as_deref() {
         Some("require") => QuotaMode::Require,
@@ -65,8 +65,8 @@ fn parse_range(text: &str) -> Option<ProjectRange> {
     ProjectRange::new(number(first)?, number(last)?)
 }
 
-/// Reads `--reserve`: bytes, with or without a unit (K, M, G, T: powers of 1024; `iB` may
-/// follow), or a percentage from 0% to 99%.
+/// Parses `--reserve`: bytes, with or without a unit (K, M, G, T: powers of 1024; `iB`
+/// may follow), or a percentage from 0% to 99%.
 pub(super) fn parse_reserve(text: &str) -> Result<Reserve> {
     let parsed = match text.strip_suffix('%') {
         Some(number) => parse_number(number)

@@ -1,4 +1,4 @@
-//! What the command line may say.
+//! The command line.
 
 use std::time::Duration;
 
@@ -154,7 +154,7 @@ fn nonsense_is_refused_in_one_line() {
     let long = format!("/{}", "a".repeat(107));
     refused(&["--address", &long]);
     refused(&["--root-dir", &long]);
-    // What needs no socket does not mind.
+    // A command does not check the address, because it needs no socket.
     assert_eq!(
         checked(&["check", "--root-dir", &long]).format,
         Format::Human
@@ -275,7 +275,7 @@ fn the_version_is_printed() {
     }
 }
 
-/// The flags that are named in a text.
+/// The flags in a text.
 fn flags_in(text: &str) -> Vec<&str> {
     let words = text.split(|c: char| c != '-' && !c.is_ascii_alphanumeric());
     let is_flag = |word: &&str| word.len() > 2 && word.starts_with("--");
@@ -284,7 +284,7 @@ fn flags_in(text: &str) -> Vec<&str> {
     flags
 }
 
-/// All flags, and those that every program has.
+/// All flags, including those that every program has.
 fn all_flags() -> Vec<&'static str> {
     let mut flags: Vec<_> = FLAGS.iter().map(|flag| flag.name).collect();
     flags.extend(["--help", "--version"]);
@@ -324,7 +324,7 @@ fn every_flag_is_in_the_manual_once() {
     const MANUAL: &str =
         include_str!("../../packaging/overlay-read-write-splitting-snapshotter.8.md");
     let lines: Vec<_> = MANUAL.lines().collect();
-    // An entry is a line by itself.
+    // An entry is a line of its own.
     let is_entry = |lines: &&[&str]| matches!(lines, ["", line, ""] if line.starts_with("**--"));
     let entries = lines.windows(3).filter(is_entry).map(|lines| lines[1]);
     let mut flags: Vec<_> = entries.flat_map(flags_in).collect();

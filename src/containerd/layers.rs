@@ -1,10 +1,10 @@
-//! What the layers of containerd's images are called, and of which content they are
-//! unpacked.
+//! The names of the layers of containerd's images, and the content that each is unpacked
+//! from.
 //!
-//! A layer's name is its chain id: the digest of the digests of its own archive and of all
-//! below it (image-spec, config.md, "Layer ChainID"). A name that is computed from an
-//! image's configuration and is the name of a snapshot proves by that what the archive's
-//! digest has to be, whatever has happened to the configuration.
+//! A layer's name is its chain id: the digest of the digests of its own archive and of
+//! all archives below it (image-spec, config.md, "Layer ChainID"). If a name that is
+//! computed from an image's configuration is the name of a snapshot, this proves what the
+//! archive's digest has to be, even if the configuration was changed.
 
 use std::collections::HashMap;
 
@@ -15,20 +15,20 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::proto::descriptor::Descriptor;
 use crate::util::sha256;
 
-/// The longest JSON document that is read; containerd takes no longer ones either.
+/// The longest JSON document that is read, which is also containerd's limit.
 const MAX_JSON_BYTES: usize = 8 << 20;
-/// How deep an index may be in an index, and how many documents one image may have.
+/// How deep indexes may be nested, and how many documents one image may have.
 const MAX_DEPTH: u32 = 4;
 const MAX_DOCUMENTS: u32 = 1000;
 
-/// From which content a layer can be unpacked.
+/// The content that a layer can be unpacked from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSource {
-    /// containerd's namespace that has the content.
+    /// The namespace of containerd that has the content.
     pub namespace: String,
-    /// An image with this layer.
+    /// An image that contains this layer.
     pub image: String,
-    /// The content, mostly compressed.
+    /// The content, which is usually compressed.
     pub blob: Descriptor,
     /// The digest of the unpacked archive.
     pub diff_id: String,
@@ -39,13 +39,13 @@ pub struct LayerSource {
 /// The layers of all images, by namespace and chain id.
 pub struct Sources {
     by_name: HashMap<(String, String), LayerSource>,
-    /// What could not be read of images.
+    /// Errors about images that could not be read.
     pub problems: Vec<String>,
 }
 
 impl Sources {
-    /// Asks containerd for those layers of all its images, in all namespaces, of which
-    /// `is_wanted` says, by namespace and name, that there is a snapshot.
+    /// Asks containerd for the layers of all its images, in all namespaces. Only
+    /// layers for which `is_wanted` returns `true`, by namespace and name, are kept.
     pub fn find(
         containerd: &Containerd<'_>,
         is_wanted: &dyn Fn(&str, &str) -> bool,
@@ -75,13 +75,13 @@ impl Sources {
         Ok(sources)
     }
 
-    /// What a layer of that name in that namespace is unpacked from.
+    /// The source of the layer with this name in this namespace.
     pub fn of(&self, namespace: &str, name: &str) -> Option<&LayerSource> {
         self.by_name.get(&(namespace.to_owned(), name.to_owned()))
     }
 }
 
-/// Whether no other image has to be tried.
+/// Whether the error would be the same for every other image.
 fn is_final(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Cancelled | ErrorKind::Unavailable)
 }
@@ -96,8 +96,8 @@ struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Reads an index or a manifest. What is not there is left out: of an index, mostly
-    /// only this machine's platform is.
+    /// Reads an index or a manifest. Missing ones are left out, because containerd
+    /// usually has only those for this machine's platform.
     fn document(&mut self, digest: &str, depth: u32) -> Result<()> {
         self.documents += 1;
         if depth > MAX_DEPTH || self.documents > MAX_DOCUMENTS {

@@ -1,8 +1,8 @@
 //! A client of containerd: which layers its images have, and unpacking them again.
 //!
-//! Owns: the calls, and how long they are waited for. Never: writes anything into
-//! containerd; the directories that a layer is unpacked into are the caller's. Holds no
-//! state that a crash could leave behind.
+//! Owns: the calls, and their time limits. Never: writes anything into containerd; the
+//! caller provides the directories that a layer is unpacked into. It holds no state
+//! that a crash could leave behind.
 
 mod layers;
 
@@ -82,22 +82,23 @@ method!(
     ApplyResponse
 );
 
-/// The longest message that is taken; containerd's own clients have the same limit.
+/// The longest message that is accepted, as in containerd's own clients.
 const MAX_MESSAGE_BYTES: i32 = 16 << 20;
 
-/// How long a call may take that reads no layer. An unpack takes as long as it takes.
+/// The time limit of a call that reads no layer. An unpack has none.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to containerd.
 pub struct Containerd<'a> {
     client: Client,
     address: String,
-    /// Once it is set, every call ends with [`ErrorKind::Cancelled`].
+    /// Once set, every call ends with [`ErrorKind::Cancelled`].
     cancel: &'a AtomicBool,
 }
 
 impl<'a> Containerd<'a> {
-    /// Prepares a connection to the socket at `address`; the first call makes it.
+    /// Prepares a connection to the socket at `address`, which the first call
+    /// makes.
     pub fn new(address: &str, cancel: &'a AtomicBool) -> Containerd<'a> {
         let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
         let channel = ChannelBuilder::new(environment)
@@ -138,11 +139,12 @@ impl<'a> Containerd<'a> {
         }
     }
 
-    /// Content of at most `most` bytes; `None` if containerd has none of this digest.
+    /// The content with this digest, of at most `most` bytes; `None` if containerd
+    /// does not have it.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is longer.
+    /// [`ErrorKind::DataLoss`] if the content is longer.
     fn read(&self, namespace: &str, digest: &str, most: usize) -> Result<Option<Vec<u8>>> {
         let doing = || format!("read {}", Quoted(digest));
         let request = ReadContentRequest {
@@ -173,13 +175,13 @@ impl<'a> Containerd<'a> {
         }
     }
 
-    /// Has containerd unpack a layer onto a mount, and returns the digest of the unpacked
-    /// archive, as containerd has computed it on the way.
+    /// Makes containerd unpack a layer onto a mount. Returns the digest of the unpacked
+    /// archive, which containerd computes while unpacking.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Cancelled`] once the command is to end. containerd may write a little
-    /// longer then.
+    /// [`ErrorKind::Cancelled`] if the command was interrupted. In that case, containerd
+    /// may go on writing for a moment.
     pub fn unpack(&self, layer: &LayerSource, mount: &Mount) -> Result<String> {
         let mount = WireMount {
             type_: mount.fs_type.to_owned(),
@@ -214,7 +216,8 @@ impl<'a> Containerd<'a> {
         answer
     }
 
-    /// Waits for something, looking now and then whether the command is to end.
+    /// Waits for an answer, and checks now and then whether the command was
+    /// interrupted.
     fn wait<T>(
         &self,
         mut poll: impl FnMut(&mut Task<'_>) -> Poll<grpcio::Result<T>>,
@@ -258,7 +261,8 @@ impl<'a> Containerd<'a> {
     }
 }
 
-/// containerd reports a failed system call by the kernel's words alone.
+/// Finds out the kind of an error. containerd reports a failed system call only
+/// by the kernel's text.
 fn kind_of(message: &str) -> ErrorKind {
     let is_full = |words: &&str| message.contains(*words);
     match ["no space left on device", "disk quota exceeded"]
@@ -270,7 +274,8 @@ fn kind_of(message: &str) -> ErrorKind {
     }
 }
 
-/// The namespace goes as gRPC metadata, as with containerd's own clients.
+/// The options of a call. The namespace is gRPC metadata, as with containerd's
+/// own clients.
 fn options(namespace: &str, patience: Option<Duration>) -> grpcio::Result<CallOption> {
     let mut options = CallOption::default();
     if let Some(patience) = patience {

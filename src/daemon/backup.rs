@@ -1,6 +1,7 @@
-//! Copies of the database, made now and then beside the requests.
+//! Copies of the database, made in the background.
 //!
-//! Nothing is done by the clock alone: without changes the disks may sleep.
+//! Nothing is done only because time has passed: without changes, the disks can
+//! sleep.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,13 +10,13 @@ use crate::error::Result;
 use crate::snapshotter::Snapshotter;
 use crate::util::threads::Background;
 
-/// How long after a change the copy is made: most changes come in bursts, and a
-/// disk that was woken for one is still awake.
+/// How long after a change the copy is made. Most changes come in bursts, and a
+/// disk that a change has woken is then still awake.
 const SETTLING: Duration = Duration::from_secs(60);
-/// How often a copy is made at most.
+/// The shortest time between two copies.
 const INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Starts the thread that makes them.
+/// Starts the thread that makes the copies.
 pub fn start(snapshotter: &Arc<Snapshotter>) -> Result<Background> {
     let stop = |snapshotter: &Snapshotter| snapshotter.store().end_waiting();
     Background::start("keeper", snapshotter, stop, keep)

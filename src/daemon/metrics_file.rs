@@ -1,8 +1,9 @@
 //! Figures for Prometheus, in a file that the textfile collector of its node
 //! exporter reads.
 //!
-//! The kernel has the figures of the volumes in its memory. The file is replaced
-//! whole, so a reader sees the old one or the new one; it need not outlive a crash.
+//! The kernel has the figures of the volumes in its memory. The file is replaced as
+//! a whole, so that a reader sees the old one or the new one; it need not survive a
+//! crash.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -18,11 +19,11 @@ use crate::text::prometheus::{Kind, head, line};
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 
-/// Prometheus asks once a minute by default.
+/// By default, Prometheus collects once a minute.
 const INTERVAL: Duration = Duration::from_secs(15);
 
-/// Starts the thread that writes the file, if one is asked for. That it cannot be
-/// written is a line in the log: containers matter more.
+/// Starts the thread that writes the file, if the configuration names one. If the
+/// file cannot be written, this is only logged, because containers matter more.
 pub fn start(service: &Arc<Service>, path: Option<&str>) -> Result<Option<Background>> {
     let Some(path) = path else {
         return Ok(None);
@@ -33,11 +34,11 @@ pub fn start(service: &Arc<Service>, path: Option<&str>) -> Result<Option<Backgr
         let mut is_broken = false;
         loop {
             let written = write(&service, &path);
-            // Once for each time that it breaks.
+            // Logged once each time that writing begins to fail.
             if let Err(error) = &written
                 && !is_broken
             {
-                log::warn!("write the figures to {path} (--metrics-file): {error}");
+                log::warn!("cannot write the figures to {path} (--metrics-file): {error}");
             }
             is_broken = written.is_err();
             if !stop.pause(INTERVAL) {
@@ -55,8 +56,9 @@ fn write(service: &Service, path: &str) -> std::io::Result<()> {
         Ok(figures) => render(&figures, &mut text),
         Err(error) => log::warn!("{}", error.chain()),
     }
-    // The collector reads names that end in .prom. Its directory may be open to
-    // others: what has the name is neither followed nor written to.
+    // The collector reads names that end in .prom, so the temporary name ends
+    // otherwise. Other users may be able to write to the directory: an existing
+    // file with this name is neither followed nor written to.
     let new = format!("{path}.new");
     match std::fs::remove_file(&new) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
@@ -108,7 +110,7 @@ fn render(figures: &Figures, out: &mut String) {
         }
     }
     let name = "snapshotter_usages_total";
-    let help = "Usages of active snapshots told, by where the figure came from.";
+    let help = "Answered usages of active snapshots, by the source of the figure.";
     head(out, Kind::Counter, name, help);
     let usages = &figures.usages;
     for (by, count) in [
@@ -122,13 +124,13 @@ fn render(figures: &Figures, out: &mut String) {
     render_single(figures, out);
 }
 
-/// The figures that have no labels.
+/// Writes the figures without labels.
 fn render_single(figures: &Figures, out: &mut String) {
     for (kind, name, help, value) in [
         (
             Kind::Gauge,
             "snapshotter_quota_enforced",
-            "Whether project quotas keep limits on the writable volume.",
+            "Whether project quotas enforce limits on the writable volume.",
             (figures.quotas == Some(Support::Limits)).into(),
         ),
         (
@@ -140,7 +142,7 @@ fn render_single(figures: &Figures, out: &mut String) {
         (
             Kind::Gauge,
             "snapshotter_away_bytes",
-            "Bytes of layers that are not home on the image volume yet.",
+            "Bytes of layers that have not moved to the image volume yet.",
             figures.away_bytes,
         ),
         (
@@ -152,7 +154,7 @@ fn render_single(figures: &Figures, out: &mut String) {
         (
             Kind::Gauge,
             "snapshotter_lost_layers",
-            "Layers that the last start has missed.",
+            "Layers that were missing at the last start.",
             figures.lost_layers,
         ),
         (
@@ -164,13 +166,13 @@ fn render_single(figures: &Figures, out: &mut String) {
         (
             Kind::Counter,
             "snapshotter_relocations_total",
-            "Layers moved home since the start.",
+            "Layers moved to the image volume since the start.",
             figures.relocations,
         ),
         (
             Kind::Counter,
             "snapshotter_relocated_bytes_total",
-            "Bytes copied for that.",
+            "Bytes copied by these moves.",
             figures.relocated_bytes,
         ),
         (

@@ -21,31 +21,32 @@ use crate::text::uri::encode_path;
 /// A serving gRPC server.
 pub struct Server {
     server: grpcio::Server,
-    /// Its poll thread ends with it.
+    /// The server's poll thread ends when this is dropped.
     _environment: Arc<Environment>,
     address: String,
-    /// Device and inode of the socket, to remove none but our own.
+    /// Device and inode of the socket, so that no other program's socket is
+    /// removed.
     socket: (u64, u64),
 }
 
-/// How many requests gRPC keeps ready to be received at once; others wait in
-/// their connection.
+/// How many requests gRPC receives at once. Further ones wait in their
+/// connections.
 const REQUEST_SLOTS: usize = 128;
 
 impl Server {
     /// Binds the socket (mode 0600) and serves. The caller holds the root's
-    /// lock, so a socket there that nobody answers on is a dead daemon's.
+    /// lock, so a socket on which no program answers was left by a dead daemon.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the address is taken or cannot be
-    /// bound.
+    /// [`ErrorKind::FailedPrecondition`] if another program uses the address,
+    /// or it cannot be bound.
     pub fn start(address: &str, service: Service) -> Result<Server> {
         clear_address(address)?;
         let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("grpc").build());
         let arguments = ChannelBuilder::new(Arc::clone(&environment))
-            // It measures the delay of a network by a ping for each request, which
-            // on a local socket costs more than many an answer.
+            // This probe measures the delay of a network by a ping for each
+            // request. On a local socket, that costs more than many requests.
             .http2_bdp_probe(false)
             .build_args();
         let mut server = ServerBuilder::new(Arc::clone(&environment))
@@ -55,7 +56,8 @@ impl Server {
             .build()
             .map_err(|error| Error::caused(ErrorKind::Internal, "make a gRPC server", error))?;
 
-        // Only root may talk to a snapshotter: no moment with a wider mode.
+        // Only root may use a snapshotter, so the socket never has a wider
+        // mode, not even for a moment.
         let usual = umask(Mode::from_raw_mode(0o177));
         let uri = format!("unix:{}", encode_path(address.as_bytes()));
         let bound = server.add_listening_port(uri, ServerCredentials::insecure());
@@ -79,23 +81,24 @@ impl Server {
     /// `deadline`, and removes the socket.
     pub fn stop(&mut self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
-        // A moment at least: answers that are ready still have to be written.
+        // There has to be some time, because answers that are ready still have
+        // to be written.
         let left = left.max(Duration::from_millis(200));
         let shutdown = self.server.shutdown();
         if wait(shutdown, left).is_none() {
             log::warn!("clients are still receiving answers: they are cut off");
             self.server.cancel_all_calls();
         }
-        // gRPC removes it too, but does not say when.
+        // gRPC also removes it, but at an unknown time.
         let is_ours = fs::symlink_metadata(&self.address)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.socket);
         if is_ours && let Err(error) = fs::remove_file(&self.address) {
-            log::debug!("remove the socket {}: {error}", self.address);
+            log::debug!("cannot remove the socket {}: {error}", self.address);
         }
     }
 }
 
-/// Makes room for the socket: removes one that nobody listens on.
+/// Makes room for the socket: removes a socket on which no program listens.
 fn clear_address(address: &str) -> Result<()> {
     let refuse = |why| Err(Error::refused(format!("cannot listen on {address}: {why}")));
     if let Some(parent) = Path::new(address).parent() {
@@ -106,10 +109,10 @@ fn clear_address(address: &str) -> Result<()> {
         found => found.context(|| format!("look at {address}"))?,
     };
     if !found.file_type().is_socket() {
-        return refuse("something that is no socket has that name, move it away");
+        return refuse("a file that is not a socket has that name, move it away");
     }
     if UnixStream::connect(address).is_ok() {
-        return refuse("another program serves there, stop it or give another --address");
+        return refuse("another program serves there, stop that program or give another --address");
     }
     fs::remove_file(address).context(|| format!("remove the stale socket {address}"))
 }

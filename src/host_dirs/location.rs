@@ -1,5 +1,6 @@
-//! Keeping extra directories apart from what the snapshotter itself keeps, and
-//! from each other, by what they are and not by how they are called.
+//! Keeping host directories apart from what the snapshotter itself keeps, and
+//! from each other. They are compared by inode and device, because one
+//! directory can have several paths.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -16,15 +17,16 @@ use crate::mount::mountinfo::{Mounted, mount_of};
 /// A device and an inode.
 type Inode = (u64, u64);
 
-/// Where a directory is, however it may be reached.
+/// Where a directory is, independent of the path that leads to it.
 pub(super) struct Position {
-    /// Itself and each directory above it.
+    /// The directory itself and each directory above it.
     way_up: Vec<Inode>,
     place: Place,
 }
 
-/// A file system's device as the kernel writes it, and a path on it: a bind
-/// mount shows a directory beneath others than it is in.
+/// A file system's device as the kernel writes it, and a path on that file
+/// system. A bind mount can show a directory below other directories than those
+/// it is stored in, which only this pair reveals.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     device: String,
@@ -32,7 +34,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Whether it is that place, or in it.
+    /// Whether this place is `outer` or below it.
     pub fn is_within(&self, outer: &Place) -> bool {
         self.device == outer.device && self.path.starts_with(&outer.path)
     }
@@ -47,7 +49,8 @@ impl Position {
         })
     }
 
-    /// Where it is, or where a directory will be that is created beneath it.
+    /// Where the directory is, or where the `missing` names beneath it will be
+    /// once they are created.
     pub fn place(&self, missing: &[Vec<u8>]) -> Place {
         let mut place = self.place.clone();
         place
@@ -56,12 +59,12 @@ impl Position {
         place
     }
 
-    /// Whether it is that directory, or somewhere in it.
+    /// Whether this directory is `outer` or below it.
     pub fn is_within(&self, outer: &Position) -> bool {
         self.way_up.contains(&outer.way_up[0]) || self.place.is_within(&outer.place)
     }
 
-    /// Whether one is the other or within it.
+    /// Whether one directory is the other or contains it.
     pub fn overlaps(&self, other: &Position) -> bool {
         self.is_within(other) || other.is_within(self)
     }
@@ -73,8 +76,9 @@ fn inode(fd: impl AsFd) -> Result<Inode> {
     Ok((stat.st_dev as u64, stat.st_ino as u64))
 }
 
-/// As many steps as the path has names: `..` of the top is the top itself, but
-/// so may be `..` of a directory that is mounted in itself.
+/// Counts steps by the names in the path, because `..` of the top directory is
+/// the top itself, but `..` of a directory that is mounted in itself may be,
+/// too.
 fn way_up(fd: impl AsFd, path: &[u8]) -> Result<Vec<Inode>> {
     let mut way = vec![inode(&fd)?];
     let mut at: Option<OwnedFd> = None;

@@ -1,12 +1,13 @@
 //! Host directories that are shown beneath what a container writes.
 //!
-//! Owns: how they are asked for, which are allowed, finding them so that no
-//! link and no rename leads elsewhere, creating those that are missing. Never:
-//! snapshots, mounts, names on the volumes.
-//! What is found is right at that moment. It is told as a path, which somebody
-//! else resolves again, so whoever may rename beneath an allowed directory can
-//! still exchange it afterwards: each request looks anew.
-//! After a crash an empty directory may be left where one was asked for.
+//! Owns: how host directories are requested, which are allowed, finding them so
+//! that no link and no rename leads elsewhere, creating those that are missing.
+//! Never: snapshots, mounts, names on the volumes.
+//!
+//! A directory is found as a descriptor, but handed on as a path, which the
+//! mounting program resolves again. A user who may rename below an allowed
+//! directory can exchange it in between, so each request checks again. After a
+//! crash, an empty directory may be left where a container has asked for one.
 
 mod location;
 mod parse;
@@ -27,30 +28,33 @@ use location::{Place, Position, open_kept};
 pub use parse::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
 use walk::{MAX_DEPTH, Reached, Start, path_of, too_deep};
 
-/// Which directories may be used.
+/// The host directories that containers may use, and those that they may not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// These and all beneath, absolute and normalised. None: the whole is off.
+    /// These directories and everything below them are allowed; the paths are
+    /// absolute and normalised. If the list is empty, host directories are off.
     pub allowed: Vec<String>,
-    /// The snapshotter's own: neither these, nor what is in them or holds them.
+    /// The snapshotter's own directories. A host directory may not be one of
+    /// them, be in one of them, or contain one.
     pub kept_apart: Vec<String>,
 }
 
-/// Directories found, and those among them that were missing, created. Dropped
-/// without [`HostDirs::keep`], what was created is removed again.
+/// Host directories that were found, or created because they were missing. If
+/// this value is dropped without [`HostDirs::keep`], the created ones are
+/// removed again.
 pub struct HostDirs {
     targets: Vec<PathBuf>,
     created: Vec<(OwnedFd, Vec<u8>)>,
 }
 
 impl HostDirs {
-    /// Absolute paths free of links, in the order asked for; one that was asked
-    /// for twice is there once.
+    /// Absolute paths free of links, in the order of the request, without
+    /// repetitions.
     pub fn targets(&self) -> &[PathBuf] {
         &self.targets
     }
 
-    /// They are used: what was created stays.
+    /// Keeps the created directories, because the request has succeeded.
     pub fn keep(mut self) {
         self.created.clear();
     }
@@ -60,10 +64,10 @@ impl Drop for HostDirs {
     fn drop(&mut self) {
         for (parent, name) in self.created.drain(..).rev() {
             match unlinkat(&parent, &*name, AtFlags::REMOVEDIR) {
-                // Somebody uses it by now.
+                // Another program uses the directory by now.
                 Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST | Errno::BUSY) => {}
                 Err(errno) => log::warn!(
-                    "remove the directory {:?}, made for a request that was refused: {errno}",
+                    "cannot remove the directory {:?}, made for a request that was refused: {errno}",
                     String::from_utf8_lossy(&name)
                 ),
             }
@@ -72,7 +76,7 @@ impl Drop for HostDirs {
 }
 
 impl Policy {
-    /// Looks whether these directories could be used; creates nothing.
+    /// Checks whether these directories could be used, and creates nothing.
     pub fn check(&self, paths: &[String]) -> Result<()> {
         if paths.is_empty() {
             return Ok(());
@@ -80,17 +84,16 @@ impl Policy {
         self.find(paths).map(drop)
     }
 
-    /// Finds these directories, normalised paths from [`parse_paths`], and
-    /// creates those that are missing (0755, with their parents).
+    /// Finds these directories, given as normalised paths from [`parse_paths`],
+    /// and creates the missing ones (0755, with their parents).
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`] for a path that is not beneath an allowed
-    /// directory, also after links have been followed, is no directory, or is or overlaps
-    /// another one or a directory of the snapshotter's own;
-    /// [`ErrorKind::FailedPrecondition`] if the allowed directory itself is not there;
-    /// [`ErrorKind::Unavailable`] if it has changed meanwhile. Nothing is left behind
-    /// then.
+    /// [`ErrorKind::InvalidArgument`] for a path that is not below an allowed directory
+    /// (also after links have been followed), is no directory, or is or overlaps another
+    /// host directory or one of the snapshotter's own; [`ErrorKind::FailedPrecondition`]
+    /// if the allowed directory itself is not there; [`ErrorKind::Unavailable`] if a
+    /// directory was moved or removed meanwhile. On failure, nothing is left behind.
     pub fn ensure(&self, paths: &[String]) -> Result<HostDirs> {
         let mut found = HostDirs {
             targets: Vec::new(),
@@ -108,7 +111,8 @@ impl Policy {
         for (path, (start, reached)) in paths.iter().zip(reached) {
             let using = || format!("use the host directory {}", Quoted(path));
             let directory = create_missing(reached, &mut found.created).context(using)?;
-            // Once more, as it may have been moved since the walk.
+            // Checked again, because the directory may have been moved since
+            // the walk.
             if !starts.holds(start, &directory)? || is_removed(&directory)? {
                 return Err(Error::new(
                     ErrorKind::Unavailable,
@@ -131,14 +135,14 @@ impl Policy {
     fn find(&self, paths: &[String]) -> Result<Found<'_>> {
         if self.allowed.is_empty() {
             return Err(Error::invalid(format!(
-                "host directories are asked for ({}), and none are allowed: start the daemon \
+                "the snapshot asks for host directories ({}), and none are allowed: start the daemon \
                      with --allow-lower",
                 Quoted(&paths.join(":"))
             )));
         }
         if paths.len() > MAX_PATHS {
             return Err(Error::invalid(format!(
-                "{} host directories are asked for, at most {MAX_PATHS} are possible",
+                "the snapshot asks for {} host directories, and at most {MAX_PATHS} are possible",
                 paths.len()
             )));
         }
@@ -150,12 +154,13 @@ impl Policy {
         for path in paths {
             let using = || format!("use the host directory {}", Quoted(path));
             let (number, mut there) = starts.reach(path).context(using)?;
-            // Each of them is held open until the request is done.
+            // Each of the directories is held open until the request is done.
             missing += there.missing.len();
             if missing > MAX_DEPTH {
                 return Err(too_deep().while_doing(using()));
             }
-            // A directory that is to be created may be in one that also holds our own.
+            // The parent of a directory that is to be created may also contain one of
+            // our own.
             let clashes = match there.missing.is_empty() {
                 true => Position::overlaps,
                 false => Position::is_within,
@@ -175,16 +180,18 @@ impl Policy {
     }
 }
 
-/// What a first look has found; nothing is created yet.
+/// The result of a first look, which creates nothing.
 struct Found<'a> {
     starts: Starts<'a>,
-    /// For each path, beneath which of the starts it is, and how far it is there.
+    /// For each path, the number of the allowed directory that it is below, and how far
+    /// the walk from there came.
     reached: Vec<(usize, Reached)>,
     surroundings: Surroundings,
 }
 
-/// The allowed directories, each opened when a path first asks for it: one of them may be
-/// on a server that does not answer, which is no matter for those who use another.
+/// The allowed directories. Each is opened only when a path needs it, because one of them
+/// may be on a server that does not answer, and that must not disturb requests that use
+/// another one.
 struct Starts<'a> {
     allowed: &'a [String],
     opened: Vec<Option<Result<Start>>>,
@@ -198,9 +205,9 @@ impl<'a> Starts<'a> {
         }
     }
 
-    /// Walks to a path from the first allowed directory that leads to it, and returns
-    /// the number of that. Those that do not begin as the path does are tried last: one may
-    /// do so once links are followed.
+    /// Walks to a path from the first allowed directory that leads to it, and returns the
+    /// number of that directory. Allowed directories that the path does not begin with
+    /// are tried last: a link on the way may lead from the path to one of them.
     fn reach(&mut self, path: &str) -> Result<(usize, Reached)> {
         let is_named = |prefix: &String| strip_prefix(path, prefix).is_some();
         let (named, others): (Vec<_>, Vec<_>) =
@@ -218,7 +225,7 @@ impl<'a> Starts<'a> {
                     Some(Ok(there)) => return Ok((number, there)),
                     Some(Err(error)) => refusal = Some(error),
                 },
-                // It may be what is meant.
+                // This allowed directory may be the one that was meant.
                 Err(error) if is_named => {
                     refusal.get_or_insert(Error::new(error.kind(), error.chain()));
                 }
@@ -233,8 +240,8 @@ impl<'a> Starts<'a> {
         }))
     }
 
-    /// Whether an opened directory is, at this moment, the allowed one of that number or
-    /// beneath it.
+    /// Whether an opened directory is, at this moment, the allowed directory of that
+    /// number or below it.
     fn holds(&self, number: usize, fd: impl AsFd) -> Result<bool> {
         match &self.opened[number] {
             Some(Ok(start)) => start.holds(fd),
@@ -243,13 +250,14 @@ impl<'a> Starts<'a> {
     }
 }
 
-/// The directories of one request so far.
+/// The directories that the request uses so far.
 #[derive(Default)]
 struct Taken<'a>(Vec<(Place, &'a String)>);
 
 impl<'a> Taken<'a> {
-    /// `false` if the directory has been taken before. overlayfs refuses to mount a
-    /// directory twice, or together with one in it.
+    /// Takes a directory into use. Returns `false` if it is in use already.
+    /// overlayfs refuses to mount a directory twice, or together with a directory
+    /// below it.
     fn take(&mut self, place: Place, path: &'a String) -> Result<bool> {
         if self.0.iter().any(|(other, _)| *other == place) {
             return Ok(false);
@@ -292,8 +300,8 @@ impl Surroundings {
         match self.kept.iter().find(|(kept, _)| clashes(position, kept)) {
             None => Ok(()),
             Some((_, path)) => Err(Error::invalid(format!(
-                "it is {path}, in it or holds it, which the snapshotter keeps its own data \
-                     in: name a directory apart from that"
+                "the snapshotter keeps its own data in {path}, and the directory is {path}, is in \
+                 it or contains it: name one that is apart from {path}"
             ))),
         }
     }

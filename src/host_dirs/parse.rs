@@ -1,26 +1,27 @@
-//! What a label or a flag asks for, as text. Pure.
+//! Parsing the text of labels and flags that name host directories. Pure.
 
 use crate::error::{Error, Result};
 use crate::types::Quoted;
 
-/// The most directories that one snapshot may have. Together with 128 layers,
-/// shortened, and ids of seven digits they fit the page that mount(2) takes.
+/// The most host directories of one snapshot. Together with the shortened paths
+/// of 128 layers, with ids of seven digits, they fit into the page that
+/// mount(2) takes.
 pub const MAX_PATHS: usize = 32;
 
-/// Reads host directories separated by colons. Empty parts are skipped, `.`
-/// and doubled slashes are dropped; the order stays.
+/// Reads host directories separated by colons. Empty parts are skipped, and so
+/// are `.` and doubled slashes; the order is kept.
 ///
 /// # Errors
 ///
 /// `ErrorKind::InvalidArgument` for a path that is not absolute, has `..`, or
-/// a character that would mean something in a mount option; and for more than
-/// [`MAX_PATHS`].
+/// has a character with a meaning in mount options; and for more than
+/// [`MAX_PATHS`] paths.
 pub fn parse_paths(text: &str) -> Result<Vec<String>> {
     let parts = || text.split(':').filter(|part| !part.is_empty());
     let count = parts().count();
     if count > MAX_PATHS {
         return Err(invalid(format!(
-            "{count} directories are asked for, at most {MAX_PATHS} are possible"
+            "it names {count} directories, and at most {MAX_PATHS} are possible"
         )));
     }
     parts().map(parse_path).collect()
@@ -41,7 +42,7 @@ fn parse_path(path: &str) -> Result<String> {
     for name in path.split('/') {
         match name {
             "" | "." => {}
-            ".." => return refuse("has \"..\": write it without"),
+            ".." => return refuse("has \"..\": give a path without it"),
             name => {
                 normal.push('/');
                 normal.push_str(name);
@@ -54,8 +55,8 @@ fn parse_path(path: &str) -> Result<String> {
     Ok(normal)
 }
 
-/// What comes after `prefix` in `path`, both normalised, if that is the
-/// directory itself (then nothing) or beneath it.
+/// The rest of `path` after `prefix`, both normalised: empty if both are the
+/// same directory, `None` if `path` is not below `prefix`.
 pub fn strip_prefix<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
     let rest = path.strip_prefix(prefix)?;
     if rest.is_empty() || prefix == "/" {
@@ -64,7 +65,7 @@ pub fn strip_prefix<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
     rest.strip_prefix('/')
 }
 
-/// Directories for the containers of some images.
+/// Host directories for the containers of some images.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageRule {
     pattern: String,
@@ -76,7 +77,7 @@ impl ImageRule {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::InvalidArgument` if one of both is missing.
+    /// `ErrorKind::InvalidArgument` if the pattern or the paths are missing.
     pub fn parse(text: &str) -> Result<ImageRule> {
         // No image's name has a `=` in it.
         let (pattern, paths) = text.split_once('=').unwrap_or((text, ""));
@@ -98,8 +99,8 @@ impl ImageRule {
         &self.paths
     }
 
-    /// Whether the pattern is the whole of that name; `*` stands for any
-    /// characters, also none.
+    /// Whether the pattern matches the whole name of an image; `*` stands for
+    /// any number of characters.
     pub fn matches(&self, image: &str) -> bool {
         let mut pieces = self.pattern.split('*');
         let first = pieces.next().unwrap_or_default();
@@ -109,8 +110,8 @@ impl ImageRule {
         let Some(last) = pieces.next_back() else {
             return rest.is_empty();
         };
-        // What is between two stars is best taken where it comes first: that
-        // leaves most to the pieces after it.
+        // The earliest match of each piece between two stars is the best one:
+        // it leaves the longest rest to the pieces after it.
         for piece in pieces {
             let Some(at) = rest.find(piece) else {
                 return false;

@@ -1,12 +1,12 @@
-//! From an allowed directory down to another, one name at a time.
+//! Walking from an allowed directory down to another one, name by name.
 //!
 //! Each step opens a name in a directory that is held open, and follows no
-//! link; links are read and followed here, beginning again at the allowed
-//! directory where they are absolute, and `..` goes back to a directory that
-//! was passed. So whoever renames meanwhile can lead the walk to another place
-//! beneath the allowed directory, and nowhere else. `openat2(2)` with
-//! `RESOLVE_BENEATH` holds the same, but knows no absolute links, does not tell
-//! which part is missing, and is not there before Linux 5.6.
+//! link. Links are read and followed by this code: an absolute one leads back
+//! to the allowed directory, and `..` to a directory that the walk has passed.
+//! A user who renames directories meanwhile can therefore lead the walk to
+//! another place below the allowed directory, but nowhere else. `openat2(2)`
+//! with `RESOLVE_BENEATH` guarantees the same, but refuses absolute links, does
+//! not report which part is missing, and does not exist before Linux 5.6.
 
 use std::collections::VecDeque;
 use std::ffi::{CString, OsStr};
@@ -20,32 +20,33 @@ use rustix::io::Errno;
 use super::parse::strip_prefix;
 use crate::error::{Context, Error, Result};
 
-/// How many links may be followed on the way (path_resolution(7)).
+/// How many links one path may lead through (path_resolution(7)).
 const MAX_LINKS: u32 = 40;
 
-/// How deep a directory may be beneath the allowed one: each level on the way is held
-/// open.
+/// How many levels below the allowed directory a host directory may be. Each level on
+/// the way is held open.
 pub(super) const MAX_DEPTH: usize = 64;
 
 /// An allowed directory, opened.
 pub(super) struct Start {
-    /// Held for as long as a walk goes on.
+    /// Held open during the walk.
     pub fd: OwnedFd,
-    /// What absolute links may begin with: as configured, and without links.
+    /// The two prefixes that an absolute link may have: the path as configured,
+    /// and the same path without links.
     names: [String; 2],
 }
 
-/// Where a walk has ended.
+/// The point at which a walk has ended.
 pub(super) struct Reached {
-    /// The last directory that is there.
+    /// The last directory that exists.
     pub fd: OwnedFd,
-    /// What is missing beneath it, outermost first.
+    /// The names that are missing below it, outermost first.
     pub missing: VecDeque<Vec<u8>>,
 }
 
 impl Start {
-    /// Opens an allowed directory; links on the way to it are the
-    /// administrator's.
+    /// Opens an allowed directory. Links on the way to it are followed, because
+    /// the administrator has named the path.
     pub fn open(prefix: &str) -> Result<Start> {
         let fd = match open(prefix, DIRECTORY, Mode::empty()) {
             Err(Errno::NOENT | Errno::NOTDIR) => {
@@ -65,12 +66,13 @@ impl Start {
         })
     }
 
-    /// What `path` is called beneath this directory, if it is.
+    /// The rest of `path` below this directory; `None` if the path is
+    /// elsewhere.
     pub fn strip<'a>(&self, path: &'a str) -> Option<&'a str> {
         self.names.iter().find_map(|name| strip_prefix(path, name))
     }
 
-    /// Whether an opened directory is this one or beneath it at this moment.
+    /// Whether an opened directory is, at this moment, this one or below it.
     pub fn holds(&self, fd: impl AsFd) -> Result<bool> {
         Ok(Path::new(OsStr::from_bytes(&path_of(fd)?))
             .starts_with(OsStr::from_bytes(&path_of(&self.fd)?)))
@@ -128,7 +130,8 @@ impl Start {
                 Err(Errno::INVAL) => {
                     return Err(invalid("is no directory, or leads through a file"));
                 }
-                // Exchanged since it was opened: looked at again.
+                // The link was replaced after it was opened, so the name is
+                // looked up again.
                 Err(Errno::NOENT) => pending.push_front(name),
                 Err(errno) => return Err(errno).context(|| "read a link on the way to it"),
             }
@@ -150,8 +153,8 @@ impl Start {
 }
 
 impl Reached {
-    /// Creates the next missing directory, 0755, and goes to it. Returns
-    /// whether this call has created it.
+    /// Creates the next missing directory (0755) and enters it. Returns whether
+    /// this call has created it.
     pub fn create_next(&mut self, name: &[u8]) -> Result<bool> {
         let creating = || format!("create {}", String::from_utf8_lossy(name));
         let made = match mkdirat(&self.fd, name, Mode::from_raw_mode(0o755)) {
@@ -174,7 +177,7 @@ impl Reached {
 
 pub(super) const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// The path of an opened file as the kernel has it now, free of links.
+/// The path of an opened file as the kernel has it now, without links.
 pub(super) fn path_of(fd: impl AsFd) -> Result<Vec<u8>> {
     let number = fd.as_fd().as_raw_fd();
     readlinkat(CWD, format!("/proc/self/fd/{number}"), Vec::new())

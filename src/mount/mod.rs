@@ -1,8 +1,8 @@
 //! Mounting, and asking the kernel what it can mount.
 //!
-//! Owns: the mount system calls and the probes around them. Never: policy;
-//! what a missing feature means is for the caller to say. A mount made here
-//! ends with the value that stands for it.
+//! Owns: the mount system calls and the probes around them. Never: policy; the
+//! caller decides what a missing feature means. A mount made here ends when the
+//! value that represents it is dropped.
 
 pub mod mountinfo;
 mod options;
@@ -49,27 +49,29 @@ impl Drop for Overlay {
     }
 }
 
-/// Unmounts what a probe cut short by a crash may have left on `target`.
+/// Unmounts what a probe that a crash has interrupted may have left on
+/// `target`.
 pub fn unmount_stale(target: &Path) {
-    // Nothing mounted there is the normal case.
+    // Usually nothing is mounted there, and the call fails.
     let _ = unmount(target, UnmountFlags::DETACH);
 }
 
-/// Names of the directories that a probe needs in its empty scratch directory.
+/// The names of the directories that a probe creates in its empty scratch
+/// directory.
 const LOWER: &str = "lower";
 const UPPER: &str = "upper";
 const WORK: &str = "work";
-/// Where a probe mounts.
+/// The directory that a probe mounts on.
 pub const MERGED: &str = "merged";
 
 /// Asks whether `scratch`, an empty directory, is on a file system that can
-/// hold overlayfs's upper directory, by mounting one and doing what containers
-/// do there: deleting (a whiteout), replacing a directory (an opaque one),
+/// hold overlayfs's upper directory. It mounts an overlay and does in it what
+/// containers do: deleting (a whiteout), replacing a directory (an opaque one),
 /// renaming (a whiteout made by the rename itself).
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] saying what did not work.
+/// [`ErrorKind::FailedPrecondition`] with the step that did not work.
 pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
     let lower = scratch.join(LOWER);
     for name in [UPPER, WORK, MERGED] {
@@ -108,13 +110,13 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// overlayfs finds whiteouts by the types in directory entries.
+/// Requires types in directory entries, by which overlayfs finds whiteouts.
 fn require_entry_types(scratch: &Path) -> Result<()> {
     let listing = || format!("list {}", scratch.display());
     let top = fs::File::open(scratch).context(listing)?;
     if lacks_types(top).context(listing)? {
         return Err(Error::refused(
-            "it does not tell the types of directory entries (d_type)",
+            "it does not report the types of directory entries (d_type)",
         ));
     }
     Ok(())
@@ -178,10 +180,10 @@ fn unsuitable(what: String, errno: Errno) -> Error {
     )
 }
 
-/// Where an upper directory is mounted in this mount namespace, by an overlay that
-/// writes into it, or as it is. By its inode: a disk may have several paths. A bind mount
-/// counts if the directory that is bound is called `name`: others are not asked for, as
-/// one of them may be on a disk that does not answer.
+/// Lists the mounts of an upper directory in this mount namespace: overlays that write
+/// into it, and bind mounts. They are found by inode, because a disk may have several
+/// paths. Bind mounts are looked at only if the bound directory is called `name`, because
+/// another one may be on a disk that does not answer.
 pub fn mounts_of_upper(upper: impl AsFd, name: &CStr) -> Result<Vec<Mounted>> {
     let looking = || "look where an upper directory is mounted";
     let stat = fstat(upper).context(looking)?;
@@ -204,28 +206,28 @@ pub fn mounts_of_upper(upper: impl AsFd, name: &CStr) -> Result<Vec<Mounted>> {
     Ok(mounts)
 }
 
-/// The first word of the device name that an overlay mounted by hand has.
+/// The first word of the device name of an overlay that was mounted by hand.
 const BY_HAND: &str = env!("CARGO_PKG_NAME");
 
 /// A snapshot that a person has mounted with the command `mount`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ByHand {
-    /// The identity of the snapshot's root; `None` if a version of this program
-    /// mounted it that did not say.
+    /// The identity of the snapshot's root; `None` if an early version of this
+    /// program has mounted it, which did not record it.
     root: Option<String>,
-    /// The snapshot's number, which other roots give out as well.
+    /// The snapshot's number. Another root may have the same number.
     pub id: SnapshotId,
-    /// Where it is mounted.
+    /// The mount point.
     pub point: PathBuf,
 }
 
 impl ByHand {
-    /// The device name for the overlay of a snapshot that a person mounts.
+    /// The device name of the overlay for a snapshot that a person mounts.
     pub fn source(root: &str, id: SnapshotId) -> String {
         format!("{BY_HAND}:{root}:{id}")
     }
 
-    /// All such mounts in this mount namespace, of whatever root.
+    /// All mounts by hand in this mount namespace, of any root.
     pub fn all() -> Result<Vec<ByHand>> {
         Ok(mountinfo::read()?
             .iter()
@@ -233,14 +235,14 @@ impl ByHand {
             .collect())
     }
 
-    /// The mounts that may be of the root with this identity.
+    /// The mounts by hand that may belong to the root with this identity.
     pub fn of_root(identity: Option<&str>) -> Result<Vec<ByHand>> {
         let mut mounts = ByHand::all()?;
         mounts.retain(|mounted| mounted.root.is_none() || mounted.root.as_deref() == identity);
         Ok(mounts)
     }
 
-    /// `None` if the mount is something else.
+    /// Reads a mount; `None` if it was not made by the command `mount`.
     pub fn parse(mounted: &Mounted) -> Option<ByHand> {
         if mounted.file_system != "overlay" {
             return None;
@@ -258,7 +260,7 @@ impl ByHand {
     }
 }
 
-/// Whether this process is in a user namespace of its own, where overlayfs may
+/// Whether this process is in a user namespace of its own, where overlayfs can
 /// only use `user.*` attributes (mount option `userxattr`, Linux 5.11).
 pub fn probe_user_namespace() -> bool {
     fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !maps_everything(&map))
@@ -274,12 +276,12 @@ fn maps_everything(uid_map: &str) -> bool {
 /// [`probe_idmapped_mounts`] needs.
 pub const USER_NAMESPACE_CHILD: &str = "--hold-user-namespace";
 
-/// What the child does: enters a new user namespace, says so, and waits until
-/// its parent has taken that namespace's descriptor.
+/// The work of that child process: it enters a new user namespace, reports that
+/// to its parent, and waits until the parent has opened the namespace.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if there are no user namespaces here.
+/// [`ErrorKind::FailedPrecondition`] if the kernel permits no user namespaces.
 pub fn hold_user_namespace() -> Result<()> {
     sys::unshare_user_namespace()
         .map_err(|errno| unsuitable("enter a new user namespace".to_owned(), errno))?;
@@ -290,12 +292,13 @@ pub fn hold_user_namespace() -> Result<()> {
     waited.map(drop).context(|| "talk to the parent process")
 }
 
-/// Gives this process, which must have one thread only, mounts of its own: what it
-/// mounts is seen by nobody else, and what others mount or unmount by it no more.
+/// Moves this process, which must have only one thread, into a mount namespace of
+/// its own. Other processes do not see its mounts from then on, and it does not
+/// see theirs.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] with what the kernel says.
+/// [`ErrorKind::FailedPrecondition`] with the kernel's error.
 pub fn enter_mount_namespace() -> Result<()> {
     sys::unshare_mount_namespace()
         .and_then(|()| {
@@ -305,13 +308,13 @@ pub fn enter_mount_namespace() -> Result<()> {
         .map_err(|errno| unsuitable("have mounts of its own".to_owned(), errno))
 }
 
-/// Asks whether layers in `directory` can be id-mapped: whether the kernel can
-/// map overlayfs's layers (Linux 5.19) and the file system its mounts, by
-/// really mapping one that nobody else sees.
+/// Asks whether layers in `directory` can be id-mapped. The kernel has to
+/// support that for the layers of an overlay (Linux 5.19), and the file system
+/// for its mounts; the latter is tried with a mount that no other process sees.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] saying what is missing.
+/// [`ErrorKind::FailedPrecondition`] with what is missing.
 pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
     let release = kernel_release();
     if kernel_version(&release) < Some((5, 19)) {
@@ -337,8 +340,9 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// A user namespace with a mapping, kept by its descriptor alone. The kernel
-/// makes one only together with a process, hence the child.
+/// A user namespace with an id mapping, held by a descriptor. The kernel
+/// creates one only together with a process, so a child process is needed for a
+/// moment.
 fn mapped_user_namespace() -> Result<fs::File> {
     let failed = |what: &str| {
         let what = what.to_owned();
@@ -365,12 +369,13 @@ fn mapped_user_namespace() -> Result<fs::File> {
     fs::File::open(format!("/proc/{id}/ns/user")).map_err(failed("open it"))
 }
 
-/// A child that ends, and is waited for, with this value.
+/// A child process that is ended, and waited for, when this value is dropped.
 struct Reaped(Child);
 
 impl Drop for Reaped {
     fn drop(&mut self) {
-        // Its input's end is what it waits for; a kill covers a child that hangs.
+        // The child waits for the end of its input; the kill is for a child that
+        // hangs.
         drop(self.0.stdin.take());
         let _ = self.0.kill();
         let _ = self.0.wait();

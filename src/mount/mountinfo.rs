@@ -14,15 +14,16 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// One mount.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Mounted {
-    /// Its number.
+    /// The mount's number.
     pub id: Vec<u8>,
     /// The device of its file system, as `major:minor`.
     pub device: String,
-    /// Which directory of that file system is mounted.
+    /// The directory of that file system that is mounted.
     pub root: PathBuf,
-    /// Where.
+    /// The mount point.
     pub point: PathBuf,
-    /// Nothing can be written through this mount, though perhaps through others.
+    /// Whether this mount is read-only; other mounts of the same file system may
+    /// not be.
     pub is_read_only: bool,
     /// The type of the file system, such as `ext4`.
     pub file_system: String,
@@ -38,9 +39,9 @@ pub struct Mounted {
 /// What a directory is to an overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// What is written goes there.
+    /// The directory that receives what is written.
     Upper,
-    /// It is shown beneath.
+    /// A directory beneath it.
     Lower,
 }
 
@@ -48,16 +49,16 @@ pub enum Part {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Unavailable`] if they change all the time.
+/// [`ErrorKind::Unavailable`] if the list changes each time it is read.
 pub fn read() -> Result<Vec<Mounted>> {
     let path = "/proc/self/mountinfo";
     read_until_settled(|| fs::read(path).context(|| format!("read {path}")))
         .map(|text| parse(&text))
 }
 
-/// The mounts of this process and those of every other mount namespace in which a process
-/// is that may be asked: a container engine may have mounted where only its own processes
-/// see it, and a container has its own list.
+/// The mounts of this process and of every other mount namespace that a process is in
+/// whose list can be read. Container engines may mount in a namespace of their own, and
+/// each container has one.
 pub fn read_everywhere() -> Result<Vec<Mounted>> {
     let mut mounts = read()?;
     let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
@@ -67,7 +68,8 @@ pub fn read_everywhere() -> Result<Vec<Mounted>> {
         let Some(process) = process.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
             continue;
         };
-        // A process may end at any time, and another one be in the same namespace.
+        // Processes end at any time, and another process may be in the same
+        // namespace.
         let Ok(namespace) = namespace(process) else {
             continue;
         };
@@ -82,9 +84,9 @@ pub fn read_everywhere() -> Result<Vec<Mounted>> {
     Ok(mounts)
 }
 
-/// Reads until two readings are the same. The kernel writes the list piece by piece, and
-/// before Linux 5.8 a mount that goes away meanwhile takes the next one out of the reading:
-/// what is mounted would look as if it were not, and be moved or deleted.
+/// Reads the list until two readings are the same. The kernel writes it piece by piece,
+/// and before Linux 5.8 an unmount in between makes the next mount disappear from the
+/// reading. A mounted directory would then be moved or deleted.
 fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     const MOST: u32 = 100;
     let mut last = read()?;
@@ -101,8 +103,8 @@ fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u
     ))
 }
 
-/// The mount that an open file is on; `None` if it has gone since `mounts` were
-/// read.
+/// The mount that an open file is on; `None` if it was unmounted since `mounts`
+/// were read.
 pub fn mount_of(fd: impl AsFd, mounts: &[Mounted]) -> Result<Option<&Mounted>> {
     let number = fd.as_fd().as_raw_fd();
     let said = fs::read(format!("/proc/self/fdinfo/{number}"))
@@ -114,7 +116,7 @@ pub fn mount_of(fd: impl AsFd, mounts: &[Mounted]) -> Result<Option<&Mounted>> {
     Ok(mounts.iter().find(|mounted| Some(&*mounted.id) == id))
 }
 
-/// The mount that an open file is on; `None` if it has just gone.
+/// The mount that an open file is on; `None` if it was just unmounted.
 pub fn of_file(fd: impl AsFd) -> Result<Option<Mounted>> {
     Ok(mount_of(fd, &read()?)?.cloned())
 }
@@ -124,7 +126,7 @@ pub fn path_of_file(fd: impl AsFd) -> Option<PathBuf> {
     fs::read_link(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())).ok()
 }
 
-/// The mount that a path is on; `None` if there is nothing of that name.
+/// The mount that a path is on; `None` if the path does not exist.
 pub fn of_path(path: &str) -> Result<Option<Mounted>> {
     let file = match fs::File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -145,12 +147,12 @@ fn parse_line(line: &[u8]) -> Option<Mounted> {
     let (root, point) = (fields.next()?, fields.next()?);
     let mut flags = fields.next()?.split(|byte| *byte == b',');
     let is_read_only = flags.any(|flag| flag == b"ro");
-    // Behind the mount's options, as many fields as the kernel has to tell.
+    // The number of optional fields depends on the mount; a hyphen ends them.
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let text = |field: &[u8]| String::from_utf8_lossy(&unescape(field)).into_owned();
     let (file_system, source, options) =
         (text(fields.next()?), text(fields.next()?), fields.next()?);
-    // The mount is, or the file system itself.
+    // Either the mount is read-only, or its whole file system.
     let mut own = options.split(|byte| *byte == b',');
     let is_read_only = is_read_only || own.any(|option| option == b"ro");
     let overlay = match &*file_system {
@@ -170,10 +172,11 @@ fn parse_line(line: &[u8]) -> Option<Mounted> {
     })
 }
 
-/// Linux 6.8 and later may list lower directories one by one (`lowerdir+=`, `datadir+=`).
+/// Reads the directories of an overlay from its options. Linux 6.8 and later may list
+/// lower directories one by one (`lowerdir+=`, `datadir+=`).
 fn overlay_directories(options: &[u8]) -> Vec<(Part, PathBuf)> {
     let mut directories = Vec::new();
-    // A comma in a path is escaped.
+    // In a path, the kernel writes commas as octal digits.
     for option in options.split(|byte| *byte == b',') {
         let Some(at) = option.iter().position(|byte| *byte == b'=') else {
             continue;
@@ -191,8 +194,8 @@ fn overlay_directories(options: &[u8]) -> Vec<(Part, PathBuf)> {
     directories
 }
 
-/// The directories of the option `lowerdir`, in which a backslash precedes a colon that
-/// belongs to a name.
+/// Splits the value of the option `lowerdir`, in which a backslash precedes a colon
+/// that belongs to a name.
 fn split_lowers(value: &[u8]) -> impl Iterator<Item = PathBuf> {
     let mut lowers = vec![Vec::new()];
     let mut bytes = value.iter();
@@ -218,7 +221,8 @@ fn path(field: &[u8]) -> PathBuf {
     path_of(unescape(field))
 }
 
-/// The kernel writes blanks and backslashes as three octal digits.
+/// Decodes the three octal digits that the kernel writes for blanks and
+/// backslashes.
 fn unescape(field: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;

@@ -1,9 +1,9 @@
-//! The options that overlay mounts need on the running kernel, beside those that are
-//! configured.
+//! The options that overlay mounts need on the running kernel, in addition to the
+//! configured ones.
 //!
-//! They are decided for each mount: the overlay module may be loaded long after the
-//! daemon has started, and its defaults can be changed at any time. While the module does
-//! not say what it knows, the kernel's version does.
+//! They are decided for each mount, because the overlay module may be loaded long after
+//! the start of the daemon, and its defaults can be changed at any time. As long as the
+//! module's parameters cannot be read, the kernel's version decides.
 
 use std::fs;
 use std::path::Path;
@@ -11,14 +11,14 @@ use std::sync::OnceLock;
 
 use super::{kernel_release, kernel_version, probe_user_namespace};
 
-/// What is known of an overlay that is to be mounted.
+/// What is known about an overlay that is to be mounted.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
-    /// Options that the administrator has chosen; they stay as they are.
+    /// Options that the administrator has chosen; they are never changed.
     pub configured: &'a [String],
     /// Whether host directories may be among the lower directories.
     pub allows_host_dirs: bool,
-    /// Whether its directories are on several file systems.
+    /// Whether the overlay's directories are on several file systems.
     pub spans_file_systems: bool,
 }
 
@@ -33,16 +33,16 @@ pub fn overlay_options(wanted: &Wanted<'_>) -> Vec<String> {
     kernel.options(wanted)
 }
 
-/// A parameter of the overlay module, as of now: the default for mounts that do
-/// not say otherwise. `None` where the kernel does not know it, or has not loaded
-/// the module yet.
+/// The present value of a parameter of the overlay module, which is the default
+/// for mounts that do not set the option. `None` if the kernel does not have it,
+/// or has not loaded the module yet.
 fn module_parameter(name: &str) -> Option<String> {
     let path = Path::new("/sys/module/overlay/parameters").join(name);
     let text = fs::read_to_string(path).ok()?;
     Some(text.trim_end().to_owned())
 }
 
-/// What an option is on this kernel if a mount does not name it.
+/// The effect of leaving an option out of a mount on this kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unnamed {
     /// The kernel does not know the option, and refuses a mount that names it.
@@ -60,7 +60,7 @@ struct Kernel<P> {
 }
 
 impl<P: Fn(&str) -> Option<String>> Kernel<P> {
-    /// `since` is the first version of Linux with that parameter of the module.
+    /// `since` is the first version of Linux whose module has that parameter.
     fn unnamed(&self, parameter: &str, since: (u32, u32)) -> Unnamed {
         match (self.parameter)(parameter).as_deref() {
             Some("N") => Unnamed::Off,
@@ -76,24 +76,26 @@ impl<P: Fn(&str) -> Option<String>> Kernel<P> {
             !names.any(|configured| configured == Some(name))
         };
         let mut options = Vec::new();
-        // An index ties a container to the place of its topmost layer, which may move. A
-        // default that is off may be switched on before the next mount of the container.
+        // An index ties a container to the inode of its topmost layer, which changes
+        // when the layer moves. Also where the default is off it may be switched on
+        // before the next mount of the container.
         let knows_index = self.version >= Some((4, 13)) || (self.parameter)("index").is_some();
         if is_free("index") && knows_index {
             options.push("index=off".to_owned());
         }
-        // With these, an upper directory holds parts of what is beneath it, and the
-        // host's directories change. Some kernels have them on by default.
+        // With these options, an upper directory refers to what is beneath it, and
+        // host directories change. Some kernels have them on by default.
         for (name, since) in [("metacopy", (4, 19)), ("redirect_dir", (4, 10))] {
             let may_be_on = || matches!(self.unnamed(name, since), Unnamed::On | Unnamed::OnOrOff);
             if wanted.allows_host_dirs && is_free(name) && may_be_on() {
                 options.push(format!("{name}=off"));
             }
         }
-        // Without it, a directory's inode number changes while programs look at it, and
-        // files have another device number than their directory (overlayfs.rst, "Inode
-        // properties"). Where it is the default the mount does not name it: BuildKit
-        // compares whole trees below a mount with an option that it does not know.
+        // Without xino, a directory's inode number changes while programs look at it,
+        // and files have another device number than their directory (overlayfs.rst,
+        // "Inode properties"). If it is the default, the mount does not name it,
+        // because BuildKit compares whole trees when it finds an option that it does
+        // not know.
         let may_be_off = || {
             matches!(
                 self.unnamed("xino_auto", (4, 17)),

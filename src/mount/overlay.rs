@@ -1,10 +1,10 @@
-//! From a snapshot to the mounts that show it.
+//! Planning the mount that shows a snapshot.
 //!
-//! Owns: which mount, which paths, which options in which order; tools parse
-//! them, so the order is that of containerd's own overlay snapshotter
-//! (`plugins/snapshots/overlay/overlay.go`, `mounts`). Pure: no I/O at all.
-//! All paths are made of a `MountPath`, which has no character that would end an option
-//! or a lower directory.
+//! Owns: which mount, which paths, and which options in which order. Other programs
+//! parse the options, so the order is that of containerd's own overlay snapshotter
+//! (`plugins/snapshots/overlay/overlay.go`, `mounts`). Pure: no I/O at all. All paths
+//! come from a `MountPath`, which has no character that would end an option or a lower
+//! directory.
 
 use crate::types::{Kind, Mount, SnapshotPaths};
 
@@ -15,22 +15,25 @@ pub struct Plan<'a> {
     pub kind: Kind,
     /// The snapshot's own directories.
     pub own: &'a SnapshotPaths,
-    /// The layers below it, nearest first. All are in `<root>/snapshots`, also those
-    /// whose bytes are on the writable volume: mounting sides shorten long lists by their
-    /// common directory, and id-map that directory as one mount.
+    /// The layers below the snapshot, nearest first. All paths are in `<root>/snapshots`,
+    /// also for layers whose bytes are on the writable volume: the mounting program
+    /// shortens long lists by their common directory, and id-maps that directory as one
+    /// mount.
     pub lowers: &'a [String],
-    /// Directories above those and beneath the snapshot's own, the topmost
-    /// first; below `<root>`, so that a long list is still shortened by that.
+    /// Host directories above the layers and beneath the snapshot's own
+    /// directory, the topmost first. They are links below `<root>`, so that a
+    /// long list can still be shortened.
     pub host_dirs: &'a [String],
     /// `<root>/empty`.
     pub empty: &'a str,
-    /// Without parent: an overlay over the empty directory in place of a bind.
-    /// What unpacks a layer writes whiteouts the overlay way only onto an
-    /// overlay mount (containerd `core/diff/apply/apply_linux.go`).
+    /// Whether a snapshot without parent is an overlay over the empty directory
+    /// rather than a bind mount. containerd writes the whiteouts of overlayfs
+    /// only when it unpacks onto an overlay mount (containerd
+    /// `core/diff/apply/apply_linux.go`).
     pub over_empty: bool,
     /// Options of an overlay after `lowerdir=`, for example `index=off`.
     pub options: &'a [String],
-    /// `uidmap=` and `gidmap=`, where the container's ids are mapped.
+    /// `uidmap=` and `gidmap=`, if the container's ids are mapped.
     pub id_options: &'a [String],
 }
 
@@ -67,7 +70,8 @@ fn overlay(plan: &Plan<'_>, lowers: &[String], is_view: bool) -> Mount {
     }
     let mut paths = plan.host_dirs.to_vec();
     paths.extend_from_slice(lowers);
-    // One at least; without an upper two (overlayfs.rst, "Multiple lower layers").
+    // An overlay needs one lower directory, or two if it has no upper one
+    // (overlayfs.rst, "Multiple lower layers").
     if lowers.is_empty() && (paths.is_empty() || is_view) {
         paths.push(plan.empty.to_owned());
     }

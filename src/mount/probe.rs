@@ -10,14 +10,14 @@ use super::{LOWER, MERGED, Overlay, Stack, make_directory, require_entry_types, 
 use crate::error::{Context, Result};
 
 /// Asks whether `scratch`, an empty directory, is on a file system that can hold image
-/// layers: whiteouts and opaque directories can be made there, overlayfs takes it as lower
-/// directories, and the name of a directory can be exchanged with that of a link, as when
-/// a layer moves.
+/// layers: whiteouts and opaque directories can be created, overlayfs accepts its
+/// directories as lower ones, and a directory and a link can exchange their names, as
+/// they do when a layer moves.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) saying
-/// what did not work.
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) with
+/// the step that did not work.
 pub fn probe_layers(scratch: &Path, options: &[String]) -> Result<()> {
     let (lower, other, merged) = (
         scratch.join(LOWER),

@@ -1,14 +1,14 @@
-//! Mounting a whole overlay, whatever the number of its layers.
+//! Mounting an overlay with any number of layers.
 //!
-//! mount(2) takes all options as one string of at most a page, which the paths
-//! of many layers do not fit into. Linux 6.7 takes layers one by one (`lowerdir+`,
-//! Documentation/filesystems/overlayfs.rst); before it, names relative to the
-//! working directory are short enough. Older kernels do not say that they do not
-//! know `lowerdir+` until all is set (`legacy_parse_param` in fs/fs_context.c), so
-//! the version is asked.
+//! mount(2) takes all options as one string of at most a page, and the paths of
+//! many layers do not fit into it. Linux 6.7 takes layers one by one (`lowerdir+`,
+//! Documentation/filesystems/overlayfs.rst); before that version, names relative
+//! to the working directory are short enough. An older kernel reports only at the
+//! end that it does not know `lowerdir+` (`legacy_parse_param` in
+//! fs/fs_context.c), so the code looks at the kernel's version.
 //!
-//! Programs with set-user-ID and devices in there are for containers, not for
-//! users of the host who can read the directory: nosuid and nodev.
+//! Mounts are nosuid and nodev: set-user-ID programs and devices in a layer are
+//! for containers, not for users of the host who can read the directory.
 
 use std::ffi::CString;
 use std::path::Path;
@@ -25,23 +25,24 @@ use super::{kernel_release, kernel_version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::types::SnapshotPaths;
 
-/// The first that takes layers one by one.
+/// The first version of Linux that takes layers one by one.
 const LAYERS_ONE_BY_ONE: (u32, u32) = (6, 7);
 
 /// The longest value that fsconfig(2) takes.
 const MAX_VALUE_BYTES: usize = 255;
 
-/// An overlay to be mounted. All paths are absolute, and free of what means
-/// something in a mount option.
+/// An overlay to be mounted. All paths are absolute, and free of characters
+/// with a meaning in mount options.
 #[derive(Debug)]
 pub struct Stack<'a> {
-    /// What mountinfo and df(1) are to show as its device.
+    /// The device name that mountinfo and df(1) show.
     pub source: &'a str,
-    /// The directory that most layers are below. On kernels before Linux 6.7 it becomes
-    /// the working directory of the process, which must have no other use for that.
+    /// The directory that most layers are below. On kernels before Linux 6.7, it
+    /// becomes the working directory of the process, which must not depend on another
+    /// one.
     pub base: Option<&'a str>,
-    /// The lower directories, the topmost first: at least one, two without an
-    /// upper directory.
+    /// The lower directories, the topmost first: at least one, and at least two
+    /// without an upper directory.
     pub lowers: &'a [String],
     /// The upper and the work directory; without them the mount is read-only.
     pub own: Option<&'a SnapshotPaths>,
@@ -50,18 +51,20 @@ pub struct Stack<'a> {
 }
 
 impl Stack<'_> {
-    /// Mounts it on the directory `target`, which `path` is for messages.
+    /// Mounts the overlay on the directory `target`; `path` names it in
+    /// messages.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] with what the kernel says.
+    /// [`ErrorKind::FailedPrecondition`] with the kernel's message.
     pub fn mount(&self, target: impl AsFd, path: &Path) -> Result<()> {
         let is_long = |path: &String| path.len() > MAX_VALUE_BYTES;
         let own = self.own.iter().flat_map(|own| [&own.upper, &own.work]);
         let is_new = kernel_version(&kernel_release()) >= Some(LAYERS_ONE_BY_ONE);
         if is_new && !self.lowers.iter().chain(own).any(is_long) {
             match self.mount_by_layers(target.as_fd()) {
-                // A seccomp filter or an emulator may lack these calls on a new kernel.
+                // A seccomp filter or an emulator may reject these calls even on a new
+                // kernel.
                 Err((Errno::NOSYS, _)) => {}
                 done => return done.map_err(|(errno, said)| refused(path, errno, &said)),
             }
@@ -69,7 +72,7 @@ impl Stack<'_> {
         self.mount_by_string(target.as_fd(), path)
     }
 
-    /// A failure is the error number and what the kernel said about it.
+    /// On failure, returns the error number and the kernel's message.
     fn mount_by_layers(&self, target: BorrowedFd<'_>) -> std::result::Result<(), (Errno, String)> {
         let plain = |errno| (errno, String::new());
         let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(plain)?;
@@ -110,7 +113,8 @@ impl Stack<'_> {
         fsconfig_create(context)
     }
 
-    /// Hands all over as one string, the names of layers relative to `base`.
+    /// Passes all options as one string, with the names of layers relative to
+    /// `base`.
     fn mount_by_string(&self, target: BorrowedFd<'_>, path: &Path) -> Result<()> {
         let mut data = String::from("lowerdir=");
         for (number, lower) in self.lowers.iter().enumerate() {
@@ -149,15 +153,17 @@ impl Stack<'_> {
                 Error::caused(ErrorKind::FailedPrecondition, what, error)
             })?;
         }
-        // The directory that was looked at, whatever has its name by now.
+        // The directory that was opened before, even if its name leads
+        // elsewhere by now.
         let target = format!("/proc/self/fd/{}", target.as_raw_fd());
         mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
             .map_err(|errno| refused(path, errno, ""))
     }
 }
 
-/// What the kernel has to say about it (`Documentation/filesystems/mount_api.rst`):
-/// lines that begin with a letter for how grave they are.
+/// The kernel's messages about a failed mount
+/// (`Documentation/filesystems/mount_api.rst`): lines that begin with a letter for
+/// their severity.
 fn said(context: &OwnedFd) -> String {
     let mut said = String::new();
     let mut line = [0_u8; 1024];

@@ -1,5 +1,5 @@
-//! What stands in the root directory before anyone serves: the lock, the record of
-//! which database belongs to it, and the claim to the writable volume.
+//! The root directory before the daemon serves: the lock, the record of which
+//! database belongs to the root, and the claim to the writable volume.
 
 pub(crate) mod lock;
 pub(crate) mod open;

@@ -1,10 +1,10 @@
-//! Finding the database that belongs to a root, and making one only where nothing was
-//! before: with an empty database beside existing layers, containerd would delete them
-//! all.
+//! Finding the database that belongs to a root, and creating one only if there was
+//! nothing before: with an empty database beside existing layers, containerd would
+//! delete all of them.
 //!
-//! `<root>/state` says which database it is and where. After a crash during the very
-//! first start the database is there and untouched and `state` may be missing; only
-//! such a database is taken without it.
+//! `<root>/state` records which database it is, and where. After a crash during the
+//! first start, the database may exist without any snapshots while `state` is missing.
+//! Only such a database is accepted without it.
 
 use std::path::{Path, PathBuf};
 
@@ -23,9 +23,9 @@ use crate::volume::{Identity, Image, Root, replace_file};
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if it is another program's, missing, or
-/// another root's, saying which disk to look for; [`ErrorKind::DataLoss`] if it
-/// is damaged or not the latest, saying how to go on.
+/// [`ErrorKind::FailedPrecondition`] if the database is another program's,
+/// missing, or another root's, with the disk to look for;
+/// [`ErrorKind::DataLoss`] if it is damaged or not the latest, with what to do.
 pub fn open(root: &Root, config: &Config) -> Result<Store> {
     let path = Path::new(&config.state_dir).join(DATABASE);
     let in_root = Path::new(&config.root).join(DATABASE);
@@ -42,7 +42,7 @@ pub fn open(root: &Root, config: &Config) -> Result<Store> {
         (None, _) => adopt_untouched(root, config, &path),
     };
     let store = opened.map_err(|error| with_way_back(error, &path))?;
-    // A repair that was cut short may have given a copy a log.
+    // An interrupted repair may have given a copy a log.
     let copied = store.read()?.copied()?;
     match copied {
         Some(made) => Err(outdated(&path, &made)),
@@ -50,13 +50,13 @@ pub fn open(root: &Root, config: &Config) -> Result<Store> {
     }
 }
 
-/// Opens the database of a root that has been in use, to look at it or to mend it: it
-/// may lack the latest changes.
+/// Opens the database of a root that has been in use, to inspect or repair it. The
+/// latest changes may be missing in it.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::FailedPrecondition`] if there is none, or it is another root's;
-/// [`ErrorKind::DataLoss`] if it is damaged, saying how to go on.
+/// [`ErrorKind::DataLoss`] if it is damaged, with what to do.
 pub fn open_existing(
     root: &Root,
     config: &Config,
@@ -81,7 +81,7 @@ pub fn open_existing(
     Ok((store, completeness))
 }
 
-/// Refuses a root that no snapshotter has ever served.
+/// Returns an error for a root that no snapshotter has ever served.
 pub fn require_served(root: &Root, config: &Config) -> Result<()> {
     match read_state(root, config)? {
         Some(_) => Ok(()),
@@ -97,7 +97,7 @@ fn never_served(config: &Config) -> Error {
     ))
 }
 
-/// Adds to the error of a damaged database how to go on.
+/// Adds what to do to the error of a damaged database.
 fn with_way_back(error: Error, path: &Path) -> Error {
     if error.kind() != ErrorKind::DataLoss {
         return error;
@@ -113,9 +113,9 @@ fn with_way_back(error: Error, path: &Path) -> Error {
     error.while_doing(format!("the database {shown} cannot be used; {way_back}"))
 }
 
-/// Refuses a database that has forgotten acknowledged changes: the daemon would report
-/// to containerd that those snapshots do not exist, and would take their directories for
-/// strays.
+/// Returns an error for a database that has forgotten acknowledged changes. With it, the
+/// daemon would report to containerd that these snapshots do not exist, and would treat
+/// their directories as strays.
 fn require_latest(path: &Path) -> Result<()> {
     let shown = path.display();
     let why = match probe_completeness(path)? {
@@ -123,7 +123,7 @@ fn require_latest(path: &Path) -> Result<()> {
         Completeness::LogMissing => format!(
             "the database {shown} was in use, and its log {shown}-wal, with the latest changes, \
              is missing or empty: put it back, or, if it is lost, run `check --repair`, which \
-             makes do without them"
+             goes on without them"
         ),
         Completeness::Copy(made) => return Err(outdated(path, &made)),
         Completeness::CopyWithLog(made) => format!(
@@ -142,8 +142,8 @@ fn outdated(path: &Path, made: &str) -> Error {
     ))
 }
 
-/// Refuses a file that cannot be our database. If `state` names its path, a file that
-/// is not ours any more is damaged.
+/// Returns an error for a file that cannot be our database. If `state` names its
+/// path, a file that is not ours any more is damaged.
 fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
     let shown = path.display();
     let why = match probe_format(path)? {
@@ -211,7 +211,7 @@ fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
             config.root
         ))
     };
-    // Another root's daemon may be using it at this moment.
+    // Another root's daemon may be using this database now.
     if peek_fact(path, IN_USE).is_some() {
         return Err(of_another());
     }
@@ -224,8 +224,8 @@ fn adopt_untouched(root: &Root, config: &Config, path: &Path) -> Result<Store> {
     Ok(store)
 }
 
-/// Gives the database an identity, and records in the root that the database of this
-/// identity is, or will be, at `path`.
+/// Gives the database an identity, and records in the root that the database with
+/// this identity is, or will be, at `path`.
 pub(crate) fn record(root: &Root, config: &Config, path: &Path, store: &Store) -> Result<()> {
     let mut transaction = store.write()?;
     let identity = match transaction.fact(Identity::FACT)? {
@@ -243,7 +243,7 @@ pub(crate) fn record(root: &Root, config: &Config, path: &Path, store: &Store) -
     write_state(root, config, &state)
 }
 
-/// Forgets that the root has a database.
+/// Deletes the record that the root has a database.
 pub(crate) fn forget(root: &Root) -> Result<()> {
     match unlinkat(root.fd(), STATE, AtFlags::empty()) {
         Err(Errno::NOENT) => Ok(()),
@@ -251,7 +251,7 @@ pub(crate) fn forget(root: &Root) -> Result<()> {
     }
 }
 
-/// Where the root's database is, if the root has one.
+/// The path of the root's database, if the root has one.
 ///
 /// # Errors
 ///
@@ -260,8 +260,8 @@ pub(crate) fn recorded(root: &Root, config: &Config) -> Result<Option<PathBuf>> 
     read_state(root, config).map(|state| state.map(|state| state.database))
 }
 
-/// Whether the database at `path` is the root's, and at rest: only the file itself is
-/// read.
+/// Whether the database at `path` is the root's, and was closed properly. Only the
+/// file itself is read.
 pub(crate) fn is_at_rest(root: &Root, config: &Config, path: &Path) -> Result<bool> {
     let state = read_state(root, config)?;
     let is_known = state.is_some_and(|state| {
@@ -288,7 +288,7 @@ fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Resul
     Ok(store)
 }
 
-/// Opens the database at `path`, and refuses that of another root.
+/// Opens the database at `path`, and returns an error if it is another root's.
 fn open_own(
     root: &Root,
     path: &Path,
@@ -308,8 +308,8 @@ fn open_own(
             state.identity
         )))
     };
-    // Opening changes the file, which another root's daemon may be using. An identity that
-    // cannot be read yet is damaged, or still in the log.
+    // Opening changes the file, which another root's daemon may be using. If no identity
+    // can be read yet, the file is damaged, or the identity is still in the log.
     if let found @ Some(_) = peek_fact(path, Identity::FACT) {
         refuse_other(found)?;
     }
@@ -318,13 +318,13 @@ fn open_own(
     Ok(store)
 }
 
-/// What `<root>/state` says.
+/// The contents of `<root>/state`.
 struct State {
     database: PathBuf,
     identity: Identity,
 }
 
-/// The file in the root that says which database is the root's.
+/// The file in the root that records the root's database.
 pub const STATE: &str = "state";
 const MAX_STATE_BYTES: usize = 8192;
 

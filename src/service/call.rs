@@ -1,4 +1,4 @@
-//! One request, from its arrival to the answer on its way.
+//! One request, from its arrival until its answer is being sent.
 
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -24,31 +24,32 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Caller, Snapshotter};
 use crate::util::lock::lock;
 
-/// What the client gets: an encoded message, several of them, or an error.
+/// The result for the client: an encoded message, several of them, or an error.
 pub(super) type Answer<T> = std::result::Result<T, RpcStatus>;
 
 /// The encoded messages of a stream.
 pub(super) type Pages = Vec<Vec<u8>>;
 
-/// How a request begins, before anything is waited for.
+/// What is known of a request before it may have to wait.
 pub(super) enum Begun<A> {
-    /// It is answered already.
+    /// The answer.
     Answered(A),
-    /// It needs a thread for work of this kind.
+    /// The kind of work that the request needs a thread for.
     Needs(Work),
 }
 
-/// How requests of a method begin.
+/// How it is decided whether a request of a method needs a thread.
 #[derive(Clone)]
 pub(super) enum Beginning<Q, A> {
-    /// All need a thread for work of the same kind.
+    /// All requests need a thread for work of the same kind.
     Always(Work),
-    /// It depends on the request. Waits for no disk other than the database's.
+    /// The function decides for each request. It waits for no disk other than
+    /// the database's.
     Asked(fn(&Snapshotter, Q) -> Result<Begun<A>>),
 }
 
-/// Registers a method with one answer. Where the beginning has no answer, `operation`
-/// runs on a thread that may wait.
+/// Registers a method with one answer. If there is no answer without waiting,
+/// `operation` runs on a thread that may wait.
 pub(super) fn unary<Q: Message, A: Message>(
     builder: ServiceBuilder,
     service: &Arc<Service>,
@@ -78,7 +79,8 @@ pub(super) fn unary<Q: Message, A: Message>(
                         turn?;
                         encode(&operation(&answering.snapshotter, decode(&request)?)?)
                     });
-                    // Sent from here: the poll thread would send it two wakes later.
+                    // Sent from this thread, because the poll thread would send it
+                    // two wake-ups later.
                     answering.sending.keep(respond(sink, answer));
                 });
             }
@@ -91,9 +93,9 @@ pub(super) fn unary<Q: Message, A: Message>(
     builder.add_unary_handler(&method.on_wire(MethodType::Unary), handler)
 }
 
-/// Registers a method that answers with a stream. All pages are made at once, so that
-/// the answer is of one moment, and a reader that stalls holds memory but no worker and
-/// no transaction.
+/// Registers a method that answers with a stream. All pages are created at once, so
+/// that the answer is of one moment. A reader that stalls then holds memory, but no
+/// worker and no transaction.
 pub(super) fn stream(
     builder: ServiceBuilder,
     service: &Arc<Service>,
@@ -137,7 +139,7 @@ pub(super) fn answer_later(
                 None => return caller.leave(),
             },
         };
-        // A client that has hung up is no concern of ours.
+        // The client may have hung up.
         let _ = match answer {
             Err(status) => sink.fail(status).await,
             Ok(pages) => {
@@ -152,8 +154,8 @@ pub(super) fn answer_later(
     });
 }
 
-/// Waits for the answer of a worker. `None` once the client has gone, or its deadline
-/// has passed.
+/// Waits for the answer of a worker. Returns `None` once the client has gone, or its
+/// deadline has passed.
 async fn while_wanted<T>(
     receiver: &mut Receiver<Answer<T>>,
     sink: &mut ServerStreamingSink<Vec<u8>>,
@@ -162,7 +164,7 @@ async fn while_wanted<T>(
         if let Poll::Ready(answer) = Pin::new(&mut *receiver).poll(context) {
             return Poll::Ready(Some(answer.unwrap_or_else(|_| Err(stopping()))));
         }
-        // A sink that has sent nothing is always ready, or over.
+        // A sink that has sent nothing is either ready or cancelled.
         match Pin::new(&mut *sink).poll_ready(context) {
             Poll::Ready(Err(_)) => Poll::Ready(None),
             Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
@@ -171,7 +173,7 @@ async fn while_wanted<T>(
     .await
 }
 
-/// Begins to send an answer. The call ends, and is cut off, with what is returned.
+/// Begins to send an answer. Dropping the returned future cancels the call.
 fn respond(sink: UnarySink<Vec<u8>>, answer: Answer<Vec<u8>>) -> UnarySinkResult {
     match answer {
         Ok(response) => sink.success(response),
@@ -180,7 +182,7 @@ fn respond(sink: UnarySink<Vec<u8>>, answer: Answer<Vec<u8>>) -> UnarySinkResult
 }
 
 async fn ended(sending: UnarySinkResult) {
-    // A client that has hung up is no concern of ours.
+    // The client may have hung up.
     let _ = sending.await;
 }
 
@@ -191,7 +193,8 @@ async fn ended(sending: UnarySinkResult) {
 pub(super) struct PendingAnswers(Mutex<Vec<UnarySinkResult>>);
 
 impl PendingAnswers {
-    /// Adds one, and drops those that are sent by now, or whose client has hung up.
+    /// Adds one, and drops those whose answers are sent, or whose clients have hung
+    /// up.
     fn keep(&self, answer: UnarySinkResult) {
         let mut context = Context::from_waker(Waker::noop());
         let mut answers = lock(&self.0);
@@ -215,7 +218,7 @@ impl Call {
         }
     }
 
-    /// Runs an operation to the end of its request.
+    /// Runs an operation, and counts and logs the result.
     fn answer<T>(
         self,
         outcomes: (&Metrics, &FailureLog),
@@ -224,13 +227,15 @@ impl Call {
         self.settle(outcomes, self.run(operation))
     }
 
-    /// Turns a panic into an error. What a panic leaves behind is made sound by its
-    /// owners: the store rolls back, new directories go to the trash.
+    /// Runs an operation, and turns a panic into an error. Values that were being
+    /// changed are repaired by their owners: the store rolls back, and new
+    /// directories go to the trash.
     pub(super) fn run<T>(self, operation: impl FnOnce() -> Result<T>) -> Result<T> {
         catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
-            // The panic itself has been printed with its place by then.
+            // The panic message has been printed by then.
             let name = self.method.name();
-            let what = format!("{name} failed by a bug in this program; its log says where");
+            let what =
+                format!("{name} failed because of a bug in this program; its log shows where");
             Err(Error::new(ErrorKind::Internal, what))
         })
     }
@@ -259,7 +264,7 @@ impl Call {
                 Line::Written => log::log!(level, "{name}: {chain}"),
                 Line::Last => log::log!(
                     level,
-                    "{name}: {chain} (for a minute, more of this kind are counted only)"
+                    "{name}: {chain} (for a minute, further failures of this kind are only counted)"
                 ),
                 Line::LeftOut => log::debug!("{name}: {chain}"),
             },
@@ -270,8 +275,8 @@ impl Call {
 
 fn level_of(kind: ErrorKind) -> Level {
     match kind {
-        // The caller's own business, and common: containerd asks for what it then makes,
-        // and makes what is there.
+        // These are common and the caller's to handle: containerd looks for snapshots
+        // before it creates them, and creates some that exist.
         ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => Level::Debug,
         ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
             Level::Warn
@@ -280,8 +285,9 @@ fn level_of(kind: ErrorKind) -> Level {
     }
 }
 
-/// containerd 1.7 and older turn only the first eight of gRPC's codes back into
-/// errors of their own; the others arrive as unknown, with the same text.
+/// containerd 1.7 and older convert only the first eight of gRPC's codes back
+/// into errors of their own. The others arrive as unknown errors with the same
+/// text.
 fn code_of(kind: ErrorKind) -> RpcStatusCode {
     match kind {
         ErrorKind::NotFound => RpcStatusCode::NOT_FOUND,

@@ -1,9 +1,10 @@
-//! Cleanup, first of the image volume and then of the writable one: on each volume one
-//! runs at a time, and callers that come meanwhile share the next one. So a volume that does
-//! not answer does not keep the other from being cleaned.
+//! Cleanup, first of the image volume and then of the writable one. On each volume, one
+//! cleanup runs at a time, and callers that arrive meanwhile share the next one. A volume
+//! that does not answer does not keep the other one from being cleaned.
 //!
-//! A Cleanup answers for everything removed before it was called, so a caller cannot
+//! A Cleanup frees everything that was removed before it was called, so a caller cannot
 //! share one that has begun. The callers wait without a thread, each at most as long as
+//! its client does.
 //! its client does.
 
 use std::sync::{Arc, Mutex};
@@ -21,27 +22,27 @@ use crate::snapshotter::Caller;
 use crate::types::Volume;
 use crate::util::lock::lock;
 
-/// Who waits for which Cleanup.
+/// The callers that wait for a Cleanup of each volume.
 #[derive(Default)]
 pub(super) struct Cleanups([Mutex<State>; 2]);
 
 #[derive(Default)]
 struct State {
     is_running: bool,
-    /// Callers for whom the next one runs.
+    /// The callers that the next Cleanup is for.
     waiting: Vec<Waiter>,
 }
 
 struct Waiter {
     call: Call,
-    /// What the image volume's part has come to, once it has run.
+    /// The result on the image volume, once there is one.
     image: Result<()>,
     sender: Sender<Answer<Pages>>,
-    /// Keeps a stop waiting.
+    /// Makes a stop wait for this request.
     running: Running,
 }
 
-/// Registers the method.
+/// Registers the method Cleanup.
 pub(super) fn register(builder: ServiceBuilder, service: &Arc<Service>) -> ServiceBuilder {
     let service = Arc::clone(service);
     let handler =
@@ -63,8 +64,8 @@ pub(super) fn register(builder: ServiceBuilder, service: &Arc<Service>) -> Servi
             });
             answer_later(&context, sink, admitted, Caller::default());
         };
-    // On the wire the same as a unary one; only a stream's sink shows that the client
-    // has gone.
+    // A stream on the wire is the same as a single answer, but only a stream's sink
+    // reports that the client has gone.
     let method = Method::Cleanup.on_wire(MethodType::ServerStreaming);
     builder.add_server_streaming_handler(&method, handler)
 }
@@ -125,7 +126,7 @@ impl Waiter {
     fn answer(self, service: &Service, result: Result<()>) {
         let pages = result.and_then(|()| Ok(vec![encode(&Empty::new())?]));
         let answer = self.call.settle(service.outcomes(), pages);
-        // A client that has hung up is no concern of ours.
+        // The client may have hung up.
         let _ = self.sender.send(answer);
     }
 }

@@ -1,4 +1,4 @@
-//! Our types to messages.
+//! Converting our types to messages.
 
 use protobuf::well_known_types::timestamp::Timestamp as WireTimestamp;
 
@@ -6,7 +6,7 @@ use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots as api;
 use crate::types::{Info, Kind, Mount, Timestamp};
 
-/// Mounts as answers carry them; the target is the caller's.
+/// Mounts for an answer. The target is left to the caller.
 pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
     mounts
         .into_iter()
@@ -19,7 +19,7 @@ pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
         .collect()
 }
 
-/// A snapshot as answers carry it.
+/// A snapshot for an answer.
 pub fn info(info: Info) -> api::Info {
     let kind = match info.kind {
         Kind::View => api::Kind::VIEW,

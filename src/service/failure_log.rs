@@ -1,9 +1,10 @@
 //! Which failed requests get a line in the log.
 //!
-//! Clients try again, and some of what they ask for comes from an image or a pod: what is
-//! refused can be asked for without end. So the same method and kind of error get a few
-//! lines a minute; how many more there were is logged afterwards. The bound is for each
-//! kind, so that requests that are refused do not hide one that has lost data.
+//! Clients try again, and some requests come from an image or a pod, so refused requests
+//! can arrive without end. Therefore each method with each kind of error gets a limited
+//! number of lines per minute, and the number of further failures is logged afterwards.
+//! The limit is for each kind, so that refused requests do not hide one that has lost
+//! data.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -13,12 +14,13 @@ use super::metrics::code_name;
 use crate::error::ErrorKind;
 use crate::util::lock::lock;
 
-/// How many lines requests of one method with one kind of error get in a minute.
+/// How many lines the requests of one method with one kind of error get per
+/// minute.
 pub(super) const MOST_LINES: u64 = 10;
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// What has failed within the last minute. There are as many entries as there are pairs of
-/// a method and a kind at most.
+/// The failures of the last minute: at most one entry for each pair of a method and a
+/// kind.
 #[derive(Default)]
 pub(super) struct FailureLog(Mutex<Vec<Failures>>);
 
@@ -29,11 +31,11 @@ struct Failures {
     count: u64,
 }
 
-/// Whether a failed request gets a line.
+/// Whether a failed request gets a line in the log.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Line {
     Written,
-    /// The last one of this minute.
+    /// This line is the last one of its minute.
     Last,
     LeftOut,
 }
@@ -64,14 +66,15 @@ impl FailureLog {
         }
     }
 
-    /// Logs how many lines were left out in the minutes that are over.
+    /// Logs how many lines were left out in minutes that have ended.
     pub fn report(&self, now: Instant) {
         for text in self.take(|since| now.duration_since(since) >= MINUTE) {
             log::warn!("{text}");
         }
     }
 
-    /// Ends the minutes that are over, and returns what is to be logged of them.
+    /// Ends the minutes that are over, and returns the lines to be logged for
+    /// them.
     fn take(&self, is_over: impl Fn(Instant) -> bool) -> Vec<String> {
         let mut all = lock(&self.0);
         let over = all.extract_if(.., |failures| is_over(failures.since));
@@ -111,7 +114,7 @@ mod tests {
         for _ in 0..100_000 {
             assert_eq!(note(begun + MINUTE / 2), Line::LeftOut);
         }
-        // Others have lines of their own.
+        // Other kinds of errors have lines of their own.
         let lost = log.note(Method::Prepare, ErrorKind::DataLoss, begun);
         assert_eq!(lost, Line::Written);
         assert_eq!(log.note(Method::View, kind, begun), Line::Written);

@@ -1,4 +1,4 @@
-//! How many requests there were, how they ended and how long they took.
+//! Counting requests: how many, how they ended, and how long they took.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use super::method::Method;
 use crate::error::ErrorKind;
 use crate::text::prometheus::{Kind, head, line};
 
-/// How a request can end, by gRPC's names for it.
+/// How a request can end, with gRPC's name.
 const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("OK", None),
     ("NOT_FOUND", Some(ErrorKind::NotFound)),
@@ -21,14 +21,14 @@ const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("INTERNAL", Some(ErrorKind::Internal)),
 ];
 
-/// gRPC's name for how a request ended.
+/// gRPC's name for the end of a request.
 pub(super) fn code_name(failure: Option<ErrorKind>) -> &'static str {
     let named = CODES.iter().find(|(_, kind)| *kind == failure);
     named.expect("every kind of error is in the list").0
 }
 
-/// Upper bounds of the buckets of durations, in microseconds; a last one has no
-/// bound. From a read of the database to a flush of a slow disk.
+/// Upper bounds of the buckets of durations, in microseconds, from a read of
+/// the database to a flush of a slow disk. The last bucket has no bound.
 const BOUNDS: [u64; 11] = [
     100, 250, 1_000, 2_500, 10_000, 25_000, 100_000, 250_000, 1_000_000, 5_000_000, 30_000_000,
 ];
@@ -42,13 +42,13 @@ pub struct Metrics {
 #[derive(Default)]
 struct MethodMetrics {
     ended: [AtomicU64; CODES.len()],
-    /// Not cumulative yet.
+    /// The counts of each bucket alone, not cumulative.
     lasted: [AtomicU64; BOUNDS.len() + 1],
     microseconds: AtomicU64,
 }
 
 impl Metrics {
-    /// Counts a request that took that long from its arrival.
+    /// Counts a request that has taken `lasted` since its arrival.
     pub(super) fn record(&self, method: Method, failure: Option<ErrorKind>, lasted: Duration) {
         let method = &self.methods[method as usize];
         let code = CODES.iter().position(|(_, kind)| *kind == failure);
@@ -62,7 +62,7 @@ impl Metrics {
             .fetch_add(microseconds, Ordering::Relaxed);
     }
 
-    /// Writes them down; outcomes that have not happened are left out.
+    /// Writes all counters. Outcomes that have not happened are left out.
     pub fn render(&self, out: &mut String) {
         let name = "snapshotter_requests_total";
         let help = "Requests answered, by method and gRPC code.";
@@ -76,7 +76,7 @@ impl Metrics {
             }
         }
         let name = "snapshotter_request_seconds";
-        let help = "How long requests took, from their arrival, with the wait for a worker.";
+        let help = "How long requests took from their arrival, including the wait for a worker.";
         head(out, Kind::Histogram, name, help);
         for (method, label) in self.by_name() {
             method.render_durations(out, name, label);

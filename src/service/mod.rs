@@ -1,16 +1,17 @@
 //! containerd's snapshots API on the wire.
 //!
-//! Owns: protobuf to our types and back, which request runs where, error kinds
-//! to gRPC codes, and the log line of a failed request. Never: SQL, paths,
-//! files.
+//! Owns: converting between protobuf and our types, which thread runs each request, the
+//! gRPC code of each kind of error, and the log line of a failed request. Never: SQL,
+//! paths, files.
 //!
-//! gRPC's poll thread serves all connections, so nothing that may wait for a
-//! disk runs on it: requests go to a pool of workers, all but Stat, which reads
-//! the database only, most of which is in memory, and Mounts where that is all
-//! it takes. What may wait for something else than our own disks has threads of its own.
-//! Messages are decoded by ourselves,
-//! not by the library: so a bad one is an InvalidArgument that says so, and a
-//! panic, wherever in a request, is answered Internal and ends nothing.
+//! gRPC's poll thread serves all connections, so nothing that may wait for a disk runs
+//! on it. Requests go to a pool of workers, except Stat, which only reads the database,
+//! most of which is in memory, and Mounts if a read of the database is enough. Requests
+//! that may wait for something other than our own disks have threads of their own.
+//!
+//! This program decodes messages, not the gRPC library, so that a bad message gets the
+//! error InvalidArgument with an explanation, and a panic in any request gets the error
+//! Internal without ending the daemon.
 
 mod call;
 mod cleanup;
@@ -39,13 +40,13 @@ pub use metrics::Metrics;
 pub use pool::Pool;
 use pool::Work::{Brief, Elsewhere, Long};
 
-/// What requests are answered with.
+/// The gRPC service: what requests are answered with.
 pub struct Service {
-    /// Does what they ask for.
+    /// Performs the operations.
     pub snapshotter: Arc<Snapshotter>,
-    /// Where they wait for disks.
+    /// The threads on which requests wait for disks.
     pub pool: Pool,
-    /// Counts them.
+    /// Counts the requests.
     pub metrics: Metrics,
     failures: FailureLog,
     sending: PendingAnswers,
@@ -53,7 +54,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Puts the parts together; no request has come yet.
+    /// Combines the parts, before the first request.
     pub fn new(snapshotter: Arc<Snapshotter>, pool: Pool) -> Service {
         Service {
             snapshotter,
@@ -65,7 +66,7 @@ impl Service {
         }
     }
 
-    /// Where the ends of requests are noted.
+    /// The places where ended requests are recorded.
     fn outcomes(&self) -> (&Metrics, &FailureLog) {
         (&self.metrics, &self.failures)
     }
@@ -87,8 +88,8 @@ pub fn build(service: &Arc<Service>) -> grpcio::Service {
     all = unary(all, service, Method::Update, Asked(begin_update), update);
     all = cleanup::register(all, service);
     all = stream(all, service, (Method::List, Brief), list);
-    // On the wire the same as a unary one; only a stream's sink shows that the client
-    // has gone.
+    // A stream on the wire is the same as a single answer, but only a stream's sink
+    // reports that the client has gone.
     all = stream(all, service, (Method::Usage, Long), usage);
     all.build()
 }
@@ -220,7 +221,8 @@ fn update(
     })
 }
 
-/// Given up when the client has gone: it may walk for long.
+/// Answers Usage. The count of files can be long, so it ends when the client
+/// has gone.
 fn usage(snapshotter: &Snapshotter, request: &[u8], caller: &Caller) -> Result<Pages> {
     let request: api::UsageRequest = decode(request)?;
     let usage = snapshotter.usage(&request.key, caller)?;
@@ -232,9 +234,9 @@ fn usage(snapshotter: &Snapshotter, request: &[u8], caller: &Caller) -> Result<P
     Ok(vec![encode(&response)?])
 }
 
-/// A page of List: at most 100 snapshots (containerd
-/// `plugins/services/snapshots/service.go`), and few enough bytes that no
-/// client's limit on a message (16 MiB in containerd) is near.
+/// The most snapshots in a page of List, as in containerd
+/// (`plugins/services/snapshots/service.go`). Pages also have a limit in bytes,
+/// far below the limit of clients for a message (16 MiB in containerd).
 const PAGE_SNAPSHOTS: usize = 100;
 const PAGE_BYTES: usize = 1 << 20;
 

@@ -1,4 +1,4 @@
-//! The threads that may wait for a disk, and the end of all requests at a stop.
+//! The threads that may wait for a disk, and ending all requests at a stop.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -10,73 +10,79 @@ use grpcio::{RpcStatus, RpcStatusCode};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::lock::lock;
 
-/// Gets an error in place of its turn if it is refused.
+/// A request to be run. If it is refused, it gets an error instead of its turn.
 type Job = Box<dyn FnOnce(Result<()>) + Send>;
 
-/// What a request may wait for, and how long.
+/// What a request may wait for, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// No longer than its disks let it wait.
+    /// Only for single accesses to its disks.
     Brief,
-    /// As long as a walk through a tree takes. Half of the workers are kept free of such
-    /// work, where there are several: a container that starts does not wait for it.
+    /// For a walk through a tree. Half of the workers do no such work (if there are
+    /// several), so that the start of a container does not wait for it.
     Long,
-    /// Something else than the snapshotter's own disks, such as a host directory on a
-    /// server that does not answer. It has threads of its own, [`MOST_ELSEWHERE`] at most.
+    /// For something other than the snapshotter's own disks, such as a host directory on
+    /// a server that does not answer. This work has threads of its own, at most
+    /// [`MOST_ELSEWHERE`].
     Elsewhere,
 }
 
-/// How many requests may wait for something else than our own disks at the same time.
+/// How many requests may wait for something other than our own disks at the same
+/// time.
 pub const MOST_ELSEWHERE: usize = 32;
 
 /// How long a request beyond [`MOST_ELSEWHERE`] waits for a thread before it is refused.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a request waits for a worker before it is given a further thread. By then the
-/// workers wait for a disk, which may not answer any more and may not be the one that this
-/// request needs.
+/// How long a request waits for a worker before it gets an additional thread. By then,
+/// the workers wait for a disk that may not answer any more, and that this request may
+/// not need.
 const CROWDED: Duration = Duration::from_millis(100);
-/// How many further threads there may be. One ends when no request waits for it.
+/// How many additional threads there may be. Each ends when no request waits for
+/// it.
 const MOST_SPARE: usize = 128;
 
-/// A fixed number of threads that take requests in the order of their arrival, and further
-/// ones while those wait for too long.
+/// A fixed number of threads that take requests in the order of their arrival, and
+/// additional threads if a request has to wait for too long.
 pub struct Pool {
     requests: Arc<Requests>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// What is under way. Not a channel: its receiver would be shared behind a lock, and each
-/// job would wake a second worker, to be the next one to wait in it.
+/// The requests under way. It is not a channel, because the receiver of a channel would
+/// be shared behind a lock, and each job would wake a second worker, which would only
+/// wait for that lock.
 struct Requests {
     state: Mutex<State>,
-    /// A job has been added, or there will be no more.
+    /// Signalled when a job was added, or when there will be no more.
     added: Condvar,
-    /// A job waits, and no worker is idle; or there will be no more.
+    /// Signalled when a job waits and no worker is idle, or when there will be
+    /// no more.
     crowded: Condvar,
-    /// The last request has ended while a stop waits for it.
+    /// Signalled when the last request has ended during a stop.
     drained: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     is_closed: bool,
-    /// How many workers may be at long work at the same time.
+    /// How many workers may do long work at the same time.
     most_long: usize,
-    /// Requests that were let in and have not ended.
+    /// How many requests were admitted and have not ended.
     under_way: usize,
-    /// With the time of their arrival.
+    /// The waiting requests, with the times of their arrival.
     waiting: VecDeque<(Instant, Work, Job)>,
-    /// Workers that wait for a job.
+    /// How many workers wait for a job.
     idle: usize,
     spare: usize,
     long_running: usize,
-    /// Those for which there is no thread, and since when.
+    /// The requests of [`Work::Elsewhere`] that have no thread yet, with the
+    /// times of their arrival.
     elsewhere_waiting: VecDeque<(Instant, Job)>,
     elsewhere_running: usize,
 }
 
-/// A request under way, waiting or running; over when dropped.
+/// A request under way, waiting or running. It ends when this value is dropped.
 pub struct Running {
     requests: Arc<Requests>,
 }
@@ -112,7 +118,7 @@ impl Pool {
         })
     }
 
-    /// Lets a request in; it is under way until the value is dropped. Fails with gRPC's
+    /// Admits a request. It is under way until the value is dropped. Returns gRPC's
     /// Unavailable once [`Pool::close`] was called.
     pub fn admit(&self) -> std::result::Result<Running, RpcStatus> {
         let mut state = lock(&self.requests.state);
@@ -125,9 +131,9 @@ impl Pool {
         })
     }
 
-    /// Hands a request that was let in to the workers; it is under way until
-    /// `job` has run. `job` gets an error, [`ErrorKind::Unavailable`], if it is refused
-    /// because too many others are waiting for something else than our own disks.
+    /// Passes an admitted request to the workers. It is under way until `job` has run.
+    /// `job` gets [`ErrorKind::Unavailable`] if it is refused because too many requests
+    /// wait for something other than our own disks.
     pub fn submit(
         &self,
         running: Running,
@@ -156,7 +162,8 @@ impl Pool {
         state.elsewhere_waiting.push_back((Instant::now(), job));
         if state.elsewhere_running == MOST_ELSEWHERE {
             drop(state);
-            // A worker refuses it in time; any of them may be busy then.
+            // A worker refuses it in time; each of them may be the first that
+            // is free.
             return self.requests.added.notify_all();
         }
         state.elsewhere_running += 1;
@@ -164,14 +171,14 @@ impl Pool {
         let requests = Arc::clone(&self.requests);
         let thread = thread::Builder::new().name("elsewhere".to_owned());
         if let Err(error) = thread.spawn(move || requests.work_elsewhere()) {
-            log::error!("start a thread for a request: {error}");
+            log::error!("cannot start a thread for a request: {error}");
             lock(&self.requests.state).elsewhere_running -= 1;
             self.requests.added.notify_all();
         }
     }
 
-    /// Admits nothing from now on, and waits until what is under way has ended.
-    /// `false` if that took longer than `limit`.
+    /// Admits no more requests, and waits until those under way have ended.
+    /// Returns `false` if that takes longer than `limit`.
     pub fn close(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let requests = &self.requests;
@@ -189,7 +196,7 @@ impl Pool {
         requests.added.notify_all();
         requests.crowded.notify_all();
         for thread in lock(&self.threads).drain(..) {
-            // A worker catches its requests' panics.
+            // A panic ends no worker, because each request catches its own.
             let _ = thread.join();
         }
         true
@@ -210,13 +217,14 @@ impl Requests {
         };
         job(turn);
         if work == Work::Long {
-            // This worker looks for the next job itself.
+            // This worker itself takes the next job, so no other has to be
+            // woken.
             lock(&self.state).long_running -= 1;
         }
     }
 
-    /// Starts a further thread for each request that has waited for too long while all
-    /// workers are busy.
+    /// Starts an additional thread for each request that has waited for too long while
+    /// all workers are busy.
     fn relieve(self: &Arc<Requests>) {
         let mut state = lock(&self.state);
         loop {
@@ -231,7 +239,7 @@ impl Requests {
                 let requests = Arc::clone(self);
                 let spare = thread::Builder::new().name("spare".to_owned());
                 if let Err(error) = spare.spawn(move || requests.work_as_spare()) {
-                    log::error!("start a thread for a request: {error}");
+                    log::error!("cannot start a thread for a request: {error}");
                     lock(&self.state).spare -= 1;
                 }
                 state = lock(&self.state);
@@ -262,8 +270,8 @@ impl Requests {
         }
     }
 
-    /// Does requests that wait for something else than our own disks until there are no
-    /// more.
+    /// Runs requests that wait for something other than our own disks, until there are
+    /// no more.
     fn work_elsewhere(&self) {
         let next = || {
             let mut state = lock(&self.state);
@@ -277,7 +285,7 @@ impl Requests {
     }
 
     /// Waits for a job that may begin, or for one of [`Work::Elsewhere`] that has waited
-    /// for too long; `None` when there will be no more.
+    /// for too long. Returns `None` when there will be no more.
     fn take(&self) -> Option<(Work, Job)> {
         let mut state = lock(&self.state);
         loop {
@@ -310,7 +318,7 @@ impl Requests {
 }
 
 impl State {
-    /// The place of the first job that may begin.
+    /// The index of the first job that may begin.
     fn next(&self) -> Option<usize> {
         let is_full = self.long_running == self.most_long;
         let may_begin = |(_, work, _): &(Instant, Work, Job)| *work != Work::Long || !is_full;
@@ -329,7 +337,7 @@ fn all_wait_elsewhere() -> Error {
         ErrorKind::Unavailable,
         format!(
             "{MOST_ELSEWHERE} requests wait for host directories or for layers to be moved, and \
-             none of them has ended for {} seconds: look whether the disks and servers beneath \
+             none of them has ended for {} seconds: check that the disks and servers beneath \
              --allow-lower answer, and try again",
             PATIENCE.as_secs()
         ),
@@ -344,7 +352,7 @@ pub(super) fn stopping() -> RpcStatus {
 }
 
 impl Running {
-    /// The same request again, for a second part of it.
+    /// The same request, for a second part of it.
     pub fn share(&self) -> Running {
         lock(&self.requests.state).under_way += 1;
         Running {
@@ -357,7 +365,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         let mut state = lock(&self.requests.state);
         state.under_way -= 1;
-        // Only a stop waits for it; a wake is a system call, waited for or not.
+        // Only a stop waits for this, and each wake-up is a system call.
         if state.is_closed {
             self.requests.drained.notify_all();
         }
@@ -409,7 +417,7 @@ mod tests {
         pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
             began_brief.send(9).unwrap();
         });
-        // Before the long ones that came before it.
+        // It begins before the long ones that came first.
         assert_eq!(next(), 9);
         release.send(()).unwrap();
         assert_eq!(next(), 2);

@@ -1,5 +1,5 @@
-//! A snapshot as a person mounts it, without containerd: to look into, or to
-//! rescue from.
+//! A snapshot that a person mounts without containerd, to look at its files or
+//! to rescue them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::store::Snapshot;
 use crate::types::{Kind, Quoted, SnapshotId, SnapshotPaths, Volume};
 use crate::volume::{Identity, UPPER};
 
-/// How many keys a message names.
+/// How many keys an error lists.
 const NAMED: usize = 10;
 
 /// What to mount for a person.
@@ -23,28 +23,28 @@ pub struct Rescue {
     pub key: String,
     pub id: SnapshotId,
     pub kind: Kind,
-    /// Whether it has host directories for containers, which are left out.
+    /// Whether it has host directories for containers, which are left out here.
     pub has_host_directories: bool,
-    /// Its own directories, if it may be written to.
+    /// The snapshot's own directories, if it may be written to.
     pub own: Option<SnapshotPaths>,
-    /// The lower directories, the topmost first; two at least without `own`.
+    /// The lower directories, the topmost first; at least two without `own`.
     pub lowers: Vec<String>,
-    /// Further options, as containers' mounts have them.
+    /// Further options, as for containers' mounts.
     pub options: Vec<String>,
 }
 
 impl Snapshotter {
-    /// Tells how to mount a snapshot of any kind. Only an active one can be
-    /// written to, and not if `is_read_only`; a layer shows its image up to there.
-    /// Ids are not mapped, and host directories left out. For one to be written to,
-    /// [`Snapshotter::mounts`] refuses from here on for as long as it is mounted
-    /// under [`Snapshotter::source_by_hand`].
+    /// Returns how to mount a snapshot of any kind. Only an active one can be
+    /// written to, unless `is_read_only` is set. A layer shows its image up to that
+    /// layer. Ids are not mapped, and host directories are left out. For a snapshot
+    /// to be written to, [`Snapshotter::mounts`] returns an error from now on, as
+    /// long as it is mounted under [`Snapshotter::source_by_hand`].
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`] if no key is `name` or ends in `/name`, or several
-    /// do; [`ErrorKind::FailedPrecondition`] for one to be written to that is mounted
-    /// elsewhere, or if the writable volume is needed and not there;
+    /// [`ErrorKind::NotFound`] if no key is `name` or ends in `/name`, or several do;
+    /// [`ErrorKind::FailedPrecondition`] for a snapshot to be written to that is
+    /// mounted elsewhere, or if the writable volume is needed and not there;
     /// [`ErrorKind::DataLoss`] if a layer is missing.
     pub fn rescue(&self, name: &str, is_read_only: bool) -> Result<Rescue> {
         let snapshot = self.find_by_name(name)?;
@@ -103,13 +103,14 @@ impl Snapshotter {
         })
     }
 
-    /// Refuses a snapshot that a person has just mounted at `point` to write to it, and
-    /// that is mounted elsewhere too, now or within a second: containerd may have asked
-    /// for its mounts before [`Snapshotter::mounts`] began to refuse, and mount later.
+    /// Returns an error if a snapshot that a person has just mounted at `point` for
+    /// writing is mounted elsewhere too, now or within a second: containerd may have
+    /// asked for its mounts before [`Snapshotter::mounts`] began to refuse, and mount
+    /// later.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] saying where it is mounted.
+    /// [`ErrorKind::FailedPrecondition`] with the other mount point.
     pub fn require_mounted_once(&self, rescue: &Rescue, point: &Path) -> Result<()> {
         const LOOKS: u32 = 10;
         const BETWEEN: Duration = Duration::from_millis(100);
@@ -137,10 +138,10 @@ impl Snapshotter {
         Ok(ByHand::source(&identity.unwrap_or_default(), id))
     }
 
-    /// Refuses the mounts of a snapshot that a person has mounted to write to it.
+    /// Returns an error if a person has mounted the snapshot to write to it.
     pub(super) fn require_not_by_hand(&self, id: SnapshotId) -> Result<()> {
         let image = self.volumes.image();
-        // The mark is cheap to look for, and may be an old one.
+        // The mark is cheap to look for, but may be an old one.
         if !image.is_marked_mounted_by_hand(id) {
             return Ok(());
         }
@@ -154,8 +155,8 @@ impl Snapshotter {
         }
     }
 
-    /// The snapshot of that key, or the only one whose key ends in it: containerd
-    /// puts `<namespace>/<number>/` before what its clients say.
+    /// The snapshot with that key, or the only one whose key ends in it:
+    /// containerd puts `<namespace>/<number>/` in front of its clients' keys.
     fn find_by_name(&self, name: &str) -> Result<Snapshot> {
         let not_found = |what: String| Err(Error::new(ErrorKind::NotFound, what));
         if let Some(snapshot) = self.store.read()?.find(name)? {
@@ -168,7 +169,7 @@ impl Snapshotter {
             (Some(snapshot), []) => Ok(snapshot),
             (None, _) => not_found(format!(
                 "no snapshot's key is {}, or ends in it after a slash: \
-                 'ctr snapshot ls' and 'status' tell keys",
+                 'ctr snapshot ls' and 'status' list keys",
                 Quoted(name)
             )),
             (Some(last), others) => {
@@ -187,9 +188,9 @@ impl Snapshotter {
     }
 }
 
-/// Two overlays on one upper directory damage what is in it
+/// Two overlays on one upper directory damage its contents
 /// (Documentation/filesystems/overlayfs.rst, "Sharing and copying layers"). The overlay
-/// that is mounted at `own` is left out, wherever else it is shown.
+/// that is mounted at `own` does not count, even if it is also visible elsewhere.
 fn require_unmounted(upper: impl AsFd, id: SnapshotId, own: Option<&Path>) -> Result<()> {
     let mounts = mount::mounts_of_upper(upper, UPPER)?;
     let own = mounts.iter().rfind(|mounted| Some(&*mounted.point) == own);

@@ -1,8 +1,9 @@
-//! Comparing a layer with what it is unpacked from.
+//! Comparing a layer with the content that it was unpacked from.
 //!
-//! Owns: where the layer is unpacked again, on which mount, and what a finding beside a
-//! running daemon is worth. Never: asks containerd; what unpacks is given. What it writes
-//! is in `snapshots/.unpacked`, and goes with the comparison.
+//! Owns: where the layer is unpacked again, on which mount, and whether a finding counts
+//! while a daemon runs. Never: asks containerd; the caller provides the unpacking.
+//! Everything that it writes is in `snapshots/.unpacked`, and is deleted after the
+//! comparison.
 
 use std::sync::atomic::AtomicBool;
 use std::thread::sleep;
@@ -19,27 +20,28 @@ use crate::tree::{self, Differences, Rules};
 use crate::types::{Kind, Mount, Volume};
 use crate::volume::{Owner, UnpackDir};
 
-/// Where layers are unpacked to be compared; emptied and removed when dropped.
+/// The directory in which layers are unpacked to be compared. It is removed
+/// when dropped.
 pub struct Unpacking<'a> {
     pub(super) snapshotter: &'a Snapshotter,
-    /// `None` only while it is dropped.
+    /// `None` only during the drop.
     dir: Option<UnpackDir<'a>>,
     cancel: &'a AtomicBool,
 }
 
-/// What a comparison has come to.
+/// The result of a comparison.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Compared {
-    /// The layer is what it should be.
+    /// The layer is sound.
     Sound,
-    /// It is not.
+    /// The layer differs.
     Differs(Differences),
-    /// It was removed or moved meanwhile.
+    /// The layer was removed or moved meanwhile.
     Gone,
 }
 
 impl Snapshotter {
-    /// All layers, each after those that it stands on.
+    /// All layers, each after the layers that it stands on.
     pub fn layers_in_order(&self) -> Result<Vec<Snapshot>> {
         let mut layers = self.all_snapshots()?;
         layers.retain(|snapshot| snapshot.info.kind == Kind::Committed);
@@ -53,7 +55,7 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if another process does that already.
+    /// [`ErrorKind::FailedPrecondition`] if another process does this already.
     pub fn begin_unpacking<'a>(&'a self, cancel: &'a AtomicBool) -> Result<Unpacking<'a>> {
         let unpacking = Unpacking {
             snapshotter: self,
@@ -66,13 +68,14 @@ impl Snapshotter {
 }
 
 impl Unpacking<'_> {
-    /// Unpacks a layer by `unpack`, which is given the mount to write to, and compares it
-    /// with what is there. The unpacked layer stays until the next one, or the end.
+    /// Unpacks a layer with `unpack`, which gets the mount to write to, and compares it
+    /// with the one that is there. The unpacked layer stays until the next one, or the
+    /// end.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::ResourceExhausted`] if there is no room for it;
-    /// [`ErrorKind::Cancelled`] if it was cancelled; what `unpack` returns.
+    /// [`ErrorKind::Cancelled`] if it was cancelled; errors of `unpack`.
     pub fn compare(
         &self,
         layer: &Snapshot,
@@ -93,8 +96,8 @@ impl Unpacking<'_> {
             lowers: &lowers,
             host_dirs: &[],
             empty: &empty,
-            // containerd writes there without mounting anything, and a killed command
-            // leaves no mount.
+            // containerd writes into this directory without mounting anything, so a
+            // killed command leaves no mount.
             over_empty: true,
             options: &self.snapshotter.options.mount_options,
             id_options: &[],
@@ -147,7 +150,7 @@ impl Unpacking<'_> {
             .collect())
     }
 
-    /// As when the layer was unpacked for the first time.
+    /// The same owner as when the layer was first unpacked.
     fn owner(&self, layer: &Snapshot) -> Owner {
         let owner = self.snapshotter.owner_for(None, layer.parent_id);
         owner.unwrap_or(Owner { uid: 0, gid: 0 })
@@ -173,8 +176,8 @@ impl Unpacking<'_> {
         ))
     }
 
-    /// Deletes what was unpacked. containerd may still write a little after an unpack that
-    /// was cut short.
+    /// Deletes what was unpacked. containerd may go on writing for a moment after an
+    /// unpack was interrupted.
     fn empty(&self) -> Result<()> {
         const ATTEMPTS: u32 = 20;
         let mut attempt = 1;

@@ -1,15 +1,15 @@
-//! Unpacks without a parent: the first layer of an image, or a layer whose parent is named
-//! at its commit, because containerd unpacks the layers of an image in parallel
+//! Unpacks without a parent. Each is the first layer of an image, or a layer whose parent
+//! is named at its commit, because containerd unpacks the layers of an image in parallel
 //! (capability "rebase", containerd 2.2 and later).
 //!
-//! containerd writes the deletions of a layer as overlayfs's whiteouts only if the mount is
-//! an overlay (`core/diff/apply/apply_linux.go`). A first layer deletes nothing: it gets a
-//! bind mount, on which a deletion of nothing leaves nothing. A layer with a parent to come
-//! needs the overlay, else all that it deletes would be back. containerd 2.3 and later name
-//! that parent in a label. containerd 2.2 sends no such label, and older versions unpack only
-//! first layers without a parent, so the snapshotter cannot tell the two apart. It refuses
-//! the first parent that is named late, and from then on gives every unpack without a parent
-//! an overlay.
+//! containerd writes the deletions of a layer as overlayfs's whiteouts only if the mount
+//! is an overlay (`core/diff/apply/apply_linux.go`). A first layer has nothing to delete,
+//! so it gets a bind mount, on which a deletion leaves no trace. A layer whose parent is
+//! named later needs an overlay, because the files that it deletes would otherwise be
+//! back. containerd 2.3 and later name that parent in a label. containerd 2.2 sends no
+//! such label, and older versions unpack only first layers without a parent, so the
+//! snapshotter cannot distinguish the two. It refuses the first late parent, and from
+//! then on gives every unpack without a parent an overlay.
 
 use rustix::fd::AsFd;
 
@@ -21,11 +21,12 @@ use crate::store::{Rows, Snapshot};
 use crate::tree;
 use crate::types::{Info, LABEL_PARENT_CHAIN_ID, Labels, Quoted, SnapshotId};
 
-/// A fact in the database: the last snapshot before parents were first named late without
-/// the label.
+/// The name of a fact in the database: the last snapshot before a parent was named late,
+/// without the label, for the first time.
 const LATE_PARENTS_AFTER: &str = "late_parents_after";
 
-/// Whether this unpack without a parent gets an overlay over nothing.
+/// Whether this unpack without a parent gets an overlay over the empty
+/// directory.
 pub(super) fn is_over_empty(rows: &Rows, id: SnapshotId, labels: &Labels) -> Result<bool> {
     if labels.contains_key(LABEL_PARENT_CHAIN_ID) {
         return Ok(true);
@@ -35,7 +36,7 @@ pub(super) fn is_over_empty(rows: &Rows, id: SnapshotId, labels: &Labels) -> Res
     Ok(last.is_some_and(|last| id > last))
 }
 
-/// The same for a snapshot of any kind that is there already.
+/// Like [`is_over_empty`], for an existing snapshot of any kind.
 pub(super) fn is_stored_over_empty(rows: &Rows, snapshot: &Snapshot) -> Result<bool> {
     let info = &snapshot.info;
     Ok(is_parentless_unpack(info) && is_over_empty(rows, snapshot.id, &info.labels)?)
@@ -46,14 +47,15 @@ fn is_parentless_unpack(info: &Info) -> bool {
 }
 
 impl Snapshotter {
-    /// Refuses a commit that names a parent only now if deletions of the layer may be
-    /// missing in what was unpacked.
+    /// Refuses a commit that names a parent late if the unpacked directory may lack
+    /// deletions of the layer.
     pub(super) fn check_late_parent(&self, snapshot: &Snapshot, parent: &str) -> Result<()> {
         if parent.is_empty() || !snapshot.info.parent.is_empty() {
             return Ok(());
         }
         let naming = format!("its parent {} is named only now", Quoted(parent));
-        // There containerd writes no whiteouts, whatever the mount is.
+        // In a user namespace, containerd writes no whiteouts, whatever the
+        // mount is.
         if mount::probe_user_namespace() {
             return Err(Error::refused(format!(
                 "{naming}, and in a user namespace containerd then loses what the layer \
@@ -66,7 +68,7 @@ impl Snapshotter {
             return Ok(());
         }
         let mut transaction = self.store.write()?;
-        // Only once: snapshots since then have been given overlays.
+        // The fact is recorded once: later snapshots have been given overlays.
         if transaction.fact(LATE_PARENTS_AFTER)?.is_none() {
             let last = transaction.highest_id()?;
             transaction.record_fact(LATE_PARENTS_AFTER, &last.to_string())?;
@@ -79,9 +81,9 @@ impl Snapshotter {
         )))
     }
 
-    /// Removes the whiteouts of a first layer, which hide nothing: programs would find them
-    /// as entries that cannot be opened. Whatever else is a device 0:0 is a whiteout to
-    /// overlayfs as well.
+    /// Removes the whiteouts of a first layer. They hide nothing, and programs would find
+    /// them as entries that cannot be opened. Every device 0:0 is removed, because
+    /// overlayfs treats each as a whiteout.
     pub(super) fn drop_whiteouts_of_nothing(
         &self,
         snapshot: &Snapshot,

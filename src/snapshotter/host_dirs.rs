@@ -1,12 +1,12 @@
-//! Host directories above a snapshot's layers: which ones it gets, and when its
-//! links to them are made and removed.
+//! Host directories above a snapshot's layers: which ones a snapshot gets, and
+//! when its links to them are created and removed.
 //!
-//! A label names some; it may be changed, for the next mount. Others the daemon
-//! chooses by the image: once, when the snapshot is made, and the choice is
-//! recorded. A container would otherwise find other files beneath what it has
-//! written only because the daemon was started with other flags meanwhile. What
-//! is allowed is asked anew each time: a directory that is not allowed any more
-//! is not shown any more.
+//! A label names some of them; a change of the label takes effect with the next
+//! mount. Others are chosen by the image: once, when the snapshot is created,
+//! and the choice is recorded. Otherwise, a daemon that was started with other
+//! flags would show a container other files beneath what it has written.
+//! Whether a directory is allowed is checked at each mount: one that is not
+//! allowed any more is not shown any more.
 
 use super::Snapshotter;
 use super::labels::IdMaps;
@@ -21,14 +21,14 @@ use crate::types::{
 /// The host directories that a snapshot is to have.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct WantedHostDirs {
-    /// Named by its label.
+    /// The host directories that the snapshot's label names.
     labelled: Vec<String>,
-    /// Chosen by the image that it stands on.
+    /// The host directories that the image of the snapshot gives it.
     pub chosen: Vec<String>,
 }
 
 impl WantedHostDirs {
-    /// What a label asks for.
+    /// The host directories that a label names.
     pub(super) fn by_label(labels: &Labels) -> Result<WantedHostDirs> {
         let labelled = match labels.get(LABEL_LOWERS) {
             None => Vec::new(),
@@ -44,24 +44,25 @@ impl WantedHostDirs {
         [&*self.labelled, &*self.chosen].concat()
     }
 
-    /// Mapping the ids of a mount would have to cover the host's directories
-    /// too, whose file systems may be unable to, and whose owners would be
-    /// others than the administrator sees.
+    /// Refuses host directories for a container with mapped ids. The mount
+    /// would have to map the ids of the host directories too, whose file
+    /// systems may not support that, and the container would see other owners
+    /// than the administrator.
     pub(super) fn require_plain_ids(&self, id_maps: Option<&IdMaps>) -> Result<()> {
         if id_maps.is_none() || self.labelled.is_empty() && self.chosen.is_empty() {
             return Ok(());
         }
         Err(Error::invalid(format!(
-            "host directories ({}) cannot be shown to a container with mapped ids, as their \
-             owners would not be mapped with the layers: leave one of both out",
+            "host directories ({}) cannot be shown to a container with mapped ids, because \
+             their owners would not be mapped: leave out the host directories or the mapping",
             Quoted(&self.all().join(":"))
         )))
     }
 }
 
 impl Snapshotter {
-    /// The links by which a snapshot that is there already reaches its host
-    /// directories, after each has been found again; `chosen` are those recorded.
+    /// Finds the host directories of an existing snapshot again, and returns the
+    /// links to them. `chosen` are the recorded ones.
     pub(super) fn renew_lowers(
         &self,
         snapshot: &Snapshot,
@@ -76,7 +77,8 @@ impl Snapshotter {
         let image = self.volumes.image();
         if !image.has_host_dir_links(snapshot.id, lowers.targets())? {
             let _claim = self.ids.claim(snapshot.id);
-            // Removed meanwhile, it would get links that nobody removes.
+            // A snapshot that was removed meanwhile would get links that
+            // nothing removes.
             let now = self.store.read()?.stat(&info.name)?;
             if now.id == snapshot.id {
                 image.link_host_dirs(snapshot.id, lowers.targets())?.keep();
@@ -87,7 +89,7 @@ impl Snapshotter {
         Ok(links)
     }
 
-    /// Whether a container on the snapshot is shown any.
+    /// Whether a container on the snapshot is shown host directories.
     pub(super) fn has_host_directories(&self, snapshot: &Snapshot) -> Result<bool> {
         let labelled = snapshot.info.labels.get(LABEL_LOWERS);
         let is_labelled = labelled.is_some_and(|text| !text.is_empty());
@@ -126,20 +128,26 @@ impl Snapshotter {
             return Ok(Vec::new());
         }
         wanted.require_plain_ids(IdMaps::from_labels(labels)?.as_ref())?;
-        // Those chosen may not be allowed any more: no reason to keep a label.
+        // Recorded ones are not checked: if one is not allowed any more, the
+        // Update can still be right.
         Ok(wanted.labelled)
     }
 
-    /// Removes the links of a snapshot that is gone, or is a layer now.
+    /// Removes the links of a snapshot that was removed, or is a layer now.
     pub(super) fn drop_lower_links(&self, id: SnapshotId) {
         if let Err(error) = self.volumes.image().remove_host_dir_links(id) {
-            // It is done all the same; the next start removes them.
-            log::warn!("remove the links of snapshot {id}: {}", error.chain());
+            // The snapshot itself is gone or committed; the next start removes
+            // the links.
+            log::warn!(
+                "cannot remove the links of snapshot {id}: {}",
+                error.chain()
+            );
         }
     }
 }
 
-/// What the rules give to the containers of a layer's image, in their order.
+/// The host directories that the rules give to the containers of a layer's
+/// image, in the order of the rules.
 pub(super) fn chosen_by(rules: &[ImageRule], labels: &Labels) -> Vec<String> {
     let Some(image) = labels.get(LABEL_IMAGE_REF) else {
         return Vec::new();

@@ -12,9 +12,9 @@ use crate::mount::{self, mountinfo};
 use crate::store::Ancestor;
 use crate::types::Volume;
 
-/// For each volume, whether the kernel has been found to map the ids of mounts there. It is
-/// asked when it is first needed: few containers need it, and the answer takes longer than
-/// everything else at a start.
+/// For each volume, whether the kernel is known to map the ids of mounts there. The
+/// kernel is asked at the first use: few containers need this, and the answer takes
+/// longer than everything else at a start.
 #[derive(Default)]
 pub(super) struct MappedIds {
     image: OnceLock<()>,
@@ -22,10 +22,10 @@ pub(super) struct MappedIds {
 }
 
 impl Snapshotter {
-    /// Returns the options `uidmap=` and `gidmap=` for a snapshot on these layers, whose own
-    /// directory is on `volume`. A snapshot whose ids are not mapped gets none. Neither does
-    /// a snapshot on a layer to whose files containerd has given the mapped owners itself:
-    /// their ids would be mapped twice.
+    /// Returns the options `uidmap=` and `gidmap=` for a snapshot on these layers, whose
+    /// own directory is on `volume`. A snapshot whose ids are not mapped gets none.
+    /// Neither does a snapshot on a layer whose files have the mapped owners already,
+    /// from containerd: their ids would be mapped twice.
     ///
     /// # Errors
     ///
@@ -42,7 +42,8 @@ impl Snapshotter {
         if layers.iter().any(|layer| layer.is_remapped) {
             return Ok(Vec::new());
         }
-        // Layers are mapped by their paths on the image volume, else what is bound is.
+        // Layers are mapped through their paths on the image volume. Without layers,
+        // the snapshot's own directory is mapped.
         let mapped = match (layers, volume) {
             ([], Some(volume)) => volume,
             _ => Volume::Image,
@@ -51,7 +52,8 @@ impl Snapshotter {
         Ok(maps.options())
     }
 
-    /// A failure is not remembered: what it needs may be there the next time.
+    /// Returns an error if the kernel cannot map ids on that volume. A failure
+    /// is not remembered, because the next try may succeed.
     fn require_mapped_ids(&self, volume: Volume) -> Result<()> {
         let known = match volume {
             Volume::Image => &self.mapped_ids.image,

@@ -1,12 +1,13 @@
 //! Which id the next snapshot gets, and which snapshots are being worked on.
 //!
-//! Owns: the block of ids that is in use, the following one, and the claims. A snapshot gets
-//! its id before its row is entered, so that its directories are made while nothing is
-//! locked. An id is given out once. After a crash, ids of the block may have empty directories and no row.
+//! Owns: the block of ids that is in use, the following block, and the claims. A snapshot
+//! gets its id before its row is entered, so that its directories are created while
+//! nothing is locked. Each id is given out once. After a crash, there may be empty
+//! directories without a row for ids of the block.
 //!
-//! What changes the directories of a snapshot has a claim on its id for that time. So no
-//! two requests change the same directories, and a sweep knows that a directory without
-//! a row is not a stray but on its way.
+//! A thread that changes the directories of a snapshot holds a claim on the snapshot's
+//! id. So no two requests change the same directories, and a sweep knows that a directory
+//! without a row is about to get one.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -21,7 +22,7 @@ use crate::volume::{Dirs, Volumes};
 
 pub(super) struct Ids {
     store: Arc<Store>,
-    /// `None` before the first id since the start.
+    /// `None` until the first id after the start.
     next: Mutex<Option<Next>>,
     /// The block after the one in use, once it is reserved.
     following: Mutex<Option<Block>>,
@@ -37,16 +38,16 @@ struct Next {
     id: u64,
 }
 
-/// What the thread is to do so that a later request need not.
+/// Work for the background thread, done so that no later request has to do it.
 #[derive(Default)]
 struct Ahead {
     reserves: bool,
-    /// Volumes on which the following block is to be recorded: those of requests, so that
-    /// no disk is woken for it.
+    /// Volumes on which the following block is to be recorded: only those that requests
+    /// use, so that no disk is woken for it.
     records: Vec<Volume>,
 }
 
-/// How many ids of a block are left when the following one is reserved.
+/// The number of ids left in a block when the following block is reserved.
 const FEW: u64 = 128;
 
 /// The right to change the directories of a snapshot, until it is dropped.
@@ -73,9 +74,9 @@ impl Ids {
         }
     }
 
-    /// At a start: reserves a block, and records it on the volumes that are there, so that the
-    /// first request need not. Each start has a block of its own: a database and a volume
-    /// that have been through other starts since are known to be apart.
+    /// At a start, reserves a block and records it on the volumes that are there, so that
+    /// the first request need not do it. Each start gets a block of its own: if a
+    /// database and a volume were then used separately, the blocks show it.
     pub(super) fn begin(&self, volumes: &[Arc<Dirs>]) -> Result<()> {
         let block = self.reserve()?;
         for dirs in volumes {
@@ -93,7 +94,8 @@ impl Ids {
         })
     }
 
-    /// Gives out an id for a snapshot that will have directories in `dirs`, or none.
+    /// Gives out an id for a snapshot that will have directories in `dirs`, or no
+    /// directories.
     pub(super) fn take(&self, dirs: Option<&Dirs>) -> Result<Claim<'_>> {
         let (block, id) = {
             let mut next = lock(&self.next);
@@ -116,7 +118,8 @@ impl Ids {
         Ok(self.claim(id))
     }
 
-    /// Has the thread reserve the following block, and record it on the volume of `dirs`.
+    /// Asks the background thread to reserve the following block, and to record it on the
+    /// volume of `dirs`.
     fn prepare_following(&self, dirs: Option<&Dirs>) {
         let following = lock(&self.following).clone();
         let Some(following) = following else {
@@ -125,7 +128,7 @@ impl Ids {
             }
             return;
         };
-        // Whose lock is held is being recorded.
+        // If the lock is held, a record is being written.
         let lacks = |dirs: &&Dirs| {
             let recorded = self.recorded[dirs.volume() as usize].try_lock();
             recorded.is_ok_and(|recorded| *recorded < following.first)
@@ -135,7 +138,7 @@ impl Ids {
         }
     }
 
-    /// Starts the thread that reserves blocks before they are needed.
+    /// Starts the background thread.
     pub(super) fn start(self: &Arc<Ids>, volumes: &Arc<Volumes>) -> Result<Background> {
         let volumes = Arc::clone(volumes);
         let stop = |ids: &Ids| ids.ahead.stop();
@@ -151,7 +154,8 @@ impl Ids {
             let done = self.work_ahead(volumes, &records);
             self.ahead.look(|ahead| ahead.reserves = false);
             if let Err(error) = done {
-                // The request that needs the block reserves or records it.
+                // The request that needs the block reserves or records it
+                // itself.
                 log::debug!("{}", error.chain());
             }
         }
@@ -162,7 +166,7 @@ impl Ids {
         let Some(following) = reserved else {
             let block = self.reserve()?;
             let next = lock(&self.next);
-            // A request may have been faster.
+            // A request may have reserved it first.
             if next
                 .as_ref()
                 .is_none_or(|next| next.block.first < block.first)
@@ -177,15 +181,15 @@ impl Ids {
         Ok(())
     }
 
-    /// Records on a volume that ids of this block are used there, unless a newer one is
-    /// recorded.
+    /// Records on a volume that ids of this block are used there, unless a newer block
+    /// is recorded.
     fn record(&self, dirs: &Dirs, block: &Block) -> Result<()> {
         let mut recorded = lock(&self.recorded[dirs.volume() as usize]);
         if *recorded >= block.first {
             return Ok(());
         }
         let volume = dirs.volume();
-        // A damaged one was accepted by a repair.
+        // If the file is damaged, a repair has accepted that.
         let before = dirs.newest_block().ok().flatten();
         self.store
             .together(|transaction| transaction.record_block(volume, block, before.as_ref()))?;
@@ -194,7 +198,7 @@ impl Ids {
         Ok(())
     }
 
-    /// Waits until no other request works on that snapshot.
+    /// Waits until no other request works on that snapshot, then claims it.
     pub(super) fn claim(&self, id: SnapshotId) -> Claim<'_> {
         let is_taken = |claimed: &HashSet<SnapshotId>| claimed.contains(&id);
         self.claimed

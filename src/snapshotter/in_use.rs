@@ -1,9 +1,10 @@
-//! Which snapshots are mounted now, by the kernel's lists of mounts.
+//! Which snapshots are mounted now, according to the kernel's lists of mounts.
 //!
-//! Owns: by what a mount is known to show a directory of a snapshot. Its directories may
-//! have had other names when it was mounted: a bind mount is known by its file system and
-//! the place on it, an overlay by the inode to which its path leads. Where that path leads
-//! nowhere, the number in it decides: what may be mounted counts as mounted.
+//! Owns: recognising that a mount shows a directory of a snapshot. The directory may have
+//! had another name when it was mounted. A bind mount is therefore recognised by its file
+//! system and the path there, and an overlay by the inode to which its path leads. If
+//! that path leads nowhere, the number in it decides: when in doubt, a directory counts
+//! as mounted.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -20,29 +21,29 @@ use crate::types::{SnapshotId, Volume};
 use crate::volume::{Dirs, Identity, Volumes, replaced_id};
 
 /// The snapshots of this root that persons have mounted. Another root on this
-/// machine gives out the same numbers.
+/// machine uses the same numbers.
 pub(super) fn mounted_by_hand(store: &Store) -> Result<Vec<ByHand>> {
     let identity = store.read()?.fact(Identity::FACT)?;
     ByHand::of_root(identity.as_deref())
 }
 
-/// What is mounted, as of one moment, in all mount namespaces that can be seen.
+/// The mounts of one moment, in all mount namespaces that can be read.
 pub(super) struct Mounts<'a> {
     volumes: &'a Volumes,
     mounts: Vec<Mounted>,
     by_hand: Vec<SnapshotId>,
-    /// `None` if the kernel does not show where the image volume is.
+    /// `None` if the kernel does not show the path of the image volume.
     image: Option<Location>,
     /// `None` if the writable volume is not there.
     writable: Option<Location>,
 }
 
-/// A volume's `snapshots/` in terms of the kernel's list.
+/// The place of a volume's `snapshots/` in the kernel's list.
 struct Location {
     dirs: Arc<Dirs>,
-    /// The file system.
+    /// The device of the file system.
     device: String,
-    /// The place on it.
+    /// The path on that file system.
     root: PathBuf,
 }
 
@@ -88,8 +89,8 @@ impl<'a> Mounts<'a> {
     }
 
     /// The snapshots whose directory on the writable volume is mounted so that it can be
-    /// written to, and all that persons have mounted: who looks into a layer wants to read
-    /// it to its end.
+    /// written to, and all that persons have mounted, because a person who looks into a
+    /// layer needs it to stay.
     fn on_writable(&self) -> HashSet<SnapshotId> {
         let mut found: HashSet<_> = self.by_hand.iter().copied().collect();
         for mounted in &self.mounts {
@@ -101,7 +102,7 @@ impl<'a> Mounts<'a> {
         found
     }
 
-    /// The snapshots that are the upper directory of an overlay.
+    /// The snapshots whose directory is the upper directory of an overlay.
     pub(super) fn writers(&self) -> HashSet<SnapshotId> {
         let parts = self.mounts.iter().flat_map(|mounted| &mounted.overlay);
         let uppers = parts.filter(|(part, _)| *part == Part::Upper);
@@ -112,17 +113,17 @@ impl<'a> Mounts<'a> {
             .collect()
     }
 
-    /// The layers of all snapshots that were committed while they were mounted and still
-    /// are, with the layers below them. containerd asks that nobody uses a snapshot after
-    /// its commit, but `ctr snapshot commit` lets a user do it to a running container,
-    /// which goes on writing.
+    /// Layers that were committed while they were mounted, and still are, and the layers
+    /// below them. containerd requires that a snapshot is not in use after its commit,
+    /// but `ctr snapshot commit` permits the commit of a running container, which then
+    /// goes on writing.
     pub(super) fn layers(&self, rows: &Rows) -> Result<HashSet<SnapshotId>> {
         rows.layers_of(&self.on_writable().into_iter().collect::<Vec<_>>())
     }
 
-    /// The mounts that show, or have been made of, the directory that a layer has on the
-    /// writable volume. An overlay does not say whether it was mounted before the layer
-    /// has moved.
+    /// The mounts that may show the directory that a moved layer has left on the
+    /// writable volume. An overlay does not show whether it was mounted before the layer
+    /// moved.
     pub(super) fn of_leftover(&self, id: SnapshotId) -> Vec<&Mounted> {
         let layer_of = |part: Part, path: &Path| match part {
             Part::Upper => self.snapshot_at(Volume::Writable, path),
@@ -136,8 +137,8 @@ impl<'a> Mounts<'a> {
         self.mounts.iter().filter(shows).collect()
     }
 
-    /// Whether the directory of a layer on the image volume, or one that it has taken the
-    /// place of, may be mounted or among the lower directories of an overlay.
+    /// Whether the directory of a layer on the image volume, or a directory that the
+    /// layer has replaced, may be mounted or among the lower directories of an overlay.
     pub(super) fn may_show_layer(&self, id: SnapshotId) -> bool {
         let shows = |mounted: &Mounted| {
             let mut lowers = mounted.overlay.iter().filter(|it| it.0 == Part::Lower);
@@ -147,7 +148,8 @@ impl<'a> Mounts<'a> {
         self.image.is_none() || self.mounts.iter().any(shows)
     }
 
-    /// The snapshot whose directory on that volume a path in an overlay's options means.
+    /// The snapshot on that volume whose directory a path in an overlay's options leads
+    /// to.
     fn snapshot_at(&self, volume: Volume, path: &Path) -> Option<SnapshotId> {
         let snapshot = path.parent()?;
         let id = number(snapshot.file_name()?)?;
@@ -155,7 +157,8 @@ impl<'a> Mounts<'a> {
             return Some(id);
         }
         let is_fs = path.file_name()? == "fs";
-        // The mounting side has shortened it by a directory that only it knows.
+        // The mounting program has shortened the path by a directory that only
+        // it knows.
         let is_relative = !path.is_absolute();
         (is_fs && (is_relative || self.may_be_it(volume, id, path))).then_some(id)
     }
@@ -178,8 +181,8 @@ impl<'a> Mounts<'a> {
     }
 }
 
-/// The snapshot of whose directory on a volume this is a bind mount, or of something in it.
-/// A directory that was replaced after it was mounted has another name now.
+/// The snapshot whose directory on a volume, or a part of it, this bind mount shows. A
+/// directory that was replaced after it was mounted has another name now.
 fn bound(volume: Option<&Location>, mounted: &Mounted) -> Option<SnapshotId> {
     let volume = volume.filter(|volume| volume.device == mounted.device)?;
     let below = mounted.root.strip_prefix(&volume.root).ok()?;
@@ -191,7 +194,7 @@ fn number(name: &OsStr) -> Option<SnapshotId> {
     SnapshotId::from_directory_name(name.as_encoded_bytes())
 }
 
-/// `None` where the kernel does not show the path by which the directory was opened.
+/// `None` if the kernel does not show the path of the directory.
 fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
     let snapshots = dirs.snapshots_fd();
     let Some(mounted) = mountinfo::of_file(snapshots)? else {
@@ -217,11 +220,12 @@ pub(super) fn is_mounted(
     id: SnapshotId,
     volume: Volume,
 ) -> Result<bool> {
-    // containerd unmounts what it unpacked a layer into before it commits it.
+    // containerd unmounts the directory of an unpack before it commits the
+    // layer.
     Ok(volume == Volume::Writable && Mounts::read(store, volumes)?.on_writable().contains(&id))
 }
 
-/// As [`Mounts::layers`], as of now.
+/// The result of [`Mounts::layers`] for this moment.
 pub(super) fn mounted_layers(store: &Store, volumes: &Volumes) -> Result<HashSet<SnapshotId>> {
     Mounts::read(store, volumes)?.layers(&*store.read()?)
 }

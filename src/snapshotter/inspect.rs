@@ -21,28 +21,32 @@ pub struct Inspection {
     pub snapshots: usize,
     /// What is wrong, in a stable order.
     pub findings: Vec<Finding>,
-    /// The paths of what was set aside, by this program or by an import.
+    /// The paths of everything in `left-out/`, whether this program or an
+    /// import has put it there.
     pub left_out: Vec<String>,
 }
 
-/// The entries of `snapshots/` by number; those of moves are left out.
+/// The entries of `snapshots/` by id, without those of moves.
 type Entries = HashMap<SnapshotId, FileType>;
 
-/// What the database says, as of one moment.
+/// The contents of the database at one moment.
 struct Rows {
     by_id: HashMap<SnapshotId, Snapshot>,
     leftover: HashSet<SnapshotId>,
     ids: GivenOut,
-    /// Directories that may be deleted. In order: image, writable volume.
+    /// The ids in tombstones: directories that may be deleted. In order: image,
+    /// writable volume.
     buried: [HashSet<SnapshotId>; 2],
 }
 
 impl Snapshotter {
-    /// Looks at every snapshot, directory and link, and counts every layer. A
-    /// daemon at work on them makes for findings that are gone at a second look.
-    /// `progress` is given how many snapshots are done, and how many there are.
+    /// Looks at every snapshot, directory and link, and counts every layer. If a
+    /// daemon is running, its changes can cause findings that a second
+    /// inspection does not have. `progress` is called with the number of
+    /// snapshots that are done, and the number of all.
     pub fn inspect(&self, mut progress: impl FnMut(usize, usize)) -> Result<Inspection> {
-        // The disks first: a snapshot is entered after its directory is made.
+        // The disks are read before the database, because a snapshot is entered
+        // after its directory is created.
         let image = self.volumes.open(Volume::Image)?;
         let on_image = entries(&image)?;
         let writable = self.volumes.open(Volume::Writable);
@@ -98,7 +102,8 @@ impl Snapshotter {
                 (Volume::Writable, Some(entries)) => on(entries),
                 (Volume::Writable, None) => continue,
             };
-            // Between the two renames of a move within one file system.
+            // A crash may have come between the two renames of a move within
+            // one file system.
             if is_unmoved && !is_there && self.volumes.image().is_renamed_layer(snapshot.id)? {
                 findings.push(about(snapshot, Problem::MoveNotRecorded));
                 continue;
@@ -139,7 +144,8 @@ impl Snapshotter {
         })
     }
 
-    /// A volume on which ids were used that this database has not given out.
+    /// A finding if ids were used on this volume that the database has not
+    /// given out.
     fn other_history(&self, dirs: &Dirs, entries: &Entries) -> Result<Option<Finding>> {
         let is_other = match dirs.newest_block() {
             Ok(block) => {
@@ -155,8 +161,8 @@ impl Snapshotter {
         }))
     }
 
-    /// A volume that is not there, or one that has only lost its mark: then the ids that
-    /// were used on it last are this database's.
+    /// The finding for a writable volume that is missing, or that has only lost its
+    /// mark: in that case, the ids that were used on it last are this database's.
     fn missing_volume(&self, error: &Error) -> Result<Finding> {
         let block = self.volumes.block_of_unmarked().ok().flatten();
         let is_ours = match block {
@@ -198,7 +204,8 @@ impl Snapshotter {
     }
 }
 
-/// A layer that is mounted as a container's upper may be written to.
+/// Compares a layer with what was recorded at its commit. A layer that is
+/// mounted as the upper directory of a container may be written to.
 pub(super) fn inspect_layer(
     dirs: &Arc<Dirs>,
     snapshot: &Snapshot,
@@ -228,7 +235,7 @@ pub(super) fn inspect_layer(
         data_bytes: match snapshot.data_bytes {
             DataBytes::Counted(bytes) => Some(bytes),
             DataBytes::Unknown => None,
-            // It went on changing after its commit.
+            // The layer was changed after its commit.
             DataBytes::WasMounted => return Ok(None),
         },
         attributes: snapshot.marks.map(|marks| marks.attributes),
@@ -264,7 +271,7 @@ fn compare(recorded: Recorded, counted: Content) -> Comparison {
 }
 
 impl Rows {
-    /// Why what a snapshot stands on cannot be its parent.
+    /// The reason why a snapshot's parent cannot be a parent; `None` if it can.
     fn bad_parent(&self, snapshot: &Snapshot) -> Option<String> {
         let parent_id = snapshot.parent_id?;
         let Some(parent) = self.by_id.get(&parent_id) else {
@@ -274,7 +281,8 @@ impl Rows {
             let (name, kind) = (Quoted(&parent.info.name), parent.info.kind);
             return Some(format!("{name}, which is {kind}, not committed"));
         }
-        // A circle has no end, and no chain is longer than all there are.
+        // The chain is longer than the number of snapshots only if it is a
+        // circle.
         let mut above = Some(parent);
         for _ in 0..=self.by_id.len() {
             match above.and_then(|layer| layer.parent_id) {
@@ -296,7 +304,8 @@ impl Rows {
             .collect();
         orphans.sort_by_key(|(id, _)| **id);
         let finding = |(id, file_type): (&SnapshotId, &FileType)| {
-            // A link on the image volume is one of ours, or holds nothing.
+            // A link on the image volume is the link of a layer, or holds
+            // nothing.
             let is_link = volume == Volume::Image && *file_type == FileType::Symlink;
             let is_kept = !buried.contains(id) && !is_link && !dirs.is_unfilled(*id)?;
             Ok(Finding {
@@ -314,7 +323,8 @@ fn entries(dirs: &Arc<Dirs>) -> Result<Entries> {
     let mut entries = Entries::new();
     for entry in dirs.entries()? {
         let name = entry.name.to_bytes();
-        // A move's own entry is no finding: the next start deals with it.
+        // The entry of a move is no finding, because the next start finishes
+        // the move or drops it.
         if let (Some(id), None) = (SnapshotId::from_directory_name(name), moving_id(name)) {
             entries.insert(id, entry.file_type);
         }

@@ -1,11 +1,11 @@
-//! Whose word a snapshot's labels are, and which of them count for that reason.
+//! Where a snapshot's labels come from, and which of them count for that reason.
 //!
-//! containerd hands strangers' labels on. What it unpacks has the annotations of the
-//! layer's descriptor, which the image's manifest contains (`core/unpack/unpacker.go`);
-//! the sandbox of a pod has the pod's annotations
+//! containerd passes on labels from sources that are not trusted. An unpack has the
+//! annotations of the layer's descriptor, which are part of the image's manifest
+//! (`core/unpack/unpacker.go`). The sandbox of a pod has the pod's annotations
 //! (`internal/cri/server/podsandbox/sandbox_run.go`). Labels that do not count are not
-//! stored, so that they cannot act later; those that were stored by an older version, or
-//! trusted then, are left out when a snapshot is read.
+//! stored, so that they cannot take effect later. If an older version has stored one, or
+//! if it was trusted then, it is left out when the snapshot is read.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -22,7 +22,7 @@ use crate::types::{
 };
 use crate::util::lock::lock;
 
-/// Whose word the labels of a snapshot are.
+/// The source of a snapshot's labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum LabelSource {
     /// The manifest of the image that is unpacked, or was unpacked into a layer.
@@ -33,8 +33,8 @@ pub(super) enum LabelSource {
     Administrator,
 }
 
-/// What no image may choose: all that is ours alone, and what containerd means for
-/// containers.
+/// The labels that images may not set: this program's own labels, and those of
+/// containerd that are meant for containers.
 const IGNORED_OF_IMAGES: &[&str] = &[
     LABEL_VOLUME,
     LABEL_LOWERS,
@@ -45,8 +45,8 @@ const IGNORED_OF_IMAGES: &[&str] = &[
     LABEL_GID_MAPPING,
 ];
 
-/// What no pod may choose: all that is ours alone, and what makes a snapshot an unpack.
-/// containerd maps the ids of pods with user namespaces by its own labels.
+/// The labels that pods may not set: this program's own labels, and those that mark an
+/// unpack. For pods with user namespaces, containerd maps the ids by its own labels.
 const IGNORED_OF_PODS: &[&str] = &[
     LABEL_VOLUME,
     LABEL_LOWERS,
@@ -55,8 +55,8 @@ const IGNORED_OF_PODS: &[&str] = &[
     LABEL_SNAPSHOT_REF,
 ];
 
-/// Whether a key is of the namespace in which CRI keeps pods. containerd puts the
-/// namespace before the key, and no pod can choose it.
+/// Whether a key is in the namespace in which CRI keeps pods. containerd puts the
+/// namespace in front of the key, and no pod can choose it.
 pub(super) fn is_of_pods(key: &str) -> bool {
     key.starts_with("k8s.io/")
 }
@@ -75,7 +75,7 @@ impl LabelSource {
         }
     }
 
-    /// Whose word the labels of a snapshot are that is there already.
+    /// The source of the labels of an existing snapshot.
     pub(super) fn of_stored(info: &Info, pod_labels: PodLabels) -> LabelSource {
         LabelSource::of(info.kind, Purpose::of_stored(info), &info.name, pod_labels)
     }
@@ -88,7 +88,7 @@ impl LabelSource {
         }
     }
 
-    /// Takes those labels out that do not count, and returns which they were.
+    /// Removes the labels that do not count, and returns their keys.
     pub(super) fn take_ignored(self, labels: &mut Labels) -> Vec<&'static str> {
         let ignored = self.ignored().iter().copied();
         ignored
@@ -96,13 +96,13 @@ impl LabelSource {
             .collect()
     }
 
-    /// Takes those labels out of an Update that do not count, and returns which they were.
+    /// Removes the labels that do not count from an Update, and returns their keys.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] for a label that the Update's mask names. Only a
-    /// person does that; containerd sends all labels, those of strangers too, without a
-    /// mask.
+    /// [`ErrorKind::FailedPrecondition`] if the Update's mask names such a label. Only a
+    /// person sends such a mask; containerd sends all labels, including those that are
+    /// not trusted, without a mask.
     pub(super) fn take_ignored_changes(
         self,
         changes: &mut [LabelChange],
@@ -123,7 +123,7 @@ impl LabelSource {
         Ok(taken)
     }
 
-    /// Why a label of this source is ignored, and what would be right.
+    /// Why a label from this source is ignored, and what to do instead.
     fn reason(self, label: &str) -> &'static str {
         match self {
             LabelSource::Pod if label == LABEL_SNAPSHOT_REF => {
@@ -141,15 +141,15 @@ impl LabelSource {
     }
 }
 
-/// Which ignored labels the log has named already. Each is named once for each source:
-/// images and pods with such labels can be made without end.
+/// The ignored labels that are logged already. Each is logged once for each source,
+/// because there is no limit to the number of images and pods with such labels.
 #[derive(Default)]
 pub(super) struct IgnoredLabels {
     named: Mutex<BTreeSet<(LabelSource, &'static str)>>,
 }
 
 impl IgnoredLabels {
-    /// Names those in the log that it has not named yet.
+    /// Logs those labels that were not logged before.
     pub(super) fn note(&self, source: LabelSource, key: &str, ignored: &[&'static str]) {
         for label in ignored {
             if lock(&self.named).insert((source, label)) {
@@ -165,7 +165,7 @@ impl IgnoredLabels {
 }
 
 impl Snapshotter {
-    /// Takes the labels out of a stored snapshot's that do not count.
+    /// Removes the labels that do not count from a stored snapshot.
     pub(super) fn leave_out_ignored(&self, info: &mut Info) {
         LabelSource::of_stored(info, self.options.pod_labels).take_ignored(&mut info.labels);
     }
@@ -182,7 +182,7 @@ mod tests {
 
     type Pairs = &'static [(&'static str, &'static str)];
 
-    /// Every label that can choose something, as few as can stand alone.
+    /// Every label that chooses something, alone where it can stand alone.
     const CHOICES: [Pairs; 9] = [
         &[(LABEL_VOLUME, "image")],
         &[(LABEL_VOLUME, "writable")],
@@ -201,7 +201,7 @@ mod tests {
     const UNPACK: &str = "extract-123456789-AbCd sha256:1";
     const SANDBOX: &str = "6c1f2a4b8d0e";
 
-    /// What a request with these labels comes to.
+    /// What a request with these labels results in.
     fn outcome(kind: Kind, key: &str, pairs: &[(&str, &str)], pod_labels: PodLabels) -> String {
         let options = crate::snapshotter::Options {
             pod_labels,
@@ -214,10 +214,11 @@ mod tests {
         format!("{chosen:?}")
     }
 
-    /// Whether a label counts on a container of its namespace. The default limit is 5 MiB.
+    /// Whether a label has an effect on a container in its namespace. The default limit
+    /// is 5 MiB.
     fn counts(pairs: Pairs, is_pod: bool) -> bool {
         match pairs[0] {
-            // That is where containers are without it.
+            // Containers are on the writable volume without this label, too.
             (LABEL_VOLUME, "writable") => false,
             (LABEL_MAX_SIZE, "2097152") | (LABEL_UID_MAPPING, _) => true,
             _ => !is_pod,
@@ -310,7 +311,7 @@ mod tests {
             let error = source.take_ignored_changes(&mut [named]).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
             assert!(error.chain().contains(LABEL_LOWERS), "{}", error.chain());
-            // Labels that an older version has stored can be taken away.
+            // Labels that an older version has stored can be deleted.
             let deleted = LabelChange::Delete(LABEL_LOWERS.to_owned());
             assert!(source.take_ignored_changes(&mut [deleted]).is_ok());
         }

@@ -1,5 +1,5 @@
-//! What callers may say in labels, keys and update masks, checked before
-//! anything is changed. Pure.
+//! Checking the labels, keys and update masks of requests before anything is
+//! changed. Pure.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::LabelChange;
@@ -7,7 +7,7 @@ use crate::text::idmap::IdMapping;
 use crate::types::{LABEL_GID_MAPPING, LABEL_UID_MAPPING, Labels, MAX_LABEL_BYTES, Quoted};
 use crate::volume::Owner;
 
-/// Refuses an empty key or name; any other string is one.
+/// Returns an error for an empty key or name; every other string is allowed.
 pub fn check_key(what: &str, key: &str) -> Result<()> {
     if key.is_empty() {
         return Err(Error::invalid(format!("the {what} is empty")));
@@ -15,7 +15,7 @@ pub fn check_key(what: &str, key: &str) -> Result<()> {
     Ok(())
 }
 
-/// The labels to store: those with an empty value are left out.
+/// The labels to store: labels with an empty value are left out.
 pub fn check_labels(labels: Labels) -> Result<Labels> {
     for (key, value) in &labels {
         check_label(key, value)?;
@@ -43,9 +43,9 @@ fn check_label(key: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-/// What an Update asks for: `paths` are those of its mask, `given` the labels
-/// of the snapshot it describes (containerd `core/snapshots/storage/bolt.go`,
-/// `UpdateInfo`).
+/// The changes that an Update asks for: `paths` are the paths of its mask,
+/// `given` the labels of the snapshot in the request (containerd
+/// `core/snapshots/storage/bolt.go`, `UpdateInfo`).
 pub fn plan_update(paths: &[String], given: &Labels) -> Result<Vec<LabelChange>> {
     if paths.is_empty() {
         return Ok(vec![LabelChange::Replace(check_labels(given.clone())?)]);
@@ -54,7 +54,7 @@ pub fn plan_update(paths: &[String], given: &Labels) -> Result<Vec<LabelChange>>
         if path == "labels" {
             return Ok(LabelChange::Replace(check_labels(given.clone())?));
         }
-        // All after the first dot is the key, whatever is in it.
+        // Everything after the first dot is the key, including further dots.
         let Some(key) = path.strip_prefix("labels.").filter(|key| !key.is_empty()) else {
             return Err(Error::invalid(format!(
                 "field {} cannot be updated, only \"labels\" and \"labels.<key>\" can",
@@ -72,7 +72,7 @@ pub fn plan_update(paths: &[String], given: &Labels) -> Result<Vec<LabelChange>>
     paths.iter().map(change).collect()
 }
 
-/// How a snapshot's ids are mapped, as its labels say.
+/// The id mappings of a snapshot, from its labels.
 #[derive(Debug)]
 pub struct IdMaps {
     uid: IdMapping,
@@ -80,7 +80,7 @@ pub struct IdMaps {
 }
 
 impl IdMaps {
-    /// Reads the two labels; `None` if neither is there.
+    /// Reads the two labels; `None` if both are missing.
     pub fn from_labels(labels: &Labels) -> Result<Option<IdMaps>> {
         let mapping = |label: &str| {
             labels.get(label).map(|text| {
@@ -100,12 +100,12 @@ impl IdMaps {
             (None, None) => Ok(None),
             (Some(uid), Some(gid)) => Ok(Some(IdMaps { uid, gid })),
             _ => Err(Error::invalid(format!(
-                "the labels {LABEL_UID_MAPPING} and {LABEL_GID_MAPPING} only go together"
+                "the labels {LABEL_UID_MAPPING} and {LABEL_GID_MAPPING} can only be set together"
             ))),
         }
     }
 
-    /// The host's ids of the container's root.
+    /// The ids on the host of the container's root.
     pub fn root(&self) -> Result<Owner> {
         match (self.uid.host_id(0), self.gid.host_id(0)) {
             (Some(uid), Some(gid)) => Ok(Owner { uid, gid }),
@@ -117,7 +117,7 @@ impl IdMaps {
         }
     }
 
-    /// As the options that id-map the mount's layers.
+    /// The mount options that id-map the layers.
     pub fn options(&self) -> Vec<String> {
         vec![
             format!("uidmap={}", self.uid),

@@ -1,4 +1,5 @@
-//! How much a snapshot may take, as its labels and the configuration say. Pure.
+//! How much a snapshot may take, according to its labels and the configuration.
+//! Pure.
 
 use super::label_source::LabelSource;
 use crate::error::{Error, Result};
@@ -7,23 +8,27 @@ use crate::types::{
     LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Limits, Quoted, Usage,
 };
 
-/// Free for an overlay to be mounted: overlayfs makes a directory, for which XFS
-/// with blocks of 4 KiB wants more than 128 KiB, and less than 256.
+/// How many bytes have to be free to mount an overlay: overlayfs creates a
+/// directory, for which XFS with blocks of 4 KiB reserves more than 128 KiB, and
+/// less than 256.
 const MOUNT_BYTES: u64 = 256 << 10;
-/// That directory and what overlayfs tries out in it.
+/// How many inodes have to be free to mount an overlay: that directory, and the
+/// files with which overlayfs tries out the file system.
 const MOUNT_INODES: u64 = 4;
 
-/// How far over its limit a snapshot may come by loans for its mounts.
+/// How many bytes over its limit a snapshot may come by loans for its mounts.
 const ROOM_BYTES: u64 = 2 * MOUNT_BYTES;
-/// Likewise.
+/// How many inodes over its limit a snapshot may come by loans for its mounts.
 const ROOM_INODES: u64 = 2 * MOUNT_INODES;
 
-/// An empty snapshot has that room, and a container can write something.
+/// The smallest limit in bytes: it holds an empty snapshot with that room, and
+/// something that the container writes.
 pub const LEAST_BYTES: u64 = 2 * ROOM_BYTES;
-/// Likewise.
+/// The smallest limit in inodes, for the same reason as [`LEAST_BYTES`].
 pub const LEAST_INODES: u64 = 2 * ROOM_INODES;
 
-/// What labels ask for; `Some(0)` is no limit, whatever the default.
+/// The limits that labels ask for; `Some(0)` means no limit, whatever the
+/// default is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
     max_bytes: Option<u64>,
@@ -31,11 +36,12 @@ pub struct Asked {
 }
 
 impl Asked {
-    /// What the labels of that source ask for, where `default` counts without them.
+    /// The limits that the labels from that source ask for; `default` counts
+    /// without labels.
     ///
     /// # Errors
     ///
-    /// As of [`Asked::read`], for the administrator's labels only.
+    /// As in [`Asked::read`], for the administrator's labels only.
     pub(super) fn of(source: LabelSource, labels: &Labels, default: Limits) -> Result<Asked> {
         match source {
             LabelSource::Image => Ok(Asked::default()),
@@ -44,9 +50,9 @@ impl Asked {
         }
     }
 
-    /// What a pod asks for by containerd's own label: never more than the default. To
-    /// containerd it is a hint, which a snapshotter may ignore (`LabelSnapshotMaxSize`), so
-    /// that no text of it is a reason to refuse the pod.
+    /// The limits that a pod asks for by containerd's own label, never more than the
+    /// default. For containerd, this label is a hint that a snapshotter may ignore
+    /// (`LabelSnapshotMaxSize`), so no value of it is a reason to refuse the pod.
     fn hint(labels: &Labels, default: Limits) -> Asked {
         let hinted = labels.get(LABEL_MAX_SIZE).and_then(|text| as_bytes(text));
         let hinted = hinted.map(|bytes| bytes.max(LEAST_BYTES));
@@ -56,12 +62,14 @@ impl Asked {
         }
     }
 
-    /// Reads the labels; containerd's own counts before ours.
+    /// Reads the labels; containerd's own label takes precedence over this
+    /// program's.
     ///
     /// # Errors
     ///
-    /// [`crate::error::ErrorKind::InvalidArgument`] for a text that is no size or
-    /// number, or for less than any snapshot takes. All three are looked at.
+    /// [`crate::error::ErrorKind::InvalidArgument`] for a text that is not a size
+    /// or number, or is less than any snapshot takes. All three labels are
+    /// checked.
     pub fn read(labels: &Labels) -> Result<Asked> {
         let by_containerd = read(labels, LABEL_MAX_SIZE, |text| match as_bytes(text) {
             Some(bytes) if bytes >= LEAST_BYTES => Ok(bytes),
@@ -81,13 +89,14 @@ impl Asked {
         })
     }
 
-    /// Whether they ask for any limit.
+    /// Whether the labels ask for any limit.
     pub fn is_limit(self) -> bool {
         let is_limit = |number: Option<u64>| number.is_some_and(|number| number > 0);
         is_limit(self.max_bytes) || is_limit(self.max_inodes)
     }
 
-    /// What counts: the labels, and the default for what they do not say.
+    /// The limits that count: those of the labels, and the default for what
+    /// they leave open.
     pub fn or(self, default: Limits) -> Limits {
         let pick = |asked: Option<u64>, default| match asked {
             None => default,
@@ -101,12 +110,12 @@ impl Asked {
     }
 }
 
-/// These limits, raised so that an overlay can be mounted where so much is used.
+/// Raises limits so that an overlay can be mounted in a snapshot with this usage.
 ///
-/// Raised is the limit, not the use: else what is written while a loan lasts, which stays,
-/// would be the base of the next loan, and each restart of a full container would let it
-/// write more. Only a snapshot that takes more than a loan allows, as its limit was
-/// lowered, gets what the mount itself needs on top of that.
+/// A loan is added to the limit, not to the usage. What is written during a loan stays,
+/// so if the next loan were added to the usage, each restart of a full container would
+/// permit it to write more. Only a snapshot that takes more than a loan permits, because
+/// its limit was lowered, gets its usage plus what the mount itself needs.
 pub(super) fn with_room(limits: Limits, used: Usage) -> Limits {
     let raised = |limit: Option<u64>, used: u64, mount: u64, room: u64| {
         limit.map(|limit| match used + mount <= limit {
@@ -120,22 +129,22 @@ pub(super) fn with_room(limits: Limits, used: Usage) -> Limits {
     }
 }
 
-/// A size that a limit can have, 0 for none, in whole KiB as the kernel keeps it;
-/// `None` for any other text.
+/// Parses a size that a limit can have, in whole KiB as the kernel stores it; 0
+/// means no limit. `None` for any other text.
 pub fn parse_size(text: &str) -> Option<u64> {
-    // The kernel adds up in 63 bits.
+    // The kernel computes with 63 bits.
     let bytes = parse_bytes(text).filter(|bytes| i64::try_from(*bytes).is_ok())?;
     (bytes == 0 || bytes >= LEAST_BYTES).then_some(bytes)
 }
 
-/// A number of inodes that a limit can have, 0 for none; `None` for any other
-/// text.
+/// Parses a number of inodes that a limit can have; 0 means no limit. `None`
+/// for any other text.
 pub fn parse_inodes(text: &str) -> Option<u64> {
     let inodes = parse_number(text).filter(|inodes| i64::try_from(*inodes).is_ok())?;
     (inodes == 0 || inodes >= LEAST_INODES).then_some(inodes)
 }
 
-/// What [`parse_size`] takes, in words.
+/// A description of what [`parse_size`] accepts, for errors.
 pub fn size_wanted() -> String {
     format!(
         "a size such as 512Mi or 10G, at least {}M, or 0 for no limit",
@@ -143,12 +152,12 @@ pub fn size_wanted() -> String {
     )
 }
 
-/// What [`parse_inodes`] takes, in words.
+/// A description of what [`parse_inodes`] accepts, for errors.
 pub fn inodes_wanted() -> String {
     format!("a number of files and directories, at least {LEAST_INODES}, or 0 for no limit")
 }
 
-/// containerd's size: bytes, as an int64.
+/// Parses the size of containerd's label: bytes, as an int64.
 fn as_bytes(text: &str) -> Option<u64> {
     parse_number(text).filter(|bytes| i64::try_from(*bytes).is_ok())
 }
@@ -245,7 +254,8 @@ mod tests {
             assert_eq!(raised(both, (10 << 20) + over, 100), most, "{over}");
         }
         assert_eq!(raised(both, 10 << 20, 104), most);
-        // Far over a limit that was lowered: what the mount needs, and no more.
+        // Far over a limit that was lowered, the mount gets what it needs, and
+        // no more.
         assert_eq!(
             raised(both, 0, 500),
             limits(Some(10 << 20), Some(500 + MOUNT_INODES))
@@ -287,7 +297,7 @@ mod tests {
         ];
         for (label, texts) in table {
             for text in *texts {
-                // Also beside one that would do.
+                // The label is also refused next to a valid one.
                 let given = labels(&[(label, text)]);
                 let error = Asked::read(&given).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{label} {text}");

@@ -1,8 +1,9 @@
 //! Links on the image volume to layers whose bytes are on the writable volume.
 //!
-//! Owns: a thread that makes and removes them. A layer is committed, and removed, also
-//! while the image disk sleeps or does not answer. Who mounts a layer waits for its link.
-//! After a crash links may be missing, or be left: the start makes and removes them.
+//! Owns: a thread that creates and removes these links. This way, a layer can be
+//! committed and removed while the image disk sleeps or does not answer. A request that
+//! mounts a layer waits for its link. After a crash, links may be missing or left over:
+//! the next start creates or removes them.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -16,7 +17,8 @@ use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::Volumes;
 
-/// How long a commit waits for its link. A disk that takes longer sleeps, or hangs.
+/// How long a commit waits for its link. A disk that takes longer is asleep, or
+/// hangs.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// How long a request that mounts a layer waits for its link: disks take seconds to spin up.
 const LONGEST: Duration = Duration::from_secs(30);
@@ -30,23 +32,26 @@ pub(super) struct Links {
 #[derive(Default)]
 struct Work {
     jobs: VecDeque<Job>,
-    /// The job that the thread is at.
+    /// The job that the thread is working on.
     current: Option<Job>,
-    /// Layers whose link is not known to be there, and why, if it could not be made.
+    /// Layers whose link is not known to exist, and the reason if it could not be
+    /// created.
     unlinked: HashMap<SnapshotId, Option<Error>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Job {
     Make(SnapshotId),
-    /// Of a layer that was not committed.
+    /// Remove the link of a layer that was not committed.
     TakeBack(SnapshotId),
-    /// Of a layer that was removed, or the copy that a move was about to record.
+    /// Remove the link of a layer that was removed, or the copy that a move was
+    /// about to record.
     Remove(SnapshotId),
 }
 
 impl Work {
-    /// Why the link of a layer could not be made. All who wait for it get the same answer.
+    /// Why the link of a layer could not be created. All requests that wait for it get
+    /// the same error.
     fn failure(&self, id: SnapshotId) -> Option<Error> {
         let why = self.unlinked.get(&id)?.as_ref()?;
         Some(Error::new(why.kind(), why.chain()))
@@ -71,11 +76,13 @@ impl Links {
         Background::start("links", self, stop, Links::run)
     }
 
-    /// Has the link of a new layer made, and waits for it a moment.
+    /// Has the thread create the link of a new layer, and waits for it for a
+    /// moment.
     ///
     /// # Errors
     ///
-    /// Why it could not be made, if that turns out in this moment.
+    /// The reason why the link could not be created, if that is known within
+    /// this moment.
     pub(super) fn make(&self, id: SnapshotId) -> Result<()> {
         self.work.change(|work| {
             work.unlinked.insert(id, None);
@@ -91,12 +98,14 @@ impl Links {
             .wait_until(deadline, |work| work.is_open(job), |_| ());
     }
 
-    /// The layer is not committed after all.
+    /// Has the thread remove the link of a layer that was not committed after
+    /// all.
     pub(super) fn take_back(&self, id: SnapshotId) {
         self.add(Job::TakeBack(id), id);
     }
 
-    /// Has the link of a removed layer removed, and waits for that a moment.
+    /// Has the thread remove the link of a removed layer, and waits for that
+    /// for a moment.
     pub(super) fn remove(&self, id: SnapshotId) {
         self.add(Job::Remove(id), id);
     }
@@ -109,7 +118,7 @@ impl Links {
         self.wait_for(job);
     }
 
-    /// Whether the links of these layers are there, without waiting.
+    /// Whether the links of these layers exist. Does not wait.
     pub(super) fn are_made(&self, layers: &[Ancestor]) -> bool {
         self.work.look(|work| {
             layers
@@ -118,12 +127,13 @@ impl Links {
         })
     }
 
-    /// Waits until the links of these layers are there; one that could not be made is tried
-    /// again.
+    /// Waits until the links of these layers exist. If one could not be created before,
+    /// it is tried again.
     ///
     /// # Errors
     ///
-    /// Why one cannot be made; [`ErrorKind::Unavailable`] if the image disk does not answer.
+    /// The reason why a link cannot be created; [`ErrorKind::Unavailable`] if the image
+    /// disk does not answer.
     pub(super) fn require(&self, layers: impl IntoIterator<Item = SnapshotId>) -> Result<()> {
         for id in layers {
             let job = Job::Make(id);
@@ -149,7 +159,7 @@ impl Links {
         Ok(())
     }
 
-    /// The start could not make the link of this layer.
+    /// Notes that the start could not create the link of this layer.
     pub(super) fn note_unlinked(&self, id: SnapshotId) {
         self.work.look(|work| work.unlinked.insert(id, None));
     }
@@ -162,7 +172,8 @@ impl Links {
         };
         while let Some(job) = self.work.wait_while(is_idle, take) {
             match job {
-                // Asked for twice, it is made once: by then the layer may have moved.
+                // A link that was requested twice is created once: at the second job,
+                // the layer may have moved.
                 Some(Job::Make(id)) if !self.work.look(|work| work.unlinked.contains_key(&id)) => {}
                 Some(Job::Make(id)) => {
                     let made = self.volumes.link_home(id);

@@ -1,14 +1,15 @@
-//! What each operation does, in which order, and how it is undone.
+//! The steps of each operation, their order, and how they are undone.
 //!
 //! Owns: the order of steps. Never: SQL, system calls, protobuf.
 //!
-//! The order that holds everywhere: a row speaks only of directories that are
-//! there, so directories are made before the row is committed and go to the
-//! trash after it has been struck out. A crash in between leaves a directory
-//! that no row knows, and [`Snapshotter::recover`] clears it away.
+//! The order that holds everywhere: a row exists only while its directories exist. So
+//! directories are created before the row is committed, and go to the trash after the
+//! row is deleted. A crash in between leaves a directory without a row, and
+//! [`Snapshotter::recover`] clears it away.
 //!
-//! No disk but the database's own is waited for within a transaction: whoever changes
-//! directories has a claim on the snapshot instead (see [`ids`]).
+//! Within a transaction, nothing waits for a disk other than the database's. A
+//! request that changes directories holds a claim on the snapshot instead (see
+//! [`ids`]).
 
 mod by_hand;
 mod commit;
@@ -65,8 +66,8 @@ pub use stats::{Figures, Held, VolumeFigures, Written};
 use trash::Trash;
 pub use usage::{Caller, UsageFigures};
 
-/// The ten operations of containerd's snapshots API. What goes on beside them has owners
-/// of its own.
+/// The ten operations of containerd's snapshots API. Background work has owners of its
+/// own.
 pub struct Snapshotter {
     store: Arc<Store>,
     volumes: Arc<Volumes>,
@@ -77,7 +78,8 @@ pub struct Snapshotter {
     relocator: Arc<Relocator>,
     ids: Arc<Ids>,
     links: Arc<Links>,
-    /// Layers that the start has missed. Ids are never given out again.
+    /// Layers that were missing at the start. Their ids are never given out
+    /// again.
     lost: OnceLock<HashSet<SnapshotId>>,
     mapped_ids: MappedIds,
     ignored_labels: IgnoredLabels,
@@ -85,7 +87,7 @@ pub struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Puts the parts together. Touches no disk.
+    /// Combines the parts. Accesses no disk.
     pub fn new(store: Store, volumes: Volumes, options: Options) -> Snapshotter {
         let (store, volumes) = (Arc::new(store), Arc::new(volumes));
         let disks = || (Arc::clone(&store), Arc::clone(&volumes));
@@ -118,15 +120,14 @@ impl Snapshotter {
         }
     }
 
-    /// Starts the threads that work beside the requests. Each ends when its value is
-    /// dropped.
+    /// Starts the background threads. Each ends when the returned value is dropped.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if the system gives no thread.
+    /// [`ErrorKind::Internal`] if the system cannot start a thread.
     pub fn start_threads(&self) -> Result<Vec<Background>> {
         let mut threads = vec![self.relocator.start()?];
-        // Without flushes at commits there is nothing to have ready for them.
+        // If commits do not flush, no flush has to be prepared for them.
         if self.options.sync == SyncMode::AtCommit {
             threads.push(self.flusher.start(self.volumes.image().flush()?)?);
         }
@@ -135,35 +136,36 @@ impl Snapshotter {
         threads.push(self.links.start()?);
         threads.push(self.projects.start_lender()?);
         let trash = Arc::clone(&self.trash);
-        // Once the volume is back, a Cleanup asks for the rest again.
+        // When the volume is back, a Cleanup finds the other directories.
         let on_missing_volume = move || trash.note_stray(Volume::Writable);
         threads.push(self.projects.start_charger(on_missing_volume)?);
         Ok(threads)
     }
 
-    /// The database, for what the daemon does with it at start and stop.
+    /// The database, for the daemon's start and stop.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// The daemon is stopping: moves of layers, in whatever thread, end with
-    /// [`ErrorKind::Unavailable`], and no further file is charged to a project.
+    /// Prepares for the stop of the daemon: moves of layers, in every thread,
+    /// end with [`ErrorKind::Unavailable`], and no further file is charged to a
+    /// project.
     pub fn begin_stop(&self) {
         self.relocator.stop();
         self.projects.stop_charging();
     }
 
-    /// What project quotas do on the writable volume.
+    /// What project quotas can do on the writable volume.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if they do nothing: why, and what would
-    /// change that.
+    /// [`ErrorKind::FailedPrecondition`] if there are none, with the reason and
+    /// a remedy.
     pub fn quota_support(&self) -> Result<Support> {
         self.projects.support()
     }
 
-    /// Tells one snapshot.
+    /// Returns the information about one snapshot.
     ///
     /// # Errors
     ///
@@ -177,15 +179,16 @@ impl Snapshotter {
         Ok(self.shown(snapshot))
     }
 
-    /// Changes labels: those that `mask` names to what `given` has, or all.
+    /// Changes labels: those that `mask` names, or all of them, to what `given`
+    /// has.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidArgument`] for a mask that
-    /// names anything but labels, a bad label, or host directories that will not
-    /// do; [`ErrorKind::FailedPrecondition`] for a limit that cannot be kept, or a label
-    /// in the mask that does not count on this snapshot; for host directories also as of
-    /// [`crate::host_dirs::Policy::ensure`].
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::InvalidArgument`] for a mask that names
+    /// anything other than labels, for a bad label, or for unusable host directories;
+    /// [`ErrorKind::FailedPrecondition`] for a limit that cannot be enforced, or a label
+    /// in the mask that does not count on this snapshot; for host directories also the
+    /// errors of [`crate::host_dirs::Policy::ensure`].
     pub fn update(&self, key: &str, mask: &[String], given: &Labels) -> Result<Info> {
         let update = || -> Result<Snapshot> {
             let (_, changes) = self.plan_update(key, mask, given)?;
@@ -217,7 +220,8 @@ impl Snapshotter {
         Ok(self.shown(snapshot))
     }
 
-    /// The changes of labels that an update makes: those that count on this snapshot.
+    /// The changes of labels that an update makes, without labels that do not count
+    /// on this snapshot.
     fn plan_update(
         &self,
         key: &str,
@@ -232,8 +236,9 @@ impl Snapshotter {
         Ok((source, changes))
     }
 
-    /// Shows `each` snapshot that one of the filters lets through (all of them
-    /// without filters), in order of name, as of one moment.
+    /// Calls `each` for every snapshot that matches one of the filters (or for
+    /// all, if there are no filters), in the order of their names, as of one
+    /// moment.
     ///
     /// # Errors
     ///
@@ -247,12 +252,13 @@ impl Snapshotter {
         })
     }
 
-    /// Waits until no other request works on the snapshot of that key, which keeps the key
-    /// as long as the claim is held.
+    /// Waits until no other request works on the snapshot with that key. The snapshot
+    /// keeps the key as long as the claim is held.
     fn claim(&self, key: &str) -> Result<Claim<'_>> {
         loop {
             let claim = self.ids.claim(self.store.read()?.stat(key)?.id);
-            // It may have been removed meanwhile, and another one made.
+            // The snapshot may have been removed meanwhile, and another one may
+            // have the key.
             if self.store.read()?.stat(key)?.id == claim.id {
                 return Ok(claim);
             }

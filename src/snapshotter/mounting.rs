@@ -1,5 +1,5 @@
-//! A snapshot as mounts: what the database says of it, what has to be seen to
-//! before it is mounted, and the mounts themselves.
+//! The mounts of a snapshot: what the database records of it, what has to be
+//! done before it is mounted, and the mounts themselves.
 
 use super::Snapshotter;
 use super::first_layers::is_stored_over_empty;
@@ -11,7 +11,7 @@ use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::{Ancestor, Snapshot};
 use crate::types::{Kind, LABEL_LOWERS, Mount, Quoted, SnapshotId, Volume};
 
-/// A snapshot about to be shown as mounts.
+/// A snapshot whose mounts are to be returned.
 pub(super) struct Mounted<'a> {
     pub kind: Kind,
     pub id: SnapshotId,
@@ -22,14 +22,14 @@ pub(super) struct Mounted<'a> {
     pub id_options: &'a [String],
 }
 
-/// What the database says of one that is there already.
+/// What the database records of an existing snapshot.
 pub(super) struct Stored {
     snapshot: Snapshot,
     ancestors: Vec<Ancestor>,
-    /// Host directories, as [`crate::store::Rows::chosen_lowers`] has them.
+    /// Host directories, as returned by [`crate::store::Rows::chosen_lowers`].
     chosen: Option<String>,
     over_empty: bool,
-    /// Whether it has, or may have, limits that are kept.
+    /// Whether the snapshot has, or may have, limits that are enforced.
     is_limited: bool,
 }
 
@@ -45,25 +45,26 @@ impl Stored {
 }
 
 impl Snapshotter {
-    /// The mounts of an active snapshot or a view, as when it was made.
+    /// The mounts of an active snapshot or a view, the same as when it was
+    /// created.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a
-    /// committed one, for one that a person has mounted to write to it, if the
-    /// writable volume is needed and not there, or if its ids cannot be mapped; for its
-    /// host directories as of
-    /// [`crate::host_dirs::Policy::ensure`].
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a committed
+    /// snapshot, for one that a person has mounted to write to it, if the writable
+    /// volume is needed and not there, or if the snapshot's ids cannot be mapped; for
+    /// its host directories the errors of [`crate::host_dirs::Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
-            .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
+            .context(|| format!("return the mounts of snapshot {}", Quoted(key)))
     }
 
-    /// As [`Snapshotter::mounts`], but waits for no disk other than the database's:
-    /// `None` if one has to be asked, or anything be done first.
+    /// Like [`Snapshotter::mounts`], but waits for no disk other than the
+    /// database's. Returns `None` if another disk has to be asked, or anything has
+    /// to be done first.
     pub fn mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
         self.find_mounts_at_once(key)
-            .context(|| format!("tell the mounts of snapshot {}", Quoted(key)))
+            .context(|| format!("return the mounts of snapshot {}", Quoted(key)))
     }
 
     fn find_mounts(&self, key: &str) -> Result<Vec<Mount>> {
@@ -123,9 +124,10 @@ impl Snapshotter {
         })
     }
 
-    /// A layer whose bytes are on the writable volume is reached through a
-    /// link; without that volume a mount of it would fail far from here. So
-    /// would that of a lost layer, unless it has been put back meanwhile.
+    /// Returns an error if a layer cannot be mounted: an unmoved layer without
+    /// the writable volume, which the mount would reach through a link, or a
+    /// lost layer that has not been put back meanwhile. Otherwise the mount
+    /// would fail in another program, where the reason is hard to find.
     pub(super) fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
         if stand_on_writable(ancestors) {
             self.volumes.require_writable()?;
@@ -165,8 +167,9 @@ impl Snapshotter {
         let lowers: Vec<_> = mounted.ancestors.iter().map(layer_path).collect();
         let volume = mounted.volume.unwrap_or(Volume::Image);
         let has_host_dirs = !mounted.extras.is_empty();
-        // BuildKit merges layers for `COPY --link` from views, and fails at a view with an
-        // option that it does not know (util/overlay, `GetOverlayLayers`): `xino=auto` is one.
+        // BuildKit merges layers for `COPY --link` from views, and fails at a view with
+        // an option that it does not know (util/overlay, `GetOverlayLayers`), such as
+        // `xino=auto`.
         let options = if mounted.kind == Kind::View && !has_host_dirs {
             self.options.overlay_options(false)
         } else {
@@ -184,7 +187,7 @@ impl Snapshotter {
         })
     }
 
-    /// The options of an overlay of these directories; `own` is the volume of its upper
+    /// The options of an overlay of these directories. `own` is the volume of its upper
     /// directory.
     pub(super) fn overlay_options(
         &self,
@@ -193,7 +196,8 @@ impl Snapshotter {
         has_host_dirs: bool,
     ) -> Vec<String> {
         let mut lowers = layers.iter().map(|layer| layer.volume);
-        // Without layers there is the empty directory, which is on the image volume.
+        // Without layers, the lower directory is the empty one, which is on the
+        // image volume.
         let first = lowers.next().unwrap_or(Volume::Image);
         let is_split = lowers.chain(own).any(|volume| volume != first);
         let spans = has_host_dirs || (is_split && self.volumes.are_on_two_file_systems());

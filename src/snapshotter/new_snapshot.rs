@@ -1,15 +1,14 @@
 //! A request to prepare or view a snapshot, parsed once into what it asks for.
 //!
-//! Owns: what a snapshot is for, who its labels come from, which volume its directory
-//! goes to. Never: I/O, but for one question about the parent's labels.
+//! Owns: what a snapshot is for, where its labels come from, and which volume its
+//! directory goes to. Never: I/O, except for one read of the parent's labels.
 //!
-//! What is unpacked is going to be an image layer and belongs on the image
-//! volume, whatever other labels its image gives it. containerd marks an unpack in
-//! two ways, of which some callers use only one: the label that names the layer to
-//! come, and a key beginning with `extract-` (`core/snapshots/snapshotter.go`,
-//! `UnpackKeyPrefix`). In the namespace of pods only the key counts, because a pod's
-//! annotation can be that label. Everything else that is active is written to by a
-//! container.
+//! An unpack will become an image layer, and so belongs on the image volume, whatever
+//! labels its image gives it. containerd marks an unpack in two ways, and some of its
+//! clients use only one: by a label that names the future layer, and by a key that
+//! begins with `extract-` (`core/snapshots/snapshotter.go`, `UnpackKeyPrefix`). In
+//! the namespace of pods only the key counts, because a pod's annotation can be that
+//! label. A container writes to every other active snapshot.
 
 use super::Options;
 use super::host_dirs::{WantedHostDirs, chosen_by};
@@ -25,8 +24,8 @@ use crate::types::{Info, Kind, LABEL_SNAPSHOT_REF, LABEL_VOLUME, Labels, Limits,
 /// What a snapshot is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// A layer of an image is unpacked into it, or containerd gives the files of an image
-    /// the owners of a user namespace in it.
+    /// A layer of an image is unpacked into it, or containerd changes the owners of an
+    /// image's files in it for a user namespace.
     Unpack,
     /// A container, or a build, writes to it.
     Container,
@@ -46,55 +45,56 @@ impl Purpose {
         }
     }
 
-    /// What a snapshot that is there already is for.
+    /// What an existing snapshot is for.
     pub(super) fn of_stored(info: &Info) -> Purpose {
         Purpose::of(info.kind, &info.name, &info.labels)
     }
 }
 
-/// The part of a key that containerd's client has chosen: containerd puts
-/// `<namespace>/<number>/` before it. A direct client may put anything, or nothing.
+/// The part of a key that containerd's client has chosen. containerd puts
+/// `<namespace>/<number>/` in front of it; a client without containerd may use any
+/// prefix, or none.
 fn own_part(key: &str) -> &str {
     key.rsplit('/').next().unwrap_or(key)
 }
 
-/// Whether containerd gives the files of an image the owners of a user namespace in this
-/// snapshot, and then commits it (`client/snapshotter_opts_unix.go`,
+/// Whether containerd changes the owners of an image's files for a user namespace in
+/// this snapshot, and then commits it (`client/snapshotter_opts_unix.go`,
 /// `resolveSnapshotOptions`). No image can choose a key.
 pub(super) fn is_remap(key: &str) -> bool {
     own_part(key).ends_with("-remap")
 }
 
-/// A snapshot as it is asked for.
+/// A snapshot that a request asks for.
 #[derive(Debug)]
 pub(super) struct NewSnapshot<'a> {
     pub kind: Kind,
     pub key: &'a str,
     /// The parent's name; empty without one.
     pub parent: &'a str,
-    /// Those that count.
+    /// The labels that count.
     pub labels: Labels,
     pub label_source: LabelSource,
-    /// Those that it was asked for with, and that do not count.
+    /// The keys of labels in the request that do not count.
     pub ignored: Vec<&'static str>,
     pub purpose: Purpose,
-    /// Where its directory goes; `None` for a view of a parent, which is that parent's
-    /// directories.
+    /// Where the snapshot's directory goes; `None` for a view with a parent, which
+    /// only shows the parent's directories.
     pub volume: Option<Volume>,
     pub id_maps: Option<IdMaps>,
-    /// How much it may take; `None` if it is not to have a project.
+    /// How much the snapshot may take; `None` if it gets no project.
     pub limits: Option<Limits>,
     pub host_dirs: WantedHostDirs,
 }
 
 impl<'a> NewSnapshot<'a> {
-    /// Parses a request. `parent_labels` is called for a container if the image that it
-    /// stands on may give it host directories.
+    /// Parses a request. `parent_labels` is called for a container if the image below
+    /// it may give it host directories.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::InvalidArgument`] for a bad key, label, host directory or id mapping;
-    /// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
+    /// [`ErrorKind::FailedPrecondition`] for a limit on the image volume.
     pub(super) fn plan(
         kind: Kind,
         key: &'a str,
@@ -141,7 +141,7 @@ impl<'a> NewSnapshot<'a> {
         })
     }
 
-    /// As the database takes it.
+    /// The snapshot in the form in which the database enters it.
     pub(super) fn row(&self) -> New<'_> {
         New {
             kind: self.kind,
@@ -166,11 +166,11 @@ fn choose_volume(purpose: Purpose, labels: &Labels) -> Result<Volume> {
     }
 }
 
-/// How much a snapshot may take; `None` if it is not to have a project.
+/// How much a snapshot may take; `None` if it gets no project.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] for a limit where there are none.
+/// [`ErrorKind::FailedPrecondition`] for a limit on the image volume.
 pub(super) fn plan_limits(
     purpose: Purpose,
     volume: Option<Volume>,
@@ -180,7 +180,7 @@ pub(super) fn plan_limits(
     match (purpose, volume) {
         (Purpose::Container, Some(Volume::Writable)) => Ok(Some(asked.or(default))),
         (Purpose::Container, _) if asked.is_limit() => Err(Error::refused(format!(
-            "its labels ask for a limit, which is kept on the writable volume only, and \
+            "its labels ask for a limit, which is enforced on the writable volume only, and \
              {LABEL_VOLUME} puts it on the image volume: leave one of them out"
         ))),
         _ => Ok(None),
@@ -205,8 +205,8 @@ pub(super) mod tests {
     const UIDS: (&str, &str) = (LABEL_UID_MAPPING, "0:1000:10");
     const GIDS: (&str, &str) = (LABEL_GID_MAPPING, "0:1000:10");
 
-    /// On a daemon with a default limit, and with a rule that gives images named `ruled`
-    /// the host directory `/rule`.
+    /// Options with a default limit, and with a rule that gives containers of images
+    /// named `ruled` the host directory `/rule`.
     pub fn options() -> Options {
         Options {
             mount_options: Vec::new(),
@@ -261,7 +261,8 @@ pub(super) mod tests {
         let unpack = (Purpose::Unpack, Image, image, None);
         let container = (Purpose::Container, Administrator, writable, Some(default));
         let table: &[Row] = &[
-            // Rules are for containers, limits too, and an unpack's labels choose nothing.
+            // Rules and limits are for containers, and the labels of an unpack choose
+            // nothing.
             ((Active, "a/1/extract-1 x", "", &[]), unpack, &[]),
             (
                 (Active, "k8s.io/1/extract-1 x", "ruled", &[SIZE]),
@@ -359,7 +360,7 @@ pub(super) mod tests {
         const ON_WRITABLE: (&str, &str) = (LABEL_VOLUME, "writable");
         type Pairs = &'static [(&'static str, &'static str)];
         let table: &[(Kind, &str, Pairs, Volume)] = &[
-            // How containerd unpacks.
+            // The keys and labels with which containerd unpacks.
             (
                 Active,
                 "default/7/extract-123-AbC sha256:1",
@@ -369,21 +370,22 @@ pub(super) mod tests {
             (Active, "default/7/extract-123-AbC sha256:1", &[], Image),
             (Active, "default/7/anything", &[REFERENCE], Image),
             (Active, "k8s.io/7/extract-1 sha256:1", &[REFERENCE], Image),
-            // An annotation of a pod.
+            // A label that comes from an annotation of a pod.
             (Active, "k8s.io/7/sandbox", &[REFERENCE], Writable),
-            // A direct client's keys, in any shape.
+            // Keys of clients without containerd, which can have any shape.
             (Active, "extract-123 sha256:1", &[], Image),
             (Active, "extract-", &[], Image),
             (Active, "/////extract-1", &[], Image),
-            // How containerd copies an image for a user namespace.
+            // The key with which containerd copies an image for a user
+            // namespace.
             (Active, "default/9/sha256:1-100000-100000-remap", &[], Image),
             (Active, "k8s.io/9/sha256:2-remap", &[], Image),
-            // How containers run, are built and committed.
+            // The keys of containers, builds and commits.
             (Active, "default/8/web", &[], Writable),
             (Active, "moby/9/0123abcd-init-key", &[], Writable),
             (Active, "moby/9/0123abcd", &[], Writable),
             (Active, "buildkit/3/xyz", &[], Writable),
-            // Nearly an unpack, and yet none.
+            // Keys and labels that resemble an unpack's, but are none.
             (Active, "default/8/extract", &[], Writable),
             (Active, "default/8/my-extract-1", &[], Writable),
             (Active, "default/8/web-remapped", &[], Writable),
@@ -398,10 +400,10 @@ pub(super) mod tests {
                 Writable,
             ),
             (Active, "/", &[], Writable),
-            // By hand.
+            // A label that the administrator has set.
             (Active, "default/8/web", &[ON_IMAGE], Image),
             (View, "default/8/web", &[ON_WRITABLE], Writable),
-            // By an image's manifest.
+            // A label from an image's manifest.
             (
                 Active,
                 "default/7/extract-1",

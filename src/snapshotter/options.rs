@@ -1,4 +1,4 @@
-//! How a snapshotter is to behave: what the command line decides.
+//! The configuration of a snapshotter, from the command line.
 
 use std::time::Duration;
 
@@ -17,19 +17,20 @@ use crate::volume::Reserve;
 pub enum SyncMode {
     /// Before its Commit is answered.
     AtCommit,
-    /// When the kernel sees fit.
+    /// When the kernel writes it.
     Never,
 }
 
-/// What becomes of layers that were committed on the writable volume.
+/// What happens to layers that were committed on the writable volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relocation {
-    /// They move to the image volume, that long after their commit or later.
+    /// They move to the image volume, no earlier than `after` their commit.
     Background {
-        /// How long most layers of a build or of Docker's are kept.
+        /// Long enough that most short-lived layers of builds and of Docker are
+        /// removed before.
         after: Duration,
-        /// Whether a small layer stays as long as something stands on it, so that Docker's
-        /// are not copied that are removed with their container.
+        /// Whether a small layer stays as long as something stands on it. This avoids
+        /// copying Docker's small layers, which are removed with their container.
         keeps_small: bool,
     },
     Never,
@@ -38,20 +39,21 @@ pub enum Relocation {
 /// Whether snapshots on the writable volume get projects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuotaMode {
-    /// Where its file system can; one that should be limited is refused where it
-    /// cannot.
+    /// If the file system supports them. If it does not, a snapshot that should
+    /// be limited is refused.
     Auto,
-    /// Always: without, nothing is written there.
+    /// Always: if projects are not supported, no snapshot is created on the
+    /// volume.
     Require,
     Off,
 }
 
-/// What the labels of pods may choose: those of snapshots in the namespace k8s.io.
+/// Which labels pods may use: those of snapshots in the namespace k8s.io.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodLabels {
-    /// Nothing that is ours alone: they may be annotations of pods.
+    /// None of this program's own labels, because they may be annotations of pods.
     Ignored,
-    /// Everything: they are the administrator's.
+    /// All labels, because only administrators set them.
     Trusted,
 }
 
@@ -59,50 +61,53 @@ pub enum PodLabels {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuotaOptions {
     pub mode: QuotaMode,
-    /// Ids to give out. On one file system, each daemon has its own.
+    /// The project ids to give out. Each daemon on one file system needs its
+    /// own.
     pub ids: ProjectRange,
-    /// Of each snapshot that is written to and not unpacked, where its labels do
-    /// not say.
+    /// The limits of each container's snapshot without labels for them.
     pub default: Limits,
-    /// How old a walk's figure may be when it is told again.
+    /// How old the result of a walk may be when it is used again.
     pub usage_max_age: Duration,
 }
 
-/// How a [`Snapshotter`] is to behave.
+/// The configuration of a [`Snapshotter`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Options of every overlay mount that are configured, in order.
+    /// The configured options of every overlay mount, in order.
     pub mount_options: Vec<String>,
-    /// Whether Remove deletes before it answers. Otherwise it moves to the trash,
-    /// which Cleanup empties.
+    /// Whether Remove deletes the files before it answers. Otherwise, it moves
+    /// them to the trash, which Cleanup empties.
     pub removes_at_once: bool,
     pub sync: SyncMode,
     pub relocation: Relocation,
-    /// What has to stay free on the writable volume.
+    /// How much has to stay free on the writable volume.
     pub reserve: Reserve,
-    /// Whether answers carry [`LABEL_UPPERDIR`].
+    /// Whether answers contain [`LABEL_UPPERDIR`].
     pub shows_upperdir: bool,
     pub quota: QuotaOptions,
     /// Which host directories may be shown to containers.
     pub lowers: Policy,
-    /// Which are shown to the containers of some images, in order.
+    /// Which host directories the containers of some images are shown, in
+    /// order.
     pub lower_rules: Vec<ImageRule>,
     pub pod_labels: PodLabels,
 }
 
 impl Options {
-    /// These options, with what this machine's kernel makes necessary.
+    /// These options, adapted to this machine's kernel.
     pub fn for_this_kernel(&self) -> Options {
         let mut options = self.clone();
-        // The kernel lets nobody set a project there (ioctl_fssetxattr).
+        // The kernel does not set projects in a user namespace
+        // (ioctl_fssetxattr).
         if options.quota.mode == QuotaMode::Auto && mount::probe_user_namespace() {
             options.quota.mode = QuotaMode::Off;
         }
         options
     }
 
-    /// All options of an overlay mount but those that name its directories, as the
-    /// kernel needs them now. `spans_file_systems` if the directories are on several.
+    /// All options of an overlay mount except those that name its directories, as the
+    /// kernel needs them now. `spans_file_systems` says whether the directories are
+    /// on several file systems.
     pub fn overlay_options(&self, spans_file_systems: bool) -> Vec<String> {
         mount::overlay_options(&mount::Wanted {
             configured: &self.mount_options,

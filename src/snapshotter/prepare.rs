@@ -1,4 +1,4 @@
-//! Making a snapshot: Prepare and View.
+//! Creating snapshots: Prepare and View.
 
 use super::Snapshotter;
 use super::first_layers::is_over_empty;
@@ -14,24 +14,26 @@ use crate::types::{Kind, Labels, Limits, Mount, Quoted, SnapshotId, Volume};
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, Shape};
 
-/// How many ids are tried under which something is there already.
+/// How many ids are tried if files of unknown origin have the next ones.
 const MOST_TAKEN: u32 = 16;
 
 impl Snapshotter {
-    /// Makes an active snapshot on a committed parent, or on nothing.
+    /// Creates an active snapshot on a committed parent, or without a parent.
     ///
     /// # Errors
     ///
     /// See [`crate::store::Transaction::create`]; [`ErrorKind::InvalidArgument`] for a
-    /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if the
-    /// writable volume is needed and not there, or cannot keep the limit that is
-    /// asked for; [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the reserve. No trace is left of a refused one.
+    /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if
+    /// the writable volume is needed and not there, or cannot enforce the limit;
+    /// [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the
+    /// reserve. A refused request leaves no trace.
     pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
         self.create(Kind::Active, key, parent, labels)
             .context(|| format!("prepare snapshot {}", Quoted(key)))
     }
 
-    /// Makes a read-only view of a committed parent, or of nothing.
+    /// Creates a read-only view of a committed parent, or of an empty
+    /// directory.
     pub fn view(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
         self.create(Kind::View, key, parent, labels)
             .context(|| format!("make view {}", Quoted(key)))
@@ -118,8 +120,8 @@ impl Snapshotter {
         }))
     }
 
-    /// The project that a new snapshot is to get. A limit that only a pod asks for is
-    /// ignored where none can be kept.
+    /// The project for a new snapshot. If limits are not supported, a limit that only
+    /// a pod asks for is ignored.
     fn plan_project<'a>(
         &self,
         dirs: &'a Dirs,
@@ -136,8 +138,8 @@ impl Snapshotter {
         }
     }
 
-    /// Takes the next id. One under which something is there already is passed over; the
-    /// next Cleanup sets that aside.
+    /// Takes the next id. An id that something on the disk already has is skipped; the
+    /// next Cleanup sets its entry aside.
     fn take_id(&self, dirs: Option<&Dirs>) -> Result<Claim<'_>> {
         for _ in 0..MOST_TAKEN {
             let claim = self.ids.take(dirs)?;
@@ -155,8 +157,8 @@ impl Snapshotter {
         )))
     }
 
-    /// The owner of a new snapshot's `fs`: the container's root where its ids are
-    /// mapped, else the owner of the parent's.
+    /// The owner of a new snapshot's `fs`: the container's root if its ids are
+    /// mapped, otherwise the owner of the parent's `fs`.
     pub(super) fn owner_for(
         &self,
         maps: Option<&IdMaps>,
@@ -176,7 +178,7 @@ impl Snapshotter {
     }
 }
 
-/// What the directory of a snapshot that is no layer holds.
+/// The parts of the directory of a snapshot that is not a layer.
 pub(super) fn shape_of(kind: Kind) -> Shape {
     match kind {
         Kind::View => Shape::UpperOnly,

@@ -1,4 +1,4 @@
-//! What can be wrong between the database and the disks, in words.
+//! Descriptions of what can be wrong between the database and the disks.
 
 use std::fmt;
 
@@ -8,9 +8,9 @@ use crate::types::{Content, Kind, ProjectId, Quoted, SnapshotId, Volume};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
     pub problem: Problem,
-    /// The key or name of the snapshot it is about.
+    /// The key or name of the snapshot that the finding is about.
     pub name: Option<String>,
-    /// The snapshot's number, or that of a directory.
+    /// The id of the snapshot, or of a directory.
     pub id: Option<SnapshotId>,
     pub volume: Option<Volume>,
 }
@@ -19,54 +19,58 @@ pub struct Finding {
 pub enum Problem {
     /// A directory that no snapshot owns.
     Orphan {
-        /// Whether it holds files, and nothing proves that they are not needed.
+        /// Whether the directory holds files, and nothing proves that they are
+        /// not needed.
         is_kept: bool,
     },
-    /// An active snapshot or a view has not all of its directory.
+    /// The directory of an active snapshot or a view is missing, or is not
+    /// whole.
     NoDirectory(Kind),
     /// A layer's directory is not there.
     LayerMissing,
-    /// The directory of a layer that held nothing of its own is not there.
+    /// The directory of a layer that held no files with content is not there.
     HollowLayerMissing,
     /// A layer holds less than when it was committed.
     LayerDamaged {
         recorded: Recorded,
         counted: Content,
     },
-    /// A layer holds something else than when it was committed, but not less.
+    /// A layer holds something other than when it was committed, but not less.
     LayerChanged {
         recorded: Recorded,
         counted: Content,
     },
-    /// A layer is not what it is unpacked from.
+    /// A layer differs from the content that it was unpacked from.
     LayerDiffers(Differences),
-    /// A layer has moved home, and the database does not say so yet.
+    /// A layer has moved to the image volume, and the database does not record
+    /// it.
     MoveNotRecorded,
     /// A layer's directory cannot be read.
     LayerUnreadable { why: String },
-    /// A layer on the writable volume is not named by a link on the image volume.
+    /// The link on the image volume to an unmoved layer is missing or wrong.
     WrongLink { target: String },
     /// A snapshot stands on something that cannot be a parent.
     BadParent { why: String },
     /// The writable volume cannot be used.
     VolumeMissing { why: String },
-    /// The writable directory has snapshots of this database, but not the mark.
+    /// The writable directory has snapshots of this database, but no mark.
     MarkMissing,
     /// A snapshot's directories are not charged to its project.
     NotCharged { project: ProjectId },
-    /// The limits of a snapshot's project are others than those recorded.
+    /// The limits of a snapshot's project differ from the recorded ones.
     LimitsDiffer { project: ProjectId },
     /// A volume has failed to write data while snapshots were being filled.
     DiskFailed,
     /// Ids were used on a volume that this database has not given out.
     OtherHistory,
-    /// There are directories of snapshots that the database has not come to yet.
+    /// There are directories of snapshots with ids that the database has not
+    /// given out.
     DatabaseOlder { highest: u64 },
-    /// The database says that it is not the latest state of itself.
+    /// The database records that it is not the latest state of itself.
     DatabaseIncomplete { what: String },
 }
 
-/// What the database has of a layer's content.
+/// What the database records of a layer's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recorded {
     pub inodes: u64,
@@ -77,12 +81,13 @@ pub struct Recorded {
 }
 
 impl Problem {
-    /// A word for programs.
+    /// The finding's code, for programs.
     pub fn code(&self) -> &'static str {
         self.code_and_remedy().0
     }
 
-    /// What a repair does about it; `None` if it cannot do anything.
+    /// What a repair does about the finding; `None` if a repair cannot do
+    /// anything.
     pub fn remedy(&self) -> Option<&'static str> {
         self.code_and_remedy().1
     }
@@ -99,24 +104,27 @@ impl Problem {
             Problem::Orphan { is_kept: true } => ("orphan", Some(SETS_ASIDE)),
             Problem::NoDirectory(_) => (
                 "no-directory",
-                Some("makes an empty one, as the next start does"),
+                Some("creates an empty one, as the next start does"),
             ),
             Problem::LayerMissing => ("layer-missing", DROPS),
             Problem::HollowLayerMissing => (
                 "empty-layer-missing",
-                Some("makes an empty one in its place, as the next start does"),
+                Some("creates an empty one in its place, as the next start does"),
             ),
             Problem::LayerDamaged { .. } => ("layer-damaged", DROPS),
-            Problem::LayerChanged { .. } => ("layer-changed", Some("records what it holds now")),
+            Problem::LayerChanged { .. } => {
+                ("layer-changed", Some("records what the layer holds now"))
+            }
             Problem::LayerDiffers(_) => ("layer-differs", None),
             Problem::MoveNotRecorded => (
                 "move-not-recorded",
                 Some("records it, as the next start does"),
             ),
             Problem::LayerUnreadable { .. } => ("layer-unreadable", None),
-            Problem::WrongLink { .. } => {
-                ("wrong-link", Some("makes the link, as the next start does"))
-            }
+            Problem::WrongLink { .. } => (
+                "wrong-link",
+                Some("creates the link, as the next start does"),
+            ),
             Problem::BadParent { .. } => ("bad-parent", DROPS),
             Problem::VolumeMissing { .. } => ("volume-missing", None),
             Problem::MarkMissing => (
@@ -126,11 +134,11 @@ impl Problem {
             Problem::NotCharged { .. } => ("not-charged", Some(CHARGES)),
             Problem::LimitsDiffer { .. } => (
                 "limits-differ",
-                Some("sets those recorded, as the next start does"),
+                Some("sets the recorded limits, as the next start does"),
             ),
             Problem::DiskFailed => (
                 "disk-failed",
-                Some("lets the snapshots from then be committed all the same"),
+                Some("permits to commit these snapshots all the same"),
             ),
             Problem::OtherHistory => ("other-history", GOES_ON),
             Problem::DatabaseOlder { .. } => ("database-older", GOES_ON),
@@ -138,7 +146,7 @@ impl Problem {
         }
     }
 
-    /// What healing does about it, where that may help.
+    /// What healing does about the finding; `None` if healing cannot help.
     pub fn healing(&self) -> Option<&'static str> {
         match self {
             Problem::LayerDiffers(_) => Some("unpacks it again from containerd's content"),

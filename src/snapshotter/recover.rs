@@ -1,5 +1,6 @@
-//! Making rows and directories agree again, at start and where a removal was
-//! cut short. Each finding is logged once, with what was done.
+//! Bringing rows and directories into agreement, at a start and after an
+//! interrupted removal. Each discrepancy is logged once, with what was done
+//! about it.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -18,16 +19,17 @@ use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
 
 impl Snapshotter {
-    /// After a start: finishes or drops moves, clears away directories that no row
-    /// knows, makes missing uppers again, sets links and project quotas right, and
-    /// reports layers that are missing. The writable volume may be missing: what
-    /// concerns it is then left as it is. From then on a volume of another history than
-    /// the database's is refused.
+    /// The work of a start: finishes or drops moves, clears away directories without a
+    /// row, creates missing uppers again, corrects links and project quotas, and
+    /// reports missing layers. If the writable volume is missing, everything on it is
+    /// left for later. From then on, a volume whose history is not the database's is
+    /// refused.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::DataLoss`] if the database is an older state of itself;
-    /// [`ErrorKind::FailedPrecondition`] without quotas that have to be there.
+    /// [`ErrorKind::FailedPrecondition`] if quotas are required and not
+    /// supported.
     pub fn recover(&self) -> Result<()> {
         let store = Arc::clone(&self.store);
         self.volumes
@@ -40,7 +42,7 @@ impl Snapshotter {
         }
         self.relocator.recover_moves()?;
         let given_out = GivenOut::read(&*self.store.read()?)?;
-        // Both volumes before anything is taken for a stray.
+        // Both volumes are checked before any entry counts as a stray.
         given_out.require_latest(&image)?;
         if let Some(writable) = &writable {
             given_out.require_latest(writable)?;
@@ -48,8 +50,8 @@ impl Snapshotter {
         self.mend()
     }
 
-    /// The part of [`Snapshotter::recover`] that changes the volumes. The database is
-    /// known to be the latest, or to be made do with.
+    /// The part of [`Snapshotter::recover`] that changes the volumes. The caller
+    /// knows that the database is the latest, or goes on with an older one.
     pub(super) fn mend(&self) -> Result<()> {
         let inventory = Inventory::read(&*self.store.read()?)?;
         let places: Vec<_> = inventory
@@ -80,7 +82,7 @@ impl Snapshotter {
             Ok(writable) => match self.trash.sweep(&writable) {
                 Ok((found, _)) => {
                     lost.extend(self.heal(&writable, &inventory, &found));
-                    // Without quotas that have to be there nothing is served.
+                    // If quotas are required and missing, nothing is served.
                     uncharged = match self.options.quota.mode {
                         QuotaMode::Require => self.projects.recover(&writable)?,
                         _ => self.trash.recover_projects(&writable),
@@ -91,8 +93,8 @@ impl Snapshotter {
                 Err(error) => {
                     self.trash.note_stray(Volume::Writable);
                     log::warn!(
-                        "directories without a snapshot stay on the writable volume, as it cannot \
-                         be looked through: {}",
+                        "directories without a snapshot stay on the writable volume, because it cannot be \
+                         looked through: {}",
                         error.chain()
                     );
                 }
@@ -106,20 +108,21 @@ impl Snapshotter {
                 );
             }
         }
-        // A start recovers once.
+        // It is set once, because a start recovers once.
         let _ = self.lost.set(lost);
         if let Err(error) = self.ids.begin(&swept) {
-            // Whoever makes a snapshot on a volume that cannot be written learns of it.
-            log::warn!("prepare ids for new snapshots: {}", error.chain());
+            // Requests that create a snapshot on a volume that cannot be written fail
+            // with the reason.
+            log::warn!("cannot prepare ids for new snapshots: {}", error.chain());
         }
         self.projects.recharge_later(&uncharged);
         Ok(())
     }
 
-    /// What moves have left under their own names is not needed any more: copies
-    /// that were not exchanged, and links that were. A directory may be all
-    /// there is of a layer as long as the writable volume cannot be asked, or if the layer
-    /// was renamed there and the database does not know it: such a directory stays.
+    /// Drops what moves have left under their own names: copies that were not exchanged,
+    /// and links that were. A directory stays if it may be the only copy of a layer:
+    /// while the writable volume cannot be asked, or if the layer was renamed there and
+    /// the database does not know it.
     fn drop_unfinished_moves(&self, image: &Arc<Dirs>) -> Result<()> {
         let can_ask = self.volumes.open(Volume::Writable).is_ok();
         for entry in image.entries()? {
@@ -130,19 +133,19 @@ impl Snapshotter {
             if !is_link && self.volumes.image().is_renamed_layer(id)? {
                 log::warn!(
                     "image volume: {:?} in snapshots/ is a layer that no snapshot owns: it stays \
-                     there; delete it if nobody needs it",
+                     there; delete it if you do not need it",
                     entry.name
                 );
             } else if is_link || can_ask {
                 trash_entry(image, &entry.name.to_string_lossy())?;
-                log::info!("what a move of layer {id} had left was dropped");
+                log::info!("layer {id}: dropped the leftovers of an unfinished move");
             }
         }
         Ok(())
     }
 
-    /// Every layer whose bytes are on the writable volume is named by a link on
-    /// the image volume; it is written anew where the writable directory moved.
+    /// Creates the missing links on the image volume to unmoved layers, and
+    /// replaces those that lead to an earlier place of the writable directory.
     fn set_links(&self, inventory: &Inventory, found: &Found) {
         for (snapshot, name) in &inventory.snapshots {
             if !snapshot.is_unmoved() {
@@ -157,7 +160,7 @@ impl Snapshotter {
                     self.volumes.link_home(snapshot.id)
                 }
             };
-            // Who mounts the layer has it tried again.
+            // A request that mounts the layer tries it again.
             if let Err(error) = set() {
                 self.links.note_unlinked(snapshot.id);
                 log::warn!("{}", error.chain());
@@ -165,8 +168,9 @@ impl Snapshotter {
         }
     }
 
-    /// A caller may have been told the mounts of any snapshot that can still be
-    /// mounted, and mount them only now: its links stay.
+    /// Removes links to host directories that no snapshot needs. The links of
+    /// every snapshot that can be mounted stay, because a caller may have asked
+    /// for its mounts before the start and mount them only now.
     fn sweep_lower_links(&self, inventory: &Inventory) -> Result<()> {
         let places = inventory.snapshots.iter().map(|(place, _)| place);
         let mountable: HashSet<_> = places
@@ -177,14 +181,15 @@ impl Snapshotter {
         image.sweep_host_dir_links(|id| mountable.contains(&id))
     }
 
-    /// Deals with rows whose directory is missing, or not whole: an active
-    /// snapshot gets an empty one, as after a power cut before its directory
-    /// reached the disk; a missing layer cannot be healed, is reported and
-    /// returned.
+    /// Handles rows whose directory is missing, or not whole. An active
+    /// snapshot gets an empty directory, as after a power cut before its
+    /// directory reached the disk. A missing layer cannot be replaced, so it is
+    /// reported and returned.
     fn heal(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) -> HashSet<SnapshotId> {
         let volume = dirs.volume();
         let mut lost = HashSet::new();
-        // Layers first: the others get the owner of the layer that they stand on.
+        // Layers come first, because the other snapshots get the owner of the
+        // layer below them.
         let mut snapshots: Vec<_> = inventory.snapshots.iter().collect();
         snapshots.sort_by_key(|(place, _)| (place.kind != Kind::Committed, place.id));
         for (snapshot, name) in snapshots {
@@ -216,15 +221,15 @@ impl Snapshotter {
                 if is_there {
                     dirs.complete(snapshot.id, shape, owner)
                 } else {
-                    // Whatever else has the name.
+                    // Another kind of entry may have the name.
                     dirs.clear_away(snapshot.id)?;
                     dirs.create(snapshot.id, shape, owner).map(Undo::keep)
                 }
             });
             match made {
                 Ok(()) => log::warn!(
-                    "snapshot {} had no whole directory on the {volume} volume: what was missing \
-                     starts empty",
+                    "snapshot {} had no whole directory on the {volume} volume: the missing part is \
+                     empty now",
                     Quoted(name)
                 ),
                 Err(error) => log::error!(
@@ -237,9 +242,9 @@ impl Snapshotter {
         lost
     }
 
-    /// Makes an empty layer in the place of a missing one that held nothing of its own, as
-    /// Docker's between an image and its container. `false` if the layer held more, or it
-    /// failed.
+    /// Creates an empty layer in place of a missing one that held no files with content,
+    /// as Docker's layer between an image and its container. Returns `false` if the layer
+    /// held more, or if this failed.
     fn replace_hollow(&self, dirs: &Arc<Dirs>, name: &str) -> bool {
         let replace = || -> Result<bool> {
             let snapshot = self.store.read()?.stat(name)?;
@@ -247,7 +252,8 @@ impl Snapshotter {
                 return Ok(false);
             }
             let owner = self.owner_for(None, snapshot.parent_id)?;
-            // Before it is there: cut off between the two, the next start does it again.
+            // Recorded before the directory is created: after a crash in between, the
+            // next start repeats this.
             let empty = Content {
                 usage: Usage {
                     inodes: 1,
@@ -272,7 +278,7 @@ impl Snapshotter {
             Ok(true)
         };
         replace().unwrap_or_else(|error| {
-            log::warn!("replace layer {}: {}", Quoted(name), error.chain());
+            log::warn!("cannot replace layer {}: {}", Quoted(name), error.chain());
             false
         })
     }
@@ -285,7 +291,8 @@ impl Snapshotter {
     }
 }
 
-/// A start goes on without what only tidies up, as on a full disk: removals make room.
+/// Logs the failure of a step that only tidies up, such as on a full disk: the start
+/// must go on, because removals make room.
 fn warn_of(what: &str, done: Result<()>) {
     if let Err(error) = done {
         log::warn!("cannot {what}: {}", error.chain());

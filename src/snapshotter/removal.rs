@@ -1,4 +1,4 @@
-//! Removing snapshots, and giving back what they took.
+//! Removing snapshots, and freeing their space.
 
 use super::{Snapshotter, labels};
 use crate::error::{Context, ErrorKind, Result};
@@ -26,8 +26,8 @@ impl Snapshotter {
         self.walks.forget(removed.id);
         self.drop_lower_links(removed.id);
 
-        // The snapshot is gone by now, so what fails here must not be reported as
-        // if it were not: its bytes are found again by Cleanup.
+        // The snapshot is gone by now, so a failure from here on must not be
+        // reported to the caller. Cleanup finds the directories that are left.
         if let Some(volume) = removed.volume {
             let id = removed.id;
             let trashed = self.volumes.open(volume).and_then(|dirs| {
@@ -42,7 +42,7 @@ impl Snapshotter {
             if let Err(error) = trashed {
                 self.trash.note_stray(volume);
                 log::warn!(
-                    "remove snapshots/{id} from the {volume} volume: {}",
+                    "cannot remove snapshots/{id} from the {volume} volume: {}",
                     error.chain()
                 );
             }
@@ -63,8 +63,9 @@ impl Snapshotter {
         self.options.removes_at_once
     }
 
-    /// Removes the row; returns what it was. Also on a full disk: alone then, as it may be
-    /// what others do at the same time that is too much.
+    /// Deletes the row, and returns where the snapshot was. If the disk is full, the
+    /// deletion is tried again alone, because concurrent changes may be what the disk has
+    /// no room for.
     fn strike_out(&self, key: &str) -> Result<Place> {
         let strike = |transaction: &Transaction<'_>| {
             transaction.forget_tombstones(&self.trash.take_settled())?;
@@ -87,7 +88,7 @@ impl Snapshotter {
         struck
     }
 
-    /// Gives back the space of everything that was removed from a volume before this call.
+    /// Frees the space of everything that was removed from a volume before this call.
     ///
     /// # Errors
     ///
@@ -99,7 +100,7 @@ impl Snapshotter {
             Volume::Image => self.relocator.note_room(),
             Volume::Writable => self.store.refill_ballast(),
         }
-        emptied.context(|| "clean removed snapshots up")
+        emptied.context(|| "delete the removed snapshots")
     }
 }
 

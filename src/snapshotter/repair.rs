@@ -1,4 +1,4 @@
-//! Putting right what an inspection has found, while nobody is served.
+//! Repairing what an inspection has found, while no daemon runs.
 
 use std::collections::HashSet;
 
@@ -11,7 +11,7 @@ use crate::store::Snapshot;
 use crate::types::{SnapshotId, Volume};
 
 impl Snapshotter {
-    /// The snapshots that a repair drops: layers that are missing or damaged, and
+    /// The snapshots that a repair drops: missing or damaged layers, and
     /// everything that stands on them.
     pub fn doomed(&self, findings: &[Finding]) -> Result<Vec<Snapshot>> {
         let fatal = findings.iter().filter(|finding| finding.problem.is_fatal());
@@ -36,15 +36,14 @@ impl Snapshotter {
         Ok(all)
     }
 
-    /// Puts right what can be put right about these findings, and what a start
-    /// puts right by itself. Nobody else may have the database or the volumes
-    /// open.
+    /// Repairs these findings as far as possible, and does what a start does.
+    /// No other process may have the database or the volumes open.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed for it
-    /// and not there, or as of the database and the disks. What was done until
-    /// then is found in place by the next try.
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed for
+    /// the repair and not there; errors of the database and the disks. The next
+    /// try continues where this one ended.
     pub fn repair(&self, findings: &[Finding]) -> Result<()> {
         let has =
             |wanted: fn(&Problem) -> bool| findings.iter().any(|finding| wanted(&finding.problem));
@@ -58,19 +57,20 @@ impl Snapshotter {
         });
         if forgets && has(|problem| matches!(problem, Problem::VolumeMissing { .. })) {
             return Err(Error::refused(
-                "the database is not the latest, and without the writable volume nobody can tell \
-                 which numbers it has given out: mount that volume, or give it up with \
-                 --reset-writable",
+                "the database is not the latest, and only the writable volume shows which numbers \
+                 it has given out: mount that volume, or give it up with --reset-writable",
             ));
         }
         if has(|problem| *problem == Problem::MarkMissing) {
-            // What is on the volume was not inspected: nothing of it is moved in this run.
+            // The contents of the volume were not inspected, so nothing on it is moved in
+            // this run.
             return self.volumes.mark_writable();
         }
         let doomed = self.doomed(findings)?;
 
         let mut transaction = self.store.write()?;
-        // The directories of the others are whole: they are set aside.
+        // The directories of snapshots above a damaged layer are whole: they
+        // are set aside.
         let is_damaged = |snapshot: &Snapshot| {
             let mut about = findings.iter().filter(|one| one.id == Some(snapshot.id));
             about.any(|one| matches!(one.problem, Problem::LayerDamaged { .. }))
@@ -97,15 +97,16 @@ impl Snapshotter {
         self.flusher.forget_failures(&transaction)?;
         transaction.commit()?;
         drop(transaction);
-        // Into the file itself: a copy with a log looks like one with another's.
+        // Written into the database file itself, because a copy whose log is
+        // missing is refused.
         self.store.settle()?;
         self.relocator.recover_moves()?;
         self.mend()
-            .context(|| "put the volumes right, as at a start")?;
+            .context(|| "repair the volumes, as a start does")?;
         self.projects.recharge_now()
     }
 
-    /// The highest number that anything on either volume has; 0 without any.
+    /// The highest id in a name on either volume; 0 if there is none.
     fn highest_entry(&self) -> Result<u64> {
         let mut highest = 0;
         for volume in [Volume::Image, Volume::Writable] {

@@ -1,4 +1,4 @@
-//! How things stand, in numbers.
+//! The state of the snapshotter in numbers.
 
 use std::collections::HashMap;
 
@@ -10,39 +10,39 @@ use crate::store::Tally;
 use crate::tree;
 use crate::types::{Kind, Limits, Volume};
 
-/// Everything that is counted.
+/// All figures that are counted.
 #[derive(Debug)]
 pub struct Figures {
     pub snapshots: Vec<Tally>,
-    /// Bytes of layers that are not home yet, as counted at their commits.
+    /// Bytes of unmoved layers, as counted at their commits.
     pub away_bytes: u64,
-    /// Bytes in directories that moved layers have left and something may have mounted.
+    /// Bytes in leftover directories.
     pub held_bytes: u64,
     pub volumes: [VolumeFigures; 2],
     pub lost_layers: u64,
-    /// Layers moved home since the start.
+    /// Layers moved to the image volume since the start.
     pub relocations: u64,
-    /// Bytes copied for that.
+    /// Bytes copied by these moves.
     pub relocated_bytes: u64,
     pub relocation_failures: u64,
-    /// What project quotas do on the writable volume: `None` if nothing, or if it
-    /// cannot be asked.
+    /// What project quotas can do on the writable volume: `None` if it has none,
+    /// or cannot be asked.
     pub quotas: Option<Support>,
     pub projects: u64,
     pub usages: UsageFigures,
 }
 
-/// One volume. Sizes are zero where it cannot be asked.
+/// The figures of one volume. Sizes are zero if the volume cannot be asked.
 #[derive(Clone, Copy, Debug)]
 pub struct VolumeFigures {
     pub volume: Volume,
-    /// It is there, and has not failed to write since the start.
+    /// The volume is there, and has not failed to write since the start.
     pub is_usable: bool,
     pub size_bytes: u64,
     pub free_bytes: u64,
 }
 
-/// A directory on the writable volume that a moved layer has left.
+/// A leftover directory on the writable volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The layer's number.
@@ -50,11 +50,11 @@ pub struct Held {
     /// Its name; `None` if it was removed.
     pub layer: Option<String>,
     pub bytes: u64,
-    /// Where what may show it is mounted.
+    /// The mount points that may show the directory.
     pub points: Vec<String>,
 }
 
-/// What a container has written.
+/// How much a container has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
     pub key: String,
@@ -71,7 +71,8 @@ impl Figures {
 }
 
 impl Snapshotter {
-    /// Counts. Waits for no disk, as long as the database is in memory.
+    /// Collects the figures. No disk is waited for as long as the database is
+    /// in memory.
     pub fn figures(&self) -> Result<Figures> {
         let reader = self.store.read()?;
         let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
@@ -99,9 +100,9 @@ impl Snapshotter {
     }
 
     /// The active snapshots on the writable volume that take most of it, the
-    /// largest first, at most `limit`. Walks each that has no project quota; one
-    /// that is removed meanwhile, or cannot be read, is left out. None if the
-    /// volume is not there.
+    /// largest first, at most `limit`. The files of snapshots without a project
+    /// quota are counted. Snapshots that are removed meanwhile, or cannot be
+    /// read, are left out. The list is empty if the volume is not there.
     pub fn largest_writable(&self, limit: usize) -> Result<Vec<Written>> {
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(Vec::new());
@@ -134,7 +135,7 @@ impl Snapshotter {
         Ok(written)
     }
 
-    /// The directories that moved layers have left, the largest first, and what keeps them.
+    /// The leftover directories, the largest first, and what has them mounted.
     pub fn held(&self) -> Result<Vec<Held>> {
         let leftovers = self.store.read()?.retired()?;
         if leftovers.is_empty() {

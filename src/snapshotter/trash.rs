@@ -1,10 +1,10 @@
-//! What is removed: the trash of each volume, and directories that no row knows.
+//! Removed snapshots: the trash of each volume, and directories without a row.
 //!
-//! Owns: when a volume has to be looked through for such directories, what becomes of
-//! them, and that one cleanup runs at a time. Never: rows of snapshots.
+//! Owns: when a volume has to be searched for directories without a row, what happens
+//! to them, and that only one cleanup runs at a time. Never: rows of snapshots.
 //!
 //! A directory without a row is deleted only if a tombstone proves that it was a
-//! snapshot's, or if nobody has written into it. Anything else is set aside in
+//! snapshot's, or if nothing was ever written into it. Any other is set aside in
 //! `left-out/`, where only a person deletes it.
 
 use std::collections::{HashMap, HashSet};
@@ -27,15 +27,17 @@ pub(super) struct Trash {
     volumes: Arc<Volumes>,
     projects: Arc<Projects>,
     ids: Arc<Ids>,
-    /// One cleanup at a time on each volume: the second must not answer before what the
-    /// first is still deleting is gone. In order: image, writable volume.
+    /// Locked during a cleanup of each volume: a second cleanup must not answer before
+    /// the first one has deleted everything. In order: image, writable volume.
     cleaning: [Mutex<()>; 2],
-    /// Set when a directory without a row may be on a volume: the next Cleanup looks for
-    /// it. In order: image, writable volume.
+    /// Set when a directory without a row may be on a volume, so that the next Cleanup
+    /// searches for it. In order: image, writable volume.
     strays: [AtomicBool; 2],
-    /// Directories that are in the trash, perhaps not durably, and still have a tombstone.
+    /// Directories that are in the trash, perhaps not durably, and still have a
+    /// tombstone.
     trashed: Mutex<Vec<(SnapshotId, Volume)>>,
-    /// Those whose way there is durable: their tombstones may go.
+    /// Directories that are durably in the trash, so that their tombstones can
+    /// be deleted.
     settled: Mutex<Vec<(SnapshotId, Volume)>>,
 }
 
@@ -57,24 +59,24 @@ impl Trash {
         }
     }
 
-    /// A directory without a row may be on that volume.
+    /// Notes that a directory without a row may be on that volume.
     pub(super) fn note_stray(&self, volume: Volume) {
         self.strays[volume as usize].store(true, Ordering::Release);
     }
 
-    /// The directory of that removed snapshot is in the trash.
+    /// Notes that the directory of that removed snapshot is in the trash.
     pub(super) fn note_trashed(&self, id: SnapshotId, volume: Volume) {
         lock(&self.trashed).push((id, volume));
     }
 
-    /// The directories whose tombstones are not needed any more: the caller deletes these
-    /// with the next change of the database.
+    /// Returns the directories whose tombstones are not needed any more. The caller
+    /// deletes the tombstones with the next change of the database.
     pub(super) fn take_settled(&self) -> Vec<(SnapshotId, Volume)> {
         std::mem::take(&mut *lock(&self.settled))
     }
 
-    /// After a power cut a directory may be back in `snapshots/`: its tombstone stays until
-    /// its rename is durable.
+    /// Makes the renames into the trash durable. Until then the tombstones stay, because
+    /// after a power cut a directory may be back in `snapshots/`.
     fn settle(&self, dirs: &Dirs) -> Result<()> {
         let volume = dirs.volume();
         let on_volume = |entry: &mut (SnapshotId, Volume)| entry.1 == volume;
@@ -86,8 +88,8 @@ impl Trash {
         Ok(())
     }
 
-    /// Deletes everything that was removed from a volume before this call, with what is
-    /// there without a row.
+    /// Deletes everything that was removed from a volume before this call, and
+    /// directories without a row.
     pub(super) fn empty(&self, volume: Volume) -> Result<()> {
         let _cleaning = lock(&self.cleaning[volume as usize]);
         let dirs = self.volumes.open(volume)?;
@@ -98,17 +100,17 @@ impl Trash {
         let emptied = tree::remove_children(dirs.trash_fd()?)
             .context(|| format!("empty the trash of the {volume} volume"));
         self.settle(&dirs)?;
-        // What could be deleted may have been the last of a project; where both
-        // volumes are one file system, on either.
+        // The deleted files may have been the last ones of a project; if both
+        // volumes are on one file system, on either volume.
         if let Err(error) = self.projects.free_unused() {
-            log::warn!("give project ids back: {}", error.chain());
+            log::warn!("cannot take project ids back: {}", error.chain());
         }
         emptied
     }
 
-    /// Deletes what has just been moved to the trash of a volume under this name, and
-    /// nothing else: no other caller waits for it. What cannot be deleted stays there
-    /// for the next Cleanup.
+    /// Deletes the entry of this name, which was just moved to the trash of a volume.
+    /// No other caller waits for it. What cannot be deleted stays for the next
+    /// Cleanup.
     pub(super) fn delete(&self, dirs: &Dirs, name: &str) {
         let deleted = dirs
             .trash_fd()
@@ -120,8 +122,8 @@ impl Trash {
         }
     }
 
-    /// Looks a volume through beside the requests: a removal has failed there, or it was
-    /// missing at the start.
+    /// Searches a volume for directories without a row while requests are served,
+    /// because a removal has failed there, or the volume was missing at the start.
     fn sweep_late(&self, dirs: &Arc<Dirs>) -> Result<()> {
         if let (_, Some(error)) = self.sweep(dirs)? {
             return Err(error);
@@ -133,20 +135,21 @@ impl Trash {
         Ok(())
     }
 
-    /// As [`Projects::recover`]; if that fails, the next Cleanup tries again. Whatever is
-    /// wrong with quotas, what was removed is deleted.
+    /// Like [`Projects::recover`], but a failure is only logged, and the next Cleanup
+    /// tries again: removed files are deleted even if quotas do not work.
     pub(super) fn recover_projects(&self, dirs: &Arc<Dirs>) -> Vec<SnapshotId> {
         let recovered = self.projects.recover(dirs);
         recovered.unwrap_or_else(|error| {
             self.note_stray(Volume::Writable);
-            log::warn!("look at the project quotas: {}", error.chain());
+            log::warn!("cannot look at the project quotas: {}", error.chain());
             Vec::new()
         })
     }
 
-    /// Moves what no row places on that volume out of `snapshots/`, and returns the rest.
-    /// Names that are no ids are left alone: this program did not make them. Also returns the
-    /// last error of what could not be moved, as on a full disk: a start goes on then.
+    /// Moves the entries without a row out of `snapshots/`, and returns the others. Names
+    /// that are not ids are left alone, because this program has not created them. Also
+    /// returns the last error of a move that failed, such as on a full disk, in spite of
+    /// which a start goes on.
     pub(super) fn sweep(&self, dirs: &Arc<Dirs>) -> Result<(Found, Option<Error>)> {
         let volume = dirs.volume();
         let mut failed = None;
@@ -161,7 +164,7 @@ impl Trash {
                         claimed.insert(id);
                     }
                 }
-                // The relocator's and the checks', and perhaps in use.
+                // Entries of the relocator and of checks may be in use.
                 None if volume == Volume::Image && is_worked_on(name) => {}
                 None => log::warn!(
                     "{volume} volume: {:?} in snapshots/ was not made by this program: left alone",
@@ -169,7 +172,8 @@ impl Trash {
                 ),
             }
         }
-        // After the claims: what was not claimed then, and has no row now, gets none.
+        // The database is read after the claims were looked at: a directory without a
+        // claim then and without a row now will get no row.
         let inventory = Inventory::read(&*self.store.read()?)?;
         let known = inventory.known(volume);
         let mut buried = self.store.read()?.tombstones(volume)?;
@@ -195,7 +199,7 @@ impl Trash {
         if !gone.is_empty() {
             dirs.settle_names()?;
             let forget = self.store.together(|rows| rows.forget_tombstones(&gone));
-            forget.context(|| "forget directories that are in the trash")?;
+            forget.context(|| "delete the tombstones of directories that are in the trash")?;
         }
         Ok((found, failed))
     }
@@ -204,35 +208,37 @@ impl Trash {
         let volume = dirs.volume();
         let is_link = volume == Volume::Image && self.volumes.image().is_layer_link(id)?;
         if is_buried || is_link {
-            log::info!("{volume} volume: snapshots/{id} was removed before a stop: trashed");
+            log::info!(
+                "{volume} volume: moved snapshots/{id}, which was removed before a stop, to the trash"
+            );
             return trash_entry(dirs, &id.to_string());
         }
         match dirs.clear_away(id)? {
             None => log::info!(
-                "{volume} volume: snapshots/{id}, which is empty, belongs to no snapshot: trashed"
+                "{volume} volume: moved snapshots/{id}, which is empty and no snapshot's, to the trash"
             ),
             Some(path) => log::warn!(
                 "{volume} volume: snapshots/{id} belongs to no snapshot, and holds files: it is \
-                 set aside as {path}; delete that if nobody needs it"
+                 set aside as {path}; delete it there if you do not need it"
             ),
         }
         Ok(())
     }
 }
 
-/// What the database says is on the disks.
+/// The directories and links that there should be, according to the database.
 pub(super) struct Inventory {
     pub snapshots: Vec<(Place, String)>,
-    /// Layers whose leftover directory on the writable volume is still kept.
+    /// Layers that have a leftover directory on the writable volume.
     leftover: HashSet<SnapshotId>,
 }
 
-/// Which ids a database has given out.
+/// The ids that a database has given out.
 #[derive(Clone, Copy)]
 pub(super) struct GivenOut {
-    /// The highest of a snapshot that was ever entered.
+    /// The highest id of a snapshot that was ever entered.
     pub entered: u64,
-    /// The highest that a request may have had which was cut off.
+    /// The highest id that an interrupted request may have had.
     pub reserved: u64,
 }
 
@@ -260,7 +266,7 @@ impl GivenOut {
         Ok(None)
     }
 
-    /// Refuses, as [`ErrorKind::DataLoss`], a database that has forgotten snapshots
+    /// Returns [`ErrorKind::DataLoss`] if the database has forgotten snapshots
     /// whose directories are there.
     pub(super) fn require_latest(self, dirs: &Dirs) -> Result<()> {
         let entries = dirs.entries()?;
@@ -272,7 +278,7 @@ impl GivenOut {
         };
         Err(Error::data_loss(format!(
             "the {} volume has snapshots/{forgotten}, but the database has given out numbers up \
-             to {} only: it is an older state of itself, unless somebody has made that directory \
+             to {} only: it is an older state of itself, unless a person has made that directory \
              by hand. Put the latest one back, or run `check --repair`, which sets aside what it \
              does not know",
             dirs.volume(),
@@ -298,9 +304,9 @@ impl Inventory {
     }
 }
 
-/// The ids whose name belongs into `snapshots/` of a volume: those of the snapshots that
-/// are there, on the image volume also of layers that have not moved there yet, by their
-/// links, and on the writable volume also of `leftover` directories.
+/// The ids that `snapshots/` of a volume should contain: those of the snapshots on that
+/// volume; on the image volume also those of unmoved layers, as links; and on the
+/// writable volume also those of `leftover` directories.
 pub(super) fn known_on(
     volume: Volume,
     places: impl Iterator<Item = Place>,
@@ -314,18 +320,18 @@ pub(super) fn known_on(
     known
 }
 
-/// Whether an entry of `snapshots/` on the image volume is of a layer that moves, is
-/// compared or has healed.
+/// Whether an entry of `snapshots/` on the image volume belongs to a layer that is
+/// being moved, compared or healed.
 fn is_worked_on(name: &[u8]) -> bool {
     moving_id(name).is_some() || replaced_id(name).is_some() || is_unpacked(name)
 }
 
-/// What `snapshots/` of a volume holds under ids that rows know.
+/// The entries of `snapshots/` on a volume whose ids have rows.
 pub(super) type Found = HashMap<SnapshotId, FileType>;
 
 /// Moves an entry of `snapshots/` to the trash. On a full disk even a rename may
-/// lack a block, that of a directory that has to grow: what is in the trash
-/// already goes first then.
+/// lack a block, if the directory has to grow. In that case, the trash is
+/// emptied first.
 pub(super) fn trash_entry(dirs: &Dirs, name: &str) -> Result<()> {
     match dirs.trash_entry(name) {
         Err(error) if error.kind() == ErrorKind::ResourceExhausted => {

@@ -1,8 +1,8 @@
-//! What snapshots take.
+//! What snapshots take of the disk.
 //!
-//! A kubelet has containerd ask for every container's usage, over and over. With
-//! a project quota the file system has the figure; else the files are walked, and
-//! then all who ask for one snapshot at the same time wait for one walk.
+//! A kubelet has containerd ask for every container's usage all the time. With a
+//! project quota, the file system knows the figure. Without one the files are
+//! counted, and simultaneous requests for one snapshot share one walk.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,12 +20,12 @@ use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::volume::Dirs;
 
-/// Somebody who waits for an answer, and may cease to.
+/// A caller who waits for an answer, and may stop waiting.
 #[derive(Clone, Debug, Default)]
 pub struct Caller(Arc<AtomicBool>);
 
 impl Caller {
-    /// Does not wait any longer.
+    /// Notes that the caller does not wait any longer.
     pub fn leave(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -35,18 +35,18 @@ impl Caller {
     }
 }
 
-/// How usages have been told, since the start.
+/// Where the returned usages came from, since the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UsageFigures {
     pub by_quota: u64,
     pub by_walk: u64,
-    /// By the walk that another request had begun.
+    /// Answers from a walk that another request had begun.
     pub by_shared_walk: u64,
-    /// By a walk that was over, `--usage-max-age`.
+    /// Answers from an earlier walk (`--usage-max-age`).
     pub by_earlier_walk: u64,
 }
 
-/// The walks under way, and what earlier ones have found.
+/// The current walks, and the results of earlier ones.
 #[derive(Default)]
 pub(super) struct Walks(Mutex<Known>);
 
@@ -70,7 +70,8 @@ struct Walk(Monitor<Progress>);
 #[derive(Default)]
 struct Progress {
     callers: Vec<Caller>,
-    /// Its end; of an error the kind and the text, which each gets.
+    /// The result, once there is one. An error is its kind and text, which all
+    /// callers get.
     result: Option<std::result::Result<Usage, (ErrorKind, String)>>,
 }
 
@@ -81,7 +82,8 @@ impl Progress {
 }
 
 impl Walk {
-    /// `false` if it has ended, or is about to because all have left.
+    /// Joins the walk. Returns `false` if it has ended, or is about to end
+    /// because all callers have left.
     fn join(&self, caller: &Caller) -> bool {
         self.0.look(|progress| {
             let can_join = progress.result.is_none() && !progress.is_given_up();
@@ -92,9 +94,9 @@ impl Walk {
         })
     }
 
-    /// Waits for the end; `None` if the caller has left before.
+    /// Waits for the result; `None` if the caller has left before.
     fn wait(&self, caller: &Caller) -> Option<Result<Usage>> {
-        /// How soon a caller that leaves frees its thread.
+        /// How soon the thread of a caller that leaves is free.
         const LOOK: Duration = Duration::from_millis(50);
         while !caller.has_left() {
             let deadline = Some(Instant::now() + LOOK);
@@ -108,7 +110,8 @@ impl Walk {
     }
 }
 
-/// Ends a walk, also one that panics: others wait for it.
+/// Ends a walk when dropped, also after a panic, because other callers wait for
+/// it.
 struct Leader<'a> {
     walks: &'a Walks,
     id: SnapshotId,
@@ -138,7 +141,7 @@ impl Drop for Leader<'_> {
         drop(known);
         self.end(&Err(Error::new(
             ErrorKind::Internal,
-            "the walk has ended by a bug; the log says where",
+            "the walk has ended because of a bug; the log shows where",
         )));
     }
 }
@@ -148,14 +151,15 @@ impl Walks {
         lock(&self.0).figures
     }
 
-    /// The snapshot is gone, or is a layer now.
+    /// Forgets the results for a snapshot that was removed, or is a layer now.
     pub(super) fn forget(&self, id: SnapshotId) {
         lock(&self.0).found.remove(&id);
     }
 
-    /// Tells a snapshot's usage: as found at most `max_age` ago, as another walk
-    /// finds it that is under way, or as `walk` finds it, which is to end when its
-    /// argument says that nobody waits any more.
+    /// Returns a snapshot's usage: a result that is at most `max_age` old, the
+    /// result of another walk that has begun, or the result of `walk`. The
+    /// argument of `walk` returns `true` once all callers have left, and `walk`
+    /// should then end.
     fn tell(
         &self,
         id: SnapshotId,
@@ -186,7 +190,7 @@ impl Walks {
             id,
             walk: new,
         };
-        // It has begun, and so it is of that moment.
+        // The walk has begun before, and so its result is of that moment.
         let at = Instant::now();
         let result = walk(&|| leader.walk.0.look(|progress| progress.is_given_up()));
         if let Ok(usage) = result
@@ -206,9 +210,9 @@ fn left() -> Error {
 }
 
 impl Snapshotter {
-    /// What a snapshot itself takes: now, for an active one; as recorded by Commit
-    /// for a layer; nothing for a view. By its project quota also the directories
-    /// count that are the snapshotter's and overlayfs's own.
+    /// What a snapshot itself takes: for an active one, the present figure; for a
+    /// layer, the figure recorded by Commit; for a view, nothing. A figure of a
+    /// project quota includes the directories of the snapshotter and of overlayfs.
     ///
     /// # Errors
     ///
@@ -238,7 +242,7 @@ impl Snapshotter {
     ) -> Result<Usage> {
         let dirs = self.volumes.open(volume)?;
         let upper = self.open_upper(key, snapshot, &dirs)?;
-        // Of a tree that is being charged, the quota knows a part.
+        // While a tree is being charged, the quota has only a part of it.
         if volume == Volume::Writable
             && !self.projects.is_uncharged(snapshot.id)
             && let Some(usage) = self.projects.usage(&dirs, snapshot.id, &upper)?
@@ -253,8 +257,9 @@ impl Snapshotter {
             })
     }
 
-    /// Opens what an active snapshot holds. If it is removed meanwhile, its missing
-    /// directory is no loss: it is not found.
+    /// Opens the upper directory of an active snapshot. If the snapshot is removed
+    /// meanwhile, the missing directory is [`ErrorKind::NotFound`] rather than lost
+    /// data.
     pub(super) fn open_upper(
         &self,
         key: &str,
@@ -306,7 +311,7 @@ mod tests {
                 &Caller::default(),
                 |_| {
                     count.fetch_add(1, Ordering::SeqCst);
-                    // Until all others have joined.
+                    // Wait until all others have joined.
                     until(|| walks.figures().by_shared_walk == 5);
                     Ok(USAGE)
                 },
@@ -319,7 +324,8 @@ mod tests {
             }
         });
         assert_eq!(count.load(Ordering::SeqCst), 1);
-        // One that comes later begins anew, and other snapshots are others.
+        // A later request starts another walk, and so does a request for
+        // another snapshot.
         walks
             .tell(
                 SnapshotId::new(1),
@@ -353,7 +359,7 @@ mod tests {
             until(|| walks.figures().by_shared_walk == 1);
             first.leave();
             thread::sleep(Duration::from_millis(30));
-            assert!(!leader.is_finished(), "somebody is left");
+            assert!(!leader.is_finished(), "a caller is left");
             second.leave();
             for thread in [leader, follower] {
                 let error = thread.join().unwrap().unwrap_err();
@@ -370,7 +376,8 @@ mod tests {
         walks
             .tell(SnapshotId::new(1), Duration::ZERO, &caller, |_| {
                 caller.leave();
-                // Asked for while that walk has not noticed yet.
+                // This request comes before that walk has noticed that its
+                // caller has left.
                 let other = Caller::default();
                 assert_eq!(
                     walks
@@ -405,7 +412,7 @@ mod tests {
         thread::sleep(short);
         ask(short).unwrap();
         assert_eq!(walks.figures().by_walk, 4);
-        // What nobody may be told any more is not kept.
+        // A result that is too old for every caller is not kept.
         thread::sleep(short);
         let other = SnapshotId::new(2);
         let caller = Caller::default();

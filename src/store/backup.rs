@@ -1,4 +1,4 @@
-//! Copies of the database beside itself, for the day when it is damaged.
+//! Copies of the database beside it, in case it gets damaged.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,8 +14,8 @@ use super::{Store, completeness, schema};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 impl Store {
-    /// Notes that the last copy does not have everything any more. A change that is not
-    /// the first since that copy wakes no thread.
+    /// Notes that the last copy is not up to date. Only the first change after a copy
+    /// wakes the thread.
     pub(super) fn note_change(&self) {
         if !self.is_changed.look(|is_changed| *is_changed) {
             self.is_changed.change(|is_changed| *is_changed = true);
@@ -23,27 +23,28 @@ impl Store {
     }
 
     /// Waits until there is something to copy, and then until `not_before`, but
-    /// at least `settling`, for the changes that come together. `false` if the
-    /// store was closed meanwhile.
+    /// for at least `settling`, so that changes in quick succession share a
+    /// copy. Returns `false` if the store was closed meanwhile.
     pub fn await_change(&self, not_before: Instant, settling: Duration) -> bool {
         let changed = self.is_changed.wait_while(|is_changed| !is_changed, |_| ());
         let left = || settling.max(not_before.saturating_duration_since(Instant::now()));
         changed.is_some() && self.is_changed.pause(left())
     }
 
-    /// Ends the waiting in [`Store::await_change`], for good.
+    /// Ends the waiting in [`Store::await_change`] for good.
     pub fn end_waiting(&self) {
         self.is_changed.stop();
     }
 
-    /// Copies the database, as of this moment and found sound, to
-    /// `<database>.copy`, if it has changed since the last copy of this process.
-    /// Readers and the writer go on meanwhile.
+    /// Copies the present state of the database to `<database>.copy`, if it has
+    /// changed since the last copy of this process. The copy is checked for
+    /// damage before it replaces the last one. Readers and the writer go on
+    /// meanwhile.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::ResourceExhausted`] if the disk is full,
-    /// [`ErrorKind::DataLoss`] if the database is damaged. The last copy stays then.
+    /// [`ErrorKind::ResourceExhausted`] if the disk is full, [`ErrorKind::DataLoss`]
+    /// if the database is damaged. In both cases, the last copy stays.
     pub fn copy(&self) -> Result<()> {
         if !self.is_changed.look(std::mem::take) {
             return Ok(());
@@ -78,7 +79,7 @@ impl Store {
             return Err(Error::new(ErrorKind::Unavailable, "it is busy"));
         }
         copy.pragma_update(None, "journal_mode", "DELETE")
-            // One file is all there is to put back, without a log of its own.
+            // A copy has no log, so that one file is all there is to put back.
             .and_then(|()| completeness::mark_copied(&copy))
             .map_err(|error| sql_error(error, "write it"))?;
         schema::require_sound(&copy)?;

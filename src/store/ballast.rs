@@ -1,6 +1,6 @@
-//! Space set aside beside the database, given back when its disk is full: a
-//! removal writes a few pages to the log before it frees anything, and at a start
-//! the log and its index are two new files.
+//! Ballast files: space reserved beside the database, and released when its disk
+//! is full. A removal needs a few pages of the log before it frees anything, and
+//! a start needs two new files for the log and its index.
 
 use std::path::{Path, PathBuf};
 
@@ -9,16 +9,17 @@ use rustix::io::Errno;
 
 use super::files::{BALLAST, beside};
 
-/// Sets space aside beside the closed database at `path`, if there is some: its next
-/// opening may find the disk full.
+/// Reserves space beside the closed database at `path`, if the disk has some,
+/// because the disk may be full when the database is opened next.
 pub fn set_space_aside(path: &Path) {
     Ballast::of(path).fill();
 }
 
-/// The size of each file; enough for dozens of removals, one of which frees more.
+/// The size of each ballast file. It is enough for dozens of removals, each of
+/// which frees more.
 const BYTES: u64 = 1 << 19;
 
-/// The files that hold the space.
+/// The ballast files of a database.
 pub(super) struct Ballast {
     paths: [PathBuf; 2],
 }
@@ -31,14 +32,15 @@ impl Ballast {
         }
     }
 
-    /// Takes the space, unless it is taken already or the disk does not have it.
+    /// Creates the ballast, unless it exists already or the disk has no room for
+    /// it.
     pub(super) fn fill(&self) {
         for path in &self.paths {
             fill(path);
         }
     }
 
-    /// Gives the space back. `false` if none was set aside.
+    /// Releases the ballast. Returns `false` if there was none.
     pub(super) fn release(&self) -> bool {
         let released = self.paths.each_ref().map(|path| release(path));
         released.contains(&true)
@@ -49,9 +51,10 @@ fn fill(path: &Path) {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let filled = openat(CWD, path, flags, Mode::from_raw_mode(0o600))
         .and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, BYTES));
-    // On a full disk the file has taken what there was; the next call takes the rest.
+    // On a full disk, the file has got what there was, and the next call adds the
+    // rest.
     if let Err(errno) = filled {
-        log::debug!("set space aside in {}: {errno}", path.display());
+        log::debug!("cannot set space aside in {}: {errno}", path.display());
     }
 }
 
@@ -60,7 +63,7 @@ fn release(path: &Path) -> bool {
         Ok(()) => true,
         Err(Errno::NOENT) => false,
         Err(errno) => {
-            log::debug!("remove {}: {errno}", path.display());
+            log::debug!("cannot remove {}: {errno}", path.display());
             false
         }
     }

@@ -1,13 +1,13 @@
 //! Statements about blocks of ids and about tombstones.
 //!
-//! Ids are reserved in blocks, so that a snapshot has its id, and its directories,
-//! before its row is entered. The table of blocks is the history of this database: no
-//! row of it is ever deleted, and a volume on which ids of another history were used
-//! carries a block that is not in it.
+//! Ids are reserved in blocks, so that a snapshot has its id and its directories before
+//! its row is entered. The table of blocks is the history of this database, and none of
+//! its rows is ever deleted. If ids of another history were used on a volume, the
+//! volume names a block that is not in the table.
 //!
-//! A tombstone is the proof that a directory without a row was a snapshot's and is done
-//! with. It is entered in the transaction that deletes the row, and deleted after the
-//! directory is in the trash.
+//! A tombstone proves that a directory without a row was a snapshot's and is not needed
+//! any more. It is entered in the transaction that deletes the row, and deleted after
+//! the directory is in the trash.
 
 use std::collections::HashSet;
 
@@ -29,15 +29,15 @@ impl Rows {
         })
     }
 
-    /// What this database makes of the block that was used last on a volume; `None` if the
-    /// volume names none.
+    /// Compares the history of this database with `found`, the block that was used last
+    /// on a volume; `None` if the volume names none.
     pub fn judge(&self, volume: Volume, found: Option<&Block>) -> Result<History> {
         if let Some(found) = found
             && !self.has_reserved(found)?
         {
             return Ok(History::Other);
         }
-        // Before the first is recorded, as after an upgrade.
+        // No block is recorded yet, as after an upgrade.
         let Some(recorded) = self.fact(recorded_fact(volume))? else {
             return Ok(History::Same);
         };
@@ -46,8 +46,8 @@ impl Rows {
         if found == newest {
             return Ok(History::Same);
         }
-        // The database is told first: a crash may have come before the volume was, and then
-        // no id of that block is on the volume.
+        // A block is recorded in the database before it is recorded on the volume. After
+        // a crash in between, no id of that block was used on the volume.
         let first: u64 = newest
             .split(' ')
             .next()
@@ -72,8 +72,8 @@ impl Rows {
         Ok(found.is_some())
     }
 
-    /// The highest id that a directory may have: of a snapshot that was ever entered, or
-    /// of a block; 0 before the first.
+    /// The highest id that a directory may have: that of a snapshot that was ever
+    /// entered, or the last id of a block; 0 if there is none.
     pub fn highest_reserved(&self) -> Result<u64> {
         let block = self.newest_block()?;
         let last = block.map_or(0, |block| block.last());
@@ -90,8 +90,8 @@ impl Rows {
 }
 
 impl Transaction<'_> {
-    /// Reserves the ids of a block that begins at `first`, behind all that were given
-    /// out.
+    /// Reserves the ids of a block that begins at `first`, which must be after all
+    /// ids that were given out.
     pub fn reserve_block(&self, first: u64) -> Result<Block> {
         self.execute(
             "INSERT INTO block (first, token) VALUES (?1, lower(hex(randomblob(16))))",
@@ -102,8 +102,8 @@ impl Transaction<'_> {
         Ok(newest.expect("the row that was just inserted"))
     }
 
-    /// Records that ids of this block are about to be used on a volume that names the block
-    /// `before`.
+    /// Records that ids of this block are about to be used on a volume whose last block
+    /// so far is `before`.
     pub fn record_block(
         &self,
         volume: Volume,
@@ -115,12 +115,12 @@ impl Transaction<'_> {
         self.record_fact(recorded_fact(volume), &recorded)
     }
 
-    /// Forgets which ids were used on a volume: it is a new one.
+    /// Forgets which ids were used on a volume, because it is a new volume.
     pub fn forget_block(&self, volume: Volume) -> Result<()> {
         self.forget_fact(recorded_fact(volume))
     }
 
-    /// Forgets what may be deleted: it is not known any more which directories are meant.
+    /// Deletes all tombstones, because they may be about other directories now.
     pub fn forget_all_tombstones(&self) -> Result<()> {
         let doing = "forget which directories may be deleted";
         self.execute("DELETE FROM tombstone", [], doing)

@@ -1,6 +1,6 @@
-//! Statements that change snapshots, within a transaction. The refusals of
-//! containerd's own store (`core/snapshots/storage/bolt.go`) are made here, in
-//! its order.
+//! Statements that change snapshots, within a transaction. They refuse what
+//! containerd's own store refuses (`core/snapshots/storage/bolt.go`), in the
+//! same order.
 
 use rusqlite::params;
 
@@ -40,7 +40,7 @@ impl Transaction<'_> {
         Ok(Created { id, ancestors })
     }
 
-    /// As [`Transaction::create`], under the id after the highest.
+    /// Like [`Transaction::create`], with the id after the highest one.
     #[cfg(test)]
     pub fn create_next(&self, new: &New<'_>) -> Result<Created> {
         self.create(SnapshotId::new(self.highest_id()? + 1), new)
@@ -51,7 +51,7 @@ impl Transaction<'_> {
     /// # Errors
     ///
     /// Those of [`Rows::committable`](super::Rows::committable);
-    /// [`ErrorKind::NotFound`] if the key is another snapshot's by now.
+    /// [`ErrorKind::NotFound`] if another snapshot has the key by now.
     pub fn commit_snapshot(&self, commit: &Commit<'_>) -> Result<()> {
         let (snapshot, parent) = self.committable(commit.key, commit.name, commit.parent)?;
         if snapshot.id != commit.id {
@@ -81,9 +81,9 @@ impl Transaction<'_> {
         )
     }
 
-    /// Deletes the row of a snapshot, and returns what it was. Its directory, and what
-    /// the image volume has of a layer that has not moved there, may be deleted then.
-    ///
+    /// Deletes the row of a snapshot, and returns what it was. From then on its
+    /// directory may be deleted, and, for an unmoved layer, everything of it on the
+    /// image volume.
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if others stand on it.
@@ -112,7 +112,8 @@ impl Transaction<'_> {
         Ok(place)
     }
 
-    /// Changes a snapshot's labels, step by step, and returns it as it is then.
+    /// Changes a snapshot's labels one by one, and returns the changed
+    /// snapshot.
     ///
     /// # Errors
     ///
@@ -135,9 +136,9 @@ impl Transaction<'_> {
         Ok(snapshot)
     }
 
-    /// Deletes the rows of snapshots. What stands on one of them has to be among them.
-    /// Directories that they still have are set aside, unless [`Transaction::bury`] says
-    /// that they may be deleted.
+    /// Deletes the rows of snapshots. Everything that stands on one of them has to be
+    /// among them. Directories that they still have are set aside, unless
+    /// [`Transaction::bury`] records that they may be deleted.
     pub fn drop_snapshots(&self, ids: &[SnapshotId]) -> Result<()> {
         // The parents go first: in a damaged database snapshots may stand on each other.
         for sql in [
@@ -151,7 +152,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    /// Replaces what is recorded of what a layer holds.
+    /// Replaces the record of what a layer holds.
     pub fn record_content(&self, id: SnapshotId, content: &Content) -> Result<()> {
         self.execute(
             "UPDATE snapshot SET size_bytes = ?2, inodes = ?3, data_bytes = ?4, attributes = ?5,
@@ -169,7 +170,7 @@ impl Transaction<'_> {
         )
     }
 
-    /// Makes sure that no id up to `highest` is given out any more.
+    /// Ensures that no id up to `highest` is given out any more.
     pub fn skip_ids_through(&self, highest: u64) -> Result<()> {
         for sql in [
             "UPDATE sqlite_sequence SET seq = max(seq, ?1) WHERE name = 'snapshot'",

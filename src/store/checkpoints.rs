@@ -1,11 +1,11 @@
-//! The size of the database's log, and when what it holds is moved into the database.
+//! The size of the database's log, and when its contents are moved into the database.
 //!
-//! A flush of a file that has grown costs a second one, of the file system's journal. So
-//! the log has its full size, in zeros, before the first request, and SQLite writes over
-//! them. The first transaction after a complete checkpoint costs a second flush too, for
-//! the log's header. A thread runs the checkpoints and makes that transaction, so that
-//! no request pays for either, unless requests follow each other without a pause until
-//! the log is full.
+//! If a file has grown, flushing it costs a second flush, of the file system's journal.
+//! Therefore the log gets its full size, in zeros, before the first request, and SQLite
+//! writes over the zeros. The first transaction after a complete checkpoint costs a
+//! second flush too, for the log's header. A thread runs the checkpoints and makes that
+//! transaction, so that no request pays for either, unless requests follow each other
+//! without a pause until the log is full.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -28,27 +28,28 @@ use crate::util::threads::Background;
 
 /// The full size of the log.
 const LOG_BYTES: u64 = 4 << 20;
-/// How much of it is written before the next flush, while requests are served.
+/// How many zeros are written before the next flush, while requests are served.
 const CHUNK_BYTES: u64 = 256 << 10;
-/// The log takes no space of a disk that has less than this left.
+/// If a disk has less free space than this, the log does not get its full size.
 const SPARED_BYTES: u64 = 2 * LOG_BYTES;
-/// How many pages the log holds when the thread looks for a pause to move them.
+/// From how many pages in the log on the thread waits for a pause to move them.
 const MANY_FRAMES: usize = 500;
-/// How many it holds when requests have to wait for that; the full size has 1018.
+/// At how many pages requests have to wait until they are moved. The full size
+/// has 1018.
 const MOST_FRAMES: usize = 950;
-/// No commit for so long is a pause.
+/// A time without a commit that counts as a pause.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long requests wait for a reader that needs the log.
+/// How long requests wait for a reader that still needs the log.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// How long the thread waits after it has moved nothing.
+/// How long the thread waits if it could not move anything.
 const BACKOFF: Duration = Duration::from_secs(1);
 
-/// How many pages the log holds, as of the last commit.
+/// The number of pages in the log after the last commit.
 pub(super) type Frames = Arc<Monitor<usize>>;
 
 impl Store {
-    /// Starts the thread that gives the log its full size and runs checkpoints. From now
-    /// on no commit runs them.
+    /// Starts the thread that gives the log its full size and runs checkpoints. From
+    /// then on, commits do not run them.
     pub fn start_checkpoints(self: &Arc<Store>) -> Result<Background> {
         count_frames(self.alone().connection()?, &self.log_frames)?;
         let stop = |store: &Store| store.log_frames.stop();
@@ -63,15 +64,15 @@ impl Store {
                 false
             });
             if !is_short {
-                // The next commit says how many there are.
+                // The next commit reports the number of pages.
                 self.log_frames.look(|frames| *frames = 0);
                 self.log_frames.pause(BACKOFF);
             }
         }
     }
 
-    /// Waits until the log holds many pages, and then for a pause in the commits or for
-    /// the most that it may hold.
+    /// Waits until the log holds many pages, and then for a pause in the commits, or
+    /// until the log holds as many as it may.
     fn await_pause(&self) -> Option<()> {
         let enough = |frames: &usize| *frames < MANY_FRAMES;
         loop {
@@ -85,7 +86,8 @@ impl Store {
         }
     }
 
-    /// Moves what the log holds into the database. `false` if a reader is in the way.
+    /// Moves the log's contents into the database. Returns `false` if a reader is in
+    /// the way.
     fn move_log(&self) -> Result<bool> {
         let rows = self.connect_to_move()?;
         let count = || self.log_frames.look(|frames| *frames);
@@ -95,7 +97,8 @@ impl Store {
         writer.rows()?;
         if count() != before {
             if count() < MOST_FRAMES {
-                // A request came: there will be another pause.
+                // A request has come, so this is no pause. The next one will
+                // do.
                 return Ok(true);
             }
             match checkpoint(&rows, "RESTART") {
@@ -107,12 +110,12 @@ impl Store {
         Ok(count() < MANY_FRAMES)
     }
 
-    /// Begins the log again after a complete checkpoint. The caller keeps the writer.
+    /// Begins the log again after a complete checkpoint. The caller holds the writer.
     pub(super) fn begin_log_again(&self) -> Result<()> {
         write_header(&self.connect_to_move()?)
     }
 
-    /// A connection whose commits flush nothing but the header of the log.
+    /// Opens a connection whose commits flush only the header of the log.
     fn connect_to_move(&self) -> Result<Rows> {
         let connecting = |error| sql_error(error, format!("open {}", self.shown()));
         let mut connection = connect(&self.path, self.access).map_err(connecting)?;
@@ -120,7 +123,8 @@ impl Store {
         connection
             .pragma_update(None, "synchronous", synchronous)
             .and_then(|()| connection.busy_timeout(PATIENCE))
-            // What a reader has made it grow beyond that is given back.
+            // If a reader has made the log grow beyond its full size, the rest
+            // is truncated.
             .and_then(|()| {
                 connection.pragma_update_and_check(
                     None,
@@ -139,22 +143,22 @@ impl Store {
         std::fs::metadata(beside(&self.path, LOG)).is_ok_and(|log| log.len() >= LOG_BYTES)
     }
 
-    /// Makes the log of a closed database again, in the size that it had.
+    /// Creates the log of a closed database again, in the size that it had.
     pub(super) fn remake_log(&self) {
         self.extend_log(LOG_BYTES, 0);
     }
 
-    /// Gives the log its full size, if its disk has so much space to spare; flushes it
-    /// whenever a chunk has been written.
+    /// Gives the log its full size, if its disk has enough free space, and flushes it
+    /// after each chunk.
     fn extend_log(&self, chunk: u64, spared: u64) {
         if let Err(error) = self.try_extend_log(chunk, spared) {
             let shown = self.shown();
-            log::debug!("give the log of {shown} its full size: {error}");
+            log::debug!("cannot give the log of {shown} its full size: {error}");
         }
     }
 
-    /// SQLite does not go by the length of its log, and what is appended is never over
-    /// anything: so nothing is locked.
+    /// Nothing is locked: SQLite does not use the length of its log, and zeros are
+    /// only appended.
     fn try_extend_log(&self, chunk: u64, spared: u64) -> io::Result<()> {
         let path = beside(&self.path, LOG);
         let mut log = OpenOptions::new()
@@ -185,7 +189,8 @@ fn require_space(path: &Path, spared: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Replaces SQLite's own checkpoints by a count of what they would have to move.
+/// Replaces SQLite's own checkpoints by a count of the pages that they would
+/// move.
 fn count_frames(connection: &mut Connection, frames: &Frames) -> Result<()> {
     let frames = Arc::clone(frames);
     let note = move |_: &mut hooks::Wal, pages| {
@@ -203,8 +208,8 @@ fn count_frames(connection: &mut Connection, frames: &Frames) -> Result<()> {
         .map_err(|error| sql_error(error, counting))
 }
 
-/// The first change after a complete checkpoint has SQLite begin the log again, with a
-/// new header.
+/// Makes a first change after a complete checkpoint, so that SQLite begins the log
+/// again with a new header.
 fn write_header(rows: &Rows) -> Result<()> {
     rows.execute(MEANINGLESS_CHANGE, [], "begin the database's log again")
 }
@@ -263,7 +268,7 @@ mod tests {
             change(&store, round);
             most = most.max(frames());
         }
-        // Where nothing waits for a disk, some hundreds come before the thread wakes up.
+        // If commits wait for no disk, some hundreds come before the thread wakes up.
         assert!((MOST_FRAMES..3 * MOST_FRAMES).contains(&most), "{most}");
         while frames() >= MANY_FRAMES {
             std::thread::sleep(PAUSE);

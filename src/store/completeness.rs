@@ -1,10 +1,10 @@
-//! Whether a database file is the latest state of itself.
+//! Whether a database file is in the latest state of the database.
 //!
 //! SQLite keeps the latest transactions in a log beside the file (`-wal`), and
-//! takes a file whose log is missing for complete. So a database says of itself,
-//! in the file proper, that it is in use: then there is a log with something in
-//! it, whatever happened, until the mark is taken off at a clean end. A copy
-//! (see `copy`) says that it is one.
+//! treats a file whose log is missing as complete. Therefore a mark in the file
+//! itself says that the database is in use. As long as the mark is there, there
+//! must be a log that is not empty, whatever has happened; a clean end removes
+//! the mark. A copy (see `copy`) has a mark of its own.
 
 use std::fs::File;
 use std::io::Read;
@@ -22,28 +22,30 @@ use crate::text::uri::encode_path;
 pub const IN_USE: &str = "in_use";
 pub(super) const COPIED: &str = "copied";
 
-/// What is known of a database before it is opened.
+/// What is known about a database before it is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Completeness {
-    /// Nothing speaks against its being complete.
+    /// Nothing indicates that it is incomplete.
     Whole,
-    /// It was in use, and its log, with the latest transactions, is not there.
+    /// It was in use, and its log, with the latest transactions, is missing.
     LogMissing,
     /// It is a copy of an earlier state, made at that moment (UTC).
     Copy(String),
-    /// It is such a copy, with the log of another state beside it.
+    /// It is a copy, made at that time (UTC), and the log of another state is
+    /// beside it.
     CopyWithLog(String),
 }
 
-/// Reports whether the database at `path` is complete, by the file itself: nothing
-/// is opened that SQLite would create or change. Damage is for
-/// [`super::Store::open`] to find.
+/// Reports whether the database at `path` is complete, from the file itself.
+/// SQLite opens nothing in a way that would create or change a file. Damage is
+/// found later, by [`super::Store::open`].
 pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     if probe_format(path)? != FileFormat::Ours {
         return Ok(Completeness::Whole);
     }
     let has_log = has_log(path)?;
-    // In the middle of a checkpoint the file by itself may make no sense.
+    // In the middle of a checkpoint, the file alone may be inconsistent, and
+    // then no fact is read.
     let fact = |name| peek_fact(path, name);
     Ok(match (fact(COPIED), has_log) {
         (Some(made), false) => Completeness::Copy(made),
@@ -53,8 +55,8 @@ pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     })
 }
 
-/// Whether there is a log beside the database at `path` that holds something: it begins
-/// with a header. After a clean end it is missing, or full of zeros.
+/// Whether there is a log beside the database at `path` that is not empty: it begins
+/// with a header. After a clean end the log is missing, or full of zeros.
 pub(super) fn has_log(path: &Path) -> Result<bool> {
     let mut head = Vec::with_capacity(LOG_HEADER_BYTES);
     let read = match File::open(beside(path, LOG)) {
@@ -66,12 +68,13 @@ pub(super) fn has_log(path: &Path) -> Result<bool> {
     Ok(is_log_header(&head))
 }
 
-/// The log's header (sqlite.org/fileformat2.html, section 4.1): eight numbers. The first
-/// says in which byte order the last two are the checksum of what is before them.
+/// The length of the log's header (sqlite.org/fileformat2.html, section 4.1): eight
+/// numbers. The first shows the byte order of the last two, which are the checksum of
+/// the others.
 const LOG_HEADER_BYTES: usize = 32;
 const LOG_MAGIC: u32 = 0x377F_0682;
 
-/// SQLite drops everything behind a header that is not sound.
+/// Whether this is a valid header. SQLite ignores a log without one.
 fn is_log_header(head: &[u8]) -> bool {
     let (words, rest) = head.as_chunks::<4>();
     let numbers: Vec<_> = words.iter().map(|word| u32::from_be_bytes(*word)).collect();
@@ -91,13 +94,14 @@ fn is_log_header(head: &[u8]) -> bool {
     sums == numbers[6..]
 }
 
-/// A fact as the file by itself has it: for a look at a database that may be
-/// another daemon's, of which nothing may be changed.
+/// A fact in the database file, without the log. It is for a look at a database
+/// that another daemon may use, and so changes nothing.
 pub fn peek_fact(path: &Path, name: &str) -> Option<String> {
     read_without_log(path, name).ok().flatten()
 }
 
-/// `immutable` keeps SQLite from looking for a log, and from locking.
+/// Reads a fact with `immutable`, which keeps SQLite from looking for a log,
+/// and from locking.
 fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>> {
     let path = encode_path(path.as_os_str().as_encoded_bytes());
     let uri = format!("file:{path}?immutable=1");
@@ -111,8 +115,8 @@ fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>>
         .optional()
 }
 
-/// A database whose log is missing stays an earlier state of itself, also with a
-/// new log, until somebody has mended that.
+/// Records that the log is missing. Otherwise, a new log would make the database
+/// look complete; a repair removes the record.
 pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
     connection
         .execute(
@@ -123,13 +127,13 @@ pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
         .map_err(|error| sql_error(error, "note that the database's log is missing"))
 }
 
-/// Puts the mark into the file itself, with all that the log holds so far. The
-/// log keeps it too: from now on an empty one is a damaged one.
+/// Writes the mark, with everything in the log so far, into the file itself.
+/// The log keeps its contents: from now on, an empty log means a lost one.
 pub(super) fn mark_in_use(rows: &Rows) -> Result<()> {
     let sql = "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING";
     rows.execute(sql, [IN_USE], "mark the database as in use")?;
     match settle(rows) {
-        // Only the mark's purpose suffers: that a lost log is noticed.
+        // Without the mark, only the loss of a log would not be noticed.
         Err(error)
             if matches!(
                 error.kind(),
@@ -143,17 +147,18 @@ pub(super) fn mark_in_use(rows: &Rows) -> Result<()> {
     }
 }
 
-/// Moves all that the log holds into the file itself.
+/// Moves the log's contents into the file itself.
 pub(super) fn settle(rows: &Rows) -> Result<()> {
     checkpoint(rows, "FULL")
 }
 
-/// Moves into the file itself what no reader needs to find in the log.
+/// Moves the log's contents into the file itself, except what readers need to
+/// find in the log.
 pub(super) fn shrink_log(rows: &Rows) -> Result<()> {
     checkpoint(rows, "PASSIVE")
 }
 
-/// A change of a fact that nothing reads.
+/// A change of a fact that no code reads.
 pub(super) const MEANINGLESS_CHANGE: &str =
     "INSERT OR REPLACE INTO fact (name, value) VALUES ('overwritten', random())";
 
@@ -164,7 +169,8 @@ pub(super) fn mark_unused(rows: &Rows) -> Result<()> {
     checkpoint(rows, "TRUNCATE")
 }
 
-/// Waits for readers in the way as long as the connection waits for anything.
+/// Runs a checkpoint. It waits for readers as long as the connection waits for
+/// any lock.
 pub(super) fn checkpoint(rows: &Rows, mode: &str) -> Result<()> {
     let sql = format!("PRAGMA wal_checkpoint({mode})");
     let is_busy = rows.one(&sql, [], "move the database's log into it", |row| {
@@ -173,13 +179,14 @@ pub(super) fn checkpoint(rows: &Rows, mode: &str) -> Result<()> {
     if is_busy == Some(true) {
         return Err(Error::new(
             ErrorKind::Unavailable,
-            "the database's log cannot be moved into it: something else reads it",
+            "the database's log cannot be moved into it: another process reads it",
         ));
     }
     Ok(())
 }
 
-/// Makes a copy out of a database: without the mark, and saying what it is.
+/// Turns a database into a copy: removes the mark, and records the time of the
+/// copy.
 pub(super) fn mark_copied(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute("DELETE FROM fact WHERE name = ?1", [IN_USE])?;
     connection.execute(

@@ -1,6 +1,6 @@
 //! Statements about named facts, such as the identity of the writable volume, and
-//! about the host directories that were chosen for a snapshot when it was made. Later
-//! starts may choose others; a container keeps its own.
+//! about the host directories that were chosen for a snapshot when it was created. A
+//! container keeps its own, even if a later start would choose others.
 
 use rusqlite::params;
 
@@ -24,7 +24,7 @@ impl Rows {
     }
 
     /// The host directories recorded for a snapshot, separated by colons; `None`
-    /// without any.
+    /// if there are none.
     pub fn chosen_lowers(&self, id: SnapshotId) -> Result<Option<String>> {
         let sql = "SELECT paths FROM lower WHERE id = ?1";
         let doing = format_args!("look up the directories of snapshot {id}");
@@ -33,7 +33,7 @@ impl Rows {
 }
 
 impl Transaction<'_> {
-    /// Records a named fact, in place of the one of that name.
+    /// Records a named fact, and replaces an earlier one of that name.
     pub fn record_fact(&self, name: &str, value: &str) -> Result<()> {
         self.execute(
             "INSERT INTO fact (name, value) VALUES (?1, ?2)
@@ -43,14 +43,15 @@ impl Transaction<'_> {
         )
     }
 
-    /// Forgets a named fact, if it is there.
+    /// Deletes a named fact, if it is there.
     pub fn forget_fact(&self, name: &str) -> Result<()> {
         let sql = "DELETE FROM fact WHERE name = ?1";
         let doing = format_args!("forget {name} in the database");
         self.execute(sql, [name], doing)
     }
 
-    /// Records that the database is in use as it is, also if it was a copy.
+    /// Records that this database is the one in use from now on, even if it was
+    /// a copy.
     pub fn forget_copied(&self) -> Result<()> {
         self.forget_fact(completeness::COPIED)
     }
@@ -66,7 +67,7 @@ impl Transaction<'_> {
         self.execute(sql, params![id, paths.join(":")], doing)
     }
 
-    /// Forgets the host directories of a snapshot that has become a layer.
+    /// Deletes the host directories of a snapshot that has become a layer.
     pub fn forget_lowers(&self, id: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM lower WHERE id = ?1";
         let doing = format_args!("forget the directories of snapshot {id}");

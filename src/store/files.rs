@@ -6,25 +6,25 @@ use std::path::{Path, PathBuf};
 use super::completeness::has_log;
 use crate::error::{Context, Error, Result};
 
-/// The name of every database, the Go original's as well.
+/// The name of every database, also of the Go original's.
 pub const DATABASE: &str = "metadata.db";
 /// The log, without which a database may lack its latest transactions.
 pub(super) const LOG: &str = "-wal";
-/// An earlier state of the database.
+/// A copy of the database.
 pub(super) const COPY: &str = ".copy";
-/// The copy while it is made.
+/// The copy while it is being made.
 pub(super) const NEW_COPY: &str = ".copy.new";
 /// SQLite's journal of a database without a log, such as a copy.
 pub(super) const JOURNAL: &str = "-journal";
-/// Two files of ballast, for their inodes.
+/// Two ballast files. There are two because a start needs two inodes.
 pub(super) const BALLAST: [&str; 2] = [".ballast-1", ".ballast-2"];
 
 /// The database of the Go original, after an import.
 pub const ORIGINAL: &str = ".bbolt";
-/// The directory in which an import makes the new database.
+/// The directory in which an import builds the new database.
 pub const DRAFT: &str = ".import";
 
-/// What may be beside a database of ours, and is of no use beside another.
+/// The files that belong to one database, and are of no use for another.
 const COMPANIONS: &[&str] = &[
     LOG,
     "-shm",
@@ -50,10 +50,12 @@ pub fn is_database_file(name: &str) -> bool {
     })
 }
 
-/// SQLite takes no longer path (`MAX_PATHNAME` in os_unix.c), once links are followed.
+/// SQLite accepts no longer path (`MAX_PATHNAME` in os_unix.c), after links are
+/// followed.
 const MAX_PATH_BYTES: usize = 512;
 
-/// Refuses a path that is too long for a database, with the names of what is beside it.
+/// Returns an error for a path that is too long for the database and the files beside
+/// it.
 pub fn require_short(path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default();
     let resolved = path.parent().and_then(|parent| parent.canonicalize().ok());
@@ -77,8 +79,8 @@ pub(super) fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A file at `path` with something in it that may be all that is left of a lost
-/// database of ours; `None` if there is no such file.
+/// A file at `path` that is not empty, and may be all that is left of a lost
+/// database of ours; `None` if there is none.
 pub fn find_remains(path: &Path) -> Result<Option<PathBuf>> {
     if has_log(path)? {
         return Ok(Some(beside(path, LOG)));
@@ -95,7 +97,7 @@ pub fn find_remains(path: &Path) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Removes the files that belong to a closed database at `path`, but not the
+/// Removes the files that belong to the closed database at `path`, except the
 /// database itself.
 pub fn remove_companions(path: &Path) -> Result<()> {
     for companion in COMPANIONS.iter().map(|suffix| beside(path, suffix)) {

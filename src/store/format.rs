@@ -1,4 +1,4 @@
-//! What a file is, before it is opened as our database.
+//! The format of a file, determined before it is opened as our database.
 
 use std::fs::OpenOptions;
 use std::io::{ErrorKind as IoKind, Read};
@@ -7,7 +7,7 @@ use std::path::Path;
 use super::schema;
 use crate::error::{Context, Result};
 
-/// What a file is, by its first bytes.
+/// The format of a file, from its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileFormat {
     /// There is no file, or it is empty (SQLite's own first state).

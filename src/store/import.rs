@@ -1,5 +1,5 @@
-//! A database filled at once with the snapshots of another program, and whether
-//! it is still as it was then.
+//! Filling a database with all snapshots of another program in one step, and
+//! checking that it is unchanged since.
 
 use rusqlite::params;
 use rusqlite::types::ValueRef;
@@ -11,17 +11,18 @@ use crate::error::Result;
 use crate::types::Quoted;
 use crate::util::fnv::Fnv;
 
-/// The sum over all that an import has entered.
+/// The name of a fact: the checksum of all that an import has entered.
 const IMPORTED: &str = "imported";
 
 impl Transaction<'_> {
-    /// Makes these all the snapshots there are, with no id up to `highest_id`
-    /// ever to be given out again, and remembers that they were imported. The parent
-    /// of each has to be among them.
+    /// Replaces all snapshots by these, reserves all ids up to `highest_id`, and
+    /// remembers that they were imported. The parent of each snapshot has to be
+    /// among them.
     pub fn import(&self, snapshots: &[Snapshot], highest_id: u64) -> Result<()> {
         self.connection()
             .execute_batch(
-                // Children may come before their parents; the commit checks.
+                // Children may come before their parents. The commit checks
+                // that all parents exist.
                 "PRAGMA defer_foreign_keys = ON;
                  DELETE FROM retired;
                  DELETE FROM snapshot;
@@ -66,14 +67,15 @@ impl Transaction<'_> {
 
 impl Rows {
     /// Whether nothing was entered, changed, removed or moved since the import
-    /// that made this database; `None` if none has made it.
+    /// that has made this database; `None` if no import has made it.
     pub fn is_as_imported(&self) -> Result<Option<bool>> {
         let sum = self.fact(IMPORTED)?;
         sum.map(|sum| Ok(sum == self.sum()?)).transpose()
     }
 
-    /// Over every row that a request or a move of a layer changes: whatever was
-    /// done, and undone again, leaves a trace in the times or in the ids given out.
+    /// The checksum of every row that a request or a move of a layer changes. Also
+    /// a change that was reverted leaves a trace, in the times or in the ids given
+    /// out.
     fn sum(&self) -> Result<String> {
         let mut sum = Fnv::new();
         for sql in [
@@ -94,7 +96,8 @@ impl Rows {
     }
 }
 
-/// With its length, so that no two rows look the same for where one value ends.
+/// Adds the length of the value first, so that two rows whose values are split
+/// differently have different checksums.
 fn add(sum: &mut Fnv, value: ValueRef<'_>) {
     let number;
     let (kind, bytes): (u8, &[u8]) = match value {
@@ -158,10 +161,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("metadata.db")).unwrap();
         assert_eq!(store.read().unwrap().is_as_imported().unwrap(), None);
-        // A child before its parent.
+        // The child comes before its parent.
         let snapshots = [snapshot(3, Some(9)), snapshot(9, None)];
         import(&store, &snapshots, 40).unwrap();
-        // Once more, with less: an import that was cut short begins anew.
+        // An import that was interrupted begins again; here the second try has
+        // fewer snapshots.
         import(&store, &[snapshot(3, Some(9)), snapshot(9, None)], 20).unwrap();
         for snapshot in &snapshots {
             let found = store.read().unwrap().stat(&snapshot.info.name).unwrap();

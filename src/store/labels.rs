@@ -1,10 +1,11 @@
-//! Labels as one column: reading a thousand snapshots must not cost a query
-//! for each. Per label, in order of key: the key's length in bytes as a
-//! 32-bit little-endian number, the key, and the value likewise.
+//! The format of labels as one column, so that reading a thousand snapshots
+//! does not take a query for each. Labels are in the order of their keys. Each
+//! has the key's length in bytes as a 32-bit little-endian number, the key, and
+//! then the value in the same format.
 
 use crate::types::Labels;
 
-/// Labels as bytes.
+/// Encodes labels as bytes.
 pub fn encode(labels: &Labels) -> Vec<u8> {
     let mut bytes = Vec::new();
     for text in labels.iter().flat_map(|(key, value)| [key, value]) {
@@ -15,7 +16,7 @@ pub fn encode(labels: &Labels) -> Vec<u8> {
     bytes
 }
 
-/// Bytes as labels; `None` if they are not what [`encode`] makes.
+/// Decodes labels; `None` for bytes that [`encode`] does not produce.
 pub fn decode(mut bytes: &[u8]) -> Option<Labels> {
     let mut labels = Labels::new();
     while !bytes.is_empty() {

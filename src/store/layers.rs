@@ -14,41 +14,41 @@ use crate::types::{Kind, SnapshotId, Timestamp, Volume};
 /// A layer whose bytes are on the writable volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnmovedLayer {
-    /// Its number.
+    /// The layer's id.
     pub id: SnapshotId,
-    /// Its name.
+    /// The layer's name.
     pub name: String,
     /// When it was committed.
     pub committed: Timestamp,
-    /// What it takes, in bytes.
+    /// The bytes that the layer takes.
     pub size_bytes: u64,
-    /// And in inodes.
+    /// The inodes that the layer takes.
     pub inodes: u64,
 }
 
-/// A directory on the writable volume that a layer has left.
+/// The leftover directory of a moved layer on the writable volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeftoverDir {
-    /// The layer.
+    /// The layer's id.
     pub id: SnapshotId,
-    /// On which boot of the host something may have had it mounted.
+    /// The boot of the host on which something may have had it mounted.
     pub boot_id: String,
-    /// What it takes, in bytes.
+    /// The bytes that the directory takes.
     pub size_bytes: u64,
-    /// The highest id that a snapshot had when the layer moved.
+    /// The highest id of any snapshot when the layer moved.
     highest_id: u64,
 }
 
 impl Rows {
-    /// The layers from `id` downwards, itself first.
+    /// The layer `id` and the layers below it, in this order.
     ///
     /// # Errors
-    ///
     /// [`ErrorKind::DataLoss`](crate::error::ErrorKind::DataLoss) if one of them has no
+    /// directory of its own, which only a view may lack, or stands on itself.
     /// directory of its own, as only a view may, or stands on itself.
     pub fn chain(&self, id: SnapshotId) -> Result<Vec<Ancestor>> {
-        // Not one recursive statement: for that SQLite makes two tables of its own each
-        // time, which takes several times as long.
+        // One recursive statement would take several times as long, because SQLite
+        // creates two tables for it each time.
         self.at_one_moment(|| {
             let mut chain: Vec<Ancestor> = Vec::new();
             let mut next = Some(id);
@@ -78,7 +78,7 @@ impl Rows {
         })
     }
 
-    /// The layers among these snapshots, and all that those stand on.
+    /// The layers among these snapshots, and all layers below them.
     pub fn layers_of(&self, snapshots: &[SnapshotId]) -> Result<HashSet<SnapshotId>> {
         let mut layers = HashSet::new();
         for id in snapshots {
@@ -111,13 +111,13 @@ impl Rows {
         self.is_in_use_up_to(layer, Number(u64::MAX))
     }
 
-    /// Whether a snapshot is still there of which a caller may have been given the mounts
-    /// before the layer moved.
+    /// Whether a snapshot still exists whose mounts a caller may have been given before
+    /// the layer moved.
     pub fn may_be_mounted(&self, leftover: &LeftoverDir) -> Result<bool> {
         self.is_in_use_up_to(leftover.id, Number(leftover.highest_id))
     }
 
-    /// As [`Rows::is_in_use`], for snapshots with an id up to `highest_id`.
+    /// Like [`Rows::is_in_use`], for snapshots with an id up to `highest_id`.
     fn is_in_use_up_to(&self, layer: SnapshotId, highest_id: Number) -> Result<bool> {
         let found = self.one(
             "WITH RECURSIVE upon (id, kind) AS (
@@ -133,7 +133,7 @@ impl Rows {
         Ok(found.is_some())
     }
 
-    /// The directories that layers have left and that are still kept.
+    /// The leftover directories that are still kept.
     pub fn retired(&self) -> Result<Vec<LeftoverDir>> {
         let sql = "SELECT id, boot_id, size_bytes, highest_id FROM retired ORDER BY id";
         self.all(sql, "list the directories that layers have left", |row| {
@@ -148,10 +148,10 @@ impl Rows {
 }
 
 impl Transaction<'_> {
-    /// Records that a layer's bytes are on the image volume now. `true` if
-    /// something may have its old directory mounted, because it stands on the
-    /// layer or the layer is in `held`: that is recorded too, and the directory
-    /// has to stay until [`Transaction::forget_retired`].
+    /// Records that a layer's bytes are on the image volume now. Returns `true`
+    /// if something may have its old directory mounted, because it stands on
+    /// the layer or the layer is in `held`. This is recorded too, and the
+    /// directory has to stay until [`Transaction::forget_retired`].
     pub fn move_home(
         &self,
         layer: SnapshotId,
@@ -175,7 +175,8 @@ impl Transaction<'_> {
         Ok(true)
     }
 
-    /// Forgets the directory that a layer has left: it may be deleted.
+    /// Deletes the record of a layer's leftover directory, which may then be
+    /// deleted.
     pub fn forget_retired(&self, layer: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM retired WHERE id = ?1";
         let doing = format_args!("forget what layer {layer} has left");

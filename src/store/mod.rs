@@ -1,15 +1,15 @@
-//! Which snapshots exist: the SQLite database, the only truth about them.
+//! Which snapshots exist: the SQLite database, the only authority on that.
 //!
-//! Owns: the schema and its migrations, transactions, the rules of the key
-//! space (what is found, taken, a parent, removable), filters over rows, and
-//! a few named facts such as the writable volume's identity.
-//! Never: paths of snapshots, directories, mounts; a transaction kept open
-//! during file work longer than a few `mkdir`s.
+//! Owns: the schema and its migrations, transactions, the rules for keys (which
+//! snapshots are found, which keys are taken, what may be a parent or be
+//! removed), filters over rows, and a few named facts such as the writable
+//! volume's identity. Never: paths of snapshots, directories, mounts; a
+//! transaction that stays open during file work longer than a few `mkdir`s.
 //!
-//! One connection writes, behind a mutex; readers are taken from a pool and
-//! never wait for the writer (WAL). `synchronous=FULL`: a committed
-//! transaction survives power loss. After a crash SQLite replays or drops the
-//! WAL's tail, so a transaction is there whole or not at all.
+//! One connection writes, behind a mutex. Readers are taken from a pool and
+//! never wait for the writer (WAL). `synchronous=FULL`: a committed transaction
+//! survives a power cut. After a crash, SQLite applies or drops the end of the
+//! log, so each transaction is there completely or not at all.
 
 mod backup;
 mod ballast;
@@ -66,8 +66,8 @@ use transaction::Writer;
 /// The database.
 pub struct Store {
     path: PathBuf,
-    /// How connections are opened: to read only, perhaps beside a daemon that writes, or
-    /// to read and write.
+    /// How connections are opened: read-only, possibly while a daemon writes, or to read
+    /// and write.
     access: OpenFlags,
     writer: Writer,
     readers: Mutex<Vec<Rows>>,
@@ -88,8 +88,8 @@ impl Store {
     /// if its disk is full.
     pub fn open(path: &Path) -> Result<Store> {
         let store = match Store::try_open(path) {
-            // On a full disk SQLite cannot even begin to read: it has to create the
-            // log and the log's index.
+            // On a full disk SQLite cannot even begin to read, because it has to
+            // create the log and the log's index.
             Err(error) if error.kind() != ErrorKind::DataLoss && Ballast::of(path).release() => {
                 Store::try_open(path)?
             }
@@ -102,8 +102,9 @@ impl Store {
     fn try_open(path: &Path) -> Result<Store> {
         let opening = || format!("open the database {}", path.display());
         let completeness = probe_completeness(path)?;
-        // SQLite creates files 0644 less the umask; ours names every image
-        // on the host, and its WAL takes the mode of the database.
+        // SQLite creates files with mode 0644 less the umask. This database
+        // names every image on the host, so it gets 0600, which its log
+        // inherits.
         OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -141,8 +142,8 @@ impl Store {
         }
     }
 
-    /// Opens the database at `path` to read it only, also while a daemon uses
-    /// it. What it holds is not changed; SQLite may leave an empty log beside it.
+    /// Opens the database at `path` read-only, also while a daemon uses it. Its
+    /// contents are not changed; SQLite may leave an empty log beside it.
     ///
     /// # Errors
     ///
@@ -158,8 +159,8 @@ impl Store {
         Ok(Store::new(path, access, None))
     }
 
-    /// Takes a reader; it sees every transaction committed before this call,
-    /// and gives its connection back when dropped.
+    /// Takes a reader, which sees every transaction committed before this call.
+    /// When dropped, it returns its connection to the pool.
     pub fn read(&self) -> Result<Reader<'_>> {
         let pooled = lock(&self.readers).pop();
         let rows = match pooled {
@@ -178,19 +179,20 @@ impl Store {
         format!("the database {}", self.path.display())
     }
 
-    /// Marks the database as in use, before anything is acknowledged: should its
-    /// log get lost from now on, [`probe_completeness`] notices.
+    /// Marks the database as in use, before anything is acknowledged. If its log
+    /// is lost from now on, [`probe_completeness`] notices that.
     pub fn begin_use(&self) -> Result<()> {
         let writer = self.alone();
         completeness::mark_in_use(writer.rows()?)?;
-        // So that the first request need not. If it cannot be done, a request does it.
+        // Done here so that the first request need not do it. If it fails here, a
+        // request does it.
         if let Err(error) = self.begin_log_again() {
             log::debug!("{}", error.chain());
         }
         Ok(())
     }
 
-    /// Moves all that the log holds into the file itself; the log keeps it.
+    /// Moves the log's contents into the file itself; the log keeps a copy.
     ///
     /// # Errors
     ///
@@ -199,9 +201,8 @@ impl Store {
         completeness::settle(self.alone().rows()?)
     }
 
-    /// Gives back the space that was set aside, and lets SQLite begin its log
-    /// again, so that a removal can be recorded on a full disk. `false` if there is
-    /// nothing more to give back.
+    /// Releases the ballast, and lets SQLite begin its log again, so that a removal
+    /// can be recorded on a full disk. Returns `false` if there is no ballast left.
     pub fn make_room(&self) -> bool {
         let is_released = self.ballast.release();
         // What SQLite cannot move stays in the log.
@@ -212,19 +213,19 @@ impl Store {
         is_released
     }
 
-    /// Sets space aside for removals on a full disk, if it is not set aside
-    /// already and there is some.
+    /// Creates the ballast again for removals on a full disk, unless it exists
+    /// or there is no space.
     pub fn refill_ballast(&self) {
         self.ballast.fill();
     }
 
-    /// Ends the use of the database: its log is moved into it and left full of zeros, and nothing can
-    /// be written any more.
+    /// Ends the use of the database: its log is moved into it and filled with zeros.
+    /// After that, nothing can be written any more.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] or [`ErrorKind::ResourceExhausted`]; nothing is
-    /// lost then, the next start reads the log.
+    /// [`ErrorKind::Internal`] or [`ErrorKind::ResourceExhausted`]. Nothing is
+    /// lost in either case, because the next start reads the log.
     pub fn close(&self) -> Result<()> {
         self.is_changed.stop();
         lock(&self.readers).clear();
@@ -234,7 +235,8 @@ impl Store {
         let keeps_log = self.has_full_log();
         let closed = completeness::mark_unused(&writer);
         if closed.is_err() {
-            // Closing the connection would remove the log, which the mark asks for.
+            // Closing the connection would remove the log, which has to exist while
+            // the mark is set.
             std::mem::forget(writer);
         } else {
             drop(writer);
@@ -271,7 +273,8 @@ impl Deref for Reader<'_> {
 impl Drop for Reader<'_> {
     fn drop(&mut self) {
         let rows = self.rows.take();
-        // A connection that could not end its transaction would see that moment for ever.
+        // A connection that could not end its transaction would see that moment's state
+        // for ever.
         let usable = rows.filter(|rows| rows.connection().is_autocommit());
         lock(&self.store.readers).extend(usable);
     }
@@ -284,23 +287,26 @@ fn not_writable() -> Error {
     )
 }
 
-/// What a connection keeps of the database in memory.
+/// The size of a connection's cache.
 const CACHE_KIB: i32 = 256;
-/// How many changed pages a transaction keeps in memory before it writes them.
+/// How many changed pages of a transaction stay in memory before SQLite writes
+/// them to the log.
 const MOST_CHANGED_PAGES: i32 = 500;
 
 fn connect(path: &Path, access: OpenFlags) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
-    // Only a checkpoint of another connection can be in the way, for a short time.
+    // Only a checkpoint of another connection can hold the lock, for a short time.
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.set_prepared_statement_cache_capacity(32);
-    // Without this promise a statement is planned again for each value it is given.
+    // Without this promise, SQLite plans a statement again for each value that it
+    // is given.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     // In KiB; the default is 2000. Each connection has a cache of its own, and the
-    // kernel has one for all of them.
+    // kernel's page cache serves all of them.
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
-    // What a batch has changed stays in memory until its commit, even beyond the cache:
-    // only in the commit does a full disk fail the batch as a whole.
+    // The changes of a batch stay in memory until its commit, even beyond the size of
+    // the cache. Then only the commit can fail on a full disk, for the batch as a
+    // whole.
     connection.pragma_update(None, "cache_spill", MOST_CHANGED_PAGES)?;
     let synchronous = if is_left_out("row") { "OFF" } else { "FULL" };
     connection.pragma_update(None, "synchronous", synchronous)?;

@@ -1,6 +1,6 @@
 //! Statements about project ids: which are given out, to which snapshot, and
-//! how much that may take. An id is recorded before anything is charged to it,
-//! and deleted after nothing is.
+//! with which limits. An id is recorded before anything is charged to it, and
+//! deleted after nothing is charged to it any more.
 
 use rusqlite::{Row, params};
 
@@ -14,10 +14,10 @@ use crate::types::{Limits, ProjectId, SnapshotId};
 pub struct Project {
     /// The id.
     pub project: ProjectId,
-    /// The snapshot that it was given to, which may be gone; `None` if that was
-    /// never entered.
+    /// The snapshot that the id was given to, which may be gone; `None` if that
+    /// snapshot was never entered.
     pub snapshot: Option<SnapshotId>,
-    /// How much it may take.
+    /// How much the project may take.
     pub limits: Limits,
 }
 
@@ -41,10 +41,10 @@ impl Rows {
         self.list_projects("")
     }
 
-    /// Ids whose snapshot is not on the writable volume any more: they are to be given
-    /// back when nothing is charged to them.
+    /// Ids whose snapshot is not on the writable volume any more. They have to be
+    /// taken back when nothing is charged to them.
     pub fn loose_projects(&self) -> Result<Vec<Project>> {
-        // A layer that has left the writable volume may have left its directory there.
+        // A layer that has moved may have left a directory on the writable volume.
         self.list_projects(
             "WHERE NOT EXISTS (SELECT 1 FROM snapshot s
              WHERE s.id = project.snapshot_id AND s.volume = 1)",
@@ -80,8 +80,8 @@ impl Rows {
 }
 
 impl Transaction<'_> {
-    /// Records that an id is given out. Fails if the id, or the snapshot, is recorded
-    /// already.
+    /// Records that an id is given out. Returns an error if the id, or the snapshot,
+    /// is recorded already.
     pub fn record_project(&self, given: &Project) -> Result<()> {
         self.execute(
             "INSERT INTO project (project, snapshot_id, max_bytes, max_inodes)
@@ -109,7 +109,7 @@ impl Transaction<'_> {
         )
     }
 
-    /// Forgets an id: it may be given out again.
+    /// Deletes the record of an id, which may then be given out again.
     pub fn forget_project(&self, project: ProjectId) -> Result<()> {
         let sql = "DELETE FROM project WHERE project = ?1";
         let doing = format_args!("forget project {project}");
@@ -152,7 +152,7 @@ mod tests {
         rows.record_project(&given(7, Some(two))).unwrap_err();
         rows.record_project(&given(8, Some(one))).unwrap_err();
         rows.record_project(&given(3, Some(two))).unwrap();
-        // Of directories that no snapshot has.
+        // An id of directories that no snapshot has.
         rows.record_project(&given(4, None)).unwrap();
         rows.record_project(&given(5, None)).unwrap();
         assert_eq!(rows.project_of(one).unwrap(), Some(given(7, Some(one))));

@@ -14,8 +14,8 @@ pub const APPLICATION_ID: i32 = 0x6F72_7773;
 
 const MIGRATIONS: &[&str] = &[
     // 1: snapshots. `volume` is where a snapshot's directory is (0 image,
-    // 1 writable), NULL for a view of a parent, which has none. AUTOINCREMENT
-    // keeps an id from being given out again after its snapshot is gone.
+    // 1 writable), NULL for a view with a parent, which has none. AUTOINCREMENT
+    // prevents that the id of a removed snapshot is given out again.
     "CREATE TABLE fact (
          name  TEXT PRIMARY KEY,
          value TEXT NOT NULL
@@ -33,16 +33,16 @@ const MIGRATIONS: &[&str] = &[
          labels     BLOB NOT NULL
      ) STRICT;
      CREATE INDEX snapshot_by_parent ON snapshot (parent_id) WHERE parent_id IS NOT NULL;",
-    // 2: layers that move home. `retired` holds those that have moved while
-    // something may have had their old directory mounted: any active snapshot
-    // or view upon them with an id up to `highest_id`, on this boot of the host.
+    // 2: leftover directories of moved layers. Something may have one mounted: an
+    // active snapshot or view on the layer with an id up to `highest_id`, on this boot
+    // of the host.
     "CREATE TABLE retired (
          id         INTEGER PRIMARY KEY,
          highest_id INTEGER NOT NULL,
          boot_id    TEXT NOT NULL
      ) STRICT;
      CREATE INDEX snapshot_away ON snapshot (created_ns) WHERE kind = 3 AND volume = 1;",
-    // 3: what the files of a layer held when it was committed, for `check`.
+    // 3: the sum of the lengths of a layer's files at its commit, for `check`.
     "ALTER TABLE snapshot ADD COLUMN data_bytes INTEGER;",
     // 4: host directories that the daemon itself has chosen for a snapshot,
     // separated by colons. A table of its own: hardly any snapshot has them.
@@ -51,8 +51,8 @@ const MIGRATIONS: &[&str] = &[
          paths TEXT NOT NULL
      ) STRICT;",
     // 5: project ids on the writable volume. A row outlives its snapshot until
-    // nothing is charged to the id any more. Without a snapshot: what a start has
-    // found in use by a directory of a request that was cut off.
+    // nothing is charged to the id any more. A row without a snapshot is an id that a
+    // start has found on a directory of an interrupted request.
     "CREATE TABLE project (
          project     INTEGER PRIMARY KEY,
          snapshot_id INTEGER UNIQUE,
@@ -73,17 +73,17 @@ const MIGRATIONS: &[&str] = &[
     // 7: layers whose files containerd has given the owners of a user namespace.
     "ALTER TABLE snapshot ADD COLUMN is_remapped INTEGER NOT NULL DEFAULT 0
          CHECK (is_remapped IN (0, 1));",
-    // 8: what a directory takes that a layer has left.
+    // 8: the size of a leftover directory.
     "ALTER TABLE retired ADD COLUMN size_bytes INTEGER NOT NULL DEFAULT 0;
      UPDATE retired SET size_bytes = coalesce(
          (SELECT size_bytes FROM snapshot WHERE snapshot.id = retired.id), 0);",
-    // 9: what a layer held beside bytes when it was committed, for `check`; NULL in layers
-    // that are older.
+    // 9: the extended attributes of a layer at its commit, and whether it is hollow, for
+    // `check`; NULL for layers that are older than these columns.
     "ALTER TABLE snapshot ADD COLUMN attributes INTEGER;
      ALTER TABLE snapshot ADD COLUMN is_hollow INTEGER CHECK (is_hollow IN (0, 1));",
 ];
 
-/// Checks the whole file.
+/// Checks the whole database file for damage.
 pub fn require_sound(connection: &Connection) -> Result<()> {
     let checking = |error| sql_error(error, "check the database");
     let said: String = connection
@@ -103,7 +103,8 @@ fn version(connection: &Connection) -> Result<usize> {
     Ok(version as usize)
 }
 
-/// Refuses a schema of another version, for a caller that may not migrate it.
+/// Returns an error for a schema of another version, for a caller that may not
+/// migrate it.
 pub fn require_current(connection: &Connection) -> Result<()> {
     let version = version(connection)?;
     if version == MIGRATIONS.len() {

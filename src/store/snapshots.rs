@@ -1,4 +1,4 @@
-//! What is recorded of snapshots, and the queries that ask for it.
+//! The records of snapshots, and the queries for them.
 
 use rusqlite::Row;
 use rusqlite::types::FromSqlError;
@@ -9,36 +9,39 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::text::filter::{Filters, Subject};
 use crate::types::{Content, Info, Kind, Labels, Marks, Quoted, SnapshotId, Usage, Volume};
 
-/// One snapshot as it is recorded.
+/// One snapshot as the database records it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The number of its directories.
+    /// The id, which is also the name of its directories.
     pub id: SnapshotId,
-    /// The parent's number.
+    /// The parent's id.
     pub parent_id: Option<SnapshotId>,
-    /// Where its directory is; `None` for a view of a parent, which has none.
+    /// Where the snapshot's directory is; `None` for a view with a parent,
+    /// which has none.
     pub volume: Option<Volume>,
-    /// What callers see.
+    /// What callers see of the snapshot.
     pub info: Info,
-    /// As counted at commit; zero before.
+    /// The usage counted at the commit; zero before.
     pub usage: Usage,
     /// What is known of [`Content::data_bytes`].
     pub data_bytes: DataBytes,
-    /// As counted at commit; `None` if they were not.
+    /// The marks counted at the commit; `None` if they were not counted.
     pub marks: Option<Marks>,
 }
 
-/// Docker makes some ten inodes in the layer between an image and its container.
+/// The most inodes of a layer that may count as hollow. Docker makes about ten
+/// in the layer between an image and its container.
 const MOST_HOLLOW_INODES: u64 = 64;
 
 impl Snapshot {
-    /// Whether it is known that the layer held nothing of its own, so that an empty one
-    /// can take its place.
+    /// Whether the layer is known to have held no files with content, so that an empty
+    /// layer can replace it.
     pub fn is_hollow(&self) -> bool {
         let is_small = self.usage.inodes <= MOST_HOLLOW_INODES;
         let is_hollow = match self.marks {
             Some(marks) => marks.is_hollow,
-            // A layer older than that record, as Docker names it.
+            // The layer is older than that record. Docker gives such layers
+            // this name.
             None => self.info.name.ends_with("-init"),
         };
         is_small && is_hollow && self.data_bytes == DataBytes::Counted(0)
@@ -54,10 +57,10 @@ impl Snapshot {
     }
 }
 
-/// What is known of the length of all of a layer's files.
+/// What is known about [`Content::data_bytes`] of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DataBytes {
-    /// It was counted at the commit.
+    /// The length of all files, counted at the commit.
     Counted(u64),
     /// The snapshot was still mounted at the commit, so a container may have changed it
     /// since.
@@ -73,7 +76,7 @@ pub struct Ancestor {
     pub id: SnapshotId,
     /// Where its bytes are.
     pub volume: Volume,
-    /// As of [`Commit::is_remapped`].
+    /// See [`Commit::is_remapped`].
     pub is_remapped: bool,
 }
 
@@ -94,25 +97,27 @@ pub struct New<'a> {
 /// A snapshot that [`super::Transaction::create`] has entered.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Created {
-    /// Its number.
+    /// The snapshot's id.
     pub id: SnapshotId,
     /// The layers below it, nearest first.
     pub ancestors: Vec<Ancestor>,
 }
 
-/// An active snapshot to become a layer.
+/// An active snapshot that will become a layer.
 pub struct Commit<'a> {
-    /// Its number: another snapshot may have got the key meanwhile.
+    /// The snapshot's id, because another snapshot may have got the key
+    /// meanwhile.
     pub id: SnapshotId,
-    /// The key it has.
+    /// The snapshot's key.
     pub key: &'a str,
-    /// The name it gets.
+    /// The name that the layer gets.
     pub name: &'a str,
-    /// A parent named only now (rebase); empty to keep the one it has.
+    /// A parent that is named only at the commit (rebase); empty to keep the
+    /// present one.
     pub parent: &'a str,
-    /// The labels it gets, already checked.
+    /// The layer's labels, already checked.
     pub labels: &'a Labels,
-    /// What it holds.
+    /// What the layer holds.
     pub content: Content,
     /// [`DataBytes::Counted`], unless the snapshot is mounted.
     pub data_bytes: DataBytes,
@@ -121,10 +126,10 @@ pub struct Commit<'a> {
     pub is_remapped: bool,
 }
 
-/// What a snapshot is, and where its directory is.
+/// The id and kind of a snapshot, and where its directory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Its number.
+    /// The snapshot's id.
     pub id: SnapshotId,
     /// Its kind.
     pub kind: Kind,
@@ -133,44 +138,44 @@ pub struct Place {
 }
 
 impl Place {
-    /// Whether it is a layer whose bytes have not moved to the image volume yet.
+    /// Whether the snapshot is an unmoved layer.
     pub fn is_unmoved(&self) -> bool {
         self.kind == Kind::Committed && self.volume == Some(Volume::Writable)
     }
 
-    /// The volumes on which something has its number.
+    /// The volumes on which there is an entry with the snapshot's id.
     pub fn volumes(&self) -> impl Iterator<Item = Volume> {
         let link = self.is_unmoved().then_some(Volume::Image);
         self.volume.into_iter().chain(link)
     }
 }
 
-/// Snapshots of one kind, with their directories in one place.
+/// The number of snapshots of one kind whose directories are on one volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
-    /// What they are.
+    /// The kind of the snapshots.
     pub kind: Kind,
-    /// Where, if they have directories.
+    /// The volume of their directories; `None` if they have none.
     pub volume: Option<Volume>,
-    /// How many.
+    /// The number of snapshots.
     pub count: u64,
-    /// What the layers among them took at their commits.
+    /// The bytes that layers among them took at their commits.
     pub bytes: u64,
 }
 
-/// One step of an update of labels.
+/// One change of an update of labels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LabelChange {
     /// All labels are replaced.
     Replace(Labels),
     /// One label is set.
     Set(String, String),
-    /// One label is dropped, if it is there.
+    /// One label is removed, if it is there.
     Delete(String),
 }
 
 impl LabelChange {
-    /// Makes the change.
+    /// Applies the change.
     pub fn apply(self, labels: &mut Labels) {
         match self {
             LabelChange::Replace(all) => *labels = all,
@@ -249,8 +254,8 @@ impl Rows {
         })
     }
 
-    /// Calls `each` with every snapshot that the filters let through, in order of name,
-    /// until it fails.
+    /// Calls `each` for every snapshot that matches the filters, in the order of the
+    /// names, until `each` fails.
     pub fn list(
         &self,
         filters: &Filters,
@@ -314,14 +319,16 @@ impl Rows {
         Ok(found.is_none())
     }
 
-    /// The highest id that was ever given out; 0 before the first.
+    /// The highest id of any snapshot that was ever entered; 0 if there was
+    /// none.
     pub fn highest_id(&self) -> Result<u64> {
         let sql = "SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'";
         let highest = self.one(sql, [], "look up the highest id", |row| row.get(0))?;
         Ok(highest.map_or(0, |Number(highest)| highest))
     }
 
-    /// Checks that a snapshot can be made, and returns the layers below it, nearest first.
+    /// Checks that a snapshot can be created, and returns the layers below it, nearest
+    /// first.
     ///
     /// # Errors
     ///
@@ -355,7 +362,7 @@ impl Rows {
         let snapshot = self.stat(key)?;
         if snapshot.info.kind != Kind::Active {
             return Err(Error::refused(format!(
-                "snapshot {} is {}, only an active one can be committed",
+                "snapshot {} is {}, and only an active snapshot can be committed",
                 Quoted(key),
                 snapshot.info.kind
             )));
@@ -384,7 +391,7 @@ impl Rows {
         })?;
         if parent.info.kind != Kind::Committed {
             let what = format!(
-                "parent snapshot {} is {}, it has to be committed",
+                "parent snapshot {} is {}, but a parent has to be committed",
                 Quoted(name),
                 parent.info.kind
             );
@@ -401,8 +408,8 @@ impl Rows {
         Err(Error::new(ErrorKind::AlreadyExists, what))
     }
 
-    /// Runs `work` so that all its queries see the database as of one moment, and
-    /// SQLite's locks are taken once for all of them.
+    /// Runs `work` so that all its queries see the database at one moment, and
+    /// SQLite's locks are taken only once.
     pub fn at_one_moment<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let connection = self.connection();
         if !connection.is_autocommit() {

@@ -1,6 +1,6 @@
-//! Between SQLite and the store: how a statement is run, how our types are stored in
-//! columns, and which [`ErrorKind`] a failure has. A value that a sound database cannot
-//! hold is [`ErrorKind::DataLoss`].
+//! Between SQLite and the rest of the store: how a statement is run, how our types are
+//! stored in columns, and which [`ErrorKind`] a failure has. A value that a sound
+//! database cannot contain is [`ErrorKind::DataLoss`].
 
 use std::fmt::Display;
 
@@ -17,7 +17,7 @@ pub struct Rows {
     connection: Connection,
 }
 
-/// In each of these, `doing` is what an error says was being done.
+/// In each function, `doing` names the step in errors.
 impl Rows {
     pub(super) fn new(connection: Connection) -> Rows {
         Rows { connection }
@@ -71,11 +71,11 @@ impl Rows {
     }
 }
 
-/// Gives a failure of SQLite its kind.
+/// Converts an error of SQLite, and sets its kind.
 pub(super) fn sql_error(error: rusqlite::Error, what: impl Into<String>) -> Error {
     let extended_code = error.sqlite_error().map(|failure| failure.extended_code);
     let kind = match error.sqlite_error_code() {
-        // SQLite says this where there is no room for the log's index.
+        // SQLite returns this code if there is no room for the log's index.
         _ if extended_code == Some(rusqlite::ffi::SQLITE_IOERR_SHMSIZE) => {
             ErrorKind::ResourceExhausted
         }
@@ -86,7 +86,7 @@ pub(super) fn sql_error(error: rusqlite::Error, what: impl Into<String>) -> Erro
         _ => ErrorKind::Internal,
     };
     match error {
-        // SQLite's own text has the same words twice.
+        // SQLite's own text contains the same words twice.
         rusqlite::Error::SqliteFailure(failure, Some(said)) => {
             let cause = format!("{said} (SQLite error {})", failure.extended_code);
             Error::caused(kind, what, cause)
@@ -98,13 +98,14 @@ pub(super) fn sql_error(error: rusqlite::Error, what: impl Into<String>) -> Erro
     }
 }
 
-/// What a sound database cannot hold.
+/// The error for a value that a sound database cannot contain.
 pub(super) fn damaged(what: impl Display) -> Error {
     Error::data_loss(format!("the database is damaged: {what}"))
 }
 
-/// A number that is stored as SQLite's signed one: what that cannot hold is stored as
-/// its maximum, and a negative number, which the store never writes, is read as 0.
+/// A number that is stored as SQLite's signed one. A number too large for that is
+/// stored as the maximum. A negative number, which the store never writes, is read as
+/// 0.
 pub(super) struct Number(pub(super) u64);
 
 impl ToSql for Number {
@@ -213,7 +214,8 @@ impl FromSql for Timestamp {
     }
 }
 
-/// [`DataBytes::Unknown`] is NULL, [`DataBytes::WasMounted`] a negative number.
+/// [`DataBytes::Unknown`] is stored as NULL, and [`DataBytes::WasMounted`] as a
+/// negative number.
 impl ToSql for DataBytes {
     fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
         Ok(match self {

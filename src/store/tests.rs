@@ -1,4 +1,4 @@
-//! The rules of the key space, on a real database.
+//! The rules for keys, on a real database.
 
 use std::time::Instant;
 
@@ -159,7 +159,7 @@ fn a_commit_keeps_the_id_and_nothing_else() {
 #[test]
 fn a_parent_may_be_named_as_late_as_commit() {
     let f = fixture();
-    // The upper layer was prepared first, so its parent's id is the higher.
+    // The upper layer was prepared first, so its parent has the higher id.
     f.prepare("upper", "").unwrap();
     f.prepare("running", "").unwrap();
     f.layer("base", "");
@@ -361,7 +361,7 @@ fn a_copy_follows_changes_and_nothing_else() {
         Ok(Completeness::Copy(_))
     ));
 
-    // A transaction that changes nothing is no change.
+    // A transaction that changes nothing does not count as a change.
     store.write().unwrap().commit().unwrap();
     store.copy().unwrap();
     assert_eq!(std::fs::read(&copy).unwrap(), copied);

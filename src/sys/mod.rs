@@ -54,8 +54,8 @@ pub fn idmap_mount(mount: impl AsFd, user_namespace: impl AsFd) -> Result<(), Er
 }
 
 /// Gives the calling thread the idle I/O priority (`ioprio_set(2)`): its reads
-/// and writes go when nobody else's are waiting, where the disk's scheduler
-/// knows priorities (BFQ does).
+/// and writes wait for those of other programs, where the disk's scheduler has
+/// priorities (BFQ has).
 pub fn lower_io_priority() -> Result<(), Errno> {
     const WHO_PROCESS: libc::c_int = 1;
     const CLASS_IDLE: libc::c_int = 3;
@@ -72,7 +72,7 @@ pub fn lower_io_priority() -> Result<(), Errno> {
     ended(result)
 }
 
-/// What a system call has returned: 0, or -1 and the reason in `errno`.
+/// Converts the result of a system call: 0, or -1 with the reason in `errno`.
 fn ended(result: libc::c_long) -> Result<(), Errno> {
     match result {
         0 => Ok(()),
@@ -80,7 +80,7 @@ fn ended(result: libc::c_long) -> Result<(), Errno> {
     }
 }
 
-/// Of the C library's last failed call in this thread.
+/// The error of the C library's last failed call in this thread.
 fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)
 }

@@ -7,7 +7,7 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, Setter, ioctl, opcode};
 
-/// `struct fsxattr`: what a file system keeps of an inode beside its stat.
+/// `struct fsxattr`: attributes of an inode that are not in its stat.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FileAttributes {
@@ -21,13 +21,15 @@ pub struct FileAttributes {
     padding: [u8; 8],
 }
 
-/// `FS_XFLAG_PROJINHERIT`: what is made in a directory gets its project.
+/// `FS_XFLAG_PROJINHERIT`: a directory gives its project to everything created
+/// in it.
 pub const INHERIT: u32 = 0x200;
 
 const GET_ATTRIBUTES: Opcode = opcode::read::<FileAttributes>(b'X', 31);
 const SET_ATTRIBUTES: Opcode = opcode::write::<FileAttributes>(b'X', 32);
 
-/// Reads an open file's attributes; not of a descriptor that is a path only.
+/// Reads an open file's attributes. The descriptor must not be one opened with
+/// O_PATH.
 ///
 /// # Errors
 ///
@@ -49,8 +51,8 @@ pub fn set_file_attributes(file: impl AsFd, attributes: FileAttributes) -> Resul
     }
 }
 
-/// `struct if_nextdqblk` (`linux/quota.h`), of which `struct if_dqblk` is the
-/// beginning, of the same size.
+/// `struct if_nextdqblk` (`linux/quota.h`). It begins with the fields of
+/// `struct if_dqblk`, and has the same size.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Quota {
@@ -92,16 +94,17 @@ pub const COUNTS_PROJECTS: u16 = 1 << 4;
 /// In [`quota_flags`]: limits of projects are kept (`FS_QUOTA_PDQ_ENFD`).
 pub const LIMITS_PROJECTS: u16 = 1 << 5;
 
-/// Which file system is meant.
+/// The file system that is asked.
 #[derive(Clone, Copy)]
 pub enum Target<'a> {
-    /// That of an open directory (quotactl_fd(2), Linux 5.14).
+    /// The file system of an open directory (quotactl_fd(2), Linux 5.14).
     Directory(BorrowedFd<'a>),
-    /// That of a block device (quotactl(2)).
+    /// The file system on a block device (quotactl(2)).
     Device(&'a CStr),
 }
 
-/// What of a target is asked: `Q_…` of `linux/quota.h` and `linux/dqblk_xfs.h`.
+/// The requests to the kernel: `Q_…` of `linux/quota.h` and
+/// `linux/dqblk_xfs.h`.
 #[derive(Clone, Copy)]
 enum Command {
     Get = 0x80_0007,
@@ -115,8 +118,8 @@ enum Command {
 ///
 /// # Errors
 ///
-/// `ENOSYS` where it has none in use, or the kernel lacks the call; `EINVAL`
-/// where it cannot have any.
+/// `ENOSYS` if the file system has none in use, or the kernel lacks the call;
+/// `EINVAL` if the file system does not support quotas.
 pub fn quota_flags(target: Target<'_>) -> Result<u16, Errno> {
     let mut state = QuotaState::default();
     // SAFETY: `Q_XGETQSTAT` writes one `struct fs_quota_stat`.
@@ -128,7 +131,7 @@ pub fn quota_flags(target: Target<'_>) -> Result<u16, Errno> {
 ///
 /// # Errors
 ///
-/// `ENOENT` on XFS if nothing was ever charged to it; what the kernel says.
+/// `ENOENT` on XFS if nothing was ever charged to the project.
 pub fn quota(target: Target<'_>, project: u32) -> Result<Quota, Errno> {
     let mut quota = Quota::default();
     // SAFETY: `Q_GETQUOTA` writes one `struct if_dqblk`.
@@ -136,7 +139,8 @@ pub fn quota(target: Target<'_>, project: u32) -> Result<Quota, Errno> {
     Ok(quota)
 }
 
-/// For tests: the usage and the limits of the first project from that number on that has any (Linux 4.6).
+/// For tests: the usage and limits of the first project from that number on that has any
+/// (Linux 4.6).
 #[cfg(feature = "fault-points")]
 pub fn next_quota(target: Target<'_>, from: u32) -> Result<Quota, Errno> {
     let mut quota = Quota::default();

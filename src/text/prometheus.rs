@@ -3,18 +3,18 @@
 
 use std::fmt::{Display, Write};
 
-/// What a figure may do.
+/// How a figure can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Only grow, from 0 at the start.
+    /// It only grows, from 0 at the start.
     Counter,
-    /// Go up and down.
+    /// It goes up and down.
     Gauge,
-    /// Be several: how many were no larger than each bound.
+    /// It is several figures: how many values were no larger than each bound.
     Histogram,
 }
 
-/// Begins the figures of that name.
+/// Writes the header for the figures of that name.
 pub fn head(out: &mut String, kind: Kind, name: &str, help: &str) {
     let kind = match kind {
         Kind::Counter => "counter",
@@ -24,7 +24,8 @@ pub fn head(out: &mut String, kind: Kind, name: &str, help: &str) {
     let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
 
-/// Adds one figure. No label's text may need escaping: ours are words.
+/// Writes one figure. The texts of labels are not escaped, because all labels
+/// are plain words.
 pub fn line(out: &mut String, name: &str, labels: &[(&str, &str)], value: impl Display) {
     out.push_str(name);
     for (number, (label, text)) in labels.iter().enumerate() {

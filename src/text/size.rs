@@ -1,8 +1,8 @@
-//! Sizes as people write them. Pure.
+//! Parsing sizes as people write them. Pure.
 
-/// Reads bytes: decimal digits, with or without a unit (K, M, G or T, powers of
-/// 1024, in either case; `i` or `iB` may follow it). `None` for anything else,
-/// and for what is no number of 64 bits.
+/// Parses a number of bytes: decimal digits, with or without a unit (K, M, G or
+/// T, powers of 1024, in either case; `i` or `iB` may follow it). `None` for
+/// any other text, and for a number of more than 64 bits.
 pub fn parse_bytes(text: &str) -> Option<u64> {
     let unit_at = text
         .find(|c: char| !c.is_ascii_digit())
@@ -23,7 +23,7 @@ pub fn parse_bytes(text: &str) -> Option<u64> {
     parse_number(number)?.checked_mul(1 << shift)
 }
 
-/// Reads decimal digits only: no sign, which `parse` would take.
+/// Parses decimal digits only: no sign, which `parse` would accept.
 pub fn parse_number(text: &str) -> Option<u64> {
     let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
     is_number.then(|| text.parse().ok()).flatten()

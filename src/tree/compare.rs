@@ -1,8 +1,9 @@
-//! Comparing a tree with what it should be.
+//! Comparing a tree with the tree that it should be equal to.
 //!
-//! Compared: kinds, modes, owners, times of change (seconds), lengths, targets of links,
-//! device numbers, extended attributes, whiteouts, opaque marks, hard links, and every
-//! byte. Memory depends on the tree's depth, and on its hard links up to a limit.
+//! Compared are types, modes, owners, modification times (in seconds), lengths, targets
+//! of links, device numbers, extended attributes, whiteouts, opaque marks, hard links,
+//! and every byte. The memory that this takes depends on the depth of the tree and, up
+//! to a limit, on the number of its hard links.
 
 #[cfg(test)]
 mod tests;
@@ -28,25 +29,26 @@ use crate::util::entries::entries;
 
 const COMPARING: &str = "compare a directory tree";
 
-/// How many differences are described. All are counted.
+/// How many differences are described; the count includes all.
 const MOST_DESCRIBED: usize = 20;
-/// How many inodes with several names are remembered on each side. Of the others, only
-/// the numbers of names are compared.
+/// How many inodes with several names are remembered on each side. For further ones,
+/// only the numbers of names are compared.
 const MOST_REMEMBERED: usize = 200_000;
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// Where a tree is not as it should be.
+/// The differences between a tree and what it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Differences {
-    /// How many entries differ. What is in a directory that is missing or too many is not
-    /// counted.
+    /// How many entries differ. Entries in a directory that is missing, or that should
+    /// not be there, are not counted.
     pub count: u64,
-    /// The first of them, each with its path and what is wrong with it.
+    /// Descriptions of the first differences: the path, and what is wrong
+    /// there.
     pub first: Vec<String>,
 }
 
 impl Differences {
-    /// The tree as a whole differs in this.
+    /// A difference that concerns the whole tree.
     pub fn whole(what: impl Into<String>) -> Differences {
         Differences {
             count: 1,
@@ -67,25 +69,25 @@ impl fmt::Display for Differences {
     }
 }
 
-/// What is not compared.
+/// What the comparison leaves out.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// The time of an entry is compared if the one that is expected is earlier than this
-    /// second, in which the expected tree was begun: the others have the time at which
-    /// they were made.
+    /// The second in which the expected tree was begun. The time of an entry is compared
+    /// only if the expected time is earlier. Later ones come from the unpack itself.
     pub since: i64,
-    /// Nothing is below the tree: whether a directory is opaque does not matter then.
+    /// Whether no layer is below the tree. If so, opaque marks of directories do not
+    /// matter.
     pub is_lowest: bool,
 }
 
-/// Compares the tree below `found`, and `found` itself, with the one below `expected`. Ends
-/// early once `cancel` is set.
+/// Compares the tree `found` with the tree `expected`, including both top directories.
+/// Ends early once `cancel` is set.
 ///
-/// What cannot be read below `found` is a difference.
+/// An entry that cannot be read in `found` counts as a difference.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Cancelled`] if it was cancelled.
+/// [`ErrorKind::Cancelled`] if the comparison was cancelled.
 pub fn compare_trees(
     expected: impl AsFd,
     found: impl AsFd,
@@ -108,13 +110,14 @@ struct Comparison<'a> {
     rules: Rules,
     cancel: &'a AtomicBool,
     differences: Differences,
-    /// The directories that the walk is in, below the top.
+    /// The names of the directories that the walk is in, from below the top.
     path: Vec<CString>,
     links: Links,
     buffers: [Vec<u8>; 2],
 }
 
-/// Which inode of one side has the names of which inode of the other.
+/// The inodes with several names: which inode of one tree belongs to which
+/// inode of the other.
 #[derive(Default)]
 struct Links {
     found_of: HashMap<Inode, Inode>,
@@ -167,7 +170,8 @@ impl Comparison<'_> {
         }
     }
 
-    /// Compares one entry. Directories are returned, to be entered.
+    /// Compares one entry. If it is a directory, both sides are returned to be
+    /// entered.
     fn entry(&mut self, expected: Name<'_>, found: &OwnedFd) -> Result<Option<(OwnedFd, OwnedFd)>> {
         let name = expected.1;
         let found = (found.as_fd(), name);
@@ -197,7 +201,7 @@ impl Comparison<'_> {
         }
     }
 
-    /// What differs between two entries of one kind, apart from what is in directories.
+    /// Lists how two entries of one type differ, apart from the entries of directories.
     fn attributes(
         &mut self,
         expected: Name<'_>,
@@ -223,7 +227,7 @@ impl Comparison<'_> {
         if file_type != FileType::Symlink && mode != found_mode {
             add(format!("has mode {found_mode:o} in place of {mode:o}"));
         }
-        // Without an entry of its own in the archive, it has the time of the unpack.
+        // The top has no entry in the archive, and so has the time of the unpack.
         if !is_top && stat.st_mtime < self.rules.since && stat.st_mtime != found_stat.st_mtime {
             add("has another time".to_owned());
         }
@@ -265,7 +269,8 @@ impl Comparison<'_> {
         Ok((!wrong.is_empty()).then(|| std::mem::take(wrong)))
     }
 
-    /// What differs in the bytes of two files of the same length.
+    /// Describes the first difference in the bytes of two files of the same
+    /// length.
     fn bytes(&mut self, expected: Name<'_>, found: Name<'_>) -> Result<Option<String>> {
         let opened = open_file(expected.0, expected.1).context(|| COMPARING)?;
         let (expected, _) = opened.ok_or_else(moved_meanwhile)?;
@@ -273,7 +278,8 @@ impl Comparison<'_> {
             Ok(opened) => opened.ok_or_else(moved_meanwhile)?.0,
             Err(errno) => return cannot_read(errno).map(Some),
         };
-        // What is in memory may be sound, and what is on the disk not.
+        // Drops the cached pages: the copy in memory may be sound when the
+        // bytes on the disk are not.
         let _ = fadvise(&found, 0, None, Advice::DontNeed);
         let mut offset = 0;
         loop {
@@ -296,7 +302,7 @@ impl Comparison<'_> {
         }
     }
 
-    /// Notes what is in a directory and should not be.
+    /// Notes the entries of a directory that should not be there.
     fn additions(&mut self, expected: BorrowedFd<'_>, found: &OwnedFd) -> Result<()> {
         let listed = match entries(found) {
             Err(errno) => {
@@ -333,7 +339,8 @@ impl Comparison<'_> {
         Ok(())
     }
 
-    /// Notes what is wrong with an entry of the current directory, or with that itself.
+    /// Notes what is wrong with an entry of the current directory, or with the
+    /// directory itself.
     fn note(&mut self, name: Option<&CStr>, what: &str) {
         self.differences.count += 1;
         if self.differences.first.len() < MOST_DESCRIBED {
@@ -369,7 +376,8 @@ impl Links {
     }
 }
 
-/// A difference because of this error; another error if the machine is to blame.
+/// Describes a read error as a difference; returns an error if the failure says
+/// nothing about the tree.
 fn cannot_read(errno: Errno) -> Result<String> {
     match errno {
         Errno::MFILE | Errno::NFILE | Errno::NOMEM => Err(errno).context(|| COMPARING),

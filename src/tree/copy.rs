@@ -1,11 +1,11 @@
-//! Copying a tree to another file system, whole or not at all.
+//! Copying a tree to another file system, completely or not at all.
 //!
-//! Kept: owner, mode, both times to the nanosecond, every extended attribute that is
-//! content (overlayfs's own, capabilities, those of users; see `xattrs`), ACLs where the
-//! target has them, whiteouts and other device nodes,
-//! FIFOs, sockets, links as they are, hard links within the tree, holes, names
-//! that are no UTF-8. What the target refuses ends the copy with an error.
-//! Memory depends on the tree's depth only, and descriptors on nothing of it.
+//! Copied are owner, mode, both times to the nanosecond, every extended attribute that
+//! is content (overlayfs's own, capabilities, those of users; see `xattrs`), ACLs where
+//! the target supports them, whiteouts and other device nodes, FIFOs, sockets, links as
+//! links, hard links within the tree, holes, and names that are not UTF-8. If the target
+//! refuses any of this, the copy ends with an error. The memory depends only on the
+//! depth of the tree, and the number of open descriptors is constant.
 
 use std::collections::{BTreeSet, HashSet};
 use std::ffi::{CStr, CString};
@@ -29,21 +29,23 @@ use crate::util::entries::entries;
 pub struct Copied {
     /// Bytes of data.
     pub bytes: u64,
-    /// The names of some attributes that are no content and that the target lacks.
+    /// The names of some attributes that are not content and were not copied,
+    /// because the target does not support them.
     pub left_out: BTreeSet<String>,
 }
 
-/// Copies the directory `name` in `from` to the same name in `to`, where there
-/// must be nothing of that name. Hard links are found again through `scratch`,
-/// an empty directory on the target's file system, empty again at the end.
-/// Stops early, with an error, once `cancel` is set. On failure, what has been copied is left
-/// for the caller to delete.
+/// Copies the directory `name` in `from` to the same name in `to`, where this name must
+/// be free. `scratch` is an empty directory on the target's file system; it holds a link
+/// to each inode with several names during the copy, and is empty again at the end. Stops
+/// early, with an error, once `cancel` is set. On failure, the caller has to delete what
+/// has been copied.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::ResourceExhausted`] if the target is full;
-/// [`ErrorKind::Unavailable`] if cancelled; [`ErrorKind::Internal`] for what
-/// cannot be read, or cannot be kept on the target.
+/// [`ErrorKind::Unavailable`] if the copy was cancelled;
+/// [`ErrorKind::Internal`] if something cannot be read, or cannot be kept on
+/// the target.
 pub fn copy_tree(
     from: impl AsFd,
     to: impl AsFd,
@@ -69,7 +71,8 @@ pub fn copy_tree(
                 below => Some(open_above(&target, levels[below - 2].target)?),
             };
             let at = above.as_ref().map_or(to.as_fd(), AsFd::as_fd);
-            // Last of all: each entry made in it has changed its times.
+            // A directory's attributes are set last, because each entry created
+            // in it changes its times.
             copy.set_attributes(at, walk.parent()?, target.as_fd(), level)?;
             if !walk.leave()? {
                 return Err(moved_meanwhile());
@@ -106,14 +109,14 @@ fn moved_meanwhile() -> Error {
     Error::new(ErrorKind::Internal, what)
 }
 
-/// A directory being copied. Of the copies, only that of the last is open.
+/// A directory being copied. Only the copy entered last is open.
 struct Level {
     name: CString,
     stat: Stat,
     target: Inode,
 }
 
-/// A directory as it was found, its copy, and what is remembered of both.
+/// A source directory, its copy, and what is remembered of both.
 type Entered = (OwnedFd, OwnedFd, Level);
 
 struct Copy<'a> {
@@ -121,7 +124,7 @@ struct Copy<'a> {
     cancel: &'a AtomicBool,
     bytes: u64,
     links: u64,
-    /// Inodes that have as many names on the target as it allows.
+    /// Inodes that have as many names on the target as its file system allows.
     used_up: HashSet<String>,
     xattrs: XattrBuffers,
 }
@@ -148,7 +151,7 @@ impl Copy<'_> {
         Ok((source, target, level))
     }
 
-    /// Copies one entry; a directory is returned, to be filled.
+    /// Copies one entry. A directory is returned so that the caller fills it.
     fn entry(
         &mut self,
         from: BorrowedFd<'_>,
@@ -177,7 +180,7 @@ impl Copy<'_> {
         Ok(None)
     }
 
-    /// Makes a further name of an inode that has been copied already.
+    /// Creates a further name of an inode that has been copied already.
     fn link_again(&mut self, stat: &Stat, to: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
         let linking = || "make the hard link";
         let remembered = link_name(stat);
@@ -187,7 +190,7 @@ impl Copy<'_> {
         match linkat(self.scratch, &*remembered, to, name, AtFlags::empty()) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
-            // The name in the scratch directory is the one too many.
+            // The link in the scratch directory takes the place of one name.
             Err(Errno::MLINK) => {
                 renameat(self.scratch, &*remembered, to, name).context(linking)?;
                 self.used_up.insert(remembered);
@@ -221,7 +224,7 @@ impl Copy<'_> {
             self.range(&source, &target, start, end)?;
             at = end;
         }
-        // Also makes the hole that the file may end with.
+        // The truncation also creates a hole at the end of the file.
         ftruncate(&target, size).context(|| "set its size")
     }
 
@@ -245,11 +248,12 @@ impl Copy<'_> {
                 Err(Errno::XDEV)
             };
             match copied {
-                // Some file systems say that in place of an error: a read tells.
+                // Some file systems return 0 in place of an error; a read shows
+                // which it is.
                 Ok(0) => buffer.resize(1 << 20, 0),
                 Ok(_) => {}
-                // Kernels before 5.19 do not copy between file systems, some
-                // file systems not at all.
+                // Kernels before 5.19 do not copy between file systems, and
+                // some file systems do not support the call at all.
                 Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::BADF) => {
                     buffer.resize(1 << 20, 0);
                     let wanted = wanted.min(buffer.len());
@@ -295,7 +299,8 @@ impl Copy<'_> {
 /// The name of an entry in an open directory.
 type Entry<'a> = (BorrowedFd<'a>, &'a CStr);
 
-/// Copies what is neither a directory nor a regular file, whose metadata is `stat`.
+/// Copies an entry that is neither a directory nor a regular file, with the
+/// metadata `stat`.
 pub(super) fn copy_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
     make_node(from, to, stat)?;
     set_all_attributes(&mut XattrBuffers::new(), from, to, stat)
@@ -311,8 +316,9 @@ fn make_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
     mknodat(to.0, to.1, file_type, mode, stat.st_rdev).context(|| "make the node")
 }
 
-/// The next piece of data of a file from `at` on, as start and end; a hole is
-/// nothing to copy. All of it is data where the file system does not tell.
+/// The start and end of the next piece of data of a file from `at` on; holes
+/// are skipped. If the file system does not report holes, all of the file is
+/// data.
 fn next_data(file: &OwnedFd, at: u64, size: u64) -> Result<Option<(u64, u64)>> {
     let looking = || "look for its holes";
     if at >= size {
@@ -327,12 +333,14 @@ fn next_data(file: &OwnedFd, at: u64, size: u64) -> Result<Option<(u64, u64)>> {
     Ok(Some((start, end.min(size))))
 }
 
-/// The owner first: a change of it clears set-id bits and capabilities.
+/// Sets the owner first, because a change of the owner clears set-id bits and
+/// capabilities.
 fn set_owner_and_mode(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     let flags = AtFlags::SYMLINK_NOFOLLOW;
     chownat(parent, name, Some(uid), Some(gid), flags).context(|| "set its owner")?;
-    // A link has no mode of its own; anything else was just made by us here.
+    // A link has no mode of its own. Every other entry was created by this
+    // copy, so no link is followed.
     if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
         let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
         chmodat(parent, name, mode, AtFlags::empty()).context(|| "set its mode")?;

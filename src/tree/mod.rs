@@ -1,10 +1,9 @@
-//! Walking directory trees that strangers have filled.
+//! Walking directory trees with untrusted content.
 //!
-//! Owns: counting, comparing, copying and deleting. Everything goes by directory descriptors and
-//! never follows a link, so no content of a layer leads a walk outside of it;
-//! nothing recurses, so no depth of a tree exhausts the stack.
-//! Never: knows what a tree is for. Holds no state: a walk cut short by a
-//! crash is simply begun again.
+//! Owns: counting, comparing, copying and deleting. All walks use directory descriptors
+//! and never follow a link, so no content of a layer leads a walk outside of it. Nothing
+//! recurses, so no depth of a tree exhausts the stack. Never: knows what a tree is for.
+//! There is no state: after a crash, a walk begins again.
 
 mod compare;
 mod copy;
@@ -32,22 +31,23 @@ pub use usage::{count, count_layer, count_unless};
 pub use visit::{Visited, visit_open};
 pub use whiteouts::remove_whiteouts;
 
-/// Opens a directory to read it: without following a link in its last part,
-/// without entering what somebody has mounted there, and, where the kernel lets
-/// us, without an access time being written: a sleeping disk is not to be woken
-/// for that.
+/// Opens a directory to read it. No link is followed in the last part of the
+/// path, and no mount on the directory is entered. Where the kernel permits,
+/// the access time is not updated, so that a sleeping disk is not woken to
+/// write it.
 fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let open = |flags| match openat2(&parent, name, flags, Mode::empty(), ResolveFlags::NO_XDEV) {
-        // Before Linux 5.6.
+        // For kernels before Linux 5.6.
         Err(Errno::NOSYS) => openat(&parent, name, flags, Mode::empty()),
         opened => opened,
     };
     match open(flags | OFlags::NOATIME) {
-        // Only the owner may ask for O_NOATIME; in a user namespace root is
-        // not always that.
+        // Only the owner may use O_NOATIME, and in a user namespace root does
+        // not count as the owner of every file.
         Err(Errno::PERM) => match open(flags) {
-            // A seccomp profile older than openat2(2) says that to all of them.
+            // A seccomp profile that does not know openat2(2) answers EPERM to
+            // every call of it.
             Err(Errno::PERM) => openat(&parent, name, flags, Mode::empty()),
             opened => opened,
         },
@@ -56,8 +56,8 @@ fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
 }
 
 /// Opens a regular file to read it, and returns it with its metadata; `None` if the name
-/// is of anything else. Nothing else is opened, whatever has the name meanwhile: opening a
-/// device node does what its driver does then.
+/// is not a regular file. Nothing else is opened, even if the name is exchanged
+/// meanwhile, because opening a device node has the side effects of its driver.
 fn open_file(parent: impl AsFd, name: &CStr) -> Result<Option<(OwnedFd, Stat)>, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let found = openat(parent, name, flags, Mode::empty())?;
@@ -65,7 +65,8 @@ fn open_file(parent: impl AsFd, name: &CStr) -> Result<Option<(OwnedFd, Stat)>, 
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Ok(None);
     }
-    // This very file, by a link of the kernel's.
+    // The kernel's link to the descriptor leads to this file, even if the name
+    // leads elsewhere by now.
     let path = format!("/proc/self/fd/{}", found.as_raw_fd());
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let opened = match open(&path, flags | OFlags::NOATIME, Mode::empty()) {
@@ -75,8 +76,8 @@ fn open_file(parent: impl AsFd, name: &CStr) -> Result<Option<(OwnedFd, Stat)>, 
     Ok(Some((opened?, stat)))
 }
 
-/// How deep a tree may be for a walk, which remembers something of each level. Paths of
-/// 4096 bytes (`PATH_MAX`) end at half of it.
+/// How deep a tree may be, because a walk remembers something for each level. This is
+/// twice the depth that a path of 4096 bytes (`PATH_MAX`) can reach.
 const MAX_LEVELS: usize = 4096;
 
 fn too_deep() -> Error {

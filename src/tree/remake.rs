@@ -1,4 +1,4 @@
-//! Creating links and nodes again in their place.
+//! Creating links and device nodes again in their place.
 //!
 //! Symlinks and device nodes cannot be opened, so their project id cannot be set. A new one
 //! inherits the id of its directory.
@@ -12,21 +12,21 @@ use rustix::io::Errno;
 use super::copy::{copy_node, times_of};
 use crate::error::{Context, Result};
 
-/// In the scratch directory.
+/// The name in the scratch directory.
 const NEW: &CStr = c"new";
 
-/// Makes the link or node `name` in `parent` anew, as it is, in the directory
-/// `scratch`, and puts it into its place in one step; the times of `parent` stay.
-/// `false`, and nothing done, if it has other names: they would be names of another
-/// one then. After a crash there may be something in `scratch`, which the next call
-/// overwrites.
+/// Creates the link or node `name` of `parent` again with the same content, in the
+/// directory `scratch`, and renames it into place. The times of `parent` are kept.
+/// Returns `false`, and changes nothing, if the inode has further names, because
+/// these would then be names of another inode. After a crash, `scratch` may hold an
+/// entry, which the next call replaces.
 ///
 /// # Errors
 ///
-/// `EXDEV` if `scratch` does not give to what is made in it what `parent` asks for
-/// (rename(2)).
+/// `EXDEV` if `scratch` gives its new entries another project than `parent`
+/// requires (rename(2)).
 pub fn remake(parent: BorrowedFd<'_>, name: &CStr, scratch: impl AsFd) -> Result<bool> {
-    let remaking = || format!("make {name:?} anew");
+    let remaking = || format!("create {name:?} again");
     let scratch = scratch.as_fd();
     let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
         Err(Errno::NOENT) => return Ok(true),
@@ -47,7 +47,8 @@ pub fn remake(parent: BorrowedFd<'_>, name: &CStr, scratch: impl AsFd) -> Result
     Ok(true)
 }
 
-/// overlayfs gives many names to one whiteout, and needs one only to be there.
+/// A whiteout may have many names: overlayfs itself links all whiteouts to one
+/// inode, and uses only their existence.
 fn is_whiteout(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }

@@ -18,22 +18,23 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::{entries, is_own};
 use crate::util::lock::lock;
 
-/// How many directories deep each of its threads holds descriptors; what lies deeper is
-/// moved up first, so that no tree needs more.
+/// How many levels each thread descends with open descriptors. Deeper directories are
+/// moved up first, so that a tree of any depth can be deleted.
 const MAX_DEPTH: usize = 48;
 
 /// How often the directories of one tree are read again because new entries have
-/// appeared in them. Only something that still writes there makes such entries.
+/// appeared. Entries appear only if a program still writes there.
 const MAX_ROUNDS: u32 = 64;
 
-/// How many entries of a directory are worth a second thread. Deleting is the
-/// file system's work, which two can do at once in different directories, and a
-/// disk that has two requests at a time can put them in order.
+/// From how many entries on a second thread is used. The file system does most
+/// of the work, and it can work in two directories at once; a disk that has two
+/// requests at a time can choose their order.
 const WORTH_TWO: usize = 8;
 
-/// Deletes everything in the directory `top`, which itself stays. Goes on past
-/// what cannot be deleted, tries that once, and returns the first failure at the end.
-/// Something else deleting the same tree at the same time is no error.
+/// Deletes everything in the directory `top`, but not `top` itself. An entry that
+/// cannot be deleted is tried once; the rest is still deleted, and the first failure
+/// is returned at the end. Another program may delete in the same tree at the same
+/// time.
 pub fn remove_children(top: impl AsFd) -> Result<()> {
     let top = top.as_fd();
     let last_name = AtomicU64::new(0);
@@ -45,7 +46,8 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
         let names = Mutex::new(names.into_iter());
         let work = || {
             let mut removal = Removal::new(top, &last_name);
-            // The lock must be gone before the tree is.
+            // The guard must be dropped before the tree is deleted, which takes
+            // long.
             while let Some(name) = { lock(&names).next() } {
                 removal.remove_tree(&name);
             }
@@ -61,15 +63,16 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
         });
         let moved_up = removal.moved_up;
         all.add(removal);
-        // What was moved up stands beside the others and is met in a next pass.
+        // Directories that were moved up are now entries of `top`, and the next
+        // pass deletes them.
         if moved_up == 0 {
             return all.into_result();
         }
     }
 }
 
-/// Deletes the entry `name` of `parent`, with everything in it. It being deleted by
-/// something else at the same time is no error.
+/// Deletes the entry `name` of `parent`, with everything in it. Another program may
+/// delete it at the same time.
 pub fn remove_entry(parent: impl AsFd, name: &str) -> Result<()> {
     let parent = parent.as_fd();
     let deleting = || format!("delete {name:?}");
@@ -104,21 +107,22 @@ struct Level {
     dir: Dir,
     /// Its name in the directory above.
     name: CString,
-    /// Something in it cannot be deleted, and so it cannot be either. It is not read
-    /// again: each level would double the work for those below it.
+    /// Something in this directory cannot be deleted, so neither can the directory.
+    /// It is not read again: otherwise, each level would double the work for the
+    /// levels below it.
     is_kept: bool,
 }
 
 struct Removal<'a> {
     top: BorrowedFd<'a>,
-    /// The last number given to what is moved up.
+    /// The last number that was given to a directory that was moved up.
     last_name: &'a AtomicU64,
     moved_up: u64,
     failed: u64,
     first_failure: Option<(CString, Errno)>,
-    /// Entries of `top` in which something cannot be deleted.
+    /// The entries of `top` in which something cannot be deleted.
     kept: HashSet<CString>,
-    /// How often directories of the present tree were read again.
+    /// How often directories of the current tree were read again.
     rounds: u32,
 }
 
@@ -146,7 +150,7 @@ impl<'a> Removal<'a> {
         self.rounds = 0;
         let failed_before = self.failed;
         let mut levels: Vec<Level> = Vec::new();
-        // In the trash, nearly all are directories.
+        // Nearly all entries of the trash are directories.
         levels.extend(self.visit(self.top, name, FileType::Directory, 0));
         while let Some(level) = levels.last_mut() {
             let failed = self.failed;
@@ -184,7 +188,8 @@ impl<'a> Removal<'a> {
         }
     }
 
-    /// Deletes one entry; a directory that is not empty is returned, to be emptied.
+    /// Deletes one entry. A directory that is not empty is returned, so that the
+    /// caller empties it.
     fn visit(
         &mut self,
         parent: BorrowedFd<'_>,
@@ -192,12 +197,12 @@ impl<'a> Removal<'a> {
         file_type: FileType,
         depth: usize,
     ) -> Option<Level> {
-        // Many are empty, and need not be opened to learn that.
+        // Many directories are empty, and can be deleted without being opened.
         let is_directory = file_type == FileType::Directory
             && match unlinkat(parent, name, AtFlags::REMOVEDIR) {
                 Ok(()) | Err(Errno::NOENT) => return None,
                 Err(Errno::NOTDIR) => false,
-                // Whatever is in its way, it is emptied first.
+                // The directory is emptied first, whatever the failure was.
                 Err(_) => true,
             };
         if !is_directory {
@@ -211,13 +216,14 @@ impl<'a> Removal<'a> {
             let number = self.last_name.fetch_add(1, Ordering::Relaxed) + 1;
             let away = format!("deep.{number}");
             return match rename_mutable(parent, name, self.top, &away) {
-                // Or left by an earlier removal: the next name is tried in the
-                // next pass.
+                // The name may also have been taken by an earlier removal: the
+                // next pass tries the next name.
                 Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => {
                     self.moved_up += 1;
                     None
                 }
-                // No progress: a next pass would meet it again.
+                // There is no progress: the next pass would fail in the same
+                // way.
                 Err(errno) => self.fail(name, errno),
             };
         }
@@ -232,7 +238,7 @@ impl<'a> Removal<'a> {
         }
     }
 
-    /// Deletes an emptied directory; returned if it has to be read once more.
+    /// Deletes an emptied directory. Returns it if it has to be read once more.
     fn finish(&mut self, parent: BorrowedFd<'_>, mut level: Level) -> Option<Level> {
         match unlink(parent, &level.name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => None,
@@ -264,8 +270,8 @@ impl<'a> Removal<'a> {
     }
 }
 
-/// `unlinkat`, and once more where an immutable or append-only flag was in the
-/// way (`chattr(1)`): a container with `CAP_LINUX_IMMUTABLE` may have set it.
+/// `unlinkat`, tried once more after clearing an immutable or append-only flag
+/// (`chattr(1)`): a container with `CAP_LINUX_IMMUTABLE` may have set one.
 fn unlink(parent: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> std::result::Result<(), Errno> {
     match unlinkat(parent, name, flags) {
         Err(Errno::PERM) => {
@@ -276,7 +282,7 @@ fn unlink(parent: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> std::result::R
     }
 }
 
-/// `renameat` to another directory, and once more where such a flag was in the way.
+/// `renameat` to another directory, tried once more after clearing such a flag.
 fn rename_mutable(
     parent: BorrowedFd<'_>,
     name: &CStr,
@@ -292,10 +298,11 @@ fn rename_mutable(
     }
 }
 
-/// Clears the flags that forbid deletion, of an entry and of the directory it is in.
+/// Clears the flags that forbid deletion from an entry and from the directory it is
+/// in.
 fn make_entry_mutable(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Result<(), Errno> {
     let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    // Others cannot carry the flag.
+    // Other types cannot carry the flags.
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => make_mutable(open_directory(parent, name)?),
         FileType::RegularFile => {
@@ -309,7 +316,8 @@ fn make_entry_mutable(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Resul
     Ok(())
 }
 
-/// Clears the flags that forbid deletion. Failure shows in the unlink after.
+/// Clears the flags that forbid deletion. A failure shows in the unlink that
+/// follows.
 fn make_mutable(fd: impl AsFd) {
     if let Ok(flags) = ioctl_getflags(&fd) {
         let wanted = flags - (IFlags::IMMUTABLE | IFlags::APPEND);

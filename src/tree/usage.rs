@@ -1,4 +1,4 @@
-//! Counting what a tree takes.
+//! Counting the bytes and inodes of a tree.
 
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -15,26 +15,26 @@ use crate::types::{Content, Marks};
 
 const COUNTING: &str = "count what a directory tree holds";
 
-/// What the tree below `top` holds, `top` itself included: allocated blocks of
-/// 512 bytes × 512, and inodes, a hard-linked one once, which follows
-/// containerd's `continuity/fs/du_unix.go`; and the lengths of its files. What
-/// vanishes during the walk is left out and no error. The memory that the count takes
-/// does not depend on the tree.
+/// Counts the tree `top`, including the directory itself: allocated blocks of 512
+/// bytes × 512, inodes (as in containerd's `continuity/fs/du_unix.go`, a hard-linked
+/// inode counts once), and the lengths of files. Entries that vanish during the walk
+/// are left out. The memory that the count takes does not depend on the tree.
 pub fn count(top: impl AsFd) -> Result<Content> {
     count_unless(top, || false)
 }
 
-/// The same, unless `is_given_up` says that nobody waits for it any more; asked
-/// now and then.
+/// Like [`count`], but ends early if `is_given_up`, which is called now and
+/// then, returns `true`.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Cancelled`] if it was given up.
+/// [`ErrorKind::Cancelled`] if the count was given up.
 pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Content> {
     count_with(top, is_given_up, |_, _, _| Ok(()))
 }
 
-/// As [`count`], with what is to be known of a layer beside what it takes.
+/// Like [`count`], and also collects the [`Marks`](crate::types::Marks) of a
+/// layer.
 pub fn count_layer(top: impl AsFd) -> Result<Content> {
     let mut xattrs = XattrBuffers::new();
     let mut marks = Marks {
@@ -46,7 +46,7 @@ pub fn count_layer(top: impl AsFd) -> Result<Content> {
         || false,
         |parent, name, stat| {
             let found = match xattrs.count(&entry_path(parent, name)) {
-                // Gone by now.
+                // The entry is gone.
                 Err(_) if is_gone(parent, name) => {
                     return Ok(());
                 }
@@ -71,7 +71,8 @@ fn is_gone(parent: BorrowedFd<'_>, name: &CStr) -> bool {
 }
 
 /// Whether an entry is one of those that Docker makes in the layer between an image and
-/// its container: empty, to be mounted upon, or a link to what the kernel shows.
+/// its container: an empty file or directory to be mounted upon, or a link to a file in
+/// /proc.
 fn is_hollow(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> bool {
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => true,
@@ -87,7 +88,7 @@ fn count_with(
     is_given_up: impl Fn() -> bool,
     mut examine: impl FnMut(BorrowedFd<'_>, &CStr, &Stat) -> Result<()>,
 ) -> Result<Content> {
-    /// Between two questions.
+    /// How many entries are counted between two calls of `is_given_up`.
     const ENTRIES: u64 = 256;
     let mut entries: u64 = 0;
     let mut tally = Count::new(MOST_REMEMBERED);
@@ -100,7 +101,7 @@ fn count_with(
         if entries.is_multiple_of(ENTRIES) && is_given_up() {
             return Err(Error::new(
                 ErrorKind::Cancelled,
-                "nobody waits for the count any more",
+                "no request waits for the count any more",
             ));
         }
         let (parent, name) = (walk.parent()?, entry.file_name());
@@ -115,7 +116,7 @@ fn count_with(
             continue;
         }
         match open_directory(parent, name) {
-            // Gone, or another thing by now, or somebody's mount.
+            // The directory is gone, was replaced, or is a mount point.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
             opened => walk.enter(opened.context(|| COUNTING)?, name)?,
         }
@@ -123,18 +124,18 @@ fn count_with(
     Ok(tally.total())
 }
 
-/// How many inodes with several names are remembered: a container can make any number
-/// of them, and a set of these takes less than 8 MiB, also while it grows.
+/// How many inodes with several names are remembered. A container can create any
+/// number of them; a set of this size takes less than 8 MiB, even while it grows.
 const MOST_REMEMBERED: usize = 200_000;
 
 /// What has been counted so far.
 struct Count {
     content: Content,
-    /// Inodes with several names that were counted whole.
+    /// Inodes with several names that were counted in full.
     remembered: HashSet<(u64, u64)>,
     most_remembered: usize,
-    /// Of inodes that are not remembered, each name counts as its share of the inode: a
-    /// third if it is one of three. The sum is exact if all names are in the tree.
+    /// Names of inodes that are not remembered count as fractions of the inode: a third
+    /// each if it has three names. The sum is exact if all names are in the tree.
     shares: Shares,
 }
 
@@ -156,7 +157,7 @@ impl Count {
         }
     }
 
-    /// Returns whether the inode, or this name of it, counts for the first time.
+    /// Returns whether the inode, or this name's share of it, has to be counted.
     fn add(&mut self, stat: &Stat) -> bool {
         let file_type = FileType::from_raw_mode(stat.st_mode);
         let size_bytes = u64::try_from(stat.st_blocks)
@@ -184,8 +185,8 @@ impl Count {
         true
     }
 
-    /// Adds, up to the highest number that the database can record: the lengths of
-    /// sparse files can be anything.
+    /// Adds, up to the highest number that the database can record, because sparse
+    /// files can have any length.
     fn add_whole(&mut self, inodes: u64, size_bytes: u64, data_bytes: u64) {
         let Content {
             usage,

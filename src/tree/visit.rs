@@ -1,4 +1,4 @@
-//! Visiting what a tree holds, opened one by one.
+//! Visiting the entries of a tree, each opened.
 
 use std::ffi::CStr;
 
@@ -12,19 +12,18 @@ use crate::error::{Context, Result};
 
 const VISITING: &str = "look through a directory tree";
 
-/// What is found in a tree.
+/// An entry of the tree.
 pub enum Visited<'a> {
     /// A directory, opened.
     Directory(BorrowedFd<'a>),
     /// A regular file, opened.
     File(BorrowedFd<'a>),
-    /// A link or a node, which cannot be opened as what it is: its directory, and its
-    /// name there.
+    /// A link or a node, which cannot be opened: its directory, and its name there.
     Node(BorrowedFd<'a>, &'a CStr),
 }
 
-/// Shows what is below `top` to `each`, and `top` itself first, a directory before
-/// what is in it. What vanishes meanwhile is left out.
+/// Calls `each` for `top` and for everything below it, a directory before its
+/// entries. Entries that vanish meanwhile are left out.
 pub fn visit_open(top: impl AsFd, mut each: impl FnMut(Visited<'_>) -> Result<()>) -> Result<()> {
     let mut walk = Walk::begin(&top, VISITING)?;
     each(Visited::Directory(walk.parent()?))?;
@@ -47,12 +46,12 @@ enum Opened {
     Directory(OwnedFd),
     File(OwnedFd),
     Node,
-    /// Or another thing by now, or somebody's mount.
+    /// The entry is gone, was replaced, or is a mount point.
     Gone,
 }
 
-/// Opens a directory or a regular file, and nothing else: it may block or do things when
-/// it is opened.
+/// Opens a directory or a regular file. Other types are not opened, because that could
+/// block or have side effects.
 fn open(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Result<Opened, Errno> {
     let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
         Err(Errno::NOENT) => return Ok(Opened::Gone),

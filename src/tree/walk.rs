@@ -1,4 +1,4 @@
-//! Reading a tree's entries, a directory after the other.
+//! Reading the entries of a tree, one directory after another.
 
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
@@ -11,29 +11,29 @@ use super::{MAX_LEVELS, open_directory, too_deep};
 use crate::error::{Context, Result};
 use crate::util::entries::is_own;
 
-/// How many directories a walk holds open: several walks at the same time, and all else
-/// that the daemon holds, need less than 256 descriptors.
+/// How many directories a walk holds open. With this limit, several walks at the same
+/// time and everything else in the daemon need less than 256 descriptors.
 const MAX_OPEN: usize = 24;
 
 /// A device and an inode.
 pub(super) type Inode = (u64, u64);
 
-/// The directories being read, each in the one before. The walk enters only what
-/// [`Walk::enter`] gives it.
+/// The directories being read, each one an entry of the one before. The walk
+/// enters only the directories that are passed to [`Walk::enter`].
 pub(super) struct Walk {
     doing: &'static str,
     top: OwnedFd,
-    /// Those above the ones that are open, the top first. They are opened again on the
-    /// way back.
+    /// The upper directories that were closed, the top first. They are opened again on
+    /// the way back.
     closed: Vec<Closed>,
     open: VecDeque<Level>,
 }
 
 struct Level {
     dir: Dir,
-    /// Its name in the directory above.
+    /// The name in the directory above.
     name: CString,
-    /// Where in the directory its last entry ends (getdents(2), `d_off`).
+    /// The position after the last entry that was read (getdents(2), `d_off`).
     offset: i64,
 }
 
@@ -44,7 +44,8 @@ struct Closed {
 }
 
 impl Walk {
-    /// Begins with what is in `top`, which is opened again; `doing` is what errors say.
+    /// Begins with the entries of `top`, which is opened again. `doing` describes the
+    /// walk in errors.
     pub(super) fn begin(top: impl AsFd, doing: &'static str) -> Result<Walk> {
         let open = || open_directory(&top, c".").context(|| doing);
         let mut walk = Walk {
@@ -57,8 +58,8 @@ impl Walk {
         Ok(walk)
     }
 
-    /// The next entry, of the directory entered last or of one above it. What cannot be
-    /// found again because it was moved meanwhile is left out.
+    /// The next entry, of the directory entered last or of one above it. Directories
+    /// that were moved meanwhile, and cannot be found again, are left out.
     pub(super) fn next(&mut self) -> Result<Option<DirEntry>> {
         while !self.open.is_empty() {
             if let Some(entry) = self.next_here()? {
@@ -79,7 +80,7 @@ impl Walk {
         loop {
             match level.dir.find(is_own) {
                 None => return Ok(None),
-                // Removed while it is read.
+                // The directory was removed while it was read.
                 Some(Err(Errno::NOENT)) => {}
                 Some(entry) => {
                     let entry = entry.context(|| self.doing)?;
@@ -96,8 +97,7 @@ impl Walk {
         dir.and_then(|level| level.dir.fd()).context(|| self.doing)
     }
 
-    /// Goes on with what is in that directory, which the directory entered last has
-    /// under `name`.
+    /// Enters a directory, which is the entry `name` of the directory entered last.
     pub(super) fn enter(&mut self, directory: OwnedFd, name: &CStr) -> Result<()> {
         if self.closed.len() + self.open.len() >= MAX_LEVELS {
             return Err(too_deep());
@@ -120,8 +120,9 @@ impl Walk {
         Ok(())
     }
 
-    /// Goes back to the directory above, to where it was left. `false` if that is closed
-    /// and not above any more: the directory entered last was moved elsewhere.
+    /// Returns to the position in the directory above. Returns `false` if that directory
+    /// was closed and cannot be reached any more, because the directory entered last was
+    /// moved.
     pub(super) fn leave(&mut self) -> Result<bool> {
         let left = self.open.pop_back();
         let (Some(left), true, Some(above)) = (left, self.open.is_empty(), self.closed.last())
@@ -136,7 +137,7 @@ impl Walk {
     }
 
     /// Goes down from the top to the last of the closed directories, or as far as they
-    /// are where they were.
+    /// still are in their places.
     fn descend_again(&mut self) -> Result<()> {
         let mut fd = open_directory(&self.top, c".").context(|| self.doing)?;
         let mut reached = 1;
@@ -151,7 +152,7 @@ impl Walk {
         self.resume(fd)
     }
 
-    /// Goes on with the last of the closed directories, opened again as `fd`.
+    /// Continues in the last of the closed directories, opened again as `fd`.
     fn resume(&mut self, fd: OwnedFd) -> Result<()> {
         let Some(Closed { name, offset, .. }) = self.closed.pop() else {
             return Ok(());
@@ -163,7 +164,8 @@ impl Walk {
     }
 }
 
-/// Opens a directory that must be this inode; `None` if it is not, or not there.
+/// Opens a directory that must be this inode; returns `None` if it is another
+/// one or is not there.
 pub(super) fn open_as(
     parent: impl AsFd,
     name: &CStr,

@@ -25,7 +25,7 @@ pub fn remove_whiteouts(top: impl AsFd) -> Result<()> {
                 unlinkat(parent, name, AtFlags::empty()).context(|| REMOVING)?;
             }
             FileType::Directory => match open_directory(parent, name) {
-                // Gone, or another thing by now, or a mount.
+                // The directory is gone, was replaced, or is a mount point.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
                 opened => walk.enter(opened.context(|| REMOVING)?, name)?,
             },

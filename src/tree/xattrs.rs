@@ -1,4 +1,5 @@
-//! Extended attributes: which are content, copying them, and counting them.
+//! Extended attributes: which of them are content, copying them, and counting
+//! them.
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString};
@@ -14,19 +15,19 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// (xattr(7), `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 pub(super) const MAX_XATTR_BYTES: usize = 65536;
 
-/// How many names of attributes that are left out are remembered.
+/// How many names of attributes that were not copied are remembered.
 const MOST_NAMED: usize = 8;
 
-/// What an attribute is to a layer.
+/// What an attribute means for a layer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
-    /// Without it, the layer is another one.
+    /// It belongs to the layer's content.
     Content,
-    /// An ACL, or a label that the host's own security module has set: kept where the
-    /// target can have it, as containerd does when it unpacks.
+    /// An ACL, or a label that the host's own security module has set. It is copied
+    /// where the target supports it, as containerd does when it unpacks.
     IfPossible,
-    /// It belongs to the file system that it is on: a property, or its own form of
-    /// something that is listed under another name as well.
+    /// It belongs to the file system: a property, or another form of an attribute
+    /// that is also listed under another name.
     FileSystem,
 }
 
@@ -36,15 +37,15 @@ fn role(name: &[u8]) -> Role {
         b"system.posix_acl_access" | b"system.posix_acl_default" => Role::IfPossible,
         b"security.capability" => Role::Content,
         _ if begins(b"security.") => Role::IfPossible,
-        // XFS lists each ACL a second time, with ids that nobody maps.
+        // XFS lists each ACL a second time, with ids that are not mapped.
         _ if begins(b"trusted.SGI_") => Role::FileSystem,
         _ if begins(b"trusted.") || begins(b"user.") => Role::Content,
         _ => Role::FileSystem,
     }
 }
 
-/// Whether an attribute changes what a layer shows. overlayfs sets others on every
-/// directory that it copies up.
+/// Whether an attribute changes what a layer shows. Not all of overlayfs's do: it
+/// sets others on every directory that it copies up.
 fn is_mark(name: &[u8]) -> bool {
     const COPIED_UP: [&[u8]; 4] = [b"origin", b"impure", b"nlink", b"uuid"];
     let own = [&b"trusted.overlay."[..], &b"user.overlay."[..]];
@@ -52,8 +53,9 @@ fn is_mark(name: &[u8]) -> bool {
     role(name) == Role::Content && overlay.is_none_or(|name| !COPIED_UP.contains(&name))
 }
 
-/// Attributes of links and device nodes have no call that takes a descriptor;
-/// through /proc the last part of the path is ours and not followed.
+/// The path of an entry through /proc, for attributes of links and device
+/// nodes: there is no call for them that takes a descriptor. The last part of
+/// the path is not followed.
 pub(super) fn entry_path(parent: BorrowedFd<'_>, name: &CStr) -> CString {
     let mut path = format!("/proc/self/fd/{}/", parent.as_raw_fd()).into_bytes();
     path.extend_from_slice(name.to_bytes());
@@ -64,7 +66,7 @@ pub(super) fn fd_path(directory: BorrowedFd<'_>) -> CString {
     entry_path(directory, c".")
 }
 
-/// Room for the names and for one value, kept for the whole walk.
+/// Buffers for the names and for one value, reused during the whole walk.
 pub(super) struct XattrBuffers {
     names: Vec<u8>,
     value: Vec<u8>,
@@ -133,8 +135,9 @@ impl XattrBuffers {
     }
 }
 
-/// The target has no attributes of that kind, or does not let this program set one. An
-/// ACL that is too large, or a full disk, is another matter.
+/// Whether the error means that the target does not support attributes of that kind,
+/// or does not permit this program to set one. A full disk, or an ACL that is too
+/// large, is a real failure.
 fn cannot_have(errno: Errno) -> bool {
     matches!(
         errno,
@@ -142,8 +145,8 @@ fn cannot_have(errno: Errno) -> bool {
     )
 }
 
-/// ext4 says `ENOSPC` for an attribute that is larger than it can ever keep;
-/// with room on the disk, that is what it means.
+/// ext4 returns `ENOSPC` for an attribute that is larger than it can store; if
+/// the disk has room, the error means that.
 fn xattr_error(errno: Errno, to: &CStr, name: &CStr) -> Error {
     let what = format!("set its attribute {name:?}");
     let has_room = statvfs(to).is_ok_and(|disk| disk.f_bavail * disk.f_frsize > 1 << 20);

@@ -1,10 +1,11 @@
-//! The limit of open files.
+//! The limit of open files per process.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the soft limit of open files to the hard one. Service managers and shells
-/// start programs with a soft limit of 1024, for the sake of those that use select(2).
-/// Each connection is a descriptor, and a walk through a tree takes up to some fifty.
+/// Raises the soft limit of open files to the hard limit. Service managers and shells
+/// start programs with a soft limit of 1024, because select(2) cannot handle higher
+/// descriptors. The daemon needs more: each connection is a descriptor, and a walk
+/// through a tree takes up to about fifty.
 pub fn raise_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {

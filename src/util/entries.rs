@@ -4,12 +4,13 @@ use rustix::fd::AsFd;
 use rustix::fs::{Dir, DirEntry, FileType};
 use rustix::io::Result;
 
-/// Reads a directory from its beginning, whatever was read of it before.
+/// Reads a directory from its beginning, even if it has been read before.
 pub fn entries(directory: impl AsFd) -> Result<impl Iterator<Item = Result<DirEntry>>> {
     Ok(Dir::read_from(directory)?.filter(is_own))
 }
 
-/// Whether an entry, or a failure to read one, is something else than `.` or `..`.
+/// Whether an entry, or a failure to read one, is something other than `.` or
+/// `..`.
 pub fn is_own(entry: &Result<DirEntry>) -> bool {
     let is_dot = |entry: &DirEntry| matches!(entry.file_name().to_bytes(), b"." | b"..");
     !entry.as_ref().is_ok_and(is_dot)
@@ -21,8 +22,8 @@ pub fn is_empty(directory: impl AsFd) -> Result<bool> {
 }
 
 /// Whether a file system leaves out the types of directory entries (`d_type` in
-/// readdir(3)). overlayfs finds whiteouts by them: without them, deleted files show
-/// again. The directory must have an entry to look at.
+/// readdir(3)). overlayfs needs them to find whiteouts: without them, deleted files
+/// show again. The directory must have at least one entry.
 pub fn lacks_types(directory: impl AsFd) -> Result<bool> {
     for entry in entries(directory)? {
         if entry?.file_type() == FileType::Unknown {

@@ -1,7 +1,7 @@
-//! Steps at which a test can have the program killed, and flushes that it can have
-//! left out; not in builds for users.
+//! Fault points: steps at which a test can kill the program, and flushes that a
+//! test can leave out. Builds for users have none.
 
-/// Whether this build has such steps. Builds for users have none.
+/// Whether this build has fault points.
 pub const HAS_FAULT_POINTS: bool = cfg!(any(debug_assertions, feature = "fault-points"));
 
 /// Ends the process with SIGKILL if `SNAPSHOTTER_FAULT` names this step.
@@ -13,8 +13,8 @@ pub fn fault_point(step: &str) {
     }
 }
 
-/// Whether `SNAPSHOTTER_LEFT_OUT` names this flush: a test leaves it out to see that
-/// its absence is found.
+/// Whether `SNAPSHOTTER_LEFT_OUT` names this flush. A test leaves a flush out to see
+/// that the tests notice its absence.
 pub fn is_left_out(flush: &str) -> bool {
     HAS_FAULT_POINTS && std::env::var("SNAPSHOTTER_LEFT_OUT").is_ok_and(|name| name == flush)
 }

@@ -1,15 +1,15 @@
-//! FNV-1a with 64 bits (RFC 9923): tells whether something is what it was. No
-//! defence against anybody who means to deceive.
+//! FNV-1a with 64 bits (RFC 9923), to see whether bytes have changed. It is no
+//! protection against a program that forges bytes on purpose.
 
 const OFFSET_BASIS: u64 = 0xCBF2_9CE4_8422_2325;
 const PRIME: u64 = 0x0000_0100_0000_01B3;
 
-/// A sum over all bytes added so far.
+/// A checksum over all bytes added so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fnv(u64);
 
 impl Fnv {
-    /// That of nothing.
+    /// The checksum of no bytes.
     pub fn new() -> Fnv {
         Fnv(OFFSET_BASIS)
     }
@@ -21,7 +21,7 @@ impl Fnv {
         }
     }
 
-    /// The sum.
+    /// The checksum.
     pub fn sum(self) -> u64 {
         self.0
     }

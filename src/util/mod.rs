@@ -1,4 +1,4 @@
-//! What belongs to no domain.
+//! Helpers that belong to no domain.
 
 pub(crate) mod descriptors;
 pub(crate) mod entries;

@@ -1,12 +1,12 @@
-//! A state that threads wait for, and a way to end the waiting.
+//! A value that threads wait for, and a way to end their waiting.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::lock::lock;
 
-/// A value behind a mutex, with a condition variable and a flag that a background
-/// thread is to end. Waiting ends when the flag is set.
+/// A value behind a mutex, with a condition variable and a flag that asks
+/// background threads to end. All waiting ends when the flag is set.
 #[derive(Default)]
 pub struct Monitor<T> {
     state: Mutex<State<T>>,
@@ -27,7 +27,7 @@ impl<T> Monitor<T> {
         changed
     }
 
-    /// Reads or changes the value, and wakes nobody.
+    /// Reads or changes the value without waking any thread.
     pub fn look<R>(&self, look: impl FnOnce(&mut T) -> R) -> R {
         look(&mut lock(&self.state).value)
     }
@@ -43,8 +43,8 @@ impl<T> Monitor<T> {
         lock(&self.state).is_stopping
     }
 
-    /// Waits while `is_idle` holds, and then calls `take` under the same lock. `None`
-    /// after [`Monitor::stop`].
+    /// Waits while `is_idle` returns `true`, then calls `take` under the same lock.
+    /// Returns `None` after [`Monitor::stop`].
     pub fn wait_while<R>(
         &self,
         is_idle: impl Fn(&T) -> bool,
@@ -53,7 +53,7 @@ impl<T> Monitor<T> {
         self.wait_until(None, is_idle, take)
     }
 
-    /// Like [`Monitor::wait_while`], but waits no longer than until `deadline`.
+    /// Like [`Monitor::wait_while`], but stops waiting at `deadline`.
     pub fn wait_until<R>(
         &self,
         deadline: Option<Instant>,
@@ -75,7 +75,7 @@ impl<T> Monitor<T> {
         (!state.is_stopping).then(|| take(&mut state.value))
     }
 
-    /// Waits that long. `false` after [`Monitor::stop`].
+    /// Waits for `duration`. Returns `false` after [`Monitor::stop`].
     pub fn pause(&self, duration: Duration) -> bool {
         let deadline = Some(Instant::now() + duration);
         self.wait_until(deadline, |_| true, |_| ()).is_some()

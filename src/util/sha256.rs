@@ -1,4 +1,4 @@
-//! SHA-256 (FIPS 180-4), for the names that containerd computes of layers.
+//! SHA-256 (FIPS 180-4), for the chain ids by which containerd names layers.
 
 /// The first 32 bits of the fractional parts of the cube roots of the first 64 primes.
 const ROUNDS: [u32; 64] = [

@@ -1,12 +1,12 @@
-//! A thread that works beside the requests and ends with the value that stands
-//! for it.
+//! Background threads that end together with the value that owns them.
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// A running thread. Dropping it has the thread end, and waits for that.
+/// A running thread. Dropping this value stops the thread and waits for its
+/// end.
 pub struct Background {
     name: &'static str,
     stop: Box<dyn Fn() + Send>,
@@ -14,11 +14,11 @@ pub struct Background {
 }
 
 impl Background {
-    /// Starts a thread of that name, which does `work` on `part` until `stop` is called.
+    /// Starts a thread of that name, which runs `work` on `part` until `stop` is called.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if the system gives no thread.
+    /// [`ErrorKind::Internal`] if the system cannot start a thread.
     pub fn start<T: Send + Sync + 'static>(
         name: &'static str,
         part: &Arc<T>,
@@ -46,7 +46,10 @@ impl Drop for Background {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            log::error!("the {} has ended by a bug; the log says where", self.name);
+            log::error!(
+                "the {} has ended because of a bug; the log shows where",
+                self.name
+            );
         }
     }
 }

@@ -1,9 +1,9 @@
-//! Taking back what a refused request has done to a disk.
+//! Undoing what a refused request has done to a disk.
 
 use crate::error::Result;
 
-/// Runs a closure when dropped, unless [`Undo::keep`] was called. Make one before or
-/// right after the step that it takes back.
+/// Runs a closure when dropped, unless [`Undo::keep`] was called. Create it before
+/// the step that it undoes, or right after it.
 #[must_use = "dropping it takes the step back"]
 pub struct Undo<F: FnOnce() -> Result<()>> {
     what: &'static str,
@@ -11,8 +11,8 @@ pub struct Undo<F: FnOnce() -> Result<()>> {
 }
 
 impl<F: FnOnce() -> Result<()>> Undo<F> {
-    /// `what` names the step in the log line that is written if taking it back fails,
-    /// for example "the directories of a refused snapshot".
+    /// `what` names the step in the log line that is written if the closure fails,
+    /// for example "the link of a refused commit".
     pub fn new(what: &'static str, undo: F) -> Undo<F> {
         Undo {
             what,
@@ -20,7 +20,7 @@ impl<F: FnOnce() -> Result<()>> Undo<F> {
         }
     }
 
-    /// The request succeeded: what was done stays.
+    /// Keeps what was done, because the request has succeeded.
     pub fn keep(mut self) {
         self.undo = None;
     }
@@ -31,8 +31,8 @@ impl<F: FnOnce() -> Result<()>> Drop for Undo<F> {
         if let Some(undo) = self.undo.take()
             && let Err(error) = undo()
         {
-            // The next start removes what stays.
-            log::warn!("undo {}: {}", self.what, error.chain());
+            // The next start removes what is left.
+            log::warn!("cannot undo {}: {}", self.what, error.chain());
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Taking over volumes that another program has filled, and giving them back.
 //!
-//! Nothing is made in such a volume by looking at it. What is not taken over is
-//! set aside in `<volume>/left-out/<id>`, where no start takes it for a stray.
-//! After a crash part of it may be there; to put all of it back is to begin anew.
+//! Opening such a volume creates nothing on it. What is not taken over is set
+//! aside in `<volume>/left-out/<id>`, where no start takes it for a stray. After
+//! a crash, only part of it may have been set aside; the next try puts everything
+//! back first.
 
 use std::collections::HashMap;
 
@@ -19,7 +20,7 @@ use super::paths::{EMPTY, IDS, LEFT_OUT, SNAPSHOTS, TRASH, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 
-/// A volume as another program has filled it.
+/// A volume that another program has filled.
 pub struct Filled {
     volume: Volume,
     path: String,
@@ -28,8 +29,8 @@ pub struct Filled {
 }
 
 impl Filled {
-    /// Opens it; `None` if it is not there or has no `snapshots`, as a bare mount
-    /// point.
+    /// Opens the volume. Returns `None` if it is not there or has no `snapshots`,
+    /// like a bare mount point.
     ///
     /// # Errors
     ///
@@ -51,12 +52,12 @@ impl Filled {
         }
     }
 
-    /// Which volume it is.
+    /// Whether this is the image volume or the writable one.
     pub fn volume(&self) -> Volume {
         self.volume
     }
 
-    /// Where it is, as configured.
+    /// The path, as configured.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -70,8 +71,8 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the file system does not tell what is a
-    /// directory.
+    /// [`ErrorKind::FailedPrecondition`] if the file system does not report which
+    /// entries are directories.
     pub fn numbered(&self) -> Result<(HashMap<SnapshotId, FileType>, Vec<String>)> {
         let mut numbered = HashMap::new();
         let mut others = Vec::new();
@@ -88,9 +89,10 @@ impl Filled {
         Ok((numbered, others))
     }
 
-    /// Whether a snapshot has `fs` here.
+    /// Whether a snapshot has a directory `fs` on this volume.
     pub fn has_upper(&self, id: SnapshotId) -> Result<bool> {
-        // A link in the place of its own directory is followed by no opening.
+        // If the snapshot's own directory is a link, opening the path below
+        // would follow it.
         Ok(self.is_directory(&id.to_string())? && self.is_directory(&upper_of(id))?)
     }
 
@@ -107,22 +109,22 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is not there.
+    /// [`ErrorKind::DataLoss`] if there is none.
     pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
         open_upper(&self.snapshots, &self.path, id)
     }
 
-    /// The directory that holds all snapshots.
+    /// The metadata of `snapshots/`.
     pub fn stat_snapshots(&self) -> Result<Stat> {
         fstat(&self.snapshots).context(|| format!("look at {}/{SNAPSHOTS}", self.path))
     }
 
-    /// A snapshot's `fs`, if it is there.
+    /// The metadata of a snapshot's `fs`; `None` if it cannot be read.
     pub fn stat_upper(&self, id: SnapshotId) -> Option<Stat> {
         statat(&self.snapshots, upper_of(id), AtFlags::SYMLINK_NOFOLLOW).ok()
     }
 
-    /// The numbers that are set aside.
+    /// The ids of everything that is set aside.
     ///
     /// # Errors
     ///
@@ -147,7 +149,7 @@ impl Filled {
         Ok(Some((fd, ids)))
     }
 
-    /// Moves what has these numbers to `left-out/`, durably.
+    /// Moves the entries with these ids to `left-out/`, durably.
     pub fn set_aside(&self, ids: &[SnapshotId]) -> Result<()> {
         if ids.is_empty() {
             return Ok(());
@@ -166,7 +168,8 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if a name there has been taken meanwhile.
+    /// [`ErrorKind::FailedPrecondition`] if one of the names in `snapshots/` has
+    /// been taken since.
     pub fn put_back(&self) -> Result<()> {
         let path = &self.path;
         let Some((left_out, ids)) = self.open_left_out()? else {
@@ -186,7 +189,7 @@ impl Filled {
                 })?,
             }
         }
-        // What else somebody has put there keeps it.
+        // The directory stays if anything else is in it.
         let _ = unlinkat(&self.top, LEFT_OUT, AtFlags::REMOVEDIR);
         self.flush([&self.snapshots, &left_out, &self.top])
     }
@@ -203,8 +206,8 @@ impl Filled {
         })
     }
 
-    /// Removes what taking the volume into use has made; directories only if there is
-    /// nothing in them.
+    /// Removes what taking the volume into use has created; directories only if they
+    /// are empty.
     pub fn leave(&self) {
         let _ = unlinkat(&self.top, IDS, AtFlags::empty());
         let made: &[&str] = match self.volume {
@@ -224,7 +227,7 @@ impl Filled {
     }
 }
 
-/// A rename that replaces nothing, also into a directory that somebody has put into
+/// Renames without replacing anything, also into a directory that has been put into
 /// a project since.
 fn move_into(from: &OwnedFd, to: &OwnedFd, name: &str) -> std::result::Result<(), Errno> {
     match move_aside(from, name, to, name) {

@@ -1,6 +1,7 @@
-//! Which ids were used last on a volume: the file `.ids` at its top, with the number of
-//! the newest block and the block's token. A database that has not reserved this block
-//! is not the one that filled the volume, or is an older state of it.
+//! The file `.ids` at the top of a volume, which records the ids that were used there
+//! last: the number of the newest block, and the block's token. A database that has not
+//! reserved this block has not filled the volume, or is an older copy of the one that
+//! has.
 
 use rustix::fd::AsFd;
 use rustix::fs::{Mode, OFlags, openat};
@@ -13,8 +14,8 @@ use crate::error::{Context, Error, Result};
 use crate::types::Block;
 
 impl Dirs {
-    /// The newest block whose ids were used on the volume; `None` if there is none, as
-    /// on a volume that an earlier version of this program has filled.
+    /// The newest block whose ids were used on the volume; `None` if none is recorded,
+    /// as on a volume that an earlier version of this program has filled.
     ///
     /// # Errors
     ///
@@ -46,7 +47,7 @@ pub(super) fn read_block(top: impl AsFd, path: &str) -> Result<Option<Block>> {
     let mut bytes = [0_u8; 128];
     let length = match openat(top, IDS, flags, Mode::empty()) {
         Err(Errno::NOENT) => return Ok(None),
-        // No file.
+        // There is no file.
         Err(Errno::LOOP) => 0,
         file => match read(&file.context(reading)?, &mut bytes) {
             Err(Errno::ISDIR) => 0,

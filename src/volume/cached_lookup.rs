@@ -1,22 +1,23 @@
-//! Looks that wait for no disk: only for what the kernel has in memory.
+//! Looking up paths in the kernel's memory only, without waiting for a disk.
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 
-/// What such a look finds.
+/// The result of such a lookup.
 #[derive(Debug)]
 pub(super) enum Glance {
-    /// The file itself, links not followed; opened to be looked at only.
+    /// The file itself, opened with O_PATH; links are not followed.
     There(OwnedFd),
-    /// It is known that there is none.
+    /// The kernel knows that the path does not exist.
     Absent,
-    /// A disk would have to be asked, or the kernel is older than Linux 5.12, or the
-    /// file system does not remember what it does not have (tmpfs).
+    /// The answer would need a disk, or the kernel is older than Linux 5.12, or the
+    /// file system does not remember names that do not exist (tmpfs).
     Unknown,
 }
 
-/// A mount made elsewhere on the host meanwhile lets such a look fail.
+/// How often the lookup is tried: it fails if something is mounted anywhere on
+/// the host at the same time.
 const ATTEMPTS: usize = 3;
 
 /// Looks for `path`, relative to `directory` (openat2(2), `RESOLVE_CACHED`).
@@ -49,7 +50,7 @@ mod tests {
         assert!(!matches!(glance(&top, "none"), Glance::There(_)));
         std::os::unix::fs::symlink("none", dir.path().join("link")).unwrap();
         assert!(matches!(glance(&top, "link"), Glance::There(_)));
-        // No file system can know what nobody has looked for yet.
+        // No file system can know the answer before a first lookup.
         assert!(!matches!(glance(&top, "never"), Glance::There(_)));
     }
 }

@@ -1,4 +1,4 @@
-//! `snapshots/` and `trash/` of one volume.
+//! The directories `snapshots/` and `trash/` of one volume.
 
 use std::ffi::{CStr, CString};
 use std::sync::OnceLock;
@@ -18,7 +18,7 @@ use crate::types::{SnapshotId, Volume};
 use crate::util::entries::entries;
 use crate::util::undo::Undo;
 
-/// In the trash, so that one left by a crash is deleted.
+/// A file in the trash, so that one that a crash has left is deleted.
 const PROBE: &str = "probe";
 
 /// What a snapshot's directory holds.
@@ -30,7 +30,7 @@ pub enum Shape {
     UpperOnly,
 }
 
-/// Whom a snapshot's `fs` belongs to.
+/// The owner of a snapshot's `fs`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Owner {
     /// User id on the host.
@@ -42,9 +42,10 @@ pub struct Owner {
 /// Something found in `snapshots/`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Its name.
+    /// The entry's name.
     pub name: CString,
-    /// Its type; of what [`list`] returns, as the directory has it.
+    /// The entry's type. In a result of [`list`], it is the type that the
+    /// directory reports.
     pub file_type: FileType,
 }
 
@@ -54,13 +55,13 @@ pub struct Dirs {
     path: String,
     top: OwnedFd,
     snapshots: OwnedFd,
-    /// Opened when it is needed: most requests leave it alone.
+    /// Opened at the first use, because most requests do not need it.
     trash: OnceLock<OwnedFd>,
 }
 
 impl Dirs {
-    /// Opens, and where missing creates, `snapshots` in `top`; `trash` when it is
-    /// needed.
+    /// Opens `snapshots` in `top`, and creates it if it is missing. `trash` is
+    /// opened at its first use.
     pub(super) fn open(volume: Volume, path: &str, top: OwnedFd) -> Result<Dirs> {
         Ok(Dirs {
             volume,
@@ -76,8 +77,9 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if something has that id already. An empty
-    /// directory, as an unfinished request leaves it, goes to the trash.
+    /// [`ErrorKind::FailedPrecondition`] if files that no snapshot owns have that
+    /// id. An empty directory, as an unfinished request leaves it, goes to the
+    /// trash.
     pub fn create(
         &self,
         id: SnapshotId,
@@ -100,15 +102,16 @@ impl Dirs {
             made => made,
         }
         .context(creating)?;
-        let new = Undo::new("make the directories of a snapshot", move || {
+        let new = Undo::new("the creation of a snapshot's directories", move || {
             self.trash(id).map(drop)
         });
-        // No link can be in the way: the directory has just been made.
+        // The directory was just created, so no link in it can be followed.
         fill(&self.snapshots, &format!("{name}/"), shape, owner).context(creating)?;
         Ok(new)
     }
 
-    /// Whether something other than an empty directory of a snapshot has that id.
+    /// Whether something has that id, other than an empty directory as
+    /// [`Dirs::create`] makes it.
     pub fn is_taken(&self, id: SnapshotId) -> Result<bool> {
         match statat(&self.snapshots, id.to_string(), AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => Ok(false),
@@ -119,27 +122,29 @@ impl Dirs {
         }
     }
 
-    /// Whether a snapshot's directory holds all that [`Dirs::create`] makes.
+    /// Whether a snapshot's directory has all the parts that [`Dirs::create`]
+    /// makes.
     pub fn is_whole(&self, id: SnapshotId, shape: Shape) -> bool {
         is_directory(&self.snapshots, &upper_of(id))
             && (shape == Shape::UpperOnly || is_directory(&self.snapshots, &format!("{id}/{WORK}")))
     }
 
-    /// Makes what a snapshot's directory lacks, as after a power cut between
-    /// the parts that [`Dirs::create`] makes; what is there stays.
+    /// Creates the missing parts of a snapshot's directory, as after a power
+    /// cut between the steps of [`Dirs::create`]. Existing parts stay as they
+    /// are.
     pub fn complete(&self, id: SnapshotId, shape: Shape, owner: Owner) -> Result<()> {
         open_path(&self.snapshots, &id.to_string())
             .and_then(|top| fill(top, "", shape, owner))
             .context(|| format!("complete the directory {}", self.snapshot_path(id)))
     }
 
-    /// Moves a snapshot's directory, or whatever has its name, to the trash, and returns
-    /// its name there; `None` if there was nothing.
+    /// Moves a snapshot's directory, or anything else with its name, to the trash.
+    /// Returns the name there; `None` if there was nothing.
     pub fn trash(&self, id: SnapshotId) -> Result<Option<String>> {
         self.trash_entry(&id.to_string())
     }
 
-    /// Moves the entry `name` of `snapshots/` to the trash, and returns its name there;
+    /// Moves the entry `name` of `snapshots/` to the trash. Returns the name there;
     /// `None` if there was nothing.
     pub fn trash_entry(&self, name: &str) -> Result<Option<String>> {
         let trash = self.trash_fd()?;
@@ -147,16 +152,17 @@ impl Dirs {
             .context(|| format!("move {}/{SNAPSHOTS}/{name} to the trash", self.path))
     }
 
-    /// Moves an entry of `snapshots/` into a directory in which nothing is created, under
-    /// its own name or, if that is taken, with a number behind it. Returns the name;
-    /// `None` if there was nothing.
+    /// Moves an entry of `snapshots/` into a directory in which nothing is created. If
+    /// its name is taken there, a number is appended. Returns the name there; `None` if
+    /// there was nothing.
     fn move_to(&self, name: &str, to: impl AsFd) -> std::result::Result<Option<String>, Errno> {
         let mut target = name.to_owned();
         for attempt in 1_u64.. {
             match move_aside(&self.snapshots, name, &to, &target) {
                 Ok(()) => return Ok(Some(target)),
                 Err(Errno::NOENT) => return Ok(None),
-                // Clearing the inherit flag loses no quota accounting.
+                // Nothing is created in that directory, so clearing its inherit
+                // flag loses no quota accounting.
                 Err(Errno::XDEV) if stop_handing_on(&to)? => {}
                 Err(Errno::EXIST | Errno::NOTEMPTY) => target = format!("{name}.{attempt}"),
                 Err(errno) => return Err(errno),
@@ -165,9 +171,9 @@ impl Dirs {
         unreachable!("2^64 names are never all taken")
     }
 
-    /// Moves the entry of that id, which no snapshot owns, out of `snapshots/`: to the trash
-    /// if it is as [`Dirs::create`] makes it, else to `left-out/`, which only a person
-    /// empties. Returns the new path of what was set aside.
+    /// Moves the entry of that id, which no snapshot owns, out of `snapshots/`: to the
+    /// trash if it is as [`Dirs::create`] makes it, otherwise to `left-out/`, which only
+    /// a person empties. Returns the new path if the entry went to `left-out/`.
     pub fn clear_away(&self, id: SnapshotId) -> Result<Option<String>> {
         if self.is_unfilled(id)? {
             return self.trash(id).map(|_| None);
@@ -210,7 +216,7 @@ impl Dirs {
         Ok(names)
     }
 
-    /// Opens a snapshot's own directory, the one above `fs`.
+    /// Opens a snapshot's directory, which contains `fs`.
     ///
     /// # Errors
     ///
@@ -234,7 +240,7 @@ impl Dirs {
     pub fn entries(&self) -> Result<Vec<Entry>> {
         let mut entries = list(&self.snapshots, &self.path, SNAPSHOTS)?;
         for entry in &mut entries {
-            // A file system may leave a type out.
+            // Some file systems do not report types.
             if entry.file_type == FileType::Unknown {
                 entry.file_type = self.type_of(&entry.name)?;
             }
@@ -251,16 +257,18 @@ impl Dirs {
         }
     }
 
-    /// The highest number that an entry of `snapshots/` or of `trash/` has; 0
-    /// without any.
+    /// The highest id among the names in `snapshots/` and `trash/`; 0 if there
+    /// are none.
     pub fn highest_id(&self) -> Result<u64> {
         let mut all = self.entries()?;
         all.extend(self.trashed()?);
         let number = |entry: &Entry| {
-            // What was trashed twice has a number of its own behind a dot.
+            // The second entry of one name in the trash has a number after a
+            // dot.
             let name = entry.name.to_bytes().split(|byte| *byte == b'.').next();
             let number = SnapshotId::from_directory_name(name?)?.number();
-            // No daemon comes that far: it is another program's.
+            // No daemon gives out ids this high: another program has made the
+            // entry.
             (number < 1 << 48).then_some(number)
         };
         Ok(all.iter().filter_map(number).max().unwrap_or(0))
@@ -274,10 +282,10 @@ impl Dirs {
     /// Makes everything written on the volume so far durable (`syncfs(2)`).
     ///
     /// # Errors
-    ///
-    /// [`ErrorKind::FailedPrecondition`] if somebody has made it read-only, which
-    /// flushes it; [`ErrorKind::DataLoss`] if the disk has failed to take some of
-    /// it, or its file system takes nothing any more.
+    /// [`ErrorKind::FailedPrecondition`] if an administrator has made the volume
+    /// read-only, which flushes it; [`ErrorKind::DataLoss`] if the disk has
+    /// failed to write some of it, or the file system does not write at all any
+    /// more.
     pub fn sync(&self) -> Result<()> {
         let flushing = || format!("flush the {} volume {}", self.volume, self.path);
         let failed =
@@ -286,13 +294,14 @@ impl Dirs {
         if state.f_flag.contains(StatVfsMountFlags::RDONLY) {
             return Err(Errno::ROFS).context(flushing);
         }
-        // Before the flush: a file system that dies in it opens nothing any more.
+        // Opened before the flush, because a file system that fails during it
+        // opens nothing any more.
         let trash = self.trash_fd()?;
         syncfs(&self.snapshots).map_err(failed)?;
         require_alive(trash).map_err(failed)
     }
 
-    /// The trash, to be filled or emptied; created if it is missing.
+    /// The trash, to be filled or emptied. It is created if it is missing.
     pub fn trash_fd(&self) -> Result<BorrowedFd<'_>> {
         if let Some(trash) = self.trash.get() {
             return Ok(trash.as_fd());
@@ -301,7 +310,7 @@ impl Dirs {
         Ok(self.trash.get_or_init(|| opened).as_fd())
     }
 
-    /// Which volume this is.
+    /// Whether this is the image volume or the writable one.
     pub fn volume(&self) -> Volume {
         self.volume
     }
@@ -310,12 +319,12 @@ impl Dirs {
         self.top.as_fd()
     }
 
-    /// Where the volume is, as configured.
+    /// The path of the volume, as configured.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// `snapshots/`, which stands for the volume's file system as well.
+    /// `snapshots/`, which also represents the volume's file system.
     pub fn snapshots_fd(&self) -> BorrowedFd<'_> {
         self.snapshots.as_fd()
     }
@@ -325,7 +334,8 @@ impl Dirs {
     }
 }
 
-/// Makes what a snapshot's directory lacks, by names with that prefix.
+/// Creates the missing parts of a snapshot's directory. `prefix` precedes their
+/// names.
 pub(super) fn fill(
     at: impl AsFd,
     prefix: &str,
@@ -346,7 +356,8 @@ pub(super) fn fill(
     let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
     let flags = AtFlags::SYMLINK_NOFOLLOW;
     chownat(&at, upper.as_str(), Some(uid), Some(gid), flags)?;
-    // A file system that clears bits with a change of owner has them back.
+    // Sets the mode again, because some file systems clear bits of it when the
+    // owner changes.
     chmodat(
         &at,
         upper.as_str(),
@@ -355,24 +366,24 @@ pub(super) fn fill(
     )
 }
 
-/// A file system that has made itself read-only (as ext4 does after an error) flushes
-/// nothing, but `syncfs` reports success, and `statvfs` does not show it. It only refuses
-/// to be changed.
+/// Checks that a file system still writes. One that has made itself read-only (as ext4
+/// does after an error) flushes nothing, but `syncfs` reports success, and `statvfs` does
+/// not show it. Only a change fails.
 fn require_alive(trash: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
     match mkdirat(trash, PROBE, Mode::from_raw_mode(0o700)) {
-        // Full is alive.
+        // A full file system still writes.
         Ok(()) | Err(Errno::EXIST | Errno::NOSPC | Errno::DQUOT) => {}
         Err(errno) => return Err(errno),
     }
     match unlinkat(trash, PROBE, AtFlags::REMOVEDIR) {
-        // Cleanup may have been quicker.
+        // A Cleanup may have deleted it already.
         Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(errno) => Err(errno),
     }
 }
 
-/// A rename that replaces nothing, also where the file system cannot promise
-/// that by itself (`RENAME_NOREPLACE` came to some after Linux 3.15).
+/// Renames without replacing anything, also on file systems that do not support
+/// `RENAME_NOREPLACE`, which came to some after Linux 3.15.
 pub(super) fn move_aside(
     from: impl AsFd,
     name: &str,
@@ -389,12 +400,12 @@ pub(super) fn move_aside(
     }
 }
 
-/// Clears a directory's inherit flag: an entry of another project cannot be moved into a
-/// directory that gives its project to new entries (rename(2), EXDEV). `false` if the flag
-/// was not set, so that the move has failed for another reason.
+/// Clears a directory's inherit flag, because an entry of another project cannot be moved
+/// into a directory that gives its project to new entries (rename(2), EXDEV). Returns
+/// `false` if the flag was not set, so that the move has failed for another reason.
 pub(super) fn stop_handing_on(directory: impl AsFd) -> std::result::Result<bool, Errno> {
     let mut attributes = match quota::file_attributes(&directory) {
-        // A file system without projects.
+        // The file system does not know projects.
         Err(Errno::NOTTY | Errno::OPNOTSUPP) => return Ok(false),
         attributes => attributes?,
     };
@@ -406,14 +417,15 @@ pub(super) fn stop_handing_on(directory: impl AsFd) -> std::result::Result<bool,
     Ok(true)
 }
 
-/// Whether there is a directory at a path below `parent`; no link is followed at
+/// Whether there is a directory at a path below `parent`. No link is followed at
 /// its end.
 fn is_directory(parent: impl AsFd, path: &str) -> bool {
     statat(parent, path, AtFlags::SYMLINK_NOFOLLOW)
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
-/// Opens a snapshot's `fs` below the `snapshots` of the volume at `volume`.
+/// Opens a snapshot's `fs` below the directory `snapshots` of the volume at
+/// `volume`.
 pub(super) fn open_upper(snapshots: impl AsFd, volume: &str, id: SnapshotId) -> Result<OwnedFd> {
     let opening = || format!("open {volume}/{SNAPSHOTS}/{}", upper_of(id));
     open_path(snapshots, &id.to_string())
@@ -421,7 +433,7 @@ pub(super) fn open_upper(snapshots: impl AsFd, volume: &str, id: SnapshotId) -> 
         .map_err(|errno| Error::missing(errno, opening()))
 }
 
-/// Everything in the opened `directory` of the volume at `volume`.
+/// The entries of the opened `directory` of the volume at `volume`.
 pub(super) fn list(fd: impl AsFd, volume: &str, directory: &str) -> Result<Vec<Entry>> {
     let listing = || format!("list {volume}/{directory}");
     let entry = |entry: DirEntry| Entry {

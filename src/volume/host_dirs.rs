@@ -1,12 +1,15 @@
 //! Links to host directories: `<root>/lowers/<id>.<number>`.
 //!
-//! Mounting sides shorten long lists of lower directories by changing into the
-//! directory that all share, and cannot where one is elsewhere on the host. So
-//! each is reached through a link beneath the root, and whatever its path holds
-//! stays out of the mount options. Each snapshot has links of its own, by number
-//! from 0 on: nothing has to be counted, and none is touched for another's sake.
-//! After a crash there may be links of snapshots that are gone, or too few:
-//! a start removes the former, the next look at the mounts mends the latter.
+//! The mounting program shortens long lists of lower directories by changing
+//! into their common parent directory. It cannot do that if one of them is
+//! elsewhere on the host, so each host directory is reached through a link below
+//! the root. This also keeps all characters of its path out of the mount
+//! options. Each snapshot has links of its own, numbered from 0, so that no use
+//! has to be counted, and no snapshot touches the links of another.
+//!
+//! After a crash, links of removed snapshots may be left, or some links may be
+//! missing. The next start removes the former; the latter are created by the
+//! next request for the mounts.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -27,13 +30,13 @@ use crate::util::entries::entries;
 use crate::util::lock::lock;
 use crate::util::undo::Undo;
 
-/// Opens `lowers/` of a root, if it is there.
+/// Opens `lowers/` of a root if it exists.
 pub(super) fn open_host_dirs(top: impl AsFd) -> OnceLock<OwnedFd> {
     open_to_list(top, HOST_DIRS).map_or_else(|_| OnceLock::new(), OnceLock::from)
 }
 
-/// What a link is called before it takes the place of another. [`Image::host_links_made`]
-/// lets one request at a time use it.
+/// The name of a link before it replaces another one. While [`Image::host_links_made`] is
+/// locked, only one request uses it.
 const NEW: &str = ".new";
 
 impl Image {
@@ -46,7 +49,7 @@ impl Image {
             .collect()
     }
 
-    /// Whether a snapshot's links are these, and no others.
+    /// Whether a snapshot has links to exactly these directories.
     pub fn has_host_dir_links(&self, id: SnapshotId, targets: &[PathBuf]) -> Result<bool> {
         let Some(links) = self.links_dir() else {
             return Ok(targets.is_empty());
@@ -71,23 +74,25 @@ impl Image {
         Ok(true)
     }
 
-    /// Whether a snapshot has none, told without a disk: `false` if it may have some.
+    /// Whether a snapshot has no links, as far as the kernel knows without asking a
+    /// disk. `false` means that it may have some.
     pub(super) fn has_no_links_for_sure(&self, id: SnapshotId) -> bool {
         let first = |links| glance(links, &link_name(id, 0));
         let first = self.links_dir().map(first);
         matches!(first, None | Some(Glance::Absent))
     }
 
-    /// Makes a snapshot's links lead to these directories, one after another,
-    /// each in one step; further ones are removed. Leaves nothing behind on failure.
+    /// Makes a snapshot's links lead to these directories. Each link is replaced in
+    /// one step; further links are removed. On failure, no new links are left.
     pub fn link_host_dirs<'a>(
         &'a self,
         id: SnapshotId,
         targets: &[PathBuf],
     ) -> Result<Undo<impl FnOnce() -> Result<()> + use<'a>>> {
-        let new = Undo::new("link the host directories of a snapshot", move || {
-            self.remove_host_dir_links(id)
-        });
+        let new = Undo::new(
+            "the links to the host directories of a snapshot",
+            move || self.remove_host_dir_links(id),
+        );
         if targets.is_empty() {
             self.remove_host_dir_links(id)?;
             return Ok(new);
@@ -111,8 +116,8 @@ impl Image {
         Ok(new)
     }
 
-    /// Removes a snapshot's links, if it has any. If it has none, a disk that takes no
-    /// writes is not waited for.
+    /// Removes a snapshot's links, if it has any. If it has none, nothing is written,
+    /// so that a disk which does not answer is not waited for.
     pub fn remove_host_dir_links(&self, id: SnapshotId) -> Result<()> {
         if self.has_host_dir_links(id, &[])? {
             return Ok(());
@@ -137,7 +142,8 @@ impl Image {
         Ok(())
     }
 
-    /// Removes every link but those of the snapshots that `is_wanted` names.
+    /// Removes all links except those of the snapshots for which `is_wanted`
+    /// returns `true`.
     pub fn sweep_host_dir_links(&self, is_wanted: impl Fn(SnapshotId) -> bool) -> Result<()> {
         let Some(links) = self.links_dir() else {
             return Ok(());
@@ -154,7 +160,10 @@ impl Image {
                 Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => {}
                 Err(errno) => return Err(errno).context(sweeping),
             }
-            log::info!("the link {:?} in lowers/ led nowhere needed: removed", name);
+            log::info!(
+                "removed the link {:?} in lowers/, which no snapshot needs any more",
+                name
+            );
         }
         Ok(())
     }
@@ -163,7 +172,8 @@ impl Image {
         format!("{}/{HOST_DIRS}", self.path())
     }
 
-    /// Where nobody has asked for host directories, there is none.
+    /// The directory of the links; `None` if no container has ever asked for
+    /// host directories.
     fn links_dir(&self) -> Option<BorrowedFd<'_>> {
         self.host_dirs.get().map(AsFd::as_fd)
     }

@@ -1,6 +1,6 @@
-//! Which disk is the writable volume: a random number in `<writable>/.volume`,
-//! also recorded in the database. A mount point without its disk, or with
-//! another one, does not have it.
+//! The identity of the writable volume: a random number in `<writable>/.volume`
+//! that is also recorded in the database. A bare mount point, or another disk,
+//! does not have this number.
 
 use std::fmt;
 
@@ -26,7 +26,7 @@ impl Identity {
     /// The name of the fact under which a database keeps its own identity.
     pub const FACT: &str = "identity";
 
-    /// A new one.
+    /// A new identity.
     pub fn random() -> Result<Identity> {
         let mut bytes = [0_u8; HEX_DIGITS / 2];
         let length =
@@ -37,7 +37,7 @@ impl Identity {
         ))
     }
 
-    /// Reads what [`fmt::Display`] wrote; `None` for anything else.
+    /// Parses the text that [`fmt::Display`] writes; `None` for any other text.
     pub fn parse(text: &str) -> Option<Identity> {
         let is_ours = text.len() == HEX_DIGITS
             && text
@@ -53,23 +53,25 @@ impl fmt::Display for Identity {
     }
 }
 
-/// What a first start finds in the writable directory.
+/// The mark that a first start finds in the writable directory.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// It is marked as the wanted volume.
+    /// The directory is marked as the wanted volume.
     Ours,
-    /// It has no mark.
+    /// The directory has no mark.
     Free,
-    /// It carries the mark of another root's volume, and nothing was changed.
+    /// The directory has the mark of another root's volume, and nothing was
+    /// changed.
     Foreign(Identity),
 }
 
 impl Identity {
-    /// Tells whose mark the directory `top` has.
+    /// Returns whose mark the directory `top` has.
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if its mark is no mark of ours.
+    /// `ErrorKind::FailedPrecondition` if the file is not a mark of this
+    /// program.
     pub fn look(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         Ok(match read_mark(top, path)? {
             Some(found) if found == *self => Claim::Ours,
@@ -78,12 +80,13 @@ impl Identity {
         })
     }
 
-    /// Marks the directory `top` as this volume, durably, unless it carries a
-    /// mark already.
+    /// Marks the directory `top` as this volume, durably, unless it has a mark
+    /// already.
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if its mark is no mark of ours.
+    /// `ErrorKind::FailedPrecondition` if the file is not a mark of this
+    /// program.
     pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         match self.look(&top, path)? {
             Claim::Free => {
@@ -95,7 +98,8 @@ impl Identity {
         }
     }
 
-    /// Takes this mark from the directory `top`, durably; any other stays.
+    /// Removes this mark from the directory `top`, durably. The mark of another
+    /// volume stays.
     pub fn unmark(&self, top: impl AsFd, path: &str) -> Result<()> {
         if self.look(&top, path)? != Claim::Ours {
             return Ok(());
@@ -106,8 +110,8 @@ impl Identity {
     }
 }
 
-/// A mark as its file system shows it. Whatever takes its place has another inode or
-/// other times: the same one need not be read again.
+/// The inode and times of a mark. As long as they are the same, it is the same mark,
+/// and need not be read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
     device: u64,
@@ -117,17 +121,19 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    /// The mark in the directory `top`, if there is one that can be looked at.
+    /// The mark in the directory `top`; `None` if there is none, or if it
+    /// cannot be looked at.
     pub(super) fn in_directory(top: impl AsFd) -> Option<Seen> {
         Seen::at(top, MARK)
     }
 
-    /// The mark in the directory of that path.
+    /// The mark in the directory at this path.
     pub(super) fn in_path(path: &str) -> Option<Seen> {
         Seen::at(CWD, &format!("{path}/{MARK}"))
     }
 
-    /// As [`Seen::in_path`], if no disk has to be asked.
+    /// Like [`Seen::in_path`], but `None` also where a disk would have to be
+    /// asked.
     pub(super) fn at_a_glance(path: &str) -> Option<Seen> {
         match glance(CWD, &format!("{path}/{MARK}")) {
             Glance::There(mark) => fstat(mark).ok().map(Seen::of),
@@ -151,7 +157,8 @@ impl Seen {
     }
 }
 
-/// Refuses the opened writable directory unless it is the volume of that identity.
+/// Returns an error unless the opened writable directory is the volume of that
+/// identity.
 pub(super) fn confirm(top: impl AsFd, path: &str, identity: &Identity) -> Result<()> {
     match read_mark(top, path)? {
         Some(found) if found == *identity => Ok(()),

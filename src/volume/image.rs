@@ -1,5 +1,5 @@
-//! The image volume: `<root>`. It stays open for the daemon's whole life; its
-//! lock and, by default, its database are there anyway.
+//! The image volume: `<root>`. It stays open as long as the daemon runs,
+//! because its lock and, by default, its database keep files open there anyway.
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind as IoKind;
@@ -26,31 +26,31 @@ use crate::util::entries::{is_empty, lacks_types};
 pub struct Image {
     path: MountPath,
     dirs: Arc<Dirs>,
-    /// The directory of links to host directories, once there is one.
+    /// The directory of links to host directories, once it exists.
     pub(super) host_dirs: OnceLock<OwnedFd>,
-    /// Held while links to host directories are made.
+    /// Locked while links to host directories are created.
     pub(super) host_links_made: Mutex<()>,
 }
 
-/// The root directory, before anything in it has been touched.
+/// The root directory, before anything in it has been changed.
 pub struct Root {
     path: MountPath,
     top: OwnedFd,
 }
 
 impl Root {
-    /// Where it is, as configured.
+    /// The path, as configured.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// The root itself.
+    /// The root directory itself.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.top.as_fd()
     }
 
-    /// Refuses a root that belongs to another user than this process's: that user may put
-    /// anything there.
+    /// Returns an error if the root belongs to another user than that of this process,
+    /// because that user could put anything there.
     ///
     /// # Errors
     ///
@@ -68,9 +68,10 @@ impl Root {
         )))
     }
 
-    /// overlayfs finds whiteouts by the type in directory entries (`d_type` in
-    /// readdir(3)); a file system made without that shows deleted files again.
-    /// Needs an entry to look at: the root's lock is one.
+    /// Returns an error if the file system reports no types in directory
+    /// entries (`d_type` in readdir(3)). overlayfs needs them to find
+    /// whiteouts: without them, deleted files show again. The root must have at
+    /// least one entry; its lock is one.
     ///
     /// # Errors
     ///
@@ -88,9 +89,8 @@ impl Image {
     /// Opens the root directory, creating it (0700, with its parents) if it is missing.
     ///
     /// # Errors
-    ///
-    /// [`ErrorKind::FailedPrecondition`] if it is no directory, or if it is new and on a
-    /// disk that the host's configuration names and that is not mounted.
+    /// [`ErrorKind::FailedPrecondition`] if it is not a directory, or if it is new and
+    /// on a disk that the host's configuration names and that is not mounted.
     pub fn open_root(path: &MountPath, state: &str) -> Result<Root> {
         if !Path::new(&**path).join(state).exists() {
             require_mounted(path)?;
@@ -103,11 +103,11 @@ impl Image {
         })
     }
 
-    /// Opens a root directory that is there already.
+    /// Opens a root directory that must exist.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it is not there.
+    /// [`ErrorKind::FailedPrecondition`] if it does not exist.
     pub fn open_existing_root(path: &MountPath) -> Result<Root> {
         match open_top(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => Err(Error::refused(format!(
@@ -120,7 +120,7 @@ impl Image {
         }
     }
 
-    /// Whether `snapshots/` of a root holds anything.
+    /// Whether `snapshots/` of a root contains anything.
     pub fn holds_snapshots(root: &Root) -> Result<bool> {
         let looking = || format!("look into {}/{SNAPSHOTS}", root.path);
         match open_to_list(&root.top, SNAPSHOTS) {
@@ -129,7 +129,8 @@ impl Image {
         }
     }
 
-    /// Takes the root into use: makes the directories it lacks.
+    /// Takes the root into use, and creates the directories that are missing in
+    /// it.
     ///
     /// # Errors
     ///
@@ -164,7 +165,8 @@ impl Image {
     /// [`ErrorKind::DataLoss`] if the layer's directory is not there.
     pub fn layer_owner(&self, id: SnapshotId) -> Result<Owner> {
         let looking = || format!("look at the layer {}", self.layer_path(id));
-        // Through the link of a layer that is not home yet: that link is ours.
+        // The path leads through the link of an unmoved layer, which this
+        // program has made.
         let found = statat(self.dirs.snapshots_fd(), upper_of(id), AtFlags::empty());
         let stat = found.map_err(|errno| match errno {
             Errno::NOENT => Error::missing(errno, format!("{}, which is missing", looking())),
@@ -192,7 +194,7 @@ impl Image {
     pub fn links_to(&self, id: SnapshotId, target: &str) -> Result<bool> {
         match readlinkat(self.dirs.snapshots_fd(), id.to_string(), Vec::new()) {
             Ok(found) => Ok(found.to_bytes() == target.as_bytes()),
-            // Nothing there, or no link.
+            // There is no such entry, or it is not a link.
             Err(Errno::NOENT | Errno::INVAL) => Ok(false),
             Err(errno) => {
                 Err(errno).context(|| format!("read the link {}/{id}", self.snapshots_path()))
@@ -200,8 +202,9 @@ impl Image {
         }
     }
 
-    /// Whether `snapshots/<id>` is a link as [`Volumes::link_home`](super::Volumes::link_home)
-    /// makes it, perhaps to where the writable volume was earlier.
+    /// Whether `snapshots/<id>` is a link as
+    /// [`Volumes::link_home`](super::Volumes::link_home) makes it, perhaps to an earlier
+    /// place of the writable volume.
     pub fn is_layer_link(&self, id: SnapshotId) -> Result<bool> {
         match readlinkat(self.dirs.snapshots_fd(), id.to_string(), Vec::new()) {
             Ok(target) => {
@@ -215,7 +218,7 @@ impl Image {
         }
     }
 
-    /// Removes the link `snapshots/<id>`, if it is there and a link.
+    /// Removes `snapshots/<id>` if it is a link.
     pub fn remove_link(&self, id: SnapshotId) -> Result<()> {
         match unlinkat(self.dirs.snapshots_fd(), id.to_string(), AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => Ok(()),
@@ -226,7 +229,7 @@ impl Image {
     }
 
     /// Marks that a person may have mounted the snapshot to write to it. The mark is only
-    /// a hint: it stays after a reboot, and a root that cannot be written to gets none.
+    /// a hint: it stays after a reboot, and a read-only root gets none.
     pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let marking = || format!("write {}/{BY_HAND}/{id}", self.path);
         let marked = ensure_directory(self.top(), &self.path, BY_HAND).and_then(|directory| {
@@ -246,13 +249,14 @@ impl Image {
     }
 
     /// Whether the snapshot is not marked as mounted by hand and has no links to host
-    /// directories. Asks no disk: `false` also where a disk would have to be asked.
+    /// directories. No disk is asked: the result is `false` also where one would have
+    /// to be.
     pub fn is_plain_for_sure(&self, id: SnapshotId) -> bool {
         let mark = glance(self.top(), &format!("{BY_HAND}/{id}"));
         matches!(mark, Glance::Absent) && self.has_no_links_for_sure(id)
     }
 
-    /// Removes the mark that a person may have mounted the snapshot.
+    /// Removes the mark for a snapshot that a person may have mounted.
     pub fn unmark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
         let mark = format!("{BY_HAND}/{id}");
         match unlinkat(self.top(), &*mark, AtFlags::empty()) {
@@ -261,7 +265,8 @@ impl Image {
         }
     }
 
-    /// The root itself, for the files beside the volume's directories.
+    /// The root directory itself, for the files outside of the volume's
+    /// directories.
     pub fn top(&self) -> BorrowedFd<'_> {
         self.dirs.top_fd()
     }
@@ -269,14 +274,14 @@ impl Image {
 
 pub(super) fn no_entry_types(path: &str) -> Error {
     Error::refused(format!(
-        "the file system of {path} does not tell the types of directory entries (d_type), \
-             which overlayfs needs: make it anew with them (mkfs.xfs -n ftype=1, mkfs.ext4 -O \
-             filetype) or use another disk"
+        "the file system of {path} does not report the types of directory entries (d_type), \
+         which overlayfs needs: make it again with them (mkfs.xfs -n ftype=1, mkfs.ext4 -O \
+         filetype) or use another disk"
     ))
 }
 
-/// Creates a directory (0700, with its parents) unless it is there. `what` and
-/// `flag` name it in the refusal of anything that is no directory.
+/// Creates a directory (0700, with its parents) unless it exists. `what` and
+/// `flag` name it in the error for anything that is not a directory.
 pub(super) fn create_directory(path: &str, what: &str, flag: &str) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(|error| match error.kind() {

@@ -18,13 +18,15 @@
 //! <writable>/.ids
 //! ```
 //!
-//! Owns: these names, creating, trashing and linking below them, the writable
-//! volume's identity and presence. Knows ids only; never keys or labels.
-//! No descriptor of the writable volume outlives a request: the administrator
-//! must be able to unmount it. Nothing is created on it before its identity is
-//! confirmed, so an unmounted disk's bare mount point stays bare.
-//! After a crash there may be a directory that no row knows: the next request that gets
-//! its id, or the next start, moves it to the trash; it is never used.
+//! Owns: these names; creating, trashing and linking below them; the writable volume's
+//! identity and presence. This module knows ids only, never keys or labels.
+//!
+//! No descriptor of the writable volume outlives a request, so that the administrator
+//! can unmount it. Nothing is created on it before its identity is confirmed, so a bare
+//! mount point stays bare.
+//!
+//! After a crash there may be a directory that no row knows. It is never used: the next
+//! request that gets its id, or the next start, moves it to the trash.
 
 mod adopt;
 mod block_mark;
@@ -73,18 +75,19 @@ pub struct Volumes {
     writable_identity: OnceLock<Identity>,
     /// The mark that was last found to be the right one.
     writable_mark: Mutex<Option<Seen>>,
-    /// What a database makes of the block of ids that was used last on a volume, once that
-    /// is to be asked.
+    /// Compares the block of ids that was used last on a volume with the database, once a
+    /// caller has asked for that.
     judge: OnceLock<Box<Judge>>,
-    /// Whether the volumes were on two file systems when the writable one was last
-    /// recognised.
+    /// Whether the volumes were on two file systems when the writable volume was
+    /// last recognised.
     are_on_two_file_systems: AtomicBool,
 }
 
 type Judge = dyn Fn(Volume, Option<&Block>) -> Result<History> + Send + Sync;
 
 impl Volumes {
-    /// The volumes below an opened root and a writable directory. Touches no disk.
+    /// The volumes of an opened root and a writable directory. No disk is
+    /// accessed.
     pub fn new(image: Image, writable_path: MountPath) -> Volumes {
         Volumes {
             image,
@@ -96,18 +99,19 @@ impl Volumes {
         }
     }
 
-    /// The image volume's own functions: links and ownership.
+    /// The functions of the image volume alone: links and ownership.
     pub fn image(&self) -> &Image {
         &self.image
     }
 
-    /// Which writable volume the database belongs to; a later one is ignored.
+    /// Sets which writable volume the database belongs to. Only the first call
+    /// has an effect.
     pub fn expect_writable(&self, identity: Identity) {
         let _ = self.writable_identity.set(identity);
     }
 
-    /// From now on, a volume of another history than the database's is refused. Without this
-    /// call, as in `check`, it is not.
+    /// Makes later calls refuse a volume whose history is not the database's. `check`
+    /// does not call this.
     pub fn refuse_other_histories(
         &self,
         judge: impl Fn(Volume, Option<&Block>) -> Result<History> + Send + Sync + 'static,
@@ -115,8 +119,9 @@ impl Volumes {
         let _ = self.judge.set(Box::new(judge));
     }
 
-    /// Refuses a volume of another history, if that is to be asked. A volume without
-    /// snapshots has none.
+    /// Returns an error for a volume of another history, once
+    /// [`Volumes::refuse_other_histories`] was called. A volume without snapshots
+    /// has no history.
     ///
     /// # Errors
     ///
@@ -147,8 +152,8 @@ impl Volumes {
         }))
     }
 
-    /// The directories of a volume. The writable one is looked at again at each call: it
-    /// may have been unmounted, or mounted late.
+    /// The directories of a volume. The writable volume is looked at again at each call,
+    /// because it may have been unmounted, or mounted late.
     ///
     /// # Errors
     ///
@@ -162,7 +167,8 @@ impl Volumes {
                 let identity = self.expected_writable()?;
                 let path = &self.writable_path;
                 let top = identity::open_expected(path, identity)?;
-                // Before it is read: what changes meanwhile is read next time.
+                // Looked at before the mark is read: if it changes in between,
+                // the next call reads it again.
                 let seen = Seen::in_directory(&top);
                 if self.is_confirmed(seen) {
                     return Ok(Arc::new(Dirs::open(Volume::Writable, path, top)?));
@@ -177,7 +183,8 @@ impl Volumes {
         }
     }
 
-    /// As [`Volumes::open`] of the writable volume, where nothing on it is needed.
+    /// Like [`Volumes::open`] of the writable volume, for callers that need
+    /// nothing on it.
     pub fn require_writable(&self) -> Result<()> {
         if self.is_confirmed(Seen::in_path(&self.writable_path)) {
             return Ok(());
@@ -185,14 +192,14 @@ impl Volumes {
         self.open(Volume::Writable).map(drop)
     }
 
-    /// Whether the writable volume is there. Asks no disk: `false` also where a disk would
-    /// have to be asked.
+    /// Whether the writable volume is there, as far as the kernel knows without asking a
+    /// disk. `false` means that it may not be.
     pub fn is_writable_there_for_sure(&self) -> bool {
         self.is_confirmed(Seen::at_a_glance(&self.writable_path))
     }
 
-    /// Whether the volumes are on two file systems; `false` also if the writable one has
-    /// not been seen yet.
+    /// Whether the volumes are on two file systems; `false` also if the writable volume
+    /// has not been seen yet.
     pub fn are_on_two_file_systems(&self) -> bool {
         self.are_on_two_file_systems.load(Ordering::Relaxed)
     }
@@ -201,20 +208,20 @@ impl Volumes {
         seen.is_some() && seen == *lock(&self.writable_mark)
     }
 
-    /// Refuses, as `ErrorKind::FailedPrecondition`, a writable directory on a disk that
-    /// the host's configuration names and that is not mounted. For a volume that is taken
-    /// into use; later its mark says whether it is there.
+    /// Returns `ErrorKind::FailedPrecondition` if the writable directory is on a disk
+    /// that the host's configuration names and that is not mounted. This is for a volume
+    /// that is taken into use; later, its mark shows whether it is there.
     pub fn require_writable_mounted(&self) -> Result<()> {
         planned_mounts::require_mounted(&self.writable_path)
     }
 
-    /// Returns whose mark the writable directory has, before any database knows it;
-    /// creates the directory if it is missing, and changes nothing in it.
+    /// Returns whose mark the writable directory has, before any database knows it.
+    /// Creates the directory if it is missing, and changes nothing in it.
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if it is no directory, or if its mark is no mark
-    /// of ours.
+    /// `ErrorKind::FailedPrecondition` if it is not a directory, or has a file that is
+    /// not a mark of this program.
     pub fn look_at_writable(&self, identity: &Identity) -> Result<Claim> {
         let path = &self.writable_path;
         image::create_directory(path, "writable directory", "--writable-dir")?;
@@ -222,7 +229,7 @@ impl Volumes {
     }
 
     /// Makes the writable directory the volume of that identity, unless it has
-    /// a mark already: marks it durably, makes the directories it lacks.
+    /// a mark already: marks it durably, and creates the missing directories.
     pub fn claim_writable(&self, identity: &Identity) -> Result<()> {
         let path = &self.writable_path;
         let dirs = Dirs::open(Volume::Writable, path, self.open_writable_top()?)?;
@@ -234,8 +241,8 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if it carries the mark of another one, or none
-    /// is expected.
+    /// `ErrorKind::FailedPrecondition` if it has the mark of another volume, or if no
+    /// volume is expected.
     pub fn mark_writable(&self) -> Result<()> {
         let identity = self.expected_writable()?;
         match self.look_at_writable(identity)? {
@@ -244,8 +251,8 @@ impl Volumes {
         }
     }
 
-    /// The newest block of ids that was used in a writable directory that is there but
-    /// carries no mark; `None` if it is not there, is marked, or has no such block.
+    /// The newest block of ids that was used in a writable directory without a mark;
+    /// `None` if the directory does not exist, has a mark, or has no such block.
     /// Changes nothing.
     pub fn block_of_unmarked(&self) -> Result<Option<Block>> {
         let path = &self.writable_path;
@@ -259,7 +266,7 @@ impl Volumes {
         }
     }
 
-    /// What there is in the writable directory, beside a mark.
+    /// What the writable directory contains besides a mark.
     pub fn writable_holding(&self) -> Result<Holding> {
         let path = &self.writable_path;
         identity::open_top(path)
@@ -277,7 +284,7 @@ impl Volumes {
     }
 
     /// Whether the writable directory can be a volume that a reboot has emptied:
-    /// on a file system in memory, or a mount point itself.
+    /// it is on a file system in memory, or is a mount point itself.
     pub fn is_writable_mounted_anew(&self) -> Result<bool> {
         let path = &self.writable_path;
         preconditions::is_mounted_anew(path).context(|| format!("look what is mounted at {path}"))
@@ -298,8 +305,8 @@ impl Volumes {
         Ok(top)
     }
 
-    /// Two paths may lead to one directory, by a link or a bind mount; the ids
-    /// of both volumes would be mixed up there.
+    /// Returns an error if both paths lead to one directory, by a link or a
+    /// bind mount, because that would mix the ids of both volumes.
     fn require_apart(&self, top: impl AsFd) -> Result<()> {
         let path = &self.writable_path;
         let looking = || format!("look at {path}");

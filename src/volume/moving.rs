@@ -1,11 +1,11 @@
 //! Moving a layer to the image volume: from `<writable>/snapshots/<id>` to
-//! `<root>/snapshots/<id>`, where a link has named it so far.
+//! `<root>/snapshots/<id>`, which has been a link to it until then.
 //!
-//! The copy is made in `<root>/snapshots/.moving-<id>` and then exchanged with
-//! the link in one step, so that the layer's path always leads to all of it.
-//! After the exchange it is the link that is called `.moving-<id>`. After a
-//! crash, a directory of that name is an unfinished copy, and a link says that
-//! the exchange has happened.
+//! The copy is made in `<root>/snapshots/.moving-<id>`. Then the copy and the
+//! link exchange their names in one step, so that the layer's path always leads
+//! to the whole layer. After a crash, a directory `.moving-<id>` is an
+//! unfinished copy, and a link `.moving-<id>` shows that the exchange has
+//! happened.
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{
@@ -26,22 +26,22 @@ use crate::util::fault_point::is_left_out;
 const PREFIX: &str = ".moving-";
 const LINK: &str = "link";
 
-/// The id in the name of an entry that a move has made.
+/// The id in the name of an entry `.moving-<id>`; `None` for other names.
 pub fn moving_id(name: &[u8]) -> Option<SnapshotId> {
     SnapshotId::from_directory_name(name.strip_prefix(PREFIX.as_bytes())?)
 }
 
-/// Where a layer is copied to.
+/// The directories that a layer is copied to.
 pub struct Target {
-    /// The directory that will be the layer's.
+    /// The directory that will become the layer's.
     pub top: OwnedFd,
-    /// An empty directory for the copy's own use.
+    /// An empty directory for hard links during the copy.
     pub scratch: OwnedFd,
 }
 
 impl Image {
-    /// Makes the directories to copy a layer to; an unfinished copy goes to the
-    /// trash first.
+    /// Creates the directories to copy a layer to. An unfinished copy goes to
+    /// the trash first.
     pub fn begin_move(&self, id: SnapshotId) -> Result<Target> {
         let name = moving_name(id);
         self.dirs().trash_entry(&name)?;
@@ -62,12 +62,13 @@ impl Image {
         if is_left_out("copy") {
             return Ok(());
         }
-        // The kernel tells a failed write once to each open file that was
-        // opened before: this one was, and nobody else asks through it.
+        // The kernel reports a failed write once to each file that was open at
+        // that time. The scratch directory has been open during the whole copy,
+        // and nothing else flushes through it.
         syncfs(&target.scratch).map_err(failed_flush)
     }
 
-    /// Puts the moved directory in the place of the link, durably.
+    /// Exchanges the copy with the layer's link, durably.
     ///
     /// # Errors
     ///
@@ -76,12 +77,12 @@ impl Image {
         self.exchange_with(&moving_name(id), id)
     }
 
-    /// Exchanges the directory of that name in `snapshots/` with what has a layer's name,
+    /// Exchanges the directory of that name in `snapshots/` with the entry of a layer,
     /// durably.
     ///
     /// # Errors
     ///
-    /// As of [`Image::exchange`].
+    /// As in [`Image::exchange`].
     pub(super) fn exchange_with(&self, directory: &str, id: SnapshotId) -> Result<()> {
         let snapshots = self.dirs().snapshots_fd();
         let name = id.to_string();
@@ -111,9 +112,9 @@ impl Image {
         .context(|| format!("put the layer {}/{id} into place", self.snapshots_path()))
     }
 
-    /// Creates a layer's link again, from within the directory that is to take its place.
-    /// If `snapshots/` was put into a project after the link was made, the old link
-    /// cannot be renamed there (rename(2), EXDEV), and a new one can.
+    /// Creates a layer's link again, inside the directory that will replace it. If
+    /// `snapshots/` was put into a project after the link was created, the old link
+    /// cannot be renamed into that directory (rename(2), EXDEV), but a new one can.
     fn renew_link(&self, directory: &str, id: SnapshotId) -> std::result::Result<(), Errno> {
         let snapshots = self.dirs().snapshots_fd();
         let name = id.to_string();
@@ -123,14 +124,13 @@ impl Image {
         renameat(&copy, LINK, snapshots, name.as_str())
     }
 
-    /// Moves what a move has left under its own name to the trash: the link after the
-    /// exchange, or an unfinished copy. Returns its name there; `None` if there was
-    /// nothing.
+    /// Moves `.moving-<id>` to the trash: the link after an exchange, or an
+    /// unfinished copy. Returns the name there; `None` if there was nothing.
     pub fn end_move(&self, id: SnapshotId) -> Result<Option<String>> {
         self.dirs().trash_entry(&moving_name(id))
     }
 
-    /// What has a layer's name: a link, a directory, or nothing.
+    /// The type of a layer's entry: a link, a directory, or `None`.
     pub fn layer_entry(&self, id: SnapshotId) -> Result<Option<FileType>> {
         self.entry_type(&id.to_string())
     }
@@ -145,12 +145,13 @@ impl Image {
         }
     }
 
-    /// Moves a layer's directory under the move's own name by a rename, where
-    /// both volumes are one file system. `false` where they are not.
+    /// Moves a layer's directory to `.moving-<id>` by a rename, if both volumes
+    /// are on one file system. Returns `false` if they are not.
     pub fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
         let moving = moving_name(id);
         let renaming = || format!("move layer {id} to the image volume");
-        // Without it, what has the move's own name is all there is of it.
+        // If the directory is not there, `.moving-<id>` is the only copy of the
+        // layer, and must stay.
         let name = id.to_string();
         let source = writable.snapshots_fd();
         statat(source, name.as_str(), AtFlags::SYMLINK_NOFOLLOW).context(renaming)?;
@@ -167,21 +168,21 @@ impl Image {
         }
     }
 
-    /// Takes [`Image::rename_home`] back.
+    /// Undoes [`Image::rename_home`].
     pub fn rename_back(&self, id: SnapshotId, writable: &Dirs) -> Result<()> {
         let (moving, name) = (moving_name(id), id.to_string());
         let (image, writable) = (self.dirs().snapshots_fd(), writable.snapshots_fd());
         let rename = || renameat(image, moving.as_str(), writable, name.as_str());
         match rename() {
-            // As the next start would have it.
+            // The next start would clear the flag, too.
             Err(Errno::XDEV) if stop_handing_on(writable) == Ok(true) => rename(),
             renamed => renamed,
         }
         .context(|| format!("move layer {id} back to the writable volume"))
     }
 
-    /// Whether what has the move's own name is a layer that a rename has put
-    /// there, and no copy: only that has overlayfs's `work` beside `fs`.
+    /// Whether `.moving-<id>` is a layer that a rename has put there, and not a
+    /// copy: only such a layer has overlayfs's `work` beside `fs`.
     pub fn is_renamed_layer(&self, id: SnapshotId) -> Result<bool> {
         let work = self.entry_type(&format!("{}/{WORK}", moving_name(id)))?;
         Ok(work == Some(FileType::Directory))
@@ -189,7 +190,7 @@ impl Image {
 }
 
 impl Dirs {
-    /// What moves have left in the trash.
+    /// The entries of the trash that come from moves.
     pub fn trashed_moves(&self) -> Result<Vec<String>> {
         let mut names = self.trashed()?;
         names.retain(|entry| entry.name.to_bytes().starts_with(PREFIX.as_bytes()));

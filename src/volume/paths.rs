@@ -1,5 +1,5 @@
-//! The names on the volumes, and the paths that are made of them. No other room puts a
-//! name of these into a path.
+//! The names on the volumes, and the paths that contain them. No other module builds
+//! such a path.
 
 use std::ffi::CStr;
 
@@ -9,41 +9,44 @@ use crate::types::{SnapshotId, SnapshotPaths, Volume};
 pub(super) const SNAPSHOTS: &str = "snapshots";
 pub(super) const TRASH: &str = "trash";
 pub(super) const LEFT_OUT: &str = "left-out";
-/// Links to host directories.
+/// The directory of links to host directories.
 pub(super) const HOST_DIRS: &str = "lowers";
-/// Marks of snapshots that may be mounted by hand.
+/// The directory of marks for snapshots that may be mounted by hand.
 pub(super) const BY_HAND: &str = "mounted";
 pub(super) const EMPTY: &str = "empty";
-/// The mark of the writable volume, and the file that replaces it while it is written.
+/// The mark of the writable volume, and the file that replaces it when it is written.
 pub(super) const MARK: &str = ".volume";
 pub(super) const NEW_MARK: &str = ".volume.new";
-/// Which ids were used last on a volume, and the file that replaces it while it is written.
+/// The ids that were used last on a volume, and the file that replaces it when it is
+/// written.
 pub(super) const IDS: &str = ".ids";
 const NEW_IDS: &str = ".ids.new";
 /// The directory in which the writable volume is probed.
 pub const PROBE: &str = ".probe";
 
-/// What this room keeps directly in `<root>`.
+/// The names that this module uses directly in `<root>`.
 pub const ROOT_NAMES: [&str; 8] = [
     SNAPSHOTS, HOST_DIRS, BY_HAND, EMPTY, TRASH, LEFT_OUT, IDS, NEW_IDS,
 ];
-/// All that is kept directly in `<writable>`.
+/// All names that are used directly in `<writable>`.
 pub const WRITABLE_NAMES: [&str; 8] = [
     MARK, NEW_MARK, PROBE, SNAPSHOTS, TRASH, LEFT_OUT, IDS, NEW_IDS,
 ];
 
-/// In the directory of a snapshot: what the snapshot holds, and what overlayfs shows as
-/// its upper directory.
+/// In a snapshot's directory: what the snapshot holds, which is the upper directory of
+/// its overlay.
 pub const UPPER: &CStr = c"fs";
-/// In the directory of a snapshot: overlayfs's own, beside the upper directory.
+/// In a snapshot's directory: overlayfs's work directory.
 pub(super) const WORK: &str = "work";
-/// In the directory of a snapshot, for a moment: what will be renamed into its place.
+/// In a snapshot's directory, for a moment: entries that will be renamed into their
+/// place.
 pub(super) const SCRATCH: &str = "scratch";
 
-/// In `snapshots`: a layer that is unpacked again, to be compared with what is there.
+/// In `snapshots`: a layer that is unpacked again, to be compared with the one that
+/// is there.
 pub(super) const UNPACKED: &str = ".unpacked";
-/// In `snapshots`, with an id behind it: what has changed places with a layer that was
-/// unpacked again.
+/// In `snapshots`, followed by an id: a directory that has changed places with a layer
+/// that was unpacked again.
 pub(super) const REPLACED: &str = ".replaced-";
 
 /// The upper directory in the directory of a snapshot.
@@ -65,8 +68,8 @@ impl Volumes {
         }
     }
 
-    /// The directories of a snapshot. Those of a layer are always reached through the
-    /// image volume, wherever its bytes are.
+    /// The directories of a snapshot. A layer's directories are always reached
+    /// through the image volume, wherever its bytes are.
     pub fn snapshot_paths(&self, volume: Volume, id: SnapshotId) -> SnapshotPaths {
         let snapshots = self.snapshots_path(volume);
         SnapshotPaths {
@@ -75,8 +78,8 @@ impl Volumes {
         }
     }
 
-    /// Where `<root>/snapshots/<id>` has to point for a layer whose bytes are
-    /// on the writable volume.
+    /// The target that the link `<root>/snapshots/<id>` of an unmoved layer
+    /// must have.
     pub fn link_target(&self, id: SnapshotId) -> String {
         format!("{}/{id}", self.snapshots_path(Volume::Writable))
     }

@@ -1,5 +1,5 @@
-//! Mount points that the host's configuration names: a volume that is taken into use for
-//! the first time must not begin in the bare directory of a disk that comes later.
+//! Mount points in the host's configuration. A volume that is used for the first time
+//! must not begin in the bare mount point of a disk that is mounted later.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,8 @@ use super::preconditions::is_mount_point;
 use crate::error::{Context, Error, Result};
 
 const FSTAB: &str = "/etc/fstab";
-/// Where mount units are, those among them that systemd makes of fstab (systemd.unit(5)).
+/// The directories of mount units, including those that systemd generates from fstab
+/// (systemd.unit(5)).
 const UNITS: [&str; 4] = [
     "/etc/systemd/system",
     "/run/systemd/system",
@@ -15,8 +16,8 @@ const UNITS: [&str; 4] = [
     "/usr/lib/systemd/system",
 ];
 
-/// Refuses a directory on a disk that fstab or a mount unit names and that is not
-/// mounted.
+/// Returns an error for a directory that should be on a disk which fstab or a
+/// mount unit names, and which is not mounted.
 ///
 /// # Errors
 ///
@@ -51,7 +52,7 @@ pub(super) fn require_mounted(path: &str) -> Result<()> {
     Ok(())
 }
 
-/// The path without links, as far as it is there.
+/// Resolves links in the path, as far as it exists.
 fn resolve(path: &Path) -> PathBuf {
     match (path.canonicalize(), path.parent(), path.file_name()) {
         (Ok(resolved), _, _) => resolved,
@@ -60,7 +61,7 @@ fn resolve(path: &Path) -> PathBuf {
     }
 }
 
-/// Whether an fstab (fstab(5)) names that mount point.
+/// Whether an fstab (fstab(5)) names this mount point.
 fn names(fstab: &str, point: &Path) -> bool {
     fstab.lines().any(|line| {
         let mut fields = line.split_whitespace();
@@ -70,7 +71,7 @@ fn names(fstab: &str, point: &Path) -> bool {
     })
 }
 
-/// A backslash and three octal digits stand for a byte; blanks are `\040`, for example.
+/// Decodes a backslash and three octal digits, for example `\040` for a blank.
 fn unescape(field: &str) -> String {
     let bytes = field.as_bytes();
     let mut text = Vec::new();
@@ -90,7 +91,8 @@ fn unescape(field: &str) -> String {
     String::from_utf8_lossy(&text).into_owned()
 }
 
-/// The name of a mount unit for that path (`systemd-escape --path --suffix=mount`).
+/// The name of the mount unit for this path (`systemd-escape --path
+/// --suffix=mount`).
 fn unit_name(path: &str) -> String {
     let mut name = String::new();
     for (at, byte) in path.trim_matches('/').bytes().enumerate() {

@@ -1,4 +1,4 @@
-//! What a volume has to be before it is used: mounted, and with room left.
+//! Checks of a volume before it is used: that it is mounted, and has room left.
 
 use std::path::Path;
 
@@ -19,34 +19,37 @@ use crate::util::entries::{entries, is_empty};
 /// How long what is on the writable volume is meant to last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lifetime {
-    /// As long as its disk. An empty one is another disk.
+    /// As long as its disk. If the volume is empty, it is another disk.
     Lasting,
-    /// Until a reboot at most (tmpfs, zram). An empty one begins anew.
+    /// Until a reboot at most (tmpfs, zram). If the volume is empty, it starts
+    /// again.
     UntilReboot,
 }
 
-/// What a directory holds that is to become a volume.
+/// What a directory that is to become a volume contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holding {
-    /// Nothing, or what a file system has by itself, or empty directories of ours.
+    /// Nothing, or only empty directories of this program and what a file system
+    /// creates by itself.
     Nothing,
-    /// Something of somebody else's.
+    /// Files of another program.
     OtherFiles,
-    /// Something where snapshots and trash would be.
+    /// Something in the places of snapshots and trash.
     OurNames,
 }
 
-/// What has to stay free on the writable volume when a snapshot is made there.
+/// How much has to stay free on the writable volume when a snapshot is created
+/// there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reserve {
-    /// That many bytes.
+    /// This number of bytes.
     Bytes(u64),
-    /// That part of the volume's size, in percent.
+    /// This percentage of the volume's size.
     Percent(u8),
 }
 
 impl Reserve {
-    /// In bytes, on a volume of that size.
+    /// The reserve in bytes, for a volume of that size.
     pub fn bytes(self, size_bytes: u64) -> u64 {
         match self {
             Reserve::Bytes(bytes) => bytes,
@@ -58,26 +61,28 @@ impl Reserve {
     }
 }
 
-/// How large a volume is, and how much of it is free to be used.
+/// The size of a volume, and how much of it is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
     /// The size of its file system.
     pub size_bytes: u64,
-    /// What is free of that.
+    /// The free part of it.
     pub free_bytes: u64,
 }
 
-/// What nothing uses on a volume, with what its file system keeps for root.
+/// The free space of a volume, including what its file system reserves for
+/// root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unused {
     /// Bytes.
     pub bytes: u64,
-    /// Inodes; the highest number where they are not counted, as on btrfs.
+    /// Inodes; the highest number if the file system does not count them, as
+    /// btrfs.
     pub inodes: u64,
 }
 
 impl Dirs {
-    /// What nothing uses on the volume. Asks no disk.
+    /// The free space of the volume. No disk is asked.
     pub fn unused(&self) -> Result<Unused> {
         let state = fstatvfs(self.snapshots_fd())
             .context(|| format!("look how full {} is", self.path()))?;
@@ -90,7 +95,7 @@ impl Dirs {
         })
     }
 
-    /// Tells how full the volume is. Asks no disk.
+    /// The size and the free space of the volume. No disk is asked.
     pub fn room(&self) -> Result<Room> {
         let state = fstatvfs(self.snapshots_fd())
             .context(|| format!("look how full {} is", self.path()))?;
@@ -100,11 +105,11 @@ impl Dirs {
         })
     }
 
-    /// Refuses a new snapshot where the volume has less room than `reserve`.
+    /// Returns an error if a new snapshot would leave less room than `reserve`.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::ResourceExhausted`] saying how much is free and how much should be.
+    /// [`ErrorKind::ResourceExhausted`] with what is free and what should be.
     pub fn require_room(&self, reserve: Reserve) -> Result<()> {
         if reserve == Reserve::Bytes(0) {
             return Ok(());
@@ -127,12 +132,12 @@ impl Dirs {
     }
 }
 
-/// Refuses each of these directories, given with the flag that names it, that
-/// is not there or no mount point. Creates nothing.
+/// Returns an error for each of these directories, given with its flag, that
+/// does not exist or is no mount point. Creates nothing.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] naming the directory and what to do.
+/// [`ErrorKind::FailedPrecondition`] with the directory, and what to do.
 pub fn require_mount_points(directories: &[(&str, &str)]) -> Result<()> {
     for (flag, path) in directories {
         let why = match is_mount_point(path) {
@@ -149,7 +154,7 @@ pub fn require_mount_points(directories: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-/// Tells what an opened directory holds, beside a mark.
+/// What an opened directory contains besides a mark.
 pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
     for name in [SNAPSHOTS, TRASH] {
         match open_to_list(&top, name) {
@@ -172,9 +177,9 @@ pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
     Ok(Holding::Nothing)
 }
 
-/// Whether a writable directory that is empty, or not there, can be a volume
-/// that a reboot has emptied, and not the bare mount point of one that is not
-/// mounted: it is a mount point, or on (to be made on) a file system in memory.
+/// Whether a writable directory that is empty, or does not exist, can be a
+/// volume that a reboot has emptied, rather than a bare mount point: it is a
+/// mount point itself, or is, or would be created, on a file system in memory.
 pub(super) fn is_mounted_anew(path: &str) -> std::result::Result<bool, Errno> {
     let mut existing = Path::new(path);
     while !existing.exists() {
@@ -207,14 +212,14 @@ pub(super) fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
     {
         return Ok(told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
     }
-    // Before Linux 5.8; a bind mount of the same file system goes unnoticed.
+    // Before Linux 5.8. A bind mount from the same file system is not noticed.
     let parent = format!("{path}/..");
     Ok(stat(path)?.st_dev != stat(parent.as_str())?.st_dev)
 }
 
-/// Whether a file system keeps times as layers have them: to the nanosecond, and beyond
-/// 2038. ext4 with inodes of 128 bytes, ext3 and ext2 do not, and report no error. A file
-/// is made for a moment in `directory`.
+/// Whether a file system stores times as precisely as layers need: to the nanosecond, and
+/// beyond 2038. ext4 with inodes of 128 bytes, ext3 and ext2 do not, and report no error.
+/// The check creates a file in `directory` and deletes it.
 pub fn keeps_times(directory: impl AsFd) -> Result<bool> {
     const NAME: &str = ".times";
     let asking = || "look which times the file system keeps";

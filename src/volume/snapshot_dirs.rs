@@ -1,5 +1,5 @@
-//! A snapshot's directories as open ones, for what is asked of and set on the
-//! directory itself and has no call that takes a path.
+//! A snapshot's directories, opened, for system calls that take a descriptor
+//! and no path.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, statat, unlinkat};
@@ -17,18 +17,18 @@ pub struct SnapshotDirs {
     pub top: OwnedFd,
     /// `<id>/fs`.
     pub upper: OwnedFd,
-    /// `<id>/work`, which a view of nothing lacks.
+    /// `<id>/work`; a view without parent has none.
     pub work: Option<OwnedFd>,
 }
 
 impl SnapshotDirs {
-    /// All of them, the one above the others first.
+    /// All directories, the outer one first.
     pub fn all(&self) -> impl Iterator<Item = &OwnedFd> {
         [&self.top, &self.upper].into_iter().chain(&self.work)
     }
 
-    /// Creates a directory beside them, from which entries are renamed into them; one that
-    /// a crash has left is used.
+    /// Creates a directory beside them, from which entries are renamed into them. If a
+    /// crash has left one, it is used.
     pub fn ensure_scratch(&self) -> Result<OwnedFd> {
         ensure_directory(&self.top, "<id>", SCRATCH)
     }
@@ -40,17 +40,19 @@ impl SnapshotDirs {
     }
 }
 
-/// Distinguishes the `work/work` that one mount of an overlay has created from that of
-/// the next mount, which creates it again.
+/// Distinguishes the `work/work` of one mount of an overlay from that of the next
+/// mount, which creates it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkMark {
     inode: u64,
-    /// When it was last changed: the new one may get the old one's inode.
+    /// The time of its last change, because the new directory may get the inode
+    /// of the old one.
     changed: (i64, u64),
 }
 
 impl Dirs {
-    /// The mark of a snapshot's last mount; `None` if it was never mounted, or is not there.
+    /// The mark of a snapshot's last mount; `None` if it was never mounted, or its
+    /// directory is missing.
     pub fn work_mark(&self, id: SnapshotId) -> Option<WorkMark> {
         let work = self.open_parts(id).ok()?.work?;
         let found = statat(work, "work", AtFlags::SYMLINK_NOFOLLOW).ok()?;
@@ -60,11 +62,11 @@ impl Dirs {
         })
     }
 
-    /// Opens a snapshot's directories; no link is followed.
+    /// Opens a snapshot's directories without following links.
     ///
     /// # Errors
     ///
-    /// `ErrorKind::DataLoss` if `<id>` or `fs` is not there.
+    /// `ErrorKind::DataLoss` if `<id>` or `fs` is missing.
     pub fn open_parts(&self, id: SnapshotId) -> Result<SnapshotDirs> {
         let opening = || format!("open the directories of {}/{SNAPSHOTS}/{id}", self.path());
         let missing = |errno| Error::missing(errno, opening());
@@ -77,9 +79,9 @@ impl Dirs {
         Ok(SnapshotDirs { top, upper, work })
     }
 
-    /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or on the way
-    /// there: nobody has written into it, and it is no link, as a layer's is. One that a
-    /// daemon has removed meanwhile holds nothing either.
+    /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or partly made:
+    /// nothing was written into it, and it is not a link as a layer's is. A directory
+    /// that a daemon has removed meanwhile counts as unfilled.
     pub fn is_unfilled(&self, id: SnapshotId) -> Result<bool> {
         let looking = || format!("look into {}/{SNAPSHOTS}/{id}", self.path());
         let entries = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
@@ -109,12 +111,12 @@ impl Dirs {
         Ok(true)
     }
 
-    /// Shows `each` directory in the trash, as an open one. What is not one, or is
-    /// gone by then, is left out.
+    /// Calls `each` for every directory in the trash. Entries that are not
+    /// directories, or are gone by then, are left out.
     pub fn each_trashed(&self, mut each: impl FnMut(OwnedFd) -> Result<()>) -> Result<()> {
         let trash = self.trash_fd()?;
         for entry in self.trashed()? {
-            // The type may be unknown to the file system.
+            // Some file systems do not report types.
             if matches!(entry.file_type, FileType::Directory | FileType::Unknown)
                 && let Ok(directory) = open_to_list(trash, entry.name.as_c_str())
             {

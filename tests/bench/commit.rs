@@ -1,4 +1,4 @@
-//! What a Commit takes, and what of that is the disk's.
+//! How long a Commit takes, and how much of that is the disk's.
 
 use std::fs::File;
 use std::io::Write;
@@ -13,13 +13,13 @@ use crate::{ROUNDS, median};
 /// How a layer is filled before its commit.
 #[derive(Clone, Copy)]
 enum Fill {
-    /// That many bytes of data.
+    /// This number of bytes of data.
     Data(u64),
-    /// A file of that many bytes that is one hole.
+    /// A file of this length that is one hole.
     Hole(u64),
 }
 
-/// A snapshot of a container, by its size.
+/// Commits of a container's snapshot, by its size.
 pub fn of_a_container() {
     let (image, writable) = (Disk::ext4(1024), Disk::ext4(12 * 1024));
     println!("Commit of a snapshot on the writable volume, median of {ROUNDS}, milliseconds\n");
@@ -41,14 +41,14 @@ pub fn of_a_container() {
     }
 }
 
-/// How fast the layer of the next benchmark is unpacked.
+/// How many bytes per second of the next benchmark's layer are unpacked.
 const PACE: u64 = 100 << 20;
-/// Its size.
+/// The size of that layer.
 const LAYER: u64 = 1 << 30;
 
-/// A layer that is unpacked at the pace of a good connection: with what the
-/// background flush has left of it, and, where nobody knows that it is an
-/// unpack, with what the kernel has.
+/// A layer that is unpacked at the pace of a good connection: with the
+/// background flush, and, if the daemon does not recognise the unpack, with the
+/// kernel's flushes only.
 pub fn of_an_unpacked_layer() {
     let (image, writable) = (Disk::ext4(4 * 1024), Disk::ext4(1024));
     let daemon = Daemon::start(&command(&image, &writable, &[]));
@@ -96,7 +96,8 @@ fn unpack(client: &Client, disk: &Disk, key: &str, labels: &[(&str, &str)]) -> D
     taken
 }
 
-/// Fills a snapshot, flushes the disk first or not, and times its commit alone.
+/// Fills a snapshot, flushes the disk first or not, and returns the duration of
+/// the commit alone.
 fn commit(client: &Client, disk: &Disk, fill: Fill, flush_first: bool) -> Duration {
     let mounts = client.prepare("key", "", &[]).unwrap();
     let mut file = File::create(Path::new(&mounts[0].source).join("file")).unwrap();

@@ -1,6 +1,7 @@
-//! The benchmark: `cargo test --release --test bench`, as root. Prints tables
-//! and asserts nothing about time: machines differ, compare ratios in one run.
-//! With a word of a table's name, as in `-- start`, it makes that one only.
+//! The benchmark: `cargo test --release --test bench`, as root. It prints
+//! tables and asserts nothing about time, because machines differ: compare the
+//! ratios of one run. With a word of a table's name, as in `-- start`, it makes
+//! only that table.
 
 #![allow(clippy::unwrap_used)]
 

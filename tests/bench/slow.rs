@@ -1,4 +1,5 @@
-//! What a disk's flush makes of requests: directly after a start, and later.
+//! What the flush of a slow disk means for requests, directly after a start and
+//! later.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -11,11 +12,11 @@ use crate::support::daemon::{Daemon, command};
 use crate::support::disk::Disk;
 
 const BYTES: usize = 256 << 20;
-/// How many requests are the first after a start.
+/// How many requests count as the first after a start.
 const FIRST: usize = 100;
 const CALLERS: usize = 8;
 
-/// Two disks in memory whose flushes take that long.
+/// Two disks in memory whose flushes take this long.
 struct Slow {
     disks: [Mutex<Vec<u8>>; DISKS],
     flush: Duration,
@@ -142,7 +143,7 @@ fn measure(
     (times[times.len() / 2], times[times.len() * 99 / 100])
 }
 
-/// Requests a second of several callers.
+/// The requests per second of several callers.
 fn together(daemon: &Daemon, request: fn(&Client, usize), numbers: std::ops::Range<usize>) -> f64 {
     let count = numbers.len();
     let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! How long a start takes, by how much there is to look at.
+//! How long a start takes, by the number of snapshots.
 
 use std::thread;
 
@@ -6,8 +6,9 @@ use crate::support::daemon::{Daemon, command};
 use crate::support::disk::Disk;
 use crate::{ROUNDS, median};
 
-/// From the program's beginning to its readiness, as it logs it, with that many
-/// snapshots: one half layers, the other containers on them.
+/// The time from the start of the program to its readiness, as it logs it, with
+/// this number of snapshots: one half layers, the other half containers on
+/// them.
 pub fn with_snapshots() {
     let (image, writable) = (Disk::ext4(1024), Disk::ext4(1024));
     let mut daemon = Daemon::start(&command(&image, &writable, &["--sync", "none"]));

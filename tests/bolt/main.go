@@ -1,7 +1,7 @@
-// Writes the database of a Go snapshotter, by containerd's own package, and
-// tells what that package finds in it.
+// Writes the database of a Go snapshotter with containerd's own package, and
+// prints what that package finds in it.
 //
-// Reads one step in JSON from each line of standard input, takes them in
+// Reads a step in JSON from each line of standard input, takes the steps in
 // order, and then prints everything as JSON.
 package main
 
@@ -31,7 +31,7 @@ type step struct {
 	Inodes int64             `json:"inodes"`
 }
 
-// snapshot is one as the package finds it.
+// snapshot is one snapshot as the package finds it.
 type snapshot struct {
 	ID      string            `json:"id"`
 	Name    string            `json:"name"`
@@ -44,7 +44,7 @@ type snapshot struct {
 	Inodes  int64             `json:"inodes"`
 }
 
-// listing is everything.
+// listing is all that the package finds.
 type listing struct {
 	Snapshots []snapshot `json:"snapshots"`
 	Sequence  uint64     `json:"sequence"`
@@ -170,7 +170,7 @@ func list(store *storage.MetaStore) (listing, error) {
 		return found, err
 	}
 	defer func() { _ = transaction.Rollback() }()
-	// Without a bucket there is nothing to walk through.
+	// Without a bucket, there is nothing to walk through.
 	_ = storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
 		id, _, usage, err := storage.GetInfo(ctx, info.Name)
 		found.Snapshots = append(found.Snapshots, snapshot{
@@ -192,7 +192,8 @@ func list(store *storage.MetaStore) (listing, error) {
 	return found, nil
 }
 
-// sequence is the last id that was given out, which the package does not tell.
+// sequence is the last id that was given out, which the package does not
+// return.
 func sequence(path string) (uint64, error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true})
 	if err != nil {

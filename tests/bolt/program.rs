@@ -1,7 +1,7 @@
 //! The Go program beside this file: bbolt databases from containerd's own
 //! package, and what that package finds in them.
 
-// Each test binary uses a part of it.
+// Each test binary uses only a part of it.
 #![allow(dead_code)]
 
 use std::fs;
@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 
-/// Where Debian's packages put Go's sources.
+/// The directory of Go sources from Debian's packages.
 const SOURCES: &str = "/usr/share/gocode";
 
 /// Whether the program can be built here. With `CI` set, it has to be.
@@ -31,7 +31,7 @@ pub fn is_available() -> bool {
     false
 }
 
-/// The program, built when it is first asked for.
+/// The program, built at the first use.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
@@ -47,7 +47,7 @@ fn program() -> &'static Path {
             .arg(&program)
             .arg(".")
             .current_dir(within.join("bolt"))
-            // The shell's own idea of the directory: Go finds its path by it.
+            // PWD has to be set, because Go finds its path by it.
             .env("PWD", within.join("bolt"))
             .env("GO111MODULE", "off")
             .env("GOFLAGS", "")
@@ -78,18 +78,18 @@ fn start(path: &Path, steps: &[Value], flags: &[&str]) -> Child {
     child
 }
 
-/// Takes these steps in a database, made if it is missing, and returns what
-/// containerd's package then finds in it.
+/// Takes these steps in a database, which is created if it is missing, and
+/// returns what containerd's package then finds in it.
 pub fn write(path: &Path, steps: &[Value], flags: &[&str]) -> Value {
     let output = start(path, steps, flags).wait_with_output().unwrap();
     assert!(output.status.success(), "{}", output.status);
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// A Go program that has a database open; ends when dropped.
+/// A Go program that has a database open. It ends when dropped.
 pub struct Holder(Child);
 
-/// Opens a database, as the running snapshotter does.
+/// Opens a database, as the running Go snapshotter does.
 pub fn hold(path: &Path) -> Holder {
     let mut child = start(path, &[], &["-hold"]);
     let mut first = [0];
@@ -104,28 +104,28 @@ impl Drop for Holder {
     }
 }
 
-/// A step: an active snapshot.
+/// A step that prepares an active snapshot.
 pub fn prepare(key: &str, parent: &str, labels: Value) -> Value {
     json!({"do": "prepare", "key": key, "parent": parent, "labels": labels})
 }
 
-/// A step: a view.
+/// A step that makes a view.
 pub fn view(key: &str, parent: &str) -> Value {
     json!({"do": "view", "key": key, "parent": parent})
 }
 
-/// A step: a layer out of an active snapshot.
+/// A step that commits an active snapshot.
 pub fn commit(key: &str, name: &str, size: u64, inodes: u64, labels: Value) -> Value {
     json!({"do": "commit", "key": key, "name": name, "size": size, "inodes": inodes,
         "labels": labels})
 }
 
-/// A step: other labels.
+/// A step that replaces labels.
 pub fn update(key: &str, labels: Value) -> Value {
     json!({"do": "update", "key": key, "labels": labels})
 }
 
-/// A step: a snapshot less.
+/// A step that removes a snapshot.
 pub fn remove(key: &str) -> Value {
     json!({"do": "remove", "key": key})
 }

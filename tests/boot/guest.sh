@@ -1,7 +1,7 @@
 #!/bin/sh
-# In the test machine, as root, after it has booted: does what the kernel's
-# parameter boot-test= names, tells about it on the second serial line, and turns
-# the machine off. Lines for the host:
+# Runs in the test machine, as root, after it has booted: does what the kernel's
+# parameter boot-test= names, reports about it on the second serial line, and
+# turns the machine off. Lines for the host:
 #
 #     ok: WHAT         for people
 #     plug DISK        the disk is to be plugged in (image, writable)
@@ -28,12 +28,12 @@ else
 fi
 image=docker.io/library/split-test:latest
 label_max_size=containerd.io/snapshot/overlay-read-write-splitting.max-size
-# By the container "limited".
+# Written by the container "limited".
 limited_said=/tmp/limited
 phase=$(sed -n 's/.*boot-test=\([^ ]*\).*/\1/p' /proc/cmdline)
 [ -d /run/systemd/system ] && manager=systemd || manager=openrc
 
-# Lines as they are.
+# Lines are not changed.
 stty -F /dev/ttyS1 raw -echo
 report() {
     echo "$*" >/dev/ttyS1
@@ -49,28 +49,28 @@ fail() {
     systemd)
         systemctl --no-pager --full status "$program" containerd "$(unit_of image)"
         systemctl --no-pager list-jobs
-        # containerd lists its plugins.
+        # containerd's long list of plugins is left out.
         journalctl --no-pager -b -n 100 | grep -v 'loading plugin'
         ;;
     openrc)
         rc-status --all
-        # containerd lists its plugins.
+        # containerd's long list of plugins is left out.
         grep -v 'loading plugin' /var/log/containerd.log | tail -n 30
         tail -n 30 "/var/log/$program.log"
         ;;
     esac
-    # The console is read when this line comes.
+    # The host reads the console when this line arrives.
     sync
     sleep 2
     report "failed: $*"
-    # The host ends it.
+    # The host ends the machine.
     sleep 1000
 }
-# Of `set -e`.
+# For failures that end the script by `set -e`.
 trap '[ $? = 0 ] || fail "a command in this test has failed, see the console"' EXIT
 set -x
 
-# wait_for WHAT COMMAND...: until the command succeeds.
+# wait_for WHAT COMMAND...: waits until the command succeeds.
 wait_for() {
     what=$1
     shift
@@ -106,8 +106,8 @@ unit_of() {
     esac
 }
 
-# listens SOCKET: the kernel knows (flag 10000); ctr would take seconds of an
-# emulated processor each time it is asked.
+# listens SOCKET: whether a program listens there, according to the kernel (flag
+# 10000). ctr would take seconds of an emulated processor for each call.
 listens() {
     awk -v socket="$1" '$4 == "00010000" && $8 == socket { found = 1 } END { exit !found }' \
         /proc/net/unix
@@ -125,12 +125,12 @@ restart_containerd() {
     wait_for "containerd" containerd_runs
 }
 
-# The daemon answers: containerd has got a list from it.
+# The daemon answers: containerd has received a list from it.
 serves() {
     listens "$root/grpc.socks" && ctr snapshots --snapshotter rwsplit ls >/dev/null 2>&1
 }
 
-# In the next boots systemd waits for this disk alone, and not for long.
+# From the next boot on, systemd waits only for this disk, and not for long.
 give_up_soon() {
     rm -rf /etc/systemd/system/dev-*.device.d
     uuid=$(blkid -s UUID -o value "$(disk_of "$1")")
@@ -140,17 +140,18 @@ give_up_soon() {
     printf '[Unit]\nJobRunningTimeoutSec=15\n' >"$drop_in/timeout.conf"
 }
 
-# All that is started at boot has been, or has failed.
+# Everything that is started at boot has started or failed.
 wait_for_boot() {
     case $manager in
     systemd) wait_for "the end of the boot" systemctl is-active multi-user.target ;;
-    # This script is started then.
+    # OpenRC starts this script after that.
     openrc) ;;
     esac
     wait_for "containerd" containerd_runs
 }
 
-# Without a disk that it needs, the service does not serve, however long.
+# Without a disk that it needs, the service does not serve, however long one
+# waits.
 is_not_served() {
     case $manager in
     systemd) ! daemon_pid || fail "the daemon runs" ;;
@@ -166,7 +167,7 @@ is_not_served() {
     [ ! -e "$root/grpc.socks" ] || fail "there is a socket"
 }
 
-# When a process was started, in ticks since the boot.
+# The time at which a process was started, in ticks since the boot.
 started() {
     sed 's/.*) //' "/proc/$1/stat" | cut -d ' ' -f 20
 }
@@ -182,7 +183,7 @@ on() {
         fail "$2 is on $source, not on the $1 disk"
 }
 
-# KiB used on the file system of a path, once all is on it.
+# The KiB used on the file system of a path, after a flush.
 used() {
     sync -f "$1"
     df --output=used "$1" | tail -n 1
@@ -198,8 +199,8 @@ mounts_of() {
     esac
 }
 
-# run ID: a new container writes 4 MiB, and they are on the writable disk; its
-# image is on the image disk. It stays.
+# run ID: a new container writes 4 MiB, which are then on the writable disk; its
+# image is on the image disk. The container stays.
 run() {
     image_before=$(used "$root")
     writable_before=$(used "$writable")
@@ -220,17 +221,17 @@ run() {
     report "ok: container $1 has its writes on the second disk, its image on the first"
 }
 
-# grows FILE SIZE: the file is larger, by more than one line under way.
+# grows FILE SIZE: the file is larger, by more than a line that was being written.
 grows() {
     [ "$(stat -c %s "$1")" -gt $(($2 + 10)) ]
 }
 
-# The sums of all that images and containers have stored, but for what grows.
+# Checksums of all that images and containers have stored, except files that grow.
 data() {
     find "$root/snapshots" "$writable/snapshots" -type f ! -name lines -exec cksum {} + | sort -k 3
 }
 
-# is_bare DISK: nothing is mounted where the disk belongs, and nothing was written
+# is_bare DISK: nothing is mounted in the disk's place, and nothing was written
 # there.
 is_bare() {
     case $1 in
@@ -243,7 +244,7 @@ is_bare() {
     [ -z "$found" ] || fail "the bare mount point has: $found"
 }
 
-# The disk is there some time after the host was asked for it.
+# Waits until a disk that the host was asked for is there.
 plug() {
     report "plug $1"
     wait_for "the $1 disk" test -e "$(disk_of "$1")"
@@ -259,8 +260,8 @@ is_as_before() {
 # Limits.
 #
 
-# "Make the disk" in docs/limits.md: the writable disk, which has none,
-# gets project quotas, and containers a limit by default.
+# "Make the disk" in docs/limits.md: the writable disk gets project quotas, and
+# containers a default limit.
 allow_limits() {
     systemctl stop "$program"
     umount "$writable"
@@ -278,8 +279,8 @@ status_says() {
     grep -q "$1" /tmp/status || fail "status does not say '$1': $(cat /tmp/status)"
 }
 
-# projects: what repquota -P would list (quotactl(2), Q_GETNEXTQUOTA), a line for
-# each project: its id, its limit in KiB, the bytes and the inodes that it takes.
+# projects: the list of repquota -P (quotactl(2), Q_GETNEXTQUOTA), a line for
+# each project: its id, its limit in KiB, and the bytes and inodes that it takes.
 projects() {
     perl -e '
         my ($device, $id) = (shift, 1);
@@ -304,7 +305,7 @@ limits_are() {
     [ "$(limits)" = "$1" ]
 }
 
-# Makes containerd look for what nobody needs.
+# Makes containerd remove what nothing refers to.
 collect_garbage() {
     ctr leases create --id collect >/dev/null
     ctr leases rm --sync collect
@@ -314,13 +315,13 @@ has_no_projects() {
     [ -z "$(projects)" ]
 }
 
-# says LINE: the container "limited" has.
+# says LINE: the container "limited" has printed this line.
 says() {
     grep -q -x "$1" "$limited_said"
 }
 
-# A container sees its limit, reaches it, and gets more while it runs; nothing is
-# left of it.
+# A container sees its limit, reaches it, and gets a higher one while it runs.
+# After its removal, nothing of it is left.
 limited_life() {
     # The words in quotes are for the shell in the container.
     # shellcheck disable=SC2016
@@ -340,12 +341,13 @@ limited_life() {
     limited=$!
     wait_for "the first limit" says 'written .*'
     says 'size 16384' || fail "df in a container does not show its limit"
-    says 'dd: .*: Disk quota exceeded' || fail "at its limit a container is told something else"
+    says 'dd: .*: Disk quota exceeded' || fail "at its limit a container gets another error"
     ! says 'no limit' || fail "a container writes more than it may"
     written=$(sed -n 's/^written //p' "$limited_said")
     [ "$written" -gt 15728640 ] || fail "a container may write $written bytes only"
 
-    # The file system, the snapshotter by containerd, and du tell the same.
+    # The file system, the snapshotter (through containerd), and du report the
+    # same.
     sync -f "$writable"
     top=$(sed -n 's|.*/limited/rootfs .*,upperdir=\([^,]*\)/fs,.*|\1|p' /proc/mounts)
     taken="$(du -s -B 1 "$top" | cut -f 1) $(du -s --inodes "$top" | cut -f 1)"
@@ -353,7 +355,7 @@ limited_life() {
         fail "the projects are: $(projects), and the container takes $taken"
     ctr snapshots --snapshotter rwsplit usage -b limited >/tmp/usage
     [ "$(awk '$1 == "limited" { print $2, $3 }' /tmp/usage)" = "$taken" ] ||
-        fail "containerd is told a usage of: $(cat /tmp/usage), not $taken"
+        fail "containerd gets a usage of: $(cat /tmp/usage), not $taken"
     status_says 'limited  *of 16M$'
     report "ok: a container reaches its limit"
 
@@ -366,7 +368,7 @@ limited_life() {
         fail "the larger limit is not kept"
     collect_garbage
     wait_for "the end of its project" has_no_projects
-    status_says 'limits are kept, 0 project ids given out'
+    status_says 'limits are enforced, 0 project ids given out'
     report "ok: its limit was raised, and nothing is left of it"
 }
 
@@ -383,25 +385,26 @@ no_container_runs() {
 phase_install() {
     mkdir /root/first /root/next
     cd /root/first
-    # As in the README, "Install", and in docs/disks.md, "By the script".
+    # As the README says under "Install", and docs/disks.md under "By the
+    # script".
     tar xzf /test/first/$program-*-x86_64.tar.gz
     cd $program-*/
-    # supervise-daemon closes as many descriptors as there may be, one by one, and a
-    # million system calls take user-mode Linux half a minute.
+    # The limit is for supervise-daemon, which closes all possible descriptors one
+    # by one: a million system calls take user-mode Linux half a minute.
     [ ! -e /sys/block/ubda ] || echo 'rc_ulimit="-n 4096"' >>openrc/$program.confd
     printf '%s\n%s\n' "$disk_image" "$disk_writable" |
         ./install.sh --image-device "$disk_image" --writable-device "$disk_writable" ||
         fail "install.sh"
     on image "$root"
     on writable "$writable"
-    # The lines that docs/containerd.md has for this containerd.
+    # The lines of docs/containerd.md for this containerd.
     awk -v root="$root" '
         /^\*\*containerd 1.6 and 1.7\*\*/ { there = 1; next }
         there && /^[^ ]/ { exit }
         there { sub(/^    /, ""); gsub(/ROOT/, root); print }
     ' "$share/docs/containerd.md" >>/etc/containerd/config.toml
     grep -q "$root/grpc.socks" /etc/containerd/config.toml || fail "docs/containerd.md has no stanza"
-    # Under OpenRC the disk stays as install.sh has made it.
+    # Under OpenRC the disk stays as install.sh has set it up.
     [ "$manager" != systemd ] || allow_limits
     restart_containerd
     ctr images import --snapshotter rwsplit /test/image.tar || fail "an image is not imported"
@@ -438,7 +441,7 @@ phase_again() {
     on image "$root"
     on writable "$writable"
     is_as_before
-    # Without containerd, by a kernel that takes layers in one string only.
+    # Without containerd, with a kernel that takes layers in one string only.
     mkdir /root/rescued
     "$program" mount first /root/rescued || fail "a snapshot is not mounted by hand"
     [ "$(cat /root/rescued/etc/motd)" = first ] || fail "by hand it is not what was written"
@@ -451,7 +454,7 @@ phase_again() {
         fail "a container does not see what it wrote"
     run second
     if [ "$manager" = systemd ]; then
-        # Of all of them, and none but these.
+        # The limits of exactly these containers.
         of_limits='65536 65536 65536 65536'
         limits_are "$of_limits" || fail "limits after a reboot: $(limits)"
         ! ctr run --rm --snapshotter rwsplit "$image" full \
@@ -465,7 +468,7 @@ phase_again() {
     report "ok: after a reboot"
 }
 
-# Under systemd: what is started waits for a disk that is a little late.
+# Under systemd: the services wait for a disk that is a little late.
 phase_late() {
     wait_for "a login prompt" systemctl is-active "serial-getty@ttyS0"
     wait_for "the image disk" mountpoint "$root"
@@ -485,7 +488,7 @@ phase_late() {
     give_up_soon writable
 }
 
-# Under systemd: what does not need the disk is served.
+# Under systemd: without the writable disk, images are served.
 phase_no_writable() {
     wait_for_boot
     wait_for "the service" serves
@@ -497,7 +500,7 @@ phase_no_writable() {
     sh -e /tmp/mounts
     [ "$(cat /mnt/etc/motd)" = 'motd of layer 5' ] || fail "the layers are not as they were"
     umount /mnt
-    # In another namespace nothing of it is there yet.
+    # No layer of the image is in this namespace yet.
     ctr -n other images import --snapshotter rwsplit /test/image.tar || fail "no import"
     is_bare writable
     report "ok: without the writable disk"
@@ -512,8 +515,8 @@ phase_no_writable() {
     give_up_soon image
 }
 
-# Under systemd: the disk is mounted when it comes, the other one with it, and the
-# service started.
+# Under systemd: the image disk is mounted when it appears, then the other one,
+# and the service starts.
 phase_no_image() {
     wait_for_boot
     is_not_served
@@ -530,7 +533,7 @@ phase_no_image() {
     uninstall
 }
 
-# Under OpenRC: the daemon waits for both disks to be mounted.
+# Under OpenRC: the daemon waits until both disks are mounted.
 phase_no_disks() {
     wait_for_boot
     is_not_served

@@ -10,21 +10,22 @@
 #     kernel    a directory with Debian's kernel package, unpacked
 : "${scratch:?}" "${kernel:?}"
 
-# start_qemu PARAMETERS DISKS: emulated, with Debian's own kernel. PARAMETERS are for
-# the kernel; DISKS has those of the words "image" and "writable" whose disks are there
-# from the beginning.
+# start_qemu PARAMETERS DISKS: starts an emulated machine with Debian's own kernel.
+# PARAMETERS are for the kernel; DISKS lists the disks ("image", "writable") that are
+# there from the beginning.
 start_qemu() {
     rm -f "$scratch/monitor.in" "$scratch/monitor.out"
     mkfifo "$scratch/monitor.in" "$scratch/monitor.out"
-    # The disks of the volumes are there for qemu, and turned into devices as
-    # they are plugged in. A machine whose test has failed is of no use any more,
-    # so nothing has to be flushed.
+    # qemu has the disks of the volumes from the beginning, and turns each into a
+    # device when it is plugged in. Nothing has to be flushed, because a machine
+    # whose test has failed is not used any more.
     devices=
     for disk in $2; do
         devices="$devices -device virtio-blk-pci,drive=$disk,serial=$disk"
     done
-    # Emulated also where there is a /dev/kvm: one that can be opened may still
-    # not run a machine, as within another virtual machine. $devices is words.
+    # It is emulated even if there is a /dev/kvm: one that can be opened may
+    # still not run a machine, for example inside another virtual machine.
+    # $devices is a list of words.
     # shellcheck disable=SC2086
     setpriv --pdeathsig KILL qemu-system-x86_64 -nodefaults -no-user-config -display none \
         -accel tcg,thread=multi -cpu qemu64,+rdrand -smp 2 -m 1024 \
@@ -48,7 +49,7 @@ plug_qemu() {
     echo "device_add virtio-blk-pci,drive=$1,serial=$1" >"$scratch/monitor.in"
 }
 
-# Where user-mode Linux knows a disk of a volume.
+# The name that user-mode Linux has for the disk of a volume.
 uml_disk() {
     case $1 in
     image) echo "ubd2=$scratch/image" ;;
@@ -62,15 +63,15 @@ start_uml() {
     for disk in $2; do
         disks="$disks $(uml_disk "$disk")"
     done
-    # Its memory is a file: best in the memory of this machine, if there is room for
-    # that of two.
+    # Its memory is a file: in this machine's memory, if that has room for two
+    # machines.
     memory=$scratch
     available=$(df --output=avail /dev/shm 2>/dev/null | tail -n 1)
     [ "${available:-0}" -lt 4194304 ] || memory=/dev/shm
     uml=$PWD/target/tools/uml
-    # A serial line is written to a descriptor at once. Nothing is read, so that the one
-    # of its input is free for that. udev would look at each of 512 old terminals for a
-    # while. $1 and $disks are words.
+    # A serial line is written to a descriptor without a buffer. The descriptors of
+    # input are free for that, because nothing is read. 512 terminals are not created,
+    # because udev would look at each. $1 and $disks are lists of words.
     # shellcheck disable=SC2086
     (
         cd "$uml" || exit
@@ -83,8 +84,8 @@ start_uml() {
     : >"$scratch/said"
 }
 
-# plug_uml DISK: by the kernel's management console, a socket that takes a command in
-# a packet (arch/um/drivers/mconsole.h).
+# plug_uml DISK: uses the kernel's management console, a socket that takes a command
+# in a packet (arch/um/drivers/mconsole.h).
 plug_uml() {
     rm -f "$scratch/plug"
     perl -MSocket -e '

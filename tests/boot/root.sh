@@ -30,8 +30,8 @@ openrc) packages=openrc,sysvinit-core,initscripts ;;
 esac
 packages=$packages,containerd,runc,udev,kmod,mount,e2fsprogs,procps
 
-# From where this machine's apt has its packages, and by the same proxy.
-# The words in parentheses are apt's.
+# The same mirror and proxy as this machine's apt. The words in parentheses are
+# apt's.
 # shellcheck disable=SC2016
 apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' \
     'Created-By: Packages' 'Origin: Debian' | sort -u >"$scratch/sources"
@@ -47,7 +47,7 @@ if ! mmdebstrap --mode=root --variant=essential --include="$packages" \
     exit 1
 fi
 
-# Drivers of the disks, what containers need, and quotas. With all of them udev
+# Drivers of the disks, what containers need, and quotas. With all modules, udev
 # would load many, which takes an emulated processor long.
 mkdir -p "$root/lib/modules"
 for modules in "$@"; do
@@ -56,7 +56,7 @@ for modules in "$@"; do
         -exec cp --parents --target-directory="$root/lib/modules" {} +)
     chroot "$root" depmod "${modules##*/}"
 done
-# So that no boot is the first one.
+# With a machine id, systemd does not treat the next boot as the first one.
 echo 0123456789abcdef0123456789abcdef >"$root/etc/machine-id"
 echo boot-test >"$root/etc/hostname"
 mkdir "$root/test"
@@ -74,7 +74,7 @@ openrc)
     cp "$here/containerd.initd" "$root/etc/init.d/containerd"
     chmod 755 "$root/etc/init.d/containerd"
     ln -s /etc/init.d/containerd "$root/etc/runlevels/default/containerd"
-    # When login prompts appear, and not before.
+    # Starts the test when login prompts appear, and not before.
     echo 'bt:2345:once:/bin/sh /test/guest.sh' >>"$root/etc/inittab"
     ;;
 esac

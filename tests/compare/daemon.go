@@ -24,23 +24,24 @@ import (
 // limit is how long a start or a stop may take.
 const limit = 60 * time.Second
 
-// places are where everything is.
+// places are the directories of the measurement.
 type places struct {
 	image, writable, binary string
 }
 
-// daemon is the program that is measured, and containerd's client of it.
+// daemon is the measured program, and containerd's client for it.
 type daemon struct {
 	process *exec.Cmd
 	exited  chan error
 	conn    *grpc.ClientConn
 	client  snapshots.Snapshotter
-	// From exec to its word that it is ready.
+	// The time from exec to the notification that it is ready.
 	readyAfter time.Duration
 }
 
-// startDaemon runs it on directories of that name, which a later start finds
-// again, and waits until it says to its service manager that it is ready.
+// startDaemon starts the program with directories of that name, which a later
+// start uses again, and waits until it notifies its service manager that it is
+// ready.
 func startDaemon(places places, name string, flags ...string) (*daemon, error) {
 	root := filepath.Join(places.image, name)
 	manager := filepath.Join(places.image, name+".notify")
@@ -116,19 +117,20 @@ func (d *daemon) stop() error {
 	}
 }
 
-// kill ends it, if it has not ended.
+// kill ends it if it is still running.
 func (d *daemon) kill() {
 	_ = d.process.Process.Kill()
 }
 
-// cpu is the processor time of all its threads, in nanoseconds, where
-// /proc/<pid>/stat has hundredths of a second (clock_getcpuclockid(3)).
+// cpu is the processor time of all its threads, in nanoseconds;
+// /proc/<pid>/stat only has hundredths of a second (clock_getcpuclockid(3)).
 func (d *daemon) cpu() time.Duration {
 	const scheduler = 2
 	return clock(int32(^d.process.Process.Pid<<3 | scheduler))
 }
 
-// ownCPU is that of this process, which the built-in snapshotter is part of.
+// ownCPU is the processor time of this process, which includes the built-in
+// snapshotter.
 func ownCPU() time.Duration {
 	return clock(unix.CLOCK_PROCESS_CPUTIME_ID)
 }
@@ -141,7 +143,7 @@ func clock(id int32) time.Duration {
 	return time.Duration(now.Nano())
 }
 
-// memory is what it holds, in MiB: VmRSS, RssAnon or VmHWM (proc(5)).
+// memory is what the program takes, in MiB: VmRSS, RssAnon or VmHWM (proc(5)).
 func (d *daemon) memory(field string) (float64, error) {
 	file, err := os.Open(fmt.Sprintf("/proc/%d/status", d.process.Process.Pid))
 	if err != nil {

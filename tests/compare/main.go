@@ -1,11 +1,12 @@
-// The daemon beside the snapshotter that is built into containerd, in one
-// process: the built-in one called directly, the daemon through containerd's
-// proxy client, as containerd would call them. tests/bench.sh runs it.
+// Compares the daemon with the snapshotter that is built into containerd, in
+// one process: the built-in one is called directly, and the daemon through
+// containerd's proxy client, as containerd would call them. tests/bench.sh runs
+// it.
 //
 // Both work on the same disks. Each measurement is made in rounds, in which the
-// two take turns and the one that begins alternates, so that whatever else the
-// machine does meets both; a figure is the median of its rounds, with the
-// smallest and the largest beside it.
+// two take turns. The one that begins alternates, so that other load on the
+// machine affects both. A figure is the median of its rounds, with the smallest
+// and the largest beside it.
 package main
 
 import (
@@ -26,15 +27,15 @@ type scale struct {
 	// files in the large tree that Usage counts, and in layers that are committed.
 	treeFiles  int
 	layerFiles []int
-	// removed snapshots that Cleanup deletes, and rounds of it.
+	// removed snapshots that each Cleanup deletes, and rounds of it.
 	cleanupSnapshots, cleanupRounds int
-	// snapshots that List is asked for, ascending.
+	// numbers of snapshots at which List is measured, ascending.
 	lists []int
-	// the one of them at which starts are measured.
+	// the one of these numbers at which starts are measured.
 	startAt int
 	// requests between the two looks at the memory.
 	memoryFew, memoryMany int
-	// snapshots for the last part; 0 leaves it out.
+	// number of snapshots for the last part; 0 leaves it out.
 	grown int
 }
 
@@ -84,8 +85,8 @@ func main() {
 }
 
 func run(ctx context.Context, places places, size scale, report *report) error {
-	// As containerd's own configuration has it: removal is asynchronous, which
-	// is the daemon's default as well.
+	// As in containerd's own configuration: removal is asynchronous, which is also
+	// the daemon's default.
 	builtIn, err := overlay.NewSnapshotter(filepath.Join(places.image, "built-in"),
 		overlay.AsynchronousRemove)
 	if err != nil {
@@ -126,7 +127,7 @@ func run(ctx context.Context, places places, size scale, report *report) error {
 	report.resident("resident after all that", daemon, goal{atMost: 10})
 	report.cpuSeconds("CPU seconds until then", daemon)
 
-	// Its root is the one that is restarted.
+	// The daemon that is restarted uses its root.
 	if err := daemon.stop(); err != nil {
 		return err
 	}

@@ -19,10 +19,10 @@ import (
 // side is one of the two that are compared.
 type side struct {
 	snapshotter snapshots.Snapshotter
-	// The processor time it has used so far; of the built-in one it includes
-	// that of the measuring.
+	// The processor time it has used so far. For the built-in one, this includes
+	// the time of the measurement itself.
 	cpu func() time.Duration
-	// Given to snapshots in turn, so that no name is used twice.
+	// Numbers for snapshots, so that no name is used twice.
 	number int64
 }
 
@@ -36,11 +36,11 @@ type task struct {
 	callers int
 	calls   int
 	rounds  int
-	// Before each call and not timed: with one caller, directly before it; with
-	// several, before the first call of all. May be nil.
+	// Called before each call, and not timed: with one caller directly before it,
+	// with several before the first call of all. May be nil.
 	before func(s *side, call int) error
 	call   func(s *side, call int) error
-	// After all calls of a round, not timed. May be nil.
+	// Called after all calls of a round, and not timed. May be nil.
 	after func(s *side) error
 	goal  goal
 }
@@ -109,7 +109,7 @@ func (b *bench) measure(t task, s *side) (round, error) {
 			}
 		}
 	}
-	// Nobody pays for what another has left to be written, or to be collected.
+	// Neither side pays for writes or garbage that the other has left.
 	if err := b.settle(); err != nil {
 		return round{}, err
 	}
@@ -159,9 +159,9 @@ func (b *bench) measure(t task, s *side) (round, error) {
 	}, nil
 }
 
-// flushes tells how often the disks have been told to make durable what they hold:
-// the 16th figure of the block layer (Linux Documentation/block/stat.rst) for the
-// loop devices that tests/bench.sh makes.
+// flushes returns how often the disks were flushed: the 16th figure of the block
+// layer (Linux Documentation/block/stat.rst) for the loop devices that
+// tests/bench.sh makes.
 func (b *bench) flushes() (int64, error) {
 	var sum int64
 	for _, disk := range b.disks {
@@ -187,8 +187,8 @@ func (b *bench) flushes() (int64, error) {
 	return sum, nil
 }
 
-// together has several callers share the calls of a task, over one connection,
-// as containerd has only one.
+// together shares the calls of a task between several callers on one
+// connection, because containerd has only one.
 func together(t task, s *side, lasted []time.Duration) (time.Duration, error) {
 	var waiting sync.WaitGroup
 	var next int64
@@ -223,7 +223,7 @@ func together(t task, s *side, lasted []time.Duration) (time.Duration, error) {
 	}
 }
 
-// settle writes out what is dirty on the disks, and collects garbage.
+// settle writes all dirty data to the disks, and collects garbage.
 func (b *bench) settle() error {
 	runtime.GC()
 	for _, disk := range b.disks {
@@ -244,7 +244,7 @@ func milliseconds(d time.Duration) float64 {
 	return float64(d) / float64(time.Millisecond)
 }
 
-// figure is a median with what it is the median of.
+// figure is a median, and the values it is the median of.
 type figure struct {
 	Median float64 `json:"median"`
 	Min    float64 `json:"min"`

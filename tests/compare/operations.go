@@ -16,20 +16,21 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Chains of layers that snapshots are made on; the middle one is a usual image.
+// Lengths of the chains of layers below snapshots; the middle one is a usual
+// image.
 const (
 	shortChain = 1
 	usualChain = 20
 	longChain  = 128
 )
 
-// labelRef is what containerd says of a layer that it unpacks.
+// labelRef is the label that containerd gives a layer that it unpacks.
 const labelRef = "containerd.io/snapshot.ref"
 
-// callers is how many there are where there are several.
+// callers is the number of simultaneous callers.
 const callers = 8
 
-// requests measures what a container's life is made of.
+// requests measures the requests in the life of a container.
 func (b *bench) requests(daemon *daemon) error {
 	for _, length := range []int{shortChain, usualChain, longChain} {
 		for _, s := range []*side{b.theirs, b.ours} {
@@ -121,8 +122,8 @@ func (b *bench) removes(where string) error {
 	return nil
 }
 
-// bare measures a call that the server answers without a line of the daemon's
-// own: no method has that name.
+// bare measures a call that the server answers without any of the daemon's
+// code: there is no method of that name.
 func (b *bench) bare(daemon *daemon) error {
 	for _, count := range []int{1, callers} {
 		err := b.alone(task{
@@ -142,7 +143,8 @@ func (b *bench) bare(daemon *daemon) error {
 	return nil
 }
 
-// reads measures what changes nothing, of a container that has written nothing.
+// reads measures the requests that change nothing, for a container that has
+// written nothing.
 func (b *bench) reads(where string) error {
 	const container = "reads"
 	for _, s := range []*side{b.theirs, b.ours} {
@@ -227,7 +229,7 @@ func (b *bench) usageOfTree() error {
 	return nil
 }
 
-// cleanup measures the deletion of what was removed.
+// cleanup measures the deletion of removed snapshots.
 func (b *bench) cleanup() error {
 	const files = 100
 	return b.compare(task{
@@ -253,8 +255,8 @@ func (b *bench) cleanup() error {
 	})
 }
 
-// commits measures Commit of unpacked layers, with the daemon's default, which
-// makes a layer durable first, and without, as the built-in one does it.
+// commits measures Commit of unpacked layers: with the daemon's default, which
+// makes a layer durable first, and without that, as the built-in one does it.
 func (b *bench) commits(places places) error {
 	for _, count := range []int{1, callers} {
 		for _, files := range b.size.layerFiles {
@@ -318,7 +320,7 @@ func (b *bench) commit(files, count int, how string, limit goal) error {
 	return b.compare(t)
 }
 
-// populated brings both sides to that many snapshots and asks for all of them.
+// populated measures both sides with that many snapshots.
 func (b *bench) populated(count int) error {
 	if err := b.populate(count); err != nil {
 		return err
@@ -350,7 +352,8 @@ func (b *bench) populated(count int) error {
 	return b.criRound(count, goal{cpuAtMost: 50})
 }
 
-// criRound measures what containerd's CRI plugin does every ten seconds.
+// criRound measures the requests that containerd's CRI plugin makes every ten
+// seconds.
 func (b *bench) criRound(count int, limit goal) error {
 	return b.compare(task{
 		name: fmt.Sprintf("CRI's round over %d", count), callers: 1, calls: 1, rounds: b.size.rounds,
@@ -379,7 +382,8 @@ func (b *bench) criRound(count int, limit goal) error {
 	})
 }
 
-// grown measures the same among many snapshots, once, to show how cost grows.
+// grown measures the same with many snapshots, once, to show how the cost
+// grows.
 func (b *bench) grown() error {
 	usual := b.size
 	defer func() { b.size = usual }()
@@ -409,7 +413,7 @@ func (b *bench) grown() error {
 	return b.criRound(usual.grown, goal{})
 }
 
-// memory tells what a daemon holds after few and after many requests.
+// memory reports what a daemon takes after few and after many requests.
 func (b *bench) memory(places places) error {
 	b.report.progress("memory")
 	daemon, err := startDaemon(places, "empty")
@@ -422,7 +426,7 @@ func (b *bench) memory(places places) error {
 	if err := b.chain(s, usualChain); err != nil {
 		return err
 	}
-	// Six requests a turn, of the kinds that a container's life consists of.
+	// Six requests in a turn, of the kinds in a container's life.
 	life := task{callers: callers, call: func(s *side, call int) error {
 		name := key(call)
 		if _, err := s.snapshotter.Prepare(b.ctx, name, chainName(usualChain)); err != nil {
@@ -524,7 +528,7 @@ func chainLayer(length, layer int) string {
 	return fmt.Sprintf("k8s.io/%d/%s", layer, digest(fmt.Sprintf("chain of %d", length), layer))
 }
 
-// layer makes one, empty.
+// layer makes one empty layer.
 func (b *bench) layer(s *side, name, parent string) error {
 	unpack := fmt.Sprintf("k8s.io/0/extract-%d %s", s.next(), name)
 	labels := snapshots.WithLabels(map[string]string{labelRef: name})
@@ -583,7 +587,7 @@ func (b *bench) populate(count int) error {
 	return nil
 }
 
-// removeAll removes the containers of a round, and what they have left.
+// removeAll removes the containers of a round and their files.
 func (b *bench) removeAll(calls int) func(*side) error {
 	return func(s *side) error {
 		for call := 0; call < calls; call++ {
@@ -628,7 +632,7 @@ func fill(mounts []mount.Mount, files, bytes int) error {
 	return nil
 }
 
-// Go has these since 1.21 only.
+// Go has these functions only since 1.21.
 func min(a, b int) int {
 	if a < b {
 		return a

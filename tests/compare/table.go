@@ -13,15 +13,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// goal is what a row is to reach; what is 0 is no goal.
+// goal is what a row should reach; 0 means no goal.
 type goal struct {
-	// Of the daemon's median to the built-in one's.
+	// For the ratio of the daemon's median to the built-in one's.
 	ratioAtMost float64
-	// Of the daemon's requests a second to the built-in one's.
+	// For the ratio of the daemon's requests per second to the built-in one's.
 	speedAtLeast float64
-	// Of the daemon's own figure: milliseconds, MiB.
+	// For the daemon's own figure: milliseconds, MiB.
 	atMost float64
-	// Of the daemon's processor time for one call, in milliseconds.
+	// For the daemon's processor time per call, in milliseconds.
 	cpuAtMost float64
 }
 
@@ -50,9 +50,9 @@ type timing struct {
 	P50       figure `json:"p50_ms"`
 	P99       figure `json:"p99_ms"`
 	PerSecond figure `json:"per_second"`
-	// Processor time of one call; 0 where more than the calls used it.
+	// Processor time of one call; 0 if other work used it, too.
 	CPU figure `json:"cpu_ms"`
-	// How often a disk was flushed for one call; 0 as that.
+	// How often a disk was flushed per call; 0 if unknown.
 	Flushes figure `json:"flushes"`
 }
 
@@ -64,7 +64,7 @@ type row struct {
 	Rounds  int     `json:"rounds"`
 	Theirs  *timing `json:"built_in,omitempty"`
 	Ours    timing  `json:"daemon"`
-	// Of both medians, and of both speeds, round by round.
+	// The ratios of both medians, and of both speeds, round by round.
 	Ratio *figure `json:"ratio_of_p50,omitempty"`
 	Speed *figure `json:"ratio_of_per_second,omitempty"`
 	outcome
@@ -75,7 +75,7 @@ type single struct {
 	Name string `json:"name"`
 	Unit string `json:"unit"`
 	figure
-	// What is said beside it.
+	// A remark beside the figure.
 	Note string `json:"note,omitempty"`
 	outcome
 }
@@ -119,15 +119,16 @@ func (r *report) finish() {
 	r.Load[1] = load()
 }
 
-// progress tells whoever waits what is being measured.
+// progress shows what is being measured.
 func (r *report) progress(what string) {
 	fmt.Fprintf(os.Stderr, "%6.0f s  %s\n", time.Since(r.Began).Seconds(), what)
 }
 
-// compared enters a task; without theirs, the daemon's alone.
+// compared enters a task; if theirs is empty, only the daemon's figures.
 func (r *report) compared(t task, theirs, ours []round) {
 	made := row{Name: t.name, Callers: t.callers, Calls: t.calls, Rounds: t.rounds}
-	// Several callers begin when all is prepared; one prepares between its calls.
+	// Several callers begin after all is prepared; a single one prepares between
+	// its calls.
 	isAlone := t.before == nil || t.callers > 1
 	made.Ours = timingOf(ours, t.calls, isAlone)
 	if theirs != nil {
@@ -190,7 +191,7 @@ func (r *report) enter(made single, limit goal) {
 	r.Singles = append(r.Singles, made)
 }
 
-// resident enters what a daemon holds in memory.
+// resident enters the memory that a daemon takes.
 func (r *report) resident(name string, daemon *daemon, limit goal) {
 	var values [3]float64
 	for number, field := range []string{"VmRSS", "RssAnon", "VmHWM"} {
@@ -217,7 +218,7 @@ func (r *report) write(path string) error {
 	return os.WriteFile(path, append(text, '\n'), 0o644)
 }
 
-// print makes one table of it.
+// print prints one table.
 func (r *report) print(to io.Writer) {
 	fmt.Fprintf(to, "%s, load %s at the beginning and %s after %.0f s\n", r.Machine,
 		r.Load[0], r.Load[1], r.Seconds)
@@ -257,7 +258,7 @@ func (r *report) print(to io.Writer) {
 	table.Flush()
 }
 
-// left fills a name up, where all cells are set to the right.
+// left fills up a name in a table whose cells are right-aligned.
 func left(name string) string {
 	return fmt.Sprintf("%-38s", name)
 }
@@ -275,7 +276,7 @@ func spread(f figure) string {
 	return fmt.Sprintf("%.2f (%.2f-%.2f)", f.Median, f.Min, f.Max)
 }
 
-// brief is a number with as many digits as it deserves.
+// brief formats a number with a sensible number of digits.
 func brief(value float64) string {
 	switch {
 	case value >= 100:

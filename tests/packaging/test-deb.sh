@@ -22,7 +22,7 @@ quiet() {
 deb=$(echo /sandbox/dist/${program}_*_"$machine".deb)
 root=/var/lib/containerd/tech.imvictor.containerd.$program
 
-# Before the disks are chosen it does not begin in the bare directory.
+# Before the disks are chosen, the daemon does not start in the bare directory.
 quiet dpkg -i "$deb"
 case $said in
 *"choose its disks first"*) ;;
@@ -32,14 +32,14 @@ esac
 systemctl --quiet enable "$program"
 [ -L "$wants" ] || fail "the unit cannot be enabled"
 quiet dpkg -P "$program"
-# What is mounted there was chosen.
+# A mount there means that a disk was chosen.
 mkdir -p "$root"
 mount -t tmpfs tmpfs "$root"
 quiet dpkg -i "$deb"
 [ -L "$wants" ] || fail "the unit is not enabled, and a disk is mounted"
 quiet dpkg -P "$program"
 umount "$root"
-# Other directories, as an earlier package has left them.
+# Settings with other directories, as an earlier package has left them.
 echo 'OPTIONS="--root-dir /mnt/a"' >"$default"
 quiet dpkg --force-confold -i "$deb"
 [ -L "$wants" ] || fail "the unit is not enabled, and directories are set"
@@ -70,7 +70,7 @@ quiet dpkg --force-confdef -i /tmp/next.deb
 grep -q 'reserve 1G' "$default" || fail "an upgrade has overwritten what was changed"
 [ -e "$default.dpkg-dist" ] || fail "an upgrade has not left the new configuration beside the changed one"
 [ ! -L "$wants" ] || fail "an upgrade enables the unit that was disabled"
-# What was not changed is replaced.
+# An unchanged configuration file is replaced.
 quiet dpkg --force-confnew -i "$deb"
 quiet dpkg -i /tmp/next.deb
 grep -q 'next version' "$default" || fail "an upgrade has kept an old configuration"

@@ -1,18 +1,19 @@
 #!/bin/sh
-# devices.sh, in the sandbox, with a device for each kind of content that a disk may
-# have: disks.sh formats blank ones, and with --format those that hold one file system
-# of one disk, or data that no program knows. It writes to no other. Needs no release.
+# Tests devices.sh in the sandbox, with a device for each kind of content of a disk:
+# disks.sh formats blank ones and, with --format, those with a single file system on a
+# single disk, or with data that no program recognises. It does not write to any
+# other. Needs no release.
 #
 #     sandbox.sh test-devices.sh
 set -eu
 
 disks=/sandbox/packaging/disks.sh
 export DESTDIR=/tmp/destdir
-# XFS takes 300 MiB at least.
+# XFS takes at least 300 MiB.
 size=$((320 * 1024 * 1024))
 device=
 second=
-# The one that $device is a partition of.
+# The disk that $device is a partition of.
 disk=
 kinds=0
 
@@ -34,7 +35,7 @@ trap drop_devices EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# fresh: $device is a blank loop device, and $second another one.
+# fresh: makes $device a blank loop device, and $second another one.
 fresh() {
     drop_devices
     rm -rf /tmp/disk /tmp/second "$DESTDIR"
@@ -43,13 +44,15 @@ fresh() {
     second=$(losetup --find --show /tmp/second)
 }
 
-# changes: how much was written to and discarded from $device since it is there.
+# changes: how much was written to, and discarded from, $device since it was set
+# up.
 changes() {
     blockdev --flushbufs "$device"
     awk '{ print $7, $14 }' "/sys/class/block/${device##*/}/stat"
 }
 
-# refused TEXT OPTIONS...: disks.sh dies and says TEXT; $device is not written to.
+# refused TEXT OPTIONS...: disks.sh fails with TEXT, and does not write to
+# $device.
 refused() {
     text=$1
     shift
@@ -63,8 +66,8 @@ refused() {
     [ "$(changes)" = "$before" ] || fail "$kind $*: the device was written to"
 }
 
-# formatted CONTENT OPTIONS...: disks.sh asks, says CONTENT and what would be lost, and
-# makes an ext4 file system of our label.
+# formatted CONTENT OPTIONS...: disks.sh asks, names CONTENT and what would be lost,
+# and makes an ext4 file system with our label.
 formatted() {
     content=$1
     shift
@@ -79,7 +82,7 @@ formatted() {
     [ "$(blkid -p -s LABEL -o value "$device")" = rwsplit-writable ] || fail "$kind $*: no ext4"
 }
 
-# kind NAME COMMAND...: makes a device with such content.
+# kind NAME COMMAND...: makes a device with that content.
 kind() {
     kind=$1
     shift
@@ -89,7 +92,7 @@ kind() {
     blockdev --flushbufs "$device"
 }
 
-# at OFFSET OCTAL: writes bytes; an offset below zero counts from the end.
+# at OFFSET OCTAL: writes bytes; a negative offset counts from the end.
 at() {
     offset=$1
     [ "$offset" -ge 0 ] || offset=$((size + offset))
@@ -105,7 +108,7 @@ file_system() {
     formatted "a file system: $kind" --format
 }
 
-# What belongs to something else.
+# The device belongs to something larger.
 member() {
     kind "$@"
     refused "belongs to something else ($kind)"
@@ -113,7 +116,7 @@ member() {
     refused "wipefs --no-act $device" --keep
 }
 
-# Two things, or what is taken for that.
+# The device has two contents, or seems to have.
 ambiguous() {
     text=$1
     shift
@@ -124,7 +127,8 @@ ambiguous() {
 }
 
 #
-# Contents that no command of a Debian package makes without the kernel's help.
+# Contents that no command of a Debian package can make without the kernel's
+# help.
 #
 
 # The uberblocks of the labels that begin at these offsets.
@@ -167,7 +171,7 @@ luks() {
     printf secret | cryptsetup luksFormat -q --type "$1" --pbkdf pbkdf2 \
         --pbkdf-force-iterations 1000 "$device" -
 }
-# Without a daemon that looks for its devices.
+# Without a daemon that would look for its devices.
 pvcreate() {
     command pvcreate --devices "$device" "$device"
 }
@@ -178,7 +182,7 @@ squashfs() {
 table() {
     printf 'label: %s\n,\n' "$1" | sfdisk --quiet --no-reread --no-tell-kernel "$device"
 }
-# run COMMAND...: with the device, which is another one for each kind.
+# run COMMAND...: runs it with the device, which is another one for each kind.
 run() {
     program=$1
     shift
@@ -208,13 +212,14 @@ swap_and_iso9660() {
     mkswap -q "$device"
     at 32768 '\001CD001\001'
 }
-# Its file became shorter: the kernel reports an error for what is beyond.
+# Its file became shorter, so the kernel reports an error for the part beyond
+# the end.
 unreadable() {
     truncate -s 2M /tmp/disk
 }
 
 #
-# What may be formatted.
+# Devices that may be formatted.
 #
 
 kind blank true
@@ -223,7 +228,7 @@ formatted "no data, but zeros wherever it was read"
 kind blank true
 formatted "no data, but zeros wherever it was read" --format
 for kind in wiped encrypted_without_header 'at 167772160 data'; do
-    # A name, or one with words.
+    # A name, or a name with words.
     # shellcheck disable=SC2086
     kind "$kind" $kind
     refused "holds data of an unknown kind"
@@ -240,7 +245,7 @@ file_system f2fs run mkfs.f2fs -q
 echo "devices.sh: file systems"
 
 #
-# What may not.
+# Devices that may not be formatted.
 #
 
 kind btrfs two_of_a_btrfs
@@ -262,8 +267,8 @@ member vdo at 0 'dmvdo001'
 member BitLocker at 0 '\353\122\220-FVE-FS-\0\002'
 member DM_integrity at 0 'integrt\0\001'
 member jbd run mke2fs -q -F -O journal_dev
-# File systems, but of several machines, of several disks, or of a kind of which we
-# know too little.
+# File systems of several machines or several disks, or of a kind that disks.sh
+# does not know well enough.
 member ocfs2 at 8192 'OCFSV2'
 member reiserfs run mkfs.reiserfs -q
 member squashfs squashfs
@@ -280,7 +285,7 @@ ambiguous "cannot be read" unreadable unreadable
 echo "devices.sh: what belongs to something else"
 
 #
-# In use, and changed while the answer was waited for.
+# Devices that are in use, or that change while disks.sh waits for the answer.
 #
 
 # A mount that is not in this list of mounts.
@@ -295,7 +300,8 @@ refused "is in use" --keep
 echo yes >/tmp/done
 wait $!
 
-# changed TEXT COMMAND...: what COMMAND does after the question is noticed.
+# changed TEXT COMMAND...: disks.sh notices what COMMAND does after the
+# question.
 changed() {
     text=$1
     shift
@@ -319,7 +325,7 @@ changed() {
     grep -qF "$text" /tmp/said || fail "$kind: does not say '$text', but: $(cat /tmp/said)"
     [ "$(changes)" = "$before" ] || fail "$kind: the device was written to"
 }
-# Another disk of the same size, which is blank as well, under the same name.
+# Another blank disk of the same size, under the same name.
 replaced() {
     losetup -d "$device"
     losetup "$device" /tmp/second

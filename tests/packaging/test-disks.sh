@@ -1,7 +1,8 @@
 #!/bin/sh
-# disks.sh, in the sandbox, with loop devices for the volumes of a NAS: what it
-# refuses, what it asks, what it writes; under OpenRC also that the daemon then
-# has its writes on the second disk. What disks may hold is in test-devices.sh.
+# Tests disks.sh in the sandbox, with loop devices for the volumes of a NAS:
+# what it refuses, asks and writes, and under OpenRC also that the daemon then
+# writes to the second disk. The contents of disks are tested in
+# test-devices.sh.
 #
 #     sandbox.sh test-disks.sh
 set -eu
@@ -28,7 +29,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# disk NAME: a loop device of 64 MiB, and $NAME its name.
+# disk NAME: makes a loop device of 64 MiB, and sets $NAME to its name.
 disk() {
     truncate -s 64M "/tmp/$1"
     loop=$(losetup --find --show "/tmp/$1")
@@ -36,12 +37,12 @@ disk() {
     eval "$1=$loop"
 }
 
-# blank DEV: nothing but zeros is on it.
+# blank DEV: checks that DEV contains only zeros.
 blank() {
     dd if=/dev/zero of="$1" bs=1M count=64 status=none
 }
 
-# refused TEXT OPTIONS...: it dies, says TEXT, and leaves the disks alone.
+# refused TEXT OPTIONS...: disks.sh fails with TEXT, and leaves the disks alone.
 refused() {
     text=$1
     shift
@@ -61,14 +62,14 @@ disk third
 # shellcheck disable=SC2154
 both="--image-device $image --writable-device $writable"
 
-# Words and devices that are none.
+# Words and devices that do not exist.
 refused "unknown option" --image "$image"
 refused "is no block device" --image-device /tmp/image
 refused "cannot be both" --image-device "$image" --writable-device "$image"
 refused "--format goes with" --format
 refused "needs a value" --image-device
 refused "has to be a full path" --image-device "$image" --root-dir big
-# A name that was not typed. $both is words, here and below.
+# The name was not typed. $both is a list of words, here and below.
 # shellcheck disable=SC2086
 refused "no disk was formatted" --service systemd $both
 # Disks in use, also with --format.
@@ -95,7 +96,7 @@ for service in systemd openrc; do
     refused "is not empty" --service $service --image-device "$image"
 done
 rm -r "$root"
-# One that belongs to a disk which is not there now.
+# An entry for a disk that is not there now.
 cp /etc/fstab /tmp/fstab
 echo "UUID=5c3b6f0e-0000-4000-8000-000000000000 $root/writable ext4 nofail 0 2" >>/etc/fstab
 refused "mounts UUID=5c3b6f0e-" --writable-tmpfs 1G
@@ -105,7 +106,7 @@ unit=/etc/systemd/system/$(systemd-escape --path --suffix=mount "$root")
 printf '[Mount]\nWhat=/dev/disk/by-uuid/5c3b6f0e-0000\nWhere=%s\n' "$root" >"$unit"
 refused "mounts /dev/disk/by-uuid/5c3b6f0e-0000" --service systemd --image-device "$image"
 rm "$unit"
-# Settings that are there.
+# Settings that exist.
 mkdir -p /etc/default
 echo 'OPTIONS="--reserve 1G"' >"/etc/default/$program"
 refused "is set already: --reserve 1G" --service systemd --image-device "$image"
@@ -133,12 +134,12 @@ grep -qx "Where=$root/writable" "$units/$name-writable.mount" || fail "none for 
 [ -L "$units/$name.mount.wants/$program.service" ] || fail "the mount does not start the service"
 said=$(systemd-analyze verify --man=no "$units"/*.mount 2>&1) || fail "systemd-analyze: $said"
 [ -z "$said" ] || fail "systemd-analyze: $said"
-# Where the daemon looks by itself.
+# These are the daemon's default directories, so no settings are written.
 grep -qx 'OPTIONS=""' "$DESTDIR/etc/default/$program" 2>/dev/null ||
     [ ! -e "$DESTDIR/etc/default/$program" ] || fail "it sets $(cat "$DESTDIR/etc/default/$program")"
 rm -r "$DESTDIR"
 
-# Elsewhere, and kept as they are.
+# Other directories, and file systems that are kept.
 # shellcheck disable=SC2086
 sh $disks --service systemd $both --keep --root-dir /mnt/big --writable-dir /mnt/fast \
     --state-dir /mnt/fast/state </dev/null >/dev/null
@@ -149,7 +150,7 @@ grep -qx 'RequiresMountsFor=/mnt/big /mnt/fast/state' "$units/$program.service.d
     fail "$(cat "$units/$program.service.d/10-mounts.conf")"
 rm -r "$DESTDIR"
 
-# An SD card: what containers write is in memory.
+# A machine with an SD card: what containers write is in memory.
 sh $disks --service systemd --writable-tmpfs 64M
 grep -qx 'Options=size=64M,mode=700,nofail' "$units/$name-writable.mount" || fail "no tmpfs"
 grep -qx 'OPTIONS="--writable-volatile"' "$DESTDIR/etc/default/$program" || fail "not volatile"
@@ -159,7 +160,7 @@ echo "disks.sh: systemd"
 #
 # OpenRC, for real.
 #
-# A system whose /etc cannot be written to may have it elsewhere.
+# A system with a read-only /etc may have the settings elsewhere.
 mkdir /tmp/persistent
 echo '# of this machine' >/tmp/persistent/fstab
 ln -sf /tmp/persistent/fstab /etc/fstab
@@ -175,7 +176,7 @@ grep -qx 'OPTIONS="--require-mount"' "/etc/conf.d/$program" || fail "$(cat "/etc
 [ -L /etc/fstab ] || fail "the link /etc/fstab is a file now"
 [ -z "$(find /etc /tmp/persistent -name '*.new')" ] || fail "it leaves $(find /etc -name '*.new')"
 cp /etc/fstab /tmp/fstab
-# Once more: nothing to ask, nothing to do.
+# A second run asks nothing and changes nothing.
 # shellcheck disable=SC2086
 sh $disks --service openrc $both </dev/null >/dev/null || fail "it is not the same twice"
 cmp -s /etc/fstab /tmp/fstab || fail "fstab has changed the second time"
@@ -183,7 +184,7 @@ cmp -s /etc/fstab /tmp/fstab || fail "fstab has changed the second time"
 tar xzf /sandbox/dist/$program-*-"$(uname -m)".tar.gz -C /tmp
 sh /sandbox/tests/packaging/build-client.sh /tmp/client
 : >/tmp/log
-# Words.
+# A list of words.
 # shellcheck disable=SC2046
 "$(echo /tmp/$program-*/$program)" $(sed -n 's/^OPTIONS="\(.*\)"/\1/p' "/etc/conf.d/$program") >/tmp/log 2>&1 &
 daemon=$!

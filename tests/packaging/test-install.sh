@@ -1,7 +1,7 @@
 #!/bin/sh
-# install.sh of the archive for this machine, in the sandbox: installing,
-# upgrading and removing below DESTDIR for systemd, and for real under OpenRC,
-# with containers' snapshots there all the while.
+# Tests install.sh of the archive for this machine, in the sandbox: installing,
+# upgrading and removing, below DESTDIR for systemd and for real under OpenRC,
+# with containers' snapshots there all the time.
 #
 #     sandbox.sh test-install.sh
 set -eu
@@ -15,7 +15,7 @@ fail() {
     exit 1
 }
 
-# expect TEXT COMMAND...: the command succeeds and says TEXT.
+# expect TEXT COMMAND...: the command succeeds and prints TEXT.
 expect() {
     text=$1
     shift
@@ -52,7 +52,7 @@ expect "is installed" "$archive/install.sh" --service systemd
 find "$DESTDIR" -type f -exec md5sum {} + | sort >second
 cmp -s first second || fail "installing twice is not the same as once: $(diff first second)"
 
-# What was disabled, or changed, stays so.
+# Disabled services and changed settings stay.
 rm "$wants"
 echo 'OPTIONS="--reserve 1G"' >>"$default"
 echo '# of the next version' >>"$archive/systemd/$program.default"
@@ -64,14 +64,14 @@ grep -q 'next version' "$unit" || fail "an upgrade has kept the old unit"
 expect "stays" "$archive/install.sh" uninstall --service systemd
 left=$(cd "$DESTDIR" && find . -type f)
 [ "$left" = "./etc/default/$program" ] || fail "uninstall leaves: $left"
-# What was not changed does not.
+# Unchanged settings do not.
 rm "$default"
 expect "is installed" "$archive/install.sh" --service systemd
 echo '# of the version after' >>"$archive/systemd/$program.default"
 expect "is installed" "$archive/install.sh" --service systemd
 grep -q 'version after' "$default" || fail "an upgrade has kept an old configuration"
 
-# Directories that were moved are waited for.
+# The service waits for directories that were moved.
 sed -i 's#^OPTIONS=.*#OPTIONS="--root-dir=/mnt/big/s --writable-dir /mnt/ssd/s"#' "$default"
 drop_in=$DESTDIR/etc/systemd/system/$program.service.d/10-mounts.conf
 expect '' "$archive/install.sh" --service systemd
@@ -83,7 +83,7 @@ expect '' "$archive/install.sh" --service systemd
 expect "removed" "$archive/install.sh" uninstall --service systemd
 expect "removed" "$archive/install.sh" uninstall --service systemd
 
-# Where systemd does not look below the prefix; and the prefix has to be said once only.
+# systemd does not look below this prefix. The prefix has to be given only once.
 expect "is installed" env PREFIX=/opt "$archive/install.sh" --service systemd
 [ "$(readlink "$wants")" = "/etc/systemd/system/$program.service" ] ||
     fail "the unit is not enabled: $(readlink "$wants")"
@@ -106,7 +106,7 @@ expect "removed" "$archive/install.sh" uninstall --service systemd
 left=$(cd "$DESTDIR" && find . -type f -o -type l)
 [ -z "$left" ] || fail "uninstall of /opt from the archive leaves: $left"
 
-# A /usr that cannot be written to: PREFIX is named, and nothing is changed.
+# With a read-only /usr, the error names PREFIX, and nothing is changed.
 mkdir -p "$DESTDIR/usr"
 mount -t tmpfs -o ro tmpfs "$DESTDIR/usr"
 ! said=$("$archive/install.sh" --service systemd 2>&1) || fail "a read-only /usr is installed to"
@@ -120,7 +120,7 @@ expect "is installed" env PREFIX=/opt "$archive/install.sh" --service systemd
 expect "removed" "$archive/install.sh" uninstall --service systemd
 umount "$DESTDIR/usr"
 
-# What could not be enabled is enabled by the next run.
+# A service that could not be enabled is enabled by the next run.
 mkdir -p "$DESTDIR/etc/systemd/system"
 echo in the way >"$DESTDIR/etc/systemd/system/multi-user.target.wants"
 ! said=$("$archive/install.sh" --service systemd 2>&1) || fail "it cannot be enabled, and says nothing"
@@ -139,14 +139,14 @@ echo "install.sh: systemd"
 #
 # OpenRC, for real.
 #
-# Unpacked only: as a package it would take the place of this machine's init.
-# /lib and /sbin are links.
+# The packages are only unpacked, because installing them would replace this
+# machine's init. /lib and /sbin are links.
 apt-get -q download openrc librc1 libeinfo1 logrotate libpopt0 >/dev/null 2>&1 ||
     fail "openrc and logrotate cannot be downloaded"
 for deb in /tmp/*.deb; do
     dpkg-deb --fsys-tarfile "$deb" | tar --extract --keep-directory-symlink --directory /
 done
-# As after a boot, without starting what this machine has to start.
+# The state after a boot, without starting this machine's services.
 for directory in daemons exclusive failed hotplugged inactive options scheduled started \
     starting stopping tmp wasinactive; do
     mkdir -p "/run/openrc/$directory"
@@ -162,14 +162,14 @@ pid() {
 
 expect "is installed" "$archive/install.sh" --service openrc
 [ -L "/etc/runlevels/default/$program" ] || fail "the service is in no runlevel"
-# Started means: serves.
+# After the start, the daemon serves.
 [ -S "$socket" ] || fail "rc-service came back before the daemon served"
 /tmp/client "$socket" once || fail "it does not serve"
 upper=$(/tmp/client "$socket" prepare container)
 echo written >"$upper/file"
 first=$(pid)
 
-# In place, while a container is there.
+# An upgrade, while there is a container.
 expect "is installed" "$archive/install.sh" --service openrc
 [ -S "$socket" ] || fail "rc-service came back before the daemon served"
 second=$(pid)
@@ -177,13 +177,13 @@ second=$(pid)
 [ "$(cat "$upper/file")" = written ] || fail "an upgrade has lost data"
 /tmp/client "$socket" commit layer container || fail "it does not serve after an upgrade"
 
-# OpenRC has seen it, however often that is done.
+# OpenRC notices the end of the daemon, however often it happens.
 for _ in 1 2 3 4 5; do
     expect "" rc-service "$program" restart
     expect "started" rc-service "$program" status
 done
 
-# A daemon that dies is started again, also if it was asked to end.
+# A daemon that ends is started again, even if it was asked to end.
 for signal in KILL TERM; do
     second=$(pid)
     kill -"$signal" "$second"
@@ -206,7 +206,7 @@ done
 [ "$(pid)" = "$second" ] || fail "SIGHUP has ended the daemon"
 /tmp/client "$socket" once || fail "it does not serve after SIGHUP"
 
-# Its log goes on in an empty file.
+# The log continues in an empty file.
 logrotate --force --state /tmp/rotated "/etc/logrotate.d/$program" || fail "logrotate"
 gzip -dc "/var/log/$program.log.1.gz" | grep -q 'SIGHUP is ignored' || fail "nothing was rotated"
 [ ! -s "/var/log/$program.log" ] || fail "the log is not empty: $(cat "/var/log/$program.log")"

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Packs the binaries in dist/ a second time, elsewhere, later and with another
-# umask: the bytes have to be those in dist/SHA256SUMS. (That the binaries come
-# out the same is not tested here: building them again would take as long as all
-# other tests. packaging/cross.sh says what makes them so.)
+# Packs the binaries in dist/ a second time, in another directory, later, and
+# with another umask: the bytes have to match dist/SHA256SUMS. (That two builds
+# give the same binaries is not tested here, because a build takes as long as
+# all other tests. packaging/cross.sh says what ensures it.)
 set -eu
 
 cd "$(dirname "$0")/../.."

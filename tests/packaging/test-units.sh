@@ -1,6 +1,6 @@
 #!/bin/sh
-# The systemd unit: what systemd says of it, and that the daemon works with the
-# capabilities and the address family that it leaves.
+# Tests the systemd unit: systemd's own checks, and that the daemon works with
+# the capabilities and the address family that the unit leaves.
 #
 #     test-units.sh BINARY
 set -eu
@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 binary=$(realpath "$1")
 program=overlay-read-write-splitting-snapshotter
-# Ten times systemd's exposure level; see the unit for what is left out.
+# Systemd's exposure level times ten; the unit says what is left out of it.
 most_exposure=55
 
 fail() {
@@ -30,7 +30,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# verify looks for the program, so the unit names one that is there.
+# verify looks for the program, so the unit has to name one that exists.
 unit=$scratch/$program.service
 sed "s#/usr/local/bin/$program#$binary#" "systemd/$program.service" >"$unit"
 said=$(systemd-analyze verify --man=no "$unit" 2>&1) || fail "systemd-analyze verify: $said"
@@ -42,20 +42,19 @@ systemd-analyze security --no-pager --offline=true --threshold="$most_exposure" 
 }
 tail -n 1 "$scratch/security"
 
-# These make mounts of the service's own, in which it would not see the host's
-# volumes come and go.
+# These options give the service mounts of its own, in which it would not see
+# the host's volumes come and go.
 ! grep -nE '^(Private(Tmp|Devices|Mounts|IPC|Users|Network)|Protect(System|Home|Proc|KernelTunables|KernelModules|KernelLogs|ControlGroups)|ProcSubset|MountFlags|(ReadOnly|ReadWrite|Inaccessible|NoExec|Exec|Bind|BindReadOnly)Paths|TemporaryFileSystem|Root(Directory|Image)|DynamicUser)=' \
     "systemd/$program.service" || fail "the unit has lines that give the daemon mounts of its own"
 
-# Its capabilities, in setpriv's words.
-# A list.
+# The capabilities of the unit, in setpriv's form, as a list.
 # shellcheck disable=SC2046
 set -- $(sed -n 's/^CapabilityBoundingSet=//p' "systemd/$program.service")
 [ $# -gt 0 ] || fail "the unit has no CapabilityBoundingSet="
 capabilities=-all
 for capability in "$@"; do
-    # One that this machine's root has not itself (in a container, say) cannot be
-    # given.
+    # A capability that root of this machine does not have (in a container, say)
+    # cannot be given.
     name=$(echo "${capability#CAP_}" | tr '[:upper:]' '[:lower:]')
     if setpriv --dump | grep '^Capability bounding set:' | grep -qw "$name"; then
         capabilities=$capabilities,+$name
@@ -92,8 +91,8 @@ client() {
     "$scratch/client" "$scratch/root/grpc.socks" "$@" || fail "with the unit's capabilities: $*"
 }
 
-# A layer of a container with all that a layer may have moves to the image
-# volume, which here means that it is copied.
+# A layer of a container with everything that a layer may have moves to the
+# image volume, which in this case means that it is copied.
 upper=$(client prepare container)
 echo 'set-user-ID' >"$upper/program"
 chown 1234:5678 "$upper/program"
@@ -105,7 +104,7 @@ mknod "$upper/whiteout" c 0 0
 mkdir "$upper/directory"
 setfattr -n trusted.overlay.opaque -v y "$upper/directory"
 chown -h 1:2 "$upper/directory"
-# A layer that is small would wait for its containers.
+# A small layer would wait for its containers.
 dd if=/dev/zero of="$upper/large" bs=1M count=2 status=none
 
 describe() {

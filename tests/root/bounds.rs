@@ -1,5 +1,5 @@
-//! What a container, a removal or a disk that does not answer can make large or slow, and
-//! what goes on meanwhile.
+//! Work that a container, a removal, or a disk that does not answer can make large or
+//! slow, and what has to go on meanwhile.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -22,12 +22,12 @@ use crate::support::{run, until};
 
 const LOWERS: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
 
-/// Two disks and a daemon that is started by another command.
+/// Two disks, and a daemon that is started through another command.
 fn start_by(starter: &[&str], flags: &[&str]) -> Split {
     Split::start_by(starter, Disk::ext4(256), Disk::ext4(256), flags)
 }
 
-/// Makes so many directories, each in the one before, with a file in each.
+/// Makes that many directories, each in the one before, with a file in each.
 fn nest(top: &Path, levels: u32) {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY;
     let mut at: OwnedFd = open(top, flags, Mode::empty()).unwrap();
@@ -58,7 +58,10 @@ fn deep_trees_need_few_descriptors() {
     });
     client.commit("a", "layer", &[]).unwrap();
     until("the layer is moved", || {
-        split.daemon.log().contains("\"layer\" is home")
+        split
+            .daemon
+            .log()
+            .contains("\"layer\" moved to the image volume")
     });
     for key in ["b", "c", "layer"] {
         client.remove(key).unwrap();
@@ -102,7 +105,7 @@ fn a_removal_at_once_deletes_its_own_and_keeps_no_other_request_waiting() {
 
 #[registered(crate::Test)]
 fn a_cleanup_behind_another_waits_for_it_without_a_thread() {
-    // Two of them do long work.
+    // Two of the workers do long work.
     let split = Split::start(&["--threads", "4"]);
     let client = split.client();
     let key = "default/1/extract-1 x";
@@ -119,7 +122,7 @@ fn a_cleanup_behind_another_waits_for_it_without_a_thread() {
     let begun = Instant::now();
     let (code, _) = finish(short).unwrap_err();
     assert_eq!(code, RpcStatusCode::DEADLINE_EXCEEDED);
-    // Counting is long work too.
+    // Counting is long work, too.
     client.usage(key).unwrap();
     assert!(begun.elapsed() < Duration::from_secs(10));
     drop(frozen);
@@ -138,7 +141,7 @@ fn host_directories_on_a_dead_disk_keep_no_other_request_waiting() {
     let client = split.client();
     client.prepare("before", "", &[]).unwrap();
     let frozen = dead.freeze();
-    // To create a missing directory there waits for the disk.
+    // Creating a missing directory there waits for the disk.
     let ask = |number: u32| {
         let path = format!("{}/{number}", dead.text());
         client.begin_prepare(&format!("dead {number}"), "", &[(LOWERS, &path)])
@@ -190,10 +193,13 @@ fn a_layer_that_does_not_fit_is_not_copied() {
         let log = split.daemon.log();
         log.contains("\"layer large\" stays on the writable volume")
     });
-    // A smaller one does not wait for it.
+    // A smaller layer does not wait for it.
     commit("small", 2 << 20);
     until("the small one is moved", || {
-        split.daemon.log().contains("\"layer small\" is home")
+        split
+            .daemon
+            .log()
+            .contains("\"layer small\" moved to the image volume")
     });
     split.image.sync();
     let before = split.image.writes();
@@ -203,7 +209,7 @@ fn a_layer_that_does_not_fit_is_not_copied() {
     }
     split.image.sync();
     let written = split.image.writes() - before;
-    // A copy would be more than that, once.
+    // A single copy would be more than that.
     assert!(written < 200, "{written} writes");
     let log = split.daemon.log();
     let said = log.matches("stays on the writable volume").count();
@@ -213,7 +219,10 @@ fn a_layer_that_does_not_fit_is_not_copied() {
     fs::remove_file(split.image.path().join("filler")).unwrap();
     client.cleanup().unwrap();
     until("the large one is moved", || {
-        split.daemon.log().contains("\"layer large\" is home")
+        split
+            .daemon
+            .log()
+            .contains("\"layer large\" moved to the image volume")
     });
 }
 

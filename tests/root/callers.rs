@@ -1,5 +1,5 @@
 //! The calls that Docker and nerdctl make around a commit, in their order, with
-//! real mounts, before and after the layer has come home.
+//! real mounts, before and after the layer has moved.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ fn the_calls_of_docker() {
         }
         client.commit(&init_key, &init, &[]).unwrap();
         client.prepare(&id, &init, &[]).unwrap();
-        // Started, stopped and started again: mounted anew each time.
+        // Started, stopped and started again, so mounted again each time.
         for round in 0..3 {
             let mounted = Mounted::new(&client.mounts(&id).unwrap());
             assert_eq!(read(&mounted.path(), "etc/passwd"), "root");
@@ -71,7 +71,7 @@ fn the_calls_of_docker() {
         let (code, _) = client.remove(&init).unwrap_err();
         assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION);
     }
-    // As the garbage collector does it: children first, then what they stood on.
+    // As containerd's garbage collector removes them: children first.
     for kind in ["", "-init"] {
         for number in 0..5 {
             let namespace = if kind.is_empty() { 2 } else { 1 };
@@ -89,9 +89,9 @@ fn the_calls_of_docker() {
     });
 }
 
-/// nerdctl `pkg/imgutil/commit`: a view of the container's parent, the two
-/// compared, the difference applied to a new snapshot on the parent, that one
-/// committed; then a container on it. The first container runs on.
+/// nerdctl `pkg/imgutil/commit`: a view of the container's parent; a comparison
+/// of both; the difference is applied to a new snapshot on the parent, which is
+/// committed; then a container on it. The first container keeps running.
 #[registered(crate::Test)]
 fn the_calls_of_nerdctl_commit() {
     let split = Split::start(&["--relocate-after", "1"]);

@@ -1,4 +1,4 @@
-//! The command `check`: what is wrong is named, and mended when asked for.
+//! The command `check`: it names what is wrong, and repairs it on request.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -30,14 +30,14 @@ pub fn check(split: &Split, flags: &[&str]) -> (i32, String, String) {
     )
 }
 
-/// Fails unless the check finds nothing.
+/// Fails if the check finds anything.
 #[track_caller]
 pub fn is_clean(split: &Split) {
     let (code, said, complaint) = check(split, &[]);
     assert_eq!(code, 0, "{said}{complaint}");
 }
 
-/// What a check finds, as codes with keys.
+/// The findings of a check, as codes with keys.
 #[track_caller]
 fn findings(split: &Split) -> Vec<(String, String)> {
     let (code, said, complaint) = check(split, &["--json"]);
@@ -80,7 +80,7 @@ fn sample(client: &Client) {
     }
 }
 
-/// Where a snapshot's own directory is on either volume.
+/// The directories of a snapshot on both volumes, existing or not.
 fn own(split: &Split, key: &str) -> [std::path::PathBuf; 2] {
     let database = rusqlite::Connection::open(split.root().join("metadata.db")).unwrap();
     let id: i64 = database
@@ -91,8 +91,8 @@ fn own(split: &Split, key: &str) -> [std::path::PathBuf; 2] {
     [split.root(), split.writable()].map(|top| top.join(format!("snapshots/{id}")))
 }
 
-/// A stopped daemon's volumes with one of each damage, and how a check names
-/// them.
+/// A stopped daemon's volumes with one damage of each kind, and the findings
+/// for them.
 fn damaged() -> (Split, Vec<(&'static str, &'static str)>) {
     let mut split = Split::start(&["--relocate", "never"]);
     sample(&split.client());
@@ -152,7 +152,8 @@ fn clean_whatever_the_daemon_does() {
     });
     split.daemon.kill();
     is_clean(&split);
-    // It has not taken the log away, without which the daemon would not start.
+    // The check has not removed the log, without which the daemon would not
+    // start.
     split.daemon.restart();
     split.daemon.stop();
     is_clean(&split);
@@ -163,7 +164,7 @@ fn clean_whatever_the_daemon_does() {
 #[registered(crate::Test)]
 fn each_finding_is_named() {
     let (split, named) = damaged();
-    // SQLite makes an empty log and its index for a reader.
+    // SQLite creates an empty log and its index for a reader.
     is_there(&split, &named);
     let before = [split.root(), split.writable()].map(tree);
     is_there(&split, &named);
@@ -359,7 +360,8 @@ fn what_cannot_be_checked() {
     is_clean(&split);
 }
 
-/// The bytes are home, and the database does not say so yet: nothing is lost.
+/// The bytes have moved, and the database does not record it yet: nothing is
+/// lost.
 #[registered(crate::Test)]
 fn a_move_that_was_cut_short() {
     for (disks, step) in [
@@ -425,7 +427,8 @@ fn a_reset_that_is_refused_changes_nothing() {
     let client = split.client();
     sample(&client);
     split.daemon.stop();
-    // Another root's volume, one with something in it, and one that is no use.
+    // Another root's volume, a directory with files in it, and an unsuitable
+    // one.
     let other = Split::start(&[]);
     let (filled, vfat) = (Disk::ext4(64), Disk::ext4(64));
     fs::create_dir_all(filled.path().join("writable/snapshots/7")).unwrap();
@@ -447,7 +450,7 @@ fn a_reset_that_is_refused_changes_nothing() {
     split.client().mounts("default/7/web").unwrap();
 }
 
-/// `ctr snapshot commit` of a running container, which goes on.
+/// `ctr snapshot commit` of a running container, which goes on writing.
 #[registered(crate::Test)]
 fn what_changed_after_its_commit_is_kept() {
     let mut split = Split::start(&["--relocate", "never"]);

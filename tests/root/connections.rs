@@ -1,6 +1,6 @@
-//! Connections that break off, stall, say something else than gRPC, or come
-//! by the thousand. HTTP/2 is written by hand here, frame by frame (RFC 9113),
-//! because no client sends what these tests need.
+//! Connections that break off, stall, send something other than gRPC, or come
+//! by the thousand. The tests write HTTP/2 frame by frame (RFC 9113), because
+//! no client sends what they need.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -37,8 +37,8 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The headers of a call, each as a literal that enters no table (RFC 7541,
-/// 6.2.2).
+/// The headers of a call, each as a literal that is not added to a table (RFC
+/// 7541, 6.2.2).
 fn headers(method: &str) -> Vec<u8> {
     let path = format!("/containerd.services.snapshots.v1.Snapshots/{method}");
     let mut block = Vec::new();
@@ -59,7 +59,8 @@ fn headers(method: &str) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, 1, &block)
 }
 
-/// A message as gRPC frames it: not compressed, its length, itself.
+/// A message in gRPC's frame: the flag for "not compressed", its length, its
+/// bytes.
 fn message(bytes: &[u8]) -> Vec<u8> {
     let mut framed = vec![0];
     framed.extend(u32::try_from(bytes.len()).unwrap().to_be_bytes());
@@ -82,8 +83,7 @@ fn connect(split: &Split) -> UnixStream {
     stream
 }
 
-/// Reads the answer to the call on stream 1: its data, once its trailers tell
-/// the end.
+/// Reads the answer to the call on stream 1: its data, up to the trailers.
 fn answer(stream: &mut UnixStream) -> Vec<u8> {
     let mut data = Vec::new();
     loop {
@@ -157,7 +157,7 @@ fn other_protocols() {
         let _ = stream.shutdown(Shutdown::Write);
         is_closed_by_the_server(&mut stream);
     }
-    // Without a goodbye either: these are dropped at once.
+    // The connections are dropped at once, without ending them properly.
     for bytes in garbage {
         let _ = connect(&split).write_all(bytes);
     }
@@ -170,14 +170,16 @@ fn requests_that_break_off() {
     let pid = split.daemon.pid();
     let client = split.client();
     let whole = call("Prepare", &prepare_request("never"));
-    // By hand it works, so what is cut off below is cut off from a good one.
+    // A complete call by hand works, so the calls that are cut off below are
+    // parts of a good one.
     let mut stream = connect(&split);
     let sound = call("Prepare", &prepare_request("sound"));
     stream.write_all(&sound).unwrap();
     assert!(!answer(&mut stream).is_empty());
     client.remove("sound").unwrap();
 
-    // Cut anywhere; the connections hang up, all of them half open before.
+    // Calls cut off at any place. The connections hang up after all of them
+    // were open.
     let mut open = Vec::new();
     for length in 0..whole.len() {
         let mut stream = connect(&split);
@@ -186,13 +188,13 @@ fn requests_that_break_off() {
             open.push(stream);
         }
     }
-    // While they are silent, others are served.
+    // While they are silent, other clients are served.
     client.prepare("meanwhile", "", &[]).unwrap();
     client.remove("meanwhile").unwrap();
     drop(open);
 
-    // A length that the message does not have, and one that no message may
-    // have.
+    // A length that differs from the message's, and one that is too large for
+    // any message.
     let settings = frame(SETTINGS, 0, 0, &[]);
     for head in [[0, 0, 0, 0, 200], [0, 0xff, 0xff, 0xff, 0xff]] {
         let data = [&head[..], &prepare_request("never")].concat();
@@ -210,7 +212,8 @@ fn requests_that_break_off() {
     unharmed(&mut split, pid);
 }
 
-/// This process is a client with as many connections as the server.
+/// Raises the limit of this process, which has as many connections as the
+/// server.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -220,8 +223,8 @@ fn raise_descriptor_limit() {
     setrlimit(Resource::Nofile, raised).unwrap();
 }
 
-/// A state directory in memory: so many rows are made quickly where none of
-/// them waits for a disk.
+/// A state directory in memory, where many rows are made quickly because none
+/// of them waits for a disk.
 fn quick_state() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").unwrap()
 }
@@ -232,7 +235,8 @@ fn a_thousand_at_once() {
     let state_dir = state.path().to_str().unwrap();
     let mut split = Split::start(&["--sync", "none", "--state-dir", state_dir]);
     let pid = split.daemon.pid();
-    // After the daemon's start: it has to raise its own limit by itself.
+    // Raised after the daemon's start, because the daemon has to raise its own
+    // limit.
     raise_descriptor_limit();
     let client = split.client();
     client.prepare("web", "", &[]).unwrap();
@@ -250,7 +254,7 @@ fn a_thousand_at_once() {
     for stream in &mut streams {
         assert_eq!(answer(stream), expected);
     }
-    // All are open still, and one more is served.
+    // All connections are still open, and one more is served.
     split.client().stat("web").unwrap();
     let resident = split.daemon.resident_bytes();
     assert!(resident < 100 << 20, "{resident} bytes");
@@ -282,7 +286,7 @@ fn readers_that_stall() {
     let pid = split.daemon.pid();
     let client = split.client();
     layer(&client, "base", "", |_| ());
-    // Views of a parent are rows and nothing else.
+    // Views of a parent are only rows.
     let label = "x".repeat(100);
     std::thread::scope(|scope| {
         for part in 0..4 {
@@ -296,14 +300,14 @@ fn readers_that_stall() {
             });
         }
     });
-    // Each on a connection of its own, and two on one.
+    // Each reader has a connection of its own, and two share one.
     let clients: Vec<Client> = (0..READERS).map(|_| split.client()).collect();
     let mut stalled: Vec<_> = clients
         .iter()
         .map(|client| client.begin_list(&[]))
         .collect();
     stalled.push(clients[0].begin_list(&[]));
-    // The first message has come, the others wait.
+    // The first message has come; the other messages wait.
     for reader in &mut stalled {
         let page = block_on(reader.next()).unwrap().unwrap();
         let page = ListSnapshotsResponse::parse_from_bytes(&page).unwrap();
@@ -324,7 +328,8 @@ fn readers_that_stall() {
         "{:?}",
         begun.elapsed()
     );
-    // One of them goes on, and is told all, as it was at the beginning.
+    // One of the readers goes on, and gets the whole list as it was at the
+    // beginning.
     let mut resumed = stalled.pop().unwrap();
     let mut told = 100;
     while let Some(page) = block_on(resumed.next()) {
@@ -335,7 +340,7 @@ fn readers_that_stall() {
     assert_eq!(told, SNAPSHOTS);
     let resident = split.daemon.resident_bytes();
     assert!(resident < 100 << 20, "{resident} bytes");
-    // The others never come back.
+    // The other readers never come back.
     drop((stalled, clients));
 
     std::thread::scope(|scope| {

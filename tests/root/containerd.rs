@@ -1,5 +1,5 @@
 //! From end to end: a real containerd with the daemon as its snapshotter, an
-//! image of five layers, containers that run.
+//! image of five layers, and running containers.
 
 mod damaged;
 mod healing;
@@ -53,7 +53,7 @@ fn is_whiteout(path: PathBuf) -> bool {
     metadata.file_type().is_char_device() && metadata.rdev() == 0
 }
 
-/// What is left of snapshots, removed or not.
+/// Everything that is left of snapshots, removed or not.
 fn left(split: &Split) -> Vec<PathBuf> {
     [split.root(), split.writable()]
         .iter()
@@ -83,8 +83,8 @@ fn an_image_and_its_container_are_on_two_disks() {
         upper.join("done").symlink_metadata()
     });
 
-    // As seen inside: deleted by a layer, hidden by an opaque directory,
-    // changed and deleted by the container.
+    // The view of the container: deleted by a layer, hidden by an opaque
+    // directory, changed and deleted by the container.
     let seen = containerd.exec(
         "web",
         "ls -d /etc/obsolete.conf /srv/old /opt/data/passing.txt /etc/hostname 2>/dev/null |
@@ -99,7 +99,7 @@ fn an_image_and_its_container_are_on_two_disks() {
         "0\nonly.txt\nchanged\n4194304\n#!/bin/sh\necho one file, two names\n"
     );
 
-    // As seen outside.
+    // The view of the host.
     let (image, writable) = (device(split.image.path()), device(split.writable.path()));
     let lowers: Vec<_> = overlay.lowers.into_iter().rev().collect();
     let of_each_layer = [
@@ -131,7 +131,7 @@ fn an_image_and_its_container_are_on_two_disks() {
     }
     split.image.sync();
     split.writable.sync();
-    // The database is on the image disk here, and grows a little.
+    // The database is on the image disk in this test, and grows a little.
     assert!(split.image.free() + (256 << 10) > free.0);
     assert!(split.writable.free() + (4 << 20) <= free.1);
 
@@ -161,7 +161,8 @@ fn diff(containerd: &Containerd, key: &str) -> BTreeSet<String> {
     names.lines().map(str::to_owned).collect()
 }
 
-/// Mounts by the very command that `ctr` prints. Containerd's end unmounts it.
+/// Mounts with the command that `ctr` prints. The end of the containerd
+/// unmounts it.
 fn mount_printed(command: &str) {
     run(Command::new("sh").args(["-ec", command]));
 }
@@ -201,7 +202,7 @@ fn every_snapshot_command_of_ctr_works() {
     containerd.ctr(&["snapshot", "label", "web", "example.com/some.label="]);
     assert!(!info("web").contains("some.label"));
 
-    // usage: what is written, no more and no less
+    // usage: exactly what was written
     let before = usage(&containerd, "web");
     containerd.exec("web", "head -c 1048576 /dev/zero >/more");
     split.writable.sync();
@@ -243,7 +244,8 @@ fn every_snapshot_command_of_ctr_works() {
     assert_eq!(listed("next"), expected("next", "web-layer", "Active"));
     let next = containerd.overlay("next");
     assert_eq!(next.lowers[1..], active.lowers);
-    // Named as a layer by the image disk, and still where it was written.
+    // The image disk has a link to the layer, whose bytes are still where they
+    // were written.
     let home = next.lowers[0].parent().unwrap();
     assert_eq!(
         home.parent(),
@@ -265,8 +267,8 @@ fn every_snapshot_command_of_ctr_works() {
     assert_eq!(device(upper.join("second")), device(split.writable.path()));
     run(Command::new("umount").arg(&target));
 
-    // view; `ctr` does not protect one from garbage collection, which goes on by
-    // itself soon after anything has been removed, so that has to be over
+    // view: `ctr` does not protect a view from garbage collection, which runs
+    // soon after anything was removed, and so has to be over
     containerd.collect_garbage();
     let target = containerd.subdirectory("viewed");
     let mount = containerd.ctr(&["snapshot", "view", "--target", &target, "view", "web-layer"]);
@@ -294,9 +296,9 @@ fn every_snapshot_command_of_ctr_works() {
     assert!(is_empty(split.writable().join("trash")));
 }
 
-/// What the block device of a disk has written so far: requests and sectors
+/// How much the block device of a disk has written so far: requests and sectors
 /// (`stat` in sysfs, fields 5 and 7; Documentation/block/stat.rst). A request
-/// without sectors has the device flush its cache.
+/// without sectors makes the device flush its cache.
 fn written(disk: &Disk) -> (u64, u64) {
     let text = fs::read_to_string(format!("/sys/block/{}/stat", disk.block_name())).unwrap();
     let field = |number: usize| text.split_whitespace().nth(number - 1).unwrap();
@@ -306,8 +308,8 @@ fn written(disk: &Disk) -> (u64, u64) {
 #[registered(crate::Test)]
 fn fifty_containers_leave_the_image_disk_asleep() {
     const CONTAINERS: u64 = 50;
-    // ext4 leaves some of what makes a file system to be written later, by a
-    // thread of the kernel, unless told otherwise.
+    // ext4 leaves parts of a new file system to be written later, by a thread
+    // of the kernel, unless these options are set.
     let at_once = "lazy_itable_init=0,lazy_journal_init=0";
     let image = Disk::make(
         256,
@@ -336,7 +338,7 @@ fn fifty_containers_leave_the_image_disk_asleep() {
     let (requests_after, sectors_after) = written(&split.image);
     assert_eq!(sectors_after, sectors);
     // Any sync(2) on this machine, and the one above, flushes this disk as
-    // well; but no container has done so.
+    // well, but no container has caused it.
     assert!(requests_after - requests < CONTAINERS / 2);
     assert!(written(&split.writable).1 > writable_sectors);
 }
@@ -351,7 +353,7 @@ fn start_counter(containerd: &Containerd, id: &str) -> PathBuf {
 }
 
 fn wait_until_counting(count: &Path) {
-    // It may be read just when it is empty, or not be there yet.
+    // The file may be empty at this moment, or not exist yet.
     let read = || fs::read_to_string(count).ok()?.trim().parse::<u64>().ok();
     let from = wait_for("count", || read().ok_or("no number"));
     wait_for("further count", || {
@@ -423,7 +425,7 @@ fn containers_outlive_a_restart_of_containerd() {
 
 #[registered(crate::Test)]
 fn removing_everything_gives_the_space_back() {
-    // A database would grow on one of the disks.
+    // The database is elsewhere, because it would grow on one of the disks.
     let state = tempfile::tempdir().unwrap();
     let split = Split::start(&["--state-dir", state.path().to_str().unwrap()]);
     let containerd = Containerd::start(split.daemon.address());

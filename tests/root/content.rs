@@ -149,7 +149,7 @@ fn views_take_no_directory() {
 
 #[registered(crate::Test)]
 fn chains_mount_up_to_400_layers() {
-    // Only --sync none keeps 400 flushes of a loop device out of this test.
+    // With --sync none, 400 flushes of a loop device are not part of this test.
     let mut split = Split::start(&["--sync", "none"]);
     split.restart_at_far_ids();
     let client = split.client();
@@ -182,7 +182,7 @@ fn a_writable_snapshot_becomes_a_layer() {
     layer(&client, "base", "", |top| {
         fs::write(top.join("a"), "a").unwrap()
     });
-    // As Docker does for every container it makes.
+    // Docker does this for every container that it creates.
     let mounts = client.prepare("moby/3/id-init-key", "base", &[]).unwrap();
     {
         let mounted = Mounted::new(&mounts);
@@ -239,7 +239,8 @@ fn a_writable_snapshot_becomes_a_layer() {
 fn a_rebased_unpack_keeps_its_deletions() {
     let split = Split::start(&[]);
     let client = split.client();
-    // The upper layer first, on nothing; it deletes what it cannot see yet.
+    // The upper layer is unpacked first, without a parent. It deletes files
+    // that are not beneath it yet.
     let parent = [("containerd.io/snapshot/parent-chain-id", "base")];
     let mounts = client
         .prepare("default/1/extract-top", "", &parent)
@@ -397,7 +398,7 @@ fn id_mapped_snapshots_belong_to_the_mapped_root() {
         mounts[0].options[..2],
         ["uidmap=0:100000:65536", "gidmap=0:200000:65536"]
     );
-    // What the kernel has in memory by the second time is no short cut.
+    // Repeated, because the kernel then has the answers in memory.
     for _ in 0..3 {
         assert_eq!(client.mounts("web").unwrap(), mounts);
     }
@@ -447,7 +448,8 @@ fn modes_do_not_depend_on_the_umask() {
     assert_eq!(mode(image.path().join("root/metadata.db")), 0o600);
 }
 
-/// There overlayfs may not use `trusted.*` attributes (Linux 5.11).
+/// In a user namespace, overlayfs may not use `trusted.*` attributes (Linux
+/// 5.11).
 #[registered(crate::Test)]
 fn a_user_namespace_gets_its_own_attributes() {
     let split = Split::in_user_namespace();

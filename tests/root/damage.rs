@@ -39,7 +39,8 @@ fn holds(client: &Client, round: &str) {
     );
 }
 
-/// A refusal that says these words and changes neither volume.
+/// Fails unless the start is refused with these words, and changes neither
+/// volume.
 #[track_caller]
 fn is_refused(split: &Split, words: &[&str]) {
     let before = [split.root(), split.writable()].map(tree);
@@ -65,7 +66,7 @@ fn repair(split: &mut Split) -> Client {
     split.client()
 }
 
-/// Somebody has copied `metadata.db` alone, or tidied up.
+/// A user has copied `metadata.db` alone, or deleted the log.
 #[registered(crate::Test)]
 fn a_missing_log() {
     let mut split = Split::start(&[]);
@@ -88,7 +89,7 @@ fn a_missing_log() {
     split.daemon.restart();
     let client = split.client();
     holds(&client, "first");
-    // For good: what the log had is given up, and its directories with it.
+    // The repair gives up what the log had, and its directories.
     sample(&client, "lost");
     split.daemon.kill();
     fs::remove_file(log_of(&split)).unwrap();
@@ -102,8 +103,8 @@ fn a_missing_log() {
     is_clean(&split);
 }
 
-/// A log that ends early, as by a flipped byte: SQLite takes what comes before.
-/// That the directories are further tells.
+/// A log that ends early, because of a flipped byte: SQLite uses the part
+/// before it. The directories, which are newer, show the loss.
 #[registered(crate::Test)]
 fn a_cut_off_log() {
     let mut split = Split::start(&[]);
@@ -113,7 +114,7 @@ fn a_cut_off_log() {
     }
     split.daemon.kill();
     let length = fs::metadata(log_of(&split)).unwrap().len();
-    // The first transaction after the header, and a bit; each frame has a page.
+    // Behind the first transaction after the header; each frame has a page.
     let file = fs::File::options()
         .write(true)
         .open(log_of(&split))
@@ -127,7 +128,7 @@ fn a_cut_off_log() {
     holds(&client, "fourth");
 }
 
-/// What SQLite can notice it notices at the start, not when containerd asks.
+/// Damage that SQLite can find is found at the start, not when containerd asks.
 #[registered(crate::Test)]
 fn flipped_bytes() {
     let mut split = Split::start(&[]);
@@ -144,13 +145,13 @@ fn flipped_bytes() {
     let mut refusals = 0;
     for at in (0..sound.len()).step_by(page) {
         let mut flipped = sound.clone();
-        // The page's own header and what follows it.
+        // The page's own header and the bytes after it.
         for byte in &mut flipped[at..at + 32] {
             *byte ^= 0x55;
         }
         fs::write(database(&split), &flipped).unwrap();
         let is_header = at == 0;
-        // A page that holds nothing any more may be anything.
+        // A page that is not in use may contain anything.
         if is_header || split_is_refused(&split) {
             is_refused(&split, &["metadata.db"]);
             refusals += 1;
@@ -163,7 +164,8 @@ fn flipped_bytes() {
     assert_eq!(split.client().names(&[]).unwrap().len(), 60);
 }
 
-/// Whether a check takes the database for damaged, which starts nothing.
+/// Whether a check reports that the database is damaged. A check starts
+/// nothing.
 fn split_is_refused(split: &Split) -> bool {
     let (code, said, complaint) = check(split, &[]);
     assert_ne!(code, 1, "{said}");
@@ -190,7 +192,7 @@ fn a_truncated_database() {
         let (code, ..) = check(&split, &[]);
         assert_eq!(code, 2);
     }
-    // Nothing left of it: not begun afresh beside what is there.
+    // An empty file: no new database is created in its place.
     fs::write(database(&split), "").unwrap();
     is_refused(&split, &["is empty", "metadata.db.copy"]);
 }
@@ -210,7 +212,7 @@ fn a_copy_is_the_way_back() {
     split.daemon.kill();
     fs::write(&copy, kept).unwrap();
 
-    // As the refusal of a damaged one says, but for the log.
+    // What the error about a damaged database says, except for the log.
     let sound = fs::read(database(&split)).unwrap();
     fs::write(database(&split), &sound[..sound.len() / 2]).unwrap();
     is_refused(&split, &["metadata.db.copy", "check --repair"]);
@@ -230,7 +232,7 @@ fn a_copy_is_the_way_back() {
     is_clean(&split);
 }
 
-/// A backup of the file itself, put back.
+/// A backup of the file itself is put back.
 #[registered(crate::Test)]
 fn an_older_database() {
     let mut split = Split::start(&[]);
@@ -242,7 +244,7 @@ fn an_older_database() {
     split.daemon.stop();
     fs::write(database(&split), backup).unwrap();
     is_refused(&split, &["ids from ", "older state of itself"]);
-    // Nothing is taken for a stray before somebody has said so.
+    // Nothing counts as a stray before the user has decided.
     let entries = fs::read_dir(split.writable().join("snapshots")).unwrap();
     let entries = entries.map(|entry| entry.unwrap().path().join("fs"));
     let upper = entries.max_by_key(|upper| upper.as_os_str().len()).unwrap();
@@ -251,14 +253,14 @@ fn an_older_database() {
     assert!(!upper.exists());
 }
 
-/// Requests that were cut off leave empty directories, whose ids were reserved: they are
-/// no sign that the database is older than the disks. Anything else is.
+/// Interrupted requests leave empty directories whose ids were reserved. These do not
+/// show that the database is older than the disks; other directories do.
 #[registered(crate::Test)]
 fn what_was_cut_off_is_no_sign() {
     let mut split = Split::start(&[]);
     sample(&split.client(), "first");
     split.daemon.stop();
-    // The layer and the container have the first two.
+    // The layer and the container have the first two ids.
     let next = 3..257;
     let directory = |top: &Path, id: u64| top.join(format!("snapshots/{id}"));
     for top in [split.root(), split.writable()] {
@@ -270,7 +272,8 @@ fn what_was_cut_off_is_no_sign() {
         fs::write(&file, "data").unwrap();
         is_refused(&split, &["snapshots/7", "older state of itself"]);
         fs::remove_file(file).unwrap();
-        // Nor what is no empty directory of a snapshot, as a layer's link.
+        // Entries that are not an empty directory of a snapshot, such as a
+        // layer's link, do.
         fs::rename(directory(&top, 8), top.join("aside")).unwrap();
         symlink("/elsewhere", directory(&top, 8)).unwrap();
         is_refused(&split, &["snapshots/8", "older state of itself"]);

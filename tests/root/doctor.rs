@@ -12,7 +12,7 @@ use crate::support::daemon::BINARY;
 use crate::support::disk::Disk;
 use crate::support::{tree, unchanged};
 
-/// What doctor comes to, and what it says, in JSON and in lines.
+/// The exit code of doctor, and its report in JSON and in lines.
 fn doctor(arguments: &[String]) -> (Option<i32>, Value, String) {
     let run = |more: &[&str]| {
         Command::new(BINARY)
@@ -37,7 +37,7 @@ fn arguments(image: &Disk, writable: &Disk, configuration: &Path) -> Vec<String>
     ]
 }
 
-/// The verdicts on a topic, and all their words.
+/// The verdicts on a topic, and all words about it.
 fn told(value: &Value, topic: &str) -> (Vec<String>, String) {
     let findings = value["findings"].as_array().unwrap().iter();
     let about: Vec<_> = findings
@@ -64,7 +64,8 @@ fn two_disks_and_a_right_configuration_are_fit() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
     let scratch = tempfile::tempdir().unwrap();
     let configuration = scratch.path().join("config.toml");
-    // A dump as Kubernetes' containerd has it, and the stanza of a first run.
+    // A dump like that of Kubernetes' containerd, with the lines that the first
+    // run has suggested.
     fs::write(&configuration, "version = 2\n").unwrap();
     let arguments = arguments(&image, &writable, &configuration);
     let before = (tree(image.path()), tree(writable.path()));
@@ -75,7 +76,8 @@ fn two_disks_and_a_right_configuration_are_fit() {
     let stanza = stanza.split_once('\n').unwrap().1.to_owned();
 
     let cri = "[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = \"rwsplit\"\n";
-    // Where the kubelet of an older containerd looks for the image volume.
+    // The place where the kubelet of an older containerd looks for the image
+    // volume.
     let top = format!("version = 2\nroot = \"{}\"\n", scratch.path().display());
     fs::write(&configuration, format!("{top}{stanza}\n{cri}")).unwrap();
     let link = "io.containerd.snapshotter.v1.rwsplit";
@@ -188,11 +190,12 @@ fn disks_that_will_not_do_are_named() {
         arguments.extend(flags.iter().map(ToString::to_string));
         doctor(&arguments).1
     };
-    // One disk for both.
+    // Both volumes on one disk.
     let within = format!("{}/writable", image.text());
     let (verdicts, said) = told(&told_of(&within, &[]), "split");
     assert_eq!(verdicts, ["note"], "{said}");
-    // No quotas; where they are needed, that is more than a note.
+    // The disk has no quotas. If they are needed, this is an error rather than
+    // a note.
     let (verdicts, said) = told(&told_of(&within, &[]), "limits");
     assert_eq!(verdicts, ["note"], "{said}");
     assert!(said.contains("quota"), "{said}");
@@ -202,11 +205,11 @@ fn disks_that_will_not_do_are_named() {
     }
     let (verdicts, said) = told(&told_of(&within, &["--quota", "off"]), "limits");
     assert!(verdicts.is_empty(), "{said}");
-    // No mount points, where they are asked for.
+    // The directories are no mount points, although the flag requires it.
     let (verdicts, said) = told(&told_of(&within, &["--require-mount"]), "mounts");
     assert_eq!(verdicts, ["bad"], "{said}");
 
-    // Memory.
+    // A writable directory in memory.
     let memory = Disk::ext4(16);
     let point = format!("{}/memory", memory.text());
     fs::create_dir(&point).unwrap();
@@ -219,17 +222,18 @@ fn disks_that_will_not_do_are_named() {
     assert_eq!(verdicts, ["ok", "ok"]);
     rustix::mount::unmount(point.as_str(), rustix::mount::UnmountFlags::empty()).unwrap();
 
-    // What a doctor that was killed has left is in nobody's way, and goes.
+    // The directory that a killed doctor has left does not matter, and is
+    // removed.
     let left = ".overlay-read-write-splitting-snapshotter-doctor/lower/deep";
     fs::create_dir_all(memory.path().join(left)).unwrap();
     let (verdicts, said) = told(&told_of(&memory.text(), &[]), "writable");
     assert_eq!(verdicts, ["ok", "ok"], "{said}");
     assert!(!memory.path().join(left).exists());
-    // Nothing that it mounts is seen here.
+    // Mounts of doctor are not visible here.
     let is_overlay = |line: &str| line.contains(" overlay ") && line.contains("-doctor");
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.lines().any(is_overlay), "{mounts}");
-    // No room, and an option that no overlay takes.
+    // A full disk, and an option that overlayfs does not know.
     memory.fill();
     let (verdicts, said) = told(&told_of(&memory.text(), &[]), "writable");
     assert_eq!(verdicts, ["ok", "bad"], "{said}");
@@ -239,7 +243,7 @@ fn disks_that_will_not_do_are_named() {
     assert_eq!(verdicts, ["ok", "bad"], "{said}");
     assert!(said.contains("--mount-option"), "{said}");
 
-    // A disk that cannot be written to, and a file.
+    // A read-only disk, and a file.
     memory.remount("ro");
     let (verdicts, said) = told(&told_of(&memory.text(), &[]), "writable");
     assert_eq!(verdicts, ["ok", "bad"], "{said}");

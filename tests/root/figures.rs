@@ -12,7 +12,7 @@ use crate::support::daemon::{Daemon, command, refused};
 use crate::support::disk::Disk;
 use crate::support::until;
 
-/// Each figure by its name and labels. Fails on a line that is none.
+/// Each figure by its name and labels. Fails on a line that is not a figure.
 fn read(path: &Path) -> BTreeMap<String, f64> {
     let text = fs::read_to_string(path).unwrap();
     let lines = text.lines().filter(|line| !line.starts_with("# "));
@@ -103,7 +103,8 @@ fn an_unusable_file_is_told() {
         until("told", || daemon.log().contains("--metrics-file"));
         daemon.client().prepare(path, "", &[]).unwrap();
     }
-    // Who may write in its directory gets nobody else's file written.
+    // A user who may write in its directory cannot make the daemon write to
+    // another file.
     let dir = tempfile::tempdir().unwrap();
     let (precious, path) = (dir.path().join("precious"), dir.path().join("figures.prom"));
     fs::write(&precious, "x").unwrap();

@@ -1,4 +1,5 @@
-//! How often a disk is flushed for a request: a flush takes longer than all else in it.
+//! How often a disk is flushed for a request: a flush takes longer than everything else
+//! in it.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Split};
 use crate::support::until;
 
-/// The requests that change something and that somebody waits for.
+/// The requests that change something, and whose answers callers wait for.
 #[derive(Clone, Copy, Debug)]
 enum Request {
     Prepare,
@@ -48,7 +49,7 @@ impl Request {
 
 fn start() -> Split {
     let split = Split::start(&["--sync", "none"]);
-    // The journals are written by what asks for it, and not by the clock.
+    // The journals are written only when a flush asks for it, not periodically.
     for disk in [&split.image, &split.writable] {
         disk.remount("commit=3600");
     }
@@ -66,7 +67,7 @@ fn flushes(split: &Split) -> u64 {
     split.image.flushes() + split.writable.flushes()
 }
 
-/// Fails unless the request has its disk flushed once.
+/// Fails unless the disk is flushed exactly once for the request.
 fn is_flushed_once(split: &Split, client: &Client, request: Request, number: usize, when: &str) {
     let before = flushes(split);
     request.send(client, number);
@@ -114,7 +115,7 @@ fn every_later_request_has_one() {
         }
         let before = flushes(&split);
         for number in 0..1000 {
-            // The thread that moves the log may be at it.
+            // The thread that moves the log may be working.
             if [49, 999].contains(&number) {
                 sleep(Duration::from_millis(200));
                 let when = format!("number {}", number + 1);

@@ -1,8 +1,8 @@
-//! Disks that are full to the last byte, or have no inode left: each request
-//! is done or refused as a whole, the daemon goes on and can be started, and
+//! Disks that are completely full, or have no inode left: each request is done
+//! or refused as a whole, the daemon keeps running and can be started, and
 //! removing makes room again.
 //!
-//! What the relocator does on a full image volume is in `relocation`.
+//! The relocator on a full image volume is tested in `relocation`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ fn the_disk_of_the_database() {
     goes_on(Database::Tiny, &[Full::DatabaseBlocks]);
 }
 
-/// The log has its space already.
+/// The log already has its space.
 #[registered(crate::Test)]
 fn a_full_disk_of_the_database_takes_changes() {
     let mut disks = Disks::start(Database::Apart);
@@ -101,7 +101,7 @@ fn all_unpacks_are_removed_before_a_cleanup() {
     all_can_be_removed(Database::Apart, Full::ImageBlocks, "extract-");
 }
 
-/// What is used up on which disk.
+/// The disk that is full, and what it lacks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Full {
     ImageBlocks,
@@ -111,17 +111,17 @@ enum Full {
     DatabaseBlocks,
 }
 
-/// Which disk it is on.
+/// The disk that the database is on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Database {
     WithImages,
     WithWrites,
     Apart,
-    /// On one where the log does not get its full size.
+    /// On a disk where the log does not get its full size.
     Tiny,
 }
 
-/// The daemon and its disks, small ones.
+/// The daemon and its small disks.
 struct Disks {
     split: Split,
     database: Option<Disk>,
@@ -144,7 +144,7 @@ impl Disks {
             Database::WithWrites => format!("{}/state", writable.text()),
             Database::Apart | Database::Tiny => own.as_ref().unwrap().text(),
         };
-        // Nothing moves: what changes on the disks is what the test does.
+        // No layer moves, so that only the test changes the disks.
         let flags = ["--relocate", "never", "--state-dir", &state_dir];
         let split = Split::on(image, writable, &flags);
         Disks {
@@ -175,16 +175,16 @@ fn goes_on(database: Database, full: &[Full]) {
     populate(&disks.split.client());
     disks.fill(full);
     let mut refused = serves(&mut disks, "filled");
-    // After a start there may be room again: that which the database's log had
-    // taken, and what was set aside.
+    // After a start, there may be room again: what the database's log had
+    // taken, and the ballast.
     assert!(!refused.is_empty(), "no disk is full");
     disks.split.daemon.kill();
     disks.split.daemon.restart();
     refused.extend(serves(&mut disks, "killed"));
     disks.split.daemon.stop();
-    // SQLite has given back what it takes only while it is open, and whatever
-    // fills the disk is quick. The inodes of the image volume stay as they are
-    // now: no socket can be made there without one.
+    // SQLite releases its space only while it is open, and the test fills the
+    // disk quickly. The inodes of the image volume stay as they are now,
+    // because a socket cannot be created there without one.
     if !full.contains(&Full::ImageInodes) {
         disks.fill(full);
     }
@@ -200,7 +200,7 @@ fn goes_on(database: Database, full: &[Full]) {
         assert!(is_empty(volume.join("trash")), "{}", volume.display());
     }
     if full.contains(&Full::DatabaseBlocks) {
-        // No snapshot's bytes are there.
+        // There are no bytes of snapshots on this disk.
         disks.database.as_ref().unwrap().make_room();
     }
     for request in refused {
@@ -209,7 +209,8 @@ fn goes_on(database: Database, full: &[Full]) {
     reads_work(&client);
 }
 
-/// Asks a running daemon for everything once, and returns what was refused.
+/// Makes each kind of request once to a running daemon, and returns the refused
+/// ones.
 fn serves(disks: &mut Disks, round: &str) -> Vec<Request> {
     let pid = disks.split.daemon.pid();
     let client = disks.split.client();
@@ -221,7 +222,7 @@ fn serves(disks: &mut Disks, round: &str) -> Vec<Request> {
     refused
 }
 
-/// On both disks there is something to remove, with many files and blocks.
+/// Creates something to remove on both disks, with many files and blocks.
 fn populate(client: &Client) {
     let fill = |top: &Path| {
         fs::write(top.join("large"), vec![1; 1 << 20]).unwrap();
@@ -244,7 +245,7 @@ fn populate(client: &Client) {
     }
 }
 
-/// What changes nothing needs no room.
+/// Requests that change nothing need no room.
 fn reads_work(client: &Client) {
     let names = client.names(&[]).unwrap();
     assert!(names.len() >= 9, "{names:?}");
@@ -259,12 +260,13 @@ fn reads_work(client: &Client) {
 
 /// A request that changes something.
 struct Request {
-    /// The key that it is about, and that a refusal of it has to tell.
+    /// The key of the request, which a refusal of it has to name.
     object: String,
     send: fn(&Client, &str) -> Result<(), Refusal>,
 }
 
-/// One for each operation and volume, with keys that no other round has.
+/// One request for each operation and volume, with keys that no other round
+/// has.
 fn requests(round: &str) -> Vec<Request> {
     let request = |object: &str, send| Request {
         object: format!("{object}{round}"),
@@ -303,7 +305,7 @@ fn requests(round: &str) -> Vec<Request> {
     requests
 }
 
-/// Whether it is refused, which may change nothing.
+/// Whether the request is refused. If it is, it may not have changed anything.
 fn is_refused(disks: &Disks, client: &Client, request: &Request) -> bool {
     let snapshots = disks.volumes().map(|volume| volume.join("snapshots"));
     let listed = client.list_pages(&[]).unwrap();
@@ -320,10 +322,10 @@ fn is_refused(disks: &Disks, client: &Client, request: &Request) -> bool {
     true
 }
 
-/// containerd's garbage collection removes all that it can before it asks for
-/// the space. Each removal adds some pages to the database's log and an entry to
-/// the trash, which itself takes a block more at times. With `prefix` the
-/// snapshots' keys begin.
+/// containerd's garbage collection removes everything that it can before it asks
+/// for the space. Each removal adds some pages to the database's log, and an
+/// entry to the trash, which sometimes takes another block. The snapshots' keys
+/// begin with `prefix`.
 fn all_can_be_removed(database: Database, full: Full, prefix: &str) {
     let mut disks = Disks::start(database);
     let client = disks.split.client();

@@ -1,8 +1,8 @@
-//! Requests that nobody meant: good ones with bits flipped, parts missing,
-//! doubled or nested, and plain noise. Each is answered, by a code that a
-//! client can do something with, and the daemon is none the worse.
+//! Malformed requests: good ones with flipped bits, with missing, doubled or
+//! nested parts, and plain noise. Each gets an answer with a useful code, and
+//! does not harm the daemon.
 //!
-//! `FUZZ_SEED` repeats a run, `FUZZ_SECONDS` says how long it goes on.
+//! `FUZZ_SEED` repeats a run, and `FUZZ_SECONDS` sets how long it runs.
 
 use std::fs;
 
@@ -28,7 +28,8 @@ use crate::support::mounted::Mounted;
 use crate::support::random::{Random, Seed};
 
 const CASES: u64 = 1_000;
-/// What was made by accident is removed after so many.
+/// After this number of requests, snapshots that were made by accident are
+/// removed.
 const REMOVED_EVERY: u64 = 250;
 
 #[registered(crate::Test)]
@@ -65,7 +66,7 @@ fn requests_that_nobody_meant() {
             split.remove_everything();
         }
     }
-    // Neither all noise nor all sound.
+    // The requests are neither all noise nor all valid.
     assert!(done > CASES / 20, "{done} were done");
     assert!(undecoded > CASES / 20, "{undecoded} were no messages");
 
@@ -74,7 +75,7 @@ fn requests_that_nobody_meant() {
     unharmed(&mut split, pid);
 }
 
-/// From an unpack to the end of a container.
+/// The requests of a layer and a container, from the unpack to the removal.
 fn live(client: &Client) {
     layer(client, "base", "", |top| {
         fs::write(top.join("file"), "base").unwrap();
@@ -88,8 +89,7 @@ fn live(client: &Client) {
     client.remove("base").unwrap();
 }
 
-/// A request that decodes, about one of a few snapshots, so that many of them
-/// are there.
+/// A valid request about one of a few snapshots, so that many of these exist.
 fn sound(method: &str, random: &mut Random) -> Vec<u8> {
     let unpack = if random.is_one_in(2) { "extract-" } else { "" };
     let key = format!("{unpack}key-{}", random.below(3));
@@ -161,8 +161,8 @@ fn sound(method: &str, random: &mut Random) -> Vec<u8> {
     bytes.unwrap()
 }
 
-/// Varints of lengths that no message has: 2^32 - 1, 2^63, 2^64 - 1, and one
-/// that does not end.
+/// Varints of lengths that no message has: 2^32 - 1, 2^63, 2^64 - 1, and a
+/// varint that does not end.
 const LENGTHS: &[&[u8]] = &[
     &[0xff, 0xff, 0xff, 0xff, 0x0f],
     &[0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x01],
@@ -186,7 +186,7 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
             bytes.splice(at..at, LENGTHS[random.index(LENGTHS.len())].iter().copied());
         }
         2 => {
-            // A message within a message, or a string that was one.
+            // A message within a message, or a string.
             for _ in 0..random.below(100) {
                 let field = *random.pick(&[0x0a_u8, 0x12, 0x1a, 0x22]);
                 let mut around = vec![field];
@@ -201,7 +201,7 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
             }
         }
         3 => {
-            // Groups that are opened, and closed or not.
+            // Groups that are opened, and sometimes closed.
             let depth = random.index(1 << 16);
             let closed = random.index(depth + 1);
             bytes.resize(bytes.len() + depth, 0x7b);

@@ -1,5 +1,5 @@
-//! What is asked of the volumes beforehand: that they are mounted, that they
-//! have room, that an empty one is what it should be.
+//! Checks of the volumes before their use: that they are mounted, have room,
+//! and are what an empty one should be.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::support::daemon::{Daemon, Split, command, is_empty, refused};
 use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 
-/// A file system in memory, as after each reboot; unmounted when dropped.
+/// A file system in memory, empty like after a reboot; unmounted when dropped.
 struct Memory<'a>(&'a Path);
 
 impl Memory<'_> {
@@ -33,7 +33,7 @@ impl Drop for Memory<'_> {
 #[registered(crate::Test)]
 fn mount_points_are_required() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
-    // Directories on mounted disks are none.
+    // Directories on mounted disks are no mount points.
     let inside = command(&image, &writable, &["--require-mount"]);
     let line = refused(&inside);
     assert!(
@@ -60,7 +60,7 @@ fn mount_points_are_required() {
     daemon.client().prepare("web", "", &[]).unwrap();
     daemon.stop();
 
-    // A bind mount is one.
+    // A bind mount is a mount point.
     let elsewhere = tempfile::tempdir().unwrap();
     mount_bind(elsewhere.path(), elsewhere.path()).unwrap();
     let mut bound = arguments.clone();
@@ -72,7 +72,7 @@ fn mount_points_are_required() {
     assert!(line.contains("no mount point"), "{line}");
 }
 
-/// Whether a new ext4 holds nothing but what mkfs makes.
+/// Whether an ext4 contains only what mkfs makes.
 fn is_bare(path: impl AsRef<Path>) -> bool {
     let mut names = fs::read_dir(path).unwrap();
     names.all(|entry| entry.unwrap().file_name() == "lost+found")
@@ -85,7 +85,7 @@ fn a_volume_in_memory() {
     let memory = Memory::mount(writable.path());
     let arguments = |flags: &[&str]| -> Vec<String> {
         let root = format!("{}/root", image.text());
-        // A directory that a reboot takes away together with what is in it.
+        // A directory in memory, which a reboot deletes with its contents.
         let writable = format!("{}/a/b", writable.path().display());
         [&["--root-dir", &root, "--writable-dir", &writable], flags]
             .concat()
@@ -107,13 +107,13 @@ fn a_volume_in_memory() {
     drop(mounted);
     daemon.stop();
 
-    // The same disk: nothing is lost by a restart of the daemon alone.
+    // The same disk: a restart of the daemon alone loses nothing.
     daemon.restart();
     let own = writable.path().join("a/b/snapshots/4/fs/own");
     assert_eq!(fs::read_to_string(&own).unwrap(), "written");
     daemon.stop();
 
-    // A reboot without the mount: a bare mount point is waited for.
+    // A reboot without the mount: the daemon waits for the mount.
     drop(memory);
     daemon.restart();
     let (code, text) = daemon.client().mounts("web").unwrap_err();
@@ -121,7 +121,8 @@ fn a_volume_in_memory() {
     assert!(is_empty(writable.path()));
     daemon.stop();
 
-    // And with it: containers begin from their images, and what is lost is told.
+    // A reboot with the mount: containers start from their images, and the log
+    // names the loss.
     let anew = Memory::mount(writable.path());
     daemon.restart();
     let client = daemon.client();
@@ -141,7 +142,7 @@ fn a_volume_in_memory() {
     daemon.restart();
     daemon.stop();
 
-    // A disk with something on it is not what a reboot leaves.
+    // A disk with files on it is not what a reboot leaves.
     drop(anew);
     let other = Memory::mount(writable.path());
     fs::create_dir_all(writable.path().join("a/b/snapshots/2")).unwrap();
@@ -151,7 +152,7 @@ fn a_volume_in_memory() {
     assert!(writable.path().join("a/b/snapshots/2").exists());
     daemon.stop();
 
-    // Without the flag an empty one is another disk.
+    // Without the flag, an empty disk is another disk.
     drop(other);
     let _memory = Memory::mount(writable.path());
     daemon.set_arguments(arguments(&["--relocate", "never"]));
@@ -171,7 +172,7 @@ fn a_reserve_is_kept() {
         });
         client.prepare("web", "base", &[]).unwrap();
         let filler = split.writable().join("snapshots/2/fs/filler");
-        // 256 MiB, of which ext4 takes a part itself.
+        // 256 MiB, a part of which ext4 takes itself.
         fs::write(&filler, vec![1; 190 << 20]).unwrap();
         let (code, text) = client.prepare("new", "base", &[]).unwrap_err();
         assert_eq!(code, RpcStatusCode::RESOURCE_EXHAUSTED, "{text}");
@@ -180,7 +181,7 @@ fn a_reserve_is_kept() {
             "{text}"
         );
         assert!(!client.exists("new"));
-        // Images, views, and what is there go on.
+        // Images, views and existing containers work.
         layer(&client, "upper", "base", |_| ());
         client.view("view", "upper", &[]).unwrap();
         client.mounts("web").unwrap();

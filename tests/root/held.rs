@@ -1,5 +1,5 @@
-//! What a mount keeps on the writable volume: layers that are not moved while something
-//! may write into them, and directories of moved layers that something still shows.
+//! What a mount keeps on the writable volume: layers that do not move while a program
+//! may write into them, and leftover directories that a mount still shows.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -31,7 +31,8 @@ fn built(client: &Client, key: &str, parent: &str, name: &str, mebibytes: usize)
     client.commit(key, name, &[]).unwrap();
 }
 
-/// The layer stays where it is for as long as its upper directory is mounted at `top`.
+/// Checks that the layer stays where it is as long as its upper directory is mounted
+/// at `top`.
 fn check_waits(split: &Split, id: u64, top: &Path, unmount: impl FnOnce()) {
     let client = split.client();
     until("it is put off", || {
@@ -68,7 +69,7 @@ fn a_layer_committed_under_a_bind_mount_waits() {
     check_waits(&split, 1, &top, || drop(mounted));
 }
 
-/// A bind mount of something within the snapshot's directory, as of a container's volume.
+/// A bind mount of a part of the snapshot's directory, as of a container's volume.
 #[registered(crate::Test)]
 fn a_layer_waits_for_a_mount_of_a_directory_in_it() {
     let split = Split::start(&AT_ONCE);
@@ -94,7 +95,7 @@ fn a_layer_waits_for_a_mount_of_a_directory_in_it() {
 }
 
 /// The daemon may be started with another name of the same directory, by a link or by a
-/// bind mount, while a container runs on.
+/// bind mount, while a container runs.
 #[registered(crate::Test)]
 fn a_layer_mounted_by_another_name_waits() {
     for is_link in [true, false] {
@@ -128,7 +129,7 @@ fn a_layer_mounted_by_another_name_waits() {
     }
 }
 
-/// As BuildKit does: it keeps a view of each layer that it has made.
+/// BuildKit keeps a view of each layer that it has built.
 #[registered(crate::Test)]
 fn views_that_are_not_mounted_hold_nothing() {
     let split = Split::start(&["--relocate-after", "1"]);
@@ -151,7 +152,12 @@ fn views_that_are_not_mounted_hold_nothing() {
             .count()
     };
     until("all are home", || {
-        split.daemon.log().matches("is home").count() == 3
+        split
+            .daemon
+            .log()
+            .matches("moved to the image volume")
+            .count()
+            == 3
     });
     until("nothing is left", || left() == 0);
     let view = Mounted::new(&client.mounts("build-2-view").unwrap());
@@ -192,8 +198,8 @@ fn another_snapshotters_layers_hold_nothing() {
     }
 }
 
-/// A mount namespace in which these directories are mounted at places of their own, until
-/// the value is dropped: where they were mounted is removed with the mount.
+/// A mount namespace in which these directories are mounted in places of their own, until
+/// the value is dropped. The mount points are removed together with the mounts.
 struct Namespace {
     child: Child,
     _places: Vec<tempfile::TempDir>,
@@ -248,8 +254,8 @@ fn status(split: &Split) -> serde_json::Value {
     serde_json::from_slice(&shown.stdout).unwrap()
 }
 
-/// A container and two kinds of view hold the old directory; what is mounted later shows
-/// the moved layer and holds nothing.
+/// A container and two kinds of views hold the old directory. Later mounts show the
+/// moved layer and hold nothing.
 #[registered(crate::Test)]
 fn a_mount_holds_what_it_shows_until_it_ends() {
     let split = Split::start(&["--relocate-after", "1"]);
@@ -263,7 +269,7 @@ fn a_mount_holds_what_it_shows_until_it_ends() {
     until("both are home", || {
         is_home(&split.root(), 1) && is_home(&split.root(), 2)
     });
-    // Beyond the time after which mounts that are not there yet do not count.
+    // Longer than mounts that were under way at the move count.
     sleep(Duration::from_secs(11));
     client.cleanup().unwrap();
     let later = Mounted::new(&client.view("later", "second", &[]).unwrap());
@@ -277,7 +283,8 @@ fn a_mount_holds_what_it_shows_until_it_ends() {
     let points: Vec<_> = points.as_array().unwrap().iter().collect();
     assert!(points.iter().any(|at| **at == *point(&view)), "{shown}");
 
-    // Removed, and mounted all the same in a namespace of another process.
+    // The snapshot is removed, but still mounted in a namespace of another
+    // process.
     drop((bound, view));
     for key in ["of-one", "of-two"] {
         client.remove(key).unwrap();

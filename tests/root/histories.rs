@@ -1,5 +1,5 @@
-//! A database and volumes that do not belong to the same moment, or not to each other:
-//! nothing that holds files is deleted, and nothing is taken for ours.
+//! A database and volumes of different moments, or of different daemons: no files are
+//! deleted, and nothing of another daemon is used.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,8 +37,8 @@ fn written(split: &Split) -> Vec<String> {
     names
 }
 
-/// The database with its log, and what says which ids were used on the image volume, as a
-/// snapshot of the image disk has them.
+/// The database with its log, and the record of ids that were used on the image volume,
+/// as in a snapshot of the image disk.
 fn copied(split: &Split) -> Vec<(PathBuf, Vec<u8>)> {
     ["metadata.db", "metadata.db-wal", ".ids"]
         .map(|name| split.root().join(name))
@@ -57,8 +57,8 @@ fn put_back(split: &Split, database: &[(PathBuf, Vec<u8>)]) {
     }
 }
 
-/// The database of an earlier day, and a start while the writable disk is away: the
-/// disk comes back with containers that this database has never heard of.
+/// A database of an earlier day is started while the writable disk is away. The
+/// disk comes back with containers that this database does not know.
 #[registered(crate::Test)]
 fn a_disk_comes_back_to_an_older_database() {
     let mut split = Split::start(&[]);
@@ -94,7 +94,8 @@ fn a_disk_comes_back_to_an_older_database() {
     assert_eq!(written(&split), ["a", "b", "c", "d", "e", "old"]);
 }
 
-/// With blocks of ids that the older database does not know, its volumes are refused.
+/// The volumes use blocks of ids that the older database does not know, and so are
+/// refused.
 #[registered(crate::Test)]
 fn a_volume_of_a_later_day_is_refused_until_a_repair() {
     let mut split = Split::start(&[]);
@@ -136,7 +137,7 @@ fn a_volume_of_a_later_day_is_refused_until_a_repair() {
     assert_eq!(written(&split), ["new", "web"]);
 }
 
-/// Two branches of one history, which have numbers in common.
+/// Two branches of one history, which have ids in common.
 #[registered(crate::Test)]
 fn a_database_does_not_take_the_directories_of_another_branch() {
     let mut split = Split::start(&[]);
@@ -150,7 +151,7 @@ fn a_database_does_not_take_the_directories_of_another_branch() {
     split.client().remove("mailserver").unwrap();
     split.client().cleanup().unwrap();
     split.daemon.stop();
-    // Nothing on the writable volume speaks against it: it is empty.
+    // The writable volume is empty, so nothing on it shows the difference.
     put_back(&split, &first);
     split.daemon.restart();
     container(&split.client(), &split, "guest");
@@ -165,7 +166,8 @@ fn a_database_does_not_take_the_directories_of_another_branch() {
     assert!(written(&split).contains(&"guest".to_owned()));
 }
 
-/// The writable disk as it was before, as after an LVM snapshot was mounted in its place.
+/// The writable disk in an earlier state, as after an LVM snapshot was mounted in its
+/// place.
 #[registered(crate::Test)]
 fn a_volume_of_an_earlier_day_is_refused() {
     let mut split = Split::start(&[]);
@@ -188,7 +190,8 @@ fn a_volume_of_an_earlier_day_is_refused() {
     is_clean(&split);
 }
 
-/// Whatever is in the place of `.ids`, a repair or a clear word gets out of it.
+/// Whatever is in the place of `.ids`, a repair or an error that says what to
+/// do solves it.
 #[registered(crate::Test)]
 fn a_damaged_record_of_ids_is_written_again() {
     let mut split = Split::start(&[]);
@@ -207,8 +210,8 @@ fn a_damaged_record_of_ids_is_written_again() {
     assert_eq!(written(&split), ["web"]);
 }
 
-/// `--writable-dir` leads to the directory of another snapshotter, which numbers its
-/// snapshots from 1 on as well.
+/// `--writable-dir` names the directory of another snapshotter, whose ids also begin
+/// with 1.
 #[registered(crate::Test)]
 fn a_directory_of_another_program_is_never_marked() {
     let mut split = Split::start(&[]);
@@ -243,7 +246,7 @@ fn a_directory_of_another_program_is_never_marked() {
     is_clean(&split);
 }
 
-/// A volume whose mark alone is lost proves by the ids used on it that it is ours.
+/// A volume that has only lost its mark is recognised by the ids used on it.
 #[registered(crate::Test)]
 fn a_lost_mark_is_written_again_and_nothing_else_is_done() {
     let mut split = Split::start(&[]);
@@ -263,7 +266,7 @@ fn a_lost_mark_is_written_again_and_nothing_else_is_done() {
     );
 }
 
-/// What needs only the other volume is answered as on a good day.
+/// Requests that need only the other volume are answered as usual.
 #[registered(crate::Test)]
 fn a_disk_that_hangs_holds_up_its_own_requests_only() {
     let state = Disk::ext4(64);
@@ -288,7 +291,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
     };
 
     let frozen = split.writable.freeze();
-    // More than there are workers.
+    // More requests than there are workers.
     let waiting: Vec<_> = (0..40)
         .map(|number| client.begin_prepare(&format!("waits-{number}"), "base", &[]))
         .collect();
@@ -318,7 +321,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_only() {
         client.view("third-view", "base", &[]).unwrap();
         assert!(!client.exists("extract-waits"), "the disk did not hang");
     });
-    // A layer is reached by a link on the image volume.
+    // The layer is reached through a link on the image volume.
     let upon = client.begin_prepare("upon", "layer", &[]);
     drop(frozen);
     finish(waiting).unwrap();
@@ -349,7 +352,8 @@ fn the_bare_mount_point_of_a_disk_is_not_taken() {
     fs::remove_file(&unit).unwrap();
 }
 
-/// What a volume of an earlier day has of a layer does not take the layer's place.
+/// The directory of a layer on a volume of an earlier day does not replace the
+/// layer.
 #[registered(crate::Test)]
 fn a_layer_that_holds_less_than_at_its_commit_does_not_move() {
     let mut split = Split::start(&["--relocate", "never"]);

@@ -1,4 +1,5 @@
-//! The command `import`: the Go original's snapshots are served, or named.
+//! The command `import`: each of the Go original's snapshots is served, or
+//! named in the report.
 
 mod crashes;
 mod original;
@@ -19,8 +20,8 @@ use crate::support::mounted::Mounted;
 use crate::support::until;
 use original::Original;
 
-/// Three layers, two containers, a view, an unpacking that was cut short, and
-/// numbers that are not in use any more.
+/// Three layers, two containers, a view, an interrupted unpack, and ids that
+/// are not in use any more.
 fn sample() -> Original {
     let mut original = Original::new();
     original.layer("default/1/base", "", "base");
@@ -34,7 +35,7 @@ fn sample() -> Original {
     original
 }
 
-/// What the daemon lists, in the words of the Go program.
+/// The daemon's list, in the form of the Go program.
 fn listing(client: &Client) -> BTreeMap<String, Value> {
     let pages = client.list_pages(&[]).unwrap();
     let infos = pages.into_iter().flatten();
@@ -59,7 +60,7 @@ fn listing(client: &Client) -> BTreeMap<String, Value> {
     told.collect()
 }
 
-/// What the Go program listed, likewise.
+/// The list of the Go program, in the same form.
 fn theirs(listed: &Value) -> BTreeMap<String, Value> {
     let snapshots = listed["snapshots"].as_array().unwrap().iter();
     let told = snapshots.map(|snapshot| {
@@ -119,7 +120,7 @@ fn everything_is_served() {
     let client = split.client();
     assert_eq!(listing(&client), theirs(&listed));
     sample_works(&client);
-    // No number is given out again.
+    // No id is given out again.
     client
         .prepare("default/7/new", "default/3/upper", &[])
         .unwrap();
@@ -186,7 +187,7 @@ fn broken_commits_become_layers() {
     let mut original = sample();
     original.broken("default/7/built", "default/3/upper", "built");
     original.broken("default/8/built-more", "default/7/built", "more");
-    // Somebody has helped himself.
+    // The user has made links as a workaround.
     let own_links = [
         ("9", original.writable().join("snapshots/9")),
         ("10", "../../nowhere".into()),
@@ -220,7 +221,7 @@ fn broken_commits_become_layers() {
     reads(&client, "default/10/on-it", "top", "upper");
     split.daemon.stop();
 
-    // At home they are layers as all others.
+    // After their move, they are like all other layers.
     let flags = ["--relocate-after", "0"];
     let arguments = crate::support::daemon::command(&split.image, &split.writable, &flags);
     split.daemon.set_arguments(arguments);
@@ -238,7 +239,7 @@ fn broken_commits_become_layers() {
     is_clean(&split);
 }
 
-/// The whole one is taken, wherever it is.
+/// The place with the whole layer is used, on whichever volume it is.
 #[registered(crate::Test)]
 fn a_layer_on_both_volumes() {
     let mut original = sample();
@@ -295,7 +296,7 @@ fn what_is_missing_is_left_out() {
     let listed = original.finish();
     fs::create_dir_all(original.root().join("snapshots/new-123/fs")).unwrap();
     let strays = [
-        // A number that is not in use any more, and one that was never entered.
+        // An id that is not in use any more, and one that was never entered.
         original.writable().join("snapshots/3"),
         original.root().join("snapshots/16"),
         // The layer itself is on the other volume.
@@ -345,7 +346,7 @@ fn what_is_missing_is_left_out() {
     );
     assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");
 
-    // Undone, all of it is back.
+    // The undoing brings all of it back.
     original.undo();
     original.is_as(&before);
     let (code, said, _) = original.import(&["--json", "--leave-out-missing"]);
@@ -383,7 +384,7 @@ fn what_is_missing_is_left_out() {
     }
     let mut ours = listing(&client);
     let grown = ours.remove("default/12/grown").unwrap();
-    assert_eq!(grown["usage"][1], 4, "what it holds now");
+    assert_eq!(grown["usage"][1], 4, "what the layer holds now");
     all.remove("default/12/grown");
     assert_eq!(ours, all);
     client.cleanup().unwrap();
@@ -422,7 +423,7 @@ fn thousands_of_snapshots() {
     is_clean(&split);
 }
 
-/// What an earlier daemon of ours has left where the new database comes to be.
+/// Files of an earlier daemon in the place of the new database.
 #[registered(crate::Test)]
 fn an_old_log_is_not_taken_for_ours() {
     let mut other = crate::support::daemon::Split::start(&[]);
@@ -440,7 +441,7 @@ fn an_old_log_is_not_taken_for_ours() {
     fs::write(original.root().join("metadata.db.copy"), "a copy").unwrap();
     let away = original.image.path().join("away");
     fs::create_dir(&away).unwrap();
-    // Each may be all that is left of what it belongs to.
+    // Each file may be all that is left of its database.
     for name in ["metadata.db-wal", "metadata.db.copy"] {
         let remains = original.root().join(name);
         assert!(fs::metadata(&remains).unwrap().len() > 0);

@@ -16,8 +16,8 @@ use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::run;
 
-/// An archive whose links point out of it: GNU tar makes these at its end, and compares the
-/// inode numbers of their directories with what they were.
+/// An archive whose links point out of it. GNU tar makes these links at its end, and
+/// checks that the inode numbers of their directories are the same as before.
 fn archive(directory: &Path) -> std::path::PathBuf {
     let source = directory.join("src");
     for number in 0..150 {
@@ -44,7 +44,7 @@ fn drop_caches() {
     }
 }
 
-/// Extracts the archive, with a pause in its middle.
+/// Extracts the archive, with a pause in the middle.
 fn extract(archive: &Path, target: &Path) {
     let mut child = Command::new("tar")
         .args(["-xf", "-", "-C"])
@@ -151,7 +151,7 @@ fn mounts_on_one_file_system_need_no_option() {
     let web = client.prepare("web", "base", &[]).unwrap();
     assert!(!has_xino(&web), "{web:?}");
 
-    // What the administrator chooses stays.
+    // The administrator's choice stays.
     let split = Split::start(&["--mount-option", "xino=off"]);
     let client = split.client();
     filled_layer(&client);
@@ -179,7 +179,8 @@ fn views_have_only_options_that_builders_know() {
     };
     let unknown: Vec<_> = view[0].options.iter().filter(|it| !known(it)).collect();
     assert!(unknown.is_empty(), "{unknown:?}");
-    // The container over both disks has it, unless it is the module's default.
+    // The container over both disks has the option, unless it is the module's
+    // default.
     let web = client.prepare("web", "built", &[]).unwrap();
     let default = fs::read_to_string("/sys/module/overlay/parameters/xino_auto");
     let is_needed = default.unwrap_or_default().trim() != "Y";
@@ -187,7 +188,7 @@ fn views_have_only_options_that_builders_know() {
     assert_eq!(has_xino, is_needed, "{web:?}");
 }
 
-/// Hides what the overlay module says, as before it is loaded.
+/// Hides the parameters of the overlay module, as before it is loaded.
 #[registered(crate::Test)]
 fn options_do_not_depend_on_when_the_module_is_loaded() {
     const HIDE: &str = "mount -t tmpfs none /sys/module/overlay/parameters && exec \"$0\" \"$@\"";

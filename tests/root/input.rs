@@ -1,5 +1,5 @@
-//! Bad requests: each is refused by its code, nothing of it remains, and the
-//! daemon goes on.
+//! Bad requests: each is refused with the right code, nothing of it remains,
+//! and the daemon goes on.
 
 use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::UpdateSnapshotRequest;
@@ -12,8 +12,8 @@ use crate::support::client::{Client, Refusal};
 use crate::support::daemon::{Split, is_empty};
 use crate::support::mounted::Mounted;
 
-/// Fails unless the request was refused by that code, with a text that a user
-/// can read on one line.
+/// Fails unless the request was refused with that code, and with a text that a
+/// user can read on one line.
 #[track_caller]
 pub fn refused_as<T>(result: Result<T, Refusal>, expected: RpcStatusCode) -> String {
     let Err((code, text)) = result else {
@@ -29,7 +29,8 @@ pub fn refused_as<T>(result: Result<T, Refusal>, expected: RpcStatusCode) -> Str
     text
 }
 
-/// Fails unless it is the daemon of before, empty and none the fatter.
+/// Fails unless it is the same daemon as before, without snapshots, and its
+/// memory has not grown.
 #[track_caller]
 pub fn unharmed(split: &mut Split, pid: Pid) {
     assert!(split.daemon.is_running() && split.daemon.pid() == pid);
@@ -97,7 +98,7 @@ fn odd_keys_work() {
         client.update(key, &[], &[("key", "other")]).unwrap();
         refused_as(client.prepare(key, "", &[]), RpcStatusCode::ALREADY_EXISTS);
         refused_as(client.stat(&format!("{key}x")), RpcStatusCode::NOT_FOUND);
-        // As a name of a layer, and as a parent.
+        // As the name of a layer, and as a parent.
         let name = format!("{key} committed");
         client.commit(key, &name, &[]).unwrap();
         client.view(key, &name, &[]).unwrap();
@@ -107,7 +108,7 @@ fn odd_keys_work() {
         client.remove(key).unwrap();
         client.remove(&name).unwrap();
     }
-    // All at once, told in the order of their bytes.
+    // All in one list, in the order of their bytes.
     for key in keys {
         client.prepare(key, "", &[]).unwrap();
     }
@@ -178,7 +179,7 @@ fn refusals_have_their_codes() {
     refused_as(client.commit("active", "base", &[]), Code::ALREADY_EXISTS);
     refused_as(client.commit("active", "view", &[]), Code::ALREADY_EXISTS);
     refused_as(client.commit("active", "active", &[]), Code::ALREADY_EXISTS);
-    // The name comes first.
+    // The check of the name comes first.
     refused_as(client.commit("nobody", "base", &[]), Code::ALREADY_EXISTS);
     refused_as(client.commit("nobody", "new", &[]), Code::NOT_FOUND);
     refused_as(client.commit("view", "new", &[]), Code::FAILED_PRECONDITION);
@@ -274,11 +275,11 @@ fn labels_are_stored_as_given() {
     let with = [odd.as_slice(), &[("empty", "")]].concat();
     client.prepare("web", "", &with).unwrap();
     assert_eq!(client.stat("web").unwrap().labels, expected);
-    // A commit's labels take the place of all others.
+    // A commit's labels replace all others.
     client.commit("web", "layer", &[("only", "this")]).unwrap();
     let labels = client.stat("layer").unwrap().labels;
     assert_eq!(labels, crate::support::client::labels(&[("only", "this")]));
-    // As many as a message has room for.
+    // As many labels as a message has room for.
     let many: Vec<_> = (0..10_000)
         .map(|number| format!("label-{number}"))
         .collect();
@@ -314,10 +315,10 @@ fn updates_and_their_masks() {
         "labels\0",
         "labels.a\n.",
     ] {
-        // With a sound one before it: all or nothing.
+        // Next to a valid path: the request is refused as a whole.
         let result = client.update("web", &["labels.a", wrong], &[("a", "9")]);
         if wrong.starts_with("labels.a") {
-            // All after the first dot is a key, whatever is in it.
+            // Everything after the first dot is the key.
             assert_eq!(result.unwrap().labels["a"], "9");
             client.update("web", &["labels.a"], &[("a", "1")]).unwrap();
         } else {
@@ -385,7 +386,7 @@ fn filters() {
         repeated.as_str(),
     ] {
         refused_as(client.names(&[wrong]), RpcStatusCode::INVALID_ARGUMENT);
-        // Beside a sound one as well.
+        // The filter is also refused next to a valid one.
         let both = ["name==web", wrong];
         refused_as(client.names(&both), RpcStatusCode::INVALID_ARGUMENT);
     }
@@ -395,7 +396,7 @@ fn filters() {
     assert_eq!(client.names(&["nonsense==1"]).unwrap(), [""; 0]);
     let many = vec!["name==nobody"; 20_000];
     assert_eq!(client.names(&many).unwrap(), [""; 0]);
-    // A pattern that backtracking would take for ever with.
+    // A pattern with which backtracking would take for ever.
     client.prepare(&"a".repeat(10_000), "", &[]).unwrap();
     assert_eq!(
         client.names(&["name~=^(a+)+$,kind==view"]).unwrap(),
@@ -407,7 +408,8 @@ fn filters() {
     unharmed(&mut split, pid);
 }
 
-/// Of what can be asked for without end the log has a few lines, and how many there were.
+/// Requests that can be repeated without end get a few lines in the log, and their
+/// number.
 #[registered(crate::Test)]
 fn refused_requests_do_not_fill_the_log() {
     let mut split = Split::start(&["--sync", "none"]);
@@ -417,15 +419,19 @@ fn refused_requests_do_not_fill_the_log() {
         let key = format!("key {number}");
         client.prepare(&key, "", &[label]).unwrap_err();
     }
-    // Another kind has lines of its own.
+    // Another kind of error has lines of its own.
     client.view("view", "", &[label]).unwrap_err();
     split.daemon.stop();
     let log = split.daemon.log();
-    // Tests log all that there is.
+    // The daemons of tests log everything.
     let usual = || log.lines().filter(|line| !line.contains(" DEBUG]"));
     let lines = |text: &str| usual().filter(|line| line.contains(text)).count();
     assert_eq!(lines("key "), 10, "{log}");
-    assert_eq!(lines("more of this kind are counted only"), 1, "{log}");
+    assert_eq!(
+        lines("further failures of this kind are only counted"),
+        1,
+        "{log}"
+    );
     assert_eq!(
         lines("Prepare: 290 more requests ended with INVALID_ARGUMENT"),
         1,

@@ -1,5 +1,5 @@
-//! Things that somebody has put where the daemon's own directories go: they
-//! are moved away, and never used or followed.
+//! Foreign files in the places of the daemon's own directories: they are moved
+//! away, and never used or followed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -38,7 +38,7 @@ impl Victim {
     }
 }
 
-/// Puts something at a path.
+/// Creates something at a path.
 type Put<'a> = Box<dyn Fn(&Path) + 'a>;
 
 fn intruders(victim: &Victim) -> [Put<'_>; 5] {
@@ -74,7 +74,8 @@ fn at_the_next_id() {
             let path = volume.join(format!("snapshots/{next}"));
             put(&path);
             *left.entry(volume.clone()).or_insert(0) += 1;
-            // The next one is taken: what is there is no snapshot's, and no trash.
+            // The next id is used: what is there belongs to no snapshot, and is no
+            // trash.
             let path = volume.join(format!("snapshots/{}", next + 1));
             let mounts = match key {
                 "view" => client.view(key, "", &[]),
@@ -112,13 +113,14 @@ fn where_a_commit_links() {
     let client = split.client();
     let victim = Victim::below(split.image.path().as_path());
     for (number, put) in intruders(&victim).into_iter().enumerate() {
-        // A view takes no directory, but an id.
+        // A view uses an id, but no directory.
         let id = 2 * number + 1;
         let mounts = client.prepare("key", "", &[]).unwrap();
         fs::write(Mounted::new(&mounts).path().join("own"), "x").unwrap();
         let link = split.root().join(format!("snapshots/{id}"));
         put(&link);
-        // A refused commit leaves the way as it is, or free, but no link.
+        // A refused commit leaves the entry as it is, or removes it, but leaves
+        // no link.
         refused_as(
             client.commit_onto("key", "layer", "nobody", &[]),
             RpcStatusCode::NOT_FOUND,
@@ -162,7 +164,7 @@ fn instead_of_snapshots() {
                 fs::write(&own, "a file").unwrap();
             }
             let mut refused = vec![client.cleanup()];
-            // Only what is removed needs the trash.
+            // Only removed snapshots need the trash.
             if name == "snapshots" {
                 refused.push(client.prepare("new", "base", &[]).map(drop));
                 refused.push(client.commit("web", "layer", &[]));
@@ -178,7 +180,7 @@ fn instead_of_snapshots() {
         client.usage("web").unwrap();
     }
     assert_eq!(client.names(&[]).unwrap(), ["base", "web"]);
-    // Its mark: a link to one of the same content is none.
+    // The mark: a link to a file with the same content is not a mark.
     let (mark, aside) = (
         split.writable().join(".volume"),
         split.writable().join("aside"),
@@ -188,8 +190,8 @@ fn instead_of_snapshots() {
     client.prepare("new", "base", &[]).unwrap_err();
     fs::remove_file(&mark).unwrap();
     fs::rename(&aside, &mark).unwrap();
-    // The image volume is opened once: what is put there later is not seen,
-    // and refused by the next start.
+    // The image volume is opened once. A later change there is not noticed, and
+    // is refused by the next start.
     let own = split.root().join("snapshots");
     fs::rename(&own, split.root().join("aside")).unwrap();
     symlink(&victim.path, &own).unwrap();
@@ -236,7 +238,8 @@ fn within_a_snapshot() {
         fs::remove_file(&own).unwrap();
         fs::rename(&aside, &own).unwrap();
     }
-    // Removed with a link in place of the directory, the link goes.
+    // If there is a link in the place of the removed snapshot's directory, the
+    // link goes to the trash.
     fs::rename(&top, split.writable().join("aside")).unwrap();
     symlink(&victim.path, &top).unwrap();
     client.remove("web").unwrap();
@@ -255,7 +258,7 @@ fn in_the_trash() {
         let id = client.names(&[]).unwrap().len() + 1;
         client.prepare(key, "", &[]).unwrap();
         let trash = volume.join("trash");
-        // The name that the removed directory would get is taken.
+        // The name for the removed directory is taken.
         symlink(&victim.path, trash.join(id.to_string())).unwrap();
         fs::create_dir_all(trash.join("other/deep")).unwrap();
         symlink(&victim.path, trash.join("other/deep/link")).unwrap();

@@ -1,10 +1,10 @@
-//! SIGKILL at any moment, some hundred times, while several clients work and
-//! layers move home. After each start all that was answered is there, what was
-//! under way is there as a whole or not at all, and nothing else is: neither in
-//! a List nor on the disks.
+//! SIGKILL at any moment, several hundred times, while several clients work and
+//! layers move. After each start, everything that was answered is there. A
+//! change that was under way is there as a whole or not at all, and there is
+//! nothing else, neither in a List nor on the disks.
 //!
-//! `KILLS` says how often, `KILLS_SEED` repeats the choices of a run; which
-//! request a kill meets is up to the machine all the same.
+//! `KILLS` sets the number of kills, and `KILLS_SEED` repeats the choices of a
+//! run. Which request a kill hits still depends on the machine.
 
 mod load;
 
@@ -27,7 +27,7 @@ use crate::support::random::{Random, Seed, setting};
 use load::{Known, Row, Worker};
 
 const CLIENTS: u64 = 4;
-/// A stop and a check of the disks come after so many kills.
+/// After this number of kills, the daemon is stopped and the disks are checked.
 const CHECKED_EVERY: u64 = 20;
 
 #[registered(crate::Test)]
@@ -36,8 +36,8 @@ fn what_was_answered_is_kept() {
     let kills = setting("KILLS", 200);
     let mut random = seed.random(0);
     let (image, writable) = (Disk::ext4(256), Disk::ext4(256));
-    // Moves begin at once, so that they are cut short as well; the label tells
-    // each snapshot's directory.
+    // Moves begin at once, so that they are interrupted as well. The label
+    // shows each snapshot's directory.
     let flags = ["--relocate-after", "0", "--upperdir-label"];
     let environment = [("RUST_LOG", "info")];
     let daemon = Daemon::start_in(&command(&image, &writable, &flags), &environment);
@@ -66,7 +66,7 @@ fn what_was_answered_is_kept() {
     }
     split.remove_everything();
     let log = split.daemon.log();
-    // No start had to make up for a directory either: a kill loses none.
+    // No start had to replace a directory either: a kill loses none.
     let bad = ["is lost", "had no whole directory", "ERROR", "panicked"];
     for line in log.lines() {
         assert!(!bad.iter().any(|word| line.contains(word)), "{line}");
@@ -85,7 +85,7 @@ fn kill_at_work(daemon: &mut Daemon, workers: &mut [Worker], random: &mut Random
             scope.spawn(move || worker.work(&client, is_killing));
         }
         sleep(Duration::from_millis(random.below(150)));
-        // Only after the kill may this fail: the clients wait for that.
+        // This may fail only after the kill, which the clients wait for.
         let was_running = daemon.is_running();
         is_killing.store(true, Ordering::SeqCst);
         daemon.kill();
@@ -101,8 +101,7 @@ fn kill_while_starting(daemon: &mut Daemon, random: &mut Random) {
     daemon.kill();
 }
 
-/// Fails unless `check` finds nothing to complain of on the disks of a stopped
-/// daemon.
+/// Fails if `check` finds anything wrong on the disks of a stopped daemon.
 fn assert_sound(split: &Split) {
     let output = Command::new(BINARY)
         .arg("check")
@@ -143,8 +142,8 @@ fn check(split: &Split, workers: &mut [Worker]) {
         let id = id_of(&uppers[name]);
         let is_layer = known.row.kind == Kind::COMMITTED;
         match known.volume {
-            // A layer from over there has its name here, whether it has come
-            // home or not, and may have left its old bytes to a container.
+            // A layer from the writable volume has an entry here, moved or not,
+            // and may have left its old directory for a container.
             Volume::Writable if is_layer => {
                 owners[Volume::Image as usize].insert(id.clone());
                 movable.insert(id);
@@ -169,7 +168,7 @@ fn check(split: &Split, workers: &mut [Worker]) {
     }
 }
 
-/// The label that was asked for is no label of the snapshot's own.
+/// The label was requested for this answer, and is not the snapshot's own.
 fn read(info: Info) -> (String, Row, PathBuf) {
     let mut labels: BTreeMap<_, _> = info.labels.into_iter().collect();
     let upper = labels.remove(LABEL_UPPERDIR).expect("a directory");
@@ -187,7 +186,7 @@ fn id_of(upper: &Path) -> String {
     id.to_str().unwrap().to_owned()
 }
 
-/// Fails unless the files are those that were written, and no others.
+/// Fails unless these are exactly the files that were written.
 fn assert_holds(name: &str, upper: &Path, known: &Known) {
     let holds = || -> io::Result<bool> {
         let expected: BTreeSet<_> = known.files.keys().cloned().collect();
@@ -199,8 +198,8 @@ fn assert_holds(name: &str, upper: &Path, known: &Known) {
     };
     let mut is_same = holds();
     if known.row.kind == Kind::COMMITTED && !matches!(is_same, Ok(true)) {
-        // One that moves just now may have been deleted in its old place
-        // between two looks at it.
+        // A layer that moves just now may have been deleted in its old place
+        // between two looks.
         is_same = holds();
     }
     assert!(
@@ -218,7 +217,7 @@ fn names_in(directory: &Path) -> io::Result<BTreeSet<String>> {
         .collect()
 }
 
-/// Fails if the load was none, or the kills met nothing.
+/// Fails if there was no load, or the kills hit nothing.
 fn assert_all_was_met(workers: &[Worker], log: &str) {
     for worker in workers {
         let answered = &worker.answered;
@@ -239,10 +238,10 @@ fn assert_all_was_met(workers: &[Worker], log: &str) {
     let cut: u64 = workers.iter().map(|worker| worker.answered.cut).sum();
     assert!(0 < done && done < cut, "{done} of {cut} had been done");
     for met in [
-        "is home: ",
-        "had left was dropped",
-        "was removed before a stop: trashed",
-        "belongs to no snapshot: trashed",
+        "moved to the image volume: ",
+        "dropped the leftovers of an unfinished move",
+        ", which was removed before a stop, to the trash",
+        "which is empty and no snapshot's, to the trash",
     ] {
         assert!(log.contains(met), "never: {met}");
     }

@@ -1,6 +1,6 @@
-//! Labels of strangers, with the keys and labels that containerd 1.6 and 2.x send: an
-//! image's manifest and a pod's annotations choose neither volume nor owner nor host
-//! directories, and no later request of theirs makes them do so.
+//! Labels from sources that are not trusted, with the keys and labels that containerd
+//! 1.6 and 2.x send: an image's manifest and a pod's annotations choose neither
+//! volume nor owner nor host directories, and no later request with them does so.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -22,11 +22,12 @@ use crate::support::mounted::Mounted;
 const CHAIN: &str = "sha256:3ba6bc2b6ee8";
 const SANDBOX: &str = "6c1f2a4b8d0e6c1f2a4b8d0e6c1f2a4b8d0e6c1f2a4b8d0e6c1f2a4b8d0e6c1f";
 
-/// A daemon that may show what is in `cache`, with another team's directory there.
+/// A daemon that may show directories in `cache`, which has another team's
+/// directory.
 struct Scene {
     split: Split,
     host: tempfile::TempDir,
-    /// The other team's directory, and one that is not there.
+    /// The other team's directory, and one that does not exist.
     wanted: String,
 }
 
@@ -59,7 +60,7 @@ impl Scene {
         ]
     }
 
-    /// Fails if a host directory was made, or is linked to.
+    /// Fails if a host directory was created or linked to.
     #[track_caller]
     fn is_untouched(&self) {
         assert!(!self.host.path().join("cache/made").exists());
@@ -67,7 +68,7 @@ impl Scene {
         assert_eq!(links.map_or(0, Iterator::count), 0);
     }
 
-    /// Fails unless the log has one line for each of these.
+    /// Fails unless the log has exactly one line for each of these labels.
     #[track_caller]
     fn names_once(&self, labels: &[(&str, &str)]) {
         let log = self.split.daemon.log();
@@ -114,7 +115,7 @@ fn an_image_chooses_nothing() {
     let client = scene.split.client();
     let hostile = scene.hostile();
     for (number, namespace) in ["default", "k8s.io", "moby"].iter().enumerate() {
-        // 2.3 and later send one label more than 1.6.
+        // containerd 2.3 and later send one label more than 1.6.
         for (version, own) in [
             ("1.6", &[(LABEL_SNAPSHOT_REF, CHAIN)][..]),
             (
@@ -135,7 +136,8 @@ fn an_image_chooses_nothing() {
             assert_eq!(client.mounts(&key).unwrap(), mounts);
             fs::write(Mounted::new(&mounts).path().join("file"), "x").unwrap();
 
-            // All of its labels again, as a client may send them that has them from containerd.
+            // All of its labels again, because a client may send back what it has from
+            // containerd.
             client.update(&key, &[], &with).unwrap();
             assert_eq!(client.mounts(&key).unwrap(), mounts);
             client.commit(&key, &name, &with).unwrap();
@@ -212,13 +214,14 @@ fn a_pod_chooses_nothing() {
         }
         let view = format!("k8s.io/{number}/view");
         shows_only_layers(&client.view(&view, "base", &ours).unwrap());
-        // An unpack is known by its key.
+        // An unpack is recognised by its key.
         let unpack = format!("k8s.io/{number}/extract-1-AbC= {CHAIN}");
         let mounts = client.prepare(&unpack, "", &ours).unwrap();
         assert!(upper(&mounts).starts_with(scene.split.root().join("snapshots")));
         shows_only_layers(&mounts);
     }
-    // containerd's size is a hint: without a default, and where none can be kept, too.
+    // containerd's size is a hint: without a default, and also if no limit can be
+    // enforced.
     for size in ["0", "1", "1048576", "-1", "10G", "99999999999999999999"] {
         let key = format!("k8s.io/21/size {size}");
         client
@@ -226,7 +229,7 @@ fn a_pod_chooses_nothing() {
             .unwrap();
     }
     scene.is_untouched();
-    // The reference counts on what is unpacked; the other labels have a line for each of both.
+    // The reference counts for an unpack. The other labels have a line for each of both.
     scene.names_once(&[(LABEL_SNAPSHOT_REF, "")]);
     let log = scene.split.daemon.log();
     assert_eq!(log.matches("logged once for all").count(), 9, "{log}");
@@ -260,7 +263,7 @@ fn labels_of_pods_can_be_trusted_and_are_not_afterwards() {
     let mounted = Mounted::new(&mounts);
     assert_eq!(fs::read(mounted.path().join("token")).unwrap(), b"secret");
     drop(mounted);
-    // Trusted or not, the reference makes no unpack there.
+    // Trusted or not, the reference makes no unpack in this namespace.
     let reference = [(LABEL_SNAPSHOT_REF, CHAIN)];
     let mounts = client
         .prepare("k8s.io/8/other", "base", &reference)
@@ -273,7 +276,8 @@ fn labels_of_pods_can_be_trusted_and_are_not_afterwards() {
     };
     update(&scene).unwrap();
 
-    // What was stored while they were trusted does not act without the flag.
+    // Labels that were stored while they were trusted have no effect without
+    // the flag.
     scene.restart_with(&[]);
     let client = scene.split.client();
     for key in [&key, "k8s.io/8/other"] {

@@ -18,10 +18,10 @@ use crate::support::daemon::{Daemon, Split, command, skip_ids_through};
 use crate::support::disk::Disk;
 use crate::support::until;
 
-/// Within which a stop has to end, whatever is going on.
+/// The time within which a stop has to end in every situation.
 const STOP: Duration = Duration::from_secs(10);
 
-/// A service manager's end of sd_notify(3).
+/// The service manager's end of sd_notify(3).
 struct Manager {
     dir: tempfile::TempDir,
     socket: UnixDatagram,
@@ -41,7 +41,7 @@ impl Manager {
         self.dir.path().join("notify").display().to_string()
     }
 
-    /// The next message's lines.
+    /// The lines of the next message.
     fn told(&self) -> Vec<String> {
         let mut bytes = [0; 1024];
         let length = self.socket.recv(&mut bytes).unwrap();
@@ -49,7 +49,7 @@ impl Manager {
         text.lines().map(str::to_owned).collect()
     }
 
-    /// Whether there is no message that has not been taken.
+    /// Whether all messages were read.
     fn has_heard_all(&self) -> bool {
         self.socket.set_nonblocking(true).unwrap();
         let nothing = self.socket.recv(&mut [0; 1024]).is_err();
@@ -58,9 +58,9 @@ impl Manager {
     }
 }
 
-/// Keeps every writing request of the daemon waiting, as a disk that does not
-/// answer would: the database's write lock is taken. SQLite gives up on it
-/// after five seconds.
+/// Makes every writing request of the daemon wait, as a disk that does not
+/// answer would, by taking the database's write lock. SQLite gives up after
+/// five seconds.
 struct Obstacle {
     connection: rusqlite::Connection,
 }
@@ -72,14 +72,15 @@ impl Obstacle {
         Obstacle { connection }
     }
 
-    /// The database is still open then: who closes it last takes its log away.
+    /// Returns the open connection, because the last one that closes the
+    /// database removes its log.
     fn clear(self) -> rusqlite::Connection {
         self.connection.execute_batch("ROLLBACK").unwrap();
         self.connection
     }
 }
 
-/// Every snapshot, as List and as Stat tell it.
+/// Every snapshot, as List and as Stat return it.
 fn everything(client: &Client) -> Vec<Info> {
     let listed = client.list_pages(&[]).unwrap().concat();
     for info in &listed {
@@ -101,7 +102,7 @@ fn the_socket_is_roots_alone() {
     );
     split.client().prepare("web", "", &[]).unwrap();
 
-    // Killed, it leaves its socket; the next one replaces it.
+    // A killed daemon leaves its socket, and the next one replaces it.
     split.daemon.kill();
     assert!(fs::symlink_metadata(&address).is_ok());
     assert!(UnixStream::connect(&address).is_err());
@@ -123,7 +124,8 @@ fn readiness_is_told_when_served() {
     daemon.stop();
     assert_eq!(manager.told(), ["STOPPING=1"]);
 
-    // Strays make the next start a long one: what is told too early shows.
+    // Strays make the next start long, so that a notification that comes too
+    // early is noticed.
     let root = image.path().join("root");
     skip_ids_through(&root, 3000);
     let snapshots = root.join("snapshots");
@@ -134,7 +136,7 @@ fn readiness_is_told_when_served() {
     std::thread::scope(|scope| {
         let listener = scope.spawn(|| {
             assert_eq!(manager.told(), ["READY=1"]);
-            // At once, without a second try.
+            // The first try succeeds.
             UnixStream::connect(&address).unwrap();
             Client::connect(&address).stat("web").unwrap();
             assert_eq!(fs::read_dir(&snapshots).unwrap().count(), 0);
@@ -142,7 +144,7 @@ fn readiness_is_told_when_served() {
         daemon.restart();
         listener.join().unwrap();
     });
-    // Killed, it tells nothing more.
+    // A killed daemon notifies nothing.
     daemon.kill();
     assert!(manager.has_heard_all());
 }
@@ -151,7 +153,7 @@ fn readiness_is_told_when_served() {
 fn signals_stop_it() {
     let mut split = Split::start(&[]);
     for signal in [Signal::TERM, Signal::INT] {
-        // containerd's connection is open all the time, idle.
+        // containerd's connection is open and idle all the time.
         let client = split.client();
         layer(&client, &format!("base-{signal:?}"), "", |_| ());
         let log = split.root().join("metadata.db-wal");
@@ -163,14 +165,14 @@ fn signals_stop_it() {
         split.daemon.signal(signal);
         let status = split.daemon.wait();
         assert_eq!(status.code(), Some(0), "{}", split.daemon.log());
-        // With nothing to wait for, it does not wait.
+        // If there is nothing to wait for, the stop does not wait.
         assert!(begun.elapsed() < Duration::from_secs(3), "{signal:?}");
         assert!(fs::symlink_metadata(split.daemon.address()).is_err());
         let is_empty = fs::read(&log).unwrap().iter().all(|byte| *byte == 0);
         assert!(is_empty, "its log is in the database");
         assert_eq!(fs::metadata(&log).unwrap().len(), 4 << 20);
         split.daemon.restart();
-        // The connection of before finds the new daemon by itself.
+        // The old connection finds the new daemon by itself.
         until("reconnected", || {
             match client.stat(&format!("base-{signal:?}")) {
                 Ok(_) => true,
@@ -211,12 +213,12 @@ fn a_stop_waits_for_running_requests() {
 
     let obstacle = Obstacle::put(&image.path().join("root/metadata.db"));
     let running = client.begin_prepare("during", "", &[]);
-    // What has no need to write is not in its way, and tells that the request
-    // sent before it on the same connection has arrived.
+    // A request that does not write is not blocked. Its answer shows that the
+    // request sent before it on the same connection has arrived.
     client.stat("before").unwrap();
     daemon.terminate();
     assert_eq!(manager.told(), ["STOPPING=1"]);
-    // A request in the moment between is served; all later ones are told to
+    // A request in the moment between is served. All later ones are asked to
     // come again.
     until("closed", || match client.stat("before") {
         Ok(_) => false,
@@ -244,8 +246,8 @@ fn a_stop_does_not_wait_for_ever() {
     let client = split.client();
     client.prepare("before", "", &[]).unwrap();
     let obstacle = Obstacle::put(&split.root().join("metadata.db"));
-    // Each of them is kept for five seconds, two at a time and one after the
-    // other: together they take longer than a stop may.
+    // Each request waits for five seconds, two at a time and one after the
+    // other: together, they take longer than a stop may.
     let running: Vec<_> = (0..6)
         .map(|number| client.begin_prepare(&format!("during-{number}"), "", &[]))
         .collect();
@@ -276,7 +278,7 @@ fn a_stop_does_not_wait_for_stalled_clients() {
     let mut split = Split::start(&["--sync", "none"]);
     let client = split.client();
     layer(&client, "base", "", |_| ());
-    // More than a connection takes ahead of its reader.
+    // More than a connection buffers for its reader.
     let label = "x".repeat(4000);
     for number in 0..600 {
         let with = [("filler", label.as_str())];
@@ -286,8 +288,8 @@ fn a_stop_does_not_wait_for_stalled_clients() {
     }
     let stalled = client.begin_list(&[]);
     client.stat("base").unwrap();
-    // And a client that says nothing at all; the server's first bytes to it
-    // tell that it has been let in.
+    // And a client that sends nothing at all. The server's first bytes show
+    // that it has accepted the connection.
     let mut silent = UnixStream::connect(split.daemon.address()).unwrap();
     silent.read_exact(&mut [0; 9]).unwrap();
     let begun = Instant::now();

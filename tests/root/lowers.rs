@@ -1,5 +1,5 @@
-//! Host directories beneath what a container writes: what is seen of them,
-//! which are refused, and the links that lead to them.
+//! Host directories beneath what a container writes: what containers see of
+//! them, which are refused, and the links that lead to them.
 
 mod attacks;
 mod images;
@@ -20,7 +20,7 @@ use crate::support::{tree, unchanged};
 
 const LABEL: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
 
-/// A daemon that allows the host directory `cache`, and a layer `base`.
+/// A daemon that allows the host directory `cache`, and has a layer `base`.
 struct Scene {
     split: Split,
     host: tempfile::TempDir,
@@ -91,7 +91,7 @@ fn containers_see_host_directories_and_leave_them_alone() {
     let asked = format!(":{top}::{under}/:{}/new/deep:", scene.at("made"));
     let mounts = client.prepare("web", "base", &[(LABEL, &asked)]).unwrap();
     assert_eq!(client.mounts("web").unwrap(), mounts);
-    // The missing one was made, with its parents, 0755.
+    // The missing directory was created, with its parents, 0755.
     for name in ["made", "made/new", "made/new/deep"] {
         let mode = fs::metadata(scene.at(name)).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o755, "{name}");
@@ -117,7 +117,7 @@ fn containers_see_host_directories_and_leave_them_alone() {
     let upper = scene.split.writable().join("snapshots/2/fs");
     assert_eq!(read(upper.join("dir/new")), "new");
 
-    // Another container begins with what the host has, and sees what changes.
+    // Another container starts with what the host has, and sees its changes.
     let asked = format!("{top}:{under}");
     let mounts = client.prepare("next", "base", &[(LABEL, &asked)]).unwrap();
     let next = Mounted::new(&mounts);
@@ -127,7 +127,7 @@ fn containers_see_host_directories_and_leave_them_alone() {
     for mounted in [&web, &next] {
         assert_eq!(read(mounted.path().join("later")), "later");
     }
-    // One without the label sees nothing of it.
+    // A container without the label does not see the directories.
     let plain = Mounted::new(&client.prepare("plain", "base", &[]).unwrap());
     assert_eq!(read(plain.path().join("both")), "image");
     assert!(!plain.path().join("two").exists());
@@ -192,7 +192,7 @@ fn a_changed_label_counts_at_the_next_mount() {
         assert_eq!(name().as_deref(), expected, "{asked}");
         assert_eq!(scene.links().len(), links, "{asked}");
     }
-    // One that would not do is refused, and nothing of it stays.
+    // An unusable label is refused, and nothing of it stays.
     let before = client.stat("web").unwrap();
     let everything = tree(scene.host.path());
     let outside = scene.host.path().join("outside").display().to_string();
@@ -212,8 +212,8 @@ fn a_changed_label_counts_at_the_next_mount() {
     unchanged(scene.host.path(), &everything);
     assert_eq!(name().as_deref(), Some("two"));
 
-    // Once stored, a label is in nobody's way: not of other labels, nor of
-    // what is found at its path later.
+    // Once stored, a label blocks no change of other labels, and neither does
+    // what is at its path later.
     fs::remove_dir_all(&two).unwrap();
     fs::write(&two, "").unwrap();
     client
@@ -272,8 +272,8 @@ fn stale_links_are_swept_at_start() {
     client.remove("removed").unwrap();
     scene.split.daemon.kill();
     let lowers = scene.split.root().join("lowers");
-    // As a kill may leave them: of snapshots gone and never entered, of a layer,
-    // and one that was about to be renamed.
+    // Links as a kill may leave them: of removed snapshots, of one that was
+    // never entered, of a layer, and one before its rename.
     for stale in ["3.0", "3.1", "900.0", "1.0", ".new"] {
         std::os::unix::fs::symlink("/nowhere", lowers.join(stale)).unwrap();
     }
@@ -281,9 +281,9 @@ fn stale_links_are_swept_at_start() {
     scene.split.daemon.restart();
     assert_eq!(scene.links(), [kept.clone(), "not ours".to_owned()]);
     is_clean(&scene.split);
-    // Mounts that were told before the kill can be made.
+    // Mounts that were returned before the kill still work.
     assert_eq!(read(Mounted::new(&mounts).path().join("name")), "one");
-    // A missing or a wrong link is mended when it is asked for.
+    // A missing or wrong link is corrected when the mounts are requested.
     scene.split.daemon.kill();
     fs::remove_file(lowers.join(&kept)).unwrap();
     scene.split.daemon.restart();
@@ -295,7 +295,7 @@ fn stale_links_are_swept_at_start() {
         std::os::unix::fs::symlink("/", lowers.join(&kept)).unwrap();
     }
 
-    // Killed while snapshots come and go.
+    // The daemon is killed while snapshots come and go.
     for _ in 0..5 {
         let client = scene.client();
         let asked = format!("{one}:{}", scene.at("two"));
@@ -398,7 +398,7 @@ fn nothing_is_baked_into_a_layer() {
         .update("1/extract-2", &[&mask], &[(LABEL, &one)])
         .unwrap_err();
     assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION);
-    // On a layer it means nothing, and is not kept.
+    // On a layer the label has no meaning, and is not stored.
     client
         .commit("1/extract-2", "layer", &[(LABEL, "/a,b")])
         .unwrap();

@@ -1,10 +1,10 @@
 //! Tests that need root: real ext4 on loop devices, real overlay mounts, the
-//! real daemon over its socket, real containerd.
+//! real daemon on its socket, real containerd.
 //!
-//! Without root they are ignored, and the closing line says how many. With
-//! `CI` set, nothing may be left out: a missing root is a failure.
+//! Without root they are ignored, and the last line has their number. With `CI`
+//! set, nothing may be ignored: a missing root is a failure.
 
-// A test tells by its panic.
+// A test fails by a panic.
 #![allow(clippy::unwrap_used)]
 
 mod bounds;
@@ -51,13 +51,13 @@ mod without_flags;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
-/// A test: its module, its name, and what runs it.
+/// A test: its module, its name, and its function.
 struct Test(&'static str, &'static str, fn());
 inventory::collect!(Test);
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // Most tests wait for something most of the time.
+    // Most tests wait most of the time.
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     arguments.test_threads = arguments.test_threads.or(Some(4 * processors));
     let is_root = rustix::process::geteuid().is_root();
@@ -74,7 +74,7 @@ fn main() {
             Trial::test(format!("{module}::{name}"), run).with_ignored_flag(!is_root)
         })
         .collect();
-    // The linker's order is not the same each time.
+    // The linker's order differs from build to build.
     trials.sort_by(|one, other| one.name().cmp(other.name()));
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -32,8 +32,8 @@ fn base(client: &Client) {
     });
 }
 
-/// Without the capability "remap-ids" containerd copies the image, gives the copy the
-/// mapped owners, and asks for mapped ids all the same.
+/// Without the capability "remap-ids", containerd copies the image, gives the copy
+/// the mapped owners, and still asks for mapped ids.
 #[registered(crate::Test)]
 fn what_containerd_has_remapped_is_not_mapped_again() {
     let mut split = Split::start(&[]);
@@ -46,7 +46,7 @@ fn what_containerd_has_remapped_is_not_mapped_again() {
         let key = format!("default/2/{name}-remap");
         let name = format!("default/3/{name}");
         let mounts = client.prepare(&key, "default/1/sha256:1", &[]).unwrap();
-        // It is to be a layer.
+        // The snapshot will be a layer.
         assert!(upper_of(&mounts).starts_with(split.root()), "{mounts:?}");
         {
             let mounted = Mounted::new(&mounts);
@@ -68,7 +68,8 @@ fn what_containerd_has_remapped_is_not_mapped_again() {
             assert_eq!((found.uid(), found.gid()), (100_000, 100_000), "{path:?}");
         }
         drop(top);
-        // On the image itself they are mapped, in the same database.
+        // On the image itself, ids are mapped by the kernel, in the same
+        // database.
         let plain = client
             .prepare(&format!("{web}-plain"), "default/1/sha256:1", &IDS)
             .unwrap();
@@ -80,7 +81,7 @@ fn what_containerd_has_remapped_is_not_mapped_again() {
     }
 }
 
-/// An image cannot pass for a remapped one.
+/// An image cannot pretend to be a remapped one.
 #[registered(crate::Test)]
 fn an_image_of_another_owner_is_mapped() {
     let split = Split::start(&[]);
@@ -121,7 +122,7 @@ fn ids_that_cannot_be_mapped_are_refused() {
     assert!(!client.exists("other"));
     let snapshots = fs::read_dir(writable.path().join("writable/snapshots")).unwrap();
     assert_eq!(snapshots.count(), 1);
-    // What containerd has remapped needs no kernel for it.
+    // A layer that containerd has remapped needs no support of the kernel.
     client
         .prepare("default/2/sha256:9-remap", parent, &[])
         .unwrap();
@@ -133,7 +134,7 @@ fn ids_that_cannot_be_mapped_are_refused() {
     ));
 }
 
-/// By containerd's own hand, with the options that 1.6 has for it.
+/// With a real containerd, and the options that 1.6 has for it.
 #[registered(crate::Test)]
 fn containerd_remaps_on_the_image_volume() {
     let split = Split::start(&[]);
@@ -144,7 +145,7 @@ fn containerd_remaps_on_the_image_volume() {
     let seen = containerd.try_run_with(&map, "short", script).unwrap();
     assert_eq!(seen, "0:0\n0:0\n0:0\nok\n");
 
-    // As long as a container stands on it, the copy of the image stays.
+    // The copy of the image stays as long as a container stands on it.
     let runc = containerd.subdirectory("runc");
     let run = ["run", "--detach", "--null-io", "--runc-root", &runc];
     let script = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
@@ -156,7 +157,7 @@ fn containerd_remaps_on_the_image_volume() {
     assert_eq!(remapped.len(), 1, "{remapped:?}");
     for entry in fs::read_dir(split.root().join("snapshots")).unwrap() {
         let path = entry.unwrap().path();
-        // A layer on the writable volume is a link.
+        // A layer on the writable volume would be a link.
         assert!(!path.is_symlink(), "{}", path.display());
     }
     containerd.stop("web");

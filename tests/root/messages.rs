@@ -1,4 +1,4 @@
-//! Bytes that are no message, or too long a one, sent to every method.
+//! Bytes that are not a message, or too long, sent to every method.
 
 use grpcio::RpcStatusCode;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::PrepareSnapshotRequest;
@@ -8,7 +8,7 @@ use registered::registered;
 use crate::input::{refused_as, unharmed};
 use crate::support::daemon::Split;
 
-/// All that a snapshotter answers to.
+/// All methods of a snapshotter.
 pub const METHODS: [&str; 10] = [
     "Prepare", "View", "Mounts", "Commit", "Remove", "Stat", "Update", "List", "Usage", "Cleanup",
 ];
@@ -36,8 +36,8 @@ fn bytes_that_are_no_message() {
     for method in METHODS {
         for bytes in garbage {
             if method == "Update" && bytes == garbage[3] {
-                // A message within a message may end with the one around it,
-                // for the protobuf library: that is an Update of nothing.
+                // For the protobuf library, the end of the outer message may
+                // end the inner one, too. So this is an Update of nothing.
                 refused_as(client.send(method, bytes), RpcStatusCode::NOT_FOUND);
                 continue;
             }
@@ -45,16 +45,16 @@ fn bytes_that_are_no_message() {
             assert!(text.contains(method) || text.contains("decode"), "{text}");
         }
         if method != "Cleanup" {
-            // Field 2, a key or something like it, is not UTF-8.
+            // Field 2, a key or something similar, is not UTF-8.
             for bytes in [&[0x12, 1, 0xff][..], &[0x12, 3, b'a', 0xc3, 0x28]] {
-                // An Update's is a message, with the name in it.
+                // An Update's field 2 is a message with the name in it.
                 let update = [&[0x12, 4, 0x0a, 2][..], &[0xc3, 0x28]].concat();
                 let bytes = if method == "Update" { &update } else { bytes };
                 refused_as(client.send(method, bytes), RpcStatusCode::INVALID_ARGUMENT);
             }
         }
     }
-    // Half of a message that would be a good one.
+    // Half of a message that would be valid.
     let request = PrepareSnapshotRequest {
         key: "whole".to_owned(),
         labels: crate::support::client::labels(&[("key", "value")]),
@@ -64,14 +64,14 @@ fn bytes_that_are_no_message() {
     for length in 0..whole.len() {
         match client.prepare_raw(whole[..length].to_vec()) {
             Err((code, text)) => assert_eq!(code, RpcStatusCode::INVALID_ARGUMENT, "{text}"),
-            // Cut between two fields: a request without labels.
+            // Cut between two fields, it is a request without labels.
             Ok(_) => {
                 assert!(client.stat("whole").unwrap().labels.is_empty());
                 client.remove("whole").unwrap();
             }
         }
     }
-    // Fields that nobody has heard of are skipped.
+    // Unknown fields are skipped.
     let unknown = [0xf8, 0x3f, 9, 0xfa, 0x3f, 2, b'h', b'i'];
     let strange = [&unknown[..], &whole, &unknown].concat();
     client.prepare_raw(strange).unwrap();
@@ -97,7 +97,7 @@ fn messages_that_are_too_long() {
             RpcStatusCode::RESOURCE_EXHAUSTED,
         );
     }
-    // Below the limit a key may have any length.
+    // Below the limit, a key may have any length.
     let key = "k".repeat((4 << 20) - 1024);
     client.prepare(&key, "", &[]).unwrap();
     refused_as(client.prepare(&key, "", &[]), RpcStatusCode::ALREADY_EXISTS);

@@ -1,4 +1,4 @@
-//! Moves between file systems that are not alike, and moves that fail.
+//! Moves between different file systems, and moves that fail.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -33,7 +33,7 @@ fn has(path: &Path, name: &str) -> bool {
     }
 }
 
-/// An ACL for that many users, in the kernel's own form.
+/// An ACL for that many users, in the kernel's form.
 fn acl(users: u32) -> Vec<u8> {
     let mut acl = vec![2, 0, 0, 0];
     let any = u32::MAX;
@@ -52,8 +52,8 @@ fn acl(users: u32) -> Vec<u8> {
     acl
 }
 
-/// Properties of a btrfs are left behind, XFS's own form of ACLs too; the ACL itself and
-/// what is content come along.
+/// Properties of a btrfs and XFS's own form of ACLs are left behind; the ACL itself and
+/// all content are copied.
 #[registered(crate::Test)]
 fn what_belongs_to_a_file_system_does_not_stop_a_move() {
     for kind in ["btrfs", "xfs"] {
@@ -111,8 +111,8 @@ fn a_target_without_acls_takes_the_layer() {
     assert!(daemon.log().contains("system.posix_acl_access"));
 }
 
-/// A copy of the image volume that has lost the marks of opaque directories shows deleted
-/// files again.
+/// If a copy of the image volume has lost the marks of opaque directories, deleted files
+/// show again.
 #[registered(crate::Test)]
 fn a_check_misses_attributes() {
     let mut split = Split::start(&[]);
@@ -140,7 +140,7 @@ fn a_check_misses_attributes() {
     is_clean(&split);
 }
 
-/// As many names as the file system allows.
+/// A file with as many names as the file system allows.
 #[registered(crate::Test)]
 fn a_file_with_the_most_names_moves() {
     const MOST: u64 = 65_000;
@@ -160,10 +160,10 @@ fn a_file_with_the_most_names_moves() {
     assert_eq!(fs::read_dir(&moved).unwrap().count() as u64, MOST);
 }
 
-/// However often it fails, and however often the daemon is started again or killed.
+/// A move that fails again and again, with restarts and kills of the daemon.
 #[registered(crate::Test)]
 fn a_move_that_fails_leaves_nothing() {
-    // A target that cannot have a link this long.
+    // The target does not support a link of this length.
     let image = Disk::make(320, "xfs", &["-q"]);
     let writable = Disk::ext4(256);
     let mut daemon = Daemon::start(&command(&image, &writable, &["--relocate-after", "0"]));
@@ -193,7 +193,7 @@ fn a_move_that_fails_leaves_nothing() {
     until("nothing is left", || is_empty(root.join("trash")));
 }
 
-/// What Docker makes between an image and its container.
+/// The layer that Docker makes between an image and its container.
 fn docker_container(split: &Split, key: &str, image: &str) {
     let client = split.client();
     let init = format!("moby/1/{key}-init");
@@ -202,7 +202,7 @@ fn docker_container(split: &Split, key: &str, image: &str) {
     for name in ["dev/console", "etc/hosts", ".dockerenv"] {
         fs::write(mounted.path().join(name), "").unwrap();
     }
-    // The image of the second container has it.
+    // The image of the second container has the link already.
     let _ = symlink("/proc/mounts", mounted.path().join("etc/mtab"));
     drop(mounted);
     client.commit("init-key", &init, &[]).unwrap();
@@ -216,7 +216,7 @@ fn docker(split: &Split) {
         fs::write(top.join("etc/passwd"), "root").unwrap();
     });
     docker_container(split, "c1", "image");
-    // docker commit of it, and a container of that image.
+    // A docker commit of the container, and a container of that image.
     let mounted = Mounted::new(&client.mounts("c1").unwrap());
     fs::write(mounted.path().join("installed"), vec![1; 2 << 20]).unwrap();
     drop(mounted);
@@ -256,7 +256,7 @@ fn dockers_containers_start_after_a_reset() {
 
 #[registered(crate::Test)]
 fn dockers_containers_start_after_a_volatile_volume_is_emptied() {
-    // At once: nothing has moved yet but what is awaited here.
+    // Only the layers that the test waits for have moved by then.
     let flags = ["--writable-volatile", "--relocate-after", "0"];
     let mut split = Split::start(&flags);
     docker(&split);

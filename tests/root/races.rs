@@ -1,5 +1,5 @@
-//! Many clients at once on few keys, while layers move home: whatever is
-//! answered, rows and directories agree in the end.
+//! Many simultaneous clients with few keys, while layers move: whatever the
+//! answers are, rows and directories agree in the end.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -56,7 +56,7 @@ fn clients_on_the_same_keys() {
         for seed in 1..=6 {
             let client = split.client();
             scope.spawn(move || {
-                // The same choices in each run; the races differ all the same.
+                // The choices are the same in each run, but the races differ.
                 let mut random = Random::new(seed);
                 let mut done = 0;
                 for _ in 0..250 {
@@ -97,7 +97,7 @@ fn two_commits_of_one_key() {
         fs::write(format!("{}/file", mounts[0].source), &content).unwrap();
         let won = thread::scope(|scope| {
             let commits = clients.each_ref().map(|client| {
-                // A name of its own, or the same: a retry.
+                // A name of its own, or the same name again, like a retry.
                 let name = format!("layer-{round}");
                 scope.spawn(move || client.commit("key", &name, &[]))
             });
@@ -122,7 +122,7 @@ fn a_mount_by_hand_meets_the_start_of_a_container() {
     let split = Split::start(&[]);
     let client = split.client();
     layer(&client, "base", "", |_| ());
-    // containerd has asked, and is about to mount.
+    // containerd has the mounts, and is about to mount.
     let mounts = client.prepare("web", "base", &[]).unwrap();
     let target = Target::new();
     let is_mounted = || {

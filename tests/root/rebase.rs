@@ -1,5 +1,5 @@
-//! Parallel unpacking: layers are prepared on nothing and committed onto their
-//! parents later, in any order.
+//! Parallel unpacking: layers are prepared without parents and committed onto
+//! their parents later, in any order.
 
 use std::fs;
 use std::path::Path;
@@ -14,11 +14,11 @@ use crate::support::daemon::Split;
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::trees::files;
 
-/// The label by which containerd 2.3 and later announce a parent that is named late.
+/// The label by which containerd 2.3 and later name a late parent.
 const PARENT: &str = "containerd.io/snapshot/parent-chain-id";
 
-/// Applies layer 1, 2 or 3 the way containerd does onto an overlay mount: right
-/// into its upper directory, deletions as whiteouts (containerd
+/// Applies layer 1, 2 or 3 as containerd does onto an overlay mount: directly
+/// into its upper directory, with deletions as whiteouts (containerd
 /// `pkg/archive/tar_opts_linux.go`, `OverlayConvertWhiteout`).
 fn apply(number: usize, upper: &Path) {
     let write = |name: &str, content: &str| fs::write(upper.join(name), content).unwrap();
@@ -46,7 +46,7 @@ fn apply(number: usize, upper: &Path) {
     }
 }
 
-/// The same by hand, through a mount of each layer on the one before.
+/// Unpacks the same layers in sequence, each through a mount on the one before.
 fn unpack_in_sequence(client: &Client) {
     layer(client, "seq-1", "", |top| apply(1, top));
     layer(client, "seq-2", "seq-1", |top| {
@@ -72,7 +72,7 @@ fn any_order_of_unpacking_gives_the_same_image() {
     assert!(!expected.contains_key(Path::new("dir/old")));
     assert!(!expected.contains_key(Path::new("deleted")));
 
-    // In which order the layers are prepared and filled; committed they are
+    // The order in which the layers are prepared and filled. They are committed
     // from the base upwards, as containerd does.
     for (round, order) in [[1, 2, 3], [3, 2, 1], [2, 3, 1]].into_iter().enumerate() {
         let key = |number: usize| format!("default/{round}/extract-{number} layer");
@@ -134,7 +134,7 @@ fn only_layers_with_a_parent_to_come_get_an_overlay_over_nothing() {
     assert_eq!(kind(view), "bind");
 }
 
-/// containerd 2.2 announces no parent.
+/// containerd 2.2 does not name the parent in a label.
 #[registered(crate::Test)]
 fn no_deletion_is_lost_where_parents_are_not_announced() {
     let mut split = Split::start(&[]);
@@ -156,7 +156,7 @@ fn no_deletion_is_lost_where_parents_are_not_announced() {
     split.daemon.stop();
     split.daemon.restart();
 
-    // From then on the same calls do.
+    // From then on, the same calls succeed.
     let client = split.client();
     let mounts = client.prepare("default/2/extract-top", "", &[]).unwrap();
     assert_eq!(mounts[0].type_, "overlay");
@@ -167,7 +167,7 @@ fn no_deletion_is_lost_where_parents_are_not_announced() {
     let view = client.view("view", "top", &[]).unwrap();
     assert!(!Mounted::new(&view).path().join("old").exists());
 
-    // And the whiteouts of a first layer leave nothing.
+    // The whiteouts of a first layer leave no trace.
     let mounts = client.prepare("default/3/extract-first", "", &[]).unwrap();
     let upper = upper_of(&mounts);
     fs::create_dir_all(upper.join("a/b")).unwrap();

@@ -1,4 +1,5 @@
-//! What a start finds after a crash, a lost file or a move, and what it does.
+//! What a start finds after a crash, a lost file or a move, and what it does
+//! about it.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -42,9 +43,9 @@ fn strays_are_kept_unless_they_are_empty() {
         fs::write(snapshots.join("77/fs/file"), "x").unwrap();
         fs::write(snapshots.join("78"), "x").unwrap();
         symlink(&victim, snapshots.join("79")).unwrap();
-        // A name that an earlier crash has left in the trash already.
+        // The name is in the trash already, from an earlier crash.
         fs::create_dir(volume.join("trash/77")).unwrap();
-        // Nothing that the daemon makes has such names.
+        // The daemon makes no such names.
         for other in ["notes", "007", "80.bak", "-1"] {
             fs::create_dir(snapshots.join(other)).unwrap();
         }
@@ -186,7 +187,7 @@ fn a_moved_writable_directory() {
     }
     assert!(!old.exists());
     drop(mounted);
-    // Nothing to heal any more.
+    // There is nothing to repair any more.
     split.daemon.stop();
     let told = split.daemon.log().matches("is found at").count();
     split.daemon.restart();
@@ -238,13 +239,13 @@ fn links_are_healed() {
     fs::write(&written, "kept").unwrap();
     split.daemon.kill();
     let snapshots = split.root().join("snapshots");
-    // Missing, wrong, and something else.
+    // A missing link, a wrong one, and something else.
     for name in ["2", "3", "4"] {
         fs::remove_file(snapshots.join(name)).unwrap();
     }
     symlink("/etc", snapshots.join("3")).unwrap();
     fs::write(snapshots.join("4"), "a file").unwrap();
-    // A Commit that got no further than its link.
+    // A Commit that was interrupted after its link.
     symlink(split.writable().join("snapshots/5"), snapshots.join("5")).unwrap();
 
     split.daemon.restart();
@@ -304,13 +305,13 @@ fn lost_layers_are_reported() {
         }
         assert!(!client.exists("new") && !client.exists("extract-new"));
     }
-    // What the kernel has in memory by the second time is no short cut.
+    // Repeated, because the kernel then has the answers in memory.
     for _ in 0..3 {
         let (code, text) = client.mounts("old").unwrap_err();
         assert_eq!(code, RpcStatusCode::DATA_LOSS, "{text}");
     }
     client.prepare("web", "sound", &[]).unwrap();
-    // The way out that the log names.
+    // The remedy that the log names.
     client.remove("old").unwrap();
     client.remove("on the lost").unwrap();
     client.remove("lost").unwrap();

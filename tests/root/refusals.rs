@@ -1,5 +1,5 @@
-//! Where the daemon refuses to start: one line that says what is wrong and
-//! what to do, exit code 1, and everything as it was before.
+//! Cases in which the daemon refuses to start: one line says what is wrong and
+//! what to do, the exit code is 1, and everything is as before.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,7 +15,7 @@ use crate::support::daemon::{Daemon, Split, command, refused};
 use crate::support::disk::Disk;
 use crate::support::{run, tree, unchanged, until};
 
-/// Fails unless each of `parts` is in the line.
+/// Fails unless the line contains each of `parts`.
 #[track_caller]
 fn says(line: &str, parts: &[&str]) {
     for part in parts {
@@ -23,7 +23,8 @@ fn says(line: &str, parts: &[&str]) {
     }
 }
 
-/// A refusal that leaves these trees as they are; returns what was said.
+/// Fails unless the start is refused and leaves these trees as they are.
+/// Returns the line.
 #[track_caller]
 fn refused_untouched(arguments: &[String], trees: &[&Path]) -> String {
     let before: Vec<_> = trees.iter().map(tree).collect();
@@ -72,7 +73,7 @@ fn a_second_daemon() {
             &["another snapshotter", &number, &root, "--root-dir"],
         );
         assert!(!split.image.path().join("socket").exists());
-        // Over the connection there is, and over a new one.
+        // On the existing connection, and on a new one.
         client.stat("base").unwrap();
         split.client().prepare("web", "base", &[]).unwrap();
         client.remove("web").unwrap();
@@ -95,7 +96,7 @@ fn roots_that_are_no_directories() {
     let line = refused(&arguments(&root, &top.join("file")));
     says(&line, &["file", "not a directory", "--writable-dir"]);
     assert_eq!(fs::read_to_string(top.join("file")).unwrap(), "mine");
-    // What is in the way within a root is named.
+    // The entry within the root that is in the way is named.
     for name in ["snapshots", "trash", "empty"] {
         let root = top.join(format!("root-{name}"));
         fs::create_dir_all(&root).unwrap();
@@ -107,7 +108,7 @@ fn roots_that_are_no_directories() {
     assert!(!writable.exists());
 }
 
-/// ext4 made without `filetype` answers DT_UNKNOWN for every entry.
+/// ext4 made without `filetype` returns DT_UNKNOWN for every entry.
 fn without_entry_types() -> Disk {
     Disk::make(64, "ext4", &["-q", "-F", "-O", "^filetype"])
 }
@@ -131,7 +132,7 @@ fn writable_directories_that_hold_no_upper() {
     let image = Disk::ext4(64);
     let no_types = without_entry_types();
 
-    // An overlay is no upper of an overlay.
+    // An overlay cannot be the upper directory of an overlay.
     let layers = Disk::ext4(64);
     let of = |name: &str| {
         let path = layers.path().join(name);
@@ -149,7 +150,8 @@ fn writable_directories_that_hold_no_upper() {
         .args(["-t", "overlay", "overlay", "-o", &options])
         .arg(&merged));
 
-    // ramfs mounts as an upper, but cannot rename with a whiteout.
+    // ramfs can be mounted as an upper directory, but cannot rename with a
+    // whiteout.
     let ramfs = of("ramfs");
     mount("ramfs", &ramfs, "ramfs", MountFlags::empty(), c"").unwrap();
 
@@ -167,8 +169,8 @@ fn writable_directories_that_hold_no_upper() {
             &line,
             &[writable.to_str().unwrap(), "overlayfs", "ext4", why],
         );
-        // What is left of the refused first start does not bind the root to a
-        // directory that cannot be used.
+        // The refused first start leaves nothing that binds the root to an
+        // unusable directory.
         let better = image.path().join(format!("writable-{number}"));
         let daemon = Daemon::start(&arguments(&root, &better));
         daemon.client().prepare("web", "", &[]).unwrap();
@@ -186,7 +188,7 @@ fn a_writable_directory_of_another_root() {
     let its_own = split.image.path().join("its-own");
     let writable = split.writable();
     for _ in 0..2 {
-        // While the other root's daemon runs, and after it.
+        // While the other root's daemon runs, and after its end.
         let line = refused_untouched(&arguments(&fresh, &writable), &[&writable]);
         says(
             &line,
@@ -200,7 +202,7 @@ fn a_writable_directory_of_another_root() {
     split.daemon.restart();
     split.client().mounts("web").unwrap();
 
-    // A file of that name that is no mark is nobody's to replace.
+    // A file of that name that is not a mark is not replaced.
     let odd = split.image.path().join("odd");
     fs::create_dir(&odd).unwrap();
     fs::write(odd.join(".volume"), "some program's own").unwrap();
@@ -209,9 +211,10 @@ fn a_writable_directory_of_another_root() {
     says(&line, &[".volume", "choose another directory"]);
 }
 
-/// What bbolt writes: two meta pages (a page header, then magic, version, page
-/// size, root bucket, free list, high-water mark, transaction, FNV-1a
-/// checksum), as they are in a database of containerd's `storage.MetaStore`.
+/// The beginning of a bbolt database: two meta pages (a page header, then
+/// magic, version, page size, root bucket, free list, high-water mark,
+/// transaction, FNV-1a checksum), as in a database of containerd's
+/// `storage.MetaStore`.
 fn bolt_database() -> Vec<u8> {
     let metas: [[u64; 8]; 2] = [
         [6, 0, 7, 8, 2, 0x6d38_b867_d6b9_b7e0, 0, 0],
@@ -258,7 +261,8 @@ fn databases_of_other_programs() {
         let line = refused_untouched(&arguments(&root, &writable), &[&top]);
         says(&line, &[database.to_str().unwrap(), "--root-dir"]);
         says(&line, parts);
-        // A state directory elsewhere does not make it an empty root.
+        // With a state directory elsewhere, the root still does not count as
+        // empty.
         let elsewhere = with(
             arguments(&root, &writable),
             "--state-dir",
@@ -294,7 +298,7 @@ fn a_missing_database() {
     daemon.client().stat("base").unwrap();
     daemon.stop();
 
-    // Truncated to nothing, as by a full disk.
+    // Truncated to nothing, as on a full disk.
     let kept = fs::read(&database).unwrap();
     fs::write(&database, "").unwrap();
     says(
@@ -303,7 +307,7 @@ fn a_missing_database() {
     );
     fs::write(&database, kept).unwrap();
 
-    // Layers, and nothing that tells where their database is.
+    // Layers, without the file that names their database.
     fs::remove_file(root.join("state")).unwrap();
     state.unmount();
     let line = refused_untouched(&arguments, &trees);
@@ -333,10 +337,10 @@ fn a_state_directory_that_moved() {
         &line,
         &[old.to_str().unwrap(), "--state-dir", "move the file"],
     );
-    // As it was, it still works.
+    // The old place still works.
     daemon.restart();
     daemon.stop();
-    // With its file, it works at the new place, and no more at the old one.
+    // With its file, the new place works, and the old one does not any more.
     fs::create_dir(top.join("state")).unwrap();
     fs::rename(&old, top.join("state/metadata.db")).unwrap();
     daemon.set_arguments(moved);
@@ -371,15 +375,15 @@ fn a_root_and_a_database_of_different_origin() {
     );
     Daemon::start(&one).client().stat("one").unwrap();
 
-    // A `state` that says nothing.
+    // A `state` without contents.
     let state = top.join("one/state");
     for damaged in ["", "database /x\n", "identity 7\n"] {
         fs::write(&state, damaged).unwrap();
         let line = refused_untouched(&one, &[&top]);
         says(&line, &[state.to_str().unwrap(), "damaged"]);
     }
-    // A database that is damaged behind its first page. Its log, which holds nothing, is
-    // there if the daemon ran long enough to make it.
+    // A database that is damaged behind its first page. Its log, which holds nothing,
+    // exists if the daemon ran long enough to make it.
     let _ = fs::remove_file(top.join("two/metadata.db-wal"));
     let two = arguments(&top.join("two"), &top.join("two-writable"));
     let mut bytes = fs::read(&database).unwrap();
@@ -399,27 +403,30 @@ fn addresses_that_are_taken() {
     let text = address.to_str().unwrap();
 
     fs::write(&address, "mine").unwrap();
-    says(&refused(&arguments), &[text, "no socket", "move it away"]);
+    says(
+        &refused(&arguments),
+        &[text, "not a socket", "move it away"],
+    );
     assert_eq!(fs::read_to_string(&address).unwrap(), "mine");
     fs::remove_file(&address).unwrap();
 
     let target = top.join("target");
     symlink(&target, &address).unwrap();
-    says(&refused(&arguments), &[text, "no socket"]);
+    says(&refused(&arguments), &[text, "not a socket"]);
     assert_eq!(fs::read_link(&address).unwrap(), target);
     assert!(!target.exists());
     fs::remove_file(&address).unwrap();
 
-    // Another program that lives.
+    // Another running program.
     let listener = UnixListener::bind(&address).unwrap();
     says(
         &refused(&arguments),
         &[text, "another program", "--address"],
     );
     assert!(std::os::unix::net::UnixStream::connect(&address).is_ok());
-    // It dies and leaves its socket: a stale one is replaced.
+    // It ends and leaves its socket: a stale socket is replaced.
     drop(listener);
-    // A process that another test starts has the listener until its exec.
+    // A process that another test has forked has the listener until its exec.
     until("the socket is stale", || {
         std::os::unix::net::UnixStream::connect(&address).is_err()
     });
@@ -435,12 +442,12 @@ fn a_path_that_is_too_long_for_the_database_is_said_as_such() {
     let mut arguments = with(arguments, "--address", &disk.path().join("socket"));
     let words = ["SQLite takes", "bytes", "give a shorter --state-dir"];
     says(&refused_untouched(&arguments, &[&disk.path()]), &words);
-    // A link that is short itself.
+    // The link itself is short.
     fs::create_dir_all(&long).unwrap();
     symlink(&long, disk.path().join("link")).unwrap();
     arguments[1] = format!("{}/link", disk.text());
     says(&refused_untouched(&arguments, &[&disk.path()]), &words);
-    // Only the database is too long; commands need no socket.
+    // Only the database's path is too long; commands need no socket.
     arguments[1] = long.to_str().unwrap().to_owned();
     arguments = with(arguments, "--state-dir", &disk.path().join("state"));
     let mut daemon = Daemon::start(&arguments);

@@ -1,4 +1,4 @@
-//! Layers committed from containers, before, during and after their way home.
+//! Layers committed from containers, before, during and after their move.
 
 use std::fs::{self, File, FileTimes};
 use std::os::unix::ffi::OsStrExt;
@@ -29,7 +29,7 @@ fn is_home(root: &Path, id: u64) -> bool {
     fs::symlink_metadata(root.join(format!("snapshots/{id}"))).is_ok_and(|found| found.is_dir())
 }
 
-/// Prepares `key`, writes 2 MiB and a file, and commits it as `name`. Returns its number.
+/// Prepares `key`, writes 2 MiB and a file, and commits it as `name`. Returns its id.
 fn committed(client: &Client, key: &str, parent: &str, name: &str) -> u64 {
     let mounts = client.prepare(key, parent, &[]).unwrap();
     {
@@ -69,7 +69,7 @@ fn a_layer_moves_home_under_a_running_container() {
 
     let is_done = AtomicBool::new(false);
     let rounds = thread::scope(|scope| {
-        // What a running container sees must not flicker for a moment.
+        // A running container sees its files at every moment.
         let reader = scope.spawn(|| {
             let mut rounds = 0;
             while !is_done.load(Ordering::Relaxed) {
@@ -80,7 +80,7 @@ fn a_layer_moves_home_under_a_running_container() {
             }
             rounds
         });
-        // New mounts work at each moment.
+        // New mounts work at every moment.
         until("the layer is home", || {
             assert!(holds(&root.join("snapshots/2/fs"), "init"));
             is_home(&root, 2)
@@ -100,7 +100,12 @@ fn a_layer_moves_home_under_a_running_container() {
         device(root.join("snapshots/2/fs/data-init")),
         device(split.image.path())
     );
-    assert!(split.daemon.log().contains("layer \"init\" is home"));
+    assert!(
+        split
+            .daemon
+            .log()
+            .contains("layer \"init\" moved to the image volume")
+    );
 
     assert!(
         holds(&old.join("fs"), "init"),
@@ -142,7 +147,7 @@ fn a_layer_without_users_leaves_nothing_behind() {
     assert!(is_empty(split.writable().join("trash")) && is_empty(split.root().join("trash")));
 }
 
-/// One of each, with odd attributes.
+/// Makes one entry of each kind, with unusual attributes.
 fn fill_with_everything(top: &Path) {
     let path = |name: &str| top.join(name);
     let long_ago = SystemTime::UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789);
@@ -157,7 +162,7 @@ fn fill_with_everything(top: &Path) {
     fs::write(path("file"), "content").unwrap();
     fs::set_permissions(path("file"), fs::Permissions::from_mode(0o640)).unwrap();
     set("file", "user.large", &[7; 3000]);
-    // cap_net_raw+ep and an ACL (user 1000: rw), in the kernel's own form.
+    // cap_net_raw+ep and an ACL (user 1000: rw), in the kernel's form.
     fs::write(path("ping"), "x").unwrap();
     let capability = [
         1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
@@ -243,7 +248,7 @@ fn the_copy_keeps_every_kind_of_inode() {
     client.prepare("key", "", &[]).unwrap();
     let old = split.writable().join("snapshots/1/fs");
     fill_with_everything(&old);
-    // Allocation is delayed until then, and with it what is data.
+    // The file system has allocated the data only after this.
     split.writable.sync();
     let before = describe(&old);
     assert!(before.len() > 40);
@@ -269,8 +274,8 @@ fn the_copy_keeps_every_kind_of_inode() {
     );
 }
 
-/// Kills the daemon at each of these steps of a move, and checks after the
-/// next start that the layer is whole, comes home, and leaves nothing.
+/// Kills the daemon at each of these steps of a move, and checks after the next
+/// start that the layer is whole, moves, and leaves nothing.
 fn check_kills(steps: &[&str], arguments: &[String], root: &Path, writable: &Path) {
     let mut daemon = Daemon::start(arguments);
     for (layers, step) in (1..).zip(steps) {
@@ -279,7 +284,7 @@ fn check_kills(steps: &[&str], arguments: &[String], root: &Path, writable: &Pat
         let name = format!("layer-{step}");
         let client = daemon.client();
         let number = committed(&client, "key", "", &name);
-        // The move begins by itself, a second after its commit was answered.
+        // The move begins by itself, a second after the answer to the commit.
         let status = daemon.wait();
         assert!(!status.success(), "{step}: {status}");
         assert!(daemon.log().contains(&format!("fault point {step}")));
@@ -343,7 +348,7 @@ fn a_layer_waits_its_time() {
     let client = split.client();
     committed(&client, "key", "", "layer");
     let begun = Instant::now();
-    // Gone before its time, as most layers of a build.
+    // A layer that is removed before its time, as most layers of a build are.
     committed(&client, "key", "", "short");
     client.remove("short").unwrap();
     until("the layer is home", || is_home(&split.root(), 1));
@@ -352,7 +357,12 @@ fn a_layer_waits_its_time() {
         "{:?}",
         begun.elapsed()
     );
-    assert!(!split.daemon.log().contains("\"short\" is home"));
+    assert!(
+        !split
+            .daemon
+            .log()
+            .contains("\"short\" moved to the image volume")
+    );
 }
 
 #[registered(crate::Test)]
@@ -361,7 +371,8 @@ fn a_small_layer_in_use_stays() {
     let client = split.client();
     client.prepare("init-key", "", &[]).unwrap();
     fs::write(split.writable().join("snapshots/1/fs/hosts"), "hosts").unwrap();
-    // Made before the commit, so that it is in use from the beginning.
+    // Prepared before the commit, so that the layer is in use from the
+    // beginning.
     client.prepare("holder", "", &[]).unwrap();
     client.commit("init-key", "init", &[]).unwrap();
     let used = client.prepare("web", "init", &[]);
@@ -392,7 +403,7 @@ fn never_means_never() {
 
 #[registered(crate::Test)]
 fn a_full_image_volume_puts_a_move_off() {
-    // How much of the layer fits, in per cent.
+    // How much of the layer fits, in percent.
     for share in [10, 50, 99] {
         // The database needs room of its own, so it is on the other disk.
         let (image, writable) = (Disk::ext4(256), Disk::ext4(256));
@@ -406,7 +417,7 @@ fn a_full_image_volume_puts_a_move_off() {
         let room = size * share / 100;
         let file = File::create(&fill).unwrap();
         let mut length = split.image.free() - room;
-        // The file system needs a little for itself to keep so large a file,
+        // The file system needs some room itself to store such a large file,
         // and a failed try keeps what it got.
         while fallocate(&file, FallocateFlags::empty(), 0, length).is_err() {
             file.set_len(0).unwrap();
@@ -429,7 +440,8 @@ fn a_full_image_volume_puts_a_move_off() {
         );
         drop(file);
         fs::remove_file(&fill).unwrap();
-        // The room is there a moment later: another test's process may still have the file.
+        // The room is there a moment later, because another test's process may still have
+        // the file.
         until("the layer is home", || {
             client.cleanup().unwrap();
             is_home(&split.root(), 1)
@@ -449,8 +461,8 @@ fn a_full_image_volume_puts_a_move_off() {
 
 #[registered(crate::Test)]
 fn what_the_target_refuses_stays_where_it_is() {
-    // An attribute larger than an ext4 without large ones can keep, which XFS
-    // on the other side does not mind: here, one that fills more than a block.
+    // An attribute that is too large for an ext4 without large ones, and that
+    // XFS on the other side supports. Here, one that fills more than a block.
     let image = Disk::make(64, "ext4", &["-q", "-F", "-b", "1024", "-I", "128"]);
     let writable = Disk::make(64, "ext4", &["-q", "-F", "-b", "4096"]);
     let daemon = Daemon::start(&command(&image, &writable, &["--relocate-after", "0"]));
@@ -505,7 +517,7 @@ fn a_build_of_twenty_steps_keeps_every_step() {
         );
         drop(mounted);
         client.remove("check").unwrap();
-        // A side branch that is thrown away.
+        // A side branch that is removed.
         let side = format!("side-{step}");
         committed(&client, &side, &parent, &format!("{side}-layer"));
         client.remove(&format!("{side}-layer")).unwrap();
@@ -537,7 +549,7 @@ fn left_bytes_go_with_the_next_boot() {
     client.prepare("web", "layer", &[]).unwrap();
     until("the layer is home", || is_home(&split.root(), 1));
     if !old.exists() {
-        // It was home before the container came; there is nothing left behind.
+        // It had moved before the container came, so nothing is left behind.
         return;
     }
     split.daemon.stop();
@@ -580,7 +592,7 @@ fn one_file_system_needs_no_copy() {
     ));
 }
 
-/// As with `ctr snapshot commit` of a running container's snapshot.
+/// Like `ctr snapshot commit` of a running container's snapshot.
 #[registered(crate::Test)]
 fn a_layer_committed_under_its_container_waits() {
     let split = Split::start(&["--relocate-after", "0"]);

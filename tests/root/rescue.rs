@@ -16,7 +16,7 @@ use crate::support::disk::{Disk, subdirectory};
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::{tree, unchanged, until};
 
-/// A command's target, unmounted at the end whatever happens.
+/// The target directory of a command, unmounted at the end in any case.
 pub struct Target(TempDir);
 
 impl Target {
@@ -54,7 +54,7 @@ fn done(daemon: &Daemon, words: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// What a refused command says.
+/// The error of a refused command.
 fn refused(daemon: &Daemon, words: &[&str]) -> String {
     let output = command(daemon, words);
     assert_eq!(output.status.code(), Some(1), "{words:?}");
@@ -68,7 +68,7 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Two layers, and on them an active snapshot and a view.
+/// Makes two layers, and on them an active snapshot and a view.
 fn fill(split: &Split) {
     let client = split.client();
     layer(&client, "base", "", |top| {
@@ -116,7 +116,7 @@ fn every_kind_is_mounted_as_it_allows() {
         fs::write(at("first"), "x").unwrap();
         done(&split.daemon, &["umount", target.text()]);
 
-        // A view, a layer in the middle of a chain and one at its end.
+        // A view, a layer in the middle of a chain, and one at its end.
         for (key, content, is_deleted) in [
             ("view", "top", true),
             ("lowest", "base", false),
@@ -158,7 +158,7 @@ fn what_is_mounted_already_is_only_looked_at() {
     assert_eq!(read(&container.path().join("own")), "written");
     done(&split.daemon, &["umount", target.text()]);
     drop(container);
-    // And a mount by hand keeps the next one away.
+    // A mount by hand prevents a second one.
     done(&split.daemon, &["mount", "web", target.text()]);
     let second = Target::new();
     let said = refused(&split.daemon, &["mount", "web", second.text()]);
@@ -277,7 +277,7 @@ fn four_hundred_layers_mount() {
     done(&split.daemon, &["umount", target.text()]);
 }
 
-/// What older kernels get, and fsconfig(2) has no room for.
+/// The options for older kernels, which are too long for fsconfig(2).
 #[registered(crate::Test)]
 fn long_paths_mount_in_one_string() {
     let (image, writable) = (Disk::ext4(64), Disk::ext4(64));
@@ -330,7 +330,7 @@ fn host_directories_are_left_out() {
     assert_eq!(read(&mounted.path().join("cache")), "host");
     fs::write(mounted.path().join("cache"), "changed").unwrap();
     drop(mounted);
-    // Nothing of it has to be there, or allowed.
+    // The host directories need not exist, or be allowed.
     let arguments = split.daemon.arguments()[..4].to_vec();
     split.daemon.set_arguments(arguments);
     fs::remove_dir_all(host.path()).unwrap();
@@ -389,7 +389,7 @@ fn nobody_else_writes_meanwhile() {
     assert!(text.contains("is mounted already"), "{text}");
     drop(container);
 
-    // One that stands on nothing is bound, not overlaid.
+    // A snapshot without parent is bound, not overlaid.
     let bound = Mounted::new(&client.prepare("alone", "", &[]).unwrap());
     let said = refused(&split.daemon, &["mount", "alone", target.text()]);
     assert!(said.contains("is mounted already"), "{said}");
@@ -416,12 +416,12 @@ fn a_layer_that_is_looked_at_stays() {
     let split = Split::start(&["--relocate-after", "0"]);
     let client = split.client();
     let mounts = client.prepare("init", "", &[]).unwrap();
-    // A small one would wait for its containers.
+    // A small layer would wait for its containers.
     fs::write(upper_of(&mounts).join("large"), vec![1; 2 << 20]).unwrap();
     client.prepare("holder", "", &[]).unwrap();
     let home = split.root().join("snapshots/1");
     let target = Target::new();
-    // Known by its number, whatever its kind is by now.
+    // The snapshot is recognised by its id, whatever its kind is by now.
     done(
         &split.daemon,
         &["mount", "--read-only", "init", target.text()],

@@ -55,7 +55,7 @@ fn how_things_stand_is_told() {
         assert!(volume["free_bytes"].as_u64().unwrap() > 1 << 20);
         assert_eq!(volume["problem"], Value::Null);
     }
-    // As it is marked.
+    // The identity in the mark.
     let mark = fs::read_to_string(split.writable().join(".volume")).unwrap();
     let identity = volumes[1]["identity"].as_str().unwrap();
     assert!(
@@ -94,7 +94,7 @@ fn what_is_wrong_comes_first() {
     let mut split = Split::start(&[]);
     split.daemon.stop();
     split.writable.unmount();
-    // SQLite makes an empty log and its index for a reader.
+    // SQLite creates an empty log and its index for a reader.
     told(&split);
     let before = tree(split.root());
     let stopped = told(&split);
@@ -129,8 +129,8 @@ fn what_is_wrong_comes_first() {
     );
     split.writable.make_room();
     let said = status(&split, &["--default-max-size", "1G"]);
-    // ext4 without project quotas.
-    assert!(said.contains("their limits cannot be kept"), "{said}");
+    // This ext4 has no project quotas.
+    assert!(said.contains("their limits cannot be enforced"), "{said}");
 }
 
 /// Whether a terminal of 24 lines shows all of it.

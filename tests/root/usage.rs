@@ -1,4 +1,5 @@
-//! Usage where files have to be walked: shared, given up, told again.
+//! Usage if files have to be counted: shared walks, given up walks, earlier
+//! results.
 
 use std::fs;
 use std::thread::{scope, sleep};
@@ -12,7 +13,7 @@ use crate::support::filter::without_quotas;
 use crate::support::mounted::upper_of;
 use crate::support::until;
 
-/// Enough for a walk to take a while; nearly all are names of one inode.
+/// Enough for a walk to take a while. Nearly all are names of one inode.
 const NAMES: usize = 60_000;
 
 fn fill(split: &Split, key: &str) {
@@ -23,7 +24,7 @@ fn fill(split: &Split, key: &str) {
     }
 }
 
-/// How often the log says so.
+/// How often the log contains these words.
 fn said(split: &Split, words: &str) -> usize {
     split.daemon.log().matches(words).count()
 }
@@ -62,7 +63,7 @@ fn all_who_ask_at_once_share_a_walk() {
         let asking: Vec<_> = (0..12).map(|_| ask()).collect();
         asking.into_iter().for_each(|thread| thread.join().unwrap());
     });
-    // Written at the stop as well.
+    // The figures are also written at the stop.
     let count = |split: &Split| (figure(split, "walk"), figure(split, "shared-walk"));
     until("the figures are written", || {
         let (walks, shared) = count(&split);
@@ -78,17 +79,17 @@ fn a_caller_that_leaves_ends_the_walk() {
     let split = Split::start(&[]);
     fill(&split, "web");
     let client = split.client();
-    // A walk may be over before.
+    // A walk may end earlier.
     until("a walk is given up", || {
         let mut asked = client.begin_usage("web");
         sleep(Duration::from_millis(5));
         asked.cancel();
         drop(asked);
         sleep(Duration::from_millis(50));
-        said(&split, "nobody waits for the count any more") > 0
+        said(&split, "no request waits for the count any more") > 0
     });
     assert_eq!(client.usage("web").unwrap().inodes, 2);
-    // It is nobody's fault.
+    // This is not logged as a failure.
     assert_eq!(
         said(&split, "WARN ] Usage") + said(&split, "ERROR] Usage"),
         0
@@ -103,7 +104,7 @@ fn a_figure_is_told_again_if_that_is_asked_for() {
     assert_eq!(client.usage("web").unwrap().inodes, 1);
     fs::write(top.join("file"), "x").unwrap();
     assert_eq!(client.usage("web").unwrap().inodes, 1);
-    // What is recorded of a layer is counted anew.
+    // The record of a layer is counted again.
     client.commit("web", "layer", &[]).unwrap();
     assert_eq!(client.usage("layer").unwrap().inodes, 2);
     until("the figures are written", || {
@@ -111,7 +112,7 @@ fn a_figure_is_told_again_if_that_is_asked_for() {
     });
 }
 
-/// As far as that needs no kernel with quotas: this one may have them or not.
+/// As far as that works without quotas: this kernel may have them or not.
 #[registered(crate::Test)]
 fn limits_that_cannot_be_kept_are_refused() {
     const FAILED_PRECONDITION: RpcStatusCode = RpcStatusCode::FAILED_PRECONDITION;

@@ -15,7 +15,8 @@ use crate::support::disk::Disk;
 use crate::support::mounted::Mounted;
 use crate::support::{run, tree, unchanged};
 
-/// A refusal because the volume is not there: it names the path and what to do.
+/// Fails unless the request is refused because the volume is not there, with
+/// the path and what to do.
 #[track_caller]
 fn is_missing<T>(result: Result<T, Refusal>, path: &Path) {
     let Err((code, text)) = result else {
@@ -26,7 +27,7 @@ fn is_missing<T>(result: Result<T, Refusal>, path: &Path) {
     assert!(text.contains("mount the disk"), "{text}");
 }
 
-/// A base layer, a layer on the writable volume, a container on it.
+/// Makes a base layer, a layer on the writable volume, and a container on it.
 fn populate(client: &Client) {
     layer(client, "base", "", |top| {
         fs::write(top.join("file"), "base").unwrap();
@@ -36,14 +37,14 @@ fn populate(client: &Client) {
     client.prepare("web", "init", &[]).unwrap();
 }
 
-/// What has to work, and what has to be refused, without the volume.
+/// Checks what has to work, and what has to be refused, without the volume.
 fn serves_what_it_can(client: &Client, writable: &Path, round: &str) {
     is_missing(client.prepare("new", "base", &[]), writable);
     is_missing(client.prepare("new", "", &[]), writable);
     is_missing(client.mounts("web"), writable);
     is_missing(client.usage("web"), writable);
     is_missing(client.commit("web", "layer", &[]), writable);
-    // It stands on a layer whose bytes are over there.
+    // The view stands on a layer whose bytes are on the writable volume.
     is_missing(client.view("new", "init", &[]), writable);
     is_missing(client.prepare("extract-new", "init", &[]), writable);
     assert!(!client.exists("new") && !client.exists("extract-new"));
@@ -81,20 +82,20 @@ fn unmounted_while_running() {
     let client = split.client();
     populate(&client);
     client.prepare("gone", "base", &[]).unwrap();
-    // Its only layer is over there.
+    // Its only layer is on the writable volume.
     let view = client.view("overthere", "init", &[]).unwrap();
     let pid = split.daemon.pid();
     for round in ["first", "second"] {
         for _ in 0..3 {
             assert_eq!(client.mounts("overthere").unwrap(), view);
         }
-        // Fails if the daemon keeps anything of it open.
+        // Fails if the daemon keeps anything on it open.
         split.writable.unmount();
         assert!(is_empty(split.writable.path()));
         is_missing(client.mounts("overthere"), &split.writable());
         serves_what_it_can(&client, &split.writable(), round);
         if round == "first" {
-            // Its bytes go when they can be reached.
+            // Its bytes are deleted when they can be reached.
             client.remove("gone").unwrap();
         }
         is_missing(client.cleanup(), &split.writable());
@@ -145,7 +146,7 @@ fn another_disk_in_its_place() {
     let split = Split::start(&[]);
     let client = split.client();
     populate(&client);
-    // Another snapshotter's volume, and a disk with nothing but the directory.
+    // Another snapshotter's volume, and a disk with only the directory.
     let other = Split::start(&[]);
     let blank = Disk::ext4(64);
     fs::create_dir(blank.path().join("writable")).unwrap();
@@ -174,7 +175,7 @@ fn read_only() {
     assert!(text.contains("Read-only"), "{text}");
     assert!(!client.exists("new"));
     client.view("view", "init", &[]).unwrap();
-    // A removal is one of the row; the bytes follow later.
+    // A removal deletes the row; the bytes follow later.
     client.remove("web").unwrap();
     split.writable.remount("rw");
     client.prepare("new", "base", &[]).unwrap();
@@ -200,7 +201,7 @@ fn the_root_by_another_name() {
     assert!(!root.join(".volume").exists());
 }
 
-/// Somebody else's files are not the snapshot's, wherever they are mounted.
+/// Another program's files are not the snapshot's, wherever they are mounted.
 #[registered(crate::Test)]
 fn what_is_mounted_in_a_removed_snapshot() {
     let split = Split::start(&[]);
@@ -226,8 +227,8 @@ fn what_is_mounted_in_a_removed_snapshot() {
     assert!(elsewhere.path().join(file).exists());
 }
 
-/// A removal that read each directory above such an entry again, a few times each,
-/// would take longer than the universe has existed.
+/// A removal that read each directory above such an entry again a few times would
+/// take longer than the age of the universe.
 #[registered(crate::Test)]
 fn what_cannot_be_deleted_is_tried_once_however_deep() {
     let split = Split::start(&[]);
@@ -242,7 +243,7 @@ fn what_cannot_be_deleted_is_tried_once_however_deep() {
     );
     fs::create_dir_all(&mounted).unwrap();
     fs::write(&beside, "x").unwrap();
-    // An immutable directory where the removal moves what lies deeper to the top.
+    // An immutable directory, where the removal moves deep entries to the top.
     let immutable = split.writable().join("snapshots/2/fs").join(levels(140));
     fs::create_dir_all(&immutable).unwrap();
     for directory in immutable.ancestors().take(20) {
@@ -256,7 +257,7 @@ fn what_cannot_be_deleted_is_tried_once_however_deep() {
         text.contains("1 entries cannot be deleted, the first one is \"d\""),
         "{text}"
     );
-    // What lies deep was moved to the top of the trash.
+    // The deep entries were moved to the top of the trash.
     let trash = split.writable().join("trash");
     let found = run(Command::new("find")
         .arg(&trash)
@@ -273,8 +274,8 @@ fn what_cannot_be_deleted_is_tried_once_however_deep() {
     assert!(is_empty(split.writable().join("trash")));
 }
 
-/// Whatever waits for the writable disk, a container that is there already can be
-/// asked for its mounts, and everything for what it is.
+/// While requests wait for the writable disk, an existing container can be asked
+/// for its mounts, and every snapshot can be queried.
 #[registered(crate::Test)]
 fn a_disk_that_hangs() {
     let split = Split::start(&[]);

@@ -12,7 +12,7 @@ use crate::support::daemon::Split;
 use crate::support::mounted::Mounted;
 use crate::support::run;
 
-/// An archive of an image with one layer, as `docker save` writes it. The layer holds
+/// An archive of an image with one layer, as `docker save` writes it. The layer has
 /// busybox and then these entries of `/opt`, in this order, and a whiteout in `/`.
 fn archive(directory: &Path, entries: &[&str]) -> PathBuf {
     let layer = directory.join("layer");
@@ -79,7 +79,7 @@ fn whiteouts_of_nothing_leave_nothing() {
             "busybox ls -A /opt; busybox cp -a /opt /copy; busybox ls -A /copy",
         );
         assert_eq!(seen, "keep\nkeep\n", "{entries:?}");
-        // As volumes of an image are copied.
+        // Volumes of an image are copied in this way.
         let client = split.client();
         let layers = client.names(&["kind==committed"]).unwrap();
         let view = Mounted::new(&client.view("view", &layers[0], &[]).unwrap());

@@ -1,4 +1,4 @@
-//! Commands without a flag of the daemon: whose configuration they take.
+//! Commands without a flag of the daemon, and the configuration that they use.
 
 use std::fs;
 use std::process::{Command, Output};
@@ -8,9 +8,9 @@ use registered::registered;
 use crate::support::daemon::BINARY;
 use crate::support::disk::Disk;
 
-/// The daemon of `dir`, served before this returns. In the place of a program that is
-/// looked for by name stands one in a process and mount namespace of its own, with its own
-/// settings of services.
+/// Starts the daemon of `dir`, and waits until it serves. Everything runs in a process
+/// and mount namespace of its own with its own service settings, because the daemon is
+/// found by the name of its program.
 const BEGIN: &str = r#"
     mount -t tmpfs tmpfs /etc/default
     settings=/etc/default/overlay-read-write-splitting-snapshotter
@@ -51,7 +51,8 @@ fn run(disk: &Disk, script: &str) -> (Option<i32>, String, String) {
 #[registered(crate::Test)]
 fn the_running_daemon_says_where_the_volumes_are() {
     let disk = Disk::ext4(64);
-    // Paths that start at the daemon's working directory, and one that is not in the root.
+    // Paths that are relative to the daemon's working directory, and one that is not in
+    // the root.
     let (code, said, reported) = run(
         &disk,
         r#"

@@ -31,7 +31,7 @@ func TestSnapshotter(t *testing.T) {
 	testsuite.SnapshotterSuite(t, "rwsplit", start)
 }
 
-// start makes one daemon for one case; the returned function ends it and fails
+// start starts a daemon for one case. The returned function ends it, and fails
 // if it does not end well.
 func start(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 	args := []string{"--root-dir", root}

@@ -1,5 +1,5 @@
-//! A client of the snapshots API. Messages go as bytes, so that a test can
-//! also send what is no message.
+//! A client of the snapshots API. It sends messages as bytes, so that a test
+//! can also send bytes that are not a message.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ use protobuf::well_known_types::field_mask::FieldMask;
 pub type Refusal = (RpcStatusCode, String);
 type Result<T> = std::result::Result<T, Refusal>;
 
-/// One connection.
+/// A connection to the daemon.
 pub struct Client {
     client: grpcio::Client,
 }
@@ -56,7 +56,7 @@ const RAW: Marshaller<Vec<u8>> = Marshaller {
     },
 };
 
-/// Longer than anything a test waits for on purpose.
+/// Longer than any intended wait of a test.
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn options() -> CallOption {
@@ -70,7 +70,7 @@ fn refusal(error: Error) -> Refusal {
     }
 }
 
-/// Waits for the end of a request begun.
+/// Waits for the end of a request that was begun.
 pub fn finish(receiver: ClientUnaryReceiver<Vec<u8>>) -> Result<Vec<u8>> {
     block_on(receiver).map_err(refusal)
 }
@@ -110,8 +110,8 @@ impl Client {
             .map_err(refusal)
     }
 
-    /// Sends these bytes to any method of the service, List too; of a List's
-    /// answer the first message is returned, if there is one.
+    /// Sends these bytes to any method of the service, including List; for
+    /// List, the first message of the answer is returned, if there is one.
     pub fn send(&self, method: &'static str, bytes: &[u8]) -> Result<Vec<u8>> {
         let kind = match method {
             "List" => MethodType::ServerStreaming,
@@ -149,7 +149,7 @@ impl Client {
             .unwrap()
     }
 
-    /// Begins a Prepare; its end is waited for with [`finish`].
+    /// Begins a Prepare. [`finish`] waits for its end.
     pub fn begin_prepare(
         &self,
         key: &str,
@@ -174,7 +174,7 @@ impl Client {
         self.begin(method!("Remove", MethodType::Unary), &request, options())
     }
 
-    /// Begins a Cleanup that waits no longer than that.
+    /// Begins a Cleanup that waits no longer than `limit`.
     pub fn begin_cleanup(&self, limit: Duration) -> ClientUnaryReceiver<Vec<u8>> {
         self.begin(
             method!("Cleanup", MethodType::Unary),
@@ -332,7 +332,7 @@ impl Client {
         Ok(pages)
     }
 
-    /// The names that a List tells.
+    /// The names in a List.
     pub fn names(&self, filters: &[&str]) -> Result<Vec<String>> {
         let pages = self.list_pages(filters)?;
         Ok(pages.into_iter().flatten().map(|info| info.name).collect())

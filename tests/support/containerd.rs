@@ -1,4 +1,4 @@
-//! A containerd of a test's own, with its `ctr`.
+//! A containerd for one test, with its `ctr`.
 //!
 //! It shares nothing with another containerd on the machine: its directories
 //! and sockets are in a temporary directory, and its namespace, which names
@@ -20,13 +20,13 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::run;
 
-/// What the archive calls its image.
+/// The image's name in the archive.
 pub const IMAGE: &str = "docker.io/library/split-test:latest";
 
-/// What containerd calls the daemon under test.
+/// containerd's name for the daemon under test.
 pub const SNAPSHOTTER: &str = "rwsplit";
 
-/// For whatever is waited for; far longer than it takes on a busy machine.
+/// The longest wait for anything, far longer than it takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The archive of the five-layer image, made once for all tests.
@@ -53,7 +53,7 @@ pub fn wait_for<T, E: Debug>(what: &str, mut attempt: impl FnMut() -> Result<T, 
     }
 }
 
-/// Does something when dropped, also when a test fails.
+/// Runs a closure when dropped, also when a test fails.
 pub struct AtEnd<F: FnMut()>(pub F);
 
 impl<F: FnMut()> Drop for AtEnd<F> {
@@ -70,28 +70,30 @@ pub struct Listed {
     pub kind: String,
 }
 
-/// What `ctr snapshot mounts` tells of an overlay.
+/// The overlay that `ctr snapshot mounts` prints.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Overlay {
-    /// Of an active snapshot.
+    /// The upper directory of an active snapshot.
     pub upper: Option<PathBuf>,
-    /// Newest first.
+    /// The lower directories, the newest first.
     pub lowers: Vec<PathBuf>,
 }
 
-/// A running containerd; it, its containers and their mounts end when dropped.
+/// A running containerd. It ends when dropped, with its containers and their
+/// mounts.
 pub struct Containerd {
     child: Child,
     namespace: String,
-    /// How many outputs of containers have been asked for.
+    /// How many outputs of containers were requested.
     outputs: AtomicU32,
     dir: tempfile::TempDir,
 }
 
 impl Containerd {
-    /// Starts one that knows the snapshotter at that socket.
+    /// Starts a containerd that knows the snapshotter at that socket.
     pub fn start(snapshotter: &str) -> Containerd {
-        // The name goes into a namespace, which must not begin with a dot.
+        // The name becomes part of a namespace, which must not begin with a
+        // dot.
         let dir = tempfile::Builder::new()
             .prefix("containerd-")
             .tempdir()
@@ -134,7 +136,7 @@ path = "{path}/opt"
         });
     }
 
-    /// Ends it by this signal and starts it again. Containers go on meanwhile.
+    /// Ends it by this signal and starts it again. Containers keep running.
     pub fn restart(&mut self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
         self.child.wait().unwrap();
@@ -142,7 +144,7 @@ path = "{path}/opt"
         self.wait_until_serving();
     }
 
-    /// Keeps it from noticing anything while this is done.
+    /// Stops its process while `work` runs, so that it notices nothing.
     pub fn freeze_while(&self, work: impl FnOnce()) {
         let pid = Pid::from_child(&self.child);
         kill_process(pid, Signal::STOP).unwrap();
@@ -152,12 +154,12 @@ path = "{path}/opt"
         work();
     }
 
-    /// Where tests may mount something; unmounted with the rest.
+    /// A directory for mounts of tests, which are unmounted with the rest.
     pub fn subdirectory(&self, name: &str) -> String {
         super::disk::subdirectory(self.dir.path(), name)
     }
 
-    /// Where it listens.
+    /// The address of its socket.
     pub fn address(&self) -> String {
         self.path("socket")
     }
@@ -174,7 +176,7 @@ path = "{path}/opt"
         format!("{}/{name}", self.dir.path().display())
     }
 
-    /// Runs `ctr` to its end; it is stopped if that takes too long.
+    /// Runs `ctr` to its end, and kills it if that takes too long.
     pub fn ctr_output(&self, arguments: &[&str]) -> Output {
         Command::new("timeout")
             .args(["-k", "5", &LIMIT.as_secs().to_string(), "ctr"])
@@ -186,7 +188,7 @@ path = "{path}/opt"
             .unwrap()
     }
 
-    /// What `ctr` prints, or what it complains of.
+    /// What `ctr` prints, or its error.
     pub fn try_ctr(&self, arguments: &[&str]) -> Result<String, String> {
         let output = self.ctr_output(arguments);
         if output.status.success() {
@@ -201,7 +203,7 @@ path = "{path}/opt"
         ))
     }
 
-    /// What `ctr` prints; fails if it fails.
+    /// What `ctr` prints; panics if `ctr` fails.
     pub fn ctr(&self, arguments: &[&str]) -> String {
         self.try_ctr(arguments)
             .unwrap_or_else(|said| panic!("{said}"))
@@ -212,13 +214,14 @@ path = "{path}/opt"
         self.try_ctr(&["image", "import", "--snapshotter", SNAPSHOTTER, archive()])
     }
 
-    /// As [`Containerd::try_import`], and fails if that fails.
+    /// Like [`Containerd::try_import`]; panics if the import fails.
     pub fn import(&self) {
         self.try_import().unwrap_or_else(|said| panic!("{said}"));
     }
 
-    /// Runs `ctr` and tells what a container has printed. That goes to a file:
-    /// when a container ends at once, `ctr` at times prints none of it.
+    /// Runs `ctr` and returns what a container has printed. The output goes to
+    /// a file, because `ctr` sometimes prints nothing of a container that ends
+    /// at once.
     fn try_ctr_in_container(&self, command: &[&str], what: &[&str]) -> Result<String, String> {
         let number = self.outputs.fetch_add(1, Ordering::Relaxed);
         let file = self.path(&format!("output-{number}"));
@@ -231,12 +234,12 @@ path = "{path}/opt"
         }
     }
 
-    /// Runs a container of the image, removes it, and tells what it printed.
+    /// Runs a container of the image, removes it, and returns what it printed.
     pub fn try_run(&self, id: &str, script: &str) -> Result<String, String> {
         self.try_run_with(&[], id, script)
     }
 
-    /// The same, with further flags for `ctr run`.
+    /// Like [`Containerd::try_run`], with further flags for `ctr run`.
     pub fn try_run_with(&self, flags: &[&str], id: &str, script: &str) -> Result<String, String> {
         let runc = self.path("runc");
         self.try_ctr_in_container(
@@ -245,14 +248,14 @@ path = "{path}/opt"
         )
     }
 
-    /// As [`Containerd::try_run`], and fails if that fails.
+    /// Like [`Containerd::try_run`]; panics if the run fails.
     pub fn run(&self, id: &str, script: &str) -> String {
         self.try_run(id, script)
             .unwrap_or_else(|said| panic!("{said}"))
     }
 
     /// Runs a container of the image in the background. SIGTERM ends it while
-    /// it sleeps; the first process of a container has to ask for that.
+    /// it sleeps, for which the first process of a container has to set a trap.
     pub fn try_start(&self, id: &str, script: &str) -> Result<String, String> {
         self.try_ctr(&[
             "run",
@@ -268,28 +271,28 @@ path = "{path}/opt"
         ])
     }
 
-    /// As [`Containerd::try_start`], and fails if that fails.
+    /// Like [`Containerd::try_start`]; panics if the start fails.
     pub fn start_container(&self, id: &str, script: &str) {
         self.try_start(id, script)
             .unwrap_or_else(|said| panic!("{said}"));
     }
 
-    /// Runs a container on a mounted directory, and tells what it printed.
+    /// Runs a container on a mounted directory, and returns what it printed.
     pub fn run_on(&self, directory: &str, id: &str, script: &str) -> String {
         let run = ["run", "--rm", "--runc-root", &self.path("runc")];
-        // No image, so no PATH to find sh on.
+        // Without an image, there is no PATH to find sh with.
         let what = ["--rootfs", directory, id, "/bin/sh", "-ec", script];
         self.try_ctr_in_container(&run, &what)
             .unwrap_or_else(|said| panic!("{said}"))
     }
 
-    /// Runs a script in a running container, and tells what it printed.
+    /// Runs a script in a running container, and returns what it printed.
     pub fn try_exec(&self, id: &str, script: &str) -> Result<String, String> {
         let exec = ["task", "exec", "--exec-id", "exec"];
         self.try_ctr_in_container(&exec, &[id, "sh", "-ec", script])
     }
 
-    /// As [`Containerd::try_exec`], and fails if that fails.
+    /// Like [`Containerd::try_exec`]; panics if the script fails.
     pub fn exec(&self, id: &str, script: &str) -> String {
         self.try_exec(id, script)
             .unwrap_or_else(|said| panic!("{said}"))
@@ -334,7 +337,7 @@ path = "{path}/opt"
         text.lines().skip(1).map(listed).collect()
     }
 
-    /// One of them.
+    /// The snapshot with that key; `None` if there is none.
     pub fn snapshot(&self, key: &str) -> Option<Listed> {
         self.snapshots()
             .into_iter()
@@ -346,22 +349,22 @@ path = "{path}/opt"
         parse_overlay(&self.ctr(&["snapshot", "mounts", "/target", key]))
     }
 
-    /// Has containerd remove what nothing refers to, and waits for that. Its
-    /// interface has this only as a part of removing something else.
+    /// Makes containerd remove everything that nothing refers to, and waits for
+    /// that. Its API has this only as a part of removing something else.
     pub fn try_collect_garbage(&self) -> Result<String, String> {
-        // An earlier attempt may have come no further than this.
+        // An earlier try may have ended after this step.
         let _ = self.try_ctr(&["leases", "create", "--id", "collect"]);
         self.try_ctr(&["leases", "rm", "--sync", "collect"])
     }
 
-    /// As [`Containerd::try_collect_garbage`], and fails if that fails.
+    /// Like [`Containerd::try_collect_garbage`]; panics if that fails.
     pub fn collect_garbage(&self) {
         self.try_collect_garbage()
             .unwrap_or_else(|said| panic!("{said}"));
     }
 
-    /// Shims and what runs beneath them. Shims outlive their containerd, and
-    /// are known by its address on their command line.
+    /// The shims and the processes beneath them. Shims outlive their
+    /// containerd, and have its address on their command line.
     fn processes(&self) -> Vec<Pid> {
         let address = self.path("socket");
         let mut parents = HashMap::new();
@@ -374,7 +377,7 @@ path = "{path}/opt"
             else {
                 continue;
             };
-            // Any process may end while it is looked at.
+            // Each process may end at any moment.
             let arguments = fs::read_to_string(path.join("cmdline")).unwrap_or_default();
             if arguments.contains("containerd-shim") && arguments.split('\0').any(|a| a == address)
             {
@@ -400,8 +403,8 @@ path = "{path}/opt"
 
     fn kill_processes(&self) {
         let begun = Instant::now();
-        // Anew until there is none, as one may have been starting another. A
-        // dead one that nobody has waited for has no command line any more.
+        // Repeated until there is none, because one may have been starting
+        // another. A zombie has no command line any more.
         while begun.elapsed() < LIMIT {
             let processes = self.processes();
             if processes.is_empty() {
@@ -415,7 +418,7 @@ path = "{path}/opt"
         eprintln!("{}: shims do not end", self.namespace);
     }
 
-    /// A killed shim's socket is in a directory of all containerds.
+    /// The socket of a killed shim is in a directory of all containerds.
     fn remove_shim_sockets(&self) {
         let bundles = format!("state/io.containerd.runtime.v2.task/{}", self.namespace);
         let bundles = fs::read_dir(self.path(&bundles)).into_iter().flatten();
@@ -438,8 +441,8 @@ path = "{path}/opt"
         }
     }
 
-    /// runc leaves the namespace's cgroup, with those of killed containers in
-    /// it; in version 1 there is one in each hierarchy.
+    /// runc leaves the namespace's cgroup, and in it those of killed
+    /// containers. With cgroups v1, there is one in each hierarchy.
     fn remove_cgroups(&self) {
         let base = Path::new("/sys/fs/cgroup");
         let hierarchies = fs::read_dir(base).into_iter().flatten().flatten();
@@ -449,7 +452,7 @@ path = "{path}/opt"
         for top in tops.map(|top| top.join(&self.namespace)) {
             for container in fs::read_dir(&top).into_iter().flatten().flatten() {
                 let begun = Instant::now();
-                // A killed process leaves its cgroup a little later.
+                // The cgroup of a killed process can be removed a little later.
                 while container.path().is_dir()
                     && fs::remove_dir(container.path()).is_err()
                     && begun.elapsed() < Duration::from_secs(5)
@@ -496,7 +499,7 @@ fn spawn(dir: &Path) -> Child {
         .unwrap_or_else(|error| panic!("containerd: {error}"))
 }
 
-/// From a command `mount -t overlay overlay <target> -o <options>`.
+/// Parses a command `mount -t overlay overlay <target> -o <options>`.
 fn parse_overlay(text: &str) -> Overlay {
     let options = text
         .trim()

@@ -1,4 +1,4 @@
-//! The real daemon.
+//! Running the real daemon.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -17,7 +17,8 @@ use super::until;
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_overlay-read-write-splitting-snapshotter");
 
-/// In an emulated machine on a busy one, a start takes long.
+/// The longest wait for a start, which takes long in an emulated machine on a
+/// busy host.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Two disks and a daemon on them.
@@ -28,18 +29,18 @@ pub struct Split {
 }
 
 impl Split {
-    /// Two ext4 disks of 256 MiB, a daemon with its root on the one and its
-    /// writable directory on the other, both in a subdirectory.
+    /// Two ext4 disks of 256 MiB, and a daemon with its root on one of them and
+    /// its writable directory on the other, both in a subdirectory.
     pub fn start(flags: &[&str]) -> Split {
         Split::on(Disk::ext4(256), Disk::ext4(256), flags)
     }
 
-    /// The same on these disks.
+    /// A daemon on these disks.
     pub fn on(image: Disk, writable: Disk, flags: &[&str]) -> Split {
         Split::start_by(&[], image, writable, flags)
     }
 
-    /// The same with a daemon that is started by another command.
+    /// A daemon on these disks that is started through another command.
     pub fn start_by(starter: &[&str], image: Disk, writable: Disk, flags: &[&str]) -> Split {
         let daemon = Daemon::start_by(starter, &command(&image, &writable, flags), &[]);
         Split {
@@ -49,22 +50,22 @@ impl Split {
         }
     }
 
-    /// The same on two small disks, with the daemon in a user namespace of its own.
+    /// A daemon in a user namespace of its own, on two small disks.
     pub fn in_user_namespace() -> Split {
         let starter = ["unshare", "--user", "--map-root-user", "--mount", "--"];
         Split::start_by(&starter, Disk::ext4(64), Disk::ext4(64), &[])
     }
 
-    /// Has the database take all numbers up to that one for given out, as if so
-    /// many snapshots had been there.
+    /// Makes the database treat all ids up to `highest` as given out, as if
+    /// there had been that many snapshots.
     pub fn skip_ids_through(&self, highest: u32) {
         skip_ids_through(&self.root(), highest);
     }
 
-    /// The same, with the daemon started again after it, and a snapshot left behind that
-    /// makes this possible. Tests with long chains do this: the kernel shows their layers
-    /// without the root, so that every other root on the machine takes those of its own
-    /// numbers for mounted.
+    /// Skips many ids and starts the daemon again. A snapshot that makes this possible is
+    /// left behind. Tests with long chains do this: the kernel shows their layers without
+    /// the path of the root, so every other root on the machine would treat its layers
+    /// with the same ids as mounted.
     pub fn restart_at_far_ids(&mut self) {
         self.client().prepare("first", "", &[]).unwrap();
         self.daemon.stop();
@@ -87,10 +88,11 @@ impl Split {
         self.daemon.client()
     }
 
-    /// Removes every snapshot, and waits until the disks hold nothing of any.
+    /// Removes every snapshot, and waits until nothing of any is on the disks.
     pub fn remove_everything(&self) {
         let client = self.client();
-        // Children first; what has children is refused.
+        // Children are removed first, because a snapshot with children is
+        // refused.
         until("all is removed", || {
             for name in client.names(&[]).unwrap() {
                 match client.remove(&name) {
@@ -100,7 +102,7 @@ impl Split {
             }
             client.names(&[]).unwrap().is_empty()
         });
-        // A move that was going on may add to the trash once more.
+        // A move that was under way may add to the trash once more.
         until("nothing is left", || {
             client.cleanup().unwrap();
             let volumes = [self.root(), self.writable()];
@@ -111,8 +113,8 @@ impl Split {
     }
 }
 
-/// Has the database of that root, which must have held a snapshot, take all
-/// numbers up to that one for given out.
+/// Makes the database of that root, which must have had a snapshot, treat all
+/// ids up to `highest` as given out.
 pub fn skip_ids_through(root: &Path, highest: u32) {
     let database = rusqlite::Connection::open(root.join("metadata.db")).unwrap();
     let changed = database
@@ -144,18 +146,18 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts one, with `--root-dir` (and perhaps `--address`) among the
-    /// arguments, and waits until it serves.
+    /// Starts a daemon with these arguments, which contain `--root-dir` (and
+    /// perhaps `--address`), and waits until it serves.
     pub fn start(arguments: &[String]) -> Daemon {
         Daemon::start_in(arguments, &[])
     }
 
-    /// The same, with these environment variables.
+    /// Like [`Daemon::start`], with these environment variables.
     pub fn start_in(arguments: &[String], environment: &[(&str, &str)]) -> Daemon {
         Daemon::start_by(&[], arguments, environment)
     }
 
-    /// The same, started by a command that runs what follows it.
+    /// Like [`Daemon::start`], through a command that runs the words after it.
     pub fn start_by(
         starter: &[&str],
         arguments: &[String],
@@ -166,7 +168,8 @@ impl Daemon {
         daemon
     }
 
-    /// Starts one; an error, with what it has said, if it ends instead of serving.
+    /// Starts a daemon; returns an error with its output if it ends instead of
+    /// serving.
     pub fn try_start(arguments: &[String]) -> Result<Daemon, String> {
         let mut daemon = Daemon::begin(&[], arguments, &[]);
         match daemon.is_serving_before_its_end() {
@@ -201,14 +204,14 @@ impl Daemon {
         }
     }
 
-    /// Starts it again, after its end, to be killed when it reaches a step.
+    /// Starts it again after its end. It will be killed at this step.
     pub fn restart_to_die_at(&mut self, step: &str) {
         self.launch(Some(step));
         self.wait_until_serving();
     }
 
-    /// Starts it again, after its end, and waits until it is killed at a step
-    /// that it comes to by itself, be it before anybody has seen it serve.
+    /// Starts it again after its end, and waits until it is killed at a step
+    /// that it reaches by itself, perhaps before it serves.
     pub fn restart_until_dead_at(&mut self, step: &str) {
         self.launch(Some(step));
         assert!(!self.wait().success());
@@ -222,8 +225,8 @@ impl Daemon {
         self.arguments = arguments;
     }
 
-    /// Starts it again, after its end, to be killed when it reaches a step. `false`
-    /// if it comes to that before it serves.
+    /// Starts it again after its end. It will be killed at this step. Returns
+    /// `false` if it reaches the step before it serves.
     pub fn restart_perhaps_to_die_at(&mut self, step: &str) -> bool {
         self.launch(Some(step));
         self.is_serving_before_its_end().is_ok()
@@ -257,7 +260,7 @@ impl Daemon {
         self.wait_until_serving();
     }
 
-    /// The same, without waiting until it serves.
+    /// Starts it again, without waiting until it serves.
     pub fn begin_restart(&mut self) {
         self.launch(None);
     }
@@ -277,7 +280,7 @@ impl Daemon {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// What it takes of the machine's memory (`VmRSS`, proc_pid_status(5)).
+    /// How much of the machine's memory it takes (`VmRSS`, proc_pid_status(5)).
     pub fn resident_bytes(&self) -> u64 {
         let path = format!("/proc/{}/status", self.child.id());
         let status = fs::read_to_string(path).unwrap();
@@ -289,18 +292,18 @@ impl Daemon {
         kibibytes << 10
     }
 
-    /// SIGKILL, and waits for the end.
+    /// Sends SIGKILL, and waits for the end.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// SIGTERM.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.signal(Signal::TERM);
     }
 
-    /// Any signal.
+    /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).unwrap();
     }
@@ -321,7 +324,7 @@ impl Daemon {
         }
     }
 
-    /// SIGTERM, waits, and fails unless it ended well.
+    /// Sends SIGTERM, waits for the end, and panics unless the exit code is 0.
     pub fn stop(&mut self) {
         self.terminate();
         let status = self.wait();
@@ -381,8 +384,8 @@ fn spawn(
         .unwrap()
 }
 
-/// Runs a daemon that is expected not to start, and returns the line it says.
-/// Fails unless it says exactly one and ends with exit code 1.
+/// Runs a daemon that should not start, and returns its line. Panics unless it
+/// prints exactly one line and ends with exit code 1.
 pub fn refused(arguments: &[String]) -> String {
     let mut child = Command::new(BINARY)
         .args(arguments)

@@ -1,4 +1,4 @@
-//! A file system of its own on a loop device.
+//! A file system on a loop device, for one test.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
@@ -7,13 +7,13 @@ use std::process::{Child, Command, Stdio};
 
 use super::run;
 
-/// A mounted file system; unmounted and gone when dropped.
+/// A mounted file system, unmounted and deleted when dropped.
 pub struct Disk {
     dir: tempfile::TempDir,
     device: String,
 }
 
-/// A file system that lets nobody write.
+/// A frozen file system, on which all writes wait.
 pub struct Frozen {
     path: PathBuf,
     thaw: Child,
@@ -23,7 +23,7 @@ impl Drop for Frozen {
     fn drop(&mut self) {
         let _ = self.thaw.kill();
         let _ = self.thaw.wait();
-        // Without a look at what it says: it may have been thawed already.
+        // Errors are ignored, because it may have been thawed already.
         let _ = Command::new("fsfreeze")
             .arg("--unfreeze")
             .arg(&self.path)
@@ -32,9 +32,9 @@ impl Drop for Frozen {
 }
 
 impl Disk {
-    /// An empty ext4 of that size, mounted `noatime`.
+    /// An empty ext4 of that size, mounted with `noatime`.
     pub fn ext4(mebibytes: u64) -> Disk {
-        // The block size of disks larger than these, which get 1024 by default.
+        // The block size of larger disks; small ones get 1024 by default.
         Disk::make(mebibytes, "ext4", &["-q", "-F", "-m", "0", "-b", "4096"])
     }
 
@@ -49,7 +49,7 @@ impl Disk {
         Disk::in_directory(dir, &image, kind, arguments)
     }
 
-    /// A file system on a file that is there.
+    /// A file system on an existing file.
     pub fn on(image: &Path, kind: &str, arguments: &[&str]) -> Disk {
         Disk::in_directory(tempfile::tempdir().unwrap(), image, kind, arguments)
     }
@@ -93,8 +93,9 @@ impl Disk {
             .arg(self.path()));
     }
 
-    /// Makes whatever changes it wait, until the value is dropped; for half a minute
-    /// at most, also if the test is killed: nothing that waits for it can be.
+    /// Makes every change of it wait until the value is dropped, but at most for
+    /// half a minute, even if the test is killed, because the processes that wait
+    /// cannot be killed.
     pub fn freeze(&self) -> Frozen {
         let path = self.path();
         let thaw = Command::new("setsid")
@@ -114,7 +115,7 @@ impl Disk {
         run(Command::new("umount").arg(self.path()));
     }
 
-    /// Mounts it anew with these options, for example `ro`.
+    /// Mounts it again with these options, for example `ro`.
     pub fn remount(&self, options: &str) {
         run(Command::new("mount")
             .arg("-o")
@@ -144,7 +145,7 @@ impl Disk {
         run(Command::new("sync").arg("-f").arg(self.path()));
     }
 
-    /// Takes every block that is left, by a file beside all others.
+    /// Fills every free block, with a file of its own.
     pub fn fill(&self) {
         let mut options = OpenOptions::new();
         options.create(true).append(true);
@@ -152,14 +153,14 @@ impl Disk {
         let bytes = vec![1; 1 << 20];
         loop {
             let mut taken = 0;
-            // Down to what is left of the last block.
+            // Down to the rest of the last block.
             for size in [1 << 20, 4096, 1] {
                 while let Ok(written @ 1..) = filler.write(&bytes[..size]) {
                     taken += written;
                 }
             }
-            // The file system promises more for what is not on the disk yet
-            // than it takes there.
+            // The file system reserves more for data that is not on the disk
+            // yet than the data takes there.
             self.sync();
             if taken == 0 {
                 return;
@@ -167,10 +168,10 @@ impl Disk {
         }
     }
 
-    /// Gives back what [`Disk::fill`] has taken.
+    /// Frees what [`Disk::fill`] has filled.
     pub fn make_room(&self) {
         fs::remove_file(self.filler()).unwrap();
-        // ext4 has the blocks free with its journal's next commit.
+        // ext4 has the blocks free after its journal's next commit.
         self.sync();
     }
 
@@ -178,7 +179,7 @@ impl Disk {
         self.path().join("filler")
     }
 
-    /// Takes every inode that is left, by files beside all others.
+    /// Uses every free inode, with files of its own.
     pub fn fill_inodes(&self) {
         let fillers = subdirectory(&self.path(), "fillers");
         for number in 0_u64.. {
@@ -190,7 +191,7 @@ impl Disk {
         }
     }
 
-    /// Bytes that are free.
+    /// The free bytes.
     pub fn free(&self) -> u64 {
         let stat = rustix::fs::statvfs(self.path()).unwrap();
         stat.f_bfree * stat.f_frsize
@@ -199,7 +200,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // A test that failed may have left mounts beneath, and it may be
+        // A failed test may have left mounts beneath it, and it may be
         // unmounted already.
         let _ = Command::new("umount")
             .args(["-R", "-l", "-q"])

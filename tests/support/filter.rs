@@ -6,8 +6,8 @@ use std::io::Error;
 use std::mem::offset_of;
 use std::thread;
 
-/// Does something in a thread that may not use quotas, and neither may the
-/// processes that it starts: the kernel answers EPERM (seccomp(2)).
+/// Runs `work` in a thread that cannot use quotas, and neither can processes
+/// that it starts: the kernel answers EPERM (seccomp(2)).
 pub fn without_quotas<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
         let filtered = scope.spawn(|| {
@@ -18,7 +18,7 @@ pub fn without_quotas<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// For the calling thread, for good.
+/// Forbids these calls for the calling thread, for good.
 fn forbid(calls: &[libc::c_long]) {
     let step = |code: u32, value: u32, if_equal: u8| libc::sock_filter {
         code: code.try_into().unwrap(),
@@ -33,7 +33,7 @@ fn forbid(calls: &[libc::c_long]) {
         0,
     )];
     for (done, call) in calls.iter().enumerate() {
-        // Over the other calls and the permission, to the refusal.
+        // The jump over the other calls and the permission, to the refusal.
         let over = u8::try_from(calls.len() - done).unwrap();
         let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
         program.push(step(equal, (*call).try_into().unwrap(), over));

@@ -1,19 +1,19 @@
-//! What tests with made-up input share: how long they go on, and how they
-//! spoil what is good.
+//! Shared by tests with random input: how long they run, and how they damage
+//! valid input.
 
 use std::time::{Duration, Instant};
 
 use super::random::{Random, setting};
 
-/// Numbers of cases: as many as there is time for (`FUZZ_SECONDS`), and never
-/// fewer than the least.
+/// Numbers of cases: as many as there is time for (`FUZZ_SECONDS`), but at
+/// least `least`.
 pub fn cases(least: u64) -> impl Iterator<Item = u64> {
     let end = Instant::now() + Duration::from_secs(setting("FUZZ_SECONDS", 5));
     (0..).take_while(move |done| *done < least || Instant::now() < end)
 }
 
-/// Changes a sequence in a few places: parts of it go, come twice, or elsewhere
-/// again; what `any` makes comes in.
+/// Changes a sequence in a few places: parts of it are removed, doubled or
+/// moved, and values of `any` are inserted.
 pub fn spoil<T: Clone>(
     items: &mut Vec<T>,
     random: &mut Random,

@@ -1,7 +1,7 @@
-//! What the tests are made of: disks, a daemon on them, a client of it.
-//! Everything ends with the value that stands for it.
+//! The parts of tests: disks, a daemon on them, a client of it. Everything ends
+//! when the value that represents it is dropped.
 
-// Each test module uses a part of it.
+// Each test module uses only a part of it.
 #![allow(dead_code)]
 
 pub mod client;
@@ -22,7 +22,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-/// Runs a command to its end, and fails with what it said if it failed.
+/// Runs a command to its end, and panics with its output if it fails.
 pub fn run(command: &mut Command) -> String {
     let output = command
         .output()
@@ -58,7 +58,8 @@ pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
 /// of a file or a link.
 pub type Tree = BTreeMap<PathBuf, (u32, u32, Vec<u8>)>;
 
-/// Fails unless a directory tree is as it was, and tells the paths that differ.
+/// Fails unless a directory tree is as it was, and prints the paths that
+/// differ.
 #[track_caller]
 pub fn unchanged(top: impl AsRef<Path>, before: &Tree) {
     let after = tree(top);
@@ -69,8 +70,8 @@ pub fn unchanged(top: impl AsRef<Path>, before: &Tree) {
     assert!(paths.is_empty(), "changed: {paths:?}");
 }
 
-/// A directory tree as it is. `lock` is left out: whoever only tries a root
-/// takes its lock, and the file is nothing but that lock.
+/// A directory tree as it is. `lock` is left out, because even a refused
+/// command takes the root's lock, which creates this file.
 pub fn tree(top: impl AsRef<Path>) -> Tree {
     let mut found = BTreeMap::new();
     let mut ahead = vec![top.as_ref().to_owned()];

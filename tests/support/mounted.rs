@@ -1,4 +1,4 @@
-//! Mounting what the daemon answers, the way containerd does.
+//! Mounting what the daemon returns, as containerd does.
 
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use rustix::mount::{
     MountFlags, UnmountFlags, mount, mount_bind_recursive, mount_remount, unmount,
 };
 
-/// Mounted mounts of a snapshot; unmounted when dropped.
+/// The mounted mounts of a snapshot, unmounted when dropped.
 pub struct Mounted {
     dir: tempfile::TempDir,
 }
@@ -34,13 +34,14 @@ impl Mounted {
         Mounted { dir }
     }
 
-    /// Where.
+    /// The mount point.
     pub fn path(&self) -> PathBuf {
         self.dir.path().to_owned()
     }
 }
 
-/// Where what is written into these mounts of an active snapshot goes.
+/// The directory that receives what is written into these mounts of an active
+/// snapshot.
 pub fn upper_of(mounts: &[Mount]) -> PathBuf {
     let [mount] = mounts else {
         panic!("one mount is expected: {mounts:?}");
@@ -53,8 +54,8 @@ pub fn upper_of(mounts: &[Mount]) -> PathBuf {
     PathBuf::from(upper.unwrap_or_else(|| panic!("no upper: {mounts:?}")))
 }
 
-/// A page of options is what mount(2) takes: like containerd, long lists are
-/// written relative to the directory that all lowers share.
+/// mount(2) takes at most a page of options. Like containerd, this writes long
+/// lists relative to the directory that all lower directories share.
 fn mount_overlay(options: &[String], target: &Path) {
     let lowers = options
         .iter()
@@ -92,11 +93,12 @@ fn mount_overlay(options: &[String], target: &Path) {
     }
 }
 
-/// Runs in a thread with a working directory of its own, as others run beside.
+/// Runs in a thread with a working directory of its own, because other tests
+/// run at the same time.
 fn in_directory(directory: &Path, work: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || {
-            // A thread leaves the shared working directory by unsharing it.
+            // The thread gets its own working directory by unsharing it.
             #[allow(deprecated)]
             rustix::thread::unshare(rustix::thread::UnshareFlags::FS).unwrap();
             std::env::set_current_dir(directory).unwrap();

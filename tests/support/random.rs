@@ -1,11 +1,11 @@
-//! Numbers that look random, from a seed that is told when a test fails: with
-//! the same seed it makes the same choices again.
+//! Pseudo-random numbers from a seed, which is printed when a test fails. The
+//! same seed leads to the same choices again.
 
 use std::str::FromStr;
 use std::thread::panicking;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A number from the environment, or what is usual.
+/// A number from the environment, or the usual one.
 pub fn setting<T: FromStr>(variable: &str, usual: T) -> T {
     let Ok(text) = std::env::var(variable) else {
         return usual;
@@ -14,8 +14,8 @@ pub fn setting<T: FromStr>(variable: &str, usual: T) -> T {
         .unwrap_or_else(|_| panic!("{variable} is {text:?}, it has to be a number"))
 }
 
-/// Where a test's choices come from: this moment, or the environment variable
-/// of that name. Told when dropped by a failing test.
+/// The source of a test's choices: the present time, or the environment
+/// variable of that name. A failing test prints it.
 pub struct Seed {
     variable: &'static str,
     value: u64,
@@ -28,7 +28,7 @@ impl Seed {
         Seed { variable, value }
     }
 
-    /// The numbers for one of the threads, or other parts, of a test.
+    /// The numbers for one thread, or another part, of a test.
     pub fn random(&self, part: u64) -> Random {
         Random::new(self.value.wrapping_add(part << 32))
     }
@@ -50,8 +50,7 @@ pub struct Random(u64);
 
 impl Random {
     pub fn new(seed: u64) -> Random {
-        // Seeds that are near each other give numbers that are not; 0 would
-        // give nothing but itself.
+        // Similar seeds lead to different numbers. 0 would only lead to 0.
         Random(seed.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
 
@@ -70,7 +69,7 @@ impl Random {
         self.below(count) == 0
     }
 
-    /// An index into something of that length.
+    /// A random index into something of that length.
     pub fn index(&mut self, length: usize) -> usize {
         usize::try_from(self.below(length as u64)).unwrap()
     }

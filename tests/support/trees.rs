@@ -11,7 +11,7 @@ use rustix::buffer::spare_capacity;
 use rustix::fs::{SeekFrom, lgetxattr, llistxattr, seek};
 use rustix::io::Errno;
 
-/// All that a copy has to keep of one inode.
+/// Everything that a copy has to keep of one inode.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Node {
     mode: u32,
@@ -21,9 +21,9 @@ pub struct Node {
     size: u64,
     times: [(i64, i64); 2],
     attributes: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// A file's content, a link's target.
+    /// A file's content or a link's target.
     content: Vec<u8>,
-    /// Where a file's data begin and end.
+    /// The start and end of each of a file's data ranges.
     data: Vec<(u64, u64)>,
     /// The first name of the same inode.
     first_name: PathBuf,
@@ -69,10 +69,10 @@ pub fn describe(top: &Path) -> BTreeMap<PathBuf, Node> {
             owner: (metadata.uid(), metadata.gid()),
             device: metadata.rdev(),
             links: metadata.nlink(),
-            // A directory's is its file system's business.
+            // The size of a directory depends on its file system.
             size: if is_directory { 0 } else { metadata.size() },
             times: [
-                // Reading a directory to compare it may set its access time.
+                // Reading a directory to compare it may change its access time.
                 if is_directory {
                     (0, 0)
                 } else {
@@ -90,7 +90,7 @@ pub fn describe(top: &Path) -> BTreeMap<PathBuf, Node> {
     nodes
 }
 
-/// What a user sees of an inode: mode, owner, content, but no times.
+/// What a user sees of an inode: mode, owner and content, but no times.
 type Seen = (u32, (u32, u32), Vec<u8>);
 
 /// What a user sees of a tree, by path below its top.

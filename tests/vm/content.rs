@@ -1,5 +1,5 @@
-//! What is in a layer, determined by a seed and the layer's name: written in
-//! the machine, compared outside.
+//! The content of a layer, which a seed and the layer's name determine. It is
+//! written in the machine, and compared outside.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -20,7 +20,7 @@ const ATTRIBUTE: &str = "user.layer";
 const PAGE: usize = 4096;
 const LARGEST_FILE: usize = 300 << 10;
 
-/// Each path below a layer's top, a directory before what is in it.
+/// Each path below a layer's top, a directory before its entries.
 pub type Tree = BTreeMap<PathBuf, Node>;
 
 #[derive(Debug, PartialEq, Eq)]
@@ -30,18 +30,18 @@ pub struct Node {
     /// A file's bytes, a link's target.
     bytes: Vec<u8>,
     attribute: Option<Vec<u8>>,
-    /// The first path of the same inode: its own, unless it is a hard link.
+    /// The first path of the same inode: this path, unless it is a hard link.
     first: PathBuf,
 }
 
-/// The numbers that belong to a name.
+/// The random numbers for a name.
 pub fn random(seed: u64, name: &str) -> Random {
     let mut hasher = DefaultHasher::new();
     (seed, name).hash(&mut hasher);
     Random::new(hasher.finish())
 }
 
-/// What belongs into a layer.
+/// The content of a layer.
 pub fn of_layer(seed: u64, name: &str) -> Tree {
     let mut random = random(seed, name);
     let mut tree = Tree::new();
@@ -68,12 +68,12 @@ pub fn of_layer(seed: u64, name: &str) -> Tree {
     }
     for number in 0..random.below(3) {
         let path = random.pick(&directories).join(format!("link{number}"));
-        // Short targets are kept in the inode, long ones in a block.
+        // Short targets are stored in the inode, long ones in a block.
         let target = "../somewhere/".repeat(1 + random.index(12));
         add(&mut tree, &path, 0o120_777, target.into_bytes(), None);
     }
     if random.is_one_in(2) {
-        // Behind all others in the order of paths, so that it is the later one.
+        // After all others in the order of paths, so that it is the later one.
         let first = &tree[random.pick(&files)];
         let hard_link = Node {
             bytes: first.bytes.clone(),
@@ -96,8 +96,8 @@ fn add(tree: &mut Tree, path: &Path, mode: u32, bytes: Vec<u8>, attribute: Optio
     tree.insert(path.to_owned(), node);
 }
 
-/// Bytes of which each page is like no other, so that one of zeros, or of
-/// another file, is seen.
+/// Bytes in which no two pages are the same, so that a page of zeros, or of
+/// another file, is noticed.
 fn pages(random: &mut Random, size: usize) -> Vec<u8> {
     let mut page: Vec<u8> = (0..PAGE / 8)
         .flat_map(|_| random.number().to_ne_bytes())
@@ -111,8 +111,8 @@ fn pages(random: &mut Random, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// Writes a layer into a directory, as containerd does when it unpacks: nothing
-/// is flushed.
+/// Writes a layer into a directory, as containerd does when it unpacks: without
+/// a flush.
 pub fn write(tree: &Tree, top: &Path) -> io::Result<()> {
     for (path, node) in tree {
         let full = top.join(path);
@@ -136,7 +136,7 @@ pub fn write(tree: &Tree, top: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads what is in a directory.
+/// Reads the content of a directory.
 pub fn read(top: &Path) -> io::Result<Tree> {
     let mut paths = Vec::new();
     let mut pending = vec![PathBuf::new()];
@@ -179,13 +179,13 @@ fn attribute(path: &Path) -> io::Result<Option<Vec<u8>>> {
     let mut value = Vec::with_capacity(PAGE);
     match lgetxattr(path, ATTRIBUTE, spare_capacity(&mut value)) {
         Ok(_) => Ok(Some(value)),
-        // A symbolic link cannot have one.
+        // A symbolic link cannot have a user attribute.
         Err(Errno::NODATA | Errno::PERM) => Ok(None),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// How many inodes a layer takes, its top included.
+/// The number of inodes in a layer, including its top.
 pub fn inodes(tree: &Tree) -> usize {
     1 + tree
         .iter()
@@ -193,7 +193,8 @@ pub fn inodes(tree: &Tree) -> usize {
         .count()
 }
 
-/// How a tree differs from the one wanted, in a few words; `None` if not at all.
+/// A short description of how a tree differs from the wanted one; `None` if it
+/// does not.
 pub fn difference(wanted: &Tree, found: &Tree) -> Option<String> {
     let mut differences = Vec::new();
     for (path, node) in wanted {

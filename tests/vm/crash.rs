@@ -1,16 +1,17 @@
-//! Every crash that a load could have met: all that reaches the two disks is
-//! recorded, in one order for both, together with what was asked and answered. The
-//! disks are then given the content that they may have had after a crash at each
-//! flush, and at a sample of moments between, and a daemon is started on each: what
-//! was acknowledged by then is there, whole, and nothing is half there.
+//! Every crash that a load could meet. Everything that reaches the two disks is
+//! recorded, in one order for both, together with the requests and answers. The disks
+//! are then given the contents that they may have had after a crash, at each flush and
+//! at a sample of moments in between. A daemon is started on each: everything that was
+//! acknowledged by then has to be there, whole, and nothing may be half there.
 //!
-//! The random power cuts of [`crate::power`] see what a real kernel loses; here no
-//! flush is left out, disks lose what they were not asked to flush, and the two lose
-//! it independently.
+//! The random power cuts of [`crate::power`] show what a real kernel loses. Here every
+//! flush is covered, disks lose whatever they were not asked to flush, and the two
+//! disks lose it independently.
 //!
-//! Most of it runs here. Limits need project quotas, which the kernel here may lack:
-//! they are changed in a machine of user-mode Linux, where a state takes several times
-//! as long. Without that, the same load runs here without limits.
+//! Most of this runs on the host. Limits need project quotas, which the host's kernel
+//! may lack, so they are changed in a machine of user-mode Linux, where a state takes
+//! several times as long. Without user-mode Linux, the same load runs on the host
+//! without limits.
 
 mod disks;
 mod explore;
@@ -28,23 +29,24 @@ use crate::guest::{IMAGE_DEVICE, Outlet, WRITABLE_DEVICE, setting};
 use crate::machine;
 use disks::{BYTES, Disks, EXT4, EXT4_WITH_QUOTAS, Format, IMAGE, WRITABLE};
 
-/// A load and its states.
+/// A load and the states to look at.
 pub struct Case {
     pub name: &'static str,
-    /// Whether the database is on the writable disk, not on the image disk.
+    /// Whether the database is on the writable disk rather than on the image
+    /// disk.
     has_state_dir: bool,
     /// Whether containers have limits.
     has_limits: bool,
     sync: &'static str,
     /// The flush that this daemon leaves out; empty for none.
     left_out: &'static str,
-    /// Of a control: what is found wrong. If it were not, the others would prove
-    /// nothing.
+    /// For a control: what is expected to be wrong. Without controls that fail,
+    /// the other cases would prove nothing.
     wrong: Option<&'static str>,
 }
 
-/// The database in both places, as a flush of it also flushes the names on its disk;
-/// and controls, with flushes that matter left out.
+/// The database in both places, because a flush of it also flushes the names on its
+/// disk; and controls that leave out important flushes.
 pub const CASES: [Case; 6] = [
     Case {
         name: "database_on_image",
@@ -95,17 +97,17 @@ const fn control(
 }
 
 impl Case {
-    /// How many states it takes of those that are asked for.
+    /// How many of `all` states this case looks at.
     fn states(&self, all: usize) -> usize {
         match self.wrong {
-            // A machine takes a second for each.
+            // In a machine, each state takes a second.
             None if self.has_limits => all / 10,
             None => all * 2 / 5,
             Some(_) => 400,
         }
     }
 
-    /// Where the daemon has its files.
+    /// The arguments with the daemon's directories.
     fn places(&self, disks: &Disks) -> Vec<String> {
         let at = |disk, name| format!("{}/{name}", disks.path(disk).display());
         let mut places = vec![
@@ -120,8 +122,9 @@ impl Case {
         places
     }
 
-    /// Runs it, and returns a line about it; fails if its states are not as they
-    /// should be. The disks of the first wrong state are written to these files.
+    /// Runs the case, and returns a line about it. Panics if its states are not
+    /// as expected. The disks of the first wrong state are written to these
+    /// files.
     fn run(&self, format: &'static Format, seed: u64, states: usize, files: [&Path; 2]) -> String {
         let explored = explore::explore(self, format, seed, self.states(states), files);
         let Some(words) = self.wrong else {
@@ -137,7 +140,7 @@ impl Case {
     }
 }
 
-/// Runs a case in a machine, or here.
+/// Runs a case in a machine, or on the host.
 pub fn run(case: &Case, options: Options) {
     let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("crash-{}", case.name));
     let files = ["image.raw", "writable.raw"].map(|name| kept.join(name));
@@ -175,7 +178,7 @@ fn run_in_machine(case: &Case, options: Options, kept: &Path) -> Vec<String> {
         ("VM_SEED", options.seed.to_string()),
         ("VM_STATES", options.states.to_string()),
     ];
-    // Half a second for each state on a busy machine.
+    // Half a second for each state, on a busy machine.
     let longer = Duration::from_millis(500 * case.states(options.states) as u64);
     let machine = disks.boot(&settings).give_longer(longer);
     catch_unwind(AssertUnwindSafe(|| machine.finish())).unwrap_or_else(|panic| {
@@ -187,11 +190,11 @@ fn run_in_machine(case: &Case, options: Options, kept: &Path) -> Vec<String> {
     })
 }
 
-/// In the machine.
+/// Runs the case in the machine.
 pub fn run_as_guest(outlet: &Outlet) {
     let name: String = setting("VM_CASE");
     let case = CASES.iter().find(|case| case.name == name).unwrap();
-    // Its own disks are there for the state that is to be kept.
+    // The machine's own disks receive the state that is to be kept.
     let files = [Path::new(IMAGE_DEVICE), Path::new(WRITABLE_DEVICE)];
     let line = case.run(
         &EXT4_WITH_QUOTAS,

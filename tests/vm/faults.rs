@@ -1,7 +1,8 @@
-//! Disks that fail under the running daemon: what it acknowledges all the same
-//! is whole, what it refuses leaves nothing, and the other disk is served.
+//! Disks that fail under the running daemon: what it acknowledges is whole in
+//! spite of that, what it refuses leaves nothing, and requests that need only
+//! the other disk are served.
 //!
-//! Each test runs in a machine of its own; a panic there is its failure.
+//! Each test runs in a machine of its own, and fails by a panic there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,22 +21,22 @@ use crate::support::mounted::{Mounted, upper_of};
 use crate::support::until;
 use crate::verify::{LABEL_UPPERDIR, require_sound};
 
-/// A test: its module, its name, and what runs it.
+/// A test: its module, its name, and its function.
 pub struct Test(pub &'static str, pub &'static str, pub fn());
 inventory::collect!(Test);
 
-/// Smaller, and mkfs makes the journal in several pieces.
+/// With less, mkfs makes the journal in several pieces.
 const MEBIBYTES: u64 = 256;
-/// What tests write is the same each time.
+/// Tests write the same data each time.
 const SEED: u64 = 0;
 
-/// Outside: runs one of them in a machine.
+/// On the host: runs a test in a machine.
 pub fn run_in_machine(name: &str) {
     let disks = Disks::new(MEBIBYTES);
     disks.boot(&[("VM_WORK", name.to_owned())]).finish();
 }
 
-/// In the machine.
+/// In the machine: runs a test.
 pub fn run(name: &str) {
     let is_it = |Test(_, other, _): &&Test| *other == name;
     let Test(_, _, test) = inventory::iter::<Test>().find(is_it).unwrap();
@@ -85,7 +86,7 @@ impl Split {
         unpack(&client, "base", "").unwrap();
         commit_container(&client, "init", "base").unwrap();
         client.prepare("web", "init", &[]).unwrap();
-        // What is there before a fault is on the disks.
+        // What was written before a fault has to be on the disks.
         rustix::fs::sync();
         split
     }
@@ -94,8 +95,9 @@ impl Split {
         self.daemon.client()
     }
 
-    /// All is possible again, and all layers are there, also when the disks have
-    /// been mounted anew, and the daemon's own check finds nothing.
+    /// Checks that everything works again, that all layers are there, also after
+    /// the disks were mounted again, and that the daemon's own check finds
+    /// nothing.
     fn stays_well(mut self, layers: &[&str]) {
         assert!(self.daemon.is_running(), "the daemon has ended");
         let client = self.client();
@@ -119,7 +121,7 @@ impl Split {
     }
 }
 
-/// Prepares, and fills with what belongs into the layer `name`.
+/// Prepares a snapshot, and fills it with the content of the layer `name`.
 fn fill(client: &Client, key: &str, parent: &str, name: &str) -> Result<(), Refusal> {
     let labels: &[_] = match key.starts_with("extract-") {
         true => &[(LABEL_REF, name)],
@@ -150,7 +152,8 @@ fn is_whole(client: &Client, name: &str) {
     assert!(difference.is_none(), "{name}: {difference:?}");
 }
 
-/// A refusal for one of these reasons that says which disk it is about.
+/// Fails unless the request is refused for one of these reasons, with a text
+/// that names the disk.
 #[track_caller]
 fn is_refused<T>(result: Result<T, Refusal>, codes: &[RpcStatusCode], disk: &FaultyDisk) {
     let path = disk.path().to_str().unwrap();
@@ -161,7 +164,7 @@ fn is_refused<T>(result: Result<T, Refusal>, codes: &[RpcStatusCode], disk: &Fau
     );
 }
 
-/// The same; the text has one of the words.
+/// Like [`is_refused`]; the text must contain one of these words.
 #[track_caller]
 fn is_refused_about<T>(result: Result<T, Refusal>, codes: &[RpcStatusCode], about: &[&str]) {
     let Err((code, text)) = result else {
@@ -180,7 +183,7 @@ const DATABASE: &[&str] = &["the database"];
 const READ_ONLY: &[RpcStatusCode] = &[RpcStatusCode::FAILED_PRECONDITION];
 const LOST: &[RpcStatusCode] = &[RpcStatusCode::DATA_LOSS];
 
-/// What needs the image volume only.
+/// Checks requests that need only the image volume.
 fn images_are_served(client: &Client, name: &str) {
     unpack(client, name, "base").unwrap();
     client.view("view", name, &[]).unwrap();
@@ -190,7 +193,7 @@ fn images_are_served(client: &Client, name: &str) {
     client.remove("view").unwrap();
 }
 
-/// What needs the writable volume only, with the database there.
+/// Checks requests that need only the writable volume, with the database there.
 fn containers_are_served(client: &Client) {
     fill(client, "during", "base", "during").unwrap();
     let mounted = Mounted::new(&client.mounts("during").unwrap());
@@ -215,7 +218,7 @@ fn writable_fails() {
     assert!(!client.exists("torn") && !client.exists("new"));
 
     split.writable.heal();
-    // Whoever mends the disk need not stop the daemon.
+    // A user who repairs the disk need not stop the daemon.
     split.writable.unmount();
     is_refused(client.prepare("new", "base", &[]), BROKEN, &split.writable);
     split.writable.repair();
@@ -272,7 +275,7 @@ fn image_with_database_fails() {
     is_refused(client.commit("container", "new", &[]), BROKEN, &split.image);
     is_refused_about(client.prepare("new", "base", &[]), BROKEN, DATABASE);
     is_refused_about(client.remove("web"), BROKEN, DATABASE);
-    // What runs goes on: nothing is written for these.
+    // Running containers are not affected: these requests write nothing.
     client.stat("web").unwrap();
     client.usage("container").unwrap();
     assert_eq!(client.names(&[]).unwrap().len(), 5);
@@ -284,7 +287,8 @@ fn image_with_database_fails() {
     split.stays_well(&[]);
 }
 
-/// The daemon has the image volume open: it is stopped meanwhile.
+/// Repairs the image volume. The daemon has it open, and so is stopped
+/// meanwhile.
 fn mend_image(split: &mut Split) {
     split.image.heal();
     split.daemon.stop();
@@ -308,8 +312,8 @@ fn image_loses_data() {
     split.stays_well(&["mended"]);
 }
 
-/// A disk fails to write what files hold, for a while, and the file system goes
-/// on: nobody but the daemon is told.
+/// A disk fails to write the data of files for a while, and the file system
+/// goes on: only the daemon notices.
 fn loses_data(
     split: &Split,
     disk: &FaultyDisk,
@@ -325,19 +329,20 @@ fn loses_data(
         fill(&client, &key, "base", name).unwrap();
         fill(&client, &neighbour, "base", "neighbour").unwrap();
         disk.fail_data();
-        // What came before may be on the disk already: the daemon flushes while
-        // layers are unpacked.
+        // Earlier data may be on the disk already, because the daemon flushes
+        // while layers are unpacked.
         let late = upper_of(&client.mounts(&key).unwrap()).join("late");
         fs::write(late, vec![1; 1 << 20]).unwrap();
         if name == "before" {
-            // The kernel writes by itself; all is well again when it is asked.
+            // The kernel writes on its own, so the disk works again when the
+            // daemon flushes.
             rustix::fs::sync();
             disk.heal();
         }
         is_refused(client.commit(&key, name, &[]), BROKEN, disk);
         disk.heal();
         assert!(!disk.is_read_only());
-        // Nor is it known what the disk has lost besides.
+        // It is not known what else the disk has lost.
         is_refused(client.commit(&key, name, &[]), LOST, disk);
         is_refused(client.commit(&neighbour, "neighbour", &[]), LOST, disk);
         assert!(!client.exists(name) && !client.exists("neighbour"));
@@ -360,7 +365,7 @@ fn writable_read_only() {
     );
     images_are_served(&client, "during");
     client.mounts("web").unwrap();
-    // Its row is removed; its bytes wait.
+    // Its row is removed; its bytes are deleted later.
     client.remove("web").unwrap();
     is_refused(client.cleanup(), READ_ONLY, &split.writable);
     assert!(!client.exists("new"));
@@ -378,8 +383,8 @@ fn image_read_only() {
     fill(&client, "container-one", "base", "one").unwrap();
     fill(&client, "extract-two", "base", "two").unwrap();
 
-    // By force, all disks at once (admin-guide/sysrq.rst): mount(8) refuses to,
-    // because of what the daemon has open.
+    // By force, for all disks at once (admin-guide/sysrq.rst): mount(8) refuses
+    // it because the daemon has files open.
     fs::write("/proc/sysrq-trigger", "u").unwrap();
     until("read-only", || {
         split.image.is_read_only() && split.writable.is_read_only()
@@ -406,7 +411,7 @@ fn writable_gives_up() {
     let client = split.client();
     fill(&client, "container-torn", "base", "torn").unwrap();
     split.writable.give_up();
-    // Nothing was written badly, and nothing will be written at all.
+    // No data was lost, and nothing can be written at all.
     is_refused(
         client.commit("container-torn", "torn", &[]),
         BROKEN,

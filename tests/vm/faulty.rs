@@ -1,4 +1,4 @@
-//! In the machine: a disk that fails to write when told to, by the kernel's
+//! In the machine: a disk that fails to write on request, by the kernel's
 //! device mapper.
 
 use std::fs;
@@ -17,13 +17,14 @@ pub struct FaultyDisk {
     sectors: u64,
     /// The first sector behind ext4's journal.
     behind_journal: u64,
-    /// The mapper's device, as the kernel names it: no udev makes other names.
+    /// The mapper's device, under the kernel's name, because there is no udev
+    /// to make other names.
     mapped: String,
     at: PathBuf,
 }
 
 impl FaultyDisk {
-    /// Puts the mapper upon a disk that has an ext4, and mounts it.
+    /// Sets up the mapper on a disk with an ext4, and mounts it.
     pub fn new(name: &'static str, device: &'static str, at: PathBuf) -> FaultyDisk {
         let block = fs::canonicalize(device).unwrap();
         let size = Path::new("/sys/class/block").join(block.file_name().unwrap());
@@ -45,28 +46,28 @@ impl FaultyDisk {
         disk
     }
 
-    /// Which of the two it is.
+    /// The name of the volume.
     pub fn name(&self) -> &str {
         self.name
     }
 
-    /// Where it is mounted.
+    /// The mount point.
     pub fn path(&self) -> &Path {
         &self.at
     }
 
-    /// From now on all writes fail, so that ext4 gives its journal up.
+    /// From now on all writes fail, so that ext4 aborts its journal.
     pub fn fail(&self) {
         self.set(&[self.bad(0, self.sectors)]);
     }
 
-    /// From now on what is written into files fails, and ext4 goes on.
+    /// From now on, writes of file data fail, and ext4 goes on.
     ///
-    /// On a disk of this size mkfs puts the journal at the beginning of the second
-    /// block group. ext4 puts the data of regular files into that group, behind the
-    /// journal, and keeps the first group for directories (ext4_inode_to_goal_block);
-    /// its own tables are also there. If one of these could not be written either,
-    /// newer kernels would give the journal up (jbd2_check_fs_dev_write_error).
+    /// On a disk of this size, mkfs puts the journal at the beginning of the second
+    /// block group. ext4 puts the data of regular files into that group, after the
+    /// journal, and uses the first group for directories (ext4_inode_to_goal_block);
+    /// its own tables are there, too. If a write to one of these failed, newer
+    /// kernels would abort the journal (jbd2_check_fs_dev_write_error).
     pub fn fail_data(&self) {
         let start = self.behind_journal;
         self.set(&[self.good(0, start), self.bad(start, self.sectors - start)]);
@@ -80,7 +81,7 @@ impl FaultyDisk {
         fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "1").unwrap();
     }
 
-    /// Writes go well again.
+    /// From now on, writes succeed again.
     pub fn heal(&self) {
         self.set(&[self.good(0, self.sectors)]);
     }
@@ -89,19 +90,19 @@ impl FaultyDisk {
         mount_ext4(&self.mapped, &self.at);
     }
 
-    /// Fails if it is in use.
+    /// Unmounts the disk; panics if it is in use.
     pub fn unmount(&self) {
         unmount(&self.at, UnmountFlags::empty())
             .unwrap_or_else(|errno| panic!("unmount {}: {errno}", self.at.display()));
     }
 
-    /// Repairs the file system, unmounted.
+    /// Repairs the unmounted file system.
     pub fn repair(&self) {
         let status = Command::new("e2fsck")
             .args(["-f", "-y", &self.mapped])
             .status()
             .unwrap();
-        // e2fsck(8): 1 is that errors were corrected.
+        // e2fsck(8): 1 means that errors were corrected.
         assert!(matches!(status.code(), Some(0 | 1)), "e2fsck: {status}");
     }
 
@@ -123,7 +124,8 @@ impl FaultyDisk {
         format!("{start} {length} linear {} {start}", self.device)
     }
 
-    /// Reads go well, writes never (admin-guide/device-mapper/dm-flakey.rst).
+    /// A mapping on which reads succeed and writes fail
+    /// (admin-guide/device-mapper/dm-flakey.rst).
     fn bad(&self, start: u64, length: u64) -> String {
         format!(
             "{start} {length} flakey {} {start} 0 1 1 error_writes",
@@ -135,13 +137,13 @@ impl FaultyDisk {
         let file = Path::new("/tmp/table");
         fs::write(file, table.join("\n")).unwrap();
         run(Command::new("dmsetup").args(["load", self.name]).arg(file));
-        // Without freezing the file system, which would flush it.
+        // The file system is not frozen, because that would flush it.
         run(Command::new("dmsetup").args(["suspend", "--noflush", "--nolockfs", self.name]));
         run(Command::new("dmsetup").args(["resume", self.name]));
     }
 }
 
-/// Where ext4's journal ends, inode 8: in one piece, as mkfs makes it.
+/// The end of ext4's journal, inode 8, which mkfs makes in one piece.
 fn behind_journal(device: &str) -> u64 {
     const SECTORS_OF_BLOCK: u64 = 8;
     let text = run(Command::new("debugfs").args(["-R", "stat <8>", device]));

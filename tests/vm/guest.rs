@@ -1,5 +1,5 @@
-//! The first process in the machine. What it is to do is in its environment,
-//! where the kernel puts `NAME=value` from its command line.
+//! The first process in the machine. Its task is in its environment, which has
+//! each `NAME=value` of the kernel's command line.
 
 use std::env;
 use std::fs::{self, File};
@@ -24,8 +24,8 @@ pub const IMAGE_DEVICE: &str = "/dev/image";
 /// The disk of the writable volume.
 pub const WRITABLE_DEVICE: &str = "/dev/writable";
 
-/// The line to the outside: what is written is there when the call returns,
-/// whatever becomes of the machine.
+/// The line to the host: when the call returns, the host has what was written,
+/// whatever happens to the machine then.
 pub struct Outlet(File);
 
 impl Outlet {
@@ -43,7 +43,7 @@ impl Outlet {
     }
 }
 
-/// Does what it was booted for, and turns the machine off.
+/// Does the machine's task, and turns the machine off.
 pub fn main() -> ! {
     make_usable();
     let outlet = Arc::new(Outlet::open());
@@ -54,7 +54,7 @@ pub fn main() -> ! {
         let text = panic.to_string().replace('\n', " ");
         to_outside.line(&format!("{FAILED}\t{text}"));
     }));
-    // The hook has told of a panic, from whatever thread.
+    // The hook has reported a panic of any thread.
     if catch_unwind(AssertUnwindSafe(|| work(&outlet))).is_ok() {
         outlet.line(PASSED);
     }
@@ -101,7 +101,7 @@ fn arguments() -> Vec<String> {
     words.split(',').map(str::to_owned).collect()
 }
 
-/// Mounts both disks where the outside has them, too.
+/// Mounts both disks at the same paths as the host does.
 fn mount_disks() {
     for (device, setting_name) in [(IMAGE_DEVICE, "VM_IMAGE"), (WRITABLE_DEVICE, "VM_WRITABLE")] {
         mount_ext4(device, Path::new(&setting::<String>(setting_name)));
@@ -122,13 +122,14 @@ fn make_usable() {
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
-    // Their names begin with numbers: what others need comes first.
+    // Their names begin with numbers, so that a module comes after those it
+    // needs.
     modules.sort();
     for module in modules {
         finit_module(File::open(&module).unwrap(), c"", 0)
             .unwrap_or_else(|errno| panic!("load {}: {errno}", module.display()));
     }
-    // Each kind of machine has its own names for them.
+    // Each kind of machine has other names for the disks.
     for (name, setting_name) in [
         (IMAGE_DEVICE, "VM_IMAGE_DEVICE"),
         (WRITABLE_DEVICE, "VM_WRITABLE_DEVICE"),

@@ -10,16 +10,17 @@ use crate::machine::Driver;
 use crate::support::daemon::BINARY;
 use crate::support::run;
 
-/// Programs that make, break and mend disks.
+/// Programs that make, damage and repair disks.
 const TOOLS: &[&str] = &["dmsetup", "e2fsck", "debugfs", "mkfs.ext4", "losetup"];
 
-/// Makes the archive. `scratch` is a directory for this alone.
+/// Makes the archive in `scratch`, a directory for this alone.
 pub fn make(scratch: &Path, driver: &Driver) -> PathBuf {
     let mut archive = Archive::default();
     for name in ["proc", "sys", "dev", "tmp"] {
         archive.add(Path::new(name), DIRECTORY, &[]);
     }
-    // Before a /dev is mounted, the kernel opens this one for its first process.
+    // Before /dev is mounted, the kernel opens this device for its first
+    // process.
     archive.add_device("dev/console", CHARACTER_DEVICE, (5, 1));
 
     let own = std::env::current_exe().unwrap();
@@ -29,7 +30,7 @@ pub fn make(scratch: &Path, driver: &Driver) -> PathBuf {
         archive.add_program(Path::new(place), &stripped);
     }
     for tool in TOOLS {
-        // Where a program looks that has been given no PATH.
+        // A program without PATH looks here.
         let place = Path::new("bin").join(tool);
         let program = run(Command::new("which").arg(tool));
         archive.add_program(&place, Path::new(program.trim()));
@@ -44,7 +45,7 @@ pub fn make(scratch: &Path, driver: &Driver) -> PathBuf {
     path
 }
 
-/// The libraries of a program, and what loads them.
+/// The libraries of a program, and its loader.
 fn libraries(program: &Path) -> Vec<PathBuf> {
     let text = run(Command::new("ldd").arg(program));
     // `NAME => PATH (ADDRESS)` or `PATH (ADDRESS)`.
@@ -80,7 +81,8 @@ fn add_module(name: &str, all: &[PathBuf], ordered: &mut Vec<PathBuf>) {
     ordered.push(path.clone());
 }
 
-/// What a module says it needs: `depends=A,B` between zeros in its `.modinfo`.
+/// The modules that a module needs: `depends=A,B` between zeros in its
+/// `.modinfo`.
 fn needed_by(module: &[u8]) -> Vec<String> {
     let key = b"\0depends=";
     let Some(at) = module.windows(key.len()).position(|window| window == key) else {
@@ -94,7 +96,7 @@ fn needed_by(module: &[u8]) -> Vec<String> {
         .collect()
 }
 
-/// All files with such names below a directory, if it is there.
+/// All files with such names below a directory; none if it does not exist.
 pub fn find(directory: &Path, is_wanted: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).into_iter().flatten() {
@@ -113,7 +115,7 @@ const PROGRAM: u32 = 0o100_755;
 const FILE: u32 = 0o100_644;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
-/// A cpio archive in the form that the kernel unpacks
+/// A cpio archive in the format that the kernel unpacks
 /// (Documentation/driver-api/early-userspace/buffer-format.rst).
 #[derive(Default)]
 struct Archive {
@@ -122,7 +124,7 @@ struct Archive {
 }
 
 impl Archive {
-    /// Adds an entry once, with the directories that it is in.
+    /// Adds an entry, if it is not there yet, with its parent directories.
     fn add(&mut self, path: &Path, mode: u32, content: &[u8]) {
         let path = path.strip_prefix("/").unwrap_or(path);
         if !self.names.insert(path.to_owned()) {

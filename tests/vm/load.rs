@@ -1,7 +1,7 @@
-//! The load on the daemon in the machine: layers unpacked, containers committed,
-//! snapshots removed, by several clients at once. Nothing is flushed by the
-//! clients, and no overlay is mounted: to unmount one flushes its upper file
-//! system, which would hide what the daemon fails to flush.
+//! The load on the daemon in the machine: several clients unpack layers, commit
+//! containers and remove snapshots at once. The clients flush nothing, and mount
+//! no overlay: unmounting one flushes its upper file system, which would hide
+//! what the daemon fails to flush.
 
 use std::fmt::Debug;
 use std::path::PathBuf;
@@ -17,19 +17,19 @@ use crate::support::mounted::upper_of;
 use crate::support::random::Random;
 
 const THREADS: usize = 3;
-/// How many layers stand upon each other.
+/// The length of the longest chain of layers.
 const DEEPEST: usize = 5;
 
-/// The line that says that everything is in motion.
+/// The line that reports that the load has begun.
 pub const BEGUN: &str = "begun";
 
-/// How much of a load.
+/// The kind and size of a load.
 #[derive(Clone, Copy)]
 pub struct Load {
     pub seed: u64,
-    /// Which start of the daemon this is: names do not come twice.
+    /// The number of the daemon's start, so that no name is used twice.
     pub boot: u32,
-    /// What one thread keeps, so that the disks do not fill up.
+    /// The most layers of one thread, so that the disks do not fill up.
     pub most_layers: usize,
     pub most_active: usize,
     /// Whether containers get limits.
@@ -37,8 +37,9 @@ pub struct Load {
 }
 
 impl Load {
-    /// Loads the daemon at that socket until `is_over`, or until the daemon answers no more. Each
-    /// request is said before it is sent, and when it was answered.
+    /// Loads the daemon at that socket until `is_over`, or until the daemon does not
+    /// answer any more. Each request is reported before it is sent, and when it was
+    /// answered.
     pub fn run(
         &self,
         address: &str,
@@ -81,7 +82,7 @@ pub fn snapshot(info: &Info) -> Snapshot {
     }
 }
 
-/// Whether a thread made it, on this boot or before.
+/// Whether a thread made it, in this boot or before.
 fn is_of(name: &str, thread: usize) -> bool {
     name.contains(&format!("thread{thread}-"))
 }
@@ -101,13 +102,13 @@ struct Worker<'a> {
     /// How many snapshots it has made.
     count: usize,
     client: Client,
-    /// Its own snapshots: no other thread stands on them or removes them.
+    /// Its own snapshots: no other thread uses or removes them.
     state: State,
     random: Random,
     say: &'a (dyn Fn(Record) + Sync),
 }
 
-/// Each step is `None` once the daemon answers no more.
+/// Each step returns `None` once the daemon does not answer any more.
 impl Worker<'_> {
     fn step(&mut self) -> Option<()> {
         let layers = self.layers().count();
@@ -124,7 +125,7 @@ impl Worker<'_> {
         }
     }
 
-    /// Says what is asked for before and after.
+    /// Sends a request, and reports it before and after.
     fn ask<T>(
         &mut self,
         request: Request,
@@ -186,7 +187,7 @@ impl Worker<'_> {
         self.commit(key, name)
     }
 
-    /// A container that goes on running.
+    /// Prepares a container that keeps running.
     fn prepare_container(&mut self) -> Option<()> {
         let key = format!("running {}", self.new_name());
         let parent = self.some_parent();
@@ -237,7 +238,7 @@ impl Worker<'_> {
             .map(drop)
     }
 
-    /// More than a container writes here.
+    /// A limit that is more than a container writes here.
     fn some_limit(&mut self) -> String {
         format!("{}M", 8 + self.random.below(32))
     }
@@ -255,7 +256,7 @@ impl Worker<'_> {
         layers.map(|(name, _)| name)
     }
 
-    /// A layer to stand on, or none.
+    /// A layer to stand on; empty for none.
     fn some_parent(&mut self) -> String {
         let names = self.layers().filter(|name| self.depth(name) < DEEPEST);
         let names: Vec<_> = names.cloned().collect();

@@ -1,9 +1,9 @@
-//! A virtual machine with two disks, and how its power is cut.
+//! A virtual machine with two disks, and cutting its power.
 //!
-//! A disk is a plain file, of which the program that runs the machine keeps
-//! nothing in memory: with SIGKILL the machine loses what its kernel had not
-//! written yet, and nothing that it had. A real disk may also lose what it has in a
-//! cache of its own and was not asked to flush; that is not seen here.
+//! A disk is a plain file, of which the program that runs the machine caches
+//! nothing. SIGKILL makes the machine lose what its kernel had not written yet, and
+//! nothing that it had. A real disk may also lose what it has in its own cache and
+//! was not asked to flush; this does not happen here.
 
 mod qemu;
 mod uml;
@@ -18,50 +18,51 @@ use std::time::{Duration, Instant};
 use crate::initramfs;
 use crate::support::{run, until};
 
-/// What the machine says before its work.
+/// The machine's line before its work.
 pub const UP: &str = "up";
-/// What the machine says at the end of its work.
+/// The machine's line after its work.
 pub const PASSED: &str = "passed";
-/// The first word of what it says when a test in it fails.
+/// The first word of the machine's line when a test in it fails.
 pub const FAILED: &str = "failed";
 
-/// A program that runs machines, and what is particular about them.
+/// A program that runs machines, with its properties.
 pub struct Driver {
-    /// For the option `--machine`.
+    /// The value of the option `--machine`.
     pub name: &'static str,
-    /// How many machines are to run at once on this many processors.
+    /// How many machines run at once on this number of processors.
     pub at_once: fn(usize) -> usize,
-    /// How often the power is cut, unless `--cuts` says so.
+    /// How often the power is cut, unless `--cuts` is given.
     pub cuts: u32,
-    /// For how many milliseconds a load runs before the power is cut: the least, and
+    /// For how many milliseconds a load runs before the power is cut: at least, and
     /// how much longer at most.
     pub load_ms: (u64, u64),
-    /// Where the kernel's modules are, at any depth.
+    /// The directory with the kernel's modules, at any depth.
     pub modules_in: &'static str,
     /// The modules that the machine needs.
     pub modules: &'static [&'static str],
-    /// The disks, and the line to the outside, as the machine's kernel names them.
+    /// The names of the disks, and of the line to the host, in the machine's
+    /// kernel.
     devices: [(&'static str, &'static str); 3],
     /// How often a boot is tried.
     most_boots: u32,
     limit_of_boot: Duration,
-    /// Of what is done in it.
+    /// The time limit for the machine's work.
     limit: Duration,
     command: fn(&Start) -> Command,
 }
 
-/// What a machine is started with.
+/// The parameters of a machine's start.
 struct Start<'a> {
     archive: &'a Path,
     disks: [&'a Path; 2],
     /// Words for the kernel's command line.
     settings: &'a [String],
-    /// A directory of the machine's own.
+    /// A directory for this machine alone.
     scratch: &'a Path,
 }
 
 impl Start<'_> {
-    /// The file that has what the machine says.
+    /// The file with the machine's lines.
     fn records(&self) -> PathBuf {
         self.scratch.join("records")
     }
@@ -73,8 +74,8 @@ impl Start<'_> {
 
 static DRIVER: OnceLock<&Driver> = OnceLock::new();
 
-/// Chooses how the machines of this process are run: by name, or the fastest way
-/// that there is.
+/// Chooses how this process runs machines: by name, or the fastest available
+/// way.
 pub fn choose_driver(name: Option<&str>) -> &'static Driver {
     let driver = match name {
         Some(name) => [&uml::DRIVER, &qemu::DRIVER]
@@ -107,7 +108,7 @@ fn ends_with_its_thread() -> Command {
     command
 }
 
-/// A running machine; its end is that of this value.
+/// A running machine, which ends when this value is dropped.
 pub struct Machine {
     child: Child,
     limit: Duration,
@@ -115,11 +116,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Boots one with these disks and settings (see [`crate::guest`]).
+    /// Boots a machine with these disks and settings (see [`crate::guest`]).
     ///
-    /// On a busy machine an emulated timer may be so late that the kernel takes it
-    /// for broken ("IO-APIC + timer doesn't work"), or waits for it in vain. Nothing
-    /// has happened by then, and another boot does.
+    /// On a busy host, an emulated timer may be so late that the kernel considers it
+    /// broken ("IO-APIC + timer doesn't work"), or waits for it in vain. Nothing has
+    /// happened by then, so the boot is tried again.
     pub fn boot(disks: [&Path; 2], settings: &[(&str, String)]) -> Machine {
         let driver = driver();
         let devices = driver.devices.iter();
@@ -137,8 +138,8 @@ impl Machine {
         Machine::try_boot(driver, disks, &settings)
     }
 
-    /// Waits until its first process is at work; `false` if it ends before, or takes
-    /// too long.
+    /// Waits until its first process works. Returns `false` if the machine ends
+    /// before that, or takes too long.
     fn is_up(&mut self, limit: Duration) -> bool {
         let begun = Instant::now();
         while begun.elapsed() < limit {
@@ -173,17 +174,18 @@ impl Machine {
         }
     }
 
-    /// Gives it longer than others for its work.
+    /// Gives the machine a longer time limit than others.
     pub fn give_longer(mut self, by: Duration) -> Machine {
         self.limit += by;
         self
     }
 
-    /// Waits until the machine has said this.
+    /// Waits until the machine has printed this line.
     pub fn wait_for(&mut self, line: &str) {
         let begun = Instant::now();
         loop {
-            // Asked first: what it says before its end is read all the same.
+            // Asked before the lines are read, so that lines before its end are
+            // not missed.
             let ended = self.child.try_wait().unwrap();
             let lines = self.lines();
             if lines.iter().any(|said| said == line) {
@@ -200,7 +202,7 @@ impl Machine {
         }
     }
 
-    /// Waits until its work has gone well; what it has said besides.
+    /// Waits until its work has succeeded, and returns its other lines.
     pub fn finish(mut self) -> Vec<String> {
         self.wait_for(PASSED);
         let mut lines = self.lines();
@@ -208,7 +210,7 @@ impl Machine {
         lines
     }
 
-    /// Cuts its power, and returns what it has said.
+    /// Cuts its power, and returns its lines.
     pub fn cut(mut self) -> Vec<String> {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -218,14 +220,14 @@ impl Machine {
         lines
     }
 
-    /// What it has said so far of its work.
+    /// Its lines about its work so far.
     fn lines(&self) -> Vec<String> {
         let mut lines = self.said();
         lines.retain(|line| line != UP);
         lines
     }
 
-    /// What it has said so far, line by line; one that is not ended is left out.
+    /// Its lines so far; an incomplete last line is left out.
     fn said(&self) -> Vec<String> {
         let text = fs::read_to_string(self.scratch.path().join("records")).unwrap_or_default();
         let ended = text.rfind('\n').map_or("", |end| &text[..=end]);
@@ -246,7 +248,7 @@ impl Drop for Machine {
     }
 }
 
-/// What all machines start from, made once.
+/// The archive that all machines start from, made once.
 fn archive(driver: &Driver) -> PathBuf {
     static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
     let make = || {
@@ -257,13 +259,13 @@ fn archive(driver: &Driver) -> PathBuf {
     ARCHIVE.get_or_init(make).clone()
 }
 
-/// The two disks of a machine: in files, mounted here while it is off, at
-/// the same paths as in the machine.
+/// The two disks of a machine, in files. While the machine is off, they can be
+/// mounted on the host, at the same paths as in the machine.
 pub struct Disks {
     dir: tempfile::TempDir,
 }
 
-/// What is on a disk.
+/// The file system of a disk.
 #[derive(Clone, Copy)]
 pub enum Format {
     Ext4,
@@ -308,22 +310,22 @@ impl Disks {
         disks
     }
 
-    /// The files: the image volume's and the writable volume's.
+    /// The files of the image volume and of the writable volume.
     pub fn files(&self) -> [PathBuf; 2] {
         ["image.raw", "writable.raw"].map(|name| self.dir.path().join(name))
     }
 
-    /// Where the image volume is mounted.
+    /// The mount point of the image volume.
     pub fn image(&self) -> PathBuf {
         self.dir.path().join("image")
     }
 
-    /// Where the writable volume is mounted.
+    /// The mount point of the writable volume.
     pub fn writable(&self) -> PathBuf {
         self.dir.path().join("writable")
     }
 
-    /// Boots a machine with them.
+    /// Boots a machine with these disks.
     pub fn boot(&self, settings: &[(&str, String)]) -> Machine {
         let mut all = vec![
             ("VM_IMAGE", self.image().display().to_string()),
@@ -334,7 +336,7 @@ impl Disks {
         Machine::boot([&image, &writable], &all)
     }
 
-    /// Mounts both here, which replays their journals.
+    /// Mounts both on the host, which replays their journals.
     pub fn mount(&self) {
         for (file, at) in self.files().iter().zip([self.image(), self.writable()]) {
             // Not `mount -o loop`: that asks every loop device of the machine, and waits for
@@ -350,8 +352,8 @@ impl Disks {
     }
 
     /// Unmounts both, and waits until nothing uses their file systems. A process that has
-    /// copied the mounts of this machine, into a namespace of its own, keeps them in use:
-    /// then the next mount here would not show what the machine has written meanwhile.
+    /// copied the host's mounts into a namespace of its own keeps them in use, and the
+    /// next mount on the host would not show what the machine has written meanwhile.
     pub fn unmount(&self) {
         for at in [self.image(), self.writable()] {
             let device = run(Command::new("findmnt")
@@ -363,7 +365,7 @@ impl Disks {
     }
 }
 
-/// Waits until nothing uses the ext4 of a device, which has been unmounted.
+/// Waits until nothing uses the ext4 of a device that was unmounted.
 pub fn until_free(device: &str) {
     let used = Path::new("/sys/fs/ext4").join(device.trim_start_matches("/dev/"));
     until("a disk is free", || !used.exists());
@@ -371,7 +373,7 @@ pub fn until_free(device: &str) {
 
 impl Drop for Disks {
     fn drop(&mut self) {
-        // A test that failed has left them mounted.
+        // A failed test has left them mounted.
         for at in [self.image(), self.writable()] {
             let _ = Command::new("umount").args(["-l", "-q"]).arg(at).status();
         }

@@ -1,5 +1,5 @@
-//! What no test can do to the machine it runs on: cut its power, break its
-//! disks. A virtual machine has the daemon in it.
+//! Tests that no machine can do to itself: cutting its power, breaking its
+//! disks. They run the daemon in a virtual machine.
 //!
 //! ```text
 //! cargo test --locked --test vm                          all of it
@@ -12,9 +12,9 @@
 //!
 //! The machines run user-mode Linux, or Debian's kernel under qemu, see [`machine`].
 //!
-//! This binary is also the first process in that machine, see [`guest`].
+//! This binary is also the first process in the machine, see [`guest`].
 
-// A test tells by its panic.
+// A test fails by a panic.
 #![allow(clippy::unwrap_used)]
 
 mod content;
@@ -40,16 +40,16 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use libtest_mimic::{Arguments, Failed, Trial};
 use machine::Driver;
 
-/// What the command line may set, beyond libtest's own arguments.
+/// Options of the command line beyond libtest's own.
 #[derive(Clone, Copy)]
 pub struct Options {
     /// `--machine`: how machines are run.
     pub driver: &'static Driver,
     /// `--cuts`: how often the power is cut.
     pub cuts: u32,
-    /// `--seed`: of everything that is random here but time.
+    /// `--seed`: the seed of everything that is random here, except times.
     pub seed: u64,
-    /// `--files`: how many a container has whose usage is timed.
+    /// `--files`: how many files the container has whose usage is timed.
     pub files: u32,
     /// `--states`: how many crash states are looked at.
     pub states: usize,
@@ -95,7 +95,7 @@ fn main() {
         let run = move || quotas::run_in_machine(file_system, topic, options);
         trial(format!("quotas::{file_system}::{topic}"), run)
     }));
-    // The linker's order is not the same each time.
+    // The linker's order differs from build to build.
     trials.sort_by(|one, other| one.name().cmp(other.name()));
     libtest_mimic::run(&arguments, trials).exit();
 }
@@ -107,7 +107,7 @@ fn trial(name: impl Into<String>, test: impl FnOnce() + Send + 'static) -> Trial
     })
 }
 
-/// Takes our own options out of the arguments; libtest's are left.
+/// Removes this binary's own options from the arguments; libtest's are left.
 fn options(arguments: impl Iterator<Item = String>) -> (Options, Vec<String>) {
     const OWN: [&str; 5] = ["--machine", "--cuts", "--seed", "--files", "--states"];
     let mut own = BTreeMap::new();

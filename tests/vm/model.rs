@@ -1,10 +1,10 @@
-//! What the daemon has been asked, as lines that leave the machine, and what
-//! has to be there after that.
+//! The requests to the daemon, as lines that leave the machine, and the state
+//! that they lead to.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 pub const LABEL_REF: &str = "containerd.io/snapshot.ref";
-/// A label of ours that Update changes.
+/// A label for tests, which Update changes.
 pub const LABEL_REVISION: &str = "test/revision";
 /// How much a container may write, where there are quotas.
 pub const LABEL_LIMIT: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
@@ -22,8 +22,8 @@ pub type State = BTreeMap<String, Snapshot>;
 /// A request that changes something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// `layer` is the one being unpacked; empty for what a container writes, which
-    /// has perhaps a limit.
+    /// `layer` is the layer being unpacked; empty for a container's snapshot,
+    /// which may have a limit.
     Prepare {
         key: String,
         parent: String,
@@ -45,7 +45,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// The keys and names that it concerns.
+    /// The keys and names that the request is about.
     pub fn keys(&self) -> Vec<&str> {
         match self {
             Request::Commit { key, name } => vec![key, name],
@@ -55,7 +55,7 @@ impl Request {
         }
     }
 
-    /// What it makes of a state.
+    /// Applies the request to a state.
     pub fn apply(&self, state: &mut State) {
         match self {
             Request::Prepare {
@@ -125,7 +125,8 @@ impl Request {
     }
 }
 
-/// The labels with which a layer is unpacked, or of what a container writes.
+/// The labels with which a layer is unpacked, or those of a container's
+/// snapshot.
 pub fn prepare_labels(layer: &str, limit: &str) -> BTreeMap<String, String> {
     [(LABEL_REF, layer), (LABEL_LIMIT, limit)]
         .into_iter()
@@ -134,16 +135,16 @@ pub fn prepare_labels(layer: &str, limit: &str) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// What a thread of the load says, each on one line. A thread has one request
-/// under way at most.
+/// The reports of a thread of the load, each in one line. A thread has at most
+/// one request under way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
-    /// About to be sent.
+    /// A request is about to be sent.
     Asked(usize, Request),
-    /// Answered: done.
+    /// A request was answered: it is done.
     Done(usize),
-    /// Not answered, as the daemon was killed, and not done: the next one shows
-    /// things as they were before.
+    /// A request was not answered, because the daemon was killed, and is not
+    /// done: the daemon's next life shows the state before it.
     NotDone(usize),
 }
 
@@ -158,7 +159,7 @@ impl Record {
         }
     }
 
-    /// `None` if the line is something else.
+    /// Parses a line; `None` if it is something else.
     pub fn from_line(line: &str) -> Option<Record> {
         let words: Vec<_> = line.split('\t').collect();
         match words[..] {
@@ -176,23 +177,24 @@ impl Record {
 /// What is known of a machine's snapshots.
 #[derive(Clone, Default)]
 pub struct History {
-    /// What has been acknowledged.
+    /// The acknowledged state.
     pub state: State,
-    /// What each thread has asked for without an answer so far.
+    /// The requests that were sent and not answered so far.
     pub under_way: BTreeMap<usize, Request>,
-    /// Layers acknowledged ever.
+    /// The number of layers that were ever acknowledged.
     pub layers: usize,
-    /// What an acknowledged Remove or Commit has taken away since the last look.
+    /// Snapshots that an acknowledged Remove or Commit has removed since the
+    /// last look.
     pub gone: BTreeSet<String>,
 }
 
 impl History {
-    /// Takes in what was said from a boot until the power cut.
+    /// Processes the records from a boot to the power cut.
     pub fn read(&mut self, records: impl Iterator<Item = Record>) {
         records.for_each(|record| self.take(record));
     }
 
-    /// Takes in one record.
+    /// Processes one record.
     pub fn take(&mut self, record: Record) {
         let mut answered =
             |thread| -> Request { self.under_way.remove(&thread).expect("it was asked") };

@@ -1,7 +1,8 @@
-//! Power cuts at any moment of a load: whatever the daemon has acknowledged is
-//! there afterwards, whole, and nothing is half there.
+//! Power cuts at any moment of a load: everything that the daemon has
+//! acknowledged has to be there afterwards, whole, and nothing may be half
+//! there.
 //!
-//! The machine then goes on with the same disks, so that damage adds up, and
+//! The machine then continues with the same disks, so that damage adds up, and
 //! from time to time with new ones.
 
 use std::thread::sleep;
@@ -15,15 +16,15 @@ use crate::support::daemon::Daemon;
 use crate::support::random::Random;
 use crate::verify::{Verdict, require_sound, verify};
 
-/// How many series of cuts there are, which may run at once.
+/// The number of series of cuts, which may run at once.
 pub const SERIES: u32 = 4;
 /// How many cuts the same disks go through.
 const CUTS_OF_DISKS: u32 = 5;
 const MEBIBYTES: u64 = 2048;
-/// How many cuts without a flush may spare all layers.
+/// After how many cuts without a flush layers must be damaged.
 const MOST_CONTROL_CUTS: u32 = 10;
 
-/// With the daemon as it is, nothing is lost: one of [`SERIES`].
+/// Checks that nothing is lost with the daemon as it is, in one of [`SERIES`].
 pub fn nothing_acknowledged_is_lost(options: Options, number: u32) {
     let cuts = (options.cuts + SERIES - 1 - number) / SERIES;
     let mut series = Series::new(format!("power {number}"), number, options, "commit");
@@ -39,8 +40,8 @@ pub fn nothing_acknowledged_is_lost(options: Options, number: u32) {
     series.report(cuts);
 }
 
-/// The control: with a daemon that flushes no layers, the same cuts damage
-/// some. If they did not, the test above would prove nothing.
+/// The control: with a daemon that flushes no layers, the same cuts have to
+/// damage some. If they did not, the test above would prove nothing.
 pub fn without_flush_layers_are_lost(options: Options) {
     let mut series = Series::new("power-control".to_owned(), SERIES, options, "none");
     for cut in 0..MOST_CONTROL_CUTS {
@@ -56,7 +57,7 @@ pub fn without_flush_layers_are_lost(options: Options) {
     );
 }
 
-/// Cuts, one after the other.
+/// A series of cuts.
 struct Series {
     name: String,
     seed: u64,
@@ -104,15 +105,15 @@ impl Series {
             "--writable-dir".to_owned(),
             format!("{}/writable", disks.writable().display()),
         ];
-        // The database on either disk: a flush of the database also flushes
-        // the names on its own disk.
+        // The database is on either disk in turn, because a flush of the
+        // database also flushes the names on its own disk.
         if cut / CUTS_OF_DISKS % 2 == 1 {
             arguments.push("--state-dir".to_owned());
             arguments.push(format!("{}/state", disks.writable().display()));
         }
         let places = arguments.clone();
         arguments.extend(["--sync", self.sync].map(str::to_owned));
-        // Every other time, layers are on their way home.
+        // Every second time, layers are moving.
         let relocate_after = if cut.is_multiple_of(2) { "1" } else { "600" };
         arguments.extend(["--relocate-after", relocate_after].map(str::to_owned));
 
@@ -132,7 +133,7 @@ impl Series {
 
         disks.mount();
         let mut looking = places.clone();
-        // What moves while it is compared would be missed.
+        // Nothing may move during the comparison.
         looking.extend(["--relocate", "never", "--upperdir-label"].map(str::to_owned));
         let mut daemon = Daemon::start(&looking);
         let verdict = verify(&daemon.client(), self.seed, &mut self.history);

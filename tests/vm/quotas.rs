@@ -1,8 +1,10 @@
-//! Project quotas, which need a kernel that has them: on ext4 and on XFS, limits
-//! are kept, usage is what a walk finds, and no project is left behind.
+//! Project quotas, which need a kernel with support for them. On ext4 and on XFS,
+//! limits have to be enforced, usage has to be what a walk finds, and no project
+//! may be left behind.
 //!
-//! The tests of one topic on one file system run in one machine, one after the
-//! other, each with new directories on the same disks and project ids of its own.
+//! The tests of one topic on one file system run in one machine, one after
+//! another, each with new directories on the same disks and project ids of its
+//! own.
 
 mod crashes;
 mod figures;
@@ -37,10 +39,10 @@ use crate::support::daemon::Daemon;
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::until;
 
-/// Every file system that is tested, as it is mounted.
+/// The tested file systems, by the names with which they are mounted.
 const FILE_SYSTEMS: &[&str] = &["ext4", "xfs"];
 
-/// A test: its module, its name, and what runs it.
+/// A test: its module, its name, and its function.
 pub struct Test(&'static str, &'static str, fn(&mut Rig));
 inventory::collect!(Test);
 
@@ -51,10 +53,10 @@ impl Test {
     }
 }
 
-/// What is the daemon's affair alone, and was seen to go well on XFS too.
+/// Topics that depend only on the daemon, and have succeeded on XFS too.
 const ON_EXT4_ONLY: &[&str] = &["crashes", "figures"];
 
-/// Each file system with its topics.
+/// Each file system with each of its topics.
 pub fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
     let topics: BTreeSet<_> = inventory::iter::<Test>().map(Test::topic).collect();
     let pairs = FILE_SYSTEMS.iter().flat_map(move |file_system| {
@@ -64,10 +66,10 @@ pub fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
     pairs.filter(|(file_system, topic)| *file_system == "ext4" || !ON_EXT4_ONLY.contains(topic))
 }
 
-/// The least that mkfs.xfs makes.
+/// The smallest size for mkfs.xfs.
 const MEBIBYTES: u64 = 320;
 
-/// A project of the administrator's.
+/// A project of the administrator.
 const THEIRS: u32 = 4711;
 
 pub const MIB: u64 = 1 << 20;
@@ -76,7 +78,7 @@ pub const MAX_SIZE: &str = "containerd.io/snapshot/max-size";
 pub const OWN_MAX_SIZE: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
 pub const MAX_INODES: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-inodes";
 
-/// Outside: runs the tests of a topic in a machine.
+/// On the host: runs the tests of a topic in a machine.
 pub fn run_in_machine(file_system: &str, topic: &str, options: Options) {
     let format = match file_system {
         "ext4" => Format::Ext4WithQuotas,
@@ -91,14 +93,14 @@ pub fn run_in_machine(file_system: &str, topic: &str, options: Options) {
         ("VM_TOPIC", topic.to_owned()),
         ("VM_FILES", options.files.to_string()),
     ];
-    // As much as a hundred files take when they are made, counted and walked over.
+    // As much time as a hundred files take to be created, counted and walked over.
     let longer = Duration::from_secs(u64::from(options.files) / 100);
     for told in disks.boot(&settings).give_longer(longer).finish() {
         println!("quotas::{file_system}::{topic}: {told}");
     }
 }
 
-/// In the machine.
+/// In the machine: runs the tests of a topic.
 pub fn run(outlet: &Outlet) {
     let at = |name| PathBuf::from(setting::<String>(name));
     let mut rig = Rig {
@@ -120,7 +122,7 @@ pub fn run(outlet: &Outlet) {
         rig.number += 1;
         test(&mut rig);
         let seconds = begun.elapsed().as_secs_f64();
-        // For whoever looks at the console.
+        // For a person who looks at the console.
         println!("{name}: {seconds:.1} s");
         rig.figures
             .drain(..)
@@ -128,13 +130,13 @@ pub fn run(outlet: &Outlet) {
     }
 }
 
-/// The disks, and directories on them that are another test's each time.
+/// The disks, and the directories of one test on them.
 pub struct Rig {
     file_system: String,
     image: PathBuf,
     writable: PathBuf,
     number: u32,
-    /// To be told outside.
+    /// Figures to be printed on the host.
     figures: Vec<String>,
 }
 
@@ -143,7 +145,7 @@ impl Rig {
         self.file_system == "xfs"
     }
 
-    /// What it is to be mounted with.
+    /// The mount option for project quotas.
     pub fn option(&self) -> &'static str {
         if self.is_xfs() { "pquota" } else { "prjquota" }
     }
@@ -175,7 +177,7 @@ impl Rig {
         self.writable.join(self.number.to_string())
     }
 
-    /// This test's.
+    /// The project ids of this test.
     pub fn ids(&self) -> ProjectRange {
         let first = 2_000_000_000 + self.number * 1_000_000;
         ProjectRange::new(first, first + 999_999).unwrap()
@@ -209,13 +211,12 @@ impl Rig {
         daemon
     }
 
-    /// The projects of this test that the file system knows, as repquota(8) lists
-    /// them.
+    /// The projects of this test in the file system, as repquota(8) lists them.
     pub fn projects(&self) -> Vec<(ProjectId, Held)> {
         self.projects_of(self.ids())
     }
 
-    /// Those of a range.
+    /// The projects of a range in the file system.
     pub fn projects_of(&self, ids: ProjectRange) -> Vec<(ProjectId, Held)> {
         let directory = File::open(&self.writable).unwrap();
         let quotas = Quotas::probe(directory.as_fd()).unwrap().unwrap();
@@ -233,7 +234,7 @@ impl Rig {
         found
     }
 
-    /// Of the directories of the snapshot made last.
+    /// The directories of the newest snapshot.
     pub fn newest(&self) -> PathBuf {
         let entries = fs::read_dir(self.writable().join("snapshots")).unwrap();
         let number = |path: &PathBuf| -> u64 {
@@ -243,7 +244,8 @@ impl Rig {
         paths.max_by_key(number).unwrap()
     }
 
-    /// Removes all that this test has made, and fails unless no project is left.
+    /// Removes everything that this test has created, and fails unless no
+    /// project is left.
     #[track_caller]
     pub fn clear(&self, client: &Client) {
         while let names = client.names(&["kind!=committed"]).unwrap()
@@ -254,7 +256,7 @@ impl Rig {
         self.no_project_is_left(client);
     }
 
-    /// XFS takes a moment for what was deleted.
+    /// XFS counts deleted files for a moment.
     #[track_caller]
     pub fn no_project_is_left(&self, client: &Client) {
         until("no project is left", || {
@@ -263,7 +265,7 @@ impl Rig {
         });
     }
 
-    /// Waits until so many are left.
+    /// Waits until this number of projects is left.
     pub fn projects_are_left(&self, client: &Client, count: usize) {
         until("the others are given back", || {
             client.cleanup().unwrap();
@@ -273,7 +275,7 @@ impl Rig {
     }
 }
 
-/// The project that a directory hands on; 0 for none.
+/// The project that a directory gives to its entries; 0 for none.
 pub fn project(path: &Path) -> u32 {
     project_of(File::open(path).unwrap()).unwrap().number()
 }
@@ -304,10 +306,10 @@ pub fn size_of_disk(mounted: &Mounted) -> u64 {
     disk.f_blocks * disk.f_frsize
 }
 
-/// Writes a file as large as it may become, at most so large; tells how large it
-/// is and whether a quota was the end of it.
+/// Writes a file until it has `most` bytes or is refused. Returns its size, and
+/// whether a quota has refused it.
 pub fn fill(path: &Path, most: u64) -> (u64, bool) {
-    // XFS has another word for a full project (xfs_trans_dqresv).
+    // XFS returns another error for a full project (xfs_trans_dqresv).
     let is_full = |errno| {
         assert!(matches!(errno, Errno::DQUOT | Errno::NOSPC), "{errno}");
         true
@@ -327,7 +329,7 @@ pub fn fill(path: &Path, most: u64) -> (u64, bool) {
     (written, false)
 }
 
-/// What a walk over a directory finds, as `du` counts: bytes and inodes.
+/// The result of a walk over a directory, as `du` counts: bytes and inodes.
 pub fn walk(path: &Path) -> (u64, u64) {
     let mut seen = std::collections::BTreeMap::new();
     let mut ahead = vec![path.to_owned()];

@@ -1,4 +1,4 @@
-//! What is on the disks after a power cut, against what was acknowledged.
+//! Comparing the disks after a power cut with what was acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -17,21 +17,21 @@ use crate::support::client::Client;
 use crate::support::daemon::BINARY;
 use crate::support::mounted::upper_of;
 
-/// With `--upperdir-label`: where a layer's files are.
+/// The label of `--upperdir-label`: the directory of a layer's files.
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
 
-/// What a look at the disks has found.
+/// The result of comparing the disks.
 #[derive(Default)]
 pub struct Verdict {
     /// How many layers were compared.
     pub layers: usize,
-    /// Those that were acknowledged and are not whole.
+    /// The acknowledged layers that are not whole.
     pub damaged: BTreeSet<String>,
-    /// All that is wrong.
+    /// Everything that is wrong.
     pub findings: Vec<String>,
 }
 
-/// Compares, and settles what was under way as it is found.
+/// Compares, and takes over the results of requests that were under way.
 pub fn verify(client: &Client, seed: u64, history: &mut History) -> Verdict {
     let mut look = Look {
         client,
@@ -64,7 +64,7 @@ pub fn verify(client: &Client, seed: u64, history: &mut History) -> Verdict {
     look.verdict
 }
 
-/// A snapshot as the daemon tells it, and where its files are.
+/// A snapshot as the daemon returns it, and the directory of its files.
 type Found = BTreeMap<String, (Snapshot, String)>;
 
 fn found(client: &Client) -> Found {
@@ -85,7 +85,7 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
-    /// A request under way was done wholly, or not at all.
+    /// Checks that a request under way was done completely, or not at all.
     fn settle(&mut self, request: &Request, state: &mut State) {
         let before = state.clone();
         let mut after = state.clone();
@@ -111,7 +111,7 @@ impl Look<'_> {
         ));
     }
 
-    /// In which way a snapshot is not as it should be, or not gone.
+    /// How a snapshot differs from what it should be; `None` if it does not.
     fn problem(&self, key: &str, wanted: Option<&Snapshot>) -> Option<String> {
         let (wanted, (found, path)) = match (wanted, self.found.get(key)) {
             (None, None) => return None,
@@ -146,7 +146,8 @@ impl Look<'_> {
         }
     }
 
-    /// What a container had not flushed itself may be lost; its directory not.
+    /// Data that a container had not flushed may be lost, but not its
+    /// directory.
     fn active_problem(&self, key: &str, wanted: &Snapshot) -> Option<String> {
         match self.client.mounts(key) {
             Err(refusal) => Some(format!("cannot be mounted: {refusal:?}")),
@@ -156,8 +157,8 @@ impl Look<'_> {
     }
 }
 
-/// A directory with a limit shows that as the size of its disk; after a start perhaps
-/// a moment later.
+/// A directory with a limit shows the limit as the size of its disk, after a start
+/// perhaps a moment later.
 fn limit_problem(upper: &Path, wanted: &Snapshot) -> Option<String> {
     let limit = wanted.labels.get(LABEL_LIMIT)?;
     let begun = Instant::now();
@@ -174,14 +175,14 @@ fn limit_problem(upper: &Path, wanted: &Snapshot) -> Option<String> {
     }
 }
 
-/// Fails unless the daemon's own check of database and disks finds nothing.
+/// Fails unless the daemon's own check of the database and disks finds nothing.
 pub fn require_sound(places: &[String]) {
     if let Some(problem) = problem_of(places) {
         panic!("{problem}");
     }
 }
 
-/// What the daemon's own check of database and disks finds wrong.
+/// What the daemon's own check of the database and disks finds.
 pub fn problem_of(places: &[String]) -> Option<String> {
     let output = Command::new(BINARY)
         .arg("check")
@@ -196,7 +197,7 @@ pub fn problem_of(places: &[String]) -> Option<String> {
             String::from_utf8_lossy(&output.stderr)
         )
     };
-    // A disk that a test has had fail stays known as such while snapshots from then are left.
+    // The failure of a disk is reported as long as snapshots from that time are left.
     let said = String::from_utf8_lossy(&output.stdout);
     let is_known = said.contains("has failed to write data") && said.contains("\n1 findings");
     (!output.status.success() && !is_known).then(problem)

@@ -1,4 +1,4 @@
-//! What `check` says, to people and to programs.
+//! The reports of `check`, for people and for programs.
 
 use serde_json::{Value, json};
 
@@ -10,18 +10,18 @@ use crate::snapshotter::{Finding, Inspection};
 use crate::store::Snapshot;
 use crate::types::Quoted;
 
-/// Everything that a check reports.
+/// The contents of the report.
 pub(super) struct CheckReport {
     is_running: bool,
     snapshots: usize,
     findings: Vec<Finding>,
-    /// The paths of what was set aside.
+    /// The paths of everything that is set aside.
     left_out: Vec<String>,
     /// The snapshots that a repair drops.
     doomed: Vec<Snapshot>,
-    /// Of a deep check.
+    /// The results of a deep check.
     deep: Option<Deep>,
-    /// What is left, once a repair has been made.
+    /// What is left after a repair.
     left: Option<Vec<Finding>>,
 }
 
@@ -43,7 +43,7 @@ impl CheckReport {
         }
     }
 
-    /// Adds what a look after the repair has found.
+    /// Adds the result of a second inspection, after the repair.
     pub(super) fn mended(&mut self, after: Inspection) {
         self.snapshots = after.snapshots;
         self.left_out = after.left_out;
@@ -60,14 +60,14 @@ impl CheckReport {
             && !self.deep.as_ref().is_some_and(has_failed)
     }
 
-    /// What a repair would do, before it does it.
+    /// Describes what a repair would do.
     pub(super) fn question(&self) -> String {
         match self.doomed.len() {
             0 => "The repair drops no snapshot.".to_owned(),
             number => format!(
-                "The repair drops the {number} snapshots named above; of those that are whole the \
-                 files are set aside in left-out/. `check --heal` drops nothing, and puts damaged \
-                 layers right whose content containerd still has: try that first."
+                "The repair drops the {number} snapshots named above; the files of those that are whole \
+                 are set aside in left-out/. `check --heal` drops nothing, and replaces damaged layers \
+                 whose content containerd still has: try that first."
             ),
         }
     }
@@ -98,7 +98,7 @@ impl CheckReport {
         }
         for path in &self.left_out {
             text.push_str(&format!(
-                "{path} was set aside: delete it if nobody needs it\n"
+                "{path} was set aside: delete it if you do not need it\n"
             ));
         }
         text
@@ -121,7 +121,7 @@ impl CheckReport {
             );
             if loss.images.is_empty() {
                 text.push_str(
-                    ";\n`ctr -n NAMESPACE images check` tells which are no longer unpacked\n",
+                    ";\n`ctr -n NAMESPACE images check` shows which are no longer unpacked\n",
                 );
                 continue;
             }

@@ -1,7 +1,9 @@
-//! containerd: its version, and whether its configuration leads to us.
+//! containerd: its version, and whether its configuration leads to this
+//! program.
 //!
-//! What is asked is `containerd config dump`: it merges imports and fills in
-//! defaults (containerd `cmd/containerd/command/config.go`).
+//! The configuration is read from `containerd config dump`, which merges
+//! imports and fills in defaults (containerd
+//! `cmd/containerd/command/config.go`).
 
 use std::fs;
 use std::process::Command;
@@ -13,10 +15,11 @@ use crate::config::{Config, DoctorOptions};
 use crate::mount;
 use crate::types::Quoted;
 
-/// The name that the README uses.
+/// The name of the proxy plugin in the README.
 const USUAL_NAME: &str = "rwsplit";
-/// What containerd dies of if a proxy has the name of a plugin of its own
-/// (`plugin/plugin.go`, `ErrIDRegistered`).
+/// containerd's error if a proxy has the name of one of containerd's own
+/// plugins (`plugin/plugin.go`, `ErrIDRegistered`). containerd does not start
+/// then.
 const NAME_IS_TAKEN: &str = "id already registered";
 
 pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
@@ -31,7 +34,8 @@ pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
     match parsed {
         Ok(table) => {
             findings.extend(judge(config, &table, Version::parse(version)));
-            // Its own file says nothing of the containerd that Docker uses.
+            // The system's configuration file does not show what the containerd
+            // of Docker is configured with.
             if options.containerd_config.is_none() {
                 findings.extend(docker::look(
                     &table,
@@ -47,8 +51,8 @@ pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
     findings
 }
 
-/// Where containerd is a part of something else: the configuration that is written for it,
-/// and where lines of one's own go.
+/// Programs that include a containerd: the configuration file that each generates, and
+/// the file for the user's own lines.
 const PARTS: [(&str, &str); 4] = [
     (
         "/var/lib/rancher/k3s/agent/etc/containerd/config.toml",
@@ -70,7 +74,8 @@ const PARTS: [(&str, &str); 4] = [
     ),
 ];
 
-/// Without a program `containerd`: what can be said by the configuration of k3s and the like.
+/// Looks at the generated configuration of k3s and similar programs if there is no
+/// program `containerd`.
 fn look_at_part(config: &Config, why: &str) -> Vec<Finding> {
     let read = |(path, place)| Some((path, place, fs::read_to_string(path).ok()?));
     let Some((path, place, text)) = PARTS.into_iter().find_map(read) else {
@@ -86,18 +91,19 @@ fn look_at_part(config: &Config, why: &str) -> Vec<Finding> {
             return vec![Finding::bad("containerd", text)];
         }
     };
-    // The least that has this version of the configuration, and pulls by itself no more.
+    // The earliest containerd with this version of the configuration that no longer
+    // pulls by itself.
     let version = match at(&table, &["version"]).and_then(Value::as_integer) {
         Some(3..) => Version(2, 1, 0),
         _ => Version(1, 7, 16),
     };
-    let text = format!("its configuration is written to {path}: lines of yours go into {place}");
+    let text = format!("its configuration is written to {path}: your own lines go into {place}");
     let mut findings = vec![Finding::note("containerd", text)];
     findings.extend(judge(config, &table, version));
     findings
 }
 
-/// What containerd says when it is started with these words.
+/// Runs containerd with these words, and returns its output.
 fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
     let mut command = Command::new("containerd");
     if let Some(path) = &options.containerd_config {
@@ -108,7 +114,8 @@ fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
         .output()
         .map_err(|error| format!("the program containerd cannot be run: {error}"))?;
     if !output.status.success() {
-        // On some configurations it panics, and then prints where.
+        // With some configurations containerd panics, and prints a stack trace
+        // after the message.
         let said = String::from_utf8_lossy(&output.stderr);
         let first = said.lines().find(|line| !line.trim().is_empty());
         let first = first.unwrap_or_default();
@@ -132,12 +139,12 @@ fn version_of(said: &str) -> &str {
     version.unwrap_or("of an unknown version")
 }
 
-/// A version of containerd; one that cannot be read is taken for the latest.
+/// A version of containerd. An unreadable version counts as the latest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Version(pub u32, pub u32, pub u32);
 
 impl Version {
-    /// Such as `v2.1.0-rc.1` or `1.6.20~ds1`.
+    /// Parses a version such as `v2.1.0-rc.1` or `1.6.20~ds1`.
     fn parse(text: &str) -> Version {
         let parts = text.trim_start_matches('v').splitn(3, '.');
         let number = |part: &str| {
@@ -152,7 +159,7 @@ impl Version {
     }
 }
 
-/// The value behind these keys.
+/// The value with this path of keys.
 pub(super) fn at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a Value> {
     let (last, tables) = path.split_last()?;
     let mut table = table;
@@ -166,7 +173,7 @@ pub(super) fn text_at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a str> {
     at(table, path)?.as_str()
 }
 
-/// The proxy plugin that has our socket, with its name.
+/// The proxy plugin that has this program's socket, with its name.
 fn our_plugin<'a>(config: &Config, table: &'a Table) -> Option<(&'a str, &'a Value)> {
     let proxies = at(table, &["proxy_plugins"])?.as_table()?;
     let is_ours = |proxy: &Value| {
@@ -187,7 +194,7 @@ fn judge(config: &Config, table: &Table, version: Version) -> Vec<Finding> {
     findings
 }
 
-/// No proxy has our socket.
+/// The finding if no proxy has this program's socket.
 fn missing(config: &Config, table: &Table) -> Finding {
     let version = at(table, &["version"]).and_then(Value::as_integer);
     let proxies = at(table, &["proxy_plugins"]).and_then(Value::as_table);
@@ -220,7 +227,7 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
         return Finding::bad(
             "plugin",
             format!(
-                "the type of {} is {}, it has to be \"snapshot\"",
+                "the type of {} is {}, and has to be \"snapshot\"",
                 Quoted(name),
                 Quoted(kind.unwrap_or_default())
             ),
@@ -235,8 +242,8 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
     )
 }
 
-/// In a user namespace containerd does not write what a layer deletes unless the layer is
-/// unpacked onto its parent.
+/// In a user namespace, containerd does not write the deletions of a layer, unless the
+/// layer is unpacked onto its parent.
 fn parallel_unpacking(proxy: &Value, is_in_user_namespace: bool) -> Option<Finding> {
     let capabilities = proxy.get("capabilities").and_then(Value::as_array);
     let mut names = capabilities?.iter().filter_map(Value::as_str);
@@ -249,7 +256,8 @@ fn parallel_unpacking(proxy: &Value, is_in_user_namespace: bool) -> Option<Findi
     })
 }
 
-/// What leads containerd here, in the version of its configuration.
+/// The lines that lead containerd to this program, in the version of its
+/// configuration.
 fn stanza(config: &Config, version: i64) -> String {
     let plugin = format!(
         "[proxy_plugins.{USUAL_NAME}]\n  type = \"snapshot\"\n  address = \"{}\"\n",
@@ -266,7 +274,7 @@ fn stanza(config: &Config, version: i64) -> String {
     format!("{plugin}{exports}{unpacking}")
 }
 
-/// An entry of the transfer service for each of these snapshotters.
+/// Lines with an entry of the transfer service for each of these snapshotters.
 pub(super) fn unpack_stanza<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let machine = match std::env::consts::ARCH {
         "x86_64" => "amd64",
@@ -290,7 +298,7 @@ mod tests {
     use crate::commands::doctor::Verdict;
     use crate::config::{Parsed, parse};
 
-    /// What is said of a configuration, by topic.
+    /// The findings about a configuration, by topic.
     fn judged(configuration: &str, version: Version) -> Vec<(&'static str, Verdict, Finding)> {
         let arguments = ["--root-dir", "/big"].map(Into::into).to_vec();
         let Parsed::Run(config, _) = parse(arguments).unwrap() else {
@@ -332,7 +340,7 @@ mod tests {
             assert_eq!((topic, verdict), expected);
             stanzas.push_str(&finding.stanza.unwrap_or_default());
         }
-        // With the lines that it gives there is nothing left to say.
+        // With the suggested lines, there are no more suggestions.
         let all = verdicts(&format!("{PROXY}{stanzas}"), V2);
         assert_eq!(all.len(), 4, "{all:?}");
         assert!(
@@ -367,7 +375,7 @@ mod tests {
                 V2,
                 Good,
             ),
-            // These pull by themselves.
+            // These versions and settings of containerd pull by themselves.
             (cri("split", "use_local_image_pull = true"), V2, Note),
             (
                 cri("split", "disable_snapshot_annotations = false"),
@@ -375,7 +383,7 @@ mod tests {
                 Note,
             ),
             (cri("split", ""), Version(2, 0, 4), Note),
-            // Without any entry there is one for overlayfs.
+            // Without any entry, containerd makes one for overlayfs.
             (cri("overlayfs", ""), V2, Note),
         ] {
             let found = verdicts(&format!("{PROXY}{text}"), version);
@@ -407,7 +415,7 @@ mod tests {
             (Verdict::Bad, exports.replace(" root", "  root"))
         );
         assert_eq!(of(exports, V1).0, Verdict::Good);
-        // Which does not know that.
+        // This version does not know `exports`.
         let (verdict, stanza) = of(exports, Version(1, 6, 20));
         assert!(
             verdict == Verdict::Bad && stanza.contains("ln -s /big "),

@@ -1,5 +1,5 @@
-//! The directories of both volumes, or where they will be made: what they are
-//! on, and whether overlayfs can write there.
+//! The directories of both volumes, existing or future: what they are on, and
+//! whether overlayfs can write there.
 
 use std::fs;
 use std::io::ErrorKind as IoKind;
@@ -21,7 +21,7 @@ use crate::store::{DATABASE, require_short};
 use crate::types::Limits;
 use crate::volume::{Lifetime, keeps_times};
 
-/// A directory, or the nearest one above it that is there.
+/// A directory, or its nearest parent that exists.
 struct Nearest {
     there: PathBuf,
     is_whole: bool,
@@ -86,7 +86,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     findings
 }
 
-/// Whether containers can have a size.
+/// Whether the sizes of containers can be limited.
 fn limits(config: &Config, writable: &Nearest) -> Option<Finding> {
     let options = &config.options.quota;
     if options.mode == QuotaMode::Off {
@@ -112,7 +112,8 @@ fn limits(config: &Config, writable: &Nearest) -> Option<Finding> {
     Some(Finding::new("limits", verdict, text))
 }
 
-/// A layer that moves there would lose a part of its files' times, with no error.
+/// Warns of a file system on which layers that move there lose a part of their
+/// files' times, without any error.
 fn lost_times(image: &Nearest) -> Option<Finding> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = open(&image.there, flags, Mode::empty()).ok()?;
@@ -128,8 +129,8 @@ fn lost_times(image: &Nearest) -> Option<Finding> {
         })
 }
 
-/// What is in memory is gone after a reboot; the daemon then takes the volume for a
-/// missing one.
+/// Warns of a writable directory in memory, which a reboot empties: the daemon then
+/// treats the volume as missing.
 fn lasting(config: &Config, writable: &Nearest) -> Option<Finding> {
     let is_memory = matches!(&*writable.mounted.file_system, "tmpfs" | "ramfs");
     (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
@@ -146,8 +147,8 @@ fn find(path: &str) -> Result<Nearest> {
         Error::caused(ErrorKind::FailedPrecondition, what, error)
     };
     let mut there = PathBuf::from(path);
-    // A link to nowhere is there, and no place to make a directory; a disk that has
-    // failed answers otherwise.
+    // A link that leads nowhere exists, but no directory can be created there. A
+    // failed disk returns other errors.
     let is_missing = |path: &Path| {
         fs::symlink_metadata(path).is_err_and(|error| error.kind() == IoKind::NotFound)
     };
@@ -159,7 +160,7 @@ fn find(path: &str) -> Result<Nearest> {
     }
     let text = there.to_str().unwrap_or(path);
     let mounted = mountinfo::of_path(text)?.ok_or_else(|| {
-        let what = format!("the kernel does not tell what {text} is on");
+        let what = format!("the kernel does not show what {text} is on");
         Error::refused(what)
     })?;
     Ok(Nearest {
@@ -188,12 +189,12 @@ fn describe(topic: &'static str, path: &str, place: &Nearest) -> Finding {
     Finding::good(topic, format!("{path}{where_to}: {on}"))
 }
 
-/// The directory in which an overlay is tried; no other program uses that name. If a
-/// doctor that was killed has left one, the next doctor removes it. What was mounted
-/// in it has gone with the mount namespace of the killed process.
+/// The directory in which an overlay is tried. No other program uses this name. If a
+/// killed doctor has left one, the next doctor removes it. What was mounted in it
+/// has gone with the mount namespace of the killed process.
 const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
 
-/// Really mounts an overlay there.
+/// Mounts an overlay there, to see whether it works.
 fn try_overlay(topic: &'static str, place: &Nearest, options: &[String]) -> Finding {
     let scratch = place.there.join(SCRATCH);
     let remove = || match fs::remove_dir_all(&scratch) {

@@ -1,6 +1,7 @@
-//! Docker: whether its configuration names a snapshotter that its containerd has. dockerd
-//! uses the containerd that is named to it, else the system's if that is there when it starts,
-//! else one of its own, which has no proxy plugins (moby `daemon/command/daemon_unix.go`).
+//! Docker: whether its configuration names a snapshotter of its containerd. dockerd uses
+//! the containerd that its configuration names; otherwise the system's, if it runs when
+//! dockerd starts; otherwise it starts one, which has no proxy plugins (moby
+//! `daemon/command/daemon_unix.go`).
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::types::Quoted;
 
 const SYSTEM_SOCKET: &str = "/run/containerd/containerd.sock";
 const SETTINGS: &str = "/etc/docker/daemon.json";
-/// Docker's storage drivers that are no snapshotters.
+/// Docker's storage drivers that are not snapshotters.
 const GRAPH_DRIVERS: [&str; 8] = [
     "overlay2",
     "fuse-overlayfs",
@@ -36,10 +37,10 @@ const OWN_SNAPSHOTTERS: [&str; 7] = [
     "erofs",
 ];
 
-/// What Docker is asked to do, and what runs.
+/// Docker's configuration and processes.
 #[derive(Default)]
 struct Docker {
-    /// From daemon.json and dockerd's own flags.
+    /// The storage driver, from daemon.json and dockerd's own flags.
     driver: Option<String>,
     containerd: Option<String>,
     uses_snapshotters: Option<bool>,
@@ -48,7 +49,8 @@ struct Docker {
     has_system_socket: bool,
 }
 
-/// Looks at Docker, if there is one. `name` is what containerd calls this snapshotter.
+/// Looks at Docker, if it is installed. `name` is containerd's name for this
+/// snapshotter.
 pub(super) fn look(table: &Table, name: Option<&str>) -> Option<Finding> {
     match find() {
         Ok(docker) => judge(&docker?, table, name),

@@ -1,5 +1,5 @@
-//! Kubernetes: whether pods get this snapshotter, whether their images can be pulled for it,
-//! and what the kubelet takes for the disk of images.
+//! Kubernetes: whether pods get this snapshotter, whether their images can be pulled for
+//! it, and which disk the kubelet considers as the disk of images.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,17 +14,18 @@ use crate::types::Quoted;
 
 const TRANSFER: &str = "io.containerd.transfer.v1.local";
 
-/// containerd's CRI plugin, as far as it is configured.
+/// The configuration of containerd's CRI plugin.
 struct Cri<'a> {
-    /// The keys of the table that has the snapshotter.
+    /// The keys of the table that contains the snapshotter.
     path: &'static [&'static str],
     table: &'a Table,
-    /// Every snapshotter that pods get: by default, and for runtimes that choose another.
+    /// Every snapshotter that pods get: the default one, and those of runtimes that
+    /// choose another.
     snapshotters: BTreeSet<&'a str>,
 }
 
 impl<'a> Cri<'a> {
-    /// None where CRI is no part of this containerd, or is switched off.
+    /// `None` if this containerd has no CRI, or CRI is switched off.
     fn find(table: &'a Table) -> Option<Cri<'a>> {
         const TABLES: [&[&str]; 2] = [
             &["plugins", "io.containerd.cri.v1.images"],
@@ -59,8 +60,9 @@ impl<'a> Cri<'a> {
     }
 
     /// Whether images are pulled by the transfer service, which unpacks only for the
-    /// snapshotters of its own list. containerd 2.1 and later do, unless they are asked to
-    /// pull themselves, or for something that only they themselves can do.
+    /// snapshotters in its own list. CRI of containerd 2.1 and later uses it, unless it
+    /// is configured to pull by itself, or has a setting that the transfer service does
+    /// not support.
     fn pulls_by_transfer(&self, version: Version) -> bool {
         version >= Version(2, 1, 0)
             && self.is("use_local_image_pull") != Some(true)
@@ -69,7 +71,8 @@ impl<'a> Cri<'a> {
     }
 }
 
-/// Looks at the configuration of a containerd whose plugin of that name leads here.
+/// Looks at the configuration of a containerd whose plugin of that name leads to
+/// this program.
 pub(super) fn look(
     config: &Config,
     table: &Table,
@@ -96,8 +99,8 @@ pub(super) fn look(
     findings
 }
 
-/// Whether images can be pulled for every snapshotter that is in use. Without any entry
-/// containerd makes one for overlayfs; with one, only those that are given count.
+/// Whether images can be pulled for every snapshotter in use. Without any entry,
+/// containerd creates one for overlayfs; with entries, only those count.
 fn unpacking(table: &Table, version: Version, name: &str, cri: Option<&Cri<'_>>) -> Finding {
     let entries = at(table, &["plugins", TRANSFER, "unpack_config"]).and_then(Value::as_array);
     let given: BTreeSet<&str> = entries
@@ -143,8 +146,8 @@ fn unpacking(table: &Table, version: Version, name: &str, cri: Option<&Cri<'_>>)
     }
 }
 
-/// What the kubelet takes for the disk of images: `exports.root`, or a directory in
-/// containerd's root.
+/// Which directory the kubelet considers as the disk of images: `exports.root`, or
+/// a directory in containerd's root.
 fn exports(
     config: &Config,
     table: &Table,
@@ -189,7 +192,7 @@ fn exports(
     verdict("exports", text).with_stanza(cure)
 }
 
-/// Whether a link leads to a directory, which need not be there yet.
+/// Whether a link leads to a directory, which may not exist yet.
 fn leads_to(link: &str, directory: &str) -> bool {
     let found = |path| fs::canonicalize(path).ok();
     fs::read_link(link).is_ok_and(|target| target == Path::new(directory))
@@ -229,9 +232,9 @@ fn snapshotter(config: &Config, cri: &Cri<'_>, name: &str) -> Finding {
     )
 }
 
-/// Images that were pulled for another snapshotter cannot be unpacked for this one once
-/// their layers' content is gone. That they are there, and that none is here, shows that
-/// this containerd is just being switched.
+/// Warns of images without content. Images that were pulled for another snapshotter
+/// cannot be unpacked for this one once their layers' content is deleted. If there are
+/// such images, and none for this snapshotter, containerd has just been switched over.
 fn discarded(config: &Config, table: &Table, name: &str) -> Finding {
     let root = text_at(table, &["root"]).unwrap_or("/var/lib/containerd");
     let ours = Path::new(&*config.root).join("snapshots");

@@ -1,5 +1,5 @@
-//! The command `doctor`: whether this machine, its disks and its containerd will
-//! do, before anything is installed or when a container does not start.
+//! The command `doctor`: whether this machine, its disks and its containerd are
+//! suitable, for use before an installation or when a container does not start.
 //!
 //! Owns: what is looked at, in which order, and the report. Leaves nothing
 //! behind on the disks.
@@ -19,18 +19,18 @@ use crate::mount;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Good,
-    /// It works, but not all of it, or not as one might expect.
+    /// It works, but not completely, or not as a user might expect.
     Note,
     Bad,
 }
 
-/// What was found about one thing.
+/// The result of looking at one topic.
 #[derive(Debug, PartialEq, Eq)]
 struct Finding {
     topic: &'static str,
     verdict: Verdict,
     text: String,
-    /// Lines for containerd's configuration.
+    /// Lines for containerd's configuration that the finding suggests.
     stanza: Option<String>,
 }
 
@@ -64,19 +64,21 @@ impl Finding {
     }
 }
 
-/// Looks at this machine and prints what was found. Returns whether nothing keeps the
-/// snapshotter from working.
+/// Looks at this machine and prints the findings. Returns whether the snapshotter can
+/// work.
 ///
 /// # Errors
 ///
-/// [`FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) without root.
+/// [`FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if the user
+/// is not root.
 pub fn run(config: &Config, options: &DoctorOptions) -> Result<bool> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::refused(
             "doctor mounts overlays to try the disks: run it as root",
         ));
     }
-    // Mounts made to try the disks are seen by this process only, and end with it.
+    // Only this process sees the mounts that are made to try the disks, and they
+    // end with it.
     mount::enter_mount_namespace()?;
     let kernel = format!("Linux {}", mount::kernel_release());
     let mut findings = vec![Finding::good("kernel", kernel)];

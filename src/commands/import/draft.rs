@@ -1,4 +1,4 @@
-//! Making the new database, and putting it into the place of the old one.
+//! Building the new database, and putting it in the place of the old one.
 
 use super::files::{self, Paths};
 use super::plan::{Disks, Plan};
@@ -11,21 +11,22 @@ use crate::types::SnapshotId;
 use crate::util::fault_point::fault_point;
 use crate::volume::{Image, Volumes};
 
-/// Does what the plan says, in steps that [`super::undo::take_back`] can take
-/// back, up to the one that counts.
-/// After an error, what was done until then stays.
+/// Carries the plan out, in steps that [`super::undo::take_back`] can undo,
+/// until the exchange of the databases. After an error, the finished steps are
+/// left as they are.
 pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Disks) -> Result<()> {
     paths.make_draft()?;
     fault_point("import-begun");
     let store = Store::open(&paths.draft_database())?;
-    // Before anything is done to that directory.
+    // Recorded before anything in that directory is changed.
     store.together(|transaction| {
         transaction.record_fact(WRITABLE_DIR, &config.writable)?;
         transaction.record_fact(TRANSACTION, &plan.transaction.to_string())
     })?;
     fault_point("import-drafted");
 
-    // With another state directory the draft would not be found again.
+    // Recorded because the draft would not be found with another state
+    // directory.
     let root = Image::open_existing_root(&config.root)?;
     state::record(&root, config, &paths.target, &store)?;
     fault_point("import-recorded");
@@ -35,7 +36,7 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     writable::adopt(&volumes, &store, &mount_options)?;
     fault_point("import-marked");
 
-    // First of all: a link of ours may get the name of something else.
+    // Done first, because a link of ours may need the name of another entry.
     for found in disks.present() {
         let volume = found.filled.volume();
         let there = plan.aside.iter().filter(|(on, _)| *on == volume);
@@ -60,9 +61,9 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     exchange(paths)
 }
 
-/// Puts our database into the place of the original's.
+/// Puts the new database in the place of the original's.
 fn exchange(paths: &Paths) -> Result<()> {
-    // SQLite would take the log of another database for the log of this one.
+    // SQLite would treat the log of another database as the log of this one.
     remove_companions(&paths.target)?;
     if !paths.is_source_kept()? {
         files::link(&paths.source, &paths.kept)?;
@@ -77,7 +78,7 @@ fn exchange(paths: &Paths) -> Result<()> {
         paths.flush()?;
     }
     fault_point("import-complete");
-    // The import is complete; a draft that stays is only in the way.
+    // The import is complete, and a draft that stays is only in the way.
     if let Err(error) = paths.remove_draft() {
         log::warn!("{}", error.chain());
     }
@@ -85,8 +86,8 @@ fn exchange(paths: &Paths) -> Result<()> {
     Ok(())
 }
 
-/// Whether an import has been cut short when all that was left to do was to remove
-/// the draft's directory.
+/// Whether an import was interrupted when only the draft's directory had to be
+/// removed.
 pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
     Ok(paths.has_draft()?
         && probe_format(&paths.draft_database())? == FileFormat::Absent
@@ -94,9 +95,9 @@ pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
         && (paths.is_one_place() || probe_format(&paths.source)? == FileFormat::Absent))
 }
 
-/// Moves our database back into the draft's directory if it is in its place already
-/// while the original's is in its own, as an import leaves it that was cut short
-/// between these two steps and had a state directory of its own.
+/// Moves the new database back into the draft's directory if it is in its place
+/// already while the original's is in its own. An import with a state directory of
+/// its own leaves them so if it is interrupted between these two steps.
 pub(super) fn take_for_draft(paths: &Paths) -> Result<()> {
     let is_placed = !paths.is_one_place() && probe_format(&paths.target)? == FileFormat::Ours;
     if !is_placed || probe_format(&paths.draft_database())? == FileFormat::Ours {

@@ -1,5 +1,4 @@
-//! The files that an import and its undoing move, and how a file is moved so that
-//! it stays moved.
+//! The files that an import and its undoing rename, and durable renames.
 
 use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
@@ -10,16 +9,17 @@ use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::store::{DATABASE, DRAFT, ORIGINAL, remove_companions};
 
-/// The files that are concerned.
+/// The paths of these files.
 pub(super) struct Paths {
     /// The original's database.
     pub(super) source: PathBuf,
-    /// What it is called afterwards.
+    /// The second name of the original's database after an import.
     pub(super) kept: PathBuf,
-    /// Ours.
+    /// The new database.
     pub(super) target: PathBuf,
-    /// The directory in which ours is made, and in which it stays while an undoing
-    /// goes on: as long as it is there, something is half done.
+    /// The directory in which the new database is built, and in which it stays
+    /// while an import is being undone. As long as the directory exists, an import
+    /// or its undoing is not finished.
     pub(super) draft: PathBuf,
     root: PathBuf,
     state: PathBuf,
@@ -41,18 +41,18 @@ impl Paths {
         }
     }
 
-    /// Ours, as long as it is a draft.
+    /// The new database while it is a draft.
     pub(super) fn draft_database(&self) -> PathBuf {
         self.draft.join(DATABASE)
     }
 
-    /// Whether both databases have one place, so that one rename changes which of
-    /// them is in use.
+    /// Whether both databases have the same path, so that one rename changes
+    /// which of them is in use.
     pub(super) fn is_one_place(&self) -> bool {
         self.source == self.target
     }
 
-    /// Whether an import, or an undoing, has been cut short.
+    /// Whether an import, or its undoing, was interrupted.
     pub(super) fn has_draft(&self) -> Result<bool> {
         match look(&self.draft)? {
             None => Ok(false),
@@ -64,7 +64,7 @@ impl Paths {
         }
     }
 
-    /// Makes the draft's directory, durably.
+    /// Creates the draft's directory, durably.
     pub(super) fn make_draft(&self) -> Result<()> {
         for path in [&self.state, &self.draft] {
             let mut builder = DirBuilder::new();
@@ -74,7 +74,7 @@ impl Paths {
         flush(&self.state)
     }
 
-    /// Removes the draft with what belongs to it, the directory last.
+    /// Removes the files of the draft, and then its directory.
     pub(super) fn remove_draft(&self) -> Result<()> {
         remove_file(&self.draft_database())?;
         remove_companions(&self.draft_database())?;
@@ -88,21 +88,22 @@ impl Paths {
         is_one_file(&self.kept, &self.source)
     }
 
-    /// Makes every change of names last.
+    /// Makes all renames durable.
     pub(super) fn flush(&self) -> Result<()> {
         flush(&self.root)?;
         flush(&self.state)
     }
 }
 
-/// Whether two names are of one file.
+/// Whether two paths lead to one file.
 pub(super) fn is_one_file(one: &Path, other: &Path) -> Result<bool> {
     let inode = |found: Metadata| (found.dev(), found.ino());
     let one = look(one)?.map(inode);
     Ok(one.is_some() && one == look(other)?.map(inode))
 }
 
-/// What has that name, no link followed; `None` if nothing has.
+/// The metadata of a path, without following a link; `None` if it does not
+/// exist.
 pub(super) fn look(path: &Path) -> Result<Option<Metadata>> {
     if_there(fs::symlink_metadata(path)).context(|| format!("look at {}", path.display()))
 }
@@ -113,26 +114,27 @@ pub(super) fn remove_file(path: &Path) -> Result<()> {
         .context(|| format!("remove {}", path.display()))
 }
 
-/// Renames in one step, also if the power fails: what had the second name has lost it.
+/// Renames in one step, even if the power fails. A file that had the second name loses
+/// it.
 pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).context(|| format!("rename {} to {}", from.display(), to.display()))
 }
 
-/// Gives a file a second name, which must be free.
+/// Gives a file a second name, which must not exist.
 pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
     fs::hard_link(from, to)
         .context(|| format!("give {} the second name {}", from.display(), to.display()))
 }
 
-/// Makes the names in a directory durable. A directory that is not there, as a state
-/// directory before the first import, has none.
+/// Makes the names in a directory durable. A directory that does not exist, like a
+/// state directory before the first import, has none.
 pub(super) fn flush(directory: &Path) -> Result<()> {
     if_there(File::open(directory).and_then(|opened| opened.sync_all()))
         .map(drop)
         .context(|| format!("flush {}", directory.display()))
 }
 
-/// `None` if nothing of that name is there.
+/// Converts the error "no such file" to `None`.
 fn if_there<T>(done: io::Result<T>) -> io::Result<Option<T>> {
     match done {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -1,27 +1,27 @@
-//! The command `import`: the Go original's snapshots become ours, and, as long
-//! as nothing was written since, the original's again.
+//! The command `import`: takes over the snapshots of the Go original and, as
+//! long as nothing was written since, gives them back.
 //!
 //! Owns: the order of steps. Never: the format of either database.
 //!
-//! The new database is made in `<state>/metadata.db.import/`, with all there is to
-//! it. The old one then gets a second name, `metadata.db.bbolt`, and the new one
-//! is renamed over the first: before that step the original finds its database as
-//! it was, after it the daemon finds ours. Directories stay where they are, but
-//! for those that belong to no snapshot that is taken over: they are set aside,
-//! so that no start takes them for strays. Undoing goes the same way backwards:
-//! first the databases, by one rename, then the disks.
+//! The new database is built completely in `<state>/metadata.db.import/`. The old
+//! database then gets a second name, `metadata.db.bbolt`, and the new one is
+//! renamed over the first name. Before this step the original finds its database
+//! as it was, and after it the daemon finds the new one. Directories stay in their
+//! places, except those of no snapshot that is taken over: they are set aside, so
+//! that no start treats them as strays. Undoing does the same backwards: first the
+//! databases, by one rename, then the disks.
 //!
-//! As long as the draft's directory is there, something is half done, and what it
-//! holds says what: running the command again begins by taking that back. A
-//! killed import leaves the original's database in use until the one rename, and
-//! ours after it; so does a killed undoing, the other way round. A draft's directory
-//! without a database, beside ours in use, is of an import that has done everything
-//! else.
+//! As long as the draft's directory exists, an import or its undoing is not
+//! finished, and the directory's contents show which steps were done. Running the
+//! command again begins by undoing these. If an import is killed, the original's
+//! database stays in use until the rename, and the new one is in use after it; if
+//! undoing is killed, it is the other way round. If a draft's directory contains no
+//! database, and the new database is in use, the import has done everything else.
 //!
-//! A layer that the original made out of a container's snapshot is on the
-//! writable volume, where the original never finds it: nothing could be made to
-//! stand on it. Its bytes are whole, and to us it is a layer that is not home
-//! yet, so it is taken over as that.
+//! A layer that the original has committed from a container's snapshot is on
+//! the writable volume, where the original never finds it, and so nothing could
+//! be created on it. Its bytes are whole. For this program, it is an unmoved
+//! layer, and it is taken over as one.
 
 pub mod bolt;
 mod draft;
@@ -44,22 +44,22 @@ use files::Paths;
 use plan::{Disks, Plan};
 use report::ImportReport;
 
-/// The fact with the writable directory of the import or undoing that is under way: with
-/// another directory it would be finished on the wrong disk.
+/// The name of a fact: the writable directory of an unfinished import or undoing. With
+/// another directory, it would be finished on the wrong disk.
 const WRITABLE_DIR: &str = "import_writable_dir";
 
-/// The fact with the last transaction of the original's database. An original that was
-/// started during the import has waited for that file, and then writes to it under its
-/// second name.
+/// The name of a fact: the last transaction of the original's database. An original
+/// that was started during the import has waited for that file, and then writes to it
+/// under its second name.
 const TRANSACTION: &str = "import_transaction";
 
-/// Imports, looks what an import would do, or undoes one, and prints a report. Returns
-/// whether no snapshot was left out. After an error nothing was done, or the command
-/// can be run again.
+/// Imports, reports what an import would do, or undoes one, and prints a report.
+/// Returns whether no snapshot was left out. After an error, either nothing was done,
+/// or the command can be run again.
 pub fn run(config: &Config, options: ImportOptions) -> Result<bool> {
     descriptors::raise_limit();
     let root = Image::open_existing_root(&config.root)?;
-    // Held to the end: no daemon starts on what is half done.
+    // Held to the end, so that no daemon starts on an unfinished import.
     let _lock = match options.task {
         ImportTask::Look => lock::require_free(&root).map(|()| None)?,
         ImportTask::Import | ImportTask::Undo => Some(lock::require(&root)?),
@@ -91,7 +91,7 @@ fn import<'a>(root: &Root, config: &'a Config, options: ImportOptions) -> Result
         preconditions::require_nothing_half_done(&paths)?;
     }
     preconditions::require_importable(root, config, &paths)?;
-    // Open, and so locked, to the end.
+    // Kept open, and so locked, to the end.
     let source = preconditions::open_source(&paths.source)?;
     let contents = source
         .try_clone()
@@ -107,7 +107,7 @@ fn import<'a>(root: &Root, config: &'a Config, options: ImportOptions) -> Result
     let mut disks = look()?;
     if paths.has_draft()? {
         undo::take_back(root, config, &paths)?;
-        log::info!("what an import or its undoing had left half done has been taken back");
+        log::info!("undid the steps of an interrupted import or undoing");
         disks = look()?;
     }
     preconditions::require_disks(&contents, &disks)?;
@@ -137,15 +137,15 @@ fn plan(
     Ok(plan)
 }
 
-/// After a failure; once the databases are exchanged there is nothing to be taken
-/// back.
+/// Undoes the steps of a failed import. Once the databases are exchanged, there
+/// is nothing to undo.
 fn take_back_failed(root: &Root, config: &Config, paths: &Paths) {
     if !matches!(probe_format(&paths.source), Ok(FileFormat::Bolt)) {
         return;
     }
     if let Err(error) = undo::take_back(root, config, paths) {
         log::warn!(
-            "not everything could be taken back, run `import --undo`: {}",
+            "not every step could be undone, run `import --undo`: {}",
             error.chain()
         );
     }

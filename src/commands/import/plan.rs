@@ -1,8 +1,8 @@
-//! What of the original's snapshots can be taken over, by what is on the disks.
+//! Which of the original's snapshots can be taken over, according to the disks.
 //!
-//! Owns: that decision. A layer has to be there with as many inodes as when it
-//! was committed; a container's snapshot has to have its directory; and all that
-//! a snapshot stands on has to be taken over too. Never: changes anything.
+//! Owns: that decision. A layer must have as many inodes as at its commit. A
+//! container's snapshot must have its directory. Everything that a snapshot
+//! stands on must be taken over too. Never: changes anything.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -17,25 +17,26 @@ use crate::tree;
 use crate::types::{Content, Kind, Quoted, SnapshotId, Usage, Volume};
 use crate::volume::Filled;
 
-/// What becomes of everything that the original knows.
+/// The decision about everything in the original's database.
 #[derive(Debug)]
 pub(super) struct Plan {
-    /// As they will be entered, in order of id.
+    /// The snapshots to be entered, in the order of their ids.
     pub(super) kept: Vec<Snapshot>,
-    /// In order of id.
+    /// The snapshots that are left out, in the order of their ids.
     pub(super) left_out: Vec<LeftOut>,
     /// The last transaction of the original's database.
     pub(super) transaction: u64,
     /// No id up to this one may be given out.
     pub(super) highest_id: u64,
-    /// Whatever has a number on a volume without being where a snapshot that is
-    /// taken over belongs, in order: a start would take it for a stray.
+    /// Numbered entries of the volumes that are not in the place of a snapshot
+    /// that is taken over, in order. They are set aside, because a start would
+    /// treat them as strays.
     pub(super) aside: Vec<(Volume, SnapshotId)>,
     /// Layers that are taken over, but take far less of their disk than at their
     /// commit.
     pub(super) shrunk: Vec<Shrunk>,
-    /// Entries without a number, as names in their volumes' `snapshots`: what the original
-    /// was making or removing, and what other programs have put there. They stay.
+    /// Entries without a number in the volumes' `snapshots`: what the original was
+    /// creating or removing, and what other programs have put there. They stay.
     pub(super) others: Vec<(Volume, String)>,
 }
 
@@ -44,12 +45,12 @@ pub(super) struct Plan {
 pub(super) struct LeftOut {
     pub(super) snapshot: Original,
     pub(super) why: Reason,
-    /// Where it has a directory nevertheless.
+    /// The volumes on which it has a directory nevertheless.
     pub(super) volumes: Vec<Volume>,
 }
 
-/// A layer with all its inodes, of which files may have been emptied: the
-/// original does not flush what it commits.
+/// A layer with all its inodes, some of whose files may have been emptied by a
+/// power cut: the original does not flush what it commits.
 #[derive(Debug)]
 pub(super) struct Shrunk {
     pub(super) name: String,
@@ -58,8 +59,8 @@ pub(super) struct Shrunk {
 }
 
 impl Shrunk {
-    /// How much a layer takes differs with the moment and the file system; half
-    /// of it gone is no such difference.
+    /// How much a layer takes depends on the moment and the file system, but
+    /// neither explains a loss of half of it.
     fn find(snapshot: &Original, content: Option<Content>) -> Option<Shrunk> {
         let recorded_bytes = snapshot.usage?.size_bytes;
         let counted_bytes = content?.usage.size_bytes;
@@ -71,20 +72,20 @@ impl Shrunk {
     }
 }
 
-/// Why not.
+/// The reason why a snapshot cannot be taken over.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Reason {
-    /// It has no directory, or none with `fs`.
+    /// It has no directory, or one without `fs`.
     Missing,
-    /// Of a layer's inodes some are gone.
+    /// Some of the layer's inodes are missing.
     Incomplete { recorded: u64, counted: u64 },
-    /// What it stands on is no layer of this database.
+    /// Its parent is not a layer of this database.
     BadParent(String),
-    /// What it stands on is left out.
+    /// Its parent is left out.
     StandsOn(String),
 }
 
-/// One volume as it is.
+/// One volume and its entries.
 pub(super) struct Found {
     pub(super) filled: Filled,
     entries: HashMap<SnapshotId, FileType>,
@@ -108,17 +109,17 @@ impl Found {
         self.entries.get(&id) == Some(&FileType::Directory)
     }
 
-    /// The highest number in use.
+    /// The highest id in use.
     pub(super) fn newest(&self) -> Option<SnapshotId> {
         self.entries.keys().max().copied()
     }
 }
 
-/// The volumes that are there, the image volume first.
+/// The volumes that exist, the image volume first.
 pub(super) struct Disks(Vec<Found>);
 
 impl Disks {
-    /// Looks at both volumes; changes nothing.
+    /// Looks at both volumes, and changes nothing.
     pub(super) fn look(image: &str, writable: &str) -> Result<Disks> {
         let image = Found::look(Volume::Image, image)?;
         let writable = Found::look(Volume::Writable, writable)?;
@@ -133,7 +134,7 @@ impl Disks {
         self.0.iter()
     }
 
-    /// Whether a volume has a directory of any of these.
+    /// Whether a volume has a directory of any of these snapshots.
     pub(super) fn has_any(&self, volume: Volume, contents: &Contents) -> bool {
         self.on(volume).is_some_and(|found| {
             let mut ids = contents.snapshots.iter().map(|snapshot| snapshot.id);
@@ -141,8 +142,8 @@ impl Disks {
         })
     }
 
-    /// Where there is a directory of that number, in the order in which the
-    /// original would look for it.
+    /// The volumes with a directory of this snapshot, in the order in which the
+    /// original looks for it.
     fn places(&self, snapshot: &Original) -> Vec<Volume> {
         let order = match belongs_to(snapshot) {
             Volume::Image => [Volume::Image, Volume::Writable],
@@ -153,8 +154,9 @@ impl Disks {
     }
 }
 
-/// Where the original looks for a snapshot: for every layer on the image
-/// volume, also for one that it had made on the other, where it stayed.
+/// The volume on which the original looks for a snapshot. It looks for every
+/// layer on the image volume, even for one that it has committed, and left, on
+/// the other.
 pub(super) fn belongs_to(snapshot: &Original) -> Volume {
     let key = &snapshot.info.name;
     let last = key.rsplit('/').next().unwrap_or(key);
@@ -165,14 +167,14 @@ pub(super) fn belongs_to(snapshot: &Original) -> Volume {
     }
 }
 
-/// What a snapshot has been found to be, by itself.
+/// What was found out about a snapshot alone.
 struct Judged {
     volume: Option<Volume>,
     content: Option<Content>,
 }
 
-/// Decides. `volatile` says that what containers wrote is meant to be lost at a
-/// reboot: then they start again from their images without their directories.
+/// Makes the decision. If `volatile` is set, a reboot is meant to delete what
+/// containers have written: they are then taken over without their directories.
 pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<Plan> {
     let newest = disks.present().filter_map(Found::newest).max();
     let highest_id = newest
@@ -241,8 +243,8 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<
     })
 }
 
-/// As the original recorded it at the commit. One that has more inodes by now
-/// was written to by a container that went on running.
+/// The usage that the original recorded at the commit. A layer that has more
+/// inodes now was written to by a container that went on running.
 fn usage(recorded: Option<Usage>, counted: Option<Content>) -> Usage {
     match (recorded, counted) {
         (Some(recorded), Some(counted)) if recorded.inodes == counted.usage.inodes => recorded,
@@ -251,7 +253,7 @@ fn usage(recorded: Option<Usage>, counted: Option<Content>) -> Usage {
     }
 }
 
-/// `Err` within `Ok` if it cannot be taken over.
+/// The inner result is an error if the snapshot cannot be taken over.
 type Judgement = Result<std::result::Result<Judged, Reason>>;
 
 fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
@@ -271,7 +273,8 @@ fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
     };
     Ok(match (snapshot.info.kind, volume) {
         (Kind::Committed, _) => return judge_layer(snapshot, &places),
-        // What it shows is its parent's; some have no directory.
+        // A view shows its parent's directory; some views have none of their
+        // own.
         (Kind::View, _) if !snapshot.info.parent.is_empty() => by_name(volume),
         (Kind::Active | Kind::View, Some(_)) => by_name(volume),
         (Kind::Active, None) if volatile && belongs_to(snapshot) == Volume::Writable => {
@@ -281,8 +284,8 @@ fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
     })
 }
 
-/// Takes the first place that holds the whole layer. Without one, the reason is what is
-/// wrong with the layer in the place where it belongs.
+/// Takes the first place that holds the whole layer. If there is none, the reason is
+/// what is wrong in the place where the layer belongs.
 fn judge_layer(snapshot: &Original, places: &[&Found]) -> Judgement {
     let mut why = None;
     for found in places {
@@ -294,8 +297,8 @@ fn judge_layer(snapshot: &Original, places: &[&Found]) -> Judgement {
     Ok(Err(why.unwrap_or(Reason::Missing)))
 }
 
-/// What cannot be read at the moment may be whole, and is no reason to go on
-/// without it.
+/// An unreadable layer is an error rather than a reason to leave it out,
+/// because it may be whole.
 fn judge_layer_in(snapshot: &Original, found: &Found) -> Judgement {
     let filled = &found.filled;
     let content = match filled.open_upper(snapshot.id).and_then(tree::count_layer) {
@@ -322,7 +325,7 @@ fn judge_layer_in(snapshot: &Original, found: &Found) -> Judgement {
     })
 }
 
-/// Adds what stands on nothing sound.
+/// Adds the snapshots whose parents, or their parents, are left out.
 fn leave_out_upon(snapshots: &[Original], reasons: &mut HashMap<String, Reason>) {
     let by_name: HashMap<&str, &Original> = snapshots
         .iter()
@@ -330,7 +333,8 @@ fn leave_out_upon(snapshots: &[Original], reasons: &mut HashMap<String, Reason>)
         .collect();
     let mut sound = HashSet::new();
     for snapshot in snapshots {
-        // From here down to what is decided already; then up again.
+        // Goes down to the first snapshot that is decided already, and then up
+        // again.
         let mut chain = Vec::new();
         let mut met = HashSet::new();
         let mut next = Some(snapshot);
@@ -367,8 +371,8 @@ fn leave_out_upon(snapshots: &[Original], reasons: &mut HashMap<String, Reason>)
     }
 }
 
-/// All numbered entries except the directories of kept snapshots on their volumes. A
-/// link is always set aside, so that its owner finds it again.
+/// All numbered entries except the directories of snapshots that are taken over. A
+/// link is always set aside, so that its owner can find it again.
 fn aside(kept: &[Snapshot], disks: &Disks) -> Vec<(Volume, SnapshotId)> {
     let places: HashMap<SnapshotId, Option<Volume>> = kept
         .iter()
@@ -386,7 +390,7 @@ fn aside(kept: &[Snapshot], disks: &Disks) -> Vec<(Volume, SnapshotId)> {
 }
 
 impl Reason {
-    /// A word for programs.
+    /// The reason's code, for programs.
     pub(super) fn code(&self) -> &'static str {
         match self {
             Reason::Missing => "missing",

@@ -1,4 +1,4 @@
-//! What has to hold before an import or an undoing changes anything.
+//! The conditions under which an import or an undoing changes anything.
 //!
 //! Owns: the refusals. Never: changes anything.
 
@@ -22,18 +22,18 @@ use crate::store::{FileFormat, Store, find_remains, probe_format, require_short}
 use crate::types::{Quoted, SnapshotId, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
-/// Refuses to look at what is half done: it would have to be taken back first.
+/// Refuses to look at an unfinished import, because it has to be undone first.
 pub(super) fn require_nothing_half_done(paths: &Paths) -> Result<()> {
     if probe_format(&paths.source)? != FileFormat::Bolt || !paths.has_draft()? {
         return Ok(());
     }
     Err(Error::refused(format!(
-        "an import or its undoing was cut short, as {} tells: run `import` or `import --undo`",
+        "an import or its undoing was cut short, as {} shows: run `import` or `import --undo`",
         paths.draft.display()
     )))
 }
 
-/// Refuses where there is nothing to import, or something in the way.
+/// Refuses if there is nothing to import, or if something is in the way.
 pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let (path, shown) = (&config.root, paths.source.display());
     require_short(&paths.draft_database())?;
@@ -73,14 +73,14 @@ pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) ->
         )));
     }
     match has_draft {
-        // What is beside our database is its own.
+        // The files beside our database belong to it.
         true => Ok(()),
         false => require_unknown(root, config).and_then(|()| require_no_remains(paths)),
     }
 }
 
-/// Refuses to make a database where files of another one of ours are: they would
-/// have to go.
+/// Refuses to build a database where files of another database of this program
+/// are, because they would have to be deleted.
 fn require_no_remains(paths: &Paths) -> Result<()> {
     let Some(remains) = find_remains(&paths.target)? else {
         return Ok(());
@@ -92,8 +92,9 @@ fn require_no_remains(paths: &Paths) -> Result<()> {
     )))
 }
 
-/// Refuses a root that knows of a database of ours: it may be elsewhere, or on a
-/// disk that is not mounted, with what an import has left half done beside it.
+/// Refuses a root that records a database of this program. The database may be
+/// elsewhere, or on a disk that is not mounted, with an unfinished import beside
+/// it.
 pub(super) fn require_unknown(root: &Root, config: &Config) -> Result<()> {
     let Some(database) = state::recorded(root, config)? else {
         return Ok(());
@@ -107,8 +108,8 @@ pub(super) fn require_unknown(root: &Root, config: &Config) -> Result<()> {
     )))
 }
 
-/// Where the databases have places of their own, ours may be in place beside the
-/// original's: then an import was killed between the two steps.
+/// If the databases have different places, ours may be in its place beside the
+/// original's, because an import was killed between the two steps.
 fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let target = &paths.target;
     let is_free = match probe_format(target)? {
@@ -128,13 +129,13 @@ fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()
 }
 
 /// Whether our database is in a place of its own only because an import, or its
-/// undoing, was cut short there: then no daemon has written to it.
+/// undoing, was interrupted there. No daemon has written to it then.
 pub(super) fn is_half_placed(root: &Root, config: &Config, paths: &Paths) -> Result<bool> {
     let target = &paths.target;
     if !paths.has_draft()? {
         return Ok(false);
     }
-    // By its other name it may have a log.
+    // Under its other name, the database may have a log.
     if is_one_file(target, &paths.draft_database())? {
         return Ok(true);
     }
@@ -142,7 +143,7 @@ pub(super) fn is_half_placed(root: &Root, config: &Config, paths: &Paths) -> Res
         && Store::open_read_only(target)?.read()?.is_as_imported()? == Some(true))
 }
 
-/// Opens the original's database, and keeps the original from it as long as the
+/// Opens the original's database. The original cannot use it as long as the
 /// file is open.
 pub(super) fn open_source(path: &Path) -> Result<File> {
     let opening = || format!("open {}", path.display());
@@ -166,8 +167,8 @@ pub(super) fn open_source(path: &Path) -> Result<File> {
     }
 }
 
-/// Refuses if a snapshotter answers: the original takes no lock of ours, and opens its
-/// database late.
+/// Refuses if a snapshotter answers on the socket: the original does not take this
+/// program's lock, and opens its database late.
 pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
     let usual = format!("{}/grpc.socks", config.root);
     for address in [&config.address, &usual] {
@@ -180,8 +181,8 @@ pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Refuses volumes of which a snapshot is mounted: what a container uses is neither
-/// counted nor moved.
+/// Refuses volumes of which a snapshot is mounted, because files that a container
+/// uses can be neither counted nor moved.
 pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -> Result<()> {
     let mounts = mountinfo::read()?;
     for filled in volumes {
@@ -207,7 +208,7 @@ pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -
 }
 
 /// The upper and lower directories of an overlay mount. Relative ones (mount(8) was run
-/// inside some directory) cannot be found, and are left out.
+/// inside a directory) cannot be resolved, and are left out.
 fn overlaid(mounted: &Mounted) -> Vec<PathBuf> {
     if mounted.file_system != "overlay" {
         return Vec::new();
@@ -224,7 +225,8 @@ fn overlaid(mounted: &Mounted) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether a snapshot's `fs` is mounted as it is: one that stands on nothing.
+/// Whether a snapshot's `fs` itself is mounted, as for a snapshot without
+/// parent.
 fn is_bound(mounted: &Mounted, filled: &Filled) -> bool {
     let mut parts = mounted.root.iter().rev().filter_map(|part| part.to_str());
     let (Some("fs"), Some(id), Some("snapshots")) = (parts.next(), parts.next(), parts.next())
@@ -239,7 +241,7 @@ fn is_bound(mounted: &Mounted, filled: &Filled) -> bool {
         .is_some_and(|(ours, theirs)| (ours.st_dev, ours.st_ino) == (theirs.dev(), theirs.ino()))
 }
 
-/// Refuses disks that are not those of this database, before anything is planned.
+/// Refuses disks that do not belong to this database, before anything is planned.
 pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
     let mut inodes = HashSet::new();
     for found in disks.present() {
@@ -251,8 +253,8 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
                  original had"
             )));
         }
-        // The original makes a directory before it enters its snapshot, one at a
-        // time.
+        // The original creates a directory before it enters its snapshot, one at
+        // a time.
         let known = contents.highest_id;
         if let Some(newest) = found.newest().filter(|id| id.number() > known + 1) {
             return Err(Error::refused(format!(
@@ -276,7 +278,7 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
 
 fn require_unmarked(writable: &Filled) -> Result<()> {
     let path = writable.path();
-    // No volume has the mark of a random identity.
+    // The identity is random, so no volume has its mark.
     match Identity::random()?.look(writable.top(), path)? {
         Claim::Free => Ok(()),
         Claim::Ours | Claim::Foreign(_) => Err(Error::refused(format!(
@@ -286,19 +288,20 @@ fn require_unmarked(writable: &Filled) -> Result<()> {
     }
 }
 
-/// A disk that is not mounted looks like one from which all has been deleted.
+/// Refuses if none of the directories on a volume is there: a disk that is not
+/// mounted looks like one on which everything was deleted.
 pub(super) fn require_volumes(plan: &Plan, are_there: &[Volume], config: &Config) -> Result<()> {
     let is_missing = |found: &&LeftOut| found.why == Reason::Missing && found.volumes.is_empty();
     let missing = || plan.left_out.iter().filter(is_missing);
-    // A layer may be there as well: the original commits what a container has
-    // written where it is.
+    // This includes layers: the original leaves a layer that is committed from
+    // a container's snapshot in its place.
     let on_writable = missing().count();
     let may_be_gone = config.writable_lifetime == Lifetime::UntilReboot;
     if on_writable > 0 && !are_there.contains(&Volume::Writable) && !may_be_gone {
         return Err(Error::refused(format!(
             "{}/snapshots has none of the {on_writable} snapshots that are not on the image volume \
              {}: mount its disk, or give the right --writable-dir; if what containers had written \
-             is gone for good, --writable-volatile has them begin anew from their images",
+             is gone for good, --writable-volatile has them start again from their images",
             config.writable, config.root
         )));
     }
@@ -308,15 +311,16 @@ pub(super) fn require_volumes(plan: &Plan, are_there: &[Volume], config: &Config
         return Err(Error::refused(format!(
             "{}/snapshots has none of the {on_image} snapshots that have to be there: mount its \
              disk, or, if they are gone for good, there is nothing to import: move metadata.db and \
-             snapshots away, and begin anew",
+             snapshots away, and start from nothing",
             config.root
         )));
     }
     Ok(())
 }
 
-/// Having some of the directories is no proof that a disk is mounted: on a bare
-/// mount point the original makes those of whatever it is asked for.
+/// Refuses if the directory of a snapshot is on neither volume. That some
+/// directories exist does not prove that a disk is mounted, because the
+/// original creates them even on a bare mount point.
 pub(super) fn require_directories(plan: &Plan, config: &Config) -> Result<()> {
     let left_out = plan.left_out.iter();
     let mut missing = left_out.filter(|found| found.why == Reason::Missing);

@@ -1,4 +1,4 @@
-//! What `import` says, to people and to programs.
+//! The reports of `import`, for people and for programs.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::config::{Config, Format, ImportTask};
 use crate::store::Snapshot;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 
-/// Everything that an import reports.
+/// The contents of the report.
 pub(super) struct ImportReport<'a> {
     pub(super) plan: Plan,
     pub(super) task: ImportTask,
@@ -38,7 +38,7 @@ impl ImportReport<'_> {
         self.plan.kept.iter().filter(|snapshot| is_away(snapshot))
     }
 
-    /// What has been done, or would be.
+    /// `done` after an import, `would_be` after a dry run.
     fn by_task(&self, done: &'static str, would_be: &'static str) -> &'static str {
         match self.task {
             ImportTask::Look => would_be,
@@ -122,7 +122,7 @@ impl ImportReport<'_> {
                 text.push_str("  remove the images that use these layers and pull them again");
                 match loss.images.is_empty() {
                     true => text.push_str(&format!(
-                        ";\n  `ctr -n {namespace} images check` tells which are not unpacked\n"
+                        ";\n  `ctr -n {namespace} images check` shows which are not unpacked\n"
                     )),
                     false => text.push_str(", among them:\n"),
                 }
@@ -131,7 +131,7 @@ impl ImportReport<'_> {
                 }
             }
             if !loss.containers.is_empty() {
-                text.push_str("  remove these containers and create them anew:\n");
+                text.push_str("  remove these containers and create them again:\n");
                 for container in &loss.containers {
                     text.push_str(&format!("    snapshot {}\n", Quoted(container)));
                 }
@@ -139,7 +139,7 @@ impl ImportReport<'_> {
         }
     }
 
-    /// Where there is something of a snapshot that is left out.
+    /// The paths of the directories of a snapshot that is left out.
     fn kept_at(&self, found: &LeftOut) -> Vec<String> {
         let top = |volume: &Volume| match volume {
             Volume::Image => &self.config.root,
@@ -152,7 +152,8 @@ impl ImportReport<'_> {
             .collect()
     }
 
-    /// Layers are pulled again; this is nowhere else.
+    /// Lists what containers that are left out have written. Layers can be
+    /// pulled again, but these files are nowhere else.
     fn tell_containers_data(&self, text: &mut String) {
         let left_out = self.plan.left_out.iter().filter(|found| {
             found.snapshot.info.kind == Kind::Active
@@ -174,7 +175,8 @@ impl ImportReport<'_> {
         list(text, &head, lines);
     }
 
-    /// Those that belong to no snapshot that has been named as left out.
+    /// The entries that are set aside and belong to no snapshot that is left
+    /// out.
     fn strays(&self) -> impl Iterator<Item = &(Volume, SnapshotId)> {
         let named: HashSet<_> = self
             .plan
@@ -259,7 +261,7 @@ impl ImportReport<'_> {
     }
 }
 
-/// Adds an indented list below its heading, if there is anything in it.
+/// Adds an indented list below its heading, unless it is empty.
 fn list(text: &mut String, heading: &str, lines: impl Iterator<Item = String>) {
     for (number, line) in lines.enumerate() {
         if number == 0 {
@@ -269,7 +271,7 @@ fn list(text: &mut String, heading: &str, lines: impl Iterator<Item = String>) {
     }
 }
 
-/// Reports that an earlier import has been brought to its end.
+/// Reports that an interrupted import was finished.
 pub(super) fn print_finished(format: Format, config: &Config) {
     let sentences = || {
         format!(

@@ -1,10 +1,11 @@
 //! Giving the root back to the Go original.
 //!
-//! The databases first, by one rename, and then the disks: killed before that,
-//! the daemon finds everything as it was; killed after it, the original does, but
-//! for what had been set aside, and our database, back among the drafts, knows
-//! what there is to be taken back. Running `import` or `import --undo` again does
-//! that, as it does for an import that was cut short.
+//! First the databases are exchanged, by one rename, and then the disks are
+//! restored. If the command is killed before the rename, the daemon finds
+//! everything as it was. If it is killed later, the original finds everything
+//! except what was set aside, and our database, which is a draft again, records
+//! the steps that have to be undone. Running `import` or `import --undo` again
+//! undoes them, as it does for an interrupted import.
 
 use std::fs::File;
 
@@ -22,16 +23,17 @@ use crate::types::{Kind, Volume};
 use crate::util::fault_point::fault_point;
 use crate::volume::{Claim, Filled, Image, Lifetime, Root};
 
-/// The fact that the mark of the writable volume is being taken off: from then on
-/// a directory without it is no disk that is not mounted.
+/// The name of a fact: the mark of the writable volume is being removed. From
+/// then on, a directory without the mark does not mean that a disk is not
+/// mounted.
 const UNDOING: &str = "undoing";
 
-/// Undoes a complete import, or what there is of one that was cut short.
+/// Undoes a complete import, or the steps of an interrupted one.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if it is too late, or
-/// if a disk is not there.
+/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if snapshots were
+/// changed since, or if a disk is not there.
 pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
     let paths = Paths::new(config);
     undo(root, config, &paths).map_err(|error| match error.kind() {
@@ -46,7 +48,7 @@ pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
 
 fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let imported = look(root, config, paths)?;
-    // Locked to the end: the original would find half of it.
+    // Locked to the end, because the original would find it half restored.
     let lock = open_source(match imported {
         Some(_) => &paths.kept,
         None => &paths.source,
@@ -64,8 +66,8 @@ fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     take_back(root, config, paths)
 }
 
-/// The database of a complete import; `None` for something that was cut short
-/// while the original's database is in its place. Changes nothing.
+/// The database of a complete import; `None` for an interrupted one, with the
+/// original's database in its place. Changes nothing.
 fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
     let nothing = || {
         Error::refused(format!(
@@ -118,7 +120,7 @@ fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
     let (store, completeness) = state::open_existing(root, config, Store::open)?;
     if completeness != Completeness::Whole || store.read()?.copied()?.is_some() {
         return Err(Error::refused(
-            "the database is not the latest state of itself, so nobody can tell what was written \
+            "the database is not the latest state of itself, so it does not show what was written \
              since the import",
         ));
     }
@@ -155,7 +157,7 @@ fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
     }
 }
 
-/// Puts the original's database into its place; ours becomes a draft again.
+/// Puts the original's database in its place; ours becomes a draft again.
 fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
     // The disk may be full.
     store.make_room();
@@ -163,10 +165,11 @@ fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
         transaction.forget_fact(UNDOING)?;
         transaction.record_fact(WRITABLE_DIR, &config.writable)
     })?;
-    // Nothing of it may be in its log when it gets another name.
+    // All of it must be in the file itself when the file gets another name,
+    // because the log does not.
     store.close()?;
     drop(store);
-    // Left by an undoing that was cut short here.
+    // An interrupted undoing may have left it.
     paths.remove_draft()?;
     paths.make_draft()?;
     files::link(&paths.target, &paths.draft_database())?;
@@ -178,8 +181,8 @@ fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
     Ok(())
 }
 
-/// Takes back everything but the original's database, which is in its place: what
-/// a draft says that an import has done. Can be repeated.
+/// Undoes all steps of an import that a draft records, except the exchange of the
+/// databases: the original's is in its place. Can be repeated.
 ///
 /// # Errors
 ///
@@ -187,11 +190,11 @@ fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
 /// draft was made with.
 pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     take_for_draft(paths)?;
-    // The space that is set aside there is needed, if the disk is full.
+    // If the disk is full, the space of these files is needed.
     remove_companions(&paths.target)?;
     match probe_format(&paths.draft_database())? {
         FileFormat::Ours => give_back(config, paths)?,
-        // Killed before there was anything in it.
+        // The command was killed before the database was created.
         FileFormat::Absent => {}
         FileFormat::Bolt | FileFormat::OtherSqlite | FileFormat::Unknown => {
             return Err(Error::refused(format!(
@@ -211,11 +214,12 @@ pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<(
     state::forget(root)?;
     paths.flush()?;
     fault_point("undo-forgotten");
-    // The last trace: as long as it is there, all this can be done again.
+    // The draft is removed last, because as long as it is there, all steps can
+    // be repeated.
     paths.remove_draft()
 }
 
-/// Puts the disks back as they were.
+/// Restores the disks.
 fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     let store = Store::open(&paths.draft_database()).context(|| {
         format!(
@@ -229,7 +233,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     store.make_room();
     let writable = require_writable(config, &store)?;
     let known = writable::known(&store)?;
-    // It is known before the directory is probed.
+    // The identity is recorded before the directory is probed.
     if known.is_some() {
         writable::clear_probe(&config.writable)?;
     }
@@ -239,7 +243,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
             config.root
         ))
     })?;
-    // Links are made after the snapshots are entered.
+    // Links are created after the snapshots are entered.
     if store.read()?.is_as_imported()?.is_some() {
         remove_links(config, &store)?;
     }
@@ -247,7 +251,8 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     let filled = || [&image].into_iter().chain(&writable);
     filled().try_for_each(Filled::put_back)?;
     fault_point("undo-put-back");
-    // Once its mark is off, no repetition looks at the writable volume again.
+    // Once the mark is removed, a repetition does not look at the writable
+    // volume again.
     filled().for_each(Filled::leave);
     if let Some(writable) = &writable {
         store.together(|transaction| transaction.record_fact(UNDOING, "yes"))?;
@@ -260,8 +265,8 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     store.close()
 }
 
-/// Removes the links to layers on the writable volume. The original makes none, and
-/// those that other programs made have been set aside.
+/// Removes the links to layers on the writable volume. The original creates none,
+/// and those of other programs were set aside.
 fn remove_links(config: &Config, store: &Store) -> Result<()> {
     let image = Image::open(Image::open_existing_root(&config.root)?)?;
     let places = store.read()?.inventory()?;
@@ -274,8 +279,8 @@ fn remove_links(config: &Config, store: &Store) -> Result<()> {
     image.dirs().settle_names()
 }
 
-/// The writable volume that a database knows; `None` if there is nothing on it to
-/// be put back.
+/// The writable volume that a database knows; `None` if nothing on it has to be
+/// restored.
 fn require_writable(config: &Config, store: &Store) -> Result<Option<Filled>> {
     let path: &str = &config.writable;
     let (is_undoing, given) = {

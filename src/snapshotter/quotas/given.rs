@@ -1,4 +1,4 @@
-//! A project on its way to a new snapshot.
+//! A project for a new snapshot that is not entered yet.
 
 use super::Projects;
 use crate::error::Result;
@@ -7,15 +7,15 @@ use crate::store::{Project, Transaction};
 use crate::types::{Limits, ProjectId, SnapshotId};
 use crate::volume::Dirs;
 
-/// The project that a new snapshot is to get.
+/// A project that a new snapshot will get.
 pub(in crate::snapshotter) struct PlannedProject<'a> {
     pub(super) quotas: Quotas<'a>,
     pub(super) dirs: &'a Dirs,
     pub(super) limits: Limits,
 }
 
-/// A project that a snapshot's directories have, until the snapshot is entered. Dropped
-/// without [`GivenProject::keep`], it is taken back.
+/// A project that is set on a snapshot's directories before the snapshot is entered. If
+/// this value is dropped without [`GivenProject::keep`], the project is taken back.
 pub(in crate::snapshotter) struct GivenProject<'a> {
     projects: &'a Projects,
     planned: &'a PlannedProject<'a>,
@@ -48,7 +48,7 @@ impl<'a> GivenProject<'a> {
     /// Sets the project on the snapshot's directories.
     fn set(&self) -> Result<()> {
         self.set_on_all(self.row.project)?;
-        // The project has no limits yet: an id that has any is not picked.
+        // An id that has limits is not picked, so this project has none yet.
         match self.row.limits {
             Limits::NONE => Ok(()),
             limits => self.planned.quotas.set_limits(self.row.project, limits),
@@ -62,18 +62,18 @@ impl<'a> GivenProject<'a> {
         parts.try_for_each(|part| quota::set_project(part, project))
     }
 
-    /// Records it, in the transaction that enters the snapshot.
+    /// Records the project, in the transaction that enters the snapshot.
     pub(in crate::snapshotter) fn record(&self, transaction: &Transaction<'_>) -> Result<()> {
         transaction.record_project(&self.row)
     }
 
-    /// The snapshot is entered.
+    /// Keeps the project, because the snapshot is entered.
     pub(in crate::snapshotter) fn keep(mut self) {
         self.is_kept = true;
     }
 
-    /// Takes it back. First the limits: no row says whose they are. The directories go to
-    /// the trash next.
+    /// Takes the project back. The limits are cleared first, because no row records whose
+    /// they are. The caller then moves the directories to the trash.
     fn take_back(&self) -> Result<()> {
         let cleared = match self.row.limits {
             Limits::NONE => Ok(()),
@@ -91,7 +91,10 @@ impl Drop for GivenProject<'_> {
         if !self.is_kept
             && let Err(error) = self.take_back()
         {
-            log::warn!("undo the project of a refused snapshot: {}", error.chain());
+            log::warn!(
+                "cannot undo the project of a refused snapshot: {}",
+                error.chain()
+            );
         }
         self.projects.end_search(self.row.project);
     }

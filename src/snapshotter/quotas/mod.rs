@@ -1,19 +1,21 @@
-//! Project ids of the snapshots on the writable volume: given out, limited,
-//! counted by, and given back.
+//! Project ids of the snapshots on the writable volume: giving them out,
+//! limiting and counting by them, and taking them back.
 //!
 //! An id is set on the empty directories of a snapshot, and recorded in the transaction
-//! that enters the snapshot. It stays taken until the last inode that
-//! was charged to it is gone, wherever that was: the kernel is asked, not the
-//! database. Then its limit is cleared, then it is struck out. Whatever the
-//! database says, an id is not given out to which the kernel has anything charged,
-//! or for which it has a limit.
+//! that enters the snapshot. It stays taken until no inode on the file system is
+//! charged to it any more; the kernel is asked for that, not the database. Then its
+//! limit is cleared, and after that its row is deleted. An id is never given out if the
+//! kernel has anything charged to it, or has a limit for it, whatever the database
+//! records.
 //!
 //! A layer keeps its id and limit as long as its directory is on the writable
-//! volume's file system: nobody writes to it, or if somebody does (`ctr snapshot
-//! commit` of a running container), within the limit. What is copied gets none.
+//! volume's file system. Usually nothing writes to a layer; if a container does,
+//! after `ctr snapshot commit`, it does so within the limit. The copy on the
+//! image volume gets no project.
 //!
-//! After a crash a directory in the trash may have an id that is not recorded: the
-//! next start records it. Limits of ids that are not recorded are somebody else's.
+//! After a crash, a directory in the trash may have an id that is not recorded:
+//! the next start records it. Limits of ids that are not recorded belong to other
+//! programs.
 
 mod given;
 mod mount_headroom;
@@ -46,14 +48,14 @@ pub(super) use given::{GivenProject, PlannedProject};
 use mount_headroom::Loan;
 use recharge::Uncharged;
 
-/// How many ids of others are passed over while all that need one wait: ids that are not
-/// recorded here, and that the kernel has something of.
+/// How many ids in use by other programs are skipped. Each costs a system call while all
+/// requests that need an id wait.
 const MOST_MISSES: u32 = 256;
-/// How many of them one after the other. A container whose root is the host's can give
-/// its files to all the ids that come next, but hardly to those of a billion.
+/// How many such ids are skipped in a row. A container whose root is the host's can
+/// charge its files to all the ids that come next, but hardly to a billion ids.
 const MOST_NEIGHBOURS: u32 = 16;
 
-/// What limits of a running snapshot are to become.
+/// A change of a running snapshot's limits.
 pub(super) struct LimitChange {
     project: ProjectId,
     from: Limits,
@@ -66,7 +68,7 @@ impl LimitChange {
         transaction.record_limits(self.project, self.to)
     }
 
-    /// Whether no number is new: each limit stays, or goes.
+    /// Whether the change only keeps or removes limits, and sets no new number.
     fn only_lifts(&self) -> bool {
         let lifts = |from: Option<u64>, to: Option<u64>| to.is_none() || to == from;
         lifts(self.from.max_bytes, self.to.max_bytes)
@@ -82,18 +84,18 @@ pub(super) struct Projects {
     ids: Arc<Ids>,
     search: Mutex<Search>,
     uncharged: Monitor<Uncharged>,
-    /// The snapshots to which room is lent.
+    /// The snapshots that have a loan.
     loans: Monitor<HashMap<SnapshotId, Loan>>,
-    /// That quotas fail where a snapshot can do without is logged once.
+    /// Logs only the first failure of quotas for snapshots that can do without.
     failing: Once,
 }
 
-/// Where the next project id is looked for.
+/// The state of the search for the next project id.
 #[derive(Default)]
 struct Search {
     /// The project id given out last, from which the search for the next starts.
     last: Option<ProjectId>,
-    /// Ids that are given out and not recorded yet.
+    /// Ids that are given out, but not recorded yet.
     unrecorded: HashSet<ProjectId>,
 }
 
@@ -127,8 +129,8 @@ impl Projects {
         }
     }
 
-    /// The quotas of the writable volume; [`ErrorKind::FailedPrecondition`] if it has
-    /// none: why, and what would change that.
+    /// The quotas of the writable volume. If it has none, returns
+    /// [`ErrorKind::FailedPrecondition`] with the reason and a remedy.
     fn require<'a>(&self, dirs: &'a Dirs) -> Result<Quotas<'a>> {
         self.require_switched_on()?;
         match Quotas::probe(dirs.snapshots_fd())? {
@@ -137,7 +139,7 @@ impl Projects {
         }
     }
 
-    /// As [`Projects::require`], for quotas that also keep limits.
+    /// Like [`Projects::require`], for quotas that also enforce limits.
     fn require_limits<'a>(&self, dirs: &'a Dirs) -> Result<Quotas<'a>> {
         let quotas = self
             .require(dirs)
@@ -165,12 +167,13 @@ impl Projects {
         Ok(self.require(&dirs)?.support())
     }
 
-    /// The project for a new snapshot that may take so much; `None` if it gets none.
+    /// The project for a new snapshot with these limits; `None` if the snapshot gets
+    /// none.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if quotas are needed and not there: what is
-    /// missing, and how to come by it.
+    /// [`ErrorKind::FailedPrecondition`] if quotas are needed and not supported,
+    /// with the reason and a remedy.
     pub(super) fn plan<'a>(
         &self,
         dirs: &'a Dirs,
@@ -189,8 +192,8 @@ impl Projects {
         }))
     }
 
-    /// Gives a new snapshot's directories, which are empty, their project; `None` where
-    /// that fails and the snapshot can do without.
+    /// Charges a new snapshot's directories, which are empty, to their project. Returns
+    /// `None` if that fails and the snapshot can do without.
     ///
     /// # Errors
     ///
@@ -216,7 +219,7 @@ impl Projects {
         }
     }
 
-    /// Returns the error where quotas are needed. Everywhere else the snapshot goes on
+    /// Returns the error if the snapshot needs quotas. Otherwise the snapshot goes on
     /// without them, and the error is logged once.
     fn do_without(&self, limits: Limits, error: Error) -> Result<()> {
         if self.are_needed(limits) {
@@ -224,7 +227,7 @@ impl Projects {
         }
         self.failing.call_once(|| {
             log::warn!(
-                "new containers get no project, so that their files have to be counted: {}",
+                "new containers get no project, and so their files have to be counted: {}",
                 error.chain()
             );
         });
@@ -235,36 +238,38 @@ impl Projects {
         limits != Limits::NONE || self.options.mode == QuotaMode::Require
     }
 
-    /// An id that nobody has, and of which the kernel has nothing. Once it is recorded, or
-    /// given up, [`Projects::end_search`] has to be called.
+    /// Picks an id that is free here and that the kernel has nothing of. Once it is
+    /// recorded, or given up, the caller has to call [`Projects::end_search`].
     fn pick(&self, quotas: &Quotas<'_>) -> Result<ProjectId> {
         let range = self.options.ids;
         let reader = self.store.read()?;
-        // Whoever waits here needs the writable volume as well.
+        // A request that waits here needs the writable volume as well.
         let mut search = lock(&self.search);
         if search.last.is_none() {
             let given = reader.projects()?;
             let mut ids = given.iter().map(|given| given.project);
             search.last = ids.rfind(|project| range.contains(*project));
         }
-        // An id given back rests until all others had their turn.
+        // The search goes on after the last id, so an id that was given back
+        // rests until all others had their turn.
         let mut candidate = search.last.unwrap_or(ProjectId::NONE);
         let mut misses = 0;
         let ours = reader.count_projects()? + search.unrecorded.len() as u64;
-        // Our own are passed over without a question.
+        // Ids of this daemon are skipped without asking the kernel.
         for _ in 0..ours + u64::from(MOST_MISSES) {
             candidate = range.after(candidate);
             if search.unrecorded.contains(&candidate) || reader.is_project_taken(candidate)? {
                 continue;
             }
-            // Somebody's limit, of what is yet to come, counts as well.
+            // A limit alone counts, too: another program may have set it for
+            // files to come.
             if quotas.held(candidate)?.is_nothing() {
                 search.last = Some(candidate);
                 search.unrecorded.insert(candidate);
                 return Ok(candidate);
             }
             misses += 1;
-            // A small range is looked through.
+            // In a small range, every id is tried.
             if misses % MOST_NEIGHBOURS == 0 && range.count() > MOST_MISSES {
                 candidate = range.at(random()?);
             }
@@ -273,18 +278,19 @@ impl Projects {
         Err(Error::new(
             ErrorKind::ResourceExhausted,
             format!(
-                "no project id of {range} was found free, {misses} are in use by others: remove \
+                "no project id of {range} is free, {misses} are in use by other programs: remove \
                  containers, or give --quota-ids another range"
             ),
         ))
     }
 
-    /// The id is recorded, or was given up.
+    /// Ends the search: the id is recorded, or was given up.
     fn end_search(&self, project: ProjectId) {
         lock(&self.search).unrecorded.remove(&project);
     }
 
-    /// What an update of labels asks of the limits of a running snapshot.
+    /// The change of a running snapshot's limits that an update of labels asks
+    /// for.
     ///
     /// # Errors
     ///
@@ -297,7 +303,7 @@ impl Projects {
         after: &Snapshot,
     ) -> Result<Option<LimitChange>> {
         let info = &after.info;
-        // Only what a label changes: the default may be another by now.
+        // Only limits whose labels change: the default may have changed since.
         let is_changed = |label: &str| before.info.labels.get(label) != info.labels.get(label);
         let is_size_changed = is_changed(LABEL_MAX_SIZE) || is_changed(LABEL_OWN_MAX_SIZE);
         let are_inodes_changed = is_changed(LABEL_MAX_INODES);
@@ -325,25 +331,26 @@ impl Projects {
             }));
         }
         if source == LabelSource::Administrator && asked.is_limit() {
-            // What a file system lacks comes before what the snapshot does.
+            // A lack of the file system is reported before a lack of the
+            // snapshot.
             let dirs = self.volumes.open(Volume::Writable)?;
             self.require_limits(&dirs)?;
             return Err(Error::refused(
-                "it was made while the writable volume had no project quotas, so it has no \
-                 project that could be limited: make the container anew",
+                "it was created while the writable volume had no project quotas, so it has no \
+                 project that could be limited: make the container again",
             ));
         }
         Ok(None)
     }
 
-    /// Changes limits before `record` makes the change durable; back again if that
-    /// fails. A start sets what is recorded, and so a limit can be taken away where
-    /// the kernel cannot be told now.
+    /// Changes limits before `record` makes the change durable, and changes them
+    /// back if `record` fails. A limit can be removed even if the kernel cannot be
+    /// asked now, because the next start sets what is recorded.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`] if the volume or its quotas are not there;
-    /// as of its disk; those of `record`.
+    /// errors of the volume's disk; errors of `record`.
     pub(super) fn change_limits<T>(
         &self,
         change: &LimitChange,
@@ -352,7 +359,7 @@ impl Projects {
         let are_kept = || matches!(self.support(), Ok(Support::Limits));
         if change.only_lifts() && !are_kept() {
             log::info!(
-                "project {} keeps its limits until a start with quotas",
+                "project {} keeps its limits in the kernel until the daemon starts with quotas",
                 change.project
             );
             return record();
@@ -367,30 +374,31 @@ impl Projects {
             })
             .inspect_err(|_| {
                 if let Err(error) = quotas.set_limits(change.project, change.from) {
-                    log::warn!("undo a refused update: {}", error.chain());
+                    log::warn!("cannot undo a refused update: {}", error.chain());
                 }
             })
     }
 
-    /// Whether a snapshot has limits that are kept, or may have.
+    /// Whether a snapshot has, or may have, limits that are enforced.
     pub(super) fn is_limited(&self, reader: &Reader<'_>, snapshot: &Snapshot) -> bool {
         if snapshot.volume != Some(Volume::Writable) || self.options.mode == QuotaMode::Off {
             return false;
         }
         match reader.project_of(snapshot.id) {
             Ok(given) => given.is_some_and(|given| given.limits != Limits::NONE),
-            // Logged where room is lent, and no reason not to mount.
+            // The failure is logged when room is lent, and is no reason not to
+            // mount.
             Err(_) => true,
         }
     }
 
-    /// Has no further file charged to a project.
+    /// Stops charging further files to projects.
     pub(super) fn stop_charging(&self) {
         self.uncharged.stop();
     }
 
-    /// What a snapshot takes by its quota, in constant time; `None` if it has no
-    /// project, or its directory is not charged to it.
+    /// What a snapshot takes according to its quota, without a walk. `None` if
+    /// it has no project, or its directory is not charged to the project.
     pub(super) fn usage(
         &self,
         dirs: &Dirs,
@@ -403,26 +411,27 @@ impl Projects {
         if quota::project_of(upper)? != given.project {
             return Ok(None);
         }
-        // Who gets no answer can still walk: the kernel takes the question for a
-        // write, and has none on a volume that is read-only.
+        // The caller can still walk. The kernel treats this request as a write,
+        // and so refuses it on a read-only volume.
         let Ok(Some(quotas)) = self.available(dirs) else {
             return Ok(None);
         };
         Ok(quotas.held(given.project).ok().map(|held| held.usage))
     }
 
-    /// Gives the ids back to which nothing is charged any more. XFS may take a moment
-    /// for what has just been deleted: the next call finds it then.
+    /// Takes back the ids to which nothing is charged any more. XFS may still charge
+    /// files that were just deleted: the next call finds those ids.
     pub(super) fn free_unused(&self) -> Result<()> {
         let loose = self.store.read()?.loose_projects()?;
         if loose.is_empty() {
             return Ok(());
         }
-        // Without the volume nobody can tell, and it is told elsewhere.
+        // Without the volume the kernel cannot be asked. The missing volume is
+        // reported elsewhere.
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(());
         };
-        // The start has logged why there are none.
+        // The start has logged why there are no quotas.
         let Some(quotas) = self.available(&dirs)? else {
             return Ok(());
         };
@@ -431,7 +440,8 @@ impl Projects {
         for given in loose {
             let held = quotas.held(given.project)?;
             if held.is_unused() {
-                // First this: struck out, nobody would know of the limit.
+                // The limit is cleared first: without the row, nothing would
+                // record whose it is.
                 quotas.set_limits(given.project, Limits::NONE)?;
                 unused.push(given.project);
             }

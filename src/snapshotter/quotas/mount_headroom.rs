@@ -1,25 +1,25 @@
 //! Room for the start of a container that has filled its limit.
 //!
-//! overlayfs removes `work/work` at every mount and makes it anew, for which XFS
-//! sets blocks and an inode aside. It holds root to a limit as well, and so a mount
-//! in a full project comes up read-only, or fails. Therefore a snapshot whose mounts
-//! are asked for is lent what it lacks: the kernel's limit is raised, and is as recorded
-//! again when the mount has been seen, or after a while.
+//! overlayfs removes `work/work` at every mount and creates it again, for which XFS
+//! reserves blocks and an inode. XFS enforces the limit for root as well, so in a full
+//! project the mount is read-only, or fails. Therefore a request for the mounts of a
+//! snapshot lends the snapshot what it lacks: the kernel's limit is raised, and lowered
+//! to the recorded limit when the mount has been seen, or after a while.
 //!
-//! What a container writes while a loan lasts stays. So that restarts do not add up to a
-//! higher limit, the loan is counted from the recorded limit, it ends before a runtime has
-//! started the container's program, and nothing is lent for a snapshot that is mounted.
+//! What a container writes during a loan stays. Restarts must not add up to a higher
+//! limit, so the loan is counted from the recorded limit, ends before a runtime has
+//! started the container's program, and is not given to a mounted snapshot.
 //!
-//! Room that is always there would be filled like the rest by the first run, and be
-//! missing at the second start. `work` outside of the project would not do either: a
-//! rename from there into the project is refused (rename(2), EXDEV), and overlayfs
-//! copies that way.
+//! Two other designs do not work. Room that is always there would be filled by the
+//! first run, and be missing at the second start. A `work` outside of the project
+//! fails, because overlayfs copies files up by renaming them from there, and such a
+//! rename into a project is refused (rename(2), EXDEV).
 //!
-//! ext4 lets root mount in a full project, and is treated alike: it depends on the
-//! rights with which a kernel's overlayfs mounts.
+//! ext4 lets root mount in a full project, but gets loans as well: whether
+//! overlayfs acts with root's rights depends on the kernel.
 //!
-//! Loans are in memory only, the database always has the limit itself: after a crash
-//! the next start sets it.
+//! Loans are in memory only, and the database always has the limit itself, which the
+//! next start after a crash sets.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -46,15 +46,15 @@ const LONGEST: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Loan {
     until: Instant,
-    /// Before the mount.
+    /// The mark of the last mount before the loan.
     work: Option<WorkMark>,
-    /// overlayfs has begun to mount it.
+    /// Whether overlayfs has begun to mount the snapshot.
     is_mount_begun: bool,
 }
 
 impl Projects {
-    /// Lends a snapshot that has limits what it lacks to be mounted. If that
-    /// fails its mounts are told all the same: they may do.
+    /// Lends a snapshot with limits what it lacks to be mounted. If that fails,
+    /// the caller still returns the mounts, because they may work.
     pub(in crate::snapshotter) fn lend_room(&self, id: SnapshotId) {
         if let Err(error) = self.try_to_lend_room(id) {
             log::warn!(
@@ -77,12 +77,13 @@ impl Projects {
         if lent == given.limits {
             return Ok(());
         }
-        // A container that runs has been mounted, and would only write more.
+        // The container of a mounted snapshot runs, and would only write more.
         if is_mounted(&self.store, &self.volumes, id, Volume::Writable)? {
             return Ok(());
         }
         let _claim = self.ids.claim(id);
-        // Limits change under a claim, and may have by now.
+        // Limits change only under a claim, and may have changed before this
+        // one.
         let Some(given) = self.store.read()?.project_of(id)? else {
             return Ok(());
         };
@@ -97,13 +98,13 @@ impl Projects {
             work,
             is_mount_begun: false,
         };
-        // Also in place of the one there is: its mount may have been another.
+        // A present loan is replaced, because it may belong to another mount.
         self.loans.change(|loans| loans.insert(id, loan));
         log::debug!("snapshot {id} has filled its limit: room is lent for its mount");
         Ok(())
     }
 
-    /// Starts the thread that takes room back.
+    /// Starts the thread that ends loans.
     pub(in crate::snapshotter) fn start_lender(self: &Arc<Projects>) -> Result<Background> {
         let stop = |projects: &Projects| projects.loans.stop();
         Background::start("lender", self, stop, |projects| {
@@ -115,7 +116,8 @@ impl Projects {
         })
     }
 
-    /// Waits for a loan, and then until the next look; `None` at the stop.
+    /// Waits for a loan, and then until the next check; returns `None` at the
+    /// stop.
     fn await_loans(&self) -> Option<Vec<(SnapshotId, Loan)>> {
         self.loans.wait_while(HashMap::is_empty, |_| ())?;
         if !self.loans.pause(LOOK) {
@@ -125,7 +127,8 @@ impl Projects {
         Some(self.loans.look(all))
     }
 
-    /// `false`, and nothing done, if the loan has been renewed.
+    /// Replaces a loan. Does nothing and returns `false` if the loan has been
+    /// renewed.
     fn replace_loan(&self, id: SnapshotId, loan: Loan, by: Option<Loan>) -> bool {
         self.loans.look(|loans| {
             let is_it = loans.get(&id) == Some(&loan);
@@ -162,14 +165,14 @@ impl Projects {
         }
         if let Err(error) = self.take_room_back(id, loan) {
             log::warn!(
-                "the limits of snapshot {id} are kept only from the next start on: {}",
+                "the limits of snapshot {id} stay raised until the next start: {}",
                 error.chain()
             );
         }
     }
 
     fn take_room_back(&self, id: SnapshotId, loan: Loan) -> Result<()> {
-        // Nothing is lent, and no limit changed, as long as this is held.
+        // While this claim is held, nothing is lent and no limit changes.
         let _claim = self.ids.claim(id);
         if !self.replace_loan(id, loan, None) {
             return Ok(());
@@ -178,7 +181,8 @@ impl Projects {
         let Some(given) = reader.project_of(id)? else {
             return Ok(());
         };
-        // The limits of these are cleared, by whoever gives the ids back.
+        // The limits of these projects are cleared when their ids are taken
+        // back.
         let loose = reader.loose_projects()?;
         if loose.iter().any(|loose| loose.project == given.project) {
             return Ok(());

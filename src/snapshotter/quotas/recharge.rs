@@ -1,10 +1,12 @@
-//! Charging trees again, beside the requests: those that came back from a backup,
-//! or from another disk, by somebody who knows no projects.
+//! Charging whole trees to their projects again, in the background: trees that
+//! came back from a backup, or from another disk, by a program that does not know
+//! projects.
 //!
-//! `<id>` itself leaves its project first, and is put into it last: cut short, it
-//! tells the next start that there is something left to do. Nobody makes anything in
-//! `<id>`, so nothing escapes its project meanwhile. The directories in it come
-//! before what they hold: what a container makes in them is charged by itself.
+//! `<id>` itself leaves its project first and returns to it last, so that after a
+//! crash the next start sees that the work is not finished. Nothing is created
+//! directly in `<id>`, so nothing escapes the project meanwhile. A directory is
+//! charged before its entries, so that files which a container creates in it are
+//! charged by the kernel.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -20,12 +22,13 @@ use crate::util::fault_point::fault_point;
 use crate::util::threads::Background;
 use crate::volume::SnapshotDirs;
 
-/// The snapshots whose trees are to be charged.
+/// The snapshots whose trees have to be charged.
 #[derive(Default)]
 pub(super) struct Uncharged {
     waiting: BTreeSet<SnapshotId>,
     under_way: Option<SnapshotId>,
-    /// Until they are asked for again.
+    /// Snapshots that failed. They are tried again when they are requested
+    /// again.
     failed: HashSet<SnapshotId>,
 }
 
@@ -41,7 +44,7 @@ impl Uncharged {
 }
 
 impl Projects {
-    /// Has these snapshots charged to their projects, beside the requests.
+    /// Has these snapshots charged to their projects, in the background.
     pub(in crate::snapshotter) fn recharge_later(&self, ids: &[SnapshotId]) {
         self.uncharged.change(|uncharged| {
             for id in ids {
@@ -62,8 +65,8 @@ impl Projects {
         self.uncharged.look(|uncharged| uncharged.is_pending(id))
     }
 
-    /// Starts the thread, which calls `on_missing_volume` when it cannot go on without
-    /// the writable volume. Stopped, it ends within a file.
+    /// Starts the thread, which calls `on_missing_volume` if it cannot go on without
+    /// the writable volume. After a stop, it ends within a file.
     pub(in crate::snapshotter) fn start_charger(
         self: &Arc<Projects>,
         on_missing_volume: impl Fn() + Send + 'static,
@@ -94,7 +97,7 @@ impl Projects {
         })
     }
 
-    /// Charges all that wait, in the calling thread.
+    /// Charges all waiting snapshots, in the calling thread.
     pub(in crate::snapshotter) fn recharge_now(&self) -> Result<()> {
         while let Some(id) = self.uncharged.look(Uncharged::begin_next) {
             self.charge(id)?;
@@ -104,7 +107,7 @@ impl Projects {
 
     fn charge(&self, id: SnapshotId) -> Result<()> {
         let charged = match self.charge_snapshot(id) {
-            // Removed meanwhile.
+            // The snapshot was removed meanwhile.
             Err(_) if self.is_gone(id) => Ok(()),
             charged => charged,
         };
@@ -129,16 +132,19 @@ impl Projects {
         let project = given.project;
         let dirs = self.volumes.open(Volume::Writable)?;
         let parts = match dirs.open_parts(id) {
-            // Reported by who looks for layers.
+            // The missing directory is reported by the search for missing
+            // layers.
             Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(()),
             parts => parts?,
         };
         self.charge_tree(id, &parts, project)?;
-        log::warn!("snapshot {id} was not charged to project {project}, and is now");
+        log::warn!(
+            "the files of snapshot {id} were not charged to project {project}; now they are"
+        );
         Ok(())
     }
 
-    /// Charges a tree to a project, whatever it was charged to.
+    /// Charges a tree to a project, whatever project it was charged to before.
     fn charge_tree(&self, id: SnapshotId, parts: &SnapshotDirs, project: ProjectId) -> Result<()> {
         quota::set_project(&parts.top, ProjectId::NONE)?;
         let scratch = match self.may_make_anew(id)? {
@@ -162,14 +168,15 @@ impl Projects {
                 (Visited::File(fd), _) => {
                     quota::charge_file(fd, project).inspect(|()| fault_point("file-charged"))
                 }
-                // It may have been mounted meanwhile, and be somebody's to change.
+                // The snapshot may have been mounted meanwhile, and is then the
+                // container's to change.
                 (Visited::Node(parent, name), Some(scratch)) if !self.is_mounted(id)? => {
                     tree::remake(parent, name, scratch).map(|is_made| linked += u64::from(!is_made))
                 }
-                // They take inodes, and hardly a block.
+                // Links and nodes take inodes, but hardly any blocks.
                 (Visited::Node(..), _) => Ok(()),
             };
-            // One that nobody may change (chattr(1), immutable), for one.
+            // The file may be immutable (chattr(1)), for example.
             if let Err(error) = charged {
                 failures += 1;
                 first.get_or_insert(error);
@@ -194,10 +201,10 @@ impl Projects {
         quota::set_project(&parts.top, project)
     }
 
-    /// Whether links and nodes may be made anew, which cannot be charged as what they
-    /// are, and so can neither be renamed nor linked in directories that hand a project
-    /// on (rename(2), EXDEV). Nobody does that in a layer. In what is mounted, the
-    /// kernel has its own idea of which inodes there are.
+    /// Whether links and nodes of a snapshot may be created again. They cannot be
+    /// charged as they are, and so can neither be renamed nor linked in directories
+    /// that give a project to their entries (rename(2), EXDEV). Layers need no such
+    /// renames, and in a mounted snapshot the kernel holds the old inodes.
     fn may_make_anew(&self, id: SnapshotId) -> Result<bool> {
         let place = self.store.read()?.place(id)?;
         let is_active = place.is_some_and(|place| place.kind == Kind::Active);

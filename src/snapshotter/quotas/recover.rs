@@ -1,5 +1,5 @@
-//! Making what the database has of projects and what the file system has one:
-//! at a start, and told by `check`.
+//! Bringing the projects in the database and those of the file system into
+//! agreement at a start, and comparing them for `check`.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use crate::util::lock::lock;
 use crate::volume::{Dirs, SnapshotDirs};
 
 impl Projects {
-    /// At a start, after strays have gone to the trash: what the database has of
-    /// projects, and what the file system has, are made one. Returns the snapshots
-    /// whose trees have to be charged, which is done beside the requests.
+    /// At a start, after strays have gone to the trash: brings the projects in the
+    /// database and those of the file system into agreement. Returns the snapshots
+    /// whose trees have to be charged, which is done in the background.
     pub(in crate::snapshotter) fn recover(&self, dirs: &Arc<Dirs>) -> Result<Vec<SnapshotId>> {
         let given = self.store.read()?.projects()?;
         let loose: HashSet<_> = self
@@ -30,12 +30,12 @@ impl Projects {
         let quotas = match self.options.mode {
             QuotaMode::Require => self.require_limits(dirs)?,
             QuotaMode::Auto | QuotaMode::Off => match self.require(dirs) {
-                // Nothing changes about that by another try.
+                // Another try would fail in the same way.
                 Err(error) if error.kind() == ErrorKind::FailedPrecondition => {
                     if given.iter().any(|given| !loose.contains(&given.project)) {
                         log::warn!(
-                            "containers that have limits or are counted by quotas are no longer: \
-                             {}",
+                            "the limits of containers are no longer enforced, and their files have to be \
+                             counted: {}",
                             error.chain()
                         );
                     }
@@ -44,8 +44,8 @@ impl Projects {
                 required => required?,
             },
         };
-        // A directory of another project cannot be moved into one that hands its
-        // own on (rename(2), EXDEV).
+        // A directory of another project cannot be moved into a directory that
+        // gives its own project to its entries (rename(2), EXDEV).
         for directory in [dirs.snapshots_fd(), dirs.trash_fd()?] {
             if quota::project_of(directory)? != ProjectId::NONE {
                 quota::set_project(directory, ProjectId::NONE)?;
@@ -72,8 +72,8 @@ impl Projects {
         Ok(uncharged)
     }
 
-    /// Sets a snapshot's limits to what is recorded, also when its directories were made
-    /// again, or copied by a program that knows no projects. Returns whether its
+    /// Sets the recorded limits of a snapshot, also if its directories were created
+    /// again, or copied by a program that does not know projects. Returns whether its
     /// directories are charged to its project.
     fn restore_project(
         &self,
@@ -82,12 +82,13 @@ impl Projects {
         id: SnapshotId,
         given: &Project,
     ) -> Result<bool> {
-        // It may have been changed, or removed, meanwhile.
+        // The project may have been changed, or removed, meanwhile.
         if self.store.read()?.project_of(id)?.as_ref() != Some(given) {
             return Ok(true);
         }
         let parts = match dirs.open_parts(id) {
-            // Reported by who looks for layers.
+            // The missing directory is reported by the search for missing
+            // layers.
             Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(true),
             parts => parts?,
         };
@@ -102,13 +103,13 @@ impl Projects {
             && !given.limits.are_kept_by(quotas.held(project)?.limits)
         {
             quotas.set_limits(project, given.limits)?;
-            log::warn!("project {project} of snapshot {id} has its limits again");
+            log::warn!("set the limits of project {project} of snapshot {id} again");
         }
         is_charged(&parts, project)
     }
 
-    /// Gives a snapshot another id for one that is somebody else's; none if none is
-    /// free.
+    /// Gives a snapshot another project in place of one that another program uses;
+    /// none if no id is free.
     fn replace_project(
         &self,
         quotas: &Quotas<'_>,
@@ -120,8 +121,8 @@ impl Projects {
             Ok(project) => Some(project),
             Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
                 log::error!(
-                    "snapshot {id} has no limit any more: its project {theirs} is somebody \
-                     else's on this disk, and {}",
+                    "snapshot {id} has no limit any more: another program uses its project {theirs} \
+                     on this disk, and {}",
                     error.chain()
                 );
                 None
@@ -129,7 +130,8 @@ impl Projects {
             Err(error) => return Err(error),
         };
         let recorded = self.store.together(|transaction| {
-            // Not to be given back: that would clear the limits of whose it is.
+            // The id is not taken back, because that would clear the other
+            // program's limits.
             transaction.forget_project(theirs)?;
             match picked {
                 None => Ok(()),
@@ -144,8 +146,8 @@ impl Projects {
             self.end_search(project);
             recorded?;
             log::warn!(
-                "project {theirs} of snapshot {id} is somebody else's on this disk: it has \
-                 project {project} from now on"
+                "another program uses project {theirs} of snapshot {id} on this disk: the snapshot \
+                 has project {project} from now on"
             );
         } else {
             recorded?;
@@ -153,7 +155,8 @@ impl Projects {
         Ok(picked)
     }
 
-    /// What is not as recorded, in order of the ids; nothing where no quotas are.
+    /// The differences from what is recorded, in order of the ids; none if there
+    /// are no quotas.
     pub(in crate::snapshotter) fn inspect(
         &self,
         snapshots: &HashMap<SnapshotId, Snapshot>,
@@ -179,7 +182,7 @@ impl Projects {
                 id: Some(snapshot.id),
                 volume: Some(Volume::Writable),
             };
-            // A missing directory is a finding of its own.
+            // A missing directory is another finding.
             if let Ok(parts) = dirs.open_parts(snapshot.id)
                 && !is_charged(&parts, project)?
             {
@@ -194,8 +197,8 @@ impl Projects {
         Ok(findings)
     }
 
-    /// Records the ids of directories in the trash that are not recorded: a
-    /// request was cut off after it had set one.
+    /// Records the projects of directories in the trash that are not recorded,
+    /// because a request was interrupted after it had set one.
     fn adopt_trashed(&self, dirs: &Dirs) -> Result<()> {
         let given = self.store.read()?.projects()?;
         let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
@@ -218,16 +221,17 @@ impl Projects {
                     snapshot: None,
                     limits: Limits::NONE,
                 })?;
-                log::info!("project {project} is taken by what is in the trash");
+                log::info!("files in the trash still use project {project}");
             }
             Ok(())
         })
     }
 }
 
-/// Whether a recorded id is the snapshot's on this disk as well. After a move to
-/// another disk, or with a database from another day, it may be somebody else's: what
-/// is charged to it is not in the snapshot, or what it is limited to is not recorded.
+/// Whether a recorded project is the snapshot's on this disk as well. After a move to
+/// another disk, or with an older database, it may be another program's: then files
+/// outside of the snapshot are charged to it, or its limits differ from the recorded
+/// ones.
 fn is_ours(parts: &SnapshotDirs, given: &Project, held: &Held) -> Result<bool> {
     for part in parts.all() {
         if quota::project_of(part)? == given.project {
@@ -238,7 +242,7 @@ fn is_ours(parts: &SnapshotDirs, given: &Project, held: &Held) -> Result<bool> {
     Ok(held.is_unused() && (limits == Limits::NONE || given.limits.are_kept_by(limits)))
 }
 
-/// Whether all of a snapshot's directories hand a project on.
+/// Whether all of a snapshot's directories give the project to their entries.
 fn is_charged(parts: &SnapshotDirs, project: ProjectId) -> Result<bool> {
     let mut is_charged = true;
     for part in parts.all() {

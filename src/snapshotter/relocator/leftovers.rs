@@ -1,10 +1,11 @@
-//! The directories that moved layers have left on the writable volume: when nothing can
-//! have them mounted any more, and deleting them.
+//! The directories that moved layers have left on the writable volume: finding out when
+//! nothing can have them mounted any more, and deleting them.
 //!
-//! Containers and views mount a layer by its path, which leads to the moved layer. So only
-//! what was mounted before the move can show the old directory. An overlay does not say
-//! when it was mounted; so the overlays on the layer are noted once a mount that was under
-//! way at the move must be in the kernel's list, and later ones do not count.
+//! Containers and views mount a layer by its path, which leads to the moved layer, so
+//! only a mount from before the move can show the old directory. An overlay does not show
+//! when it was mounted. Therefore the overlays on the layer are noted some time after the
+//! move, when a mount that was under way at the move must be in the kernel's list.
+//! Overlays that appear later do not count.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -16,11 +17,11 @@ use crate::snapshotter::in_use::Mounts;
 use crate::store::LeftoverDir;
 use crate::types::{SnapshotId, Volume};
 
-/// How long a mount(2) may take that has found the old directory.
+/// How long a mount(2) that has found the old directory may take.
 const SETTLING: Duration = Duration::from_secs(10);
 
-/// What the relocator's thread knows of them. A start knows nothing: the overlays that are
-/// mounted then count.
+/// What the relocator's thread knows of leftover directories. After a start it knows
+/// nothing, and all mounted overlays count.
 #[derive(Default)]
 pub(super) struct Leftovers {
     seen: HashMap<SnapshotId, Seen>,
@@ -33,8 +34,8 @@ struct Seen {
 }
 
 impl Leftovers {
-    /// Deletes the directories that nothing has mounted any more. Returns when to look
-    /// again; `None` if there are none.
+    /// Deletes the leftover directories that nothing has mounted any more. Returns
+    /// when to look again; `None` if no leftover directory remains.
     pub(super) fn release(&mut self, relocator: &Relocator) -> Result<Option<Duration>> {
         let leftovers = relocator.store.read()?.retired()?;
         self.seen
@@ -60,7 +61,8 @@ impl Leftovers {
                 transaction.forget_tombstones(&relocator.trash.take_settled())?;
                 transaction.forget_retired(id)
             })?;
-            // Without a claim: a Remove of the layer must not wait for this disk.
+            // No claim is held, because a Remove of the layer must not wait for
+            // this disk.
             match writable.trash(id) {
                 Ok(name) => name
                     .into_iter()
@@ -68,19 +70,20 @@ impl Leftovers {
                 Err(error) => {
                     relocator.trash.note_stray(Volume::Writable);
                     log::warn!(
-                        "remove what layer {id} has left on the writable volume: {}",
+                        "cannot remove what layer {id} has left on the writable volume: {}",
                         error.chain()
                     );
                     continue;
                 }
             }
             relocator.trash.note_trashed(id, Volume::Writable);
-            log::debug!("what layer {id} had left on the writable volume is deleted");
+            log::debug!("deleted the leftover directory of layer {id} on the writable volume");
         }
         Ok(next)
     }
 
-    /// How long a directory has to stay at least; `None` if something has it mounted.
+    /// How long a leftover directory has to stay at least; `None` if something has it
+    /// mounted.
     fn is_free_in(
         &mut self,
         relocator: &Relocator,

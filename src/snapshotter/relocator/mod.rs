@@ -1,12 +1,14 @@
-//! Moving committed layers home, from the writable to the image volume.
+//! Moving committed layers from the writable to the image volume.
 //!
-//! What a container may have mounted is never touched: the layer is copied, the copy is made
-//! durable, copy and link change names, and the row says so. New mounts find the copy by the
-//! same path. The old directory goes at once if nothing stands on the layer, else
-//! when nothing has it mounted any more, or when the host has rebooted.
+//! Nothing that a container may have mounted is touched. The layer is copied, the copy is
+//! made durable, the copy and the layer's link exchange their names, and the row is
+//! updated. New mounts find the copy by the same path. The old directory is deleted at
+//! once if nothing stands on the layer, otherwise when nothing has it mounted any more,
+//! or when the host has rebooted.
 //!
-//! After a crash: before the exchange, the copy is dropped and the layer is
-//! where it was; after it, the copy is whole and the start records it.
+//! After a crash before the exchange, the copy is dropped, and the layer is
+//! where it was. After the exchange the copy is whole, and the next start
+//! records the move.
 
 mod leftovers;
 mod worker;
@@ -43,21 +45,22 @@ fn boot_id() -> Result<String> {
         .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
 }
 
-/// How often the thread looks for what no request reports.
+/// How often the thread looks for changes that no request reports.
 const EVERY_MINUTE: Duration = Duration::from_secs(60);
 
-/// What was moved to the trash of a volume, and its name there.
+/// An entry that was moved to the trash: its volume, and its name there.
 type Trashed = (Arc<Dirs>, String);
 
-/// What moving a layer came to.
+/// The result of moving a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Moved {
-    /// It is home; that many bytes were copied.
+    /// The layer is on the image volume; this number of bytes was copied.
     Home(u64),
-    /// It was removed meanwhile, or is home already.
+    /// The layer was removed meanwhile, or was moved before.
     Gone,
-    /// Not now: its own snapshot is still mounted, or one upon it is that has
-    /// been committed meanwhile and counts as no user in the database.
+    /// The layer cannot move yet: its own snapshot is still mounted, or another
+    /// snapshot on it is that was committed since, and so does not count as a
+    /// user in the database.
     InUse,
 }
 
@@ -69,13 +72,13 @@ pub(super) struct Relocator {
     ids: Arc<Ids>,
     links: Arc<Links>,
     relocation: Relocation,
-    /// One layer moves at a time.
+    /// Locked during a move, because one layer moves at a time.
     moving: Mutex<()>,
     news: Monitor<News>,
-    /// An unmoved layer or a leftover directory was there when the thread last looked, or
-    /// it is just looking.
+    /// Whether there was an unmoved layer or a leftover directory when the thread last
+    /// looked, or the thread is looking just now.
     has_layers: AtomicBool,
-    /// Ends a copy under way.
+    /// Cancels the current copy when set.
     is_stopping: AtomicBool,
     moves: Mutex<Moves>,
 }
@@ -83,13 +86,13 @@ pub(super) struct Relocator {
 /// What has happened since the thread last looked for layers to move.
 #[derive(Default)]
 struct News {
-    /// Something that a layer may have waited for.
+    /// Something has happened that a layer may wait for.
     is_any: bool,
-    /// Something on the image volume was removed.
+    /// Something was removed from the image volume.
     has_room: bool,
 }
 
-/// What the relocator has done since the start.
+/// What the relocator has done since the start of the daemon.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Moves {
     pub layers: u64,
@@ -121,27 +124,27 @@ impl Relocator {
         }
     }
 
-    /// Ends the thread, and all moves in whatever thread with
+    /// Stops the thread. Moves in every thread end with
     /// [`ErrorKind::Unavailable`].
     pub(super) fn stop(&self) {
         self.is_stopping.store(true, Ordering::Relaxed);
         self.news.stop();
     }
 
-    /// Has the thread look for layers to move.
+    /// Asks the thread to look for layers to move.
     pub(super) fn wake(&self) {
         self.news.change(|news| news.is_any = true);
     }
 
-    /// Something has ended that a layer may have waited for. If there is no layer, the
-    /// thread need not look.
+    /// Notes the end of something that a layer may have waited for. If there is no
+    /// layer, the thread is not woken.
     pub(super) fn note_end(&self) {
         if self.has_layers.load(Ordering::SeqCst) {
             self.wake();
         }
     }
 
-    /// Something on the image volume was removed.
+    /// Notes that something was removed from the image volume.
     pub(super) fn note_room(&self) {
         self.news.change(|news| {
             news.has_room = true;
@@ -157,8 +160,8 @@ impl Relocator {
         in_use::mounted_layers(&self.store, &self.volumes)
     }
 
-    /// Moves one layer home, in the calling thread. What is to be deleted after that is
-    /// added to `trashed`: others may wait for the next move.
+    /// Moves one layer, in the calling thread. Entries that have to be deleted
+    /// afterwards are added to `trashed`, so that the next move need not wait for that.
     fn relocate(&self, id: SnapshotId, trashed: &mut Vec<Trashed>) -> Result<Moved> {
         let _one_at_a_time = lock(&self.moving);
         let image = self.volumes.image();
@@ -167,7 +170,7 @@ impl Relocator {
         let is_exchanged = image.layer_entry(id)? == Some(FileType::Directory);
         let mut bytes = 0;
         if is_exchanged {
-            // A crash may have come between the exchange and its own flush.
+            // A crash may have come between the exchange and its flush.
             image.dirs().settle_names()?;
         } else {
             if self.mounted_layers()?.contains(&id) {
@@ -200,9 +203,10 @@ impl Relocator {
             return Err(error);
         }
         fault_point("exchanged");
-        // If recording fails, the copy stays in place: it is whole, and the
-        // next try, or the next start, finds it and only records it. What is
-        // held is asked again: what stood on it may have been committed since.
+        // If recording the move fails, the copy stays in place: it is whole,
+        // and the next try, or the next start, only records it. The users of
+        // the layer are read again, because snapshots on it may have been
+        // committed since.
         let held = self.held_after_exchange(id)?;
         let boot_id = boot_id()?;
         let is_in_use = self.store.together(|transaction| {
@@ -223,13 +227,17 @@ impl Relocator {
         };
         if let Err(error) = tidy() {
             self.trash.note_stray(Volume::Writable);
-            log::warn!("tidy up after the move of layer {id}: {}", error.chain());
+            log::warn!(
+                "cannot tidy up after the move of layer {id}: {}",
+                error.chain()
+            );
         }
         fault_point("trashed");
         Ok(Moved::Home(bytes))
     }
 
-    /// Drops what a move has under its own name: half a copy, or the link.
+    /// Moves the entry `.moving-<id>` to the trash: an unfinished copy, or the
+    /// link.
     fn end_move(&self, id: SnapshotId, trashed: &mut Vec<Trashed>) -> Result<()> {
         let image = self.volumes.image();
         let name = image.end_move(id)?;
@@ -237,8 +245,8 @@ impl Relocator {
         Ok(())
     }
 
-    /// Deletes the copies in the trash that a kill has kept from being deleted: at a daemon
-    /// that is killed again and again they would fill the disk before a Cleanup comes.
+    /// Deletes copies in the trash that a kill has kept from being deleted. A daemon that
+    /// is killed again and again would otherwise fill the disk before a Cleanup comes.
     fn delete_dropped_copies(&self) -> Result<()> {
         let image = self.volumes.image().dirs();
         for name in image.trashed_moves()? {
@@ -247,8 +255,8 @@ impl Relocator {
         Ok(())
     }
 
-    /// The layers whose old directory is mounted, though perhaps by nothing that the
-    /// database knows.
+    /// The layers whose old directory may be mounted, perhaps by a program that the
+    /// database does not know of.
     fn held_after_exchange(&self, id: SnapshotId) -> Result<HashSet<SnapshotId>> {
         let mounts = Mounts::read(&self.store, &self.volumes)?;
         let mut held = mounts.layers(&*self.store.read()?)?;
@@ -258,7 +266,7 @@ impl Relocator {
         Ok(held)
     }
 
-    /// As [`Relocator::relocate`], and deletes what that has left.
+    /// Like [`Relocator::relocate`], and deletes what the move has left.
     fn relocate_and_delete(&self, id: SnapshotId) -> Result<Moved> {
         let mut trashed = Vec::new();
         let moved = self.relocate(id, &mut trashed);
@@ -275,7 +283,8 @@ impl Relocator {
         if let Some(layer) = away.iter().find(|layer| layer.id == id) {
             require_room(layer, image.dirs())?;
             let snapshot = self.store.read()?.stat(&layer.name)?;
-            // A copy of less would take the place of what is perhaps only elsewhere now.
+            // A copy must not replace a layer that lacks files now, which are perhaps
+            // only elsewhere.
             let found = inspect_layer(writable, &snapshot, true, false)?;
             if matches!(found, Some(Problem::LayerDamaged { .. })) {
                 return Err(Error::data_loss(format!(
@@ -296,7 +305,7 @@ impl Relocator {
             let names: Vec<_> = copied.left_out.into_iter().collect();
             log::info!(
                 "layer {id}: its files do not have these attributes on the image volume, which \
-                 belong to the other file system or which this one cannot have: {}",
+                 belong to the other file system or are not supported by this one: {}",
                 names.join(", ")
             );
         }
@@ -308,8 +317,8 @@ impl Relocator {
         Ok(copied.bytes)
     }
 
-    /// The whole move where both volumes are one file system: two renames.
-    /// `false`, and nothing done, where they are not.
+    /// The whole move if both volumes are on one file system: two renames. Does
+    /// nothing and returns `false` if they are not.
     fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
         let image = self.volumes.image();
         let _claim = self.ids.claim(id);
@@ -331,7 +340,8 @@ impl Relocator {
         let boot_id = boot_id()?;
         self.store.together(|transaction| {
             transaction.move_home(id, &HashSet::new(), &boot_id)?;
-            // Nothing was left behind: the directory itself has moved.
+            // There is no leftover directory, because the directory itself has
+            // moved.
             transaction.forget_retired(id)
         })?;
         self.trash.note_trashed(id, Volume::Writable);
@@ -345,9 +355,9 @@ impl Relocator {
         Ok(place.is_some_and(|place| place.is_unmoved()))
     }
 
-    /// Before an id-mapped mount over these layers: containerd clones and maps
-    /// the directory that all lowers share, and such a clone does not lead
-    /// through a link to another file system.
+    /// Moves layers that are to be id-mapped to the image volume: containerd
+    /// clones and maps the directory that all lower directories share, and such
+    /// a clone does not lead through a link to another file system.
     ///
     /// # Errors
     ///
@@ -362,10 +372,10 @@ impl Relocator {
                      writable volume and stays there by --relocate never"
                 )));
             }
-            let moved = self
-                .relocate_and_delete(*id)
-                .context(|| format!("move layer {id} home for a container with mapped ids"))?;
-            // It may have left a directory that the thread has to look after.
+            let moved = self.relocate_and_delete(*id).context(|| {
+                format!("move layer {id} to the image volume for a container with mapped ids")
+            })?;
+            // The move may have left a directory that the thread has to delete.
             self.wake();
             if moved == Moved::InUse {
                 return Err(Error::refused(format!(
@@ -377,8 +387,8 @@ impl Relocator {
         Ok(())
     }
 
-    /// At start, before strays are looked for: finishes moves whose exchange
-    /// has happened, drops the others, and forgets left directories of an
+    /// At a start, before strays are looked for: finishes moves whose exchange
+    /// has happened, drops the others, and forgets leftover directories of an
     /// earlier boot, which nothing has mounted any more.
     pub(super) fn recover_moves(&self) -> Result<()> {
         let image = self.volumes.image();
@@ -389,12 +399,15 @@ impl Relocator {
                 _ => self.finish_rename(away.id)?,
             };
             if is_exchanged {
-                // A crash may have come between the exchange and its own flush.
+                // A crash may have come between the exchange and its flush.
                 image.dirs().settle_names()?;
                 let held = self.held_after_exchange(away.id)?;
                 self.store
                     .together(|transaction| transaction.move_home(away.id, &held, &boot_id))?;
-                log::info!("layer {} had been moved home: recorded", Quoted(&away.name));
+                log::info!(
+                    "recorded that layer {} has moved to the image volume",
+                    Quoted(&away.name)
+                );
             }
         }
         let mut leftover = self.store.read()?.retired()?;
@@ -409,8 +422,8 @@ impl Relocator {
         })
     }
 
-    /// After a crash between the two renames of [`Relocator::rename_home`]:
-    /// the layer is nowhere but under the move's own name.
+    /// Finishes a move by [`Relocator::rename_home`] after a crash between its
+    /// two renames, when the layer exists only under the move's own name.
     fn finish_rename(&self, id: SnapshotId) -> Result<bool> {
         let image = self.volumes.image();
         let Ok(writable) = self.volumes.open(Volume::Writable) else {
@@ -424,15 +437,15 @@ impl Relocator {
         if !image.is_renamed_layer(id)? {
             return Ok(false);
         }
-        // A link there, or nothing after a power cut: either way the name is
-        // made first, so that there is something to exchange.
+        // There is a link, or after a power cut nothing. In both cases a link
+        // is created first, so that there is an entry to exchange.
         self.volumes.link_home(id)?;
         image.exchange(id)?;
         Ok(true)
     }
 }
 
-/// Refuses a copy that would fill the image volume before it is whole.
+/// Returns an error for a layer whose copy would fill the image volume.
 fn require_room(layer: &UnmovedLayer, image: &Dirs) -> Result<()> {
     let unused = image.unused()?;
     if layer.size_bytes <= unused.bytes && layer.inodes <= unused.inodes {

@@ -1,4 +1,4 @@
-//! The thread that moves layers: which one next, and when to look again.
+//! The thread that moves layers: which layer is next, and when to look again.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use crate::util::lock::lock;
 use crate::util::threads::Background;
 use crate::volume::{Unused, keeps_times};
 
-/// Below this a layer waits until nothing stands on it: Docker's init layers,
-/// gone with their container as a rule.
+/// Layers smaller than this wait until nothing stands on them: they are mostly
+/// Docker's init layers, which are removed with their container.
 const SMALL_BYTES: u64 = 1 << 20;
 
 impl Relocator {
-    /// Starts the thread, which moves no layers if they are to stay. Stopped, it ends
-    /// within a file's chunk.
+    /// Starts the thread. If layers are to stay, it moves none. After a stop, it ends
+    /// within a chunk of a file.
     pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Background> {
         let (after, keeps_small) = match self.relocation {
             Relocation::Background { after, keeps_small } => (Some(after), keeps_small),
@@ -44,28 +44,29 @@ impl Relocator {
 
 struct Worker<'a> {
     relocator: &'a Relocator,
-    /// `None` if layers stay where they are.
+    /// How long layers wait before they move; `None` if they stay where they
+    /// are.
     after: Option<Duration>,
-    /// As of [`Relocation::Background`].
+    /// See [`Relocation::Background`].
     keeps_small: bool,
     notes: Notes,
     leftovers: Leftovers,
 }
 
-/// What was found out about layers that are still to be moved.
+/// What is known about layers that are still to be moved.
 #[derive(Default)]
 struct Notes {
-    /// Layers that cannot be moved, until the next start.
+    /// Layers that cannot be moved before the next start.
     unmovable: HashSet<SnapshotId>,
-    /// Layers said to be put off, so that it is said once.
+    /// Layers whose delay has been logged, so that it is logged once.
     put_off: HashSet<SnapshotId>,
     /// Layers for which the image volume had no room, and what was free on it then.
     without_room: HashMap<SnapshotId, Unused>,
 }
 
 impl Notes {
-    /// Forgets layers that were moved or removed: Docker makes and removes one for each
-    /// container.
+    /// Forgets layers that were moved or removed. There can be many, because Docker
+    /// creates and removes one for each container.
     fn keep_only(&mut self, unmoved: &HashSet<SnapshotId>) {
         self.unmovable.retain(|id| unmoved.contains(id));
         self.put_off.retain(|id| unmoved.contains(id));
@@ -82,12 +83,19 @@ impl Worker<'_> {
             self.say_lost_times();
         }
         if let Err(error) = self.relocator.delete_dropped_copies() {
-            log::warn!("delete copies of moves that have failed: {}", error.chain());
+            log::warn!(
+                "cannot delete copies of moves that have failed: {}",
+                error.chain()
+            );
         }
         loop {
             let next = self.step().unwrap_or_else(|error| {
-                log::warn!("look for layers to move home: {}", error.chain());
-                // A database that cannot be read now is no reason to spin.
+                log::warn!(
+                    "cannot look for layers to move to the image volume: {}",
+                    error.chain()
+                );
+                // The pause keeps the thread from trying without end if the
+                // database cannot be read.
                 Some(EVERY_MINUTE)
             });
             if !self.wait(next) {
@@ -114,7 +122,7 @@ impl Worker<'_> {
     /// look again if nothing wakes the thread.
     fn step(&mut self) -> Result<Option<Duration>> {
         let has_layers = &self.relocator.has_layers;
-        // Before the look: what ends after it has to wake.
+        // Set before the thread looks, so that events after the look wake it.
         has_layers.store(true, Ordering::SeqCst);
         let released = self.leftovers.release(self.relocator)?;
         let away = self.relocator.store.read()?.away()?;
@@ -128,10 +136,10 @@ impl Worker<'_> {
         Ok(moved.into_iter().chain(released).min())
     }
 
-    /// As [`Worker::step`], of the layers alone.
+    /// The part of [`Worker::step`] that moves a layer.
     fn move_one(&mut self, away: Vec<UnmovedLayer>, after: Duration) -> Result<Option<Duration>> {
         if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
-            // Its return wakes nobody.
+            // The return of the volume does not wake the thread.
             return Ok(Some(EVERY_MINUTE));
         }
         let mut next = None;
@@ -140,7 +148,8 @@ impl Worker<'_> {
                 continue;
             }
             if !self.may_have_room(&layer)? {
-                // Room that others make on the disk wakes nobody.
+                // Room that other programs make on the disk does not wake the
+                // thread.
                 next = Some(EVERY_MINUTE);
                 continue;
             }
@@ -149,7 +158,7 @@ impl Worker<'_> {
                 .saturating_sub(layer.committed.nanos());
             let age = Duration::from_nanos(age.try_into().unwrap_or(0));
             if age < after {
-                // They come in order of their commit.
+                // The layers are in the order of their commits.
                 next = next.into_iter().chain([after - age]).min();
                 break;
             }
@@ -160,7 +169,7 @@ impl Worker<'_> {
             }
             if self.move_home(&layer) == Some(Moved::InUse) {
                 self.say_put_off(&layer, "it is still mounted");
-                // An unmount wakes nobody.
+                // An unmount does not wake the thread.
                 next = Some(EVERY_MINUTE);
                 continue;
             }
@@ -169,9 +178,10 @@ impl Worker<'_> {
         Ok(next)
     }
 
-    /// Whether a layer may fit now that did not fit before. Its record does not say all:
-    /// on another file system it may take more. So it is copied again only once a part of
-    /// its size more is free than when that last failed.
+    /// Whether a layer that had no room may have room now. Its recorded size is not
+    /// enough to decide, because it may take more on another file system. So it is copied
+    /// again only when the free space has grown by a part of its size since the last
+    /// failure.
     fn may_have_room(&self, layer: &UnmovedLayer) -> Result<bool> {
         let Some(before) = self.notes.without_room.get(&layer.id) else {
             return Ok(true);
@@ -196,12 +206,12 @@ impl Worker<'_> {
                 moves.bytes += bytes;
                 drop(moves);
                 log::info!(
-                    "layer {name} is home: {bytes} bytes copied in {:.1} s",
+                    "layer {name} moved to the image volume: {bytes} bytes copied in {:.1} s",
                     begun.elapsed().as_secs_f64()
                 );
             }
             Ok(Moved::InUse) => {}
-            Ok(Moved::Gone) => log::debug!("layer {name} was removed before it was home"),
+            Ok(Moved::Gone) => log::debug!("layer {name} was removed before it had moved"),
             Err(error) => match error.kind() {
                 ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
                 ErrorKind::ResourceExhausted => {
@@ -233,7 +243,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Waits until it is time to look again. `false` after [`Relocator::stop`].
+    /// Waits until it is time to look again. Returns `false` after
+    /// [`Relocator::stop`].
     fn wait(&mut self, next: Option<Duration>) -> bool {
         let deadline = next.map(|wait| Instant::now() + wait);
         let is_idle = |news: &News| !news.is_any;
@@ -242,8 +253,8 @@ impl Worker<'_> {
             return false;
         };
         if news.has_room && !self.notes.without_room.is_empty() {
-            // ext4 gives the blocks of deleted files back with its next journal
-            // commit, and only then are they room for anything else.
+            // ext4 frees the blocks of deleted files only with its next journal
+            // commit.
             let image = self.relocator.volumes.image().dirs();
             if let Err(error) = self.relocator.flusher.flush(image, Volume::Image) {
                 log::warn!("{}", error.chain());

@@ -1,11 +1,11 @@
-//! Write transactions, and how those of callers who come at once become durable
-//! together.
+//! Write transactions, and how simultaneous ones become durable together.
 //!
-//! Making a transaction durable takes longer than all else in it, and one flush serves
-//! any number of transactions. So a caller that commits while others wait for the
-//! writer leaves SQLite's transaction open for them, and waits: the work of each is a
-//! savepoint in it, and the caller behind whom no other waits commits for all. That is
-//! a batch. It is durable as a whole or not at all, and no caller returns before it is.
+//! Making a transaction durable takes longer than everything else in it, and one flush
+//! serves any number of transactions. Therefore, a caller that commits while others
+//! wait for the writer leaves SQLite's transaction open for them, and waits. The work
+//! of each caller is a savepoint in it, and the caller after whom no other one waits
+//! commits for all. These transactions are a batch. It becomes durable as a whole or
+//! not at all, and no caller returns before that.
 
 #[cfg(test)]
 mod tests;
@@ -23,26 +23,27 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 
-/// How many become durable together at most.
+/// How many transactions can be in one batch.
 const MOST_TOGETHER: usize = 16;
 
-/// The one connection that writes, and the callers around it.
+/// The one connection that writes, and the callers that wait for it.
 pub(super) struct Writer {
     state: Mutex<State>,
     /// How many callers of [`Store::write`] and [`Store::together`] wait for the
-    /// connection: each ends a batch that is left open, or leaves it to a later one.
+    /// connection. Each of them either ends a batch that is left open, or leaves it
+    /// to a later one.
     coming: AtomicUsize,
 }
 
 pub(super) struct State {
-    /// `None` once closed.
+    /// `None` once the database is closed.
     rows: Option<Rows>,
-    /// The batch whose work the open transaction holds.
+    /// The batch that the open transaction belongs to.
     batch: Option<Batch>,
-    /// Rows changed by the connection before the transaction.
+    /// How many rows the connection had changed before the transaction.
     changes_before: u64,
-    /// A commit has failed, and SQLite's log may still hold all of it: after a power cut
-    /// the log's reader would take it for done.
+    /// Set if a commit has failed and SQLite's log may still contain all of it. After a
+    /// power cut, a reader of the log would take it for committed.
     has_remains: bool,
 }
 
@@ -51,24 +52,26 @@ struct Batch {
     end: Arc<End>,
 }
 
-/// How a batch has ended, once it has. All its members return the same error.
+/// The result of a batch, once it has ended. All its members return the same
+/// error.
 #[derive(Default)]
 struct End(Monitor<Option<std::result::Result<(), Arc<Error>>>>);
 
-/// A write transaction; see [`Rows`] for what can be asked and changed.
+/// A write transaction. [`Rows`] has the queries and changes.
 pub struct Transaction<'a> {
     store: &'a Store,
     sharing: Sharing,
-    /// `None` while, and after, others of its batch go on.
+    /// `None` after this member has left the batch to later ones.
     writer: Option<MutexGuard<'a, State>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sharing {
     Alone,
-    /// The transaction may be the first of a batch, or its only one.
+    /// The transaction may be the first of a batch, or the only one.
     First,
-    /// The transaction is a savepoint: the work of earlier members stays if it fails.
+    /// The transaction is a savepoint. If it fails, the work of earlier members
+    /// stays.
     Joined,
 }
 
@@ -114,7 +117,7 @@ impl State {
             .is_some_and(|rows| !rows.connection().is_autocommit())
     }
 
-    /// Writes a change that means nothing over what a failed commit has left in the log.
+    /// Overwrites what a failed commit has left in the log, by a change without meaning.
     fn overwrite_remains(&mut self) -> Result<()> {
         if !self.has_remains {
             return Ok(());
@@ -125,8 +128,9 @@ impl State {
         Ok(())
     }
 
-    /// A commit has failed. Whoever asked for it may do the opposite next, so what is left
-    /// of it is made void before anything is answered, or before the next change.
+    /// Notes that a commit has failed. The caller may do the opposite next, so the rest
+    /// of it in the log is made invalid before anything is answered, or before the next
+    /// change.
     fn note_failure(&mut self) {
         self.roll_back();
         self.has_remains = true;
@@ -147,28 +151,29 @@ impl State {
 }
 
 impl Store {
-    /// Begins a transaction of its own; waits for those under way. The writer is
-    /// the caller's until the value is dropped, also after the commit. Dropped
-    /// without [`Transaction::commit`], it leaves no trace.
+    /// Begins a transaction of its own, after those under way have ended. The
+    /// caller keeps the writer until the value is dropped, even after the
+    /// commit. If it is dropped without [`Transaction::commit`], it leaves no
+    /// trace.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] once the store is closed, or if it was opened to be
-    /// read only.
+    /// [`ErrorKind::Unavailable`] once the store is closed, or if it was opened
+    /// read-only.
     pub fn write(&self) -> Result<Transaction<'_>> {
         let writer = self.alone();
         self.begin(writer, Sharing::Alone)
     }
 
-    /// Makes what `work` does durable, perhaps together with what other callers do at
-    /// the same time. `work` runs SQL and waits for nothing else: all that changes the
-    /// database waits for it. It sees the uncommitted changes of earlier members of its
-    /// batch; readers do not. An error of `work` is returned only once the changes that
-    /// may have caused it are durable.
+    /// Makes the changes of `work` durable, possibly together with those of
+    /// simultaneous callers. `work` runs SQL and waits for nothing else, because every
+    /// change of the database waits for it. It sees the uncommitted changes of earlier
+    /// members of its batch; readers do not. An error of `work` is returned only once
+    /// the changes that may have caused it are durable.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] as of [`Store::write`], or if changes that `work` has
+    /// [`ErrorKind::Unavailable`] as in [`Store::write`], or if changes that `work` has
     /// seen cannot be made durable.
     pub fn together<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
         let writer = self.writer.acquire();
@@ -183,7 +188,7 @@ impl Store {
         }
     }
 
-    /// Waits for the connection, with no transaction under way.
+    /// Waits for the connection when no transaction is open.
     pub(super) fn alone(&self) -> MutexGuard<'_, State> {
         let mut writer = self.writer.acquire();
         self.end_batch(&mut writer);
@@ -224,7 +229,7 @@ impl Store {
         })
     }
 
-    /// Releases the writer. A batch is left open only if another caller waits.
+    /// Releases the writer. A batch stays open only if another caller waits.
     fn leave(&self, mut writer: MutexGuard<'_, State>) {
         let members = writer.batch.as_ref().map_or(0, |batch| batch.members);
         let is_awaited = self.writer.coming.load(Ordering::SeqCst) > 0;
@@ -246,7 +251,7 @@ impl Store {
             batch,
             ended: Err(Arc::new(Error::new(
                 ErrorKind::Internal,
-                "changes were not made durable by a bug in this program; its log says where",
+                "changes were not made durable because of a bug in this program; its log shows where",
             ))),
         };
         ending.ended = end(ending.writer).map_err(Arc::new);
@@ -265,7 +270,8 @@ impl Store {
     }
 }
 
-/// Ends a batch when dropped, also by a panic: its members wait for that.
+/// Ends a batch when dropped, also after a panic, because its members wait for
+/// that.
 struct Ending<'a> {
     writer: &'a mut State,
     batch: Batch,
@@ -303,7 +309,7 @@ impl Deref for Transaction<'_> {
 }
 
 impl Transaction<'_> {
-    /// Makes everything done in the transaction durable; if that fails, nothing of it
+    /// Makes all changes of the transaction durable. If that fails, none of them
     /// remains.
     pub fn commit(&mut self) -> Result<()> {
         if self.sharing == Sharing::Alone {
@@ -330,7 +336,7 @@ impl Transaction<'_> {
             Err(failed) => Error::caused(
                 ErrorKind::Unavailable,
                 format!(
-                    "refused ({}) for a change that has failed: try again",
+                    "refused ({}) because of another change that has failed: try again",
                     error.chain()
                 ),
                 failed,
@@ -374,8 +380,8 @@ impl Transaction<'_> {
                     rows.execute("RELEASE member", [], doing)
                 });
                 if undone.is_err() {
-                    // After some failures, as of a full disk, SQLite has rolled
-                    // everything back already.
+                    // After some errors, for example on a full disk, SQLite has
+                    // rolled back everything already.
                     writer.roll_back();
                     self.store.end_batch(&mut writer);
                 }
@@ -394,6 +400,6 @@ impl Drop for Transaction<'_> {
 fn taken_back() -> Error {
     Error::new(
         ErrorKind::Unavailable,
-        "SQLite has taken back what was begun, as it does when a disk is full or fails: try again",
+        "SQLite has rolled the change back, because a disk is full or has failed: try again",
     )
 }

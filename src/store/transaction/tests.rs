@@ -22,7 +22,7 @@ fn fixture() -> Fixture {
     let path = dir.path().join("metadata.db");
     let store = Store::open(&path).unwrap();
     store.begin_use().unwrap();
-    // From now on the log only grows.
+    // From here on, the log only grows.
     let mut transaction = store.write().unwrap();
     transaction.record_fact("test", "1").unwrap();
     transaction.commit().unwrap();
@@ -36,15 +36,16 @@ fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    /// How often the database has become durable, by its log: the last frame of a
-    /// transaction tells the size of the database (SQLite's file format, 4.1).
+    /// How often the database was made durable, according to its log: in the last
+    /// frame of a transaction, a field contains the size of the database
+    /// (SQLite's file format, 4.1).
     fn commits(&self) -> usize {
         let log = std::fs::read(&self.log).unwrap();
         let number = |at: usize| u32::from_be_bytes(log[at..at + 4].try_into().unwrap());
         let page_size = number(8) as usize;
         (32..log.len())
             .step_by(24 + page_size)
-            // Others are of an earlier round through the log.
+            // Other frames are from an earlier round through the log.
             .filter(|frame| log[frame + 8..frame + 16] == log[16..24])
             .filter(|frame| number(frame + 4) != 0)
             .count()
@@ -54,14 +55,15 @@ impl Fixture {
         self.store.read().unwrap().find(key).unwrap().is_some()
     }
 
-    /// Waits until so many callers wait for the writer.
+    /// Waits until this number of callers wait for the writer.
     fn await_coming(&self, callers: usize) {
         while self.store.writer.coming.load(Ordering::SeqCst) != callers {
             thread::sleep(Duration::from_millis(1));
         }
     }
 
-    /// Enters a snapshot while so many others wait, and tells what came of it.
+    /// Enters a snapshot while this number of other callers wait, and returns
+    /// the result.
     fn first(&self, comers: usize) -> Result<()> {
         self.store.together(|transaction| {
             self.is_begun.store(true, Ordering::SeqCst);
@@ -139,11 +141,11 @@ fn a_refused_one_takes_nothing_with_it() {
     thread::scope(|scope| {
         let first = scope.spawn(|| fixture.first(3));
         fixture.await_first();
-        // Also the last of them may be refused, and has to end the batch.
+        // The last caller, which may be refused, has to end the batch.
         let comers = ["first", "a", "first"].map(|key| {
             scope.spawn(move || {
                 let added = add(&shared.store, key);
-                // What it was refused for can be seen by then.
+                // The snapshot that it was refused for is visible by then.
                 assert!(shared.exists("first"));
                 added.map_err(|error| error.kind()).err()
             })
@@ -171,7 +173,7 @@ fn an_only_one_that_is_refused_leaves_nothing() {
     assert_eq!(add(&fixture.store, "next").unwrap().number(), 1);
 }
 
-/// Cannot be committed.
+/// A change that cannot be committed.
 const ORPHAN: &str = "PRAGMA defer_foreign_keys = ON;
     INSERT INTO snapshot (name, parent_id, kind, volume, created_ns, updated_ns, labels)
     VALUES ('orphan', 99, 1, 1, 0, 0, x'');";
@@ -201,7 +203,7 @@ fn a_batch_that_cannot_be_made_durable_fails_as_a_whole() {
             second.join().unwrap().map(drop).unwrap_err().kind(),
         ];
         assert_eq!(kinds, [ErrorKind::Internal; 3]);
-        // It was refused for what is not there.
+        // It was refused because of a row that was never committed.
         let refused = refused.join().unwrap().unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Unavailable);
     });
@@ -217,7 +219,7 @@ fn what_sqlite_has_rolled_back_is_told_to_all() {
         fixture.await_first();
         let refused = scope.spawn(|| {
             fixture.store.together(|transaction| {
-                // As SQLite does on a full disk.
+                // SQLite does this on a full disk.
                 transaction.connection().execute_batch("ROLLBACK").unwrap();
                 Ok(())
             })
@@ -264,7 +266,7 @@ fn who_writes_alone_finds_all_before_durable() {
     });
 }
 
-/// After a power cut, a log that still has a failed commit would bring it back.
+/// After a power cut, the log of a failed commit would bring the commit back.
 #[test]
 fn what_a_failed_commit_may_have_left_is_written_over() {
     let fixture = fixture();
@@ -291,7 +293,7 @@ fn a_batch_whose_end_panics_fails_for_each_member() {
     let fixture = fixture();
     let store = &fixture.store;
     let state = &store.writer.state;
-    // As if another caller waited: the batch is left open for it.
+    // With this count, the batch is left open as if another caller waited.
     store.writer.coming.fetch_add(1, Ordering::SeqCst);
     thread::scope(|scope| {
         let members = ["a", "b"].map(|key| scope.spawn(move || add(store, key)));

@@ -65,7 +65,7 @@ pub struct Filters {
 }
 
 impl Filters {
-    /// Those that let everything through.
+    /// Filters that match every snapshot.
     #[must_use]
     pub fn all() -> Filters {
         Filters {

@@ -1,10 +1,9 @@
-// A client for a daemon that runs already, through the proxy client that
-// containerd itself uses.
+// A client of a running daemon, which uses containerd's own proxy client.
 //
 //	client SOCKET once        one layer and one container, from Prepare to Remove
 //	client SOCKET many N      at least N requests from several callers at once
 //
-// These leave the daemon with no snapshots, and say nothing unless they fail.
+// These leave no snapshots behind, and print nothing unless they fail.
 //
 //	client SOCKET mapped                  a container with ids of its own
 //	client SOCKET prepare KEY [PARENT]    prints the directory to write to
@@ -95,8 +94,8 @@ func run(args []string) error {
 	return fmt.Errorf("no such command: %s", strings.Join(args[1:], " "))
 }
 
-// mapped makes a container whose user namespace shares the image's layers: the
-// daemon first tries whether the kernel can do that.
+// mapped makes a container whose user namespace shares the image's layers. For
+// that, the daemon first tries whether the kernel supports it.
 func mapped(ctx context.Context, client snapshots.Snapshotter) error {
 	if _, err := client.Prepare(ctx, "extract-mapped", ""); err != nil {
 		return err
@@ -119,7 +118,7 @@ func mapped(ctx context.Context, client snapshots.Snapshotter) error {
 	return prepared
 }
 
-// many shares the requests out.
+// many distributes the requests to several callers.
 func many(ctx context.Context, client snapshots.Snapshotter, requests int) error {
 	var wait sync.WaitGroup
 	failures := make(chan error, callers)
@@ -143,8 +142,8 @@ func many(ctx context.Context, client snapshots.Snapshotter, requests int) error
 	return <-failures
 }
 
-// round makes a layer and a container on it, looks at them in every way there
-// is, and removes them. It returns how many requests that took.
+// round makes a layer and a container on it, calls every method for them, and
+// removes them. It returns the number of requests.
 func round(ctx context.Context, client snapshots.Snapshotter, name string) (int, error) {
 	unpacking, layer, container := "extract-"+name, "layer-"+name, "container-"+name
 	var mounts []mount.Mount
@@ -202,7 +201,7 @@ func round(ctx context.Context, client snapshots.Snapshotter, name string) (int,
 			return 0, fmt.Errorf("%s: %s: %w", name, step.what, err)
 		}
 	}
-	// All but the two writes are requests.
+	// All steps except the two writes are requests.
 	return len(steps) - 2, nil
 }
 
@@ -214,7 +213,7 @@ func expect(ctx context.Context, client snapshots.Snapshotter, key string, kind 
 	return err
 }
 
-// write makes a file where the mounts would.
+// write creates a file in the directory that the mounts would show.
 func write(mounts []mount.Mount) error {
 	directory, err := upper(mounts)
 	if err != nil {
@@ -223,7 +222,7 @@ func write(mounts []mount.Mount) error {
 	return os.WriteFile(filepath.Join(directory, "file"), []byte("written\n"), 0o644)
 }
 
-// upper is the directory that what is written to the mounts goes to.
+// upper is the directory that receives what is written to the mounts.
 func upper(mounts []mount.Mount) (string, error) {
 	if len(mounts) != 1 {
 		return "", fmt.Errorf("%d mounts instead of one", len(mounts))

@@ -1,4 +1,4 @@
-//! `#[registered(TYPE)]` puts a test function on the list of its test binary.
+//! `#[registered(TYPE)]` adds a test function to the list of its test binary.
 //!
 //! libtest's `#[test]` cannot leave tests out at run time, so the test binaries of this
 //! project have a `main` of their own. This attribute saves them from lists of names.

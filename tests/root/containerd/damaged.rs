@@ -9,8 +9,9 @@ use crate::check::{check, is_clean};
 use crate::support::containerd::{Containerd, IMAGE, wait_for};
 use crate::support::daemon::Split;
 
-/// The zero-byte files of the field: a layer that a power cut has emptied,
-/// which survives `rmi` and another pull as long as the snapshotter has it.
+/// Zero-byte files as users have reported them: a layer that a power cut has
+/// emptied, which survives `rmi` and another pull as long as the snapshotter
+/// has it.
 #[registered(crate::Test)]
 fn a_damaged_layer_is_pulled_again() {
     let mut split = Split::start(&[]);
@@ -44,7 +45,7 @@ fn a_damaged_layer_is_pulled_again() {
     assert!(said.contains("pull them again"), "{said}");
 
     split.daemon.restart();
-    // containerd finds it again within a moment.
+    // containerd reconnects within a moment.
     wait_for("answer of the daemon", || {
         containerd.try_ctr(&["snapshot", "ls"])
     });

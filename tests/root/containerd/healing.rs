@@ -1,5 +1,5 @@
-//! Layers that a disk has damaged, put right from containerd's content: the containers on
-//! them keep what they wrote.
+//! Layers that a disk has damaged are healed from containerd's content, and the
+//! containers on them keep what they wrote.
 
 mod damages;
 
@@ -74,7 +74,7 @@ impl Stage {
         self.is_tidy();
     }
 
-    /// Nothing is left of a check in `snapshots/`.
+    /// Nothing of a check is left in `snapshots/`.
     #[track_caller]
     fn is_tidy(&self) {
         let entries = fs::read_dir(self.split.root().join("snapshots")).unwrap();
@@ -85,7 +85,7 @@ impl Stage {
 
     fn start_web(&mut self) {
         self.split.daemon.restart();
-        // containerd finds it again within a moment.
+        // containerd reconnects within a moment.
         wait_for("answer of the daemon", || {
             self.containerd.try_ctr(&["snapshot", "ls"])
         });
@@ -93,7 +93,8 @@ impl Stage {
         self.containerd.ctr(&start);
     }
 
-    /// Starts the container again: its files are right, and its own are there.
+    /// Starts the container again: it sees the right files, and its own are
+    /// there.
     #[track_caller]
     fn web_is_whole(&mut self) {
         self.start_web();
@@ -140,7 +141,7 @@ fn every_kind_of_damage_heals() {
     stage.web_is_whole();
 }
 
-/// All layers of an image at once; they heal from the first one to the last, here from
+/// All layers of an image at once. They heal from the first one to the last, here from
 /// compressed content.
 #[registered(crate::Test)]
 fn all_layers_heal_at_once() {
@@ -176,7 +177,8 @@ fn what_has_no_content_is_named() {
     let stage = Stage::begin();
     let (top, names) = (&stage.layers[1], blobs(&stage));
     payload(top).write_all_at(b"?", 5).unwrap();
-    // containerd has forgotten the content of layer 2, and a disk has changed that of 5.
+    // containerd has lost the content of layer 2, and a disk has changed that of layer
+    // 5.
     stage.containerd.ctr(&["content", "rm", &names[1]]);
     let blob = stage.containerd.blob(&names[4]);
     let sound = fs::read(&blob).unwrap();
@@ -239,8 +241,8 @@ fn blobs(stage: &Stage) -> Vec<String> {
         .collect()
 }
 
-/// A container that runs goes on with the files that it has, and the next start of it has
-/// the healed ones.
+/// A running container goes on with its files, and sees the healed ones after its next
+/// start.
 #[registered(crate::Test)]
 fn a_running_container_goes_on() {
     let mut stage = Stage::begin();
@@ -261,7 +263,7 @@ fn a_running_container_goes_on() {
     let seen = "cat /etc/motd; cat /opt/tool/first /own";
     let (found, right) = ("damaged#!/bin/sh", "motd of layer 5\n#!/bin/sh");
     assert!(stage.containerd.exec("web", seen).starts_with(found));
-    // Neither a start nor another healing takes it away.
+    // Neither a start nor another healing deletes the damaged directory.
     stage.split.daemon.restart();
     assert!(stage.containerd.exec("web", seen).starts_with(found));
     stage.split.daemon.stop();
@@ -280,7 +282,8 @@ fn a_running_container_goes_on() {
     stage.web_is_whole();
 }
 
-/// A view may be a bind mount, whose directory has another name afterwards.
+/// A view may be a bind mount, whose directory has another name after the
+/// healing.
 #[registered(crate::Test)]
 fn a_mounted_view_goes_on() {
     let stage = Stage::begin();
@@ -298,7 +301,8 @@ fn a_mounted_view_goes_on() {
     }
 }
 
-/// Wherever it is killed, the layer is whole or as it was, and the next start tidies up.
+/// Whenever the command is killed, the layer is healed or as it was, and the next start
+/// tidies up.
 #[registered(crate::Test)]
 fn a_kill_leaves_the_old_or_the_new_layer() {
     let mut stage = Stage::begin();
@@ -327,7 +331,8 @@ fn a_kill_leaves_the_old_or_the_new_layer() {
     stage.web_is_whole();
 }
 
-/// Beside a running daemon: only looking, and one check at a time.
+/// With a running daemon, `check` only looks, and only one check runs at a
+/// time.
 #[registered(crate::Test)]
 fn a_check_works_beside_the_daemon_and_alone() {
     let mut stage = Stage::begin();
@@ -344,7 +349,8 @@ fn a_check_works_beside_the_daemon_and_alone() {
     let (code, _, complaint) = stage.check(&["--deep"]);
     assert_eq!(code, 2);
     assert!(complaint.contains("another `check --deep`"), "{complaint}");
-    // A start leaves what is locked alone, and drops it else.
+    // A start leaves a locked directory alone, and drops one that is not
+    // locked.
     fs::write(scratch.join("file"), "").unwrap();
     stage.split.daemon.kill();
     stage.split.daemon.restart();
@@ -368,7 +374,7 @@ fn an_interrupted_check_leaves_no_trace() {
         let pid = Pid::from_child(&check);
         kill_process(pid, Signal::INT).unwrap();
         match check.wait().unwrap().code() {
-            // Perhaps before it has asked for the signal.
+            // The signal may have come before the command was ready for it.
             Some(2) | None => interrupted += 1,
             Some(1) => ended += 1,
             other => panic!("{other:?}"),
@@ -377,7 +383,8 @@ fn an_interrupted_check_leaves_no_trace() {
     }
     unchanged(stage.split.root().join("snapshots"), &before);
     assert!(interrupted > 0, "{ended}");
-    // What cannot be caught is tidied up by the next one, or the next start.
+    // The next check, or the next start, tidies up after SIGKILL, which cannot
+    // be caught.
     for round in 0..20 {
         let mut check = stage.begin_deep_check();
         std::thread::sleep(Duration::from_millis(6 * round));
@@ -400,7 +407,7 @@ fn a_full_disk_leaves_all_as_it_was() {
     stage.split.image.fill();
     let (code, said, complaint) = stage.check(&["--heal"]);
     assert_ne!(code, 0, "{said}{complaint}");
-    // Room for the smaller layers.
+    // Room for the smaller layers only.
     let filler = stage.split.image.path().join("filler");
     let filler = File::options().write(true).open(filler).unwrap();
     let length = filler.metadata().unwrap().len();
@@ -414,7 +421,7 @@ fn a_full_disk_leaves_all_as_it_was() {
     unchanged(stage.split.root().join("snapshots"), &before);
 }
 
-/// A layer whose bytes are still on the writable volume heals onto the image volume.
+/// An unmoved layer heals onto the image volume.
 #[registered(crate::Test)]
 fn an_unmoved_layer_heals() {
     let mut stage = Stage::begin();

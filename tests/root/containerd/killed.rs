@@ -1,4 +1,5 @@
-//! SIGKILL for the daemon, again and again, while containerd works with it.
+//! The daemon is killed by SIGKILL again and again, while containerd works with
+//! it.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -10,8 +11,8 @@ use crate::support::containerd::{AtEnd, Containerd, IMAGE, wait_for};
 use crate::support::daemon::Split;
 use crate::support::random::Random;
 
-/// What each round of containerd's work came to: how many of its steps were
-/// done, and what was said of the others.
+/// The results of the rounds of containerd's work: how often each step was
+/// done, and the errors of the other times.
 #[derive(Debug, Default)]
 struct Work {
     done: [u32; 6],
@@ -36,7 +37,8 @@ fn work_until(is_over: &AtomicBool, refusals: &AtomicUsize, containerd: &Contain
             containerd.try_ctr(&["snapshot", "commit", &layer, &id]),
             containerd.try_ctr(&["snapshot", "prepare", &next, &layer]),
             containerd.try_run(&format!("{id}-short"), "echo written >/written"),
-            // So that the next round has something to unpack.
+            // The image is removed so that the next round has something to
+            // unpack.
             containerd.try_ctr(&["image", "rm", "--sync", IMAGE]),
         ];
         for (step, done) in steps.into_iter().zip(&mut work.done) {
@@ -67,7 +69,7 @@ fn remove_everything(containerd: &Containerd) {
         }
     }
     containerd.ctr(&["image", "rm", "--sync", IMAGE]);
-    // What stands on others goes first.
+    // Children are removed first.
     wait_for("end of removals", || {
         let snapshots = containerd.snapshots();
         for listed in &snapshots {
@@ -79,11 +81,10 @@ fn remove_everything(containerd: &Containerd) {
 
 #[registered(crate::Test)]
 fn a_daemon_killed_at_any_moment_goes_on() {
-    // Layers that containers leave are moved home at once, so that this is cut
-    // short as well.
+    // Layers of containers move at once, so that moves are interrupted as well.
     let mut split = Split::start(&["--relocate-after", "0"]);
     let containerd = Containerd::start(split.daemon.address());
-    // Kills are to come a few times as often as an import can be done here.
+    // The kills should come a few times during each import.
     let begun = Instant::now();
     containerd.import();
     let import = begun.elapsed();
@@ -93,8 +94,8 @@ fn a_daemon_killed_at_any_moment_goes_on() {
         let end = AtEnd(|| is_over.store(true, Ordering::Relaxed));
         let mut random = Random::new(1);
         let begun = Instant::now();
-        // On a busy machine the daemon is idle most of the time: until a kill has
-        // hit a request.
+        // On a busy machine, the daemon is idle most of the time, so this waits
+        // until a kill has hit a request.
         let is_due = || match refusals.load(Ordering::Relaxed) {
             0 => begun.elapsed() > Duration::from_secs(180),
             _ => begun.elapsed() > Duration::from_secs(20),
@@ -102,8 +103,8 @@ fn a_daemon_killed_at_any_moment_goes_on() {
         while !is_due() && !worker.is_finished() {
             let percent = u32::try_from(30 + random.below(120)).unwrap();
             std::thread::sleep(import * percent / 100);
-            // After a refused connection containerd tries no other for a
-            // second or more, and all that time the daemon would be idle.
+            // After a refused connection, containerd does not try again for a
+            // second or more, and the daemon would be idle all that time.
             containerd.freeze_while(|| {
                 split.daemon.kill();
                 split.daemon.restart();
@@ -112,14 +113,14 @@ fn a_daemon_killed_at_any_moment_goes_on() {
         drop(end);
         worker.join().unwrap()
     });
-    // Every step has been done, some were cut short, and those failed because
-    // of that, or because of an earlier one.
+    // Every step was done at times, some were interrupted, and others failed
+    // because of that.
     assert!(!work.done.contains(&0), "{work:#?}");
     let is_expected = |said: &String| said.contains("unavailable") || said.contains("not found");
     assert!(!work.refusals.is_empty());
     assert!(work.refusals.iter().all(is_expected), "{work:#?}");
 
-    // It goes on.
+    // containerd goes on after all this.
     wait_for("import", || containerd.try_import());
     assert_eq!(layers(&containerd).len(), 5);
     let seen = containerd.run("last", "cat /etc/motd; ls /opt/app");

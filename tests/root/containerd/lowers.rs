@@ -1,5 +1,5 @@
-//! Host directories in real containers: a dependency cache that each may change
-//! for itself.
+//! Host directories in real containers: a dependency cache that each container
+//! may change for itself.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::support::{tree, unchanged};
 
 const LABEL: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
 
-/// A cache as the host has it: modules that the image lacks, and another motd.
+/// Makes a cache on the host: modules that the image lacks, and another motd.
 fn make_cache(host: &Path) -> String {
     let modules = host.join("cache/opt/app/node_modules");
     fs::create_dir_all(modules.join("left")).unwrap();
@@ -38,7 +38,8 @@ fn containers_see_host_directories() {
     containerd.import();
     let before = tree(host.path());
 
-    // Merged over the image, and the container's own to change.
+    // The cache is merged over the image, and each container can change its own
+    // view.
     let label = format!("{LABEL}={cache}");
     let with = ["--snapshotter-label", label.as_str()];
     let script = "cd /opt/app; cat only.txt node_modules/left/index.js /etc/motd
@@ -59,7 +60,7 @@ fn containers_see_host_directories() {
     containerd.collect_garbage();
     assert_eq!(links(&split), 0);
 
-    // Two at the same time, and a change on the host for both.
+    // Two containers at the same time, and a change on the host that both see.
     let sleep = "while :; do sleep 0.05; done";
     for id in ["one", "two"] {
         let start = [
@@ -92,7 +93,7 @@ fn containers_see_host_directories() {
     }
     assert_eq!(links(&split), 2);
 
-    // What a commit by comparing takes for the container's: the host's files too.
+    // The diff of the container, which a commit uses, includes the host's files.
     let diff = containerd.ctr_output(&[
         "snapshots",
         "diff",
@@ -107,7 +108,7 @@ fn containers_see_host_directories() {
         "as docs/host-directories.md warns"
     );
 
-    // A label changed for the next start.
+    // The label is changed for the next start.
     containerd.stop("one");
     let other = format!("{cache}/opt");
     containerd.ctr(&["snapshot", "label", "one", &format!("{LABEL}={other}")]);

@@ -1,4 +1,4 @@
-//! Imports and undoings that are cut short.
+//! Imports and undoings that are interrupted.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::check::is_clean;
 use crate::support::Tree;
 use crate::support::daemon::{is_empty, refused};
 
-/// The steps of an import, and whether the new database is in use then.
+/// The steps of an import, and whether the new database is in use after each.
 const STEPS: [(&str, bool); 11] = [
     ("import-begun", false),
     ("import-drafted", false),
@@ -26,7 +26,7 @@ const STEPS: [(&str, bool); 11] = [
     ("import-complete", true),
 ];
 
-/// The steps of an undoing, and whether the old database is in use then.
+/// The steps of an undoing, and whether the old database is in use after each.
 const UNDO_STEPS: [(&str, bool); 7] = [
     ("undo-linked", false),
     ("undo-exchanged", true),
@@ -37,8 +37,8 @@ const UNDO_STEPS: [(&str, bool); 7] = [
     ("undo-forgotten", true),
 ];
 
-/// Something of everything: a layer that is not home, and what cannot be taken
-/// over on both volumes.
+/// One snapshot of each kind: also an unmoved layer, and, on both volumes,
+/// snapshots that cannot be taken over.
 fn mixed() -> (Original, [Tree; 2]) {
     let mut original = sample();
     original.broken("default/7/broken", "default/1/base", "small");
@@ -64,7 +64,8 @@ fn imports(original: &Original) {
     assert!(said.contains("left out 3"), "{said}");
 }
 
-/// All but the draft was done: once more it is removed, and nothing else.
+/// Everything but the removal of the draft was done: the next run removes the
+/// draft, and does nothing else.
 #[track_caller]
 fn finishes(original: &Original) {
     original.is_refused(&["--dry-run"], &["already"]);
@@ -78,7 +79,7 @@ fn finishes(original: &Original) {
     original.is_refused(&[], &["already"]);
 }
 
-/// Whether the original finds its database, whole.
+/// Whether the original finds its whole database.
 fn is_originals(original: &Original, before: &[Tree; 2]) -> bool {
     fs::read(original.database()).is_ok_and(|now| now == before[0][&original.database()].2)
 }
@@ -118,7 +119,7 @@ fn killed_at_every_step() {
             original.is_as(&before);
         }
     }
-    // Also where taking back is cut short.
+    // The undoing of the interrupted import is interrupted, too.
     for (step, _) in UNDO_STEPS.into_iter().skip(2) {
         dies(&original, &[], "import-kept");
         dies(&original, &[], step);
@@ -157,7 +158,7 @@ fn undoing_killed_at_every_step() {
         original.undo();
         original.is_as(&before);
     }
-    // Nothing that was set aside is taken for strays by a start in between.
+    // What was set aside does not count as a stray at a start in between.
     imports(&original);
     dies(&original, &["--undo"], "undo-linked");
     let mut split = original.serve();
@@ -184,7 +185,7 @@ fn killed_with_databases_in_two_places() {
     };
     for (step, is_done) in STEPS {
         dies(&original, &[], step);
-        // Between the two last steps both are there.
+        // Between the two last steps, both files exist.
         let is_originals_there = step != "import-complete";
         assert_eq!(original.database().exists(), is_originals_there, "{step}");
         if is_originals_there {
@@ -216,7 +217,7 @@ fn killed_with_databases_in_two_places() {
         back(step);
     }
 
-    // Only a database that this root's import has left there is taken for one.
+    // Only a database that this root's import has left there is accepted.
     dies(&original, &[], "import-exchanged");
     let of_root = original.root().join("state");
     let recorded = fs::read_to_string(&of_root).unwrap();
@@ -242,7 +243,7 @@ fn killed_with_databases_in_two_places() {
     back("exchanged");
 }
 
-/// What is half done on a disk is finished on that disk, or not at all.
+/// An unfinished import is finished on the same disk, or not at all.
 #[registered(crate::Test)]
 fn cut_short_it_waits_for_its_own_disk() {
     let (mut original, before) = mixed();
@@ -260,7 +261,7 @@ fn cut_short_it_waits_for_its_own_disk() {
         }
         dies(&original, flags, step);
         for command in [&[][..], &["--undo"]] {
-            // Another directory, without anything and with the original's own.
+            // Another directory, both missing and with the original's data.
             for is_made in [false, true] {
                 if is_made {
                     fs::create_dir_all(elsewhere.join("snapshots/1/fs")).unwrap();
@@ -286,7 +287,8 @@ fn cut_short_it_waits_for_its_own_disk() {
         original.undo();
         original.is_as(&before);
     }
-    // So is a state directory: what is half done is told there.
+    // The same holds for the state directory, which has the record of what is
+    // unfinished.
     for step in ["import-recorded", "import-marked", "import-kept"] {
         dies(&original, &[], step);
         let other = original.writable.path().join("state");
@@ -323,7 +325,7 @@ fn a_full_disk() {
     original.undo();
     original.image.make_room();
     original.is_as(&before);
-    // Also where there is nothing that could be given back, but then with help.
+    // The refusal comes with advice even if nothing could be given back.
     imports(&original);
     original.image.fill();
     for number in [1, 2] {

@@ -1,5 +1,5 @@
-//! The Go original's root: its database, written by containerd's own package,
-//! and the directories that it makes.
+//! The root of the Go original: its database, written by containerd's own
+//! package, and the directories that it makes.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -18,13 +18,13 @@ pub struct Original {
     pub image: Disk,
     pub writable: Disk,
     pub flags: Vec<String>,
-    /// Given in the place of its own.
+    /// A writable directory that is used instead of its own.
     pub other_writable: Option<PathBuf>,
     steps: Vec<Value>,
     last_id: u64,
 }
 
-/// What an import said: exit code, standard output, standard error.
+/// The result of an import: exit code, standard output, standard error.
 pub type Said = (i32, String, String);
 
 impl Original {
@@ -43,7 +43,7 @@ impl Original {
         original
     }
 
-    /// What a daemon has served, after its end.
+    /// The disks of a daemon after its end.
     pub fn again(split: Split) -> Original {
         let Split {
             image,
@@ -73,12 +73,12 @@ impl Original {
         self.root().join("metadata.db")
     }
 
-    /// `fs` of the snapshot that was made last, on the image volume.
+    /// `fs` of the newest snapshot, on the image volume.
     pub fn last_on_image(&self) -> PathBuf {
         self.root().join(format!("snapshots/{}/fs", self.last_id))
     }
 
-    /// `fs` of the snapshot that was made last, on the writable volume.
+    /// `fs` of the newest snapshot, on the writable volume.
     pub fn last_on_writable(&self) -> PathBuf {
         self.writable()
             .join(format!("snapshots/{}/fs", self.last_id))
@@ -99,7 +99,7 @@ impl Original {
             .push(program::commit(key, name, size, inodes, labels));
     }
 
-    /// A layer that was unpacked, with a file of that content.
+    /// Adds an unpacked layer, with a file of that content.
     pub fn layer(&mut self, name: &str, parent: &str, content: &str) {
         let key = format!("default/{}/extract-1 {name}", self.last_id);
         let step = program::prepare(&key, parent, json!({"containerd.io/snapshot.ref": name}));
@@ -110,7 +110,7 @@ impl Original {
         self.commit(&key, name, &upper);
     }
 
-    /// A container's snapshot, with a file of that content.
+    /// Adds a container's snapshot, with a file of that content.
     pub fn container(&mut self, key: &str, parent: &str, content: &str) {
         let step = program::prepare(
             key,
@@ -121,21 +121,21 @@ impl Original {
         fs::write(self.last_on_writable().join("own"), content).unwrap();
     }
 
-    /// A layer made out of a container's snapshot, which the original cannot
-    /// use: it looks for it on the image volume.
+    /// Adds a layer that was committed from a container's snapshot. The
+    /// original cannot use it, because it looks for it on the image volume.
     pub fn broken(&mut self, name: &str, parent: &str, content: &str) {
         self.container("default/0/init", parent, content);
         let upper = self.last_on_writable();
         self.commit("default/0/init", name, &upper);
     }
 
-    /// A view, with the directory that the original makes for it.
+    /// Adds a view, with the directory that the original makes for it.
     pub fn view(&mut self, key: &str, parent: &str) {
         self.make(&self.writable(), program::view(key, parent));
         fs::remove_dir(self.last_on_writable().with_file_name("work")).unwrap();
     }
 
-    /// A number that is given out, and not used any more.
+    /// Uses up an id, without a snapshot.
     pub fn removed(&mut self) {
         self.last_id += 1;
         let key = format!("gone-{}", self.last_id);
@@ -143,7 +143,7 @@ impl Original {
         self.steps.push(program::remove(&key));
     }
 
-    /// Writes the database, and returns what containerd's package tells of it.
+    /// Writes the database, and returns what containerd's package finds in it.
     pub fn finish(&mut self) -> Value {
         let steps = std::mem::take(&mut self.steps);
         program::write(&self.database(), &steps, &["-per-transaction", "50"])
@@ -167,7 +167,7 @@ impl Original {
         self.import_dying_at(flags, None)
     }
 
-    /// The same, killed when it reaches a step.
+    /// Runs an import that is killed at a step.
     pub fn import_dying_at(&self, flags: &[&str], step: Option<&str>) -> Said {
         let output = Command::new(BINARY)
             .arg("import")
@@ -199,7 +199,7 @@ impl Original {
         assert_eq!(code, 0, "{said}{complaint}");
     }
 
-    /// Fails unless the import is refused, with these words, and both volumes
+    /// Fails unless the import is refused with these words, and both volumes
     /// are as they were.
     #[track_caller]
     pub fn is_refused(&self, flags: &[&str], words: &[&str]) {
@@ -213,14 +213,13 @@ impl Original {
         self.is_as(&before);
     }
 
-    /// Both volumes as they are.
+    /// Both volumes as they are now.
     pub fn trees(&self) -> [Tree; 2] {
         [self.root(), self.writable()].map(tree)
     }
 
-    /// Fails unless they are as they were, but for what overlayfs leaves in each
-    /// `work` that was mounted, and for the log of a database that was half made
-    /// and still is.
+    /// Fails unless both volumes are as they were, except for what overlayfs
+    /// leaves in each mounted `work`, and for the log of an unfinished database.
     #[track_caller]
     pub fn is_as(&self, before: &[Tree; 2]) {
         for (now, before) in self.trees().into_iter().zip(before) {

@@ -44,7 +44,7 @@ fn what_is_refused() {
     fs::write(&kept, "older").unwrap();
     original.is_refused(&[], &["metadata.db.bbolt", "move it away"]);
     fs::remove_file(&kept).unwrap();
-    // Another root's volume: found out late, and everything is taken back.
+    // Another root's volume is noticed late, and all steps are undone.
     let mark = original.writable().join(".volume");
     fs::write(&mark, "0123456789abcdef0123456789abcdef\n").unwrap();
     original.is_refused(&[], &["of another root"]);
@@ -72,7 +72,7 @@ fn what_is_refused() {
     assert!(refused(&["--undo"]).contains("another snapshotter"));
     split.daemon.stop();
 
-    // A database of our own, that was never another's.
+    // A database of this program that was never another's.
     let fresh = Original::new();
     let mut split = fresh.serve();
     split.daemon.stop();
@@ -105,7 +105,7 @@ fn disks_that_are_not_there() {
         is_empty(original.writable.path()),
         "the mount point is bare"
     );
-    // The original makes directories on a bare mount point.
+    // The original creates directories on a bare mount point.
     fs::create_dir_all(original.writable().join("snapshots")).unwrap();
     let (code, _, complaint) = original.import(&[]);
     assert_eq!(code, 2, "{complaint}");
@@ -115,7 +115,7 @@ fn disks_that_are_not_there() {
     original.writable.mount();
     original.is_as(&before);
 
-    // What a bare mount point in the place of `snapshots` looks like.
+    // A bare mount point in the place of `snapshots`.
     let (snapshots, away) = (
         original.root().join("snapshots"),
         original.root().join("away"),
@@ -135,7 +135,7 @@ fn disks_that_are_not_there() {
     original.undo();
     original.is_as(&before);
 
-    // Gone for good.
+    // The files are gone for good.
     fs::remove_dir_all(original.writable().join("snapshots")).unwrap();
     original.flags = vec!["--writable-volatile".to_owned()];
     original.import_all();
@@ -147,8 +147,8 @@ fn disks_that_are_not_there() {
     is_clean(&split);
 }
 
-/// The original has run without its disk: what it was asked for then is on the
-/// mount point, and nothing else.
+/// The original has run without its disk: the mount point has the directories
+/// of requests from that time only.
 #[registered(crate::Test)]
 fn a_mount_point_that_is_not_quite_bare() {
     let mut original = sample();
@@ -171,8 +171,8 @@ fn a_mount_point_that_is_not_quite_bare() {
     sample_works(&original.serve().client());
 }
 
-/// Too few descriptors to walk through a deep layer: it is whole, and so nothing is imported
-/// without it.
+/// There are too few descriptors to walk through a deep layer. The layer is whole, so
+/// nothing is imported without it.
 #[registered(crate::Test)]
 fn layers_that_cannot_be_read_now() {
     let mut original = sample();
@@ -201,15 +201,15 @@ fn layers_that_cannot_be_read_now() {
         assert!(complaint.contains(words), "{words}: {complaint}");
     }
     original.is_as(&before);
-    // What a shell or a service manager begins with is raised.
+    // The soft limit of a shell or a service manager is raised.
     let (code, complaint) = with_limit("-S -n 30");
     assert_eq!(code, Some(0), "{complaint}");
     let split = original.serve();
     is_clean(&split);
 }
 
-/// The bytes of layers that the original had committed where they were written
-/// are on a disk that is not mounted; no container would miss it.
+/// Layers that the original had committed in place are on a disk that is not
+/// mounted. No container needs them, so none would show their loss.
 #[registered(crate::Test)]
 fn layers_on_a_disk_that_is_not_there() {
     for has_other_layers in [true, false] {
@@ -253,7 +253,7 @@ fn layers_on_a_disk_that_is_not_there() {
     }
 }
 
-/// An older state of the database, or that of other disks.
+/// An older state of the database, or a database of other disks.
 #[registered(crate::Test)]
 fn a_wrong_database() {
     let mut original = sample();
@@ -270,7 +270,7 @@ fn a_wrong_database() {
         original.is_refused(flags, &["snapshots/11", "numbers up to 8 only"]);
     }
     fs::write(original.database(), &latest).unwrap();
-    // A directory comes before its snapshot is entered.
+    // A directory is made before its snapshot is entered.
     fs::create_dir_all(original.root().join("snapshots/12/fs")).unwrap();
     original.import_all();
     original.undo();
@@ -282,11 +282,11 @@ fn a_wrong_database() {
     original.is_refused(&[], &["snapshots/13", "numbers up to 11 only"]);
     fs::remove_dir_all(original.root().join("snapshots/13")).unwrap();
 
-    // What an earlier import has left out, of numbers that are given out anew.
+    // What an earlier import has left out, with ids that are given out again.
     fs::create_dir_all(original.writable().join("left-out/5")).unwrap();
     original.is_refused(&[], &["left-out/5", "move"]);
     fs::remove_dir_all(original.writable().join("left-out")).unwrap();
-    // Another database of ours was there.
+    // There was another database of this program.
     fs::write(
         original.root().join("state"),
         "database /nowhere/metadata.db\nidentity 0123456789abcdef0123456789abcdef\n",
@@ -294,7 +294,7 @@ fn a_wrong_database() {
     .unwrap();
     original.is_refused(&[], &["/state", "/nowhere/metadata.db"]);
     fs::remove_file(original.root().join("state")).unwrap();
-    // One directory by two names.
+    // One directory with two names.
     fs::remove_dir_all(original.writable().join("snapshots")).unwrap();
     mount_bind(original.root(), original.writable()).unwrap();
     original.is_refused(&["--dry-run"], &["by another name"]);
@@ -337,7 +337,8 @@ fn what_is_no_undoing_is_refused() {
     original.finish();
     let before = original.trees();
     original.import_all();
-    // In the place of the original's database is nobody's.
+    // The file in the place of the original's database belongs to neither
+    // program.
     for (content, words) in [
         (
             "some notes, and nothing else",
@@ -353,7 +354,7 @@ fn what_is_no_undoing_is_refused() {
     original.is_refused(&["--undo"], &["--state-dir"]);
     fs::remove_file(original.database()).unwrap();
 
-    // A copy of an earlier state may have forgotten what was written.
+    // A copy of an earlier state may lack what was written since.
     let change = |statement: &str| {
         let database = rusqlite::Connection::open(state.join("metadata.db")).unwrap();
         database.execute(statement, []).unwrap();
@@ -362,7 +363,7 @@ fn what_is_no_undoing_is_refused() {
     original.is_refused(&["--undo"], &["not the latest state of itself"]);
     change("DELETE FROM fact WHERE name = 'copied'");
 
-    // A volume that has lost its mark is none that is being given back.
+    // A volume that has lost its mark is not the volume of this import.
     let mark = original.writable().join(".volume");
     let marked = fs::read(&mark).unwrap();
     fs::remove_file(&mark).unwrap();

@@ -16,12 +16,13 @@ use crate::support::daemon::{Daemon, is_empty, refused};
 fn undone_it_is_as_it_was() {
     let mut original = sample();
     original.broken("default/7/broken", "default/1/base", "small");
-    // A small layer waits for who stands on it.
+    // A small layer does not move while another snapshot stands on it.
     original.container("default/8/on-it", "default/7/broken", "on it");
     let listed = original.finish();
     let before = original.trees();
     let original = undo_works(original, &before);
-    // Also after the daemon has run, as long as it has only told.
+    // This also works after the daemon has run, as long as it has only answered
+    // questions.
     original.import_all();
     let mut split = original.serve();
     let client = split.client();
@@ -32,7 +33,7 @@ fn undone_it_is_as_it_was() {
     let original = Original::again(split);
     original.undo();
     original.is_as(&before);
-    // And the original goes on.
+    // The original goes on with its database.
     let steps = [program::prepare(
         "default/9/next",
         "default/3/upper",
@@ -44,7 +45,7 @@ fn undone_it_is_as_it_was() {
     let told = theirs(&told);
     expected.insert("default/9/next".to_owned(), told["default/9/next"].clone());
     assert_eq!(told, expected);
-    // Imported once more, with what was made meanwhile.
+    // Another import, with what was made meanwhile.
     for part in ["fs", "work"] {
         fs::create_dir_all(original.writable().join(format!("snapshots/{id}/{part}"))).unwrap();
     }
@@ -99,7 +100,8 @@ fn written_it_cannot_be_undone() {
     }
 }
 
-/// One that was started during the import has the old file open, by whatever name.
+/// An original that was started during the import has the old file open, under
+/// whatever name.
 #[registered(crate::Test)]
 fn the_original_went_on() {
     let mut original = sample();

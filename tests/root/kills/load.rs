@@ -1,8 +1,8 @@
-//! A client that works until the daemon is killed, and what it may expect
-//! afterwards.
+//! A client that works until the daemon is killed, and the results that it may
+//! expect afterwards.
 //!
-//! Each client has names of its own, so that it knows what every request of
-//! its own must come to, whatever the others do: no refusal is expected at all.
+//! Each client has names of its own, so it knows the result of every request,
+//! whatever the others do: none is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,16 +17,16 @@ use crate::support::client::{Client, Refusal};
 use crate::support::mounted::upper_of;
 use crate::support::random::Random;
 
-/// Few enough that all of them can be looked at after every kill.
+/// Few enough that all of them can be compared after every kill.
 const MAX_SNAPSHOTS: usize = 15;
-/// Names are taken again soon after their snapshots were removed.
+/// Names are used again soon after their snapshots were removed.
 const NAMES: u64 = 40;
-/// A layer above 1 MiB moves home while others stand on it, a smaller one waits.
+/// A layer above 1 MiB moves while others stand on it; a smaller one waits.
 const LARGE_BYTES: usize = 5 << 18;
 
 pub type Labels = BTreeMap<String, String>;
 
-/// A snapshot as a List tells it.
+/// A snapshot as a List returns it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
     pub kind: Kind,
@@ -34,10 +34,10 @@ pub struct Row {
     pub labels: Labels,
 }
 
-/// A file by what was written into it.
+/// A file, identified by what was written into it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Written {
-    /// No two files of a client have the same.
+    /// Different for all files of a client.
     stamp: u64,
     length: usize,
 }
@@ -57,8 +57,8 @@ pub struct Known {
     pub files: BTreeMap<String, Written>,
 }
 
-/// What a request does once it is done: one snapshot less, one more, or both
-/// for one that changes. Never a part of it.
+/// The effect of a request: one snapshot less, one more, or both for a snapshot
+/// that changes. It never happens in part.
 #[derive(Debug, Default)]
 struct Change {
     without: Option<String>,
@@ -76,17 +76,17 @@ pub struct Answered {
     pub removes: u64,
     pub updates: u64,
     pub cleanups: u64,
-    /// Changes that were cut off, and those of them that had happened.
+    /// Changes that were interrupted, and how many of them had happened.
     pub cut: u64,
     pub cut_but_done: u64,
 }
 
 pub struct Worker {
-    /// What all its names begin with.
+    /// The prefix of all its names.
     prefix: String,
     random: Random,
     pub known: BTreeMap<String, Known>,
-    /// Of the request that the last kill cut off.
+    /// The change of the request that the last kill has interrupted.
     in_doubt: Option<Change>,
     last_stamp: u64,
     pub answered: Answered,
@@ -104,8 +104,8 @@ impl Worker {
         }
     }
 
-    /// Requests, one after another, until one is cut off. None may be as long
-    /// as nobody `is_killing` the daemon.
+    /// Makes requests, one after another, until one is interrupted. That must
+    /// not happen unless `is_killing` is set.
     pub fn work(&mut self, client: &Client, is_killing: &AtomicBool) {
         while self.step(client).is_ok() {}
         assert!(
@@ -127,8 +127,8 @@ impl Worker {
         }
     }
 
-    /// Sends a request whose coming to nothing, or to all of `change`, is what
-    /// this test is about.
+    /// Sends a request. If it is interrupted, either nothing or all of `change`
+    /// may have happened.
     fn request(
         &mut self,
         change: Change,
@@ -194,8 +194,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Writes where the mounts say, as a container would that is not disturbed
-    /// by the daemon's end.
+    /// Writes to the mounts, as a container does that is not disturbed by the
+    /// daemon's end.
     fn write(&mut self, client: &Client) -> Result<(), Cut> {
         let Some(key) = self.any(|known| known.row.kind == Kind::ACTIVE) else {
             return Ok(());
@@ -292,7 +292,7 @@ impl Worker {
         Ok(())
     }
 
-    /// One of the known snapshots that are meant.
+    /// One of the known snapshots for which `is_meant` returns `true`.
     fn any(&mut self, is_meant: impl Fn(&Known) -> bool) -> Option<String> {
         let meant: Vec<_> = self
             .known
@@ -306,8 +306,9 @@ impl Worker {
         }
     }
 
-    /// Compares what is listed with what is known, takes over what became of
-    /// the request in doubt, and leaves in `listed` what is not this client's.
+    /// Compares the listed snapshots with the known ones, finds out what
+    /// happened to the request in doubt, and leaves in `listed` the snapshots
+    /// of other clients.
     pub fn settle(&mut self, listed: &mut BTreeMap<String, Row>) {
         let mut mine = BTreeMap::new();
         listed.retain(|name, row| {

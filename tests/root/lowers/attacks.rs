@@ -1,4 +1,4 @@
-//! Labels that ask for what nobody may have. Each is refused as the caller's
+//! Labels that ask for forbidden directories. Each is refused as the caller's
 //! mistake, and nothing is created anywhere.
 
 use std::fs;
@@ -19,7 +19,7 @@ use crate::support::daemon::{Daemon, Split, command};
 use crate::support::{run, tree, unchanged};
 
 /// Fails unless a label with this value is refused in every call that takes
-/// one, for the reason given.
+/// one, for the given reason.
 #[track_caller]
 fn refused(scene: &Scene, value: &str, why: &str) {
     let client = scene.client();
@@ -46,7 +46,7 @@ fn what_could_inject_or_lead_out_is_refused() {
     let client = scene.client();
     let good = scene.fill("good", &[]);
     client.prepare("there", "base", &[]).unwrap();
-    // Takes a request of each kind, so that the database has its pages.
+    // One request of each kind, so that the database has its pages.
     client.prepare("used", "base", &[(LABEL, &good)]).unwrap();
     let outside = scene.host.path().join("outside");
     fs::create_dir(&outside).unwrap();
@@ -75,7 +75,7 @@ fn what_could_inject_or_lead_out_is_refused() {
     let option = scene.at("new,upperdir=/etc,workdir=/var");
     refused(&scene, &option, injected);
     refused(&scene, &scene.at("new\\,upperdir=/etc"), injected);
-    // A colon only ever begins another path.
+    // A colon always begins another path.
     refused(&scene, &scene.at("new\\:/etc"), injected);
     refused(&scene, &format!("{}:etc", scene.at("new")), "not absolute");
     refused(
@@ -131,7 +131,7 @@ fn what_could_inject_or_lead_out_is_refused() {
     );
     refused(&scene, &"/a:".repeat(1000), "at most 32");
     refused(&scene, &"/".repeat(5000), "at most 4096");
-    // The good among the bad is not made either.
+    // The allowed path among the forbidden ones is not created either.
     refused(
         &scene,
         &format!("{}:{}", scene.at("new"), scene.at("up")),
@@ -172,7 +172,8 @@ fn the_snapshotters_own_directories_are_refused() {
     ];
     fs::create_dir(&state).unwrap();
     let moved = format!("{image}/root");
-    // A root of its own beneath what is allowed, as an administrator may get wrong.
+    // A root within the allowed directory, as an administrator may configure by
+    // mistake.
     fs::remove_dir_all(&moved).unwrap();
     fs::remove_dir_all(split.writable.path().join("writable")).unwrap();
     let arguments = command(&split.image, &split.writable, &flags);
@@ -191,7 +192,7 @@ fn the_snapshotters_own_directories_are_refused() {
     let upper = scene.split.writable().display().to_string();
     fs::create_dir_all(format!("{other_path}/in/root")).unwrap();
     fs::create_dir_all(format!("{other_path}/in/upper")).unwrap();
-    // By other names: a link, and bind mounts of one and of what is in it.
+    // Other names: a link, and bind mounts of a directory and of one in it.
     symlink("root/snapshots/1", format!("{image}/alias")).unwrap();
     let bind = |from: &str, to: &str| {
         run(Command::new("mount").args(["--bind", from, to]));
@@ -230,7 +231,7 @@ fn the_snapshotters_own_directories_are_refused() {
         refused(&scene, &path, "its own data");
     }
     assert_eq!([tree(&root), tree(&upper)].map(|tree| tree.len()), before);
-    // What is beside them is another's.
+    // A directory beside them belongs to another user.
     let beside = format!("{image}/beside/deep:{other_path}/in/beside");
     client
         .prepare("beside", "base", &[(LABEL, &beside)])
@@ -238,8 +239,8 @@ fn the_snapshotters_own_directories_are_refused() {
     assert!(Path::new(&format!("{image}/beside/deep")).is_dir());
 }
 
-/// A directory and a link out change places as fast as they can: what is
-/// answered is the directory or a refusal, and never is anything made outside,
+/// A directory and a link out of it change places as fast as possible. The
+/// answer is the directory or a refusal, and nothing is ever created outside,
 /// not even for a moment.
 #[registered(crate::Test)]
 fn links_swapped_meanwhile_lead_nowhere() {
@@ -285,7 +286,7 @@ fn prepare_while_swapping(scene: &Scene, name: &str) {
             }
             swaps
         });
-        // Also if an assertion ends this.
+        // Also runs if an assertion fails.
         let _stop = AtEnd(|| stop.store(true, Ordering::Relaxed));
         let cache = fs::canonicalize(scene.host.path().join("cache")).unwrap();
         for number in 0..450 {
@@ -306,7 +307,8 @@ fn prepare_while_swapping(scene: &Scene, name: &str) {
                     client.remove(&key).unwrap();
                 }
                 Err((code, said)) => {
-                    // It may also be found moved in the middle of a look.
+                    // The directory may also be found to have moved during a
+                    // look.
                     let expected = [RpcStatusCode::INVALID_ARGUMENT, RpcStatusCode::UNAVAILABLE];
                     assert!(expected.contains(&code), "{said}");
                     refused += 1;
@@ -357,7 +359,7 @@ fn directories_deeper_than_the_daemon_holds_open_are_refused() {
     refused(&scene, &deep("made", 65), why);
     refused(&scene, &deep("new", 65), why);
     refused(&scene, &scene.at("link/made"), why);
-    // Together.
+    // Both together.
     let two = format!("{}:{}", deep("one", 33), deep("two", 32));
     refused(&scene, &two, why);
     unchanged(scene.host.path(), &host);

@@ -53,7 +53,7 @@ fn images_get_what_the_daemon_was_told() {
     let label = [(LABEL, own.as_str())];
     for (key, parent, with, result) in [
         ("node", "node", &[][..], expected("npm", true, true, false)),
-        // The label may be a pod's.
+        // The label may come from a pod.
         (
             "labelled",
             "node",
@@ -68,12 +68,12 @@ fn images_get_what_the_daemon_was_told() {
         client.prepare(&key, parent, with).unwrap();
         assert_eq!(seen(&client, &key), result, "{key}");
     }
-    // Neither a view nor the next layer has any part in it.
+    // Neither a view nor the next layer gets the directories.
     let view = client.view("view", "node", &[]).unwrap();
     assert!(!format!("{view:?}").contains("lowers/"), "{view:?}");
     unpack("upon", "node", "docker.io/library/node:20");
 
-    // A container keeps what was chosen; new ones get what is chosen now.
+    // A container keeps its choice; new ones get the new choice.
     split.daemon.stop();
     let flags = ["--allow-lower", allowed];
     let arguments = command(&split.image, &split.writable, &flags);

@@ -1,6 +1,6 @@
-//! The two disks. While a load runs, everything that reaches them is recorded, in
-//! one order for both; afterwards they are given the content that they may have
-//! had after a crash, again and again.
+//! The two disks. During a load, everything that reaches them is recorded, in one
+//! order for both. Afterwards, they are given the contents that they may have had
+//! after a crash, again and again.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -20,23 +20,23 @@ pub const IMAGE: usize = 0;
 pub const WRITABLE: usize = 1;
 
 pub const BYTES: usize = 96 << 20;
-/// What is copied before it is overwritten.
+/// The unit that is saved before it is overwritten.
 const BLOCK: usize = 4096;
 
-/// What happens on the disks and around them.
+/// An event on the disks or around them.
 pub enum Event {
     Write {
         disk: usize,
         offset: usize,
         bytes: Vec<u8>,
     },
-    /// What was written to this disk before is durable.
+    /// Everything written to this disk before is durable.
     Flush { disk: usize },
     /// A request was sent, or was answered.
     Mark(Record),
 }
 
-/// What both disks hold, and what is to become of a write.
+/// The contents of both disks, and how writes are recorded.
 pub struct Content {
     disks: [Vec<u8>; DISKS],
     use_of: Use,
@@ -47,12 +47,12 @@ enum Use {
         events: Vec<Event>,
         flushes: usize,
     },
-    /// Each block that was written, as it was before.
+    /// The earlier contents of each block that was written.
     Undone([HashMap<usize, Vec<u8>>; DISKS]),
 }
 
 impl Content {
-    /// That of new file systems.
+    /// The contents of new file systems.
     fn new(files: &[PathBuf; DISKS]) -> Content {
         Content {
             disks: files.each_ref().map(|file| load(file)),
@@ -63,7 +63,7 @@ impl Content {
         }
     }
 
-    /// Writes what can be taken back.
+    /// Writes in a way that can be reverted.
     pub fn write(&mut self, disk: usize, offset: usize, bytes: &[u8]) {
         let content = &mut self.disks[disk];
         match &mut self.use_of {
@@ -82,12 +82,12 @@ impl Content {
         self.write_for_good(disk, offset, bytes);
     }
 
-    /// Writes what stays.
+    /// Writes for good.
     pub fn write_for_good(&mut self, disk: usize, offset: usize, bytes: &[u8]) {
         self.disks[disk][offset..][..bytes.len()].copy_from_slice(bytes);
     }
 
-    /// Takes back what was written since the last call.
+    /// Reverts what was written since the last call.
     pub fn revert(&mut self) {
         if let Use::Undone(before) = &mut self.use_of {
             for (disk, blocks) in before.iter_mut().enumerate() {
@@ -106,7 +106,7 @@ impl Content {
     }
 }
 
-/// Reads a file; where it has zeros, no memory is taken.
+/// Reads a file without taking memory for its zeros.
 fn load(path: &Path) -> Vec<u8> {
     let mut file = File::open(path).unwrap();
     let mut bytes = vec![0; BYTES];
@@ -120,7 +120,7 @@ fn load(path: &Path) -> Vec<u8> {
     bytes
 }
 
-/// The content as the server and the test share it.
+/// The contents, shared by the server and the test.
 #[derive(Clone)]
 pub struct Shared(Arc<Mutex<Content>>);
 
@@ -167,7 +167,7 @@ impl Devices for Shared {
     }
 }
 
-/// How a disk is made and mounted.
+/// How the file systems are made and mounted.
 pub struct Format {
     mkfs: &'static [&'static str],
     options: &'static str,
@@ -188,7 +188,8 @@ impl Format {
     }
 }
 
-/// The disks as block devices with file systems. Everything ends with the value.
+/// The disks as block devices with file systems. Everything ends when the value
+/// is dropped.
 pub struct Disks {
     dir: tempfile::TempDir,
     pub format: &'static Format,
@@ -203,7 +204,7 @@ impl Disks {
         let files = ["image.new", "writable.new"].map(|name| dir.path().join(name));
         for file in &files {
             File::create(file).unwrap().set_len(BYTES as u64).unwrap();
-            // Nothing is left to be written later by a thread of the kernel's.
+            // A thread of the kernel must have nothing left to write later.
             let lazy = "lazy_itable_init=0,lazy_journal_init=0,nodiscard";
             run(Command::new("mkfs.ext4")
                 .args([
@@ -231,16 +232,17 @@ impl Disks {
         }
     }
 
-    /// Where a disk is mounted.
+    /// The mount point of a disk.
     pub fn path(&self, disk: usize) -> PathBuf {
         self.dir.path().join(["image", "writable"][disk])
     }
 
-    /// Mounts both. What the kernel has kept of a device went with the last unmount.
+    /// Mounts both disks. The last unmount has dropped the kernel's cache of the
+    /// devices.
     ///
     /// # Errors
     ///
-    /// If one has no sound file system.
+    /// If one of them has no sound file system.
     pub fn mount(&self) -> Result<(), String> {
         for (disk, device) in self.devices.iter().enumerate() {
             let options = std::ffi::CString::new(self.format.options).unwrap();
@@ -251,8 +253,8 @@ impl Disks {
         Ok(())
     }
 
-    /// Unmounts both, and waits until nothing uses their file systems: a process that
-    /// has just been killed may still have files open.
+    /// Unmounts both disks, and waits until nothing uses their file systems, because
+    /// a process that was just killed may still have files open.
     pub fn unmount(&self) {
         for (disk, device) in self.devices.iter().enumerate() {
             let _ = unmount(self.path(disk), UnmountFlags::DETACH);
@@ -260,8 +262,8 @@ impl Disks {
         }
     }
 
-    /// Ends the recording: the disks are as they were before it, and what has
-    /// happened since is returned.
+    /// Ends the recording: the disks are again as they were before it. Returns
+    /// the recorded events.
     pub fn rewind(&self) -> Vec<Event> {
         let files = ["image.new", "writable.new"].map(|name| self.dir.path().join(name));
         let mut content = self.content.lock();

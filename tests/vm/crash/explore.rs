@@ -1,4 +1,4 @@
-//! Looking at each state: what a daemon makes of it.
+//! Looking at each state: what a daemon does with it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
@@ -16,19 +16,19 @@ use crate::support::daemon::Daemon;
 use crate::support::random::Random;
 use crate::verify::{Verdict, problem_of, verify};
 
-/// After so many states that are wrong no more are looked at.
+/// After this number of wrong states, no more are looked at.
 const MOST_WRONG: usize = 5;
 
-/// What was seen.
+/// The result of looking at all states.
 pub struct Explored {
     pub summary: String,
-    /// What is wrong, with the position of its state.
+    /// What is wrong, with the position of the state.
     pub findings: Vec<String>,
 }
 
-/// Records a load and looks at its states, in a thread with mounts of its own: a
-/// process that takes a copy of the host's mounts at that moment would keep a disk's
-/// file system in use.
+/// Records a load and looks at its states, in a thread with mounts of its own. A
+/// process that copies the host's mounts at that moment would otherwise keep a
+/// disk's file system in use.
 pub fn explore(
     case: &Case,
     format: &'static Format,
@@ -96,8 +96,8 @@ fn look_at_all(
     Explored { summary, findings }
 }
 
-/// Starts a daemon on what the disks hold, and compares. What fails in a way that
-/// nobody has thought of fails with a panic.
+/// Starts a daemon on the contents of the disks, and compares. An unexpected
+/// failure is a panic.
 fn look(disks: &Disks, case: &Case, seed: u64, replay: &Replay) -> Verdict {
     let looked = catch_unwind(AssertUnwindSafe(|| try_to_look(disks, case, seed, replay)));
     disks.unmount();
@@ -119,12 +119,12 @@ fn try_to_look(disks: &Disks, case: &Case, seed: u64, replay: &Replay) -> Result
     disks.mount()?;
     let places = case.places(disks);
     let mut looking = places.clone();
-    // What moves while it is compared would be missed.
+    // Nothing may move during the comparison.
     looking.extend(["--relocate", "never", "--upperdir-label"].map(str::to_owned));
     let mut daemon = Daemon::try_start(&looking)?;
     let mut verdict = verify(&daemon.client(), seed, &mut replay.history.clone());
     daemon.stop();
-    // Nothing that holds files may have lost its snapshot.
+    // No directory with files may have lost its snapshot.
     let log = daemon.log();
     let set_aside = log.lines().filter(|line| line.contains("is set aside as"));
     verdict.findings.extend(set_aside.map(str::to_owned));

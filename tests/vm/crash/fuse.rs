@@ -1,8 +1,9 @@
-//! A file system with two files, which stand for the two disks: a loop device on
-//! such a file hands each write and each flush to this process as it happens.
+//! A file system with two files, which stand for the two disks. A loop device on
+//! such a file passes each write and each flush to this process as it happens.
 //!
-//! It speaks the kernel's protocol itself (fuse(4), `linux/fuse.h`), because two
-//! files that are never made, renamed or removed need little of it.
+//! This module implements the kernel's protocol (fuse(4), `linux/fuse.h`),
+//! because two files that are never created, renamed or removed need little of
+//! it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,12 +15,12 @@ use std::thread::{JoinHandle, spawn};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-/// How many disks there are.
+/// The number of disks.
 pub const DISKS: usize = 2;
 
-/// What the files are made of. Only one request is under way at any time.
+/// The contents of the files. Only one request is under way at any time.
 pub trait Devices: Send + Sync {
-    /// Of each file, in bytes.
+    /// The size of each file, in bytes.
     fn size(&self) -> u64;
     fn read(&self, disk: usize, offset: usize, length: usize) -> Vec<u8>;
     fn write(&self, disk: usize, offset: usize, bytes: &[u8]);
@@ -59,7 +60,8 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         let _ = unmount(&self.path, UnmountFlags::DETACH);
-        // With a loop device still on a file, the kernel goes on asking.
+        // As long as a loop device uses a file, the kernel goes on sending
+        // requests.
         if !std::thread::panicking()
             && let Some(server) = self.server.take()
         {
@@ -89,17 +91,17 @@ const MAX_PAGES: u32 = 1 << 22;
 const BIG_WRITES: u32 = 1 << 5;
 /// Flag of OPEN: the kernel keeps no pages of the file.
 const DIRECT_IO: u32 = 1;
-/// The number of the top directory; the files follow.
+/// The number of the top directory, which the files' numbers follow.
 const TOP: u64 = 1;
 
-/// Answers until the file system is unmounted.
+/// Answers requests until the file system is unmounted.
 fn serve(mut connection: &File, devices: &dyn Devices) {
     let mut buffer = vec![0; MOST_BYTES as usize + 4096];
     loop {
         let length = match connection.read(&mut buffer) {
             Ok(length) => length,
             Err(error) => match Errno::from_io_error(&error) {
-                // A request was taken back.
+                // The request was interrupted.
                 Some(Errno::NOENT | Errno::INTR) => continue,
                 Some(Errno::NODEV) => return,
                 _ => panic!("read /dev/fuse: {error}"),
@@ -116,7 +118,7 @@ fn serve(mut connection: &File, devices: &dyn Devices) {
         reply.0.extend_from_slice(&error.to_ne_bytes());
         reply.u64(request.u64(8));
         reply.0.extend_from_slice(&body);
-        // ENOENT: nobody waits for it any more.
+        // ENOENT: no process waits for the answer any more.
         let _ = connection.write(&reply.0);
     }
 }
@@ -132,7 +134,7 @@ impl Request<'_> {
         u64::from_ne_bytes(self.0[at..at + 8].try_into().unwrap())
     }
 
-    /// The number of the file it is about.
+    /// The number of the file that the request is about.
     fn node(&self) -> u64 {
         self.u64(16)
     }
@@ -141,19 +143,19 @@ impl Request<'_> {
         usize::try_from(self.node() - TOP - 1).unwrap()
     }
 
-    /// Of READ and WRITE: where, and how much.
+    /// The range of a READ or WRITE.
     fn range(&self) -> (usize, usize) {
         let offset = usize::try_from(self.u64(HEADER + 8)).unwrap();
         (offset, self.u32(HEADER + 16) as usize)
     }
 }
 
-/// `None` for what has no answer.
+/// `None` for requests that have no answer.
 fn answer(request: &Request<'_>, devices: &dyn Devices) -> Option<Result<Vec<u8>, Errno>> {
     let mut body = Bytes::default();
     match request.u32(4) {
         INIT => {
-            // Version 7.31, and of everything else what the kernel takes for 0.
+            // Version 7.31, and the kernel's defaults (0) for everything else.
             let flags = MAX_PAGES | BIG_WRITES;
             [7, 31, 0, flags, 0, MOST_BYTES, 1, MOST_BYTES / 4096]
                 .into_iter()
@@ -169,7 +171,7 @@ fn answer(request: &Request<'_>, devices: &dyn Devices) -> Option<Result<Vec<u8>
             }
         }
         GETATTR | SETATTR => {
-            // Nothing of it is remembered.
+            // The kernel caches nothing of it.
             body.u64(0);
             body.u64(0);
             attributes(&mut body, request.node(), devices);

@@ -1,4 +1,4 @@
-//! The load that is recorded, through several lives of the daemon.
+//! The load that is recorded, during several lives of the daemon.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -37,8 +37,8 @@ enum End {
     Step(&'static str),
 }
 
-/// Loads a daemon until so many flushes are recorded, besides those of its starts.
-/// Returns how many layers have moved.
+/// Loads a daemon until this number of flushes is recorded, without those of its
+/// starts. Returns how many layers have moved.
 pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
     disks.mount().unwrap();
     let history = Mutex::new(History::default());
@@ -51,7 +51,7 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
     let mut daemon = Daemon::start_in(&arguments(disks, case, 0), &left_out);
     for boot in 0..LIVES {
         let end = match random.below(4) {
-            // The first life has no step to come to.
+            // No layer can move in the first life.
             _ if boot == 0 => End::Stop,
             0 => End::Term,
             1 => End::Kill,
@@ -113,8 +113,9 @@ fn arguments(disks: &Disks, case: &Case, boot: u32) -> Vec<String> {
     arguments
 }
 
-/// What was under way when the daemon ended is done, or not: from now on, what its
-/// next life shows counts as acknowledged. `false` if that has ended as well.
+/// A request that was under way when the daemon ended may be done or not. From now
+/// on, what the daemon's next life shows counts as acknowledged. Returns `false`
+/// if that life has ended as well.
 fn settle(client: &Client, history: &Mutex<History>, say: &dyn Fn(Record)) -> bool {
     let History {
         state, under_way, ..

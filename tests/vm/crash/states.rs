@@ -1,24 +1,25 @@
-//! Which content the disks may have had after a crash, and giving it to them.
+//! Which contents the disks may have had after a crash, and giving these to them.
 //!
-//! A disk has all that was written before its last flush. Of what was written
-//! after that, it may have nothing, everything, or any sectors: a drive writes its
-//! cache in an order of its own, and of a longer write only a part.
+//! A disk has everything that was written before its last flush. Of later writes,
+//! it may have none, all, or any sectors: a drive writes its cache in an order of
+//! its own, and only a part of a longer write.
 
 use super::disks::{Content, Event, Shared};
 use super::fuse::DISKS;
 use crate::model::History;
 use crate::support::random::Random;
 
-/// What a disk writes at once, or not at all: the physical sector of disks sold today. With
-/// smaller ones a torn block of metadata is what ext4 itself refuses to mount.
+/// The unit that a disk writes completely or not at all: the physical sector of present
+/// disks. With smaller ones, ext4 itself refuses to mount after a block of metadata was
+/// torn.
 const SECTOR: usize = 4096;
 
-/// What a disk has kept of that which it was not asked to flush.
+/// How much a disk has kept of what it was not asked to flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
     Nothing,
     All,
-    /// Chosen by a seed.
+    /// A choice by this seed.
     Some(u64),
 }
 
@@ -40,9 +41,10 @@ impl std::fmt::Display for State {
     }
 }
 
-/// For each flush, the states around it: with what was flushed and the other disk
-/// without, and with, what it had not flushed; and the other one ahead of what was
-/// about to be flushed. Then states between: up to that many in all, a fifth at least.
+/// For each flush, the states around it: what was flushed, and of the other disk's
+/// unflushed writes none or all; and the other disk ahead of what was about to be
+/// flushed. Then states in between, up to `count` in all, but at least a fifth of
+/// that.
 pub fn choose(events: &[Event], count: usize, random: &mut Random) -> Vec<State> {
     let mut states = Vec::new();
     let mut has_pending = [false; DISKS];
@@ -56,8 +58,8 @@ pub fn choose(events: &[Event], count: usize, random: &mut Random) -> Vec<State>
         match event {
             Event::Write { disk, .. } => has_pending[*disk] = true,
             Event::Flush { disk } => {
-                // What the flush before has made durable, and all that was answered
-                // since then.
+                // Everything that the flush before has made durable, and everything
+                // that was answered since.
                 add(Kept::Nothing, Kept::Nothing);
                 if has_pending[1 - disk] {
                     match disk {
@@ -87,14 +89,14 @@ pub fn choose(events: &[Event], count: usize, random: &mut Random) -> Vec<State>
     states
 }
 
-/// Goes through what was recorded, from one state to a later one.
+/// Goes through the record, from one state to a later one.
 pub struct Replay {
     events: Vec<Event>,
     position: usize,
-    /// Of each disk, the writes after its last flush.
+    /// The writes after each disk's last flush.
     pending: [Vec<usize>; DISKS],
     content: Shared,
-    /// What was asked and answered so far.
+    /// The requests and answers so far.
     pub history: History,
 }
 
@@ -109,7 +111,7 @@ impl Replay {
         }
     }
 
-    /// Gives the disks the content of a state.
+    /// Gives the disks the contents of a state.
     pub fn show(&mut self, state: &State) {
         let shared = self.content.clone();
         let mut content = shared.lock();
@@ -142,7 +144,7 @@ impl Replay {
             let (offset, bytes) = self.written(*at);
             match &mut random {
                 None => content.write(disk, offset, bytes),
-                // Whole, not at all, or torn.
+                // The write is there completely, not at all, or torn.
                 Some(random) => match random.below(5) {
                     0 | 1 => content.write(disk, offset, bytes),
                     2 | 3 => {}

@@ -1,5 +1,5 @@
-//! A machine that qemu emulates, with the kernel of Debian 12: the kernel that users
-//! have, and ten times slower than the processor.
+//! A machine that qemu emulates, with the kernel of Debian 12, which users have. It
+//! is ten times slower than the processor.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,13 +15,12 @@ const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/kernel")
 
 pub const DRIVER: Driver = Driver {
     name: "qemu",
-    // Each machine takes two processors.
+    // Each machine uses two processors.
     at_once: |_| 1,
     cuts: 15,
     load_ms: (2000, 6000),
     modules_in: KERNEL,
-    // The disks, the line to the outside, what the daemon asks for, disks that fail,
-    // and those with quotas.
+    // For the disks, the line to the host, the daemon, disks that fail, and quotas.
     modules: &[
         "virtio_pci",
         "virtio_blk",
@@ -40,7 +39,7 @@ pub const DRIVER: Driver = Driver {
     ],
     most_boots: 5,
     limit_of_boot: Duration::from_secs(240),
-    // Of emulated processors on a busy machine.
+    // For emulated processors on a busy host.
     limit: Duration::from_secs(600),
     command,
 };
@@ -55,8 +54,8 @@ fn command(start: &Start) -> Command {
     command
         .args(["qemu-system-x86_64", "-nodefaults", "-no-user-config"])
         .args(["-display", "none"])
-        // Emulated also where there is a /dev/kvm: one that can be opened
-        // may still not run a machine, as within another virtual machine.
+        // Emulated even if there is a /dev/kvm: one that can be opened may
+        // still not run a machine, for example inside another virtual machine.
         .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+rdrand"])
         .args(["-smp", "2", "-m", MEBIBYTES_OF_MEMORY])
         .arg("-kernel")
@@ -64,8 +63,8 @@ fn command(start: &Start) -> Command {
         .arg("-initrd")
         .arg(start.archive)
         .args(["-append", &words, "-no-reboot", "-serial", "stdio"])
-        // A line is in the file before the machine goes on: not handed to
-        // another thread of qemu.
+        // A line has to be in the file before the machine goes on, so it is not
+        // passed to another thread of qemu.
         .args(["-device", "virtio-serial-pci,ioeventfd=off"])
         .args(["-device", "virtserialport,chardev=records"])
         .arg("-chardev")
@@ -77,7 +76,7 @@ fn command(start: &Start) -> Command {
         .stdout(console.try_clone().unwrap())
         .stderr(console);
     for disk in start.disks {
-        // Flushes of the machine are flushes of the file.
+        // A flush in the machine is a flush of the file.
         let drive = format!(
             "if=virtio,format=raw,cache=writeback,file={}",
             disk.display()

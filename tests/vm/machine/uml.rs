@@ -1,10 +1,10 @@
 //! A machine that is a process: user-mode Linux, a Linux kernel built as a program
 //! (Documentation/virt/uml/user_mode_linux_howto_v2.rst). Its processes run at the
-//! speed of the processor, and it has one of them.
+//! speed of the processor, and it has only one processor.
 //!
-//! Its threads belong to that process, and end with it. The processes in which it
-//! runs those of the machine are killed a moment later; they cannot reach a disk
-//! without the kernel.
+//! Its threads belong to that process and end with it. The host's processes for
+//! the machine's processes are killed a moment later; without the kernel, they
+//! cannot reach a disk.
 
 use std::fs::File;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::{Driver, Start, ends_with_its_thread};
 
 const MEBIBYTES_OF_MEMORY: u64 = 1024;
 
-/// Where `tests/uml.sh` unpacks it.
+/// The directory into which `tests/uml.sh` unpacks it.
 const UML: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/uml");
 
 pub const DRIVER: Driver = Driver {
@@ -24,7 +24,7 @@ pub const DRIVER: Driver = Driver {
     cuts: 100,
     load_ms: (300, 2200),
     modules_in: UML,
-    // What the daemon asks for, disks that fail, and those with quotas.
+    // For the daemon, disks that fail, and quotas.
     modules: &["overlay", "dm-flakey", "quota_v2", "loop", "fuse"],
     devices: [
         ("VM_IMAGE_DEVICE", "/dev/ubda"),
@@ -37,7 +37,7 @@ pub const DRIVER: Driver = Driver {
     command,
 };
 
-/// Whether it was unpacked.
+/// Whether user-mode Linux was unpacked.
 pub fn is_there() -> bool {
     Path::new(UML).join("linux").exists()
 }
@@ -46,16 +46,16 @@ fn command(start: &Start) -> Command {
     let console = start.console();
     let mut command = ends_with_its_thread();
     command
-        // To have it without a random layout of its memory, it would start itself
-        // again.
+        // setarch switches off the random layout of its memory. Otherwise, it
+        // would start itself again to do that.
         .args(["setarch", "-R", "env", "LD_LIBRARY_PATH=.", "./linux"])
         .current_dir(UML)
         .env("TMPDIR", place_of_memory(start.scratch))
         .arg(format!("mem={MEBIBYTES_OF_MEMORY}M"))
         .arg(format!("initrd={}", start.archive.display()))
         .arg(format!("uml_dir={}/", start.scratch.display()))
-        // The kernel writes a line into its descriptor at once, without a buffer of
-        // its own. Nothing is read, so that the one of its input is free for that.
+        // The kernel writes a line to its descriptor without a buffer. Nothing is
+        // read, so that the descriptor for input is free for this.
         .args(["con=null", "con0=null,fd:1", "ssl=null", "ssl1=null,fd:0"])
         .args(["quiet", "panic=-1"])
         .args(start.settings)
@@ -68,12 +68,12 @@ fn command(start: &Start) -> Command {
     command
 }
 
-/// The machine's memory is a file: best in the memory of this machine, but in a
+/// The machine's memory is a file. It should be in the host's memory, but in a
 /// container that file system may be too small.
 fn place_of_memory(scratch: &Path) -> &Path {
     let shared_memory = Path::new("/dev/shm");
     let is_large = rustix::fs::statvfs(shared_memory).is_ok_and(|disk| {
-        // With room for the machines of other processors.
+        // There has to be room for the machines of other processors.
         disk.f_bavail * disk.f_frsize >= 8 * (MEBIBYTES_OF_MEMORY << 20)
     });
     if is_large { shared_memory } else { scratch }

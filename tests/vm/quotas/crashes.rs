@@ -1,5 +1,5 @@
-//! The daemon is killed between two steps: nothing acknowledged is lost, no id is
-//! in use twice, and no project is left.
+//! The daemon is killed between two steps: nothing that was acknowledged may be
+//! lost, no id may be in use twice, and no project may be left.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -27,7 +27,7 @@ fn cut_off_while_a_project_is_given(rig: &mut Rig) {
     daemon.restart();
     let client = daemon.client();
     assert_eq!(client.names(&["kind==active"]).unwrap().len(), 0);
-    // Its directory is in the trash, and so its id is taken.
+    // Its directory is in the trash, so its id is taken.
     client.prepare("web", "base", &limited).unwrap();
     assert_eq!(project(&rig.newest()), first + 1);
     rig.projects_are_left(&client, 1);
@@ -98,7 +98,7 @@ fn killed_at_any_moment(rig: &mut Rig) {
                         kept.push(key);
                         continue;
                     }
-                    // Answered or not.
+                    // The answer may have come before the kill or not.
                     gone.push(key.clone());
                     if client.remove(&key).is_err() || client.cleanup().is_err() {
                         break;
@@ -109,7 +109,7 @@ fn killed_at_any_moment(rig: &mut Rig) {
             until("some are answered", || {
                 requests.load(Ordering::SeqCst) >= 4 + round
             });
-            // In another moment of whatever is under way each time.
+            // At another moment of the request each time.
             std::thread::sleep(std::time::Duration::from_millis(7 * round as u64));
             daemon.kill();
             worker.join().unwrap()

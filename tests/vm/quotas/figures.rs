@@ -1,5 +1,5 @@
-//! What Usage takes of a container with many files: a walk and a quota, side by
-//! side.
+//! How long Usage takes for a container with many files: a walk and a quota,
+//! side by side.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use super::{Rig, upper, usage};
 use crate::guest::setting;
 use crate::support::client::Client;
 
-/// A walk takes as long as many questions that need none.
+/// A walk takes as long as many requests without one.
 const ROUNDS: usize = 25;
 const ROUNDS_WITH_WALK: usize = 5;
 const FILES_OF_DIRECTORY: u32 = 1000;
@@ -23,7 +23,7 @@ fn usage_by_quota_and_by_a_walk(rig: &mut Rig) {
     let client = daemon.client();
     client.prepare("web", "base", &[]).unwrap();
     let top = upper(&client, "web");
-    // What the disk, and the emulator, which translates code, have to do first.
+    // Work that the disk, and the emulator, which translates code, do first.
     rustix::fs::sync();
     let _ = median(&client, ROUNDS);
     let few = median(&client, ROUNDS);
@@ -32,7 +32,7 @@ fn usage_by_quota_and_by_a_walk(rig: &mut Rig) {
         if number % FILES_OF_DIRECTORY == 0 {
             fs::create_dir(&directory).unwrap();
         }
-        // Never open: an emulated machine has many to make.
+        // No file is kept open, because an emulated machine has many to create.
         let path = directory.join(number.to_string());
         mknodat(CWD, &path, FileType::RegularFile, Mode::RUSR, 0).unwrap();
     }
@@ -45,7 +45,8 @@ fn usage_by_quota_and_by_a_walk(rig: &mut Rig) {
     let client = daemon.client();
     let (_, by_walk) = usage(&client, "web");
     let walked = median(&client, ROUNDS_WITH_WALK);
-    // Times are told, not asserted: machines differ. This tells the two apart.
+    // Times are printed, not asserted, because machines differ. This shows that
+    // the two differ.
     assert_eq!(by_quota, by_walk + 2, "<id> and work");
     let milliseconds = |taken: Duration| taken.as_secs_f64() * 1e3;
     rig.figures.push(format!(

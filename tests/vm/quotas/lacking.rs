@@ -1,4 +1,4 @@
-//! Where quotas are missing, and what is there from before they were.
+//! Missing quotas, and snapshots from before there were quotas.
 
 use std::fs;
 use std::path::Path;
@@ -18,7 +18,7 @@ use crate::support::daemon::{Daemon, is_empty, refused};
 
 const LIMITED: &[(&str, &str)] = &[(OWN_MAX_SIZE, "8M")];
 
-/// quotactl(2) by the device's path, as before Linux 5.14.
+/// quotactl(2) with the path of the device, as before Linux 5.14.
 #[registered(crate::quotas::Test)]
 fn the_older_call_does_as_well(rig: &mut Rig) {
     let arguments = rig.arguments(&[]);
@@ -53,13 +53,13 @@ fn what_is_older_than_quotas_is_walked(rig: &mut Rig) {
     is_refused(
         client.update("old", &[&field], LIMITED),
         RpcStatusCode::FAILED_PRECONDITION,
-        &["make the container anew"],
+        &["make the container again"],
     );
     assert!(client.stat("old").unwrap().labels.is_empty());
     let new = prepare(&client, "new", LIMITED);
     assert_eq!(size_of_disk(&new), 8 * MIB);
 
-    // Switched off again: the limits stay, the files are walked.
+    // With quotas switched off again, the limits stay, and files are counted.
     daemon.stop();
     daemon.set_arguments(rig.arguments(&["--quota", "off"]));
     daemon.restart();
@@ -101,7 +101,7 @@ fn a_limit_is_taken_away_without_quotas(rig: &mut Rig) {
             .labels
             .contains_key(OWN_MAX_SIZE)
     );
-    // Nobody has told the kernel.
+    // The kernel still has the old limit.
     assert_eq!(size_of_disk(&web), 8 * MIB);
     start_with(&[]);
     assert!(size_of_disk(&web) > 100 * MIB);
@@ -115,7 +115,7 @@ fn a_limit_is_taken_away_without_quotas(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// To ask for a quota counts as a write.
+/// The kernel treats a request for a quota as a write.
 #[registered(crate::quotas::Test)]
 fn a_read_only_volume_is_walked(rig: &mut Rig) {
     let daemon = rig.start(&[]);
@@ -148,9 +148,9 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
     );
     assert_eq!(client.names(&["kind==active"]).unwrap(), ["free"]);
     if !rig.is_xfs() {
-        // ext4 counts all the same.
+        // ext4 counts in spite of that.
         assert_eq!(usage(&client, "free"), walk(&rig.newest()));
-        assert!(status(rig).contains("limits are not kept"));
+        assert!(status(rig).contains("limits are not enforced"));
     }
     client.remove("free").unwrap();
     client.cleanup().unwrap();
@@ -179,7 +179,7 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
     drop(prepare(&client, "web", LIMITED));
     let said = status(rig);
     assert!(
-        said.contains("limits are kept") && said.contains("of 8.0M"),
+        said.contains("limits are enforced") && said.contains("of 8.0M"),
         "{said}"
     );
     rig.clear(&client);
@@ -212,7 +212,8 @@ fn a_missing_feature_is_named(rig: &mut Rig) {
     if rig.is_xfs() {
         return;
     }
-    // The image volume's disk has the feature; one without is a file on it.
+    // The image volume's disk has the feature, so a file on it becomes a disk
+    // without.
     let file = rig.image.join("without");
     fs::File::create(&file).unwrap().set_len(16 * MIB).unwrap();
     crate::support::run(Command::new("mkfs.ext4").arg("-q").arg(&file));
@@ -239,7 +240,8 @@ fn broken_quotas_stop_only_who_needs_them(rig: &mut Rig) {
     let file = rig.image.join("broken");
     fs::File::create(&file).unwrap().set_len(32 * MIB).unwrap();
     let mut make = Command::new("mkfs.ext4");
-    // Of the largest block, which has the beginning of the tree as well.
+    // With the largest block size, so that the beginning of the tree is in the
+    // same block.
     make.args(["-q", "-b", "4096", "-O", "quota,project"]);
     make.args(["-E", "quotatype=prjquota"]);
     crate::support::run(make.arg(&file));
@@ -267,8 +269,9 @@ fn broken_quotas_stop_only_who_needs_them(rig: &mut Rig) {
     unmount(rig.writable(), UnmountFlags::DETACH).unwrap();
 }
 
-/// Damages an ext4's quota file in a tree of ids: its root has a block's number for
-/// each first byte, and 0, the project of all that is in none, stays sound.
+/// Damages an ext4's quota file, in the tree of ids. Its root has the number of a
+/// block for each first byte. The block for 0, the project of everything without
+/// one, stays sound.
 fn break_quotas(file: &Path) {
     /// `V2_INITQMAGICS` of projects (`fs/quota/quotaio_v2.h`), and the version.
     const BEGINNING: [u8; 8] = [0x14, 0x3f, 0xc0, 0xd9, 1, 0, 0, 0];

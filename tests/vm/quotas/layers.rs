@@ -45,7 +45,7 @@ fn a_layer_that_leaves_gives_its_project_back(rig: &mut Rig) {
 fn a_layer_in_use_keeps_its_project(rig: &mut Rig) {
     let daemon = rig.start(&["--relocate-after", "0"]);
     let client = daemon.client();
-    // As `ctr snapshot commit` of a running container.
+    // Like `ctr snapshot commit` of a running container.
     let mounted = prepare(&client, "web", &[(OWN_MAX_SIZE, "8M")]);
     fill(&mounted.path().join("file"), 4 * MIB);
     client.commit("web", "layer", &[]).unwrap();
@@ -58,7 +58,8 @@ fn a_layer_in_use_keeps_its_project(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// One directory: the move is a rename, and the project goes with the layer.
+/// With one file system the move is a rename, and the project moves with the
+/// layer.
 #[registered(crate::quotas::Test)]
 fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
     let root = rig.writable();
@@ -85,7 +86,7 @@ fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
     daemon.restart();
     let client = daemon.client();
     client.cleanup().unwrap();
-    // Taken as long as the layer is there.
+    // The id is taken as long as the layer is there.
     assert_eq!(rig.projects().len(), 1);
     let upper = super::upper_of(&client.prepare("on", "layer", &[]).unwrap());
     assert_eq!(project(&upper), rig.ids().first().number() + 1);
@@ -94,7 +95,7 @@ fn a_layer_moves_within_one_file_system(rig: &mut Rig) {
     rig.no_project_is_left(&client);
 }
 
-/// The link that it takes the place of is older than that project.
+/// The link that it replaces is older than that project.
 #[registered(crate::quotas::Test)]
 fn a_layer_moves_into_a_project_of_others(rig: &mut Rig) {
     let mut daemon = rig.start(&["--relocate", "never"]);

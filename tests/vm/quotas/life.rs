@@ -1,4 +1,4 @@
-//! Projects from the first day of a snapshot to the last.
+//! Projects during the whole life of a snapshot.
 
 use std::fs::{self, File};
 use std::thread;
@@ -25,7 +25,7 @@ fn directories_are_in_one_project(rig: &mut Rig) {
     for (name, expected) in [("snapshots", 0), ("trash", 0)] {
         assert_eq!(project(&rig.writable().join(name)), expected);
     }
-    // Files of a container, and what it changes of its image.
+    // Files of a container, and changes of its image.
     fs::create_dir(mounted.path().join("new")).unwrap();
     assert_eq!(project(&web.join("fs/new")), first);
     drop(mounted);
@@ -41,9 +41,9 @@ fn directories_are_in_one_project(rig: &mut Rig) {
 
 #[registered(crate::quotas::Test)]
 fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
-    // On XFS fewer: what may go wrong there does so with these, and it takes long.
+    // Fewer on XFS, where they are enough to find errors, and take long.
     let of_each = if rig.is_xfs() { 50 } else { 250 };
-    // The database in memory: it is not what this is about.
+    // The database is in memory, because this is not about it.
     let state = format!("/tmp/state-{}", rig.number);
     let daemon = rig.start(&["--default-max-size", "1M", "--state-dir", &state]);
     thread::scope(|scope| {
@@ -67,7 +67,7 @@ fn a_thousand_snapshots_leave_no_project(rig: &mut Rig) {
     assert_eq!(client.names(&[]).unwrap(), ["base"]);
 }
 
-/// It runs on in the trash, and so its id is taken.
+/// The project is still used in the trash, so its id is taken.
 #[registered(crate::quotas::Test)]
 fn a_removed_container_keeps_its_project(rig: &mut Rig) {
     let ids = ProjectRange::new(7, 8).unwrap();
@@ -119,7 +119,7 @@ fn projects_of_others_around_it_do_no_harm(rig: &mut Rig) {
     assert_eq!(fs::read_dir(snapshots).unwrap().count(), 0);
 }
 
-/// While the daemon runs, and both volumes.
+/// While the daemon runs, for both volumes.
 #[registered(crate::quotas::Test)]
 fn projects_of_others_since_the_start_do_no_harm(rig: &mut Rig) {
     let mut daemon = rig.start(&["--relocate", "never"]);
@@ -140,7 +140,7 @@ fn projects_of_others_since_the_start_do_no_harm(rig: &mut Rig) {
     for directory in &directories {
         assert_eq!(fs::read_dir(directory).unwrap().count(), 0, "{directory:?}");
     }
-    // What is counted for them on the image volume still is.
+    // What is charged to them on the image volume still is.
     assert_eq!(project(&rig.root().join("snapshots")), THEIRS);
     daemon.stop();
     daemon.restart();

@@ -1,4 +1,4 @@
-//! Limits: where they come from, and that they are kept.
+//! Limits: where they come from, and that they are enforced.
 
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -42,9 +42,9 @@ fn one_file_reaches_the_limit(rig: &mut Rig) {
     };
     let more = fs::write(web.path().join("more"), vec![1; MIB as usize]).unwrap_err();
     assert_eq!(Errno::from_io_error(&more), Some(expected));
-    // On XFS there may be no block for its name either.
+    // On XFS, there may be no block for its name either.
     let _ = fs::remove_file(web.path().join("more"));
-    // The disk itself is not full, for whoever has more.
+    // The disk itself is not full for containers with a higher limit.
     assert_eq!(
         fill(&other.path().join("file"), 32 * MIB),
         (32 * MIB, false)
@@ -106,7 +106,7 @@ fn inodes_reach_the_limit(rig: &mut Rig) {
             count += 1;
             assert!(count <= limit, "{count}");
         }
-        // Three directories of the snapshotter's, and one or two of overlayfs's.
+        // Three directories of the snapshotter, and one or two of overlayfs.
         assert!(count >= limit - 6, "{count}");
     }
     drop((few, many));
@@ -129,13 +129,13 @@ fn labels_come_before_the_default(rig: &mut Rig) {
     let free = prepare(&client, "free", &[(OWN_MAX_SIZE, "0")]);
     assert!(size_of_disk(&free) > 100 * MIB);
     drop(free);
-    // What is unpacked is on the image volume and has no limit, whatever its labels.
+    // An unpack is on the image volume and has no limit, whatever its labels are.
     let volume = "containerd.io/snapshot/overlay-read-write-splitting.volume";
     let labels = [(volume, "writable"), (MAX_SIZE, "1048576")];
     let unpack = Mounted::new(&client.prepare("extract-1", "base", &labels).unwrap());
     assert!(size_of_disk(&unpack) > 100 * MIB);
     drop(unpack);
-    // A view takes nothing; a container on the image volume has no limit.
+    // A view takes nothing, and a container on the image volume has no limit.
     client
         .view("view", "base", &[(OWN_MAX_SIZE, "1M")])
         .unwrap();
@@ -227,7 +227,8 @@ fn an_update_counts_at_once(rig: &mut Rig) {
         "{written}"
     );
 
-    // Below what is there: nothing is lost, and nothing can be added.
+    // A limit below the present usage: nothing is lost, and nothing can be
+    // added.
     set("4M").unwrap();
     assert_eq!(file.metadata().unwrap().len(), written);
     assert_eq!(fill(&web.path().join("more"), MIB), (0, true));
@@ -235,7 +236,7 @@ fn an_update_counts_at_once(rig: &mut Rig) {
     assert_eq!(client.stat("web").unwrap().labels[OWN_MAX_SIZE], "4M");
     assert_eq!(size_of_disk(&web), 4 * MIB);
 
-    // Other labels change nothing, a missing one makes it the default.
+    // Other labels change nothing. Without its label, the limit is the default.
     client
         .update("web", &["labels.other"], &[("other", "x")])
         .unwrap();
@@ -249,14 +250,14 @@ fn an_update_counts_at_once(rig: &mut Rig) {
     daemon.restart();
     let client = daemon.client();
     assert_eq!(size_of_disk(&web), 6 * MIB);
-    // Another default counts for those that are made from now on.
+    // Another default counts for containers that are created from now on.
     client
         .update("web", &["labels.other"], &[("other", "y")])
         .unwrap();
     assert_eq!(size_of_disk(&web), 6 * MIB);
     drop(web);
 
-    // One limit does not change with the other.
+    // A change of one limit does not change the other.
     let plain = prepare(&client, "plain", &[]);
     assert_eq!(size_of_disk(&plain), 9 * MIB);
     daemon.stop();
@@ -299,7 +300,7 @@ fn usage_is_what_a_walk_finds(rig: &mut Rig) {
     rustix::fs::sync();
     let (bytes, inodes) = usage(&client, "web");
     let (walked_bytes, walked_inodes) = walk(&upper(&client, "web"));
-    // `<id>`, `work`, and what overlayfs has made in it.
+    // `<id>`, `work`, and what overlayfs has created in it.
     assert!(
         (2..=4).contains(&(inodes - walked_inodes)),
         "{inodes} {walked_inodes}"
@@ -308,7 +309,7 @@ fn usage_is_what_a_walk_finds(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// The first one is somebody else's, and stays theirs.
+/// Another program uses the first id, and keeps it.
 fn the_second_id_is_given(rig: &Rig, client: &Client) {
     client
         .prepare("web", "base", &[(OWN_MAX_SIZE, "1M")])
@@ -333,7 +334,7 @@ fn a_project_of_others_is_passed_over(rig: &mut Rig) {
     fs::remove_dir(&theirs).unwrap();
 }
 
-/// An administrator has limited what is to be written yet.
+/// An administrator has set a limit for files to come.
 #[registered(crate::quotas::Test)]
 fn a_limit_of_others_stays(rig: &mut Rig) {
     let daemon = rig.start(&[]);
@@ -355,14 +356,14 @@ fn a_limit_of_others_stays(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// The host's root in a container has put its files into the projects to come.
+/// The host's root in a container has put its files into the next projects.
 #[registered(crate::quotas::Test)]
 fn projects_taken_by_a_container_refuse_nobody(rig: &mut Rig) {
     let daemon = rig.start(&[]);
     let client = daemon.client();
     let web = prepare(&client, "web", &[]);
     let first = rig.ids().first().number();
-    // More than are tried.
+    // More ids than are tried.
     let taken = first + 1..=first + 5000;
     for number in taken.clone() {
         let file = File::create(web.path().join(number.to_string())).unwrap();
@@ -378,7 +379,7 @@ fn projects_taken_by_a_container_refuse_nobody(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// What docs/limits.md says about whom a limit does not bind.
+/// What docs/limits.md says about processes that a limit does not bind.
 #[registered(crate::quotas::Test)]
 fn who_is_not_bound_is_as_described(rig: &mut Rig) {
     let daemon = rig.start(&[]);
@@ -397,6 +398,6 @@ fn who_is_not_bound_is_as_described(rig: &mut Rig) {
     assert_eq!(fill(&web.path().join("more"), 3 * MIB), (3 * MIB, false));
     assert!(usage(&client, "web").0 < 4 * MIB);
     drop((web, file));
-    // Its files go with the rest all the same.
+    // Its files are deleted with the rest.
     rig.clear(&client);
 }

@@ -1,4 +1,4 @@
-//! Room that is lent to a full container for its mount.
+//! Loans of room to a full container for its mount.
 
 use std::fs;
 use std::thread::sleep;
@@ -32,7 +32,7 @@ fn a_full_container_starts_again(rig: &mut Rig) {
                 rig.projects().last().unwrap().1.limits == limits
             });
         }
-        // Also where an update has left far less than what is there.
+        // Also if an update has left a limit far below the present usage.
         fill_all(&mounted);
         drop(mounted);
         let (name, value) = match key {
@@ -54,7 +54,7 @@ fn a_loan_ends_with_the_daemon(rig: &mut Rig) {
     fill_all(&mounted);
     drop(mounted);
     let limit = |rig: &Rig| rig.projects()[0].1.limits.max_bytes.unwrap();
-    // Nobody mounts them.
+    // The mounts are not mounted.
     client.mounts("web").unwrap();
     assert!(limit(rig) > 4 * MIB);
     daemon.kill();
@@ -77,7 +77,7 @@ fn the_least_limits_will_do(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// As many files as there may be, with as much as there may be in them.
+/// Creates as many files as possible, with as much data as possible.
 fn fill_all(mounted: &Mounted) {
     for number in 0..60 {
         fill(&mounted.path().join(number.to_string()), MIB);
@@ -92,7 +92,7 @@ fn is_read_only(mounted: &Mounted) -> bool {
     disk(mounted).f_flag.contains(StatVfsMountFlags::RDONLY)
 }
 
-/// What a container writes as soon as it runs, start by start. A runtime takes longer than
+/// What a container writes as soon as it runs, at each start. A runtime takes longer than
 /// this from the mount to the container's program.
 #[registered(crate::quotas::Test)]
 fn loans_do_not_add_up(rig: &mut Rig) {

@@ -1,5 +1,5 @@
-//! Directories that came back from a backup, or from another disk, which know no
-//! projects.
+//! Directories that came back from a backup, or from another disk, neither of
+//! which keeps projects.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -18,7 +18,7 @@ use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use super::{MIB, Mounted, OWN_MAX_SIZE, Rig, prepare, project, size_of_disk, usage, walk};
 use crate::support::until;
 
-/// As from a backup that knows no projects.
+/// The state after a restore from a backup without projects.
 fn forget_projects(top: &Path) {
     tree::visit_open(File::open(top).unwrap(), |visited| match visited {
         Visited::Directory(fd) => set_project(fd, ProjectId::NONE),
@@ -32,7 +32,7 @@ fn await_charged(top: &Path, number: u32) {
     until("the tree is charged", || project(top) == number);
 }
 
-/// XFS takes a moment for what was deleted.
+/// XFS counts deleted files for a moment.
 fn await_counted(rig: &Rig, top: &Path) {
     until("the only project takes what a walk finds", || {
         let held = rig.projects();
@@ -54,14 +54,17 @@ fn a_restored_directory_is_charged_again(rig: &mut Rig) {
     forget_projects(&top);
     daemon.restart();
     let client = daemon.client();
-    // Never a part, whether that is done or not.
+    // The usage is never that of a part, even while the tree is being charged.
     assert!(usage(&client, "web").0 >= 3 << 20);
     await_charged(&top, rig.ids().first().number());
     await_counted(rig, &top);
     assert_eq!(usage(&client, "web"), walk(&top));
     let log = daemon.log();
     let (_, last) = log.rsplit_once("serving on").unwrap();
-    assert!(last.contains("and is now"), "nobody waits for it: {log}");
+    assert!(
+        last.contains("; now they are"),
+        "nobody waits for it: {log}"
+    );
     rig.clear(&client);
 }
 
@@ -87,7 +90,7 @@ fn cut_off_while_a_tree_is_charged_again(rig: &mut Rig) {
     rig.clear(&daemon.client());
 }
 
-/// One that nobody may change; ext4 says so of its project, too.
+/// A file that cannot be changed; on ext4, neither can its project.
 #[registered(crate::quotas::Test)]
 fn a_file_that_stays_out_stops_nothing(rig: &mut Rig) {
     if rig.is_xfs() {
@@ -113,8 +116,8 @@ fn a_file_that_stays_out_stops_nothing(rig: &mut Rig) {
     rig.clear(&daemon.client());
 }
 
-/// On the disk that the directories came to, two ids are somebody else's: something is
-/// charged to the one, and the other one is limited.
+/// On the disk that the directories came to, another program uses two ids: it has
+/// charged files to one, and limited the other.
 #[registered(crate::quotas::Test)]
 fn ids_of_others_are_left_to_them(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
@@ -175,7 +178,8 @@ fn ids_of_others_are_left_to_them(rig: &mut Rig) {
     rig.clear(&daemon.client());
 }
 
-/// What cannot be charged as it is, a restored container can use all the same.
+/// A restored container can use links and nodes that cannot be charged as they
+/// are.
 #[registered(crate::quotas::Test)]
 fn links_and_nodes_can_be_renamed(rig: &mut Rig) {
     let mut daemon = rig.start(&[]);
@@ -216,7 +220,7 @@ fn links_and_nodes_can_be_renamed(rig: &mut Rig) {
         assert!(!at(&web, name).exists());
         fs::create_dir(at(&web, name)).unwrap();
     }
-    // These would be two otherwise.
+    // Two inodes would not be linked any more.
     assert_eq!(at(&web, "linked").symlink_metadata().unwrap().nlink(), 2);
     drop(web);
     assert!(daemon.log().contains("because they have several names"));
@@ -226,7 +230,7 @@ fn links_and_nodes_can_be_renamed(rig: &mut Rig) {
     rig.clear(&client);
 }
 
-/// Puts a copy into the place of a snapshot's directories.
+/// Replaces a snapshot's directories by a copy.
 fn copy_as_a_backup(top: &Path) {
     let snapshots = top.parent().unwrap();
     let volume = snapshots.parent().unwrap();

@@ -1,10 +1,11 @@
-//! The two metas at a file's beginning, written in turn: a crash spoils the one
-//! that was being written, and the other still has the transaction before.
+//! The two meta pages at the beginning of a file. They are written in turn: a
+//! crash can damage the one that is being written, and the other one still has
+//! the transaction before.
 //!
-//! After the page's header: magic (4), version (4), page size (4), unused (4),
-//! the root bucket's page (8) and sequence (8), the free list's page (8), how
-//! many pages are in use (8), the transaction (8), and the FNV-1a sum of all
-//! that (8).
+//! After the page's header, a meta has these fields: magic (4 bytes), version
+//! (4), page size (4), unused (4), the root bucket's page (8) and sequence (8),
+//! the free list's page (8), the number of pages in use (8), the transaction
+//! (8), and the FNV-1a sum of all these fields (8).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,17 +15,17 @@ use super::{damaged, unreadable};
 use crate::error::{Error, Result};
 use crate::util::fnv::Fnv;
 
-/// How many there are, on as many pages.
+/// The number of metas, each of which has a page of its own.
 pub(super) const COUNT: u64 = 2;
 
 const MAGIC: u32 = 0xED0C_DAED;
 const VERSION: u32 = 2;
 const SUMMED_BYTES: usize = 56;
 const BYTES: usize = SUMMED_BYTES + 8;
-/// Those that a machine's memory has, and smaller ones that only tests use.
+/// The page sizes of machines, and smaller ones that only tests use.
 const PAGE_SIZES: std::ops::RangeInclusive<u64> = 512..=65536;
 
-/// What a meta holds.
+/// The contents of a meta.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Meta {
     pub(super) page_size: u64,
@@ -33,7 +34,7 @@ pub(super) struct Meta {
     pub(super) transaction: u64,
 }
 
-/// What is where a meta should be.
+/// What is found in the place of a meta.
 enum Candidate {
     Whole(Meta),
     Foreign(Error),
@@ -43,7 +44,8 @@ enum Candidate {
 /// The meta of the last complete transaction.
 pub(super) fn newest(file: &File, length: u64) -> Result<Meta> {
     let first = look(file, length, 0)?;
-    // Where the second is depends on the page size, which the first may not have.
+    // The place of the second meta depends on the page size, which a damaged
+    // first one may not have.
     let sizes = match &first {
         Candidate::Whole(meta) => meta.page_size..=meta.page_size,
         _ => PAGE_SIZES,

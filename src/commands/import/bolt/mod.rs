@@ -1,19 +1,19 @@
 //! bbolt files (go.etcd.io/bbolt), read only: the database of containerd's Go
 //! snapshotters.
 //!
-//! Owns: the file format. Never: writes, locks, or knows what the buckets are
-//! good for; [`snapshots`] knows that of one kind.
+//! Owns: the file format. Never: writes, locks, or knows the meaning of the
+//! buckets; [`snapshots`] knows that for one kind.
 //!
-//! A file is a row of pages. Pages 0 and 1 are metas: each says where the root
-//! bucket begins, the one with the higher transaction number counts. A bucket is
-//! a tree: branch pages lead to leaf pages, those hold keys in order, each with
-//! a value or a bucket below. A page too full for its size goes on over the pages
-//! behind it. A small bucket has its one leaf page in its own value. Which pages
-//! are free is of no interest to a reader.
+//! A file is a sequence of pages. Pages 0 and 1 are metas: each has the place of
+//! the root bucket, and the meta with the higher transaction number counts. A
+//! bucket is a tree: branch pages lead to leaf pages, which hold keys in order,
+//! each with a value or a nested bucket. If the contents of a page need more
+//! room, it continues on the pages after it. A small bucket has its only leaf
+//! page in its own value. A reader does not need the list of free pages.
 //!
-//! Nothing in a file is believed: every place is checked against the file's
-//! length, no page is read twice (in a sound file none is named twice), nothing
-//! recurses, and what is handed out has a limit.
+//! Nothing in a file is trusted. Every position is checked against the file's
+//! length, no page is read twice (in a sound file none is referred to twice),
+//! nothing recurses, and the amount of returned data is limited.
 
 mod meta;
 mod page;
@@ -29,30 +29,33 @@ use crate::error::{Error, ErrorKind, Result};
 use meta::Meta;
 use page::{Content, Element, HEADER_BYTES};
 
-/// What one page with those that continue it may take. A label can have no more
-/// than containerd takes in one message, 16 MiB.
+/// The most bytes of a page and its continuation. No label can be larger than a
+/// message of containerd, which has at most 16 MiB.
 const MAX_RUN_BYTES: u64 = 32 << 20;
-/// What all keys and values together may take: a hundred thousand snapshots.
+/// The most bytes of all keys and values together: enough for a hundred
+/// thousand snapshots.
 const MAX_HANDED_OUT_BYTES: usize = 256 << 20;
-/// What a key with its value takes in memory besides their bytes, at least: many
-/// small ones fill it as well as a few large ones.
+/// The memory that each key with its value takes at least in addition to its
+/// bytes. With this, many small ones reach the limit as well as a few large
+/// ones.
 const ELEMENT_COST_BYTES: usize = 128;
 
-/// An open file, as of its last complete transaction.
+/// An open file, at its last complete transaction.
 pub(crate) struct Database {
     file: File,
     meta: Meta,
-    /// Pages that have been read.
+    /// The pages that have been read.
     seen: HashSet<u64>,
     handed_out_bytes: usize,
 }
 
-/// A bucket, as its value has it: where its pages are, or the page itself.
+/// A bucket in its value's form: the number of its root page, or the page
+/// itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bucket {
     root: u64,
     sequence: u64,
-    /// The page of a bucket that has no pages of its own.
+    /// The page of a bucket whose only page is in its value.
     inline: Vec<u8>,
 }
 
@@ -70,8 +73,8 @@ pub(crate) struct Entry {
 }
 
 impl Bucket {
-    /// From a value: the number of its root page, its sequence, and, if that
-    /// number is 0, the page.
+    /// Reads a bucket from its value: the number of its root page, its
+    /// sequence, and, if that number is 0, the page.
     fn read(value: &[u8]) -> Result<Bucket> {
         let (root, rest) = value
             .split_first_chunk()
@@ -93,11 +96,11 @@ impl Bucket {
 }
 
 impl Database {
-    /// Reads a file's metas. The caller keeps out every process that may write to it.
+    /// Reads a file's metas. The caller keeps all processes from writing to it.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if neither meta is whole, or the file is shorter
+    /// [`ErrorKind::DataLoss`] if neither meta is sound, or the file is shorter
     /// than its meta says; [`ErrorKind::FailedPrecondition`] for another version
     /// of the format, or if a machine with the other byte order wrote it;
     /// [`ErrorKind::Internal`] if it cannot be read.
@@ -127,7 +130,7 @@ impl Database {
         self.meta.transaction
     }
 
-    /// The bucket that all others are in.
+    /// The bucket that contains all others.
     pub(crate) fn root(&self) -> Bucket {
         Bucket {
             root: self.meta.root,
@@ -136,11 +139,12 @@ impl Database {
         }
     }
 
-    /// All that is in a bucket, in order of key. A bucket can be read once.
+    /// All entries of a bucket, in the order of their keys. A bucket can be
+    /// read once.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if something there makes no sense;
+    /// [`ErrorKind::DataLoss`] if the bucket is damaged;
     /// [`ErrorKind::Internal`] if the file cannot be read.
     pub(crate) fn entries(&mut self, bucket: &Bucket) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
@@ -155,7 +159,7 @@ impl Database {
         while let Some(number) = ahead.pop() {
             let run = self.read_run(number)?;
             match page::read(&run, number)? {
-                // Only a bucket that is one page can be empty.
+                // Only a bucket of one page can be empty.
                 Content::Leaf(elements) if elements.is_empty() && number != bucket.root => {
                     return Err(damaged(format!("page {number} is empty")));
                 }
@@ -166,8 +170,9 @@ impl Database {
         Ok(entries)
     }
 
-    /// A page and those that continue it. Each page belongs to one run, so that a
-    /// circle ends, and reading takes no longer than the file is long.
+    /// Reads a page and those that continue it. Each page can be read once, so
+    /// that a circle ends, and reading takes no longer than the length of the
+    /// file.
     fn read_run(&mut self, number: u64) -> Result<Vec<u8>> {
         self.enter(number)?;
         let size = self.meta.page_size;

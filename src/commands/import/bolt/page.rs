@@ -1,10 +1,11 @@
-//! One page: its header, and what a leaf or a branch holds.
+//! One page: its header, and the elements of a leaf or a branch.
 //!
 //! All numbers are in the byte order of the machine that wrote them, which a meta
-//! shows; [`super::meta`] takes little-endian only. The header has 16 bytes:
-//! the page's own number (8), its kind (2), how many elements (2), how many pages
-//! continue it (4). The elements follow, 16 bytes each, and behind them all keys
-//! and values; an element says how far behind itself its key begins.
+//! shows; [`super::meta`] accepts little-endian only. The header has 16 bytes:
+//! the page's own number (8), its kind (2), the number of elements (2), and the
+//! number of pages that continue it (4). The elements follow, 16 bytes each, and
+//! after them all keys and values. An element contains the distance from itself
+//! to its key.
 
 use super::damaged;
 use crate::error::Result;
@@ -14,10 +15,10 @@ const ELEMENT_BYTES: usize = 16;
 
 const BRANCH: u16 = 0x01;
 const LEAF: u16 = 0x02;
-/// In a leaf's element: its value is a bucket.
+/// A flag of a leaf's element: its value is a bucket.
 const IS_BUCKET: u32 = 0x01;
 
-/// A key of a leaf with its value.
+/// A key of a leaf, with its value.
 pub(super) struct Element<'a> {
     pub(super) key: &'a [u8],
     pub(super) value: &'a [u8],
@@ -26,17 +27,17 @@ pub(super) struct Element<'a> {
 
 pub(super) enum Content<'a> {
     Leaf(Vec<Element<'a>>),
-    /// The numbers of the pages below, in order.
+    /// The numbers of the pages below a branch, in order.
     Branch(Vec<u64>),
 }
 
-/// How many pages continue the one with this header.
+/// How many pages continue the page with this header.
 pub(super) fn overflow(header: &[u8; HEADER_BYTES]) -> u64 {
     let [.., a, b, c, d] = *header;
     u32::from_le_bytes([a, b, c, d]).into()
 }
 
-/// Reads a page, with those that continue it, that has to have this number.
+/// Reads a page with this number, including the pages that continue it.
 pub(super) fn read(page: &[u8], number: u64) -> Result<Content<'_>> {
     let cut = || damaged(format!("page {number} is cut short"));
     let found = u64::from_le_bytes(bytes_at(page, 0).ok_or_else(cut)?);
@@ -48,7 +49,8 @@ pub(super) fn read(page: &[u8], number: u64) -> Result<Content<'_>> {
         )));
     }
     let count = usize::from(count);
-    // Keys and values do not overlap, so together they are no larger than this.
+    // Keys and values do not overlap, so together they cannot be larger than
+    // this.
     let mut room = page
         .len()
         .checked_sub(HEADER_BYTES + count * ELEMENT_BYTES)
@@ -77,7 +79,7 @@ pub(super) fn read(page: &[u8], number: u64) -> Result<Content<'_>> {
             let elements: Option<_> = starts.map(element).collect();
             elements.map(Content::Leaf)
         }
-        // The keys of a branch are for seeking.
+        // The keys of a branch are only for searching.
         BRANCH if count > 0 => {
             let child = |at: usize| bytes_at(page, at + 8).map(u64::from_le_bytes);
             let children: Option<_> = starts.map(child).collect();

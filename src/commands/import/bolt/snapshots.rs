@@ -1,11 +1,12 @@
 //! The snapshots in a bbolt file, as containerd's Go snapshotters keep them
 //! (containerd `core/snapshots/storage`, `bolt.go`; `snapshots/storage` in 1.x).
 //!
-//! Bucket `v1`, in it `snapshots`, in it a bucket for each snapshot under its
-//! key: `id` (unsigned varint), `parent` (a key), `kind` (one byte), `inodes` and
-//! `size` (signed varints, once committed), `createdat` and `updatedat` (Go's
-//! binary times) and a bucket `labels`. `snapshots` counts the ids. The bucket
-//! `parents` beside it only repeats who stands on whom.
+//! The bucket `v1` contains the bucket `snapshots`, which contains a bucket for
+//! each snapshot under its key. A snapshot's bucket has `id` (unsigned varint),
+//! `parent` (a key), `kind` (one byte), `inodes` and `size` (signed varints, once
+//! committed), `createdat` and `updatedat` (Go's binary times) and a bucket
+//! `labels`. The sequence of `snapshots` is the last id. The bucket `parents` in
+//! `v1` only repeats the parents.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -14,10 +15,10 @@ use super::{Bucket, Database, Entry, Value, damaged};
 use crate::error::{Context, Result};
 use crate::types::{Info, Kind, Labels, Quoted, SnapshotId, Timestamp, Usage};
 
-/// Everything that such a file holds.
+/// The contents of such a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contents {
-    /// The snapshots, in order of key.
+    /// The snapshots, in the order of their keys.
     pub snapshots: Vec<Original>,
     /// The highest id that was ever given out.
     pub highest_id: u64,
@@ -28,11 +29,11 @@ pub struct Contents {
 /// One snapshot of the Go original.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Original {
-    /// The number of its directories.
+    /// The id, which is also the name of its directories.
     pub id: SnapshotId,
-    /// What callers see.
+    /// What callers see of the snapshot.
     pub info: Info,
-    /// As counted at its commit; `None` before.
+    /// The usage counted at the commit; `None` before.
     pub usage: Option<Usage>,
 }
 
@@ -40,7 +41,7 @@ pub struct Original {
 ///
 /// # Errors
 ///
-/// [`crate::error::ErrorKind::DataLoss`] if a snapshot makes no sense by itself.
+/// [`crate::error::ErrorKind::DataLoss`] if the record of a snapshot is damaged.
 pub fn read(file: File) -> Result<Contents> {
     let mut database = Database::open(file)?;
     let mut contents = Contents {
@@ -48,7 +49,7 @@ pub fn read(file: File) -> Result<Contents> {
         highest_id: 0,
         transaction: database.transaction(),
     };
-    // Before the first snapshot there are no buckets.
+    // Before the first snapshot, there are no buckets.
     let root = database.root();
     let Some(version) = find_bucket(&mut database, &root, b"v1")? else {
         return Ok(contents);
@@ -58,7 +59,7 @@ pub fn read(file: File) -> Result<Contents> {
     };
     let mut ids = HashSet::new();
     for entry in database.entries(&all)? {
-        // containerd skips what is no bucket as well.
+        // containerd skips entries that are not buckets, too.
         let Value::Bucket(bucket) = entry.value else {
             continue;
         };
@@ -112,7 +113,7 @@ fn read_snapshot(database: &mut Database, bucket: &Bucket, name: String) -> Resu
     let moment = |key| data(key).and_then(time);
     let count = |key, what| match data(key) {
         None => Ok(None),
-        // Below zero there is nothing.
+        // A negative number is damage.
         Some(data) => match signed(data) {
             Some(count) => Ok(Some(u64::try_from(count).unwrap_or(0))),
             None => Err(bad(what)),
@@ -161,8 +162,8 @@ fn text(bytes: Vec<u8>) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// Go's `encoding/binary.Uvarint`: seven bits a byte, the lowest first, the
-/// highest bit of a byte says that another follows.
+/// Decodes Go's `encoding/binary.Uvarint`: seven bits in each byte, the lowest
+/// first. The highest bit of a byte shows that another byte follows.
 fn unsigned(bytes: &[u8]) -> Option<u64> {
     let mut number = 0_u64;
     for (index, byte) in bytes.iter().enumerate() {
@@ -180,19 +181,20 @@ fn unsigned(bytes: &[u8]) -> Option<u64> {
     None
 }
 
-/// Go's `encoding/binary.Varint`: the sign is the lowest bit.
+/// Decodes Go's `encoding/binary.Varint`: the sign is the lowest bit.
 fn signed(bytes: &[u8]) -> Option<i64> {
     let number = unsigned(bytes)?;
     let half = i64::try_from(number >> 1).ok()?;
     Some(if number & 1 == 0 { half } else { !half })
 }
 
-/// From the year 1, where Go counts from, to 1970.
+/// From the year 1, with which Go begins to count, to 1970.
 const SECONDS_TO_1970: i64 = 62_135_596_800;
 
-/// Go's `time.Time.MarshalBinary`: a version, seconds since the year 1 (8 bytes),
-/// nanoseconds (4), the offset from UTC in minutes (2) and, in version 2, more
-/// seconds of it (1). The moment does not depend on the offset.
+/// Decodes Go's `time.Time.MarshalBinary`: a version, seconds since the year 1 (8
+/// bytes), nanoseconds (4), the offset from UTC in minutes (2) and, in version 2,
+/// the remaining seconds of the offset (1). The moment does not depend on the
+/// offset.
 fn time(bytes: &[u8]) -> Option<Timestamp> {
     let (version, rest) = bytes.split_first()?;
     let (seconds, rest) = rest.split_first_chunk()?;
@@ -253,7 +255,7 @@ mod tests {
         assert_eq!(with(1, at, -1, &utc), None);
         assert_eq!(with(1, at, 0, &[0]), None);
         assert_eq!(with(1, i64::MAX, 0, &utc), None);
-        // Go's time of nothing, in the year 1, is out of our reach.
+        // Go's zero time, in the year 1, is out of the range of a `Timestamp`.
         assert_eq!(with(1, 0, 0, &utc), None);
         assert_eq!(time(&[]), None);
     }

@@ -1,5 +1,5 @@
-//! Files made by hand, whole and damaged. Those that containerd's own package
-//! has written are in `tests/bolt`.
+//! Files that are built byte by byte, sound and damaged. The tests with files
+//! that containerd's own package has written are in `tests/bolt`.
 
 use std::fs::File;
 use std::io::Write;
@@ -12,7 +12,7 @@ use crate::util::fnv::Fnv;
 const BRANCH: u16 = 1;
 const LEAF: u16 = 2;
 
-/// A leaf's element: whether it is a bucket, key, value.
+/// An element of a leaf: whether it is a bucket, its key, its value.
 type Pair<'a> = (bool, &'a [u8], Vec<u8>);
 
 fn header(number: u64, kind: u16, count: usize, overflow: u32) -> Vec<u8> {
@@ -68,7 +68,8 @@ fn meta(number: u64, size: u32, root: u64, pages: u64, transaction: u64) -> Vec<
     page
 }
 
-/// A file of these pages behind two metas, the second the newer one.
+/// Builds a file of these pages after two metas, of which the second is the
+/// newer one.
 fn file_of(size: u32, root: u64, pages: &[Vec<u8>]) -> Vec<u8> {
     let size_bytes = usize::try_from(size).unwrap();
     let mut file = Vec::new();
@@ -108,8 +109,8 @@ fn snapshot(id: u8, kind: u8, parent: &str, labels: Option<Vec<u8>>) -> Vec<u8> 
     leaf(0, 0, &pairs)
 }
 
-/// A branch over two leaves, one of them with a page that continues it, a
-/// bucket with its own page, and one with labels.
+/// A branch over two leaves, one of which a further page continues, a bucket
+/// within its value, and one with labels.
 fn sample(size: u32) -> Vec<u8> {
     let labels = bucket(0, 0, &leaf(0, 0, &[(false, b"a", b"b".to_vec())]));
     let mut with_labels = snapshot(2, 2, "base", Some(labels));
@@ -175,7 +176,7 @@ fn a_file_without_snapshots_is_empty() {
 #[test]
 fn the_newest_whole_meta_counts() {
     let mut bytes = sample(4096);
-    // The first one, which is the older one, leads to an empty bucket.
+    // The first meta, which is the older one, leads to an empty bucket.
     bytes.extend(leaf(9, 0, &[]));
     bytes.resize(10 * 4096, 0);
     let older = meta(0, 4096, 9, 10, 7);
@@ -247,7 +248,7 @@ fn what_makes_no_sense_is_refused() {
     for (words, pages) in cases {
         refused(&file_of(4096, 2, &pages), ErrorKind::DataLoss, words);
     }
-    // An element behind the page's end, and elements that all take the same bytes.
+    // An element after the page's end, and elements that all share the same bytes.
     let mut behind = leaf(2, 0, &[(false, b"k", vec![1])]);
     behind[20..24].copy_from_slice(&4090_u32.to_le_bytes());
     refused(
@@ -309,8 +310,8 @@ fn a_file_cut_short_is_refused() {
     }
 }
 
-/// Whatever one byte becomes, there is an answer; that it is the true one is not
-/// asked, since only the metas have a sum.
+/// Whatever value a byte has, reading ends with a result. The result need not be
+/// right, because only the metas have a checksum.
 #[test]
 fn no_byte_can_be_trusted() {
     let whole = sample(512);
@@ -326,7 +327,7 @@ fn no_byte_can_be_trusted() {
     assert_eq!(read(file).unwrap().snapshots.len(), 2);
 }
 
-/// Many small elements are more in memory than in the file.
+/// Many small elements take more memory than space in the file.
 #[test]
 fn every_element_counts() {
     const IN_A_PAGE: u32 = 60_000;

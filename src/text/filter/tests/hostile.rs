@@ -1,5 +1,4 @@
-//! Inputs that nobody writes in good faith: nothing may panic, hang or exhaust
-//! the stack.
+//! Hostile inputs: nothing may panic, hang or exhaust the stack.
 
 use super::*;
 

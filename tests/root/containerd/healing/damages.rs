@@ -1,4 +1,4 @@
-//! What a disk, or a copy that lacks something, does to a layer.
+//! The damage that a disk, or an incomplete copy, does to a layer.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt, chown};
@@ -9,10 +9,11 @@ use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, removexattr, setxattr
 
 use crate::support::run;
 
-/// What is done to a layer, by its number in the image, and what is said of it.
+/// The name of a damage, the number of the damaged layer in the image, the
+/// damage, and the words of the finding.
 pub type Damage = (&'static str, usize, fn(&Path), &'static str);
 
-/// One of each kind.
+/// One damage of each kind.
 pub const DAMAGES: &[Damage] = &[
     (
         "emptied",
@@ -118,7 +119,7 @@ pub const DAMAGES: &[Damage] = &[
     ),
 ];
 
-/// The large file of layer 2, opened to be written to.
+/// The large file of layer 2, opened for writing.
 pub fn payload(top: &Path) -> File {
     let payload = top.join("opt/data/payload");
     File::options().write(true).open(payload).unwrap()
