@@ -5,6 +5,7 @@
 //! value that represents it is dropped.
 
 pub mod mountinfo;
+pub mod namespaces;
 mod options;
 pub mod overlay;
 mod probe;

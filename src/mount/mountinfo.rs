@@ -1,7 +1,6 @@
 //! The kernel's list of what is mounted in this process's mount namespace
 //! (proc_pid_mountinfo(5)).
 
-use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
@@ -56,32 +55,24 @@ pub fn read() -> Result<Vec<Mounted>> {
         .map(|text| parse(&text))
 }
 
-/// The mounts of this process and of every other mount namespace that a process is in
-/// whose list can be read. Container engines may mount in a namespace of their own, and
-/// each container has one.
-pub fn read_everywhere() -> Result<Vec<Mounted>> {
-    let mut mounts = read()?;
-    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
-    let mut seen = HashSet::from([namespace("self").context(|| "look at /proc/self/ns/mnt")?]);
-    for process in fs::read_dir("/proc").context(|| "list /proc")? {
-        let process = process.context(|| "list /proc")?.file_name();
-        let Some(process) = process.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
-            continue;
-        };
-        // Processes end at any time, and another process may be in the same
-        // namespace.
-        let Ok(namespace) = namespace(process) else {
-            continue;
-        };
-        let path = format!("/proc/{process}/mountinfo");
-        if !seen.contains(&namespace)
-            && let Ok(text) = read_until_settled(|| fs::read(&path).context(|| "read mounts"))
-        {
-            seen.insert(namespace);
-            mounts.extend(parse(&text));
-        }
+/// The mounts of another process's mount namespace. `None` if the process has ended, or its
+/// list may not be read.
+///
+/// # Errors
+///
+/// As of [`read`].
+pub(super) fn read_of(process: &str) -> Result<Option<Vec<Mounted>>> {
+    let path = format!("/proc/{process}/mountinfo");
+    if fs::File::open(&path).is_err() {
+        return Ok(None);
     }
-    Ok(mounts)
+    let list = || match fs::read(&path) {
+        // The process has ended in the meantime.
+        Err(_) => Ok(Vec::new()),
+        Ok(text) => Ok(text),
+    };
+    let text = read_until_settled(list)?;
+    Ok((!text.is_empty()).then(|| parse(&text)))
 }
 
 /// Reads the list until two readings are the same. The kernel writes it piece by piece,

@@ -59,7 +59,8 @@ impl Snapshotter {
         // After the flush: until then some file systems cannot tell blocks.
         let content = tree::count_layer(upper)?;
         self.flusher.refuse_suspect(snapshot.id, volume)?;
-        let is_mounted = in_use::is_mounted(&self.store, &self.volumes, snapshot.id, volume)?;
+        let is_mounted =
+            in_use::is_surely_mounted(&self.store, &self.volumes, snapshot.id, volume)?;
         self.enter_layer(
             volume,
             &Commit {

@@ -6,16 +6,17 @@
 //! that path leads nowhere, the number in it decides: when in doubt, a directory counts
 //! as mounted.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Stat, fstat, stat};
+use rustix::fs::{fstat, stat};
 
 use crate::error::Result;
 use crate::mount::ByHand;
 use crate::mount::mountinfo::{self, Mounted, Part};
+use crate::mount::namespaces::{Inode, Namespace, read_everywhere};
 use crate::store::{Rows, Store};
 use crate::types::{SnapshotId, Volume};
 use crate::volume::{Dirs, Identity, Volumes, replaced_id};
@@ -27,10 +28,13 @@ pub(super) fn mounted_by_hand(store: &Store) -> Result<Vec<ByHand>> {
     ByHand::of_root(identity.as_deref())
 }
 
-/// The mounts of one moment, in all mount namespaces that can be read.
+/// The mounts of one moment, in all mount namespaces that count.
 pub(super) struct Mounts<'a> {
     volumes: &'a Volumes,
-    mounts: Vec<Mounted>,
+    /// This process's own first.
+    namespaces: Vec<Namespace>,
+    /// By the device of an overlay: the namespaces that show it.
+    shown_in: HashMap<String, Vec<usize>>,
     by_hand: Vec<SnapshotId>,
     /// `None` if the kernel does not show the path of the image volume.
     image: Option<Location>,
@@ -47,6 +51,15 @@ struct Location {
     root: PathBuf,
 }
 
+/// How sure it is that a mount shows the directory of a snapshot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sureness {
+    /// The inode is the same.
+    Proved,
+    /// The path has the snapshot's number, and leads nowhere now.
+    Possible,
+}
+
 impl<'a> Mounts<'a> {
     pub(super) fn read(store: &Store, volumes: &'a Volumes) -> Result<Mounts<'a>> {
         let by_hand = mounted_by_hand(store)?.into_iter();
@@ -54,63 +67,60 @@ impl<'a> Mounts<'a> {
             Ok(dirs) => location(dirs)?,
             Err(_) => None,
         };
-        let mut read = Mounts {
+        let namespaces = read_everywhere()?;
+        let mut shown_in: HashMap<String, Vec<usize>> = HashMap::new();
+        for (number, namespace) in namespaces.iter().enumerate() {
+            for mounted in namespace.mounts.iter().filter(|it| !it.overlay.is_empty()) {
+                let shown = shown_in.entry(mounted.device.clone()).or_default();
+                if shown.last() != Some(&number) {
+                    shown.push(number);
+                }
+            }
+        }
+        Ok(Mounts {
             volumes,
-            mounts: Vec::new(),
+            namespaces,
+            shown_in,
             by_hand: by_hand.map(|mounted| mounted.id).collect(),
             image: location(Arc::clone(volumes.image().dirs()))?,
             writable,
-        };
-        let mut mounts = mountinfo::read_everywhere()?;
-        for mounted in &mut mounts {
-            if read.is_another_snapshotters(mounted) {
-                mounted.overlay.retain(|(_, path)| path.is_absolute());
-            }
-        }
-        read.mounts = mounts;
-        Ok(read)
+        })
     }
 
-    /// Whether the upper directory of an overlay is a snapshot's, `snapshots/<id>/fs`, and
-    /// none of ours. The numbers in its relative paths are then that snapshotter's.
-    fn is_another_snapshotters(&self, mounted: &Mounted) -> bool {
-        let mut parts = mounted.overlay.iter();
-        let Some((_, upper)) = parts.find(|it| it.0 == Part::Upper) else {
-            return false;
-        };
-        let snapshots = upper.ancestors().nth(2).and_then(Path::file_name);
-        let volumes = [Volume::Image, Volume::Writable];
-        upper.is_absolute()
-            && snapshots.is_some_and(|name| name == "snapshots")
-            && stat(upper).is_ok()
-            && volumes
-                .iter()
-                .all(|volume| self.snapshot_at(*volume, upper).is_none())
+    fn all(&self) -> impl Iterator<Item = &Mounted> {
+        self.namespaces
+            .iter()
+            .flat_map(|namespace| &namespace.mounts)
     }
 
     /// The snapshots whose directory on the writable volume is mounted so that it can be
     /// written to, and all that persons have mounted, because a person who looks into a
-    /// layer needs it to stay.
-    fn on_writable(&self) -> HashSet<SnapshotId> {
+    /// layer needs it to stay. With [`Sureness::Proved`], no other snapshots.
+    fn on_writable(&self, least: Sureness) -> HashSet<SnapshotId> {
         let mut found: HashSet<_> = self.by_hand.iter().copied().collect();
-        for mounted in &self.mounts {
+        for mounted in self.all() {
             let bound = bound(self.writable.as_ref(), mounted);
             found.extend(bound.filter(|_| !mounted.is_read_only));
-            let uppers = mounted.overlay.iter().filter(|it| it.0 == Part::Upper);
-            found.extend(uppers.filter_map(|(_, path)| self.snapshot_at(Volume::Writable, path)));
+            for upper in parts(mounted, Part::Upper) {
+                let shown = self.snapshot_at(Volume::Writable, mounted, upper);
+                let is_enough = |sure: Sureness| sure == Sureness::Proved || sure == least;
+                found.extend(shown.filter(|it| is_enough(it.1)).map(|it| it.0));
+            }
         }
         found
     }
 
     /// The snapshots whose directory is the upper directory of an overlay.
     pub(super) fn writers(&self) -> HashSet<SnapshotId> {
-        let parts = self.mounts.iter().flat_map(|mounted| &mounted.overlay);
-        let uppers = parts.filter(|(part, _)| *part == Part::Upper);
-        let on = |path: &Path, volume| self.snapshot_at(volume, path);
-        uppers
-            .flat_map(|(_, path)| [Volume::Image, Volume::Writable].map(|volume| on(path, volume)))
-            .flatten()
-            .collect()
+        let mut found = HashSet::new();
+        for mounted in self.all() {
+            for upper in parts(mounted, Part::Upper) {
+                let on = |volume| self.snapshot_at(volume, mounted, upper);
+                let shown = [Volume::Image, Volume::Writable].map(on);
+                found.extend(shown.into_iter().flatten().map(|it| it.0));
+            }
+        }
+        found
     }
 
     /// Layers that were committed while they were mounted, and still are, and the layers
@@ -118,67 +128,111 @@ impl<'a> Mounts<'a> {
     /// but `ctr snapshot commit` permits the commit of a running container, which then
     /// goes on writing.
     pub(super) fn layers(&self, rows: &Rows) -> Result<HashSet<SnapshotId>> {
-        rows.layers_of(&self.on_writable().into_iter().collect::<Vec<_>>())
+        let mounted: Vec<_> = self.on_writable(Sureness::Possible).into_iter().collect();
+        rows.layers_of(&mounted)
     }
 
     /// The mounts that may show the directory that a moved layer has left on the
     /// writable volume. An overlay does not show whether it was mounted before the layer
     /// moved.
     pub(super) fn of_leftover(&self, id: SnapshotId) -> Vec<&Mounted> {
-        let layer_of = |part: Part, path: &Path| match part {
-            Part::Upper => self.snapshot_at(Volume::Writable, path),
-            Part::Lower => self.snapshot_at(Volume::Image, path),
-        };
         let shows = |mounted: &&Mounted| {
-            let mut parts = mounted.overlay.iter();
             bound(self.writable.as_ref(), mounted) == Some(id)
-                || parts.any(|(part, path)| layer_of(*part, path) == Some(id))
+                || self.is_part(Volume::Writable, mounted, Part::Upper, id)
+                || self.is_part(Volume::Image, mounted, Part::Lower, id)
         };
-        self.mounts.iter().filter(shows).collect()
+        self.all().filter(shows).collect()
     }
 
     /// Whether the directory of a layer on the image volume, or a directory that the
     /// layer has replaced, may be mounted or among the lower directories of an overlay.
     pub(super) fn may_show_layer(&self, id: SnapshotId) -> bool {
         let shows = |mounted: &Mounted| {
-            let mut lowers = mounted.overlay.iter().filter(|it| it.0 == Part::Lower);
             bound(self.image.as_ref(), mounted) == Some(id)
-                || lowers.any(|(_, path)| self.snapshot_at(Volume::Image, path) == Some(id))
+                || self.is_part(Volume::Image, mounted, Part::Lower, id)
         };
-        self.image.is_none() || self.mounts.iter().any(shows)
+        self.image.is_none() || self.all().any(shows)
+    }
+
+    fn is_part(&self, volume: Volume, mounted: &Mounted, part: Part, id: SnapshotId) -> bool {
+        let mut named = parts(mounted, part).filter(|path| number_in(path) == Some(id));
+        named.any(|path| self.snapshot_at(volume, mounted, path).is_some())
     }
 
     /// The snapshot on that volume whose directory a path in an overlay's options leads
     /// to.
-    fn snapshot_at(&self, volume: Volume, path: &Path) -> Option<SnapshotId> {
-        let snapshot = path.parent()?;
-        let id = number(snapshot.file_name()?)?;
-        if snapshot.parent() == Some(Path::new(&self.volumes.snapshots_path(volume))) {
-            return Some(id);
+    fn snapshot_at(
+        &self,
+        volume: Volume,
+        mounted: &Mounted,
+        path: &Path,
+    ) -> Option<(SnapshotId, Sureness)> {
+        let id = number_in(path)?;
+        let snapshots = path.ancestors().nth(2);
+        let is_named = snapshots == Some(Path::new(&self.volumes.snapshots_path(volume)));
+        if path.file_name()? != "fs" && !is_named {
+            return None;
         }
-        let is_fs = path.file_name()? == "fs";
-        // The mounting program has shortened the path by a directory that only
-        // it knows.
-        let is_relative = !path.is_absolute();
-        (is_fs && (is_relative || self.may_be_it(volume, id, path))).then_some(id)
+        if !path.is_absolute() {
+            // The mounting program has shortened the path by a directory that only it knows.
+            let is_possible = !self.is_another_snapshotters(mounted);
+            return is_possible.then_some((id, Sureness::Possible));
+        }
+        let found = self.inodes_at(mounted, path);
+        let own = self.own_inode(volume, id);
+        if own.is_some_and(|own| found.contains(&own)) {
+            Some((id, Sureness::Proved))
+        } else {
+            (found.is_empty() || is_named).then_some((id, Sureness::Possible))
+        }
     }
 
-    fn may_be_it(&self, volume: Volume, id: SnapshotId, path: &Path) -> bool {
+    /// Whether the upper directory of an overlay is a snapshot's, `snapshots/<id>/fs`, and
+    /// none of ours. The numbers in its relative paths are then that snapshotter's.
+    fn is_another_snapshotters(&self, mounted: &Mounted) -> bool {
+        let Some(upper) = parts(mounted, Part::Upper).next() else {
+            return false;
+        };
+        let snapshots = upper.ancestors().nth(2).and_then(Path::file_name);
+        let is_ours = |volume| self.snapshot_at(volume, mounted, upper).is_some();
+        upper.is_absolute()
+            && snapshots.is_some_and(|name| name == "snapshots")
+            && !self.inodes_at(mounted, upper).is_empty()
+            && ![Volume::Image, Volume::Writable].into_iter().any(is_ours)
+    }
+
+    /// The files to which a path in an overlay's options leads: here, and in each namespace
+    /// that shows the overlay.
+    fn inodes_at(&self, mounted: &Mounted, path: &Path) -> Vec<Inode> {
+        let others = self.shown_in.get(&mounted.device).into_iter().flatten();
+        let numbers = [0]
+            .into_iter()
+            .chain(others.copied().filter(|number| *number != 0));
+        let inode = |number: usize| self.namespaces.get(number)?.inode_at(path);
+        numbers.filter_map(inode).collect()
+    }
+
+    fn own_inode(&self, volume: Volume, id: SnapshotId) -> Option<Inode> {
         let own = match (volume, &self.writable) {
             (Volume::Image, _) => stat(self.volumes.image().layer_path(id)).ok(),
-            (_, Some(writable)) => {
+            (Volume::Writable, Some(writable)) => {
                 let upper = writable.dirs.open_upper(id);
                 upper.ok().and_then(|upper| fstat(upper).ok())
             }
-            (_, None) => None,
+            (Volume::Writable, None) => None,
         };
-        let inode = |stat: Stat| (stat.st_dev, stat.st_ino);
-        match (own.map(inode), stat(path).map(inode)) {
-            (Some(own), Ok(found)) => own == found,
-            (None, Ok(_)) => false,
-            (_, Err(_)) => true,
-        }
+        own.map(|own| (own.st_dev, own.st_ino))
     }
+}
+
+fn parts(mounted: &Mounted, part: Part) -> impl Iterator<Item = &Path> {
+    let of_part = mounted.overlay.iter().filter(move |it| it.0 == part);
+    of_part.map(|(_, path)| path.as_path())
+}
+
+/// The number of a snapshot in a path `…/<id>/fs`.
+fn number_in(path: &Path) -> Option<SnapshotId> {
+    number(path.parent()?.file_name()?)
 }
 
 /// The snapshot whose directory on a volume, or a part of it, this bind mount shows. A
@@ -213,16 +267,37 @@ fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
         }))
 }
 
-/// Whether a snapshot is mounted, so that a program may still write into it.
+/// Whether a snapshot may be mounted, so that a program may still write into it.
 pub(super) fn is_mounted(
     store: &Store,
     volumes: &Volumes,
     id: SnapshotId,
     volume: Volume,
 ) -> Result<bool> {
+    may_be_written(store, volumes, id, volume, Sureness::Possible)
+}
+
+/// Whether it is proved that a snapshot is mounted.
+pub(super) fn is_surely_mounted(
+    store: &Store,
+    volumes: &Volumes,
+    id: SnapshotId,
+    volume: Volume,
+) -> Result<bool> {
+    may_be_written(store, volumes, id, volume, Sureness::Proved)
+}
+
+fn may_be_written(
+    store: &Store,
+    volumes: &Volumes,
+    id: SnapshotId,
+    volume: Volume,
+    least: Sureness,
+) -> Result<bool> {
     // containerd unmounts the directory of an unpack before it commits the
     // layer.
-    Ok(volume == Volume::Writable && Mounts::read(store, volumes)?.on_writable().contains(&id))
+    let read = || Mounts::read(store, volumes);
+    Ok(volume == Volume::Writable && read()?.on_writable(least).contains(&id))
 }
 
 /// The result of [`Mounts::layers`] for this moment.

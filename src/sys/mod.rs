@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod namespaces;
 pub mod quota;
 
 use rustix::fd::{AsFd, AsRawFd};

@@ -198,6 +198,42 @@ fn another_snapshotters_layers_hold_nothing() {
     }
 }
 
+/// Overlays with the numbers of our snapshots in their paths: in a user's own namespace,
+/// where a path that leads nowhere proves nothing, and in a container with a containerd of
+/// its own.
+#[registered(crate::Test)]
+fn numbers_in_other_namespaces_hold_nothing() {
+    let user = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ];
+    let user = [
+        &user[..],
+        &["unshare", "--user", "--map-root-user", "--mount"],
+    ]
+    .concat();
+    let container = ["unshare", "--mount", "--propagation=private"].to_vec();
+    for (starter, then) in [(user, "mount -t tmpfs tmpfs /mnt"), (container, "true")] {
+        let script = "mount -t tmpfs tmpfs /mnt && mkdir -p /mnt/snapshots/1/fs /mnt/snapshots/1/work \
+                /mnt/lower /mnt/shown && mount -t overlay overlay -o \
+                lowerdir=/mnt/lower,upperdir=/mnt/snapshots/1/fs,workdir=/mnt/snapshots/1/work \
+                /mnt/shown && $0 && echo ready; exec sleep 300";
+        let mut command = Command::new(starter[0]);
+        command.args(&starter[1..]).args(["sh", "-c", script, then]);
+        let _namespace = Namespace::begin(&mut command, Vec::new());
+        let split = Split::start(&["--relocate-after", "0"]);
+        let client = split.client();
+        built(&client, "run", "", "layer", 2);
+        until("it is home", || is_home(&split.root(), 1));
+        client.cleanup().unwrap();
+        until("nothing is left", || {
+            !split.writable().join("snapshots/1").exists()
+        });
+    }
+}
+
 /// A mount namespace in which these directories are mounted in places of their own, until
 /// the value is dropped. The mount points are removed together with the mounts.
 struct Namespace {
@@ -210,7 +246,9 @@ impl Namespace {
         let places: Vec<_> = shown.iter().map(|_| tempfile::tempdir().unwrap()).collect();
         let script = "while [ $# -gt 0 ]; do mount --bind \"$1\" \"$2\" || exit; shift 2; done
             echo ready; exec sleep 300";
-        let mut child = Command::new("unshare")
+        let mut command = Command::new("unshare");
+        let pairs = shown.iter().zip(&places);
+        command
             .args([
                 "--mount",
                 "--propagation",
@@ -220,15 +258,13 @@ impl Namespace {
                 script,
                 "sh",
             ])
-            .args(
-                shown
-                    .iter()
-                    .zip(&places)
-                    .flat_map(|(from, to)| [from.as_path(), to.path()]),
-            )
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .args(pairs.flat_map(|(from, to)| [from.as_path(), to.path()]));
+        Namespace::begin(&mut command, places)
+    }
+
+    /// Runs a command that says "ready" when it has mounted everything.
+    fn begin(command: &mut Command, places: Vec<tempfile::TempDir>) -> Namespace {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut ready = [0; 6];
         std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
         Namespace {

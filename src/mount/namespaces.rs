@@ -1,0 +1,126 @@
+//! The mounts of all mount namespaces that belong to the administrator.
+//!
+//! Every user may make a user namespace, mount namespaces in it, and any number of mounts
+//! there with any text for their options. Such a mount namespace proves nothing, and is not
+//! read. What a container engine mounts for a container with a user namespace is in the
+//! engine's own mount namespace as well.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::path::Path;
+
+use rustix::fd::OwnedFd;
+use rustix::fs::{
+    AtFlags, CWD, Dev, Mode, OFlags, ResolveFlags, StatxFlags, fstat, makedev, openat, openat2,
+    stat, statx,
+};
+use rustix::io::Errno;
+
+use super::mountinfo::{self, Mounted};
+use crate::error::{Context, Result};
+use crate::sys::namespaces::owner;
+
+/// The mounts of a mount namespace.
+pub struct Namespace {
+    /// The root directory of a process in it, opened with O_PATH.
+    root: OwnedFd,
+    is_own: bool,
+    /// In the kernel's order.
+    pub mounts: Vec<Mounted>,
+}
+
+/// A file of the machine: the device of its file system, and its inode.
+pub type Inode = (Dev, u64);
+
+/// The mount namespace of this process, and then every other one that this process's user
+/// namespace owns and in which a process runs: a container engine may have mounted where only
+/// its own processes see it.
+///
+/// # Errors
+///
+/// [`ErrorKind::Unavailable`](crate::error::ErrorKind::Unavailable) if the mounts of one
+/// change all the time.
+pub fn read_everywhere() -> Result<Vec<Namespace>> {
+    let own_user =
+        identity(&File::open("/proc/self/ns/user").context(|| "open /proc/self/ns/user")?)?;
+    let mut namespaces = vec![Namespace {
+        root: open_root("/").context(|| "open /")?,
+        is_own: true,
+        mounts: mountinfo::read()?,
+    }];
+    let name = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
+    let mut seen = HashSet::from([name("self").context(|| "look at /proc/self/ns/mnt")?]);
+    for process in fs::read_dir("/proc").context(|| "list /proc")? {
+        let process = process.context(|| "list /proc")?.file_name();
+        let Some(process) = process.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
+            continue;
+        };
+        // A process may end at any time, and another one be in the same namespace.
+        let Ok(name) = name(process) else {
+            continue;
+        };
+        if seen.contains(&name) {
+            continue;
+        }
+        let Ok(namespace) = File::open(format!("/proc/{process}/ns/mnt")) else {
+            continue;
+        };
+        let is_ours = owner(&namespace).is_ok_and(|user| identity(&user).ok() == Some(own_user));
+        if !is_ours {
+            seen.insert(name);
+            continue;
+        }
+        let Ok(root) = open_root(&format!("/proc/{process}/root")) else {
+            continue;
+        };
+        if let Some(mounts) = mountinfo::read_of(process)? {
+            seen.insert(name);
+            namespaces.push(Namespace {
+                root,
+                is_own: false,
+                mounts,
+            });
+        }
+    }
+    Ok(namespaces)
+}
+
+impl Namespace {
+    /// The file to which an absolute path leads in this namespace, if the kernel can say it
+    /// without a disk: the path may lead to a share whose server does not answer. The kernel
+    /// has the directories of an overlay in memory while it is mounted.
+    pub fn inode_at(&self, path: &Path) -> Option<Inode> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::CACHED | ResolveFlags::IN_ROOT;
+        // A lookup fails if something is mounted anywhere at the same time.
+        for _ in 0..3 {
+            match openat2(&self.root, path, flags, Mode::empty(), resolve) {
+                Ok(file) => return inode(&file),
+                Err(Errno::AGAIN) => {}
+                // Linux before 5.12, which can only wait for the disk.
+                Err(Errno::INVAL | Errno::NOSYS) if self.is_own => {
+                    return stat(path).ok().map(|found| (found.st_dev, found.st_ino));
+                }
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+}
+
+fn open_root(path: &str) -> std::result::Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty())
+}
+
+fn inode(file: &OwnedFd) -> Option<Inode> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let found = statx(file, "", flags, StatxFlags::INO).ok()?;
+    let device = makedev(found.stx_dev_major, found.stx_dev_minor);
+    Some((device, found.stx_ino))
+}
+
+fn identity(namespace: impl rustix::fd::AsFd) -> Result<Inode> {
+    let found = fstat(namespace).context(|| "look at a user namespace")?;
+    Ok((found.st_dev, found.st_ino))
+}
