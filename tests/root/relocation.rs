@@ -118,8 +118,10 @@ fn a_layer_moves_home_under_a_running_container() {
     assert!(holds(&container.path(), "init") && old.exists());
     drop(container);
     client.remove("web").unwrap();
-    until("it is gone with its last user", || !old.exists());
-    client.cleanup().unwrap();
+    until("it is gone with its last user", || {
+        client.cleanup().unwrap();
+        !old.exists()
+    });
     assert!(is_empty(split.writable().join("trash")));
     assert!(holds(&root.join("snapshots/2/fs"), "init"));
     client.remove("init").unwrap();
