@@ -200,7 +200,10 @@ fn another_snapshotters_layers_hold_nothing() {
         if holds {
             assert!(old.exists());
         } else {
-            until("nothing is left", || !old.exists());
+            until("nothing is left", || {
+                client.cleanup().unwrap();
+                !old.exists()
+            });
         }
     }
 }
@@ -234,8 +237,8 @@ fn numbers_in_other_namespaces_hold_nothing() {
         let client = split.client();
         built(&client, "run", "", "layer", 2);
         until("it is home", || is_home(&split.root(), 1));
-        client.cleanup().unwrap();
         until("nothing is left", || {
+            client.cleanup().unwrap();
             !split.writable().join("snapshots/1").exists()
         });
     }
