@@ -260,7 +260,7 @@ ring_ends "The tests of every day"
 if [ "$ring" = all ]; then
     begin_release
     rust_tests --test vm
-    SUITE="$scratch/suite" clients "file systems" sh tests/clients/disks.sh
+    clients "file systems" env SUITE="$scratch/suite" sh tests/clients/disks.sh
     clients "clients of Debian 13" sh tests/clients/debian.sh trixie
     clients "clients of Debian unstable" sh tests/clients/debian.sh unstable
     # The release, whose parts build on one another.

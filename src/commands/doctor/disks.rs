@@ -143,7 +143,7 @@ fn selinux(places: [&Nearest; 2]) -> Option<Finding> {
         let length = getxattr(&place.there, "security.selinux", &mut label).unwrap_or(0);
         let label = String::from_utf8_lossy(&label[..length]);
         let label = label.trim_end_matches('\0');
-        format!("{} has {label:?}", place.there.display())
+        format!("{} has the label {label:?}", place.there.display())
     };
     let [image, writable] = places.map(label);
     Some(Finding::note(
