@@ -90,12 +90,7 @@ rust_test() {
     name=${1##*/}
     begin "tests of ${name%-*}"
     failed_before=$failed
-    status=0
-    : >"$scratch/output"
-    SNAPSHOTTER_TESTS=$scratch timeout -k 60 1800 "$1" >>"$scratch/output" 2>&1 &
-    # Not a pipe, which a process that is left behind would keep open.
-    tail -n +1 -f -s 0.2 --pid=$! "$scratch/output"
-    wait $! || status=$?
+    run_shown env "SNAPSHOTTER_TESTS=$scratch" "$1"
     nothing_is_left || failed=$((failed + 1))
     count=$(sed -n 's/^test result: .* \([0-9]*\) passed; .*/\1/p' "$scratch/output")
     passed=$((passed + ${count:-0}))
@@ -111,6 +106,17 @@ rust_test() {
         failed=$((failed + 1))
     fi
     took
+}
+
+# run_shown COMMAND...: runs it, shows its output and leaves it in $scratch/output. $status
+# is how it ended.
+run_shown() {
+    status=0
+    : >"$scratch/output"
+    timeout -k 60 1800 "$@" >>"$scratch/output" 2>&1 </dev/null &
+    # Not a pipe, which a process that is left behind would keep open.
+    tail -n +1 -f -s 0.2 --pid=$! "$scratch/output"
+    wait $! || status=$?
 }
 
 # Ends the processes that a test binary has left behind, and fails if there are any.
@@ -147,6 +153,22 @@ build_suite() {
     (cd "$scratch/go/src/suite" &&
         GO111MODULE=off GOFLAGS='' GOPATH="$scratch/go:/usr/share/gocode" \
             go test -c -o "$scratch/suite" .)
+}
+
+# clients NAME COMMAND...: a script of tests/clients. Each of its lines that ends with
+# "ok" or "FAILED" and seconds is a test.
+clients() {
+    begin "$1"
+    shift
+    failed_before=$failed
+    run_shown "$@"
+    passed=$((passed + $(grep -c ': ok, [0-9]* s$' "$scratch/output" || true)))
+    failed=$((failed + $(grep -c ': FAILED, [0-9]* s$' "$scratch/output" || true)))
+    if [ "$status" != 0 ] && [ "$failed" = "$failed_before" ]; then
+        echo "== $part FAILED"
+        failed=$((failed + 1))
+    fi
+    took
 }
 
 # begin_release and begin_openrc start jobs in the background, each in a session of
@@ -238,6 +260,9 @@ ring_ends "The tests of every day"
 if [ "$ring" = all ]; then
     begin_release
     rust_tests --test vm
+    clients "file systems" env SUITE="$scratch/suite" sh tests/clients/disks.sh
+    clients "clients of Debian 13" sh tests/clients/debian.sh trixie
+    clients "clients of Debian unstable" sh tests/clients/debian.sh unstable
     # The release, whose parts build on one another.
     step "static binaries and packages" finish "$release_job" release
     release_job=

@@ -171,7 +171,7 @@ impl Snapshotter {
         // an option that it does not know (util/overlay, `GetOverlayLayers`), such as
         // `xino=auto`.
         let options = if mounted.kind == Kind::View && !has_host_dirs {
-            self.options.overlay_options(false)
+            self.options.view_options()
         } else {
             self.overlay_options(mounted.volume, mounted.ancestors, has_host_dirs)
         };

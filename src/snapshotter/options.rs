@@ -115,4 +115,14 @@ impl Options {
             spans_file_systems,
         })
     }
+
+    /// The options of a view without host directories: those that it cannot be mounted
+    /// without, and those that are configured. It has no upper directory.
+    pub fn view_options(&self) -> Vec<String> {
+        mount::overlay_options(&mount::Wanted {
+            configured: &self.mount_options,
+            allows_host_dirs: false,
+            spans_file_systems: false,
+        })
+    }
 }

@@ -8,8 +8,8 @@
 # and its seconds; after each, both volumes are as empty as before, and `check` finds
 # nothing wrong.
 #
-# Environment: SNAPSHOTTER is the program, BUSYBOX a static busybox, CRI the client of
-# cri/ (run.sh builds it).
+# Environment: SNAPSHOTTER is the program, BUSYBOX a static busybox, CLIENTS the names of
+# the clients that are to run, if not all.
 set -eu
 
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
@@ -33,13 +33,24 @@ make_folder() {
     echo 'Acquire::Check-Valid-Until "false";' >>"$scratch/options"
     rm -rf --one-file-system "$folder.new"
     mkdir -p "${folder%/*}"
-    mmdebstrap --mode=root --variant=minbase --aptopt="$scratch/options" --dpkgopt=force-unsafe-io \
-        --include=docker.io,docker-cli,docker-buildx,containerd,runc,iptables,libstdc++6,libsystemd0 \
-        "$release" "$folder.new" "$mirror" >"$scratch/mmdebstrap.out" 2>&1 </dev/null || {
+    # Its mounts and processes end with it, also if it is interrupted.
+    run_job_in_namespaces timeout -k 10 900 \
+        mmdebstrap --mode=root --variant=minbase --aptopt="$scratch/options" --dpkgopt=force-unsafe-io \
+            --include=docker.io,docker-cli,docker-buildx,containerd,runc,iptables,libstdc++6,libsystemd0 \
+            "$release" "$folder.new" "$mirror" >"$scratch/mmdebstrap.out" 2>&1 || {
         tail -n 40 "$scratch/mmdebstrap.out" >&2
         die "Debian $release could not be had from $mirror"
     }
     mv "$folder.new" "$folder"
+}
+
+# build_cri: the client of CRI, which needs no library of the Debian in the folder.
+build_cri() {
+    mkdir -p "$scratch/go/src"
+    ln -s "$checkout/tests/clients/cri" "$scratch/go/src/cri"
+    (cd "$scratch/go/src/cri" &&
+        CGO_ENABLED=0 GO111MODULE=off GOFLAGS='' GOPATH="$scratch/go:/usr/share/gocode" \
+            go build -o "$scratch/cri.program" .) || die "the client of CRI was not built"
 }
 
 # make_registry: images as a registry has them, for a web server that knows files only:
@@ -90,7 +101,7 @@ enter_folder() {
     mkdir new/test/checkout new/test/t
     cp -a "$checkout/tests" new/test/checkout/
     cp "$SNAPSHOTTER" new/test/snapshotter
-    cp "$CRI" new/test/cri
+    cp "$scratch/cri.program" new/test/cri
     cp "$BUSYBOX" new/test/busybox
     cp -a "$scratch/www" "$scratch/httpd.conf" "$scratch/image.tar" new/test/t/
     for kind in image writable; do
@@ -117,7 +128,8 @@ enter_folder() {
 #
 
 clean_up() {
-    # shellcheck disable=SC2086 # The processes that are in them have ended.
+    # The processes that were in them have ended.
+    rm -rf --one-file-system "$folder.new"
     find /sys/fs/cgroup -depth -type d -path "*/${scratch##*/}*" -exec rmdir {} + 2>/dev/null || :
 }
 
@@ -129,10 +141,12 @@ main() {
     find_busybox
     make_scratch
     make_folder
+    build_cri
     make_registry
     mkdir "$scratch/root"
-    export SNAPSHOTTER BUSYBOX CRI
-    run_job_in_namespaces sh "$checkout/tests/clients/debian.sh" --inside "$scratch" "$folder"
+    export SNAPSHOTTER BUSYBOX
+    # With a network of their own, the registry's port is free.
+    run_job_in_namespaces unshare --net sh "$checkout/tests/clients/debian.sh" --inside "$scratch" "$folder"
 }
 
 case ${1-} in

@@ -20,11 +20,13 @@ dockerd=
 client() {
     under_way=$1
     began=$(date +%s)
+    end_after 300
     {
         "$1"
         expect_clean
         expect_empty
     } >"$scratch/said" 2>&1
+    kill "$watchdog"
     under_way=
     echo "clients: $system, $1: ok, $(($(date +%s) - began)) s"
 }
@@ -267,7 +269,7 @@ docker_restores() {
 # The daemon is killed beneath ten containers, which then are started again.
 docker_restarts() {
     for number in 1 2 3 4 5 6 7 8 9 10; do
-            docker run -d --name "ten-$number" --restart always --network none rich \
+        docker run -d --name "ten-$number" --restart always --network none rich \
             sh -c 'echo x >>/starts; exec sleep 100000' >/dev/null
     done
     kill_daemon
@@ -330,6 +332,7 @@ DOCKERFILE
 #
 
 system="Debian $RELEASE, $(containerd --version | sed 's/.* \([0-9][^ ]*\) .*/containerd \1/')"
+/test/busybox ip link set lo up
 /test/busybox httpd -p 127.0.0.1:5000 -h "$scratch/www" -c "$scratch/httpd.conf"
 make_network
 configure_docker

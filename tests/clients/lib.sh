@@ -21,6 +21,19 @@ fail() {
     exit 1
 }
 
+# end_after SECONDS: kills everything that still runs then, except process 1 of the
+# namespace, which is to call this: the command that it waits for has failed, and it can
+# report that. $watchdog is the process that can be killed before.
+end_after() {
+    [ $$ = 1 ] || die "this is not process 1"
+    (
+        sleep "$1"
+        echo "after $1 s everything was killed"
+        kill -s KILL -- -1
+    ) &
+    watchdog=$!
+}
+
 # expect WANTED FOUND WHAT: fails unless both are the same.
 expect() {
     [ "$1" = "$2" ] || fail "$3: wanted '$1', found '$2'"

@@ -1,19 +1,19 @@
 //! The directories of both volumes, existing or future: what they are on, and
-//! whether overlayfs can write there.
+//! whether overlayfs can use them.
 
 use std::fs;
 use std::io::ErrorKind as IoKind;
 use std::path::{Path, PathBuf};
 
 use rustix::fd::AsFd;
-use rustix::fs::{Mode, OFlags, open, statvfs};
+use rustix::fs::{Mode, OFlags, getxattr, open, statvfs};
 
 use super::{Finding, Verdict};
 use crate::commands::output::bytes;
 use crate::config::{Config, require_short_address};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mount::mountinfo::{self, Mounted};
-use crate::mount::{MERGED, probe_idmapped_mounts, probe_upper, unmount_stale};
+use crate::mount::{MERGED, probe_idmapped_mounts, probe_layers, probe_upper, unmount_stale};
 use crate::quota::{self, Quotas, Support};
 use crate::root::open::require_mounts;
 use crate::snapshotter::QuotaMode;
@@ -31,7 +31,7 @@ struct Nearest {
 pub(super) fn look(config: &Config) -> Vec<Finding> {
     let options = config.options.overlay_options(false);
     let mut findings = Vec::new();
-    let mut look_at = |topic, flag, path: &str| match find(path) {
+    let mut look_at = |topic, flag, path: &str, trial: &Trial| match find(path) {
         Err(error) => {
             let text = format!("{}: give another {flag}", error.chain());
             findings.push(Finding::bad(topic, text));
@@ -39,16 +39,17 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
         }
         Ok(place) => {
             findings.push(describe(topic, path, &place));
-            findings.push(try_overlay(topic, &place, &options));
+            findings.push(try_overlay(topic, &place, trial, &options));
             Some(place)
         }
     };
-    let image = look_at("image", "--root-dir", &config.root);
-    let writable = look_at("writable", "--writable-dir", &config.writable);
+    let image = look_at("image", "--root-dir", &config.root, &LAYERS);
+    let writable = look_at("writable", "--writable-dir", &config.writable, &WRITES);
     let (Some(image), Some(writable)) = (image, writable) else {
         return findings;
     };
     findings.extend(lost_times(&image));
+    findings.extend(selinux([&image, &writable]));
     let is_one = image.mounted.device == writable.mounted.device;
     findings.push(match is_one {
         false => Finding::good("split", "two file systems"),
@@ -129,6 +130,31 @@ fn lost_times(image: &Nearest) -> Option<Finding> {
         })
 }
 
+/// Shows the labels of both volumes where SELinux's rules are enforced: programs in
+/// containers may then use only files with the label that the policy gives to containerd's
+/// own layers.
+fn selinux(places: [&Nearest; 2]) -> Option<Finding> {
+    let enforced = fs::read_to_string("/sys/fs/selinux/enforce").ok()?;
+    if enforced.trim() != "1" {
+        return None;
+    }
+    let label = |place: &Nearest| {
+        let mut label = [0; 256];
+        let length = getxattr(&place.there, "security.selinux", &mut label).unwrap_or(0);
+        let label = String::from_utf8_lossy(&label[..length]);
+        let label = label.trim_end_matches('\0');
+        format!("{} has the label {label:?}", place.there.display())
+    };
+    let [image, writable] = places.map(label);
+    Some(Finding::note(
+        "SELinux",
+        format!(
+            "its rules are enforced, {image} and {writable}: containers need the \
+             label of containerd's own snapshots: docs/containerd.md, \"SELinux\""
+        ),
+    ))
+}
+
 /// Warns of a writable directory in memory, which a reboot empties: the daemon then
 /// treats the volume as missing.
 fn lasting(config: &Config, writable: &Nearest) -> Option<Finding> {
@@ -194,8 +220,24 @@ fn describe(topic: &'static str, path: &str, place: &Nearest) -> Finding {
 /// has gone with the mount namespace of the killed process.
 const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
 
+/// What a volume is for, tried with real overlays.
+struct Trial {
+    probe: fn(&Path, &[String]) -> Result<()>,
+    good: &'static str,
+}
+
+const LAYERS: Trial = Trial {
+    probe: probe_layers,
+    good: "overlayfs reads layers there, and layers can move there",
+};
+
+const WRITES: Trial = Trial {
+    probe: probe_upper,
+    good: "overlayfs writes there, directory entries have types",
+};
+
 /// Mounts an overlay there, to see whether it works.
-fn try_overlay(topic: &'static str, place: &Nearest, options: &[String]) -> Finding {
+fn try_overlay(topic: &'static str, place: &Nearest, trial: &Trial, options: &[String]) -> Finding {
     let scratch = place.there.join(SCRATCH);
     let remove = || match fs::remove_dir_all(&scratch) {
         Err(error) if error.kind() != IoKind::NotFound => Err(("remove", error)),
@@ -211,17 +253,14 @@ fn try_overlay(topic: &'static str, place: &Nearest, options: &[String]) -> Find
         let text = format!("cannot {what} {}: {error}: {hint}", scratch.display());
         return Finding::bad(topic, text);
     }
-    let probed = probe_upper(&scratch, options);
+    let probed = (trial.probe)(&scratch, options);
     unmount_stale(&scratch.join(MERGED));
     if let Err((what, error)) = remove() {
         let text = format!("cannot {what} {}: {error}", scratch.display());
         return Finding::note(topic, text);
     }
     match probed {
-        Ok(()) => Finding::good(
-            topic,
-            "overlayfs writes there, directory entries have types",
-        ),
+        Ok(()) => Finding::good(topic, trial.good),
         Err(error) => {
             let hint = match options {
                 _ if !has_overlay() => "this kernel has no overlayfs: load the module \"overlay\"",
@@ -229,7 +268,7 @@ fn try_overlay(topic: &'static str, place: &Nearest, options: &[String]) -> Find
                 _ => "ext4, XFS or btrfs will do, and so may other --mount-option",
             };
             let path = place.there.display();
-            let text = format!("no overlay on {path}: {}: {hint}", error.chain());
+            let text = format!("{path} will not do: {}: {hint}", error.chain());
             Finding::bad(topic, text)
         }
     }
