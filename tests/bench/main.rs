@@ -9,8 +9,6 @@
 mod support;
 
 mod commit;
-#[path = "../vm/crash/fuse.rs"]
-mod fuse;
 mod slow;
 mod start;
 

@@ -5,7 +5,7 @@
 //! its own, and only a part of a longer write.
 
 use super::disks::{Content, Event, Shared};
-use super::fuse::DISKS;
+use crate::support::fuse::DISKS;
 use crate::model::History;
 use crate::support::random::Random;
 
