@@ -9,7 +9,7 @@ use rustix::fs::fsync;
 use rustix::io::Errno;
 
 use super::{Visited, visit_open};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::lock::lock;
 
 const FLUSHING: &str = "flush a directory tree";
@@ -34,7 +34,7 @@ pub enum Flushed {
 ///
 /// # Errors
 ///
-/// [`crate::error::ErrorKind::DataLoss`] if the disk has failed to take some of it.
+/// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
 pub fn flush_tree(top: impl AsFd) -> Result<Flushed> {
     let (sender, receiver) = sync_channel(THREADS);
     let receiver = Mutex::new(receiver);
@@ -61,8 +61,15 @@ pub fn flush_tree(top: impl AsFd) -> Result<Flushed> {
         });
         drop(sender);
         for thread in flushing {
-            let flushed = thread.join().unwrap_or(Err(Errno::IO));
-            flushed.map_err(|errno| Error::data_loss(format!("{FLUSHING}: {errno}")))?;
+            match thread.join().unwrap_or(Err(Errno::IO)) {
+                Ok(()) => {}
+                // The file system has no such flush.
+                Err(Errno::INVAL) => return Err(Errno::INVAL).context(|| FLUSHING),
+                Err(errno) => {
+                    let cause = std::io::Error::from(errno);
+                    return Err(Error::caused(ErrorKind::DataLoss, FLUSHING, cause));
+                }
+            }
         }
         visited.map(|()| flushed)
     })

@@ -112,28 +112,34 @@ impl Dirs {
                 return Ok(false);
             }
             let content = tree::count(&upper)?;
-            let own = content.data_bytes + content.usage.inodes * BYTES_OF_A_FILE;
-            if !is_mostly_of_others(unwritten, own) {
+            let flushes = content.usage.inodes.saturating_mul(BYTES_OF_A_FILE);
+            if !is_mostly_of_others(unwritten, content.data_bytes.saturating_add(flushes)) {
                 return Ok(false);
             }
         }
         if tree::flush_tree(&upper)? == Flushed::AllButNodes && !keeps_order(&upper) {
             return Ok(false);
         }
-        self.sync_names(id)
-            .context(|| format!("flush the directory of snapshot {id} on {}", self.path()))?;
+        self.sync_names(id)?;
         Ok(true)
     }
 
-    /// Makes the names durable by which a snapshot is found, with a change of its directory
-    /// after which nothing in it has changed.
-    fn sync_names(&self, id: SnapshotId) -> std::result::Result<(), Errno> {
+    /// Makes the names durable by which a snapshot is found, and a change of its directory
+    /// after which nothing in it has changed. A file system that takes nothing any more
+    /// refuses the change.
+    fn sync_names(&self, id: SnapshotId) -> Result<()> {
+        let flushing = || format!("flush the directory of snapshot {id} on {}", self.path());
         let snapshots = self.snapshots_fd();
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let top = openat(snapshots, id.to_string(), flags, Mode::empty())?;
-        fchmod(&top, Mode::from_raw_mode(fstat(&top)?.st_mode))?;
-        fsync(&top)?;
-        fsync(snapshots)
+        let top = open_to_list(snapshots, &id.to_string()).context(flushing)?;
+        fstat(&top)
+            .and_then(|stat| fchmod(&top, Mode::from_raw_mode(stat.st_mode)))
+            .context(flushing)?;
+        for directory in [top.as_fd(), snapshots] {
+            fsync(directory).map_err(|errno| {
+                Error::caused(ErrorKind::DataLoss, flushing(), std::io::Error::from(errno))
+            })?;
+        }
+        Ok(())
     }
 }
 

@@ -137,7 +137,7 @@ fn every_later_request_has_one() {
 #[registered(crate::Test)]
 fn a_commit_does_not_wait_for_what_others_have_written() {
     let disks = SlowDisks::new(512, Speed::default());
-    let [image, writable] = disks.format();
+    let [image, writable] = disks.format(&["-q", "-F", "-m", "0", "-b", "4096"]);
     let strangers_file = image.path().join("of-another-program");
     let split = Split::on(image, writable, &[]);
     let client = split.client();

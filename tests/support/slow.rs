@@ -44,11 +44,9 @@ impl SlowDisks {
         }
     }
 
-    /// An ext4 on each of them.
-    pub fn format(&self) -> [Disk; DISKS] {
-        let options = "lazy_itable_init=0,lazy_journal_init=0";
-        let arguments = ["-q", "-F", "-m", "0", "-b", "4096", "-E", options];
-        std::array::from_fn(|number| Disk::on(&self.served.file(number), "ext4", &arguments))
+    /// An ext4 on each of them, made with these arguments.
+    pub fn format(&self, arguments: &[&str]) -> [Disk; DISKS] {
+        std::array::from_fn(|number| Disk::on(&self.served.file(number), "ext4", arguments))
     }
 
     /// From now on.
