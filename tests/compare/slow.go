@@ -47,14 +47,14 @@ func (b *bench) slowOn(disk disk) error {
 		if err != nil {
 			return nil, nil, err
 		}
-		return &side{snapshotter: s}, s.Close, nil
+		return &side{snapshotter: s, cpu: ownCPU}, s.Close, nil
 	}
 	daemon := func() (*side, func() error, error) {
 		d, err := startDaemon(disk.places, "daemon")
 		if err != nil {
 			return nil, nil, err
 		}
-		return &side{snapshotter: d.client}, d.stop, nil
+		return &side{snapshotter: d.client, cpu: d.cpu}, d.stop, nil
 	}
 	starts := [2]func() (*side, func() error, error){builtIn, daemon}
 	for _, start := range starts {
