@@ -10,6 +10,7 @@
 mod support;
 
 mod commit;
+mod dirty;
 mod images;
 mod slow;
 mod start;
@@ -24,9 +25,10 @@ fn main() {
         "the benchmark mounts disks: run it as root"
     );
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let tables: [(&str, fn()); 4] = [
+    let tables: [(&str, fn()); 5] = [
         ("commit", commit::of_a_container),
         ("unpack", commit::of_an_unpacked_layer),
+        ("dirty", dirty::by_another_program),
         ("start", start::with_snapshots),
         ("slow", slow::beside_the_built_in),
     ];
