@@ -117,10 +117,19 @@ impl Dirs {
                 return Ok(false);
             }
         }
-        if tree::flush_tree(&upper)? == Flushed::AllButNodes && !keeps_order(&upper) {
+        let flushing = || {
+            format!(
+                "flush a snapshot on the {} volume {}",
+                self.volume(),
+                self.path()
+            )
+        };
+        if tree::flush_tree(&upper).context(flushing)? == Flushed::AllButNodes
+            && !keeps_order(&upper)
+        {
             return Ok(false);
         }
-        self.sync_names(id)?;
+        self.sync_names(id).context(flushing)?;
         Ok(true)
     }
 
@@ -128,7 +137,7 @@ impl Dirs {
     /// after which nothing in it has changed. A file system that takes nothing any more
     /// refuses the change.
     fn sync_names(&self, id: SnapshotId) -> Result<()> {
-        let flushing = || format!("flush the directory of snapshot {id} on {}", self.path());
+        let flushing = || format!("flush the directory of snapshot {id}");
         let snapshots = self.snapshots_fd();
         let top = open_to_list(snapshots, &id.to_string()).context(flushing)?;
         fstat(&top)
