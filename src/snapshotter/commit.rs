@@ -53,7 +53,7 @@ impl Snapshotter {
         self.drop_whiteouts_of_nothing(&snapshot, parent, &upper)?;
         if self.options.sync == SyncMode::AtCommit {
             let begun = Instant::now();
-            self.flusher.flush(&dirs, volume)?;
+            self.flusher.flush_snapshot(&dirs, snapshot.id, &upper)?;
             log_wait(volume, begun.elapsed());
         }
         // After the flush: until then some file systems cannot tell blocks.

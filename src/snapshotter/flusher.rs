@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::fd::AsFd;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{Place, Store, Transaction};
 use crate::types::{Kind, SnapshotId, Volume};
@@ -56,6 +58,26 @@ impl Flusher {
             suspect_up_to: Default::default(),
             syncing: Default::default(),
             unpacks: Monitor::default(),
+        }
+    }
+
+    /// Makes what a snapshot holds durable, alone or with everything on its volume.
+    pub(super) fn flush_snapshot(
+        &self,
+        dirs: &Dirs,
+        id: SnapshotId,
+        upper: impl AsFd,
+    ) -> Result<()> {
+        let alone = dirs.sync_alone(id, upper);
+        match alone {
+            Ok(true) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::DataLoss => {
+                let flushed = Err(error);
+                self.note_failure(&flushed, dirs.volume());
+                flushed
+            }
+            // What cannot be read can still be flushed with all else.
+            Ok(false) | Err(_) => self.flush(dirs, dirs.volume()),
         }
     }
 
@@ -170,14 +192,35 @@ impl Flusher {
     }
 
     fn run(&self, flush: &Flush) {
-        let mut free_before = None;
-        let mut last_change = Instant::now();
         while self.await_unpack() {
+            self.flush_while_unpacking(flush);
+        }
+    }
+
+    /// Waits until a layer is unpacked. `false` at the stop.
+    fn await_unpack(&self) -> bool {
+        let is_idle = |unpacks: &Unpacks| unpacks.ids.is_empty();
+        self.unpacks.wait_while(is_idle, |_| ()).is_some()
+    }
+
+    fn flush_while_unpacking(&self, flush: &Flush) {
+        let mut free_at_flush = flush.free_bytes().ok();
+        let mut free_before = free_at_flush;
+        let mut last_change = Instant::now();
+        while self.unpacks.pause(INTERVAL) && self.unpacks.look(|unpacks| !unpacks.ids.is_empty()) {
+            let free = flush.free_bytes().ok();
             // A flush of nothing would still wake a sleeping disk.
-            let free = flush.free_blocks().ok();
             if free != free_before {
                 free_before = free;
                 last_change = Instant::now();
+                let written = free_at_flush
+                    .zip(free)
+                    .map_or(0, |(before, now)| before.saturating_sub(now));
+                // It would take the disk away from the commit, which flushes the layer alone then.
+                if flush.is_for_others(written) {
+                    continue;
+                }
+                free_at_flush = free;
                 let flushed = flush.run();
                 self.note_failure(&flushed, Volume::Image);
                 if let Err(error) = flushed {
@@ -191,11 +234,5 @@ impl Flusher {
                 });
             }
         }
-    }
-
-    /// Waits until a layer is unpacked, and then a moment. `false` at the stop.
-    fn await_unpack(&self) -> bool {
-        let is_idle = |unpacks: &Unpacks| unpacks.ids.is_empty();
-        self.unpacks.wait_while(is_idle, |_| ()).is_some() && self.unpacks.pause(INTERVAL)
     }
 }

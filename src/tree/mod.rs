@@ -1,12 +1,13 @@
 //! Walking directory trees with untrusted content.
 //!
-//! Owns: counting, comparing, copying and deleting. All walks use directory descriptors
-//! and never follow a link, so no content of a layer leads a walk outside of it. Nothing
-//! recurses, so no depth of a tree exhausts the stack. Never: knows what a tree is for.
+//! Owns: counting, comparing, copying, flushing and deleting. All walks use directory
+//! descriptors and never follow a link, so no content of a layer leads a walk outside of it.
+//! Nothing recurses, so no depth of a tree exhausts the stack. Never: knows what a tree is for.
 //! There is no state: after a crash, a walk begins again.
 
 mod compare;
 mod copy;
+mod flush;
 mod remake;
 mod remove;
 mod usage;
@@ -25,6 +26,7 @@ use crate::error::Error;
 
 pub use compare::{Differences, Rules, compare_trees};
 pub use copy::{Copied, copy_tree};
+pub use flush::{Flushed, flush_tree};
 pub use remake::remake;
 pub use remove::{remove_children, remove_entry};
 pub use usage::{count, count_layer, count_unless};

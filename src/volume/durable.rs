@@ -1,12 +1,22 @@
-//! Making things durable: a small file that is replaced, and all of the image volume.
+//! Making things durable: a small file that is replaced, one snapshot, and all of the image
+//! volume.
+
+use std::fs;
+use std::path::Path;
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{AtFlags, Mode, OFlags, fstatvfs, fsync, openat, renameat, syncfs, unlinkat};
+use rustix::fs::{
+    AtFlags, Mode, OFlags, fchmod, fstat, fstatfs, fstatvfs, fsync, major, minor, openat, renameat,
+    syncfs, unlinkat,
+};
 use rustix::io::{Errno, write};
 
-use super::Image;
 use super::dirs::open_to_list;
+use super::{Dirs, Image};
 use crate::error::{Context, Error, ErrorKind, Result};
+use crate::tree::{self, Flushed};
+use crate::types::SnapshotId;
+use crate::util::fault_point::is_left_out;
 
 /// Makes `text` the content of the file `name` (mode 0600) in `directory`,
 /// durably, by way of a new file `<name>.new` and a rename. `ENOSPC` is also what it
@@ -33,6 +43,115 @@ pub(super) fn failed_flush(errno: Errno) -> Error {
     Error::caused(ErrorKind::DataLoss, "flush the image volume", cause)
 }
 
+/// Less than this much of what others have written is not worth a choice.
+const FEW_BYTES: u64 = 64 << 20;
+/// About what a disk writes in the time that the flush of one file takes: the flush of a
+/// file counts as so much to be written.
+const BYTES_OF_A_FILE: u64 = 256 << 10;
+
+/// How much data of all file systems the kernel still has to write, in bytes. 0 if it
+/// cannot be seen.
+fn unwritten_bytes() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kibibytes = text.lines().filter_map(|line| {
+        let (name, rest) = line.split_once(':')?;
+        let number = rest.trim().strip_suffix(" kB")?.parse::<u64>().ok()?;
+        matches!(name, "Dirty" | "Writeback").then_some(number)
+    });
+    kibibytes.sum::<u64>() << 10
+}
+
+/// Whether a flush of a whole file system would clearly wait for more than what has been
+/// written here: `unwritten` bytes, of which at most `own` are ours.
+fn is_mostly_of_others(unwritten: u64, own: u64) -> bool {
+    unwritten > own.saturating_mul(2).saturating_add(FEW_BYTES)
+}
+
+/// Whether the file system makes changes of its directories and inodes durable in the order
+/// in which they were made, so that an fsync(2) after the last one covers all of them: XFS,
+/// and ext4 if it has a journal.
+fn keeps_order(directory: impl AsFd) -> bool {
+    const EXT4: u64 = 0xef53;
+    const XFS: u64 = 0x5846_5342;
+    let (Ok(state), Ok(stat)) = (fstatfs(&directory), fstat(&directory)) else {
+        return false;
+    };
+    #[allow(clippy::unnecessary_cast)] // its width differs among architectures
+    match state.f_type as u64 {
+        XFS => true,
+        EXT4 => {
+            let device = format!(
+                "/sys/dev/block/{}:{}",
+                major(stat.st_dev),
+                minor(stat.st_dev)
+            );
+            let journal = fs::canonicalize(device).and_then(|device| {
+                let name = device.file_name().unwrap_or_default();
+                fs::read_to_string(Path::new("/sys/fs/ext4").join(name).join("journal_task"))
+            });
+            journal.is_ok_and(|task| task.trim() != "<none>")
+        }
+        _ => false,
+    }
+}
+
+impl Dirs {
+    /// Makes what a snapshot holds durable, and nothing else, if that takes less time than
+    /// to flush the whole volume with all that other programs have written there. `false`
+    /// if the volume has to be flushed.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
+    pub fn sync_alone(&self, id: SnapshotId, upper: impl AsFd) -> Result<bool> {
+        let is_forced = is_left_out("volume");
+        let unwritten = unwritten_bytes();
+        if !is_forced {
+            // Most disks are quiet, and nothing has to be counted.
+            if !is_mostly_of_others(unwritten, 0) {
+                return Ok(false);
+            }
+            let content = tree::count(&upper)?;
+            let flushes = content.usage.inodes.saturating_mul(BYTES_OF_A_FILE);
+            if !is_mostly_of_others(unwritten, content.data_bytes.saturating_add(flushes)) {
+                return Ok(false);
+            }
+        }
+        let flushing = || {
+            format!(
+                "flush a snapshot on the {} volume {}",
+                self.volume(),
+                self.path()
+            )
+        };
+        if tree::flush_tree(&upper).context(flushing)? == Flushed::AllButNodes
+            && !keeps_order(&upper)
+        {
+            return Ok(false);
+        }
+        self.sync_names(id).context(flushing)?;
+        Ok(true)
+    }
+
+    /// Makes the names durable by which a snapshot is found, and a change of its directory
+    /// after which nothing in it has changed. A file system that takes nothing any more
+    /// refuses the change.
+    fn sync_names(&self, id: SnapshotId) -> Result<()> {
+        let flushing = || format!("flush the directory of snapshot {id}");
+        let snapshots = self.snapshots_fd();
+        let top = open_to_list(snapshots, &id.to_string()).context(flushing)?;
+        fstat(&top)
+            .and_then(|stat| fchmod(&top, Mode::from_raw_mode(stat.st_mode)))
+            .context(flushing)?;
+        for directory in [top.as_fd(), snapshots] {
+            fsync(directory).map_err(|errno| {
+                Error::caused(ErrorKind::DataLoss, flushing(), std::io::Error::from(errno))
+            })?;
+        }
+        Ok(())
+    }
+}
+
 /// An open file on the image volume, for flushing the volume beside its requests. The
 /// kernel reports a failed write once to each open file (syncfs(2), since Linux 5.8): what
 /// is reported to this file is reported to a commit as well.
@@ -55,10 +174,16 @@ impl Flush {
         syncfs(&self.file).map_err(failed_flush)
     }
 
-    /// How much is free, in blocks: another number whenever something was
-    /// written. Asks no disk.
-    pub fn free_blocks(&self) -> Result<u64> {
+    /// How many bytes are free: another number whenever something was written. Asks no
+    /// disk.
+    pub fn free_bytes(&self) -> Result<u64> {
         let state = fstatvfs(&self.file).context(|| "look how full the image volume is")?;
-        Ok(state.f_bfree)
+        Ok(state.f_bfree.saturating_mul(state.f_frsize))
+    }
+
+    /// Whether a flush now would mostly write what other programs have written: on this
+    /// volume, `written` bytes were since the last one.
+    pub fn is_for_others(&self, written: u64) -> bool {
+        is_left_out("volume") || is_mostly_of_others(unwritten_bytes(), written)
     }
 }

@@ -1,7 +1,8 @@
 //! The benchmark: `cargo test --release --test bench`, as root. It prints
 //! tables and asserts nothing about time, because machines differ: compare the
 //! ratios of one run. With a word of a table's name, as in `-- start`, it makes
-//! only that table.
+//! only that table. The table `slow` needs what
+//! `tests/bench.sh --slow` prepares, and is left out without it.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,8 +10,8 @@
 mod support;
 
 mod commit;
-#[path = "../vm/crash/fuse.rs"]
-mod fuse;
+mod dirty;
+mod images;
 mod slow;
 mod start;
 
@@ -24,14 +25,16 @@ fn main() {
         "the benchmark mounts disks: run it as root"
     );
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let tables: [(&str, fn()); 4] = [
+    let tables: [(&str, fn()); 5] = [
         ("commit", commit::of_a_container),
         ("unpack", commit::of_an_unpacked_layer),
+        ("dirty", dirty::by_another_program),
         ("start", start::with_snapshots),
-        ("slow", slow::with_slow_flushes),
+        ("slow", slow::beside_the_built_in),
     ];
     for (name, make) in tables {
-        if wanted.is_empty() || wanted.iter().any(|word| word == name) {
+        let is_prepared = name != "slow" || std::env::var_os("COMPARE").is_some();
+        if wanted.is_empty() && is_prepared || wanted.iter().any(|word| word == name) {
             make();
         }
     }

@@ -1,160 +1,175 @@
-//! What the flush of a slow disk means for requests, directly after a start and
-//! later.
+//! What a disk's flush makes of requests, imports and containers, beside the snapshotter
+//! that is built into containerd.
 
-use std::path::Path;
-use std::sync::{Arc, Mutex};
-use std::thread::{scope, sleep};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::fuse::{DISKS, Devices, Served};
-use crate::support::client::Client;
-use crate::support::daemon::{Daemon, command};
+use crate::images;
+use crate::support::containerd::{Containerd, IMAGE};
+use crate::support::daemon::Daemon;
 use crate::support::disk::Disk;
+use crate::support::slow::{SlowDisks, Speed};
 
-const BYTES: usize = 256 << 20;
-/// How many requests count as the first after a start.
-const FIRST: usize = 100;
-const CALLERS: usize = 8;
+/// Of imports and containers; one round takes two minutes on slow disks.
+const ROUNDS: usize = 3;
+const RUNS: usize = 5;
+/// The image disk has room for the inodes of all that is imported.
+const MKFS: [&str; 9] = [
+    "-q",
+    "-F",
+    "-m",
+    "0",
+    "-b",
+    "4096",
+    "-i",
+    "8192",
+    "-Elazy_itable_init=0,lazy_journal_init=0",
+];
 
-/// Two disks in memory whose flushes take this long.
-struct Slow {
-    disks: [Mutex<Vec<u8>>; DISKS],
-    flush: Duration,
+/// Disks and how long a flush takes there.
+struct Pair {
+    name: &'static str,
+    image: Disk,
+    writable: Disk,
+    /// What they are made of; dropped after them.
+    _slow: Option<SlowDisks>,
 }
 
-impl Devices for Slow {
-    fn size(&self) -> u64 {
-        BYTES as u64
+/// Prints all tables. `COMPARE` names the program of `tests/compare`.
+pub fn beside_the_built_in() {
+    let program = std::env::var("COMPARE").expect("run it by: sudo sh tests/bench.sh --slow");
+    let flushes = [("plain", 0), ("1 ms", 1), ("5 ms", 5), ("12 ms", 12)];
+    let pairs = flushes.map(|(name, flush)| pair(name, Duration::from_millis(flush)));
+    let mut compare = Command::new(program);
+    compare.args(["-slow", "-daemon"]);
+    compare.arg(env!(
+        "CARGO_BIN_EXE_overlay-read-write-splitting-snapshotter"
+    ));
+    for pair in &pairs {
+        compare.args([pair.name, &pair.image.text(), &pair.writable.text()]);
     }
-
-    fn read(&self, disk: usize, offset: usize, length: usize) -> Vec<u8> {
-        let bytes = self.disks[disk].lock().unwrap();
-        let end = BYTES.min(offset + length);
-        bytes[offset.min(end)..end].to_vec()
-    }
-
-    fn write(&self, disk: usize, offset: usize, bytes: &[u8]) {
-        self.disks[disk].lock().unwrap()[offset..][..bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn flush(&self, _: usize) {
-        sleep(self.flush);
-    }
-}
-
-/// Prepare, View and Remove on disks that flush in 1, 5 and 12 ms.
-pub fn with_slow_flushes() {
+    assert!(compare.status().unwrap().success());
     println!(
-        "\nRequests on disks whose flush takes so many milliseconds. One caller: median and 99th\n\
-         percentile, milliseconds; {CALLERS} callers: requests a second. First: the first {FIRST} \
-         after a start\n"
+        "\nThrough containerd, seconds, median of {ROUNDS}; in brackets the smallest and the \
+         largest ratio to the built-in.\n"
     );
     println!(
-        "{:>5} {:<8} {:<14} {:>12} {:>12} {:>8} {:>8}",
-        "flush", "request", "8 callers", "first p50", "p99", "p50", "p99"
+        "{:<38}{:>9}{:>8}  {:<18}{:>8}  {:<18}",
+        "", "built-in", "daemon", "ratio", "--sync none", "ratio"
     );
-    for flush in [1, 5, 12] {
-        on_disks(Duration::from_millis(flush));
+    for pair in pairs
+        .iter()
+        .filter(|pair| ["plain", "5 ms"].contains(&pair.name))
+    {
+        through_containerd(pair);
     }
 }
 
-fn on_disks(flush: Duration) {
-    let dir = tempfile::tempdir().unwrap();
-    let slow = Slow {
-        disks: std::array::from_fn(|_| Mutex::new(vec![0; BYTES])),
-        flush,
-    };
-    let served = Served::mount(Arc::new(slow), dir.path());
-    let disk = |number| {
-        let arguments = ["-q", "-F", "-m", "0", "-b", "4096"];
-        Disk::on(&served.file(number), "ext4", &arguments)
-    };
-    let (image, writable) = (disk(0), disk(1));
-    let mut daemon = Daemon::start(&command(&image, &writable, &["--sync", "none"]));
-    let client = daemon.client();
-    client.prepare("extract", "", &[]).unwrap();
-    client.commit("extract", "base", &[]).unwrap();
-    await_log(&image.path());
-    for round in 0..4 * FIRST {
-        client
-            .prepare(&format!("old-{round}"), "base", &[])
-            .unwrap();
-    }
-    for (name, request) in [
-        ("Prepare", prepare as fn(&Client, usize)),
-        ("View", view),
-        ("Remove", remove),
-    ] {
-        daemon.stop();
-        daemon.restart();
-        let first = measure(&daemon, request, 0..FIRST);
-        if name != "Remove" {
-            measure(&daemon, request, 4 * FIRST..8 * FIRST);
-        }
-        let later = measure(&daemon, request, FIRST..2 * FIRST);
-        let rate = together(&daemon, request, 2 * FIRST..4 * FIRST);
-        println!(
-            "{:>5} {name:<8} {rate:>12.0}/s {:>12.2} {:>12.2} {:>8.2} {:>8.2}",
-            flush.as_millis(),
-            first.0,
-            first.1,
-            later.0,
-            later.1
-        );
-    }
-}
-
-fn await_log(root: &Path) {
-    let log = root.join("root/metadata.db-wal");
-    while std::fs::metadata(&log).unwrap().len() < 4 << 20 {
-        sleep(Duration::from_millis(10));
-    }
-}
-
-fn prepare(client: &Client, number: usize) {
-    let key = format!("new-{number}");
-    client.prepare(&key, "base", &[]).unwrap();
-}
-
-fn view(client: &Client, number: usize) {
-    client.view(&format!("view-{number}"), "base", &[]).unwrap();
-}
-
-fn remove(client: &Client, number: usize) {
-    client.remove(&format!("old-{number}")).unwrap();
-}
-
-/// The median and the 99th percentile of one caller, in milliseconds.
-fn measure(
-    daemon: &Daemon,
-    request: fn(&Client, usize),
-    numbers: std::ops::Range<usize>,
-) -> (f64, f64) {
-    let client = daemon.client();
-    client.stat("base").unwrap();
-    let mut times: Vec<_> = numbers
-        .map(|number| {
-            let begun = Instant::now();
-            request(&client, number);
-            begun.elapsed().as_secs_f64() * 1e3
-        })
-        .collect();
-    times.sort_by(f64::total_cmp);
-    (times[times.len() / 2], times[times.len() * 99 / 100])
-}
-
-/// The requests per second of several callers.
-fn together(daemon: &Daemon, request: fn(&Client, usize), numbers: std::ops::Range<usize>) -> f64 {
-    let count = numbers.len();
-    let begun = Instant::now();
-    scope(|scope| {
-        for caller in 0..CALLERS {
-            let numbers = numbers.clone().skip(caller).step_by(CALLERS);
-            scope.spawn(move || {
-                let client = daemon.client();
-                numbers.for_each(|number| request(&client, number));
-            });
-        }
+fn pair(name: &'static str, flush: Duration) -> Pair {
+    let slow = (!flush.is_zero()).then(|| {
+        let mebibyte = Duration::ZERO;
+        SlowDisks::new(1024, Speed { flush, mebibyte })
     });
-    count as f64 / begun.elapsed().as_secs_f64()
+    let [image, writable] = match &slow {
+        Some(slow) => slow.format(&MKFS),
+        None => [(); 2].map(|()| Disk::make(1024, "ext4", &MKFS)),
+    };
+    Pair {
+        name,
+        image,
+        writable,
+        _slow: slow,
+    }
+}
+
+/// Imports and containers with the built-in snapshotter and two daemons, in turn.
+fn through_containerd(pair: &Pair) {
+    let daemons = ["commit", "none"].map(|sync| {
+        let root = format!("{}/{sync}", pair.image.text());
+        let writable = format!("{}/{sync}", pair.writable.text());
+        let arguments = [
+            "--root-dir",
+            &root,
+            "--writable-dir",
+            &writable,
+            "--sync",
+            sync,
+        ];
+        Daemon::start(&arguments.map(str::to_owned))
+    });
+    let proxies = [
+        ("commit", daemons[0].address()),
+        ("none", daemons[1].address()),
+    ];
+    let containerd = Containerd::start_at(&pair.image.path().join("containerd"), &proxies);
+    let directory = tempfile::tempdir().unwrap();
+    for (what, name, layers, files) in [
+        ("import of 60 layers of 5 files", "split-test", 60, 5),
+        ("import of 20 layers of 1,000 files", "many-files", 20, 1000),
+    ] {
+        let sources = directory.path().join(name);
+        std::fs::create_dir(&sources).unwrap();
+        let archive = images::archive(&sources, name, layers, files);
+        let image = format!("docker.io/library/{name}:latest");
+        let import = |snapshotter: &str| {
+            let begun = Instant::now();
+            let archive = archive.to_str().unwrap();
+            containerd.ctr(&["image", "import", "--snapshotter", snapshotter, archive]);
+            let taken = begun.elapsed();
+            containerd.ctr(&["image", "rm", "--sync", &image]);
+            pair.image.sync();
+            taken
+        };
+        print_row(&format!("{}: {what}", pair.name), import);
+        if image == IMAGE {
+            for snapshotter in SIDES {
+                let archive = archive.to_str().unwrap();
+                containerd.ctr(&["image", "import", "--snapshotter", snapshotter, archive]);
+            }
+            let run = |snapshotter: &str| {
+                let begun = Instant::now();
+                for _ in 0..RUNS {
+                    let flags = ["--snapshotter", snapshotter];
+                    containerd.try_run_with(&flags, "web", "true").unwrap();
+                }
+                begun.elapsed() / RUNS as u32
+            };
+            print_row(&format!("{}: ctr run --rm", pair.name), run);
+        }
+    }
+}
+
+/// The snapshotters, as containerd calls them.
+const SIDES: [&str; 3] = ["overlayfs", "commit", "none"];
+
+fn print_row(what: &str, mut measure: impl FnMut(&str) -> Duration) {
+    let mut rounds: Vec<[f64; 3]> = Vec::new();
+    for round in 0..ROUNDS {
+        let mut times = [0.0; 3];
+        // Each of them is the first once.
+        for turn in 0..SIDES.len() {
+            let side = (turn + round) % SIDES.len();
+            times[side] = measure(SIDES[side]).as_secs_f64();
+        }
+        rounds.push(times);
+    }
+    let sorted = |value: &dyn Fn(&[f64; 3]) -> f64| {
+        let mut values: Vec<_> = rounds.iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        values
+    };
+    let median = |side: usize| sorted(&|times| times[side])[ROUNDS / 2];
+    let ratio = |side: usize| {
+        let ratios = sorted(&|times| times[side] / times[0]);
+        let (least, most) = (ratios[0], ratios[ROUNDS - 1]);
+        format!("{:.2} ({least:.2}-{most:.2})", ratios[ROUNDS / 2])
+    };
+    println!(
+        "{what:<38}{:>9.2}{:>8.2}  {:<18}{:>8.2}  {:<18}",
+        median(0),
+        median(1),
+        ratio(1),
+        median(2),
+        ratio(2)
+    );
 }

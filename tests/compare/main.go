@@ -62,6 +62,7 @@ func main() {
 	binary := flag.String("daemon", "", "the program to measure")
 	jsonPath := flag.String("json", "", "write the figures there as well")
 	isQuick := flag.Bool("quick", false, "little of everything: to see that it works")
+	isSlow := flag.Bool("slow", false, "requests alone, on each disk NAME IMAGE WRITABLE that follows")
 	flag.Parse()
 
 	size := full
@@ -70,7 +71,11 @@ func main() {
 	}
 	places := places{image: *image, writable: *writable, binary: *binary}
 	report := newReport(*isQuick)
-	if err := run(context.Background(), places, size, report); err != nil {
+	work := func() error { return run(context.Background(), places, size, report) }
+	if *isSlow {
+		work = func() error { return runSlow(context.Background(), *binary, flag.Args(), report) }
+	}
+	if err := work(); err != nil {
 		fmt.Fprintln(os.Stderr, "compare:", err)
 		os.Exit(1)
 	}
@@ -82,6 +87,16 @@ func main() {
 			os.Exit(1)
 		}
 	}
+}
+
+func runSlow(ctx context.Context, binary string, names []string, report *report) error {
+	var disks []disk
+	for ; len(names) >= 3; names = names[3:] {
+		disks = append(disks, disk{names[0],
+			places{image: names[1], writable: names[2], binary: binary}})
+	}
+	bench := &bench{ctx: ctx, size: scale{rounds: 5}, report: report}
+	return bench.slow(disks)
 }
 
 func run(ctx context.Context, places places, size scale, report *report) error {

@@ -1,13 +1,17 @@
 //! How often a disk is flushed for a request: a flush takes longer than everything else
 //! in it.
 
+use std::fs;
+use std::os::unix::fs::symlink;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use registered::registered;
 
 use crate::support::client::Client;
 use crate::support::daemon::{Daemon, Split};
+use crate::support::mounted::upper_of;
+use crate::support::slow::{SlowDisks, Speed};
 use crate::support::until;
 
 /// The requests that change something, and whose answers callers wait for.
@@ -57,7 +61,7 @@ fn start() -> Split {
     client.prepare("extract", "", &[]).unwrap();
     client.commit("extract", "base", &[]).unwrap();
     until("the log has its size", || {
-        let log = std::fs::metadata(split.root().join("metadata.db-wal")).unwrap();
+        let log = fs::metadata(split.root().join("metadata.db-wal")).unwrap();
         log.len() == 4 << 20
     });
     split
@@ -128,4 +132,37 @@ fn every_later_request_has_one() {
         println!("{request:?}: {all} flushes of 1000 requests");
         assert!(all < 1300, "{request:?}: {all} flushes of 1000 requests");
     }
+}
+
+#[registered(crate::Test)]
+fn a_commit_does_not_wait_for_what_others_have_written() {
+    let disks = SlowDisks::new(512, Speed::default());
+    let [image, writable] = disks.format(&["-q", "-F", "-m", "0", "-b", "4096"]);
+    let strangers_file = image.path().join("of-another-program");
+    let split = Split::on(image, writable, &[]);
+    let client = split.client();
+    // 20 MiB a second: a flush of all of it takes ten seconds.
+    fs::write(&strangers_file, vec![1; 200 << 20]).unwrap();
+    disks.set_speed(Speed {
+        flush: Duration::from_millis(5),
+        mebibyte: Duration::from_millis(50),
+    });
+    let mut slowest = Duration::ZERO;
+    for layer in ["first", "second"] {
+        let key = format!("extract {layer}");
+        let labels = [("containerd.io/snapshot.ref", layer)];
+        let upper = upper_of(&client.prepare(&key, "", &labels).unwrap());
+        for number in 0..50 {
+            fs::write(upper.join(number.to_string()), vec![2; 10_000]).unwrap();
+        }
+        symlink("0", upper.join("link")).unwrap();
+        // The thread that flushes while a layer is unpacked must not be in the way.
+        sleep(Duration::from_millis(1500));
+        let begun = Instant::now();
+        client.commit(&key, layer, &[]).unwrap();
+        slowest = slowest.max(begun.elapsed());
+    }
+    disks.set_speed(Speed::default());
+    println!("the slowest commit took {} ms", slowest.as_millis());
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
 }

@@ -92,6 +92,15 @@ pub struct Containerd {
 impl Containerd {
     /// Starts a containerd that knows the snapshotter at that socket.
     pub fn start(snapshotter: &str) -> Containerd {
+        Containerd::start_with(None, &[(SNAPSHOTTER, snapshotter)])
+    }
+
+    /// Starts one with its root at `root` that knows these snapshotters by name and socket.
+    pub fn start_at(root: &Path, snapshotters: &[(&str, &str)]) -> Containerd {
+        Containerd::start_with(Some(root), snapshotters)
+    }
+
+    fn start_with(root: Option<&Path>, snapshotters: &[(&str, &str)]) -> Containerd {
         // The name becomes part of a namespace, which must not begin with a
         // dot.
         let dir = tempfile::Builder::new()
@@ -99,19 +108,23 @@ impl Containerd {
             .tempdir()
             .unwrap();
         let path = dir.path().to_str().unwrap();
+        let root = root.map_or_else(|| format!("{path}/root"), |root| root.display().to_string());
+        let proxies: String = snapshotters
+            .iter()
+            .map(|(name, address)| {
+                format!("[proxy_plugins.{name}]\ntype = \"snapshot\"\naddress = \"{address}\"\n")
+            })
+            .collect();
         let config = format!(
             r#"version = 2
-root = "{path}/root"
+root = "{root}"
 state = "{path}/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
 [grpc]
 address = "{path}/socket"
 [ttrpc]
 address = "{path}/socket.ttrpc"
-[proxy_plugins.{SNAPSHOTTER}]
-type = "snapshot"
-address = "{snapshotter}"
-[plugins."io.containerd.internal.v1.opt"]
+{proxies}[plugins."io.containerd.internal.v1.opt"]
 path = "{path}/opt"
 "#
         );

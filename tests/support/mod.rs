@@ -9,9 +9,11 @@ pub mod containerd;
 pub mod daemon;
 pub mod disk;
 pub mod filter;
+pub mod fuse;
 pub mod fuzzing;
 pub mod mounted;
 pub mod random;
+pub mod slow;
 pub mod trees;
 
 use std::collections::BTreeMap;

@@ -15,7 +15,6 @@
 
 mod disks;
 mod explore;
-mod fuse;
 mod record;
 mod states;
 
@@ -47,7 +46,7 @@ pub struct Case {
 
 /// The database in both places, because a flush of it also flushes the names on its
 /// disk; and controls that leave out important flushes.
-pub const CASES: [Case; 6] = [
+pub const CASES: [Case; 7] = [
     Case {
         name: "database_on_image",
         has_state_dir: false,
@@ -65,6 +64,8 @@ pub const CASES: [Case; 6] = [
         has_limits: true,
         ..control("", "commit", "", None)
     },
+    // No layer is flushed with all else on its volume.
+    control("layers_flushed_alone", "commit", "volume", None),
     control("control_without_sync", "none", "", Some("is damaged")),
     control(
         "control_row_after_trash",
@@ -102,6 +103,7 @@ impl Case {
         match self.wrong {
             // In a machine, each state takes a second.
             None if self.has_limits => all / 10,
+            None if !self.left_out.is_empty() => all / 5,
             None => all * 2 / 5,
             Some(_) => 400,
         }

@@ -59,6 +59,10 @@ enum Database {
 
 impl Split {
     fn start(database: Database) -> Split {
+        Split::start_in(database, &[])
+    }
+
+    fn start_in(database: Database, environment: &[(&str, &str)]) -> Split {
         let at = |name| PathBuf::from(setting::<String>(name));
         let image = FaultyDisk::new("image", IMAGE_DEVICE, at("VM_IMAGE"));
         let writable = FaultyDisk::new("writable", WRITABLE_DEVICE, at("VM_WRITABLE"));
@@ -75,7 +79,7 @@ impl Split {
         let mut arguments = places.clone();
         arguments.extend(["--upperdir-label", "--relocate", "never"].map(str::to_owned));
         arguments.extend(["--address", "/tmp/socket"].map(str::to_owned));
-        let daemon = Daemon::start(&arguments);
+        let daemon = Daemon::start_in(&arguments, environment);
         let split = Split {
             image,
             writable,
@@ -308,6 +312,23 @@ fn writable_loses_data() {
 #[registered(crate::faults::Test)]
 fn image_loses_data() {
     let split = Split::start(Database::WithWrites);
+    loses_data(&split, &split.image, "extract-", unpack);
+    split.stays_well(&["mended"]);
+}
+
+/// The layer is flushed by itself, and not with all else on its volume.
+const ALONE: &[(&str, &str)] = &[("SNAPSHOTTER_LEFT_OUT", "volume")];
+
+#[registered(crate::faults::Test)]
+fn writable_loses_data_of_a_layer_flushed_alone() {
+    let split = Split::start_in(Database::WithLayers, ALONE);
+    loses_data(&split, &split.writable, "container-", commit_container);
+    split.stays_well(&["mended"]);
+}
+
+#[registered(crate::faults::Test)]
+fn image_loses_data_of_a_layer_flushed_alone() {
+    let split = Split::start_in(Database::WithWrites, ALONE);
     loses_data(&split, &split.image, "extract-", unpack);
     split.stays_well(&["mended"]);
 }

@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use super::fuse::{DISKS, Devices, Served};
 use crate::machine::until_free;
 use crate::model::Record;
+use crate::support::fuse::{DISKS, Devices, Served};
 use crate::support::run;
 
 pub const IMAGE: usize = 0;

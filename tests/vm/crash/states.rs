@@ -5,8 +5,8 @@
 //! its own, and only a part of a longer write.
 
 use super::disks::{Content, Event, Shared};
-use super::fuse::DISKS;
 use crate::model::History;
+use crate::support::fuse::DISKS;
 use crate::support::random::Random;
 
 /// The unit that a disk writes completely or not at all: the physical sector of present

@@ -1,0 +1,109 @@
+//! Flushing what a tree holds, and nothing else of its file system.
+
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::fsync;
+use rustix::io::Errno;
+
+use super::{Visited, visit_open};
+use crate::error::{Context, Error, ErrorKind, Result};
+use crate::util::lock::lock;
+
+const FLUSHING: &str = "flush a directory tree";
+
+/// How many files are flushed at the same time: flushes of a disk that wait for it together
+/// are one for the disk.
+const THREADS: usize = 8;
+
+/// What [`flush_tree`] has made durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flushed {
+    /// All of the tree.
+    Whole,
+    /// Its files and directories. It has symbolic links, device nodes or pipes as well: their
+    /// names are durable, but they cannot be opened to have their owners, times and
+    /// attributes flushed.
+    AllButNodes,
+}
+
+/// Makes the files and directories of a tree durable, `top` itself included, each by
+/// fsync(2).
+///
+/// # Errors
+///
+/// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
+pub fn flush_tree(top: impl AsFd) -> Result<Flushed> {
+    let (sender, receiver) = sync_channel(THREADS);
+    let receiver = Mutex::new(receiver);
+    thread::scope(|scope| {
+        let flushing: Vec<_> = (0..THREADS)
+            .map_while(|_| {
+                let thread = thread::Builder::new().name("flush".to_owned());
+                thread.spawn_scoped(scope, || flush_all(&receiver)).ok()
+            })
+            .collect();
+        if flushing.is_empty() {
+            return Err(Errno::AGAIN).context(|| FLUSHING);
+        }
+        let mut flushed = Flushed::Whole;
+        let visited = visit_open(top, |visited| {
+            let (Visited::Directory(fd) | Visited::File(fd)) = visited else {
+                flushed = Flushed::AllButNodes;
+                return Ok(());
+            };
+            let fd = fd.try_clone_to_owned();
+            // The threads receive until the sender is dropped.
+            let _ = sender.send(fd.context(|| FLUSHING)?);
+            Ok(())
+        });
+        drop(sender);
+        for thread in flushing {
+            match thread.join().unwrap_or(Err(Errno::IO)) {
+                Ok(()) => {}
+                // The file system has no such flush.
+                Err(Errno::INVAL) => return Err(Errno::INVAL).context(|| FLUSHING),
+                Err(errno) => {
+                    let cause = std::io::Error::from(errno);
+                    return Err(Error::caused(ErrorKind::DataLoss, FLUSHING, cause));
+                }
+            }
+        }
+        visited.map(|()| flushed)
+    })
+}
+
+/// Flushes every file that arrives. Returns the first failure, after all of them.
+fn flush_all(files: &Mutex<Receiver<OwnedFd>>) -> std::result::Result<(), Errno> {
+    let mut result = Ok(());
+    loop {
+        let next = lock(files).recv();
+        let Ok(file) = next else {
+            return result;
+        };
+        result = result.and(fsync(file));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_tree_is_flushed_and_its_nodes_are_reported() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("a/b")).unwrap();
+        for number in 0..10 * THREADS {
+            fs::write(dir.path().join(format!("a/b/{number}")), "content").unwrap();
+        }
+        let flush = || flush_tree(File::open(dir.path()).unwrap()).unwrap();
+        assert_eq!(flush(), Flushed::Whole);
+        symlink("target", dir.path().join("a/link")).unwrap();
+        assert_eq!(flush(), Flushed::AllButNodes);
+    }
+}
