@@ -7,6 +7,7 @@
 
 mod compare;
 mod copy;
+mod digest;
 mod remake;
 mod remove;
 mod usage;
@@ -25,6 +26,7 @@ use crate::error::Error;
 
 pub use compare::{Differences, Rules, compare_trees};
 pub use copy::{Copied, copy_tree};
+pub use digest::digest_tree;
 pub use remake::remake;
 pub use remove::{remove_children, remove_entry};
 pub use usage::{count, count_layer, count_unless};
