@@ -11,6 +11,7 @@ mod support;
 mod commit;
 #[path = "../vm/crash/fuse.rs"]
 mod fuse;
+mod heal;
 mod slow;
 mod start;
 
@@ -24,10 +25,11 @@ fn main() {
         "the benchmark mounts disks: run it as root"
     );
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let tables: [(&str, fn()); 4] = [
+    let tables: [(&str, fn()); 5] = [
         ("commit", commit::of_a_container),
         ("unpack", commit::of_an_unpacked_layer),
         ("start", start::with_snapshots),
+        ("heal", heal::of_one_layer),
         ("slow", slow::with_slow_flushes),
     ];
     for (name, make) in tables {
