@@ -13,6 +13,7 @@ fn main() {
         .input("proto/containerd/services/images/v1/images.proto")
         .input("proto/containerd/services/namespaces/v1/namespaces.proto")
         .input("proto/containerd/services/snapshots/v1/snapshots.proto")
+        .input("proto/healing/v1/healing.proto")
         .customize(protobuf_codegen::Customize::default().lite_runtime(true))
         .cargo_out_dir("proto")
         .run_from_script();

@@ -197,6 +197,9 @@ install_systemd() {
         say "$own hides the unit of this version: remove it if you have not changed it on purpose"
     fi
     put_adapted 644 "$here/systemd/$program.service" "$units/$program.service"
+    # The timer is off until it is enabled.
+    put_adapted 644 "$here/systemd/$program-check.service" "$units/$program-check.service"
+    put 644 "$here/systemd/$program-check.timer" "$units/$program-check.timer"
     put_config "$here/systemd/$program.default" "/etc/default/$program"
     [ -n "$destdir" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
     [ "$new" = no ] || systemctl ${destdir:+--root="$destdir"} --quiet enable "$program.service" ||
@@ -217,12 +220,16 @@ start_systemd() {
 
 remove_systemd() {
     if [ -z "$destdir" ] && [ -d /run/systemd/system ]; then
-        systemctl --quiet stop "$program.service" 2>/dev/null || :
+        systemctl --quiet stop "$program-check.timer" "$program.service" 2>/dev/null || :
+    fi
+    if [ -e "$destdir$units/$program-check.timer" ]; then
+        systemctl ${destdir:+--root="$destdir"} --quiet disable "$program-check.timer" || :
     fi
     if [ -e "$destdir$units/$program.service" ]; then
         systemctl ${destdir:+--root="$destdir"} --quiet disable "$program.service" || :
     fi
-    rm -f "$destdir$units/$program.service" \
+    rm -f "$destdir$units/$program.service" "$destdir$units/$program-check.service" \
+        "$destdir$units/$program-check.timer" \
         "$destdir/etc/systemd/system/$program.service.d/10-mounts.conf"
     rmdir "$destdir/etc/systemd/system/$program.service.d" 2>/dev/null || :
     drop_config default "/etc/default/$program"
@@ -231,6 +238,8 @@ remove_systemd() {
 
 install_openrc() {
     put_adapted 755 "$here/openrc/$program.initd" "/etc/init.d/$program"
+    # For cron, once it is copied there.
+    put_adapted 755 "$here/openrc/$program.monthly" "$share/check.monthly"
     put_config "$here/openrc/$program.confd" "/etc/conf.d/$program"
     put_config "$here/openrc/$program.logrotate" "/etc/logrotate.d/$program"
     [ "$new" = yes ] || return 0

@@ -64,7 +64,9 @@ for file in packaging/completions/*; do
     put 644 "$file" "$scratch/$name/completions/${file##*/}"
 done
 for file in README.md README.zh-CN.md CHANGELOG.md LICENSE systemd/"$program".service \
-    systemd/"$program".default openrc/"$program".confd openrc/"$program".logrotate; do
+    systemd/"$program"-check.service systemd/"$program"-check.timer \
+    systemd/"$program".default openrc/"$program".confd openrc/"$program".logrotate \
+    openrc/"$program".monthly; do
     put 644 "$file" "$scratch/$name/$file"
 done
 put 755 "openrc/$program.initd" "$scratch/$name/openrc/$program.initd"
@@ -77,8 +79,9 @@ tar --create --sort=name --mtime="@$SOURCE_DATE_EPOCH" --owner=0 --group=0 --num
 deb=$scratch/deb
 put 755 "$binary" "$deb/usr/bin/$program"
 mkdir -p "$deb/usr/lib/systemd/system"
-sed "s#/usr/local/bin/#/usr/bin/#" "systemd/$program.service" \
-    >"$deb/usr/lib/systemd/system/$program.service"
+for unit in "$program.service" "$program-check.service" "$program-check.timer"; do
+    sed "s#/usr/local/bin/#/usr/bin/#" "systemd/$unit" >"$deb/usr/lib/systemd/system/$unit"
+done
 put 644 "systemd/$program.default" "$deb/etc/default/$program"
 put 755 packaging/disks.sh "$deb/usr/share/$program/disks.sh"
 put 644 packaging/devices.sh "$deb/usr/share/$program/devices.sh"

@@ -197,13 +197,13 @@ fn depth(flags: &Flags, mends: bool) -> Result<Depth> {
     };
     if depth != Depth::Counts && mends {
         return Err(Error::invalid(
-            "--deep and --heal do not go with --repair or --reset-writable: heal first, and then \
-             repair what is left",
+            "--deep and --heal do not go with --repair or --reset-writable, which heal first what \
+             can heal",
         ));
     }
-    if depth == Depth::Counts && flags.containerd_address.is_some() {
+    if depth == Depth::Counts && !mends && flags.containerd_address.is_some() {
         return Err(Error::invalid(
-            "--containerd-address goes with --deep or --heal",
+            "--containerd-address goes with --deep, --heal or --repair",
         ));
     }
     Ok(depth)

@@ -122,6 +122,28 @@ fn render(figures: &Figures, out: &mut String) {
         line(out, name, &[("by", by)], count);
     }
     render_single(figures, out);
+    if let Some(check) = &figures.deep_check {
+        for (name, help, value) in [
+            (
+                "snapshotter_deep_check_end_seconds",
+                "When the last deep check ended, in seconds since 1970.",
+                check.ended,
+            ),
+            (
+                "snapshotter_deep_check_compared_layers",
+                "Layers that the last deep check has compared.",
+                check.compared,
+            ),
+            (
+                "snapshotter_deep_check_damaged_layers",
+                "Layers that the last deep check has found damaged, and that have not healed.",
+                check.damaged,
+            ),
+        ] {
+            head(out, Kind::Gauge, name, help);
+            line(out, name, &[], value);
+        }
+    }
 }
 
 /// Writes the figures without labels.

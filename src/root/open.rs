@@ -28,6 +28,8 @@ pub fn require_mounts(config: &Config) -> Result<()> {
 pub enum Purpose {
     /// To look, also beside a running daemon.
     Look,
+    /// To change something: while no daemon is running, or by asking the one that is.
+    ChangeOrAsk,
     /// To change something while no daemon is running.
     Change,
 }
@@ -55,12 +57,12 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
     let root = Image::open_existing_root(&config.root)?;
     // Before the lock, which is a file: a bare mount point stays bare.
     state::require_served(&root, config)?;
-    if purpose == Purpose::Change {
+    if purpose != Purpose::Look {
         root.require_own()?;
     }
     let lock = match lock::acquire(&root)? {
         Acquired::Lock(lock) => Some(lock),
-        Acquired::Held(_) if purpose == Purpose::Look => None,
+        Acquired::Held(_) if purpose != Purpose::Change => None,
         Acquired::Held(holder) => {
             return Err(Error::refused(format!(
                 "the daemon that serves {} is running (process {holder}): stop it first",
@@ -68,9 +70,9 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
             )));
         }
     };
-    let open = match purpose {
-        Purpose::Look => Store::open_read_only,
-        Purpose::Change => Store::open,
+    let open = match lock.is_some() && purpose != Purpose::Look {
+        true => Store::open,
+        false => Store::open_read_only,
     };
     let (store, completeness) = state::open_existing(&root, config, open)?;
     let volumes = Volumes::new(Image::open(root)?, config.writable.clone());

@@ -1,38 +1,39 @@
-//! The methods of containerd's snapshots API.
+//! The methods of containerd's snapshots API, and the one that `check --heal` calls.
 
 use grpcio::{GrpcSlice, Marshaller, MessageReader, MethodType};
 
 macro_rules! methods {
-    ($($method:ident)*) => {
-        /// A method by its name in the API.
+    ($($service:literal: $($method:ident)*;)*) => {
+        /// A method by its name in its API.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(super) enum Method {
-            $($method),*
+            $($($method),*),*
         }
 
         impl Method {
             /// All methods, in the order of their numbers.
-            pub const ALL: &[Method] = &[$(Method::$method),*];
+            pub const ALL: &[Method] = &[$($(Method::$method),*),*];
 
             pub fn name(self) -> &'static str {
                 match self {
-                    $(Method::$method => stringify!($method)),*
+                    $($(Method::$method => stringify!($method)),*),*
                 }
             }
 
             fn path(self) -> &'static str {
                 match self {
-                    $(Method::$method => concat!(
-                        "/containerd.services.snapshots.v1.Snapshots/",
-                        stringify!($method)
-                    )),*
+                    $($(Method::$method => concat!("/", $service, "/", stringify!($method))),*),*
                 }
             }
         }
     };
 }
 
-methods!(Prepare View Mounts Commit Remove Stat Update List Usage Cleanup);
+methods! {
+    "containerd.services.snapshots.v1.Snapshots":
+        Prepare View Mounts Commit Remove Stat Update List Usage Cleanup;
+    "overlay_read_write_splitting_snapshotter.healing.v1.Healing": Heal;
+}
 
 impl Method {
     /// The method as gRPC registers it, with messages as bytes.

@@ -1,4 +1,5 @@
-//! containerd's snapshots API on the wire.
+//! containerd's snapshots API on the wire, and the method by which `check --heal` works
+//! beside the daemon.
 //!
 //! Owns: converting between protobuf and our types, which thread runs each request, the
 //! gRPC code of each kind of error, and the log line of a failed request. Never: SQL,
@@ -17,6 +18,7 @@ mod call;
 mod cleanup;
 mod convert;
 mod failure_log;
+mod healing;
 mod method;
 mod metrics;
 mod pool;
@@ -35,6 +37,7 @@ use call::Beginning::{Always, Asked};
 use call::{Begun, Pages, PendingAnswers, stream, unary};
 use cleanup::Cleanups;
 use failure_log::FailureLog;
+pub use healing::HealingClient;
 use method::Method;
 pub use metrics::Metrics;
 pub use pool::Pool;
@@ -86,6 +89,7 @@ pub fn build(service: &Arc<Service>) -> grpcio::Service {
     all = unary(all, service, Method::Remove, Always(remove_work), remove);
     all = unary(all, service, Method::Stat, Asked(begin_stat), stat);
     all = unary(all, service, Method::Update, Asked(begin_update), update);
+    all = unary(all, service, Method::Heal, Always(Long), healing::heal);
     all = cleanup::register(all, service);
     all = stream(all, service, (Method::List, Brief), list);
     // A stream on the wire is the same as a single answer, but only a stream's sink

@@ -137,6 +137,16 @@ impl Unpacking<'_> {
         })
     }
 
+    /// The digest of a layer as it is; `None` if it was removed or moved meanwhile.
+    pub fn digest(&self, layer: &Snapshot) -> Result<Option<String>> {
+        let volume = layer.volume.unwrap_or(Volume::Image);
+        let top = self.snapshotter.volumes.open(volume)?.open_upper(layer.id);
+        let is_lowest = layer.parent_id.is_none();
+        let digest = top.and_then(|top| tree::digest_tree(top, is_lowest, self.cancel));
+        let place = self.snapshotter.store.read()?.place(layer.id)?;
+        (place == Some(layer.place())).then_some(digest).transpose()
+    }
+
     /// The directories of the layers below, nearest first.
     fn lowers(&self, layer: &Snapshot) -> Result<Vec<String>> {
         let Some(parent) = layer.parent_id else {

@@ -1,5 +1,5 @@
-//! Putting an unpacked layer into the place of a damaged or missing one, while no daemon
-//! runs.
+//! Putting an unpacked layer into the place of a damaged or missing one: in a command while
+//! no daemon runs, else in the daemon.
 //!
 //! The row, the name, the id and what stands on the layer stay. What a container may have
 //! mounted is never changed: the damaged directory is kept, as `.replaced-<id>`, as long as
@@ -15,63 +15,111 @@ use super::trash::trash_entry;
 use crate::error::{Context, Error, Result};
 use crate::store::{Snapshot, Transaction};
 use crate::tree;
-use crate::types::{Quoted, SnapshotId};
+use crate::types::{Kind, Quoted, SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
-use crate::volume::{Dirs, is_unpacked, replaced_id};
+use crate::util::lock::lock;
+use crate::volume::{Dirs, is_handed_over, is_unpacked, replaced_id};
 
 impl Unpacking<'_> {
-    /// Puts the layer that was unpacked last, by [`Unpacking::compare`], into the place of
-    /// what is there, durably. Returns the keys of the snapshots upon it that are mounted:
-    /// they go on with what they have mounted.
+    /// Hands over the layer that was unpacked last, by [`Unpacking::compare`], for
+    /// [`Snapshotter::heal_layer`]. Returns its name.
+    pub fn hand_over(&self) -> Result<String> {
+        fault_point("heal-unpacked");
+        let name = self.dir()?.hand_over()?;
+        fault_point("heal-handed-over");
+        Ok(name)
+    }
+}
+
+impl Snapshotter {
+    /// Puts an unpacked layer that was handed over into the place of what is there,
+    /// durably. Returns the keys of the snapshots upon it that are mounted: they go on with
+    /// what they have mounted.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if an
     /// earlier directory of the layer is still mounted, or if the file system cannot
-    /// exchange two names. The layer is then as it was.
-    pub fn heal(&self, layer: &Snapshot) -> Result<Vec<String>> {
-        let healing = || format!("heal layer {}", Quoted(&layer.info.name));
-        self.put_into_place(layer).context(healing)
+    /// exchange two names. The layer is then as it was, and the unpacked one is deleted.
+    pub fn heal_layer(&self, name: &str, id: SnapshotId, unpacked: &str) -> Result<Vec<String>> {
+        let healed = self.put_into_place(name, id, unpacked);
+        if healed.is_err() && is_handed_over(unpacked.as_bytes()) {
+            let dirs = self.volumes.image().dirs();
+            if let Some(copy) = dirs.trash_entry(unpacked)? {
+                self.trash.delete(dirs, &copy);
+            }
+        }
+        healed.context(|| format!("heal layer {}", Quoted(name)))
     }
 
-    fn put_into_place(&self, layer: &Snapshot) -> Result<Vec<String>> {
-        let snapshotter = self.snapshotter;
-        let dirs = snapshotter.volumes.image().dirs();
-        fault_point("heal-unpacked");
-        let counted = tree::count(self.dir()?.open()?)?;
-        dirs.sync()?;
+    fn put_into_place(&self, name: &str, id: SnapshotId, unpacked: &str) -> Result<Vec<String>> {
+        let image = self.volumes.image();
+        let dirs = image.dirs();
+        let counted = tree::count_layer(image.open_handed_over(unpacked)?)?;
+        self.flusher.flush(dirs, Volume::Image)?;
         fault_point("heal-durable");
-        if !snapshotter.drop_replaced(dirs, layer.id)? {
+        let layer = self.require_layer(name, id)?;
+        let moving = layer
+            .place()
+            .is_unmoved()
+            .then(|| self.relocator.stop_moves());
+        let claim = self.ids.claim(id);
+        let layer = self.require_layer(name, id)?;
+        if !self.drop_replaced(dirs, id)? {
             return Err(Error::refused(
                 "a directory that has been replaced before is still mounted: restart the \
                  containers upon it",
             ));
         }
-        if let Err(error) = self.dir()?.put_in_place_of(layer.id) {
-            if let Some(copy) = dirs.trash_replaced(layer.id)? {
-                snapshotter.trash.delete(dirs, &copy);
-            }
+        if let Err(error) = image.put_in_place(unpacked, id) {
+            self.drop_replaced(dirs, id)?;
             return Err(error);
         }
         fault_point("heal-exchanged");
-        snapshotter.relocator.recover_moves()?;
-        let record = |rows: &Transaction<'_>| rows.record_content(layer.id, &counted);
-        snapshotter.store.together(record)?;
+        if layer.place().is_unmoved() {
+            self.relocator.record_exchanged(id)?;
+        }
+        let record = |rows: &Transaction<'_>| rows.record_content(id, &counted);
+        self.store.together(record)?;
         fault_point("heal-recorded");
-        let upon = snapshotter.mounted_upon(layer.id)?;
-        snapshotter.drop_replaced(dirs, layer.id)?;
-        Ok(upon)
+        lock(&self.lost).remove(&id);
+        self.relocator.note_replaced(id);
+        drop((claim, moving));
+        log::info!("layer {} has healed", Quoted(name));
+        self.mounted_upon(id)
     }
 
-    /// Records what a sound layer holds, if something else is recorded.
-    pub fn record_sound(&self, layer: &Snapshot) -> Result<()> {
-        let counted = tree::count(self.dir()?.open()?)?;
-        let store = &self.snapshotter.store;
-        store.together(|rows| rows.record_content(layer.id, &counted))
+    /// Deletes what healed layers have taken the place of, unless it may be mounted. In the
+    /// daemon the relocator's thread does that.
+    pub fn drop_damaged(&self) -> Result<()> {
+        let dirs = self.volumes.image().dirs();
+        for entry in dirs.entries()? {
+            if let Some(id) = replaced_id(entry.name.to_bytes()) {
+                self.drop_replaced(dirs, id)?;
+            }
+        }
+        Ok(())
     }
-}
 
-impl Snapshotter {
+    /// Records what a layer that was found sound holds, and its digest.
+    pub fn record_sound(&self, name: &str, id: SnapshotId, digest: &str) -> Result<()> {
+        let layer = self.require_layer(name, id)?;
+        let volume = layer.volume.unwrap_or(Volume::Image);
+        let counted = tree::count_layer(self.volumes.open(volume)?.open_upper(id)?)?;
+        self.store.together(|rows| {
+            rows.record_content(id, &counted)?;
+            rows.record_digest(id, digest)
+        })
+    }
+
+    fn require_layer(&self, name: &str, id: SnapshotId) -> Result<Snapshot> {
+        let layer = self.store.read()?.stat(name)?;
+        match layer.id == id && layer.info.kind == Kind::Committed {
+            true => Ok(layer),
+            false => Err(Error::refused("another snapshot has its name by now")),
+        }
+    }
+
     /// The keys of the snapshots that are mounted to be written to and stand on a layer.
     fn mounted_upon(&self, layer: SnapshotId) -> Result<Vec<String>> {
         let writers = Mounts::read(&self.store, &self.volumes)?.writers();
@@ -97,7 +145,7 @@ impl Snapshotter {
         if !names.any(|name| replaced_id(name) == Some(layer)) {
             return Ok(true);
         }
-        if Mounts::read(&self.store, &self.volumes)?.may_show_layer(layer) {
+        if Mounts::read(&self.store, &self.volumes)?.may_show_replaced(layer) {
             return Ok(false);
         }
         if let Some(name) = dirs.trash_replaced(layer)? {
@@ -115,8 +163,12 @@ impl Snapshotter {
                 if self.volumes.image().trash_abandoned_unpack()? {
                     log::info!("what a check had unpacked was dropped");
                 }
+            } else if is_handed_over(name) {
+                trash_entry(image, &entry.name.to_string_lossy())?;
+                log::info!("a layer that was to heal another, and was not needed, was dropped");
             } else if let Some(id) = replaced_id(name) {
-                if Mounts::read(&self.store, &self.volumes)?.may_show_layer(id) {
+                if Mounts::read(&self.store, &self.volumes)?.may_show_replaced(id) {
+                    self.relocator.note_replaced(id);
                     log::info!("the damaged directory of layer {id} may be mounted, and is kept");
                 } else {
                     trash_entry(image, &entry.name.to_string_lossy())?;

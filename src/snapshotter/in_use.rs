@@ -144,19 +144,26 @@ impl<'a> Mounts<'a> {
         self.all().filter(shows).collect()
     }
 
-    /// Whether the directory of a layer on the image volume, or a directory that the
-    /// layer has replaced, may be mounted or among the lower directories of an overlay.
-    pub(super) fn may_show_layer(&self, id: SnapshotId) -> bool {
-        let shows = |mounted: &Mounted| {
-            bound(self.image.as_ref(), mounted) == Some(id)
-                || self.is_part(Volume::Image, mounted, Part::Lower, id)
-        };
-        self.image.is_none() || self.all().any(shows)
-    }
-
     fn is_part(&self, volume: Volume, mounted: &Mounted, part: Part, id: SnapshotId) -> bool {
         let mut named = parts(mounted, part).filter(|path| number_in(path) == Some(id));
         named.any(|path| self.snapshot_at(volume, mounted, path).is_some())
+    }
+
+    /// Whether a directory that a healed layer has taken the place of may be mounted, or
+    /// among the lower directories of an overlay.
+    pub(super) fn may_show_replaced(&self, id: SnapshotId) -> bool {
+        self.image.is_none() || !self.of_replaced(id).is_empty()
+    }
+
+    /// The mounts that show, or may have been made of, the directory that a healed layer has
+    /// taken the place of. An overlay does not show whether it was mounted before that.
+    pub(super) fn of_replaced(&self, id: SnapshotId) -> Vec<&Mounted> {
+        let shows = |mounted: &&Mounted| {
+            let name = bound_name(self.image.as_ref(), mounted);
+            name.and_then(|name| replaced_id(name.as_encoded_bytes())) == Some(id)
+                || self.is_part(Volume::Image, mounted, Part::Lower, id)
+        };
+        self.all().filter(shows).collect()
     }
 
     /// The snapshot on that volume whose directory a path in an overlay's options leads
@@ -235,13 +242,17 @@ fn number_in(path: &Path) -> Option<SnapshotId> {
     number(path.parent()?.file_name()?)
 }
 
-/// The snapshot whose directory on a volume, or a part of it, this bind mount shows. A
-/// directory that was replaced after it was mounted has another name now.
+/// The snapshot whose directory on a volume, or a part of it, this bind mount shows.
 fn bound(volume: Option<&Location>, mounted: &Mounted) -> Option<SnapshotId> {
+    number(bound_name(volume, mounted)?)
+}
+
+/// The name in a volume's `snapshots/` of which this is a bind mount, or of something in it.
+/// A directory that was replaced after it was mounted has another name now.
+fn bound_name<'a>(volume: Option<&Location>, mounted: &'a Mounted) -> Option<&'a OsStr> {
     let volume = volume.filter(|volume| volume.device == mounted.device)?;
     let below = mounted.root.strip_prefix(&volume.root).ok()?;
-    let name = below.components().next()?.as_os_str();
-    number(name).or_else(|| replaced_id(name.as_encoded_bytes()))
+    Some(below.components().next()?.as_os_str())
 }
 
 fn number(name: &OsStr) -> Option<SnapshotId> {

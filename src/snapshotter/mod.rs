@@ -42,7 +42,7 @@ mod trash;
 mod usage;
 
 use std::collections::HashSet;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::quota::Support;
@@ -78,9 +78,9 @@ pub struct Snapshotter {
     relocator: Arc<Relocator>,
     ids: Arc<Ids>,
     links: Arc<Links>,
-    /// Layers that were missing at the start. Their ids are never given out
-    /// again.
-    lost: OnceLock<HashSet<SnapshotId>>,
+    /// Layers that were missing at the start and have not healed since. Their ids are never
+    /// given out again.
+    lost: Mutex<HashSet<SnapshotId>>,
     mapped_ids: MappedIds,
     ignored_labels: IgnoredLabels,
     walks: usage::Walks,
@@ -113,7 +113,7 @@ impl Snapshotter {
             relocator,
             ids,
             links,
-            lost: OnceLock::new(),
+            lost: Mutex::default(),
             mapped_ids: MappedIds::default(),
             ignored_labels: IgnoredLabels::default(),
             walks: usage::Walks::default(),

@@ -10,6 +10,7 @@ use crate::error::{Context, Error, Result};
 use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::{Ancestor, Snapshot};
 use crate::types::{Kind, LABEL_LOWERS, Mount, Quoted, SnapshotId, Volume};
+use crate::util::lock::lock;
 
 /// A snapshot whose mounts are to be returned.
 pub(super) struct Mounted<'a> {
@@ -95,7 +96,7 @@ impl Snapshotter {
             && !stored.is_limited
             && id_maps.is_none()
             && self.links.are_made(&stored.ancestors)
-            && self.lost.get().is_none_or(|lost| lost.is_empty());
+            && lock(&self.lost).is_empty();
         let is_ready = is_plain
             && (!stored.needs_writable() || self.volumes.is_writable_there_for_sure())
             && self.volumes.image().is_plain_for_sure(stored.snapshot.id);
@@ -137,9 +138,9 @@ impl Snapshotter {
     }
 
     fn require_not_lost(&self, ancestors: &[Ancestor]) -> Result<()> {
-        let lost = self.lost.get().into_iter().flatten();
-        for id in lost.filter(|id| ancestors.iter().any(|layer| layer.id == **id)) {
-            self.volumes.image().layer_owner(*id)?;
+        let lost = |id: &SnapshotId| lock(&self.lost).contains(id);
+        for id in ancestors.iter().map(|layer| layer.id).filter(lost) {
+            self.volumes.image().layer_owner(id)?;
         }
         Ok(())
     }

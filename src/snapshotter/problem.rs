@@ -153,7 +153,7 @@ impl Problem {
             Problem::LayerMissing
             | Problem::LayerDamaged { .. }
             | Problem::LayerUnreadable { .. } => {
-                Some("unpacks it again, if containerd still has its content: try that first")
+                Some("unpacks it again, if containerd still has its content")
             }
             _ => None,
         }

@@ -15,6 +15,7 @@ use super::{QuotaMode, Snapshotter};
 use crate::error::ErrorKind;
 use crate::error::Result;
 use crate::types::{Content, Kind, Marks, Quoted, SnapshotId, Usage, Volume};
+use crate::util::lock::lock;
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
 
@@ -108,8 +109,7 @@ impl Snapshotter {
                 );
             }
         }
-        // It is set once, because a start recovers once.
-        let _ = self.lost.set(lost);
+        *lock(&self.lost) = lost;
         if let Err(error) = self.ids.begin(&swept) {
             // Requests that create a snapshot on a volume that cannot be written fail
             // with the reason.

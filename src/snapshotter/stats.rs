@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::quota::Support;
 use crate::store::Tally;
 use crate::tree;
-use crate::types::{Kind, Limits, Volume};
+use crate::types::{Kind, Limits, Timestamp, Volume};
+use crate::util::lock::lock;
 
 /// All figures that are counted.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct Figures {
     /// Bytes copied by these moves.
     pub relocated_bytes: u64,
     pub relocation_failures: u64,
+    /// What the last deep check has come to; `None` before the first one.
+    pub deep_check: Option<DeepCheck>,
     /// What project quotas can do on the writable volume: `None` if it has none,
     /// or cannot be asked.
     pub quotas: Option<Support>,
@@ -63,6 +66,32 @@ pub struct Written {
     pub limits: Limits,
 }
 
+/// The fact that has a [`DeepCheck`], as three numbers.
+const DEEP_CHECK: &str = "deep-check";
+
+/// What a deep check has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeepCheck {
+    /// When it ended, in seconds since 1970.
+    pub ended: u64,
+    /// How many layers were compared.
+    pub compared: u64,
+    /// How many of them are damaged, and have not healed.
+    pub damaged: u64,
+}
+
+impl DeepCheck {
+    fn parse(text: &str) -> Option<DeepCheck> {
+        let mut numbers = text.split(' ').map(|number| number.parse().ok());
+        let mut next = || numbers.next().flatten();
+        Some(DeepCheck {
+            ended: next()?,
+            compared: next()?,
+            damaged: next()?,
+        })
+    }
+}
+
 impl Figures {
     /// Whether a volume cannot be used, or a layer is lost.
     pub fn is_degraded(&self) -> bool {
@@ -71,6 +100,20 @@ impl Figures {
 }
 
 impl Snapshotter {
+    /// Records, and logs, what a deep check has come to.
+    pub fn record_deep_check(&self, compared: u64, damaged: u64) -> Result<()> {
+        let what =
+            format!("a deep check has compared {compared} layers, {damaged} of them are damaged");
+        match damaged {
+            0 => log::info!("{what}"),
+            _ => log::warn!("{what}; `check --heal` heals them"),
+        }
+        let ended = Timestamp::now().nanos() / 1_000_000_000;
+        let text = format!("{ended} {compared} {damaged}");
+        self.store
+            .together(|transaction| transaction.record_fact(DEEP_CHECK, &text))
+    }
+
     /// Collects the figures. No disk is waited for as long as the database is
     /// in memory.
     pub fn figures(&self) -> Result<Figures> {
@@ -89,10 +132,14 @@ impl Snapshotter {
             held_bytes,
             snapshots,
             volumes: [Volume::Image, Volume::Writable].map(|volume| self.volume_figures(volume)),
-            lost_layers: self.lost.get().map_or(0, |lost| lost.len() as u64),
+            lost_layers: lock(&self.lost).len() as u64,
             relocations: moves.layers,
             relocated_bytes: moves.bytes,
             relocation_failures: moves.failures,
+            deep_check: reader
+                .fact(DEEP_CHECK)?
+                .as_deref()
+                .and_then(DeepCheck::parse),
             quotas: self.quota_support().ok(),
             projects,
             usages: self.walks.figures(),

@@ -20,7 +20,7 @@ use crate::store::{Place, Rows, Store};
 use crate::tree;
 use crate::types::{SnapshotId, Volume};
 use crate::util::lock::lock;
-use crate::volume::{Dirs, Volumes, is_unpacked, moving_id, replaced_id};
+use crate::volume::{Dirs, Volumes, is_handed_over, is_unpacked, moving_id, replaced_id};
 
 pub(super) struct Trash {
     store: Arc<Store>,
@@ -323,7 +323,10 @@ pub(super) fn known_on(
 /// Whether an entry of `snapshots/` on the image volume belongs to a layer that is
 /// being moved, compared or healed.
 fn is_worked_on(name: &[u8]) -> bool {
-    moving_id(name).is_some() || replaced_id(name).is_some() || is_unpacked(name)
+    moving_id(name).is_some()
+        || replaced_id(name).is_some()
+        || is_unpacked(name)
+        || is_handed_over(name)
 }
 
 /// The entries of `snapshots/` on a volume whose ids have rows.

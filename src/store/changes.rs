@@ -154,6 +154,7 @@ impl Transaction<'_> {
 
     /// Replaces the record of what a layer holds.
     pub fn record_content(&self, id: SnapshotId, content: &Content) -> Result<()> {
+        self.forget_digest(id)?;
         self.execute(
             "UPDATE snapshot SET size_bytes = ?2, inodes = ?3, data_bytes = ?4, attributes = ?5,
                  is_hollow = ?6

@@ -1,7 +1,7 @@
 //! Statements about layers: what stands on what, which layers have to move from the
 //! writable volume to the image volume, and the directories they leave behind.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use rusqlite::params;
 
@@ -105,6 +105,15 @@ impl Rows {
         })
     }
 
+    /// The digests of layers that were found sound.
+    pub fn digests(&self) -> Result<HashMap<SnapshotId, String>> {
+        let sql = "SELECT id, digest FROM digest";
+        let rows = self.all(sql, "list the digests of layers", |row| {
+            Ok((row.get(0)?, row.get(1)?))
+        })?;
+        Ok(rows.into_iter().collect())
+    }
+
     /// Whether an active snapshot or a view stands on that layer, directly or
     /// on other layers.
     pub fn is_in_use(&self, layer: SnapshotId) -> Result<bool> {
@@ -161,6 +170,8 @@ impl Transaction<'_> {
         let doing = format!("record that layer {layer} has moved");
         let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
         self.execute(sql, [layer], &doing)?;
+        // The other file system may not have all that counts.
+        self.forget_digest(layer)?;
         if !held.contains(&layer) && !self.is_in_use(layer)? {
             self.bury(layer, Volume::Writable)?;
             return Ok(false);
@@ -173,6 +184,20 @@ impl Transaction<'_> {
             &doing,
         )?;
         Ok(true)
+    }
+
+    /// Records the digest of a layer that was found sound.
+    pub fn record_digest(&self, layer: SnapshotId, digest: &str) -> Result<()> {
+        let sql = "INSERT OR REPLACE INTO digest (id, digest) VALUES (?1, ?2)";
+        let doing = format_args!("record the digest of layer {layer}");
+        self.execute(sql, params![layer, digest], doing)
+    }
+
+    /// Forgets the digest of a layer that has changed.
+    pub fn forget_digest(&self, layer: SnapshotId) -> Result<()> {
+        let sql = "DELETE FROM digest WHERE id = ?1";
+        let doing = format_args!("forget the digest of layer {layer}");
+        self.execute(sql, [layer], doing)
     }
 
     /// Deletes the record of a layer's leftover directory, which may then be

@@ -34,7 +34,7 @@ const MOST_DESCRIBED: usize = 20;
 /// How many inodes with several names are remembered on each side. For further ones,
 /// only the numbers of names are compared.
 const MOST_REMEMBERED: usize = 200_000;
-const CHUNK_BYTES: usize = 1 << 20;
+pub(super) const CHUNK_BYTES: usize = 1 << 20;
 
 /// The differences between a tree and what it should be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -125,7 +125,7 @@ struct Links {
 }
 
 /// A name in an open directory.
-type Name<'a> = (BorrowedFd<'a>, &'a CStr);
+pub(super) type Name<'a> = (BorrowedFd<'a>, &'a CStr);
 
 impl Comparison<'_> {
     fn tree(&mut self, expected: BorrowedFd<'_>, found: BorrowedFd<'_>) -> Result<()> {
@@ -385,7 +385,7 @@ fn cannot_read(errno: Errno) -> Result<String> {
     }
 }
 
-fn cancelled() -> Error {
+pub(super) fn cancelled() -> Error {
     Error::new(ErrorKind::Cancelled, "the command was interrupted")
 }
 
@@ -408,7 +408,7 @@ fn kind_of(stat: &Stat) -> &'static str {
     }
 }
 
-type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
+pub(super) type Xattrs = BTreeMap<Vec<u8>, Vec<u8>>;
 
 fn xattr_difference(names: &Xattrs, found: &Xattrs) -> String {
     let differs = |name: &&Vec<u8>| names.get(*name) != found.get(*name);
@@ -426,7 +426,7 @@ fn xattr_difference(names: &Xattrs, found: &Xattrs) -> String {
 impl Rules {
     /// The extended attributes of an entry, without those that a file system, a security
     /// module or overlayfs itself sets and that differ between true copies.
-    fn xattrs(self, (parent, name): Name<'_>) -> std::result::Result<Xattrs, Errno> {
+    pub(super) fn xattrs(self, (parent, name): Name<'_>) -> std::result::Result<Xattrs, Errno> {
         let path = entry_path(parent, name);
         let mut names = Vec::with_capacity(MAX_XATTR_BYTES);
         match llistxattr(&path, spare_capacity(&mut names)) {
@@ -458,7 +458,11 @@ impl Rules {
 }
 
 /// Reads until the buffer is full or the file ends.
-fn read_full(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> std::result::Result<usize, Errno> {
+pub(super) fn read_full(
+    file: &OwnedFd,
+    buffer: &mut [u8],
+    offset: u64,
+) -> std::result::Result<usize, Errno> {
     let mut done = 0;
     while done < buffer.len() {
         match pread(file, &mut buffer[done..], offset + done as u64) {

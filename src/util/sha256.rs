@@ -18,18 +18,63 @@ const START: [u32; 8] = [
 
 /// The digest of these bytes as containerd writes it: `sha256:` and 64 hexadecimal digits.
 pub fn digest(bytes: &[u8]) -> String {
-    let mut padded = bytes.to_vec();
-    padded.push(0x80);
-    padded.resize(padded.len().next_multiple_of(64), 0);
-    if padded.len() - bytes.len() < 9 {
-        padded.resize(padded.len() + 64, 0);
+    let mut sum = Sha256::new();
+    sum.add(bytes);
+    let words = sum.finish().map(|word| format!("{word:08x}"));
+    format!("sha256:{}", words.concat())
+}
+
+/// The digest of bytes that come in parts.
+pub struct Sha256 {
+    state: [u32; 8],
+    /// Bytes that make no whole block yet.
+    rest: Vec<u8>,
+    length: u64,
+}
+
+impl Sha256 {
+    /// Of no byte yet.
+    pub fn new() -> Sha256 {
+        Sha256 {
+            state: START,
+            rest: Vec::with_capacity(64),
+            length: 0,
+        }
     }
-    let length_at = padded.len() - 8;
-    padded[length_at..].copy_from_slice(&(bytes.len() as u64 * 8).to_be_bytes());
-    let mut state = START;
-    padded.chunks(64).for_each(|block| add(&mut state, block));
-    let words: String = state.iter().map(|word| format!("{word:08x}")).collect();
-    format!("sha256:{words}")
+
+    /// Adds bytes.
+    pub fn add(&mut self, mut bytes: &[u8]) {
+        self.length += bytes.len() as u64;
+        if !self.rest.is_empty() {
+            let taken = bytes.len().min(64 - self.rest.len());
+            self.rest.extend_from_slice(&bytes[..taken]);
+            bytes = &bytes[taken..];
+            if self.rest.len() < 64 {
+                return;
+            }
+            add(&mut self.state, &self.rest);
+            self.rest.clear();
+        }
+        let blocks = bytes.chunks_exact(64);
+        self.rest.extend_from_slice(blocks.remainder());
+        blocks.for_each(|block| add(&mut self.state, block));
+    }
+
+    /// The digest, as eight words.
+    pub fn finish(mut self) -> [u32; 8] {
+        let bits = self.length * 8;
+        self.add(&[0x80]);
+        let zeros = (64 + 56 - self.rest.len()) % 64;
+        self.add(&[0; 64][..zeros]);
+        self.add(&bits.to_be_bytes());
+        self.state
+    }
+}
+
+impl Default for Sha256 {
+    fn default() -> Sha256 {
+        Sha256::new()
+    }
 }
 
 /// Adds a block of 64 bytes.
@@ -87,6 +132,10 @@ mod tests {
             let output = program.wait_with_output().unwrap();
             let expected = String::from_utf8(output.stdout[..64].to_vec()).unwrap();
             assert_eq!(digest(&bytes), format!("sha256:{expected}"), "{length}");
+            let mut parts = Sha256::new();
+            bytes.chunks(37).for_each(|part| parts.add(part));
+            let words = parts.finish().map(|word| format!("{word:08x}"));
+            assert_eq!(words.concat(), expected, "{length}");
         }
     }
 }

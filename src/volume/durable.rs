@@ -139,7 +139,7 @@ impl Dirs {
     fn sync_names(&self, id: SnapshotId) -> Result<()> {
         let flushing = || format!("flush the directory of snapshot {id}");
         let snapshots = self.snapshots_fd();
-        let top = open_to_list(snapshots, &id.to_string()).context(flushing)?;
+        let top = open_to_list(snapshots, id.to_string()).context(flushing)?;
         fstat(&top)
             .and_then(|stat| fchmod(&top, Mode::from_raw_mode(stat.st_mode)))
             .context(flushing)?;

@@ -53,7 +53,7 @@ pub use moving::moving_id;
 pub use paths::{PROBE, ROOT_NAMES, UPPER, WRITABLE_NAMES};
 pub use preconditions::{Holding, Lifetime, Reserve, Unused, keeps_times, require_mount_points};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
-pub use unpacked::{UnpackDir, is_unpacked, replaced_id};
+pub use unpacked::{UnpackDir, is_handed_over, is_unpacked, replaced_id};
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

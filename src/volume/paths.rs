@@ -45,6 +45,9 @@ pub(super) const SCRATCH: &str = "scratch";
 /// In `snapshots`: a layer that is unpacked again, to be compared with the one that
 /// is there.
 pub(super) const UNPACKED: &str = ".unpacked";
+/// In `snapshots`, followed by two numbers: a layer that was unpacked again and is to
+/// replace another.
+pub(super) const HANDED_OVER: &str = ".unpacked-";
 /// In `snapshots`, followed by an id: a directory that has changed places with a layer
 /// that was unpacked again.
 pub(super) const REPLACED: &str = ".replaced-";

@@ -2,10 +2,14 @@
 //! the place of a damaged one.
 //!
 //! It is unpacked in `<root>/snapshots/.unpacked`, which belongs to the process that has
-//! locked it (flock(2)); what a killed process has left there is nobody's. A layer that
-//! heals gets the name `.replaced-<id>` and then changes names with the damaged directory
-//! in one step. After a crash, what is called so is one of the two, and the layer itself is
-//! whole or as it was.
+//! locked it (flock(2)); what a killed process has left there is nobody's. A layer that is
+//! to take the place of another is handed over: it is moved to a name of its own, so that
+//! it belongs to what heals, the daemon or the command, whatever becomes of the lock. Then
+//! it gets the name `.replaced-<id>`, and changes names with the damaged directory in one
+//! step. After a crash, what is called so is one of the two, and the layer itself is whole
+//! or as it was.
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, FlockOperation, Mode, flock, fstat, fsync, mkdirat, statat, unlinkat};
@@ -13,7 +17,7 @@ use rustix::io::Errno;
 
 use super::dirs::{Dirs, Owner, Shape, ensure_directory, fill, move_aside, open_to_list};
 use super::image::Image;
-use super::paths::{REPLACED, UNPACKED, UPPER, WORK, upper_in};
+use super::paths::{HANDED_OVER, REPLACED, UNPACKED, UPPER, WORK, upper_in};
 use crate::error::{Context, Error, Result};
 use crate::types::{SnapshotId, SnapshotPaths};
 
@@ -28,6 +32,13 @@ pub fn replaced_id(name: &[u8]) -> Option<SnapshotId> {
 /// Whether an entry of `snapshots/` has the name of what is unpacked to be compared.
 pub fn is_unpacked(name: &[u8]) -> bool {
     name == UNPACKED.as_bytes()
+}
+
+/// Whether an entry of `snapshots/` has the name of an unpacked layer that was handed over.
+pub fn is_handed_over(name: &[u8]) -> bool {
+    let is_number = |c: &u8| c.is_ascii_digit() || *c == b'-';
+    name.strip_prefix(HANDED_OVER.as_bytes())
+        .is_some_and(|numbers| !numbers.is_empty() && numbers.iter().all(is_number))
 }
 
 /// The directory for one unpacked layer at a time, locked.
@@ -104,26 +115,23 @@ impl UnpackDir<'_> {
             .context(|| "open the directory of an unpacked layer")
     }
 
-    /// Puts the unpacked layer, which has to be durable, into the place of a layer that is
-    /// damaged or missing. What had the layer's name is called [`REPLACED`]`<id>` after
-    /// that; nothing may have that name before.
-    ///
-    /// # Errors
-    ///
-    /// As of [`Image::exchange`]. The unpacked layer is then called [`REPLACED`]`<id>`.
-    pub fn put_in_place_of(&self, id: SnapshotId) -> Result<()> {
-        let (image, dirs) = (self.image, self.image.dirs());
-        let path = image.snapshots_path();
-        let replaced = replaced_name(id);
-        move_aside(&self.fd, LAYER, dirs.snapshots_fd(), &replaced)
-            .context(|| format!("move the unpacked layer to {path}/{replaced}"))?;
-        if image.layer_entry(id)?.is_some() {
-            return image.exchange_with(&replaced, id);
+    /// Moves the unpacked layer to a name of its own in `snapshots/`, and returns that.
+    pub fn hand_over(&self) -> Result<String> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let snapshots = self.image.dirs().snapshots_fd();
+        loop {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            let name = format!("{HANDED_OVER}{}-{number}", std::process::id());
+            match move_aside(&self.fd, LAYER, snapshots, &name) {
+                // Of a killed process with the same number.
+                Err(Errno::EXIST | Errno::NOTEMPTY) => {}
+                moved => {
+                    let path = self.image.snapshots_path();
+                    moved.context(|| format!("move the unpacked layer to {path}/{name}"))?;
+                    return Ok(name);
+                }
+            }
         }
-        let name = id.to_string();
-        move_aside(dirs.snapshots_fd(), &replaced, dirs.snapshots_fd(), &name)
-            .and_then(|()| fsync(dirs.snapshots_fd()))
-            .context(|| format!("put the layer {path}/{id} into place"))
     }
 
     /// Removes the directory, which has to be empty.
@@ -134,6 +142,45 @@ impl UnpackDir<'_> {
             UNPACKED,
             AtFlags::REMOVEDIR,
         );
+    }
+}
+
+impl Image {
+    /// Opens `fs` of an unpacked layer that was handed over.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidArgument`](crate::error::ErrorKind::InvalidArgument) for a name
+    /// that [`UnpackDir::hand_over`] does not give.
+    pub fn open_handed_over(&self, name: &str) -> Result<OwnedFd> {
+        if !is_handed_over(name.as_bytes()) {
+            return Err(Error::invalid(format!(
+                "{name:?} is not the name of an unpacked layer"
+            )));
+        }
+        open_to_list(self.dirs().snapshots_fd(), name)
+            .and_then(|layer| open_to_list(layer, UPPER))
+            .context(|| format!("open the unpacked layer {}/{name}", self.snapshots_path()))
+    }
+
+    /// Puts an unpacked layer that was handed over, and is durable, into the place of a
+    /// layer that is damaged or missing. What had the layer's name is called
+    /// [`REPLACED`]`<id>` after that; nothing may have that name before.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Image::exchange`]. The unpacked layer is then called [`REPLACED`]`<id>`.
+    pub fn put_in_place(&self, handed_over: &str, id: SnapshotId) -> Result<()> {
+        let (snapshots, path) = (self.dirs().snapshots_fd(), self.snapshots_path());
+        let replaced = replaced_name(id);
+        move_aside(snapshots, handed_over, snapshots, &replaced)
+            .context(|| format!("rename the unpacked layer {path}/{handed_over} to {replaced}"))?;
+        if self.layer_entry(id)?.is_some() {
+            return self.exchange_with(&replaced, id);
+        }
+        move_aside(snapshots, &replaced, snapshots, &id.to_string())
+            .and_then(|()| fsync(snapshots))
+            .context(|| format!("put the layer {path}/{id} into place"))
     }
 }
 

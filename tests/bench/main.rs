@@ -11,6 +11,7 @@ mod support;
 
 mod commit;
 mod dirty;
+mod heal;
 mod images;
 mod slow;
 mod start;
@@ -25,11 +26,12 @@ fn main() {
         "the benchmark mounts disks: run it as root"
     );
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let tables: [(&str, fn()); 5] = [
+    let tables: [(&str, fn()); 6] = [
         ("commit", commit::of_a_container),
         ("unpack", commit::of_an_unpacked_layer),
         ("dirty", dirty::by_another_program),
         ("start", start::with_snapshots),
+        ("heal", heal::of_one_layer),
         ("slow", slow::beside_the_built_in),
     ];
     for (name, make) in tables {

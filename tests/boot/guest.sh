@@ -378,6 +378,25 @@ no_container_runs() {
     grep -q "$writable" /tmp/said || fail "what refuses a container does not name $writable"
 }
 
+# The lines of "Try it" in docs/recovery.md, with the image that is there.
+heal_walk() {
+    awk '
+        /^### Try it/ { there = 1; next }
+        there && /^#/ { exit }
+        there && sub(/^    /, "")
+    ' "$share/docs/recovery.md" | sed "s|^IMAGE=.*|IMAGE=$image|" >/tmp/walk
+    sh -x /tmp/walk >/tmp/walked 2>&1
+    cat /tmp/walked
+    # It sees nothing, names the file, heals, and the data is there.
+    grep -E '^(clean|healed layer .*|my data)$|^layer .* is damaged: ' /tmp/walked |
+        sed 's/^layer .*/damaged/; s/^healed .*/healed/' | paste -s -d ' ' >/tmp/heard
+    [ "$(cat /tmp/heard)" = "clean damaged healed clean my data" ] ||
+        fail "the walk of docs/recovery.md has come to: $(cat /tmp/heard)"
+    "$program" check --deep >/tmp/said || fail "the layer is not whole: $(cat /tmp/said)"
+    daemon_pid || fail "no daemon runs after the healing"
+    report "ok: a layer has healed beside the daemon, and its container has its data"
+}
+
 #
 # The phases.
 #
@@ -431,6 +450,7 @@ phase_install() {
     wait_for "the upgraded service" serves
     run upgraded
     report "ok: upgraded while a container ran"
+    heal_walk
 }
 
 phase_again() {

@@ -55,6 +55,11 @@ bash -n /usr/share/bash-completion/completions/$program || fail "no completion f
 [ -L "$wants" ] || fail "the unit is not enabled"
 said=$(systemd-analyze verify "/usr/lib/systemd/system/$program.service" 2>&1) || fail "$said"
 [ -z "$said" ] || fail "systemd-analyze verify: $said"
+said=$(systemd-analyze verify "/usr/lib/systemd/system/$program-check.timer" 2>&1) || fail "$said"
+[ -z "$said" ] || fail "systemd-analyze verify: $said"
+timer_wants=/etc/systemd/system/timers.target.wants/$program-check.timer
+[ ! -L "$timer_wants" ] || fail "the timer is on by itself"
+systemctl --quiet enable "$program-check.timer"
 quiet dpkg --verify "$program"
 [ -z "$said" ] || fail "dpkg --verify: $said"
 man -w "$program" >/dev/null || fail "there is no man page"

@@ -46,6 +46,12 @@ for path in "$DESTDIR/usr/local/bin/$program" "$unit" "$default" \
     [ -f "$path" ] || fail "$path is not there"
 done
 [ -L "$wants" ] || fail "the unit is not enabled"
+timer=$DESTDIR/usr/local/lib/systemd/system/$program-check.timer
+for path in "$timer" "${timer%.timer}.service"; do
+    [ -f "$path" ] || fail "$path is not there"
+done
+[ ! -e "$DESTDIR/etc/systemd/system/timers.target.wants" ] || fail "the timer is on by itself"
+systemctl --root="$DESTDIR" --quiet enable "$program-check.timer"
 [ -x "$DESTDIR/usr/local/bin/$program" ] || fail "the program cannot be run"
 find "$DESTDIR" -type f -exec md5sum {} + | sort >first
 expect "is installed" "$archive/install.sh" --service systemd
@@ -168,6 +174,14 @@ expect "is installed" "$archive/install.sh" --service openrc
 upper=$(/tmp/client "$socket" prepare container)
 echo written >"$upper/file"
 first=$(pid)
+
+# The monthly check is cron's once it is copied. There is no containerd here: it says so.
+cp "/usr/local/share/$program/check.monthly" /tmp/check-monthly
+! said=$(/tmp/check-monthly 2>&1) || fail "a check without containerd succeeds"
+case $said in
+*"is it running"*) ;;
+*) fail "the monthly check says: $said" ;;
+esac
 
 # An upgrade, while there is a container.
 expect "is installed" "$archive/install.sh" --service openrc

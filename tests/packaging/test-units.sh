@@ -35,6 +35,13 @@ unit=$scratch/$program.service
 sed "s#/usr/local/bin/$program#$binary#" "systemd/$program.service" >"$unit"
 said=$(systemd-analyze verify --man=no "$unit" 2>&1) || fail "systemd-analyze verify: $said"
 [ -z "$said" ] || fail "systemd-analyze verify: $said"
+# The timer's.
+check=$scratch/$program-check.service
+cp "systemd/$program-check.timer" "$scratch/"
+sed "s#/usr/local/bin/$program#$binary#" "systemd/$program-check.service" >"$check"
+said=$(systemd-analyze verify --man=no "$unit" "$check" "$scratch/$program-check.timer" 2>&1) ||
+    fail "systemd-analyze verify: $said"
+[ -z "$said" ] || fail "systemd-analyze verify: $said"
 systemd-analyze security --no-pager --offline=true --threshold="$most_exposure" "$unit" \
     >"$scratch/security" || {
     grep '✗' "$scratch/security" >&2

@@ -245,7 +245,7 @@ fn repair_asks_first() {
     let arguments = split.daemon.arguments().join(" ");
     let ask = |answer: &str| {
         let command = format!(
-            "printf '%s\\n' {answer} | script -qec \"{BINARY} check --repair {arguments}\" /dev/null"
+            "printf '%s\\n' {answer} {answer} | script -qec \"{BINARY} check --repair --containerd-address /none {arguments}\" /dev/null"
         );
         let output = Command::new("sh").args(["-c", &command]).output().unwrap();
         (
@@ -255,6 +255,7 @@ fn repair_asks_first() {
     };
     let (code, said) = ask("n");
     assert_eq!(code, 1, "{said}");
+    assert!(said.contains("2 of these may heal"), "{said}");
     assert!(said.contains("drops the 4 snapshots"), "{said}");
     for (top, before) in [split.root(), split.writable()].iter().zip(&before) {
         let mut now = tree(top);
@@ -273,6 +274,10 @@ fn repair_asks_first() {
     split.daemon.stop();
     let (code, said) = ask("y");
     assert_eq!(code, 0, "{said}");
+    assert!(
+        said.contains("nothing has healed"),
+        "there is no containerd: {said}"
+    );
     is_clean(&split);
 }
 

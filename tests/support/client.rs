@@ -11,6 +11,7 @@ use grpcio::{
     CallOption, ChannelBuilder, ClientUnaryReceiver, EnvBuilder, Error, GrpcSlice, Marshaller,
     MessageReader, Method, MethodType, RpcStatusCode,
 };
+use overlay_read_write_splitting_snapshotter::proto::healing::{HealRequest, HealResponse};
 use overlay_read_write_splitting_snapshotter::proto::mount::Mount;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, ListSnapshotsResponse,
@@ -135,6 +136,17 @@ impl Client {
             None => Ok(Vec::new()),
             Some(page) => page.map_err(refusal),
         }
+    }
+
+    /// Asks the daemon, as `check --heal` does.
+    pub fn heal(&self, request: &HealRequest) -> Result<HealResponse> {
+        let named = Method {
+            ty: MethodType::Unary,
+            name: "/overlay_read_write_splitting_snapshotter.healing.v1.Healing/Heal",
+            req_mar: RAW,
+            resp_mar: RAW,
+        };
+        self.call(&named, request)
     }
 
     fn begin<Q: Message>(

@@ -3,7 +3,7 @@
 //! Owns: which layer is compared with what, in which order, and how an interrupted command
 //! ends. Never: how trees are compared or layers replaced; that is the snapshotter's.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -15,9 +15,10 @@ use signal_hook::flag;
 use crate::commands::losses::{image_of, split_key};
 use crate::commands::output;
 use crate::commands::progress::Progress;
-use crate::config::{CheckOptions, Depth, Format};
+use crate::config::{CheckOptions, Format};
 use crate::containerd::{Containerd, LayerSource, Sources};
 use crate::error::{Error, ErrorKind, Result};
+use crate::service::HealingClient;
 use crate::snapshotter::{Compared, Finding, Problem, Snapshotter, Unpacking};
 use crate::store::Snapshot;
 use crate::sys;
@@ -39,6 +40,16 @@ pub(super) struct Deep {
     pub problems: Vec<String>,
 }
 
+impl Deep {
+    /// Nothing could be compared.
+    pub(super) fn failed(error: &Error) -> Deep {
+        Deep {
+            problems: vec![format!("nothing has healed: {}", error.chain())],
+            ..Deep::default()
+        }
+    }
+}
+
 /// A layer that was damaged.
 pub(super) struct Healed {
     pub key: String,
@@ -57,53 +68,125 @@ pub(super) struct NotCompared {
     pub remedy: Option<String>,
 }
 
-/// Compares all layers, and heals those that differ if that is asked for. `findings` are
-/// those of the counts.
+/// Which layers are compared.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layers {
+    /// All.
+    All,
+    /// Those that healing may help.
+    Broken,
+}
+
+/// What a deep check is to do.
+pub(super) struct Task<'a> {
+    pub layers: Layers,
+    /// Whether layers that differ heal.
+    pub heals: bool,
+    /// Without it, nothing is recorded.
+    pub writer: Option<&'a Writer<'a>>,
+}
+
+/// What records results, and puts layers into place.
+pub(super) enum Writer<'a> {
+    /// This process, which has the root's lock.
+    Alone(&'a Snapshotter),
+    /// The daemon.
+    Daemon(HealingClient),
+}
+
+impl Writer<'_> {
+    fn heal(&self, layer: &Snapshot, unpacking: &Unpacking<'_>) -> Result<Vec<String>> {
+        let (name, id) = (&layer.info.name, layer.id);
+        let unpacked = unpacking.hand_over()?;
+        match self {
+            Writer::Daemon(daemon) => daemon.heal(name, id, &unpacked),
+            Writer::Alone(snapshotter) => {
+                let mounted = snapshotter.heal_layer(name, id, &unpacked)?;
+                snapshotter.drop_damaged()?;
+                Ok(mounted)
+            }
+        }
+    }
+
+    fn record_sound(&self, layer: &Snapshot, digest: &str) -> Result<()> {
+        let (name, id) = (&layer.info.name, layer.id);
+        match self {
+            Writer::Daemon(daemon) => daemon.record_sound(name, id, digest),
+            Writer::Alone(snapshotter) => snapshotter.record_sound(name, id, digest),
+        }
+    }
+
+    /// Records what the check has come to, for the daemon's figures.
+    pub(super) fn record_result(&self, deep: &Deep) -> Result<()> {
+        let (compared, damaged) = (deep.compared as u64, deep.findings.len() as u64);
+        match self {
+            Writer::Daemon(daemon) => daemon.record_deep_check(compared, damaged),
+            Writer::Alone(snapshotter) => snapshotter.record_deep_check(compared, damaged),
+        }
+    }
+}
+
+/// Compares layers with the digests that are recorded of them, and those that have none, or
+/// another one now, with containerd's content. `findings` are those of the counts.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Cancelled`] after a signal, [`ErrorKind::Unavailable`] without containerd.
-/// Nothing is half healed then.
+/// [`ErrorKind::Cancelled`] after a signal, [`ErrorKind::Unavailable`] without containerd if
+/// that is needed. Nothing is half healed then.
 pub(super) fn run(
     snapshotter: &Snapshotter,
     findings: &[Finding],
+    task: Task<'_>,
     options: &CheckOptions,
 ) -> Result<Deep> {
     if let Err(errno) = sys::lower_io_priority() {
         log::debug!("the check has no idle I/O priority: {errno}");
     }
     let cancel = interruption()?;
-    let layers = snapshotter.layers_in_order()?;
-    let keys = layers.iter().map(|layer| split_key(&layer.info.name));
-    let keys: HashSet<_> = keys.collect();
-    let containerd = Containerd::new(&options.containerd_address, &cancel);
-    let is_wanted = |namespace: &str, name: &str| keys.contains(&(namespace, name));
-    let sources = Sources::find(&containerd, &is_wanted)?;
-    let unpacking = snapshotter.begin_unpacking(&cancel)?;
     let broken = findings
         .iter()
         .filter(|one| one.problem.healing().is_some());
+    let broken: HashSet<_> = broken.filter_map(|finding| finding.id).collect();
+    let mut layers = snapshotter.layers_in_order()?;
+    let parents = layers.iter().map(|layer| (layer.id, layer.parent_id));
+    let parents = parents.collect();
+    layers.retain(|layer| task.layers == Layers::All || broken.contains(&layer.id));
+    let containerd = Containerd::new(&options.containerd_address, &cancel);
+    let mut pace = Pace::new(&layers, options);
     let mut check = DeepCheck {
         containerd: &containerd,
-        sources: &sources,
-        unpacking,
-        heals: options.depth == Depth::Heal,
-        broken: broken.filter_map(|finding| finding.id).collect(),
+        unpacking: snapshotter.begin_unpacking(&cancel)?,
+        digests: snapshotter.store().read()?.digests()?,
+        task,
+        parents,
+        broken,
         miscounted: findings.iter().filter_map(|finding| finding.id).collect(),
         deep: Deep::default(),
     };
-    let has_lines = options.format == Format::Human && !std::io::stderr().is_terminal();
-    let mut pace = Pace::new(&layers);
-    for layer in &layers {
-        pace.show();
-        let word = check.layer(layer)?;
-        if has_lines {
-            output::print(&format!("{word}: {}\n", Quoted(&layer.info.name)));
-        }
-        pace.done += 1;
-        pace.done_bytes += layer.usage.size_bytes;
+    if let Some(Writer::Alone(snapshotter)) = check.task.writer {
+        snapshotter.drop_damaged()?;
     }
-    check.deep.problems.clone_from(&sources.problems);
+    let mut rest = Vec::new();
+    for layer in layers {
+        pace.show();
+        match check.is_as_recorded(&layer)? {
+            true => pace.end(&layer, "sound"),
+            false => rest.push(layer),
+        }
+    }
+    if rest.is_empty() {
+        return Ok(check.deep);
+    }
+    let keys = rest.iter().map(|layer| split_key(&layer.info.name));
+    let keys: HashSet<_> = keys.collect();
+    let is_wanted = |namespace: &str, name: &str| keys.contains(&(namespace, name));
+    let sources = Sources::find(&containerd, &is_wanted)?;
+    for layer in &rest {
+        pace.show();
+        let word = check.layer(layer, &sources)?;
+        pace.end(layer, word);
+    }
+    check.deep.problems = sources.problems;
     Ok(check.deep)
 }
 
@@ -120,9 +203,12 @@ fn interruption() -> Result<Arc<AtomicBool>> {
 
 struct DeepCheck<'a> {
     containerd: &'a Containerd<'a>,
-    sources: &'a Sources,
     unpacking: Unpacking<'a>,
-    heals: bool,
+    /// Of layers that were found sound.
+    digests: HashMap<SnapshotId, String>,
+    task: Task<'a>,
+    /// What each layer stands on.
+    parents: HashMap<SnapshotId, Option<SnapshotId>>,
     /// Layers that are known to be damaged, or missing.
     broken: HashSet<SnapshotId>,
     /// Layers of which something else than their content is recorded, perhaps.
@@ -131,23 +217,68 @@ struct DeepCheck<'a> {
 }
 
 impl DeepCheck<'_> {
-    /// Compares one layer. Returns a word for what came of it.
-    fn layer(&mut self, layer: &Snapshot) -> Result<&'static str> {
+    /// Whether a layer is what it was when it was found sound.
+    fn is_as_recorded(&mut self, layer: &Snapshot) -> Result<bool> {
+        let Some(recorded) = self.digests.get(&layer.id) else {
+            return Ok(false);
+        };
+        match self.unpacking.digest(layer) {
+            Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
+            // What cannot be read is not sound.
+            Err(_) => return Ok(false),
+            Ok(None) => {
+                self.digests.remove(&layer.id);
+                return Ok(false);
+            }
+            Ok(Some(found)) if found != *recorded => return Ok(false),
+            Ok(Some(_)) => {}
+        }
+        if self.miscounted.contains(&layer.id)
+            && let Some(writer) = self.task.writer
+        {
+            writer.record_sound(layer, recorded)?;
+        }
+        self.broken.remove(&layer.id);
+        self.deep.compared += 1;
+        self.deep.sound += 1;
+        Ok(true)
+    }
+
+    fn stands_on_broken(&self, layer: &Snapshot) -> bool {
+        let mut next = layer.parent_id;
+        while let Some(below) = next {
+            if self.broken.contains(&below) {
+                return true;
+            }
+            next = self.parents.get(&below).copied().flatten();
+        }
+        false
+    }
+
+    /// Compares one layer with its content. Returns a word for what came of it.
+    fn layer(&mut self, layer: &Snapshot, sources: &Sources) -> Result<&'static str> {
         let (namespace, name) = split_key(&layer.info.name);
-        let Some(source) = self.sources.of(namespace, name) else {
-            let (why, remedy) = unknown(layer);
+        let (source, why, remedy) = match sources.of(namespace, name) {
+            Some(source) if source.is_there => (Some(source), String::new(), None),
+            Some(source) => {
+                let why = format!("containerd has not kept its content {}", source.blob.digest);
+                (None, why, Some(fetch(namespace, &source.image)))
+            }
+            None => {
+                let (why, remedy) = unknown(layer);
+                (None, why, remedy)
+            }
+        };
+        let Some(source) = source else {
+            if self.digests.contains_key(&layer.id) {
+                self.deep.compared += 1;
+                let what = "it is not what it was when it was found sound";
+                self.find(layer, Differences::whole(what));
+            }
             return Ok(self.skip(layer, why, remedy, false));
         };
-        if !source.is_there {
-            let why = format!("containerd has not kept its content {}", source.blob.digest);
-            let remedy = fetch(namespace, &source.image);
-            return Ok(self.skip(layer, why, Some(remedy), false));
-        }
         // An unpack takes the modes of directories from the layers below.
-        let stands_on_broken = layer
-            .parent_id
-            .is_some_and(|below| self.broken.contains(&below));
-        if self.heals && stands_on_broken {
+        if self.task.heals && self.stands_on_broken(layer) {
             self.broken.insert(layer.id);
             let why = "it stands on a layer that could not be healed".to_owned();
             return Ok(self.skip(layer, why, None, true));
@@ -182,20 +313,29 @@ impl DeepCheck<'_> {
         match compared {
             Compared::Gone => Ok("removed meanwhile"),
             Compared::Sound => {
-                if self.heals && self.miscounted.contains(&layer.id) {
-                    self.unpacking.record_sound(layer)?;
+                if let Some(writer) = self.task.writer
+                    && let Some(digest) = self.unpacking.digest(layer)?
+                {
+                    writer.record_sound(layer, &digest)?;
                 }
                 self.broken.remove(&layer.id);
                 self.deep.sound += 1;
                 Ok("sound")
             }
-            Compared::Differs(differences) if self.heals => self.heal(layer, differences),
-            Compared::Differs(differences) => Ok(self.find(layer, differences)),
+            Compared::Differs(differences) => match self.task.writer {
+                Some(writer) if self.task.heals => self.heal(layer, differences, writer),
+                _ => Ok(self.find(layer, differences)),
+            },
         }
     }
 
-    fn heal(&mut self, layer: &Snapshot, differences: Differences) -> Result<&'static str> {
-        match self.unpacking.heal(layer) {
+    fn heal(
+        &mut self,
+        layer: &Snapshot,
+        differences: Differences,
+        writer: &Writer<'_>,
+    ) -> Result<&'static str> {
+        match writer.heal(layer, &self.unpacking) {
             Ok(restart) => {
                 self.broken.remove(&layer.id);
                 self.deep.healed.push(Healed {
@@ -205,6 +345,7 @@ impl DeepCheck<'_> {
                 });
                 Ok("healed")
             }
+            Err(error) if error.kind() == ErrorKind::Unavailable => Err(error),
             Err(error) => {
                 self.broken.insert(layer.id);
                 self.find(layer, differences);
@@ -236,7 +377,7 @@ impl DeepCheck<'_> {
             has_failed,
             remedy,
         });
-        match self.heals {
+        match self.task.heals {
             true => "not healed",
             false => "not compared",
         }
@@ -288,6 +429,8 @@ fn word<'a>(text: &'a str, otherwise: &'static str) -> &'a str {
 /// How far the check has come.
 struct Pace {
     progress: Progress,
+    /// Whether each layer gets a line.
+    has_lines: bool,
     begun: Instant,
     layers: usize,
     bytes: u64,
@@ -296,15 +439,25 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(layers: &[Snapshot]) -> Pace {
+    fn new(layers: &[Snapshot], options: &CheckOptions) -> Pace {
         Pace {
             progress: Progress::new("comparing"),
+            has_lines: options.format == Format::Human && !std::io::stderr().is_terminal(),
             begun: Instant::now(),
             layers: layers.len(),
             bytes: layers.iter().map(|layer| layer.usage.size_bytes).sum(),
             done: 0,
             done_bytes: 0,
         }
+    }
+
+    /// A layer is done, with this result.
+    fn end(&mut self, layer: &Snapshot, word: &str) {
+        if self.has_lines {
+            output::print(&format!("{word}: {}\n", Quoted(&layer.info.name)));
+        }
+        self.done += 1;
+        self.done_bytes += layer.usage.size_bytes;
     }
 
     fn show(&mut self) {

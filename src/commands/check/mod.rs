@@ -3,7 +3,8 @@
 //!
 //! Owns: the order of looking, telling, asking and mending. Never: what is wrong
 //! with a snapshot, or how it is mended; that is the snapshotter's. Beside a
-//! running daemon it only reads; to mend, or to heal, it takes the root's lock.
+//! running daemon it only reads, and has the daemon put healed layers into place; to mend,
+//! it takes the root's lock.
 
 mod deep;
 mod report;
@@ -14,15 +15,17 @@ use std::time::Duration;
 
 use crate::commands::progress::Progress;
 use crate::config::{CheckOptions, Config, Depth, Format, Mending};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::ByHand;
 use crate::root::lock::Lock;
 use crate::root::open::{Purpose, Visit, visit};
 use crate::root::writable;
+use crate::service::HealingClient;
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Store};
 use crate::util::descriptors;
 use crate::volume::{Identity, Image, Lifetime, Volumes};
+use deep::{Deep, Layers, Task, Writer};
 use report::CheckReport;
 
 /// How often a finding must be seen beside a running daemon, whose own work
@@ -35,10 +38,10 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     descriptors::raise_limit();
     let mends = options.mending != Mending::Never || options.depth == Depth::Heal;
-    let purpose = if mends {
-        Purpose::Change
-    } else {
-        Purpose::Look
+    let purpose = match (options.mending, options.depth) {
+        (Mending::Never, Depth::Heal) => Purpose::ChangeOrAsk,
+        (Mending::Never, _) => Purpose::Look,
+        _ => Purpose::Change,
     };
     let Visit {
         // Held to the end: no daemon starts on what is being looked at.
@@ -63,22 +66,73 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
 
     let inspection = inspect(&snapshotter, &completeness, lock.is_none())?;
     if options.depth != Depth::Counts {
-        return look_deep(&snapshotter, &completeness, lock, inspection, &options);
+        return look_deep(
+            config,
+            &snapshotter,
+            &completeness,
+            lock,
+            inspection,
+            &options,
+        );
+    }
+    if options.mending != Mending::Never {
+        return mend(&snapshotter, &completeness, inspection, &options);
     }
     let doomed = snapshotter.doomed(&inspection.findings)?;
-    let mut report = CheckReport::new(lock.is_none(), inspection, doomed, None);
-    if !mends || report.is_clean() {
-        report.print(options.format);
-        return Ok(report.is_clean());
+    let report = CheckReport::new(lock.is_none(), inspection, doomed, None);
+    report.print(options.format);
+    Ok(report.is_clean())
+}
+
+/// Puts right what was found, after asking: layers heal first, and what cannot heal is
+/// dropped. The caller holds the root's lock.
+fn mend(
+    snapshotter: &Snapshotter,
+    completeness: &Completeness,
+    inspection: Inspection,
+    options: &CheckOptions,
+) -> Result<bool> {
+    let reported = |inspection: Inspection, deep: Option<Deep>| {
+        let doomed = snapshotter.doomed(&inspection.findings)?;
+        let report = CheckReport::new(false, inspection, doomed, deep);
+        if options.format == Format::Human || report.is_clean() {
+            report.print(options.format);
+        }
+        Ok(report)
+    };
+    let findings = inspection.findings.clone();
+    let can_heal = require_latest(&inspection).is_ok();
+    let mut report = reported(inspection, None)?;
+    let number = findings
+        .iter()
+        .filter(|finding| finding.problem.healing().is_some())
+        .count();
+    let question = format!(
+        "{number} of these may heal without any loss, if the containerd at {} still has their \
+         content. Healing drops nothing.",
+        options.containerd_address
+    );
+    if can_heal && number > 0 && asked(options, &question)? {
+        let healing = Task {
+            layers: Layers::Broken,
+            heals: true,
+            writer: Some(&Writer::Alone(snapshotter)),
+        };
+        let deep = match deep::run(snapshotter, &findings, healing, options) {
+            Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
+            Err(error) => Deep::failed(&error),
+            Ok(deep) => deep,
+        };
+        report = reported(inspect(snapshotter, completeness, false)?, Some(deep))?;
     }
-    if options.format == Format::Human {
-        report.print(options.format);
+    if report.is_clean() {
+        return Ok(true);
     }
-    if !asked(&options, &report.question())? {
+    if !asked(options, &report.question())? {
         return Ok(false);
     }
     snapshotter.repair(report.findings())?;
-    report.mended(look(&snapshotter)?);
+    report.mended(look(snapshotter)?);
     report.print(options.format);
     Ok(report.is_clean())
 }
@@ -86,6 +140,7 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
 /// Compares layers with containerd's content, heals them if that is asked for, and prints
 /// the report of that with that of the counts.
 fn look_deep(
+    config: &Config,
     snapshotter: &Snapshotter,
     completeness: &Completeness,
     lock: Option<Lock>,
@@ -93,15 +148,37 @@ fn look_deep(
     options: &CheckOptions,
 ) -> Result<bool> {
     let is_running = lock.is_none();
-    let _lock = match options.depth {
-        Depth::Heal => {
-            require_latest(&inspection)?;
-            lock
-        }
+    let heals = options.depth == Depth::Heal;
+    if heals {
+        require_latest(&inspection)?;
+    }
+    let daemon = || HealingClient::connect(&config.address, snapshotter.store());
+    let (writer, _lock) = match &lock {
+        Some(_) if heals => (Some(Writer::Alone(snapshotter)), lock),
         // It may take hours, and a daemon may start meanwhile.
-        _ => None,
+        Some(_) => (None, None),
+        None if heals => {
+            let daemon = daemon().context(|| "heal beside the daemon")?;
+            (Some(Writer::Daemon(daemon)), None)
+        }
+        None => {
+            let unrecorded = |error: Error| {
+                log::warn!("nothing of this check is recorded: {}", error.chain());
+            };
+            (daemon().map_err(unrecorded).ok().map(Writer::Daemon), None)
+        }
     };
-    let mut deep = deep::run(snapshotter, &inspection.findings, options)?;
+    let task = Task {
+        layers: Layers::All,
+        heals,
+        writer: writer.as_ref(),
+    };
+    let mut deep = deep::run(snapshotter, &inspection.findings, task, options)?;
+    if let Some(writer) = &writer
+        && let Err(error) = writer.record_result(&deep)
+    {
+        log::warn!("the result is not recorded: {}", error.chain());
+    }
     if options.depth == Depth::Heal {
         inspection = inspect(snapshotter, completeness, is_running)?;
     }

@@ -56,8 +56,11 @@ impl CheckReport {
 
     pub(super) fn is_clean(&self) -> bool {
         let has_failed = |deep: &Deep| deep.not_compared.iter().any(|layer| layer.has_failed);
-        self.left.as_ref().unwrap_or(&self.findings).is_empty()
-            && !self.deep.as_ref().is_some_and(has_failed)
+        match &self.left {
+            // What could not be healed is dropped by then.
+            Some(left) => left.is_empty(),
+            None => self.findings.is_empty() && !self.deep.as_ref().is_some_and(has_failed),
+        }
     }
 
     /// Describes what a repair would do.
@@ -65,9 +68,8 @@ impl CheckReport {
         match self.doomed.len() {
             0 => "The repair drops no snapshot.".to_owned(),
             number => format!(
-                "The repair drops the {number} snapshots named above; the files of those that are whole \
-                 are set aside in left-out/. `check --heal` drops nothing, and replaces damaged layers \
-                 whose content containerd still has: try that first."
+                "The repair drops the {number} snapshots named above; the files of those that are \
+                 whole are set aside in left-out/."
             ),
         }
     }

@@ -1,10 +1,11 @@
-//! The directories that moved layers have left on the writable volume: finding out when
-//! nothing can have them mounted any more, and deleting them.
+//! The directories that moved layers have left on the writable volume, and those that
+//! healed layers have replaced: finding out when nothing can have them mounted any more, and
+//! deleting them.
 //!
-//! Containers and views mount a layer by its path, which leads to the moved layer, so
-//! only a mount from before the move can show the old directory. An overlay does not show
+//! Containers and views mount a layer by its path, which leads to the moved or healed layer,
+//! so only a mount from before can show the old directory. An overlay does not show
 //! when it was mounted. Therefore the overlays on the layer are noted some time after the
-//! move, when a mount that was under way at the move must be in the kernel's list.
+//! exchange, when a mount that was under way then must be in the kernel's list.
 //! Overlays that appear later do not count.
 
 use std::collections::{HashMap, HashSet};
@@ -16,6 +17,7 @@ use crate::mount::mountinfo::Mounted;
 use crate::snapshotter::in_use::Mounts;
 use crate::store::LeftoverDir;
 use crate::types::{SnapshotId, Volume};
+use crate::util::lock::lock;
 
 /// How long a mount(2) that has found the old directory may take.
 const SETTLING: Duration = Duration::from_secs(10);
@@ -90,20 +92,93 @@ impl Leftovers {
         leftover: &LeftoverDir,
         mounts: &[&Mounted],
     ) -> Result<Option<Duration>> {
-        let seen = self.seen.entry(leftover.id).or_insert_with(|| Seen {
-            since: Instant::now(),
-            overlays: None,
-        });
-        let wait = SETTLING.saturating_sub(seen.since.elapsed());
+        let seen = self.seen.entry(leftover.id).or_insert_with(Seen::now);
+        let wait = seen.settles_in();
         if !wait.is_zero() && relocator.store.read()?.may_be_mounted(leftover)? {
             return Ok(Some(wait));
         }
+        Ok(seen.is_free(mounts).then_some(Duration::ZERO))
+    }
+}
+
+impl Seen {
+    fn now() -> Seen {
+        Seen {
+            since: Instant::now(),
+            overlays: None,
+        }
+    }
+
+    /// How long a mount that was under way may take to be in the kernel's list.
+    fn settles_in(&self) -> Duration {
+        SETTLING.saturating_sub(self.since.elapsed())
+    }
+
+    /// Whether none of these mounts, which may show the directory, does.
+    fn is_free(&mut self, mounts: &[&Mounted]) -> bool {
         let is_overlay = |mounted: &&&Mounted| mounted.file_system == "overlay";
         let overlays = mounts.iter().filter(is_overlay);
         let now: HashSet<_> = overlays.map(|mounted| mounted.device.clone()).collect();
-        let noted = seen.overlays.get_or_insert_with(|| now.clone());
+        let noted = self.overlays.get_or_insert_with(|| now.clone());
         noted.retain(|device| now.contains(device));
         let is_bound = mounts.iter().any(|mounted| !is_overlay(&mounted));
-        Ok((noted.is_empty() && !is_bound).then_some(Duration::ZERO))
+        noted.is_empty() && !is_bound
+    }
+}
+
+/// The directories that healed layers have taken the place of since the start, and those
+/// that the start has kept.
+#[derive(Default)]
+pub(super) struct Replaced(HashMap<SnapshotId, Seen>);
+
+impl Replaced {
+    pub(super) fn note(&mut self, id: SnapshotId) {
+        self.0.insert(id, Seen::now());
+    }
+
+    /// Takes those out that nothing has mounted any more. Also returns when to look again.
+    fn take_free(&mut self, mounts: &Mounts<'_>) -> (Vec<SnapshotId>, Option<Duration>) {
+        let (mut free, mut next) = (Vec::new(), None);
+        for (id, seen) in &mut self.0 {
+            let mut wait = seen.settles_in();
+            if wait.is_zero() {
+                if mounts.may_show_replaced(*id) && !seen.is_free(&mounts.of_replaced(*id)) {
+                    wait = EVERY_MINUTE;
+                } else {
+                    free.push(*id);
+                    continue;
+                }
+            }
+            next = Some(next.map_or(wait, |next: Duration| next.min(wait)));
+        }
+        self.0.retain(|id, _| !free.contains(id));
+        (free, next)
+    }
+}
+
+impl Relocator {
+    /// Deletes what healed layers have taken the place of, once nothing has it mounted any
+    /// more. Returns when to look again; `None` if there is nothing.
+    pub(super) fn release_replaced(&self) -> Result<Option<Duration>> {
+        if lock(&self.replaced).0.is_empty() {
+            return Ok(None);
+        }
+        let mounts = Mounts::read(&self.store, &self.volumes)?;
+        let (free, next) = lock(&self.replaced).take_free(&mounts);
+        let image = self.volumes.image().dirs();
+        for id in free {
+            let claim = self.ids.claim(id);
+            // The layer may have healed once more.
+            if lock(&self.replaced).0.contains_key(&id) {
+                continue;
+            }
+            let trashed = image.trash_replaced(id);
+            drop(claim);
+            if let Some(name) = trashed? {
+                self.trash.delete(image, &name);
+                log::debug!("the damaged directory of layer {id} is deleted");
+            }
+        }
+        Ok(next)
     }
 }

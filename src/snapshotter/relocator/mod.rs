@@ -15,7 +15,7 @@ mod worker;
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use rustix::fs::FileType;
@@ -36,6 +36,7 @@ use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::volume::{Dirs, UPPER, Volumes};
+use leftovers::Replaced;
 
 /// The number of this boot of the host (random(4)).
 fn boot_id() -> Result<String> {
@@ -75,8 +76,10 @@ pub(super) struct Relocator {
     /// Locked during a move, because one layer moves at a time.
     moving: Mutex<()>,
     news: Monitor<News>,
-    /// Whether there was an unmoved layer or a leftover directory when the thread last
-    /// looked, or the thread is looking just now.
+    /// What healed layers have taken the place of, as `.replaced-<id>`.
+    replaced: Mutex<Replaced>,
+    /// Whether there was an unmoved layer, or a leftover or replaced directory, when the
+    /// thread last looked, or the thread is looking just now.
     has_layers: AtomicBool,
     /// Cancels the current copy when set.
     is_stopping: AtomicBool,
@@ -118,6 +121,7 @@ impl Relocator {
             relocation,
             moving: Mutex::new(()),
             news: Monitor::default(),
+            replaced: Mutex::default(),
             has_layers: AtomicBool::new(false),
             is_stopping: AtomicBool::new(false),
             moves: Mutex::default(),
@@ -387,6 +391,30 @@ impl Relocator {
         Ok(())
     }
 
+    /// Keeps all moves from going on until the value is dropped. Waits for one under way.
+    pub(super) fn stop_moves(&self) -> MutexGuard<'_, ()> {
+        lock(&self.moving)
+    }
+
+    /// A healed layer has taken the place of a directory, which the thread deletes once
+    /// nothing can have it mounted.
+    pub(super) fn note_replaced(&self, id: SnapshotId) {
+        lock(&self.replaced).note(id);
+        self.has_layers.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Records that a layer is on the image volume, whose directory has taken the place of
+    /// the link.
+    pub(super) fn record_exchanged(&self, id: SnapshotId) -> Result<()> {
+        // A crash may have come between the exchange and its own flush.
+        self.volumes.image().dirs().settle_names()?;
+        let (held, boot_id) = (self.held_after_exchange(id)?, boot_id()?);
+        self.store
+            .together(|transaction| transaction.move_home(id, &held, &boot_id))
+            .map(drop)
+    }
+
     /// At a start, before strays are looked for: finishes moves whose exchange
     /// has happened, drops the others, and forgets leftover directories of an
     /// earlier boot, which nothing has mounted any more.
@@ -399,11 +427,7 @@ impl Relocator {
                 _ => self.finish_rename(away.id)?,
             };
             if is_exchanged {
-                // A crash may have come between the exchange and its flush.
-                image.dirs().settle_names()?;
-                let held = self.held_after_exchange(away.id)?;
-                self.store
-                    .together(|transaction| transaction.move_home(away.id, &held, &boot_id))?;
+                self.record_exchanged(away.id)?;
                 log::info!(
                     "recorded that layer {} has moved to the image volume",
                     Quoted(&away.name)

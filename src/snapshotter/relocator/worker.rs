@@ -118,13 +118,19 @@ impl Worker<'_> {
         }
     }
 
-    /// Deletes what moved layers have left, and moves at most one layer. Returns when to
+    /// Deletes what moved and healed layers have left, and moves at most one layer. Returns when to
     /// look again if nothing wakes the thread.
     fn step(&mut self) -> Result<Option<Duration>> {
         let has_layers = &self.relocator.has_layers;
         // Set before the thread looks, so that events after the look wake it.
         has_layers.store(true, Ordering::SeqCst);
         let released = self.leftovers.release(self.relocator)?;
+        let released = self
+            .relocator
+            .release_replaced()?
+            .into_iter()
+            .chain(released)
+            .min();
         let away = self.relocator.store.read()?.away()?;
         has_layers.store(!away.is_empty() || released.is_some(), Ordering::SeqCst);
         self.notes

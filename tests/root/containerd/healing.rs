@@ -1,7 +1,10 @@
 //! Layers that a disk has damaged are healed from containerd's content, and the
 //! containers on them keep what they wrote.
 
+mod beside;
 mod damages;
+mod digests;
+mod repair;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -17,7 +20,7 @@ use serde_json::Value;
 use crate::check::check;
 use crate::support::containerd::{AtEnd, Containerd, IMAGE, wait_for};
 use crate::support::daemon::{BINARY, Split};
-use crate::support::{run, tree, unchanged};
+use crate::support::{run, tree, unchanged, until};
 use damages::{DAMAGES, payload};
 
 /// An image with a stopped container that has written something, and a stopped daemon.
@@ -31,6 +34,13 @@ struct Stage {
 impl Stage {
     fn begin() -> Stage {
         let mut split = Split::start(&[]);
+        // Numbers that no other root on the machine has: the kernel shows some mounts without
+        // the root that they are of.
+        split.client().prepare("first", "", &[]).unwrap();
+        split.client().remove("first").unwrap();
+        split.daemon.stop();
+        split.skip_ids_through(20_000 + 100 * (std::process::id() % 100));
+        split.daemon.restart();
         let containerd = Containerd::start(split.daemon.address());
         containerd.import();
         containerd.start_container("web", "echo own >/own; echo changed >/etc/hostname");
@@ -71,16 +81,29 @@ impl Stage {
         assert_eq!(code, 0, "{said}{complaint}");
         assert!(said.contains("5 layers compared"), "{said}");
         assert!(said.contains("5 of them sound"), "{said}");
-        self.is_tidy();
+        until("end of the damaged directories", || {
+            let left = self.left_of_checks();
+            if !left.is_empty() && !said.contains("daemon running") {
+                self.check(&["--heal"]);
+            }
+            left.is_empty()
+        });
     }
 
-    /// Nothing of a check is left in `snapshots/`.
+    /// Nothing is left of a check in `snapshots/`, but for damaged directories: those stay
+    /// while an overlay whose paths cannot be followed may have them mounted, as other tests
+    /// have them.
     #[track_caller]
     fn is_tidy(&self) {
+        let mut others = self.left_of_checks();
+        others.retain(|name| !name.starts_with(".replaced-"));
+        assert!(others.is_empty(), "{others:?}");
+    }
+
+    fn left_of_checks(&self) -> Vec<String> {
         let entries = fs::read_dir(self.split.root().join("snapshots")).unwrap();
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-        let others: Vec<_> = names.filter(|name| name.starts_with('.')).collect();
-        assert!(others.is_empty(), "{others:?}");
+        names.filter(|name| name.starts_with('.')).collect()
     }
 
     fn start_web(&mut self) {
@@ -221,6 +244,22 @@ fn what_has_no_content_is_named() {
     unchanged(stage.split.root().join("snapshots"), &before);
 }
 
+/// The names of the image's layers, the first one first.
+fn layer_names(stage: &Stage) -> Vec<String> {
+    let id = |top: &PathBuf| {
+        let name = top.parent().unwrap().file_name().unwrap();
+        name.to_str().unwrap().to_owned()
+    };
+    let database = rusqlite::Connection::open(stage.split.root().join("metadata.db")).unwrap();
+    let name_of = |top: &PathBuf| {
+        let query = "SELECT name FROM snapshot WHERE id = ?1";
+        database
+            .query_row(query, [id(top)], |row| row.get(0))
+            .unwrap()
+    };
+    stage.layers.iter().map(name_of).collect()
+}
+
 /// The digests of the image's layers in containerd's content.
 fn blobs(stage: &Stage) -> Vec<String> {
     let json = |digest: &str| -> Value {
@@ -308,7 +347,13 @@ fn a_kill_leaves_the_old_or_the_new_layer() {
     let mut stage = Stage::begin();
     let top = stage.layers[1].clone();
     let whole = tree(&top);
-    for step in ["unpacked", "durable", "exchanged", "recorded"] {
+    for step in [
+        "unpacked",
+        "handed-over",
+        "durable",
+        "exchanged",
+        "recorded",
+    ] {
         payload(&top).write_all_at(b"?", 5).unwrap();
         let damaged = tree(&top);
         let mut heal = stage.command(&["--heal"]);
@@ -331,17 +376,12 @@ fn a_kill_leaves_the_old_or_the_new_layer() {
     stage.web_is_whole();
 }
 
-/// With a running daemon, `check` only looks, and only one check runs at a
-/// time.
+/// One check at a time.
 #[registered(crate::Test)]
 fn a_check_works_beside_the_daemon_and_alone() {
     let mut stage = Stage::begin();
     stage.split.daemon.restart();
     stage.is_sound();
-    let (code, _, complaint) = stage.check(&["--heal"]);
-    assert_eq!(code, 2);
-    assert!(complaint.contains("stop it first"), "{complaint}");
-
     let scratch = stage.split.root().join("snapshots/.unpacked");
     fs::create_dir(&scratch).unwrap();
     let lock = File::open(&scratch).unwrap();

@@ -1,0 +1,167 @@
+//! How `check --heal` works beside a running daemon: the command unpacks and compares, and
+//! the daemon, which has the claims and locks for it, puts the layer into place.
+//!
+//! Owns: both ends of that call, and that they are of one version and one root.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use grpcio::{CallOption, ChannelBuilder, Client, EnvBuilder, MethodType, RpcStatusCode};
+
+use super::method::Method;
+use super::{decode, encode};
+use crate::error::{Error, ErrorKind, Result};
+use crate::proto::healing::{Checked, HealRequest, HealResponse};
+use crate::snapshotter::Snapshotter;
+use crate::store::Store;
+use crate::text::uri::encode_path;
+use crate::types::SnapshotId;
+use crate::volume::Identity;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// How long the daemon may take to flush the image volume and to put a layer into place.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Does what a command asks for.
+pub(super) fn heal(snapshotter: &Snapshotter, request: HealRequest) -> Result<HealResponse> {
+    if request.version != VERSION {
+        return Err(Error::refused(format!(
+            "this command is of version {:?}, and the daemon of {VERSION}: restart the daemon, \
+             or use its version",
+            request.version
+        )));
+    }
+    if request.root != root_of(snapshotter.store())? {
+        return Err(Error::refused("the daemon there serves another root"));
+    }
+    if let Some(checked) = request.checked.into_option() {
+        snapshotter.record_deep_check(checked.compared, checked.damaged)?;
+    }
+    let mut response = HealResponse::new();
+    let id = SnapshotId::new(request.id);
+    match (request.layer.as_str(), request.unpacked.as_str()) {
+        ("", _) => {}
+        (layer, "") => snapshotter.record_sound(layer, id, &request.digest)?,
+        (layer, unpacked) => response.mounted = snapshotter.heal_layer(layer, id, unpacked)?,
+    }
+    Ok(response)
+}
+
+/// The identity of the root; a database that has none is of no served root.
+fn root_of(store: &Store) -> Result<String> {
+    Ok(store.read()?.fact(Identity::FACT)?.unwrap_or_default())
+}
+
+/// A command's connection to the daemon that serves its root.
+pub struct HealingClient {
+    client: Client,
+    address: String,
+    root: String,
+}
+
+impl HealingClient {
+    /// Connects to the daemon at that socket, which has to serve the root of that database.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if it is of another version, or serves another root;
+    /// [`ErrorKind::Unavailable`] if none answers.
+    pub fn connect(address: &str, store: &Store) -> Result<HealingClient> {
+        let channel = ChannelBuilder::new(Arc::new(EnvBuilder::new().cq_count(1).build()))
+            .connect(&format!("unix:{}", encode_path(address.as_bytes())));
+        let healing = HealingClient {
+            client: Client::new(channel),
+            address: address.to_owned(),
+            root: root_of(store)?,
+        };
+        healing.call("", 0, "")?;
+        Ok(healing)
+    }
+
+    /// As [`Snapshotter::heal_layer`], in the daemon. It also deletes what is not needed.
+    ///
+    /// # Errors
+    ///
+    /// As there, and [`ErrorKind::Unavailable`] if the daemon has ended: its next start
+    /// leaves the layer whole or as it was.
+    pub fn heal(&self, name: &str, id: SnapshotId, unpacked: &str) -> Result<Vec<String>> {
+        Ok(self.call(name, id.number(), unpacked)?.mounted)
+    }
+
+    /// As [`Snapshotter::record_sound`], in the daemon.
+    pub fn record_sound(&self, name: &str, id: SnapshotId, digest: &str) -> Result<()> {
+        let request = HealRequest {
+            layer: name.to_owned(),
+            id: id.number(),
+            digest: digest.to_owned(),
+            ..HealRequest::default()
+        };
+        self.send(request).map(drop)
+    }
+
+    /// As [`Snapshotter::record_deep_check`], in the daemon.
+    pub fn record_deep_check(&self, compared: u64, damaged: u64) -> Result<()> {
+        let checked = Checked {
+            compared,
+            damaged,
+            ..Checked::default()
+        };
+        let request = HealRequest {
+            checked: Some(checked).into(),
+            ..HealRequest::default()
+        };
+        self.send(request).map(drop)
+    }
+
+    fn call(&self, layer: &str, id: u64, unpacked: &str) -> Result<HealResponse> {
+        self.send(HealRequest {
+            layer: layer.to_owned(),
+            id,
+            unpacked: unpacked.to_owned(),
+            ..HealRequest::default()
+        })
+    }
+
+    fn send(&self, mut request: HealRequest) -> Result<HealResponse> {
+        VERSION.clone_into(&mut request.version);
+        self.root.clone_into(&mut request.root);
+        let method = Method::Heal.on_wire(MethodType::Unary);
+        let options = CallOption::default().timeout(PATIENCE);
+        let answer = self.client.unary_call(&method, &encode(&request)?, options);
+        decode(&answer.map_err(|error| self.failed(error))?)
+    }
+
+    fn failed(&self, error: grpcio::Error) -> Error {
+        let daemon = format!("the daemon at {}", self.address);
+        let grpcio::Error::RpcFailure(status) = &error else {
+            return Error::caused(ErrorKind::Internal, format!("ask {daemon} to heal"), error);
+        };
+        match status.code() {
+            RpcStatusCode::UNIMPLEMENTED => Error::refused(format!(
+                "{daemon} is of an earlier version, which cannot heal: restart it, or stop it"
+            )),
+            RpcStatusCode::UNAVAILABLE => Error::new(
+                ErrorKind::Unavailable,
+                format!(
+                    "{daemon} does not answer ({}): what is being healed is whole or as it was",
+                    status.message()
+                ),
+            ),
+            RpcStatusCode::DEADLINE_EXCEEDED => Error::new(
+                ErrorKind::Unavailable,
+                format!("{daemon} has not answered for {PATIENCE:?}, and may still heal"),
+            ),
+            code => {
+                let kind = match code {
+                    RpcStatusCode::NOT_FOUND => ErrorKind::NotFound,
+                    RpcStatusCode::FAILED_PRECONDITION => ErrorKind::FailedPrecondition,
+                    RpcStatusCode::RESOURCE_EXHAUSTED => ErrorKind::ResourceExhausted,
+                    RpcStatusCode::DATA_LOSS => ErrorKind::DataLoss,
+                    _ => ErrorKind::Internal,
+                };
+                Error::new(kind, format!("{daemon}: {}", status.message()))
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! A digest of a whole tree, of all that [`super::compare_trees`] compares: two trees have
+//! one digest if they do not differ. Of hard links, the number of names counts.
+//!
+//! The digests of the entries are added up, so that their order on the disk does not matter
+//! and nothing has to be sorted or kept.
+
+use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fd::AsFd;
+use rustix::fs::{Advice, AtFlags, FileType, Stat, fadvise, readlinkat, statat};
+
+use super::compare::{CHUNK_BYTES, Name, Rules, cancelled, read_full};
+use super::walk::Walk;
+use super::{open_directory, open_file};
+use crate::error::{Context, Error, Result};
+use crate::util::sha256::Sha256;
+
+const READING: &str = "read a layer";
+
+/// The digest of the tree below `top`, `top` itself included, as hexadecimal digits. Ends
+/// early once `cancel` is set.
+///
+/// # Errors
+///
+/// [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled) if it was cancelled.
+pub fn digest_tree(top: impl AsFd, is_lowest: bool, cancel: &AtomicBool) -> Result<String> {
+    let mut digest = Digest {
+        rules: Rules {
+            since: i64::MAX,
+            is_lowest,
+        },
+        cancel,
+        sum: [0; 8],
+        buffer: vec![0; CHUNK_BYTES],
+    };
+    let mut walk = Walk::begin(&top, READING)?;
+    let mut path: Vec<CString> = Vec::new();
+    digest.entry(&path, (top.as_fd(), c"."))?;
+    loop {
+        let Some(entry) = walk.next_here()? else {
+            if path.pop().is_none() {
+                let words = digest.sum.map(|word| format!("{word:08x}"));
+                return Ok(words.concat());
+            }
+            if !walk.leave()? {
+                let what = "a part of a layer was moved while it was read";
+                return Err(Error::data_loss(what));
+            }
+            continue;
+        };
+        let name = entry.file_name();
+        path.push(name.to_owned());
+        if digest.entry(&path, (walk.parent()?, name))? {
+            let below = open_directory(walk.parent()?, name).context(|| READING)?;
+            walk.enter(below, name)?;
+        } else {
+            path.pop();
+        }
+    }
+}
+
+struct Digest<'a> {
+    rules: Rules,
+    cancel: &'a AtomicBool,
+    /// Of the entries' digests, word by word.
+    sum: [u32; 8],
+    buffer: Vec<u8>,
+}
+
+impl Digest<'_> {
+    /// Adds one entry, and returns whether it is a directory.
+    fn entry(&mut self, path: &[CString], name: Name<'_>) -> Result<bool> {
+        let stat = statat(name.0, name.1, AtFlags::SYMLINK_NOFOLLOW).context(|| READING)?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let mut entry = Sha256::new();
+        for part in path {
+            entry.add(part.as_bytes_with_nul());
+        }
+        add_numbers(&mut entry, &stat, path.is_empty());
+        for (name, value) in self.rules.xattrs(name).context(|| READING)? {
+            add_counted(&mut entry, &name);
+            add_counted(&mut entry, &value);
+        }
+        match kind {
+            FileType::Symlink => {
+                let target = readlinkat(name.0, name.1, Vec::new()).context(|| READING)?;
+                add_counted(&mut entry, target.as_bytes());
+            }
+            FileType::RegularFile => self.bytes(&mut entry, name)?,
+            _ => {}
+        }
+        for (sum, word) in self.sum.iter_mut().zip(entry.finish()) {
+            *sum = sum.wrapping_add(word);
+        }
+        Ok(kind == FileType::Directory)
+    }
+
+    fn bytes(&mut self, entry: &mut Sha256, name: Name<'_>) -> Result<()> {
+        let opened = open_file(name.0, name.1).context(|| READING)?;
+        let (file, _) = opened.ok_or_else(|| Error::data_loss("a file was replaced"))?;
+        // What is in memory may be sound, and what is on the disk not.
+        let _ = fadvise(&file, 0, None, Advice::DontNeed);
+        let mut offset = 0;
+        loop {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(cancelled());
+            }
+            let length = read_full(&file, &mut self.buffer, offset).context(|| READING)?;
+            entry.add(&self.buffer[..length]);
+            if length < CHUNK_BYTES {
+                return Ok(());
+            }
+            offset += CHUNK_BYTES as u64;
+        }
+    }
+}
+
+/// Adds what stat(2) reports of an entry and that true copies have in common.
+#[allow(clippy::unnecessary_cast)] // their widths differ among architectures
+fn add_numbers(entry: &mut Sha256, stat: &Stat, is_top: bool) {
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    let is_directory = kind == FileType::Directory;
+    let numbers = [
+        stat.st_mode as u64,
+        stat.st_uid as u64,
+        stat.st_gid as u64,
+        stat.st_rdev as u64,
+        if is_top { 0 } else { stat.st_mtime as u64 },
+        if is_directory {
+            0
+        } else {
+            stat.st_nlink as u64
+        },
+        if kind == FileType::RegularFile {
+            stat.st_size as u64
+        } else {
+            0
+        },
+    ];
+    for number in numbers {
+        entry.add(&number.to_be_bytes());
+    }
+}
+
+fn add_counted(entry: &mut Sha256, bytes: &[u8]) {
+    entry.add(&(bytes.len() as u64).to_be_bytes());
+    entry.add(bytes);
+}
