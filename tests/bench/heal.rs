@@ -70,7 +70,7 @@ fn make_image(dir: &Path) -> String {
         diff_ids.push(layer["digest"].clone());
         layers.push(layer);
     }
-    let mut add_json = |value: Value, kind: &str| {
+    let add_json = |value: Value, kind: &str| {
         fs::write(dir.join("new"), value.to_string()).unwrap();
         add(dir, &blobs, kind)
     };
