@@ -394,7 +394,7 @@ main() {
 
 # known_pair PAIR: this kernel has both file systems.
 known_pair() {
-    for kind in $(echo "${1%subvolumes}" | tr + ' '); do
+    for kind in $(echo "$1" | sed 's/subvolumes/btrfs/; s/+/ /'); do
         known "$kind" || return 1
     done
 }
