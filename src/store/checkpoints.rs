@@ -291,7 +291,7 @@ mod tests {
             if length() == LOG_BYTES {
                 break;
             }
-            assert!(round < 100);
+            assert!(round < 2000);
             change(&store, round);
             std::thread::sleep(4 * PAUSE);
         }
