@@ -1,6 +1,5 @@
 //! Two disks in memory that take their time.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
@@ -36,7 +35,7 @@ impl SlowDisks {
             disks: std::array::from_fn(|_| Mutex::new(vec![0; mebibytes << 20])),
             speed: Mutex::new(speed),
         });
-        let served = Served::mount(memory.clone(), Path::new(dir.path()));
+        let served = Served::mount(memory.clone(), dir.path());
         SlowDisks {
             memory,
             served,
