@@ -175,14 +175,6 @@ upper=$(/tmp/client "$socket" prepare container)
 echo written >"$upper/file"
 first=$(pid)
 
-# The monthly check is cron's once it is copied. There is no containerd here: it says so.
-cp "/usr/local/share/$program/check.monthly" /tmp/check-monthly
-! said=$(/tmp/check-monthly 2>&1) || fail "a check without containerd succeeds"
-case $said in
-*"is it running"*) ;;
-*) fail "the monthly check says: $said" ;;
-esac
-
 # An upgrade, while there is a container.
 expect "is installed" "$archive/install.sh" --service openrc
 [ -S "$socket" ] || fail "rc-service came back before the daemon served"
@@ -190,6 +182,15 @@ second=$(pid)
 [ "$first" != "$second" ] || fail "an upgrade has not started the new program"
 [ "$(cat "$upper/file")" = written ] || fail "an upgrade has lost data"
 /tmp/client "$socket" commit layer container || fail "it does not serve after an upgrade"
+
+# The monthly check is cron's once it is copied. There is no containerd here, as it
+# says.
+cp "/usr/local/share/$program/check.monthly" /tmp/check-monthly
+! said=$(/tmp/check-monthly 2>&1) || fail "a check without containerd succeeds"
+case $said in
+*"is it running"*) ;;
+*) fail "the monthly check says: $said" ;;
+esac
 
 # OpenRC notices the end of the daemon, however often it happens.
 for _ in 1 2 3 4 5; do
