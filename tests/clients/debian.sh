@@ -24,7 +24,8 @@ make_folder() {
     [ ! -d "$folder" ] || return 0
     say "making $folder"
     # The same mirror and proxy as this machine's apt. The words in parentheses are
-    # apt's. shellcheck disable=SC2016
+    # apt's.
+    # shellcheck disable=SC2016
     mirror=$(apt-get indextargets --format '$(REPO_URI) $(COMPONENT)' 'Created-By: Packages' |
         sed -n 's|^\(.*/debian/\{0,1\}\) main$|\1|p' | head -n 1)
     [ -n "$mirror" ] || die "apt has no mirror of Debian"

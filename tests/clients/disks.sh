@@ -79,7 +79,8 @@ check_disk() {
 }
 
 # What a container can do to its image. decorate adds files that only the machine's
-# root can make. shellcheck disable=SC2016 # The container expands it.
+# root can make.
+# shellcheck disable=SC2016 # The container expands it.
 changes='
 set -e
 echo new >/etc/new
