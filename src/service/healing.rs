@@ -1,7 +1,8 @@
-//! How `check --heal` works beside a running daemon: the command unpacks and compares, and
-//! the daemon, which has the claims and locks for it, puts the layer into place.
+//! How `check --heal` works while the daemon runs: the command unpacks and compares, and
+//! the daemon, which has the claims and locks for that, replaces the layer.
 //!
-//! Owns: both ends of that call, and that they are of one version and one root.
+//! Owns: both ends of that call, and the check that they are of the same
+//! version and root.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,10 +21,10 @@ use crate::volume::Identity;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// How long the daemon may take to flush the image volume and to put a layer into place.
+/// How long the daemon may take to flush the image volume and to replace a layer.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Does what a command asks for.
+/// Answers a request of a command.
 pub(super) fn heal(snapshotter: &Snapshotter, request: HealRequest) -> Result<HealResponse> {
     if request.version != VERSION {
         return Err(Error::refused(format!(
@@ -48,7 +49,8 @@ pub(super) fn heal(snapshotter: &Snapshotter, request: HealRequest) -> Result<He
     Ok(response)
 }
 
-/// The identity of the root; a database that has none is of no served root.
+/// The identity of the root. A database without one belongs to a root that was
+/// never served.
 fn root_of(store: &Store) -> Result<String> {
     Ok(store.read()?.fact(Identity::FACT)?.unwrap_or_default())
 }
@@ -61,12 +63,12 @@ pub struct HealingClient {
 }
 
 impl HealingClient {
-    /// Connects to the daemon at that socket, which has to serve the root of that database.
+    /// Connects to the daemon at that socket. It has to serve the root of that database.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it is of another version, or serves another root;
-    /// [`ErrorKind::Unavailable`] if none answers.
+    /// [`ErrorKind::FailedPrecondition`] if the daemon is of another version, or serves
+    /// another root; [`ErrorKind::Unavailable`] if no daemon answers.
     pub fn connect(address: &str, store: &Store) -> Result<HealingClient> {
         let channel = ChannelBuilder::new(Arc::new(EnvBuilder::new().cq_count(1).build()))
             .connect(&format!("unix:{}", encode_path(address.as_bytes())));
@@ -79,17 +81,18 @@ impl HealingClient {
         Ok(healing)
     }
 
-    /// As [`Snapshotter::heal_layer`], in the daemon. It also deletes what is not needed.
+    /// Calls [`Snapshotter::heal_layer`] in the daemon, which then deletes what is not
+    /// needed any more.
     ///
     /// # Errors
     ///
-    /// As there, and [`ErrorKind::Unavailable`] if the daemon has ended: its next start
-    /// leaves the layer whole or as it was.
+    /// Those of that function, and [`ErrorKind::Unavailable`] if the daemon has ended:
+    /// after its next start, the layer is healed or as it was.
     pub fn heal(&self, name: &str, id: SnapshotId, unpacked: &str) -> Result<Vec<String>> {
         Ok(self.call(name, id.number(), unpacked)?.mounted)
     }
 
-    /// As [`Snapshotter::record_sound`], in the daemon.
+    /// Calls [`Snapshotter::record_sound`] in the daemon.
     pub fn record_sound(&self, name: &str, id: SnapshotId, digest: &str) -> Result<()> {
         let request = HealRequest {
             layer: name.to_owned(),
@@ -100,7 +103,7 @@ impl HealingClient {
         self.send(request).map(drop)
     }
 
-    /// As [`Snapshotter::record_deep_check`], in the daemon.
+    /// Calls [`Snapshotter::record_deep_check`] in the daemon.
     pub fn record_deep_check(&self, compared: u64, damaged: u64) -> Result<()> {
         let checked = Checked {
             compared,

@@ -1,4 +1,5 @@
-//! The methods of containerd's snapshots API, and the one that `check --heal` calls.
+//! The methods of containerd's snapshots API, and the method that `check --heal`
+//! calls.
 
 use grpcio::{GrpcSlice, Marshaller, MessageReader, MethodType};
 

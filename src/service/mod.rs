@@ -1,5 +1,5 @@
-//! containerd's snapshots API on the wire, and the method by which `check --heal` works
-//! beside the daemon.
+//! containerd's snapshots API on the wire, and the method that `check --heal` calls
+//! while the daemon runs.
 //!
 //! Owns: converting between protobuf and our types, which thread runs each request, the
 //! gRPC code of each kind of error, and the log line of a failed request. Never: SQL,

@@ -14,17 +14,18 @@ use crate::types::{Labels, Quoted, Volume};
 use crate::util::undo::Undo;
 
 impl Snapshotter {
-    /// Turns the active snapshot `key` into the layer `name`; with `parent`,
-    /// onto a parent named only now. What it takes does not depend on how many
-    /// bytes the snapshot holds, only on how many of them the disk still has to
-    /// write: containerd calls this within a transaction of its own.
+    /// Turns the active snapshot `key` into the layer `name`; with `parent`, on
+    /// a parent that is named only now. The duration does not depend on how
+    /// many bytes the snapshot holds, only on how many of them the disk still
+    /// has to write. That matters because containerd calls this within a
+    /// transaction of its own.
     ///
     /// # Errors
     ///
-    /// See [`crate::store::Rows::committable`];
-    /// [`ErrorKind::InvalidArgument`] for a bad name or label;
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed and
-    /// not there. The snapshot stays as it was then.
+    /// See [`crate::store::Rows::committable`]; [`ErrorKind::InvalidArgument`]
+    /// for a bad name or label; [`ErrorKind::FailedPrecondition`] if the
+    /// writable volume is needed and not there. After an error, the snapshot is
+    /// as it was.
     pub fn commit(&self, key: &str, name: &str, parent: &str, labels: Labels) -> Result<()> {
         self.commit_layer(key, name, parent, labels)
             .context(|| format!("commit snapshot {} as {}", Quoted(key), Quoted(name)))
@@ -39,8 +40,8 @@ impl Snapshotter {
         let look = || self.store.read()?.committable(key, name, parent);
         look()?;
         let _claim = self.claim(key)?;
-        // A commit that cannot be is refused before it waits for the disk. What concerns
-        // other snapshots may still change: `commit_snapshot` asks again.
+        // An impossible commit is refused before it waits for the disk. Other snapshots
+        // may change until then, so `commit_snapshot` checks again.
         let (snapshot, _) = look()?;
         let volume = snapshot.volume.ok_or_else(|| {
             Error::data_loss("the database is damaged: the active snapshot is on no volume")
@@ -56,7 +57,8 @@ impl Snapshotter {
             self.flusher.flush_snapshot(&dirs, snapshot.id, &upper)?;
             log_wait(volume, begun.elapsed());
         }
-        // After the flush: until then some file systems cannot tell blocks.
+        // Counted after the flush, because some file systems do not know the
+        // blocks before.
         let content = tree::count_layer(upper)?;
         self.flusher.refuse_suspect(snapshot.id, volume)?;
         let is_mounted =
@@ -87,8 +89,8 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Enters the layer. One on the writable volume has its link by then, unless the image
-    /// disk does not answer.
+    /// Enters the layer. A layer on the writable volume has its link by then, unless the
+    /// image disk does not answer.
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
         let link = (volume == Volume::Writable).then(|| {
             Undo::new("the link of a refused commit", || {
@@ -108,8 +110,8 @@ impl Snapshotter {
     }
 }
 
-/// From here on a wait is logged without `--log-level debug`: containerd waits as well,
-/// and the log is where one looks for the reason why a pull takes long.
+/// How long a flush may take before it is logged. containerd waits as well, and users
+/// look in the log for the reason of a slow pull.
 const SLOW_FLUSH: Duration = Duration::from_secs(2);
 
 fn log_wait(volume: Volume, waited: Duration) {

@@ -137,7 +137,7 @@ impl Unpacking<'_> {
         })
     }
 
-    /// The digest of a layer as it is; `None` if it was removed or moved meanwhile.
+    /// The present digest of a layer; `None` if it was removed or moved meanwhile.
     pub fn digest(&self, layer: &Snapshot) -> Result<Option<String>> {
         let volume = layer.volume.unwrap_or(Volume::Image);
         let top = self.snapshotter.volumes.open(volume)?.open_upper(layer.id);

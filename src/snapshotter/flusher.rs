@@ -1,4 +1,4 @@
-//! Making data durable: before a commit, and meanwhile.
+//! Making data durable: before a commit, and while layers are unpacked.
 //!
 //! Owns: which snapshots may have lost data to a failing disk, and a thread that
 //! flushes the image volume while layers are unpacked, so that little is left to be
@@ -21,12 +21,13 @@ use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::{Dirs, Flush};
 
-/// How much unpacking, in time, a Commit finds unflushed at most.
+/// How often the thread flushes: a Commit finds at most this much time of
+/// unpacking unflushed.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// An unpack that writes nothing for so long has been given up by its client.
+/// An unpack that writes nothing for this long was given up by its client.
 const GIVEN_UP: Duration = Duration::from_secs(600);
 
-/// The fact that says up to which id snapshots may have lost data.
+/// The name of a fact: up to which id snapshots may have lost data.
 fn suspect_fact(volume: Volume) -> &'static str {
     match volume {
         Volume::Image => "suspect_on_image",
@@ -43,8 +44,7 @@ pub(super) struct Flusher {
     unpacks: Monitor<Unpacks>,
 }
 
-/// The snapshots on the image volume that layers are being unpacked into, since the
-/// start.
+/// The unpacks on the image volume that have begun since the start.
 #[derive(Default)]
 struct Unpacks {
     ids: HashSet<SnapshotId>,
@@ -61,7 +61,7 @@ impl Flusher {
         }
     }
 
-    /// Makes what a snapshot holds durable, alone or with everything on its volume.
+    /// Makes a snapshot durable, alone or with everything on its volume.
     pub(super) fn flush_snapshot(
         &self,
         dirs: &Dirs,
@@ -76,26 +76,27 @@ impl Flusher {
                 self.note_failure(&flushed, dirs.volume());
                 flushed
             }
-            // What cannot be read can still be flushed with all else.
+            // A tree that cannot be read can still be flushed with everything
+            // else.
             Ok(false) | Err(_) => self.flush(dirs, dirs.volume()),
         }
     }
 
-    /// Makes everything on a volume durable. The kernel reports a failed write once, to
-    /// the first who asks: the data of every snapshot that was there then may be what
-    /// the disk has lost.
+    /// Makes everything on a volume durable. The kernel reports a failed write only
+    /// once, to the first caller, and does not report whose data was lost: it may be
+    /// that of every snapshot that exists at that time.
     pub(super) fn flush(&self, dirs: &Dirs, volume: Volume) -> Result<()> {
-        // One after another: the second caller must learn of a failure that the kernel
-        // has reported to the first.
+        // Callers flush one after another, because the second one must learn of a
+        // failure that the kernel has reported to the first.
         let _syncing = lock(&self.syncing[volume as usize]);
         let flushed = dirs.sync();
         self.note_failure(&flushed, volume);
         flushed
     }
 
-    /// Records that a disk has failed to write data, if `flushed` says so. Every part of this
-    /// program that flushes has to call it: the kernel reports such a failure once, and a
-    /// restart must not forget it.
+    /// Records that a disk has failed to write data, if `flushed` is such an error. Every
+    /// part of this program that flushes has to call this, because the kernel reports
+    /// such a failure once, and a restart must not forget it.
     pub(super) fn note_failure(&self, flushed: &Result<()>, volume: Volume) {
         let is_failure = |error: &Error| error.kind() == ErrorKind::DataLoss;
         if !flushed.as_ref().is_err_and(is_failure) {
@@ -127,8 +128,8 @@ impl Flusher {
         Ok(())
     }
 
-    /// At a start: which snapshots may have lost data before it. The failure of a disk is
-    /// forgotten when none of them is left to be committed.
+    /// At a start, reads which snapshots may have lost data before. The failure of a disk
+    /// is forgotten when none of these snapshots is left to be committed.
     pub(super) fn recall_failures(&self, active: &[Place]) -> Result<()> {
         for volume in [Volume::Image, Volume::Writable] {
             let fact = suspect_fact(volume);
@@ -154,12 +155,13 @@ impl Flusher {
         Ok(())
     }
 
-    /// Whether a volume has failed to write data, and a snapshot from then is left.
+    /// Whether a volume has failed to write data, and a snapshot from that time is
+    /// left.
     pub(super) fn has_failed(&self, volume: Volume) -> bool {
         self.suspect_up_to[volume as usize].load(Ordering::Acquire) > 0
     }
 
-    /// Refuses, as [`ErrorKind::DataLoss`], a snapshot that was there when its volume
+    /// Returns [`ErrorKind::DataLoss`] for a snapshot that existed when its volume
     /// failed to write data.
     pub(super) fn refuse_suspect(&self, id: SnapshotId, volume: Volume) -> Result<()> {
         if id.number() > self.suspect_up_to[volume as usize].load(Ordering::Acquire) {
@@ -167,11 +169,11 @@ impl Flusher {
         }
         Err(Error::data_loss(format!(
             "the {volume} volume has failed to write data while this snapshot was being \
-             filled: remove it, look at the disk, and fill it anew"
+             filled: remove it, look at the disk, and fill it again"
         )))
     }
 
-    /// A layer is being unpacked on the image volume.
+    /// Notes that a layer is being unpacked on the image volume.
     pub(super) fn begin_unpack(&self, id: SnapshotId) {
         self.unpacks.change(|unpacks| {
             unpacks.ids.insert(id);
@@ -179,13 +181,12 @@ impl Flusher {
         });
     }
 
-    /// The snapshot is committed or removed, if it was one that a layer was unpacked
-    /// into.
+    /// Notes that an unpack was committed or removed. Other snapshots do not matter.
     pub(super) fn end_unpack(&self, id: SnapshotId) {
         self.unpacks.look(|unpacks| unpacks.ids.remove(&id));
     }
 
-    /// Starts the thread. `flush` is for the image volume.
+    /// Starts the thread. `flush` flushes the image volume.
     pub(super) fn start(self: &Arc<Flusher>, flush: Flush) -> Result<Background> {
         let stop = |flusher: &Flusher| flusher.unpacks.stop();
         Background::start("flusher", self, stop, move |flusher| flusher.run(&flush))
@@ -197,7 +198,7 @@ impl Flusher {
         }
     }
 
-    /// Waits until a layer is unpacked. `false` at the stop.
+    /// Waits until a layer is being unpacked. Returns `false` at the stop.
     fn await_unpack(&self) -> bool {
         let is_idle = |unpacks: &Unpacks| unpacks.ids.is_empty();
         self.unpacks.wait_while(is_idle, |_| ()).is_some()
@@ -209,14 +210,15 @@ impl Flusher {
         let mut last_change = Instant::now();
         while self.unpacks.pause(INTERVAL) && self.unpacks.look(|unpacks| !unpacks.ids.is_empty()) {
             let free = flush.free_bytes().ok();
-            // A flush of nothing would still wake a sleeping disk.
+            // A flush without new data would still wake a sleeping disk.
             if free != free_before {
                 free_before = free;
                 last_change = Instant::now();
                 let written = free_at_flush
                     .zip(free)
                     .map_or(0, |(before, now)| before.saturating_sub(now));
-                // It would take the disk away from the commit, which flushes the layer alone then.
+                // A flush now would occupy the disk while the commit flushes the layer
+                // alone.
                 if flush.is_for_others(written) {
                     continue;
                 }

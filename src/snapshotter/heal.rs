@@ -1,10 +1,10 @@
-//! Putting an unpacked layer into the place of a damaged or missing one: in a command while
-//! no daemon runs, else in the daemon.
+//! Replacing a damaged or missing layer by an unpacked one: in a command while no daemon
+//! runs, otherwise in the daemon.
 //!
-//! The row, the name, the id and what stands on the layer stay. What a container may have
-//! mounted is never changed: the damaged directory is kept, as `.replaced-<id>`, as long as
-//! it may be mounted. After a crash the layer is whole or as it was; the next start deletes
-//! the other one.
+//! The row, the name, the id and everything that stands on the layer stay. What a
+//! container may have mounted is never changed: the damaged directory is kept, as
+//! `.replaced-<id>`, as long as it may be mounted. After a crash the layer is whole or as
+//! it was; the next start deletes the other one.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use crate::util::lock::lock;
 use crate::volume::{Dirs, is_handed_over, is_unpacked, replaced_id};
 
 impl Unpacking<'_> {
-    /// Hands over the layer that was unpacked last, by [`Unpacking::compare`], for
+    /// Passes the layer that [`Unpacking::compare`] has unpacked last on to
     /// [`Snapshotter::heal_layer`]. Returns its name.
     pub fn hand_over(&self) -> Result<String> {
         fault_point("heal-unpacked");
@@ -32,9 +32,8 @@ impl Unpacking<'_> {
 }
 
 impl Snapshotter {
-    /// Puts an unpacked layer that was handed over into the place of what is there,
-    /// durably. Returns the keys of the snapshots upon it that are mounted: they go on with
-    /// what they have mounted.
+    /// Replaces a layer by an unpacked one that was handed over, durably. Returns the
+    /// keys of the snapshots on it that are mounted, and so go on with the damaged files.
     ///
     /// # Errors
     ///
@@ -89,8 +88,8 @@ impl Snapshotter {
         self.mounted_upon(id)
     }
 
-    /// Deletes what healed layers have taken the place of, unless it may be mounted. In the
-    /// daemon the relocator's thread does that.
+    /// Deletes the damaged directories that healed layers have replaced, unless they may
+    /// be mounted. In the daemon, the relocator's thread does this.
     pub fn drop_damaged(&self) -> Result<()> {
         let dirs = self.volumes.image().dirs();
         for entry in dirs.entries()? {
@@ -101,7 +100,7 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Records what a layer that was found sound holds, and its digest.
+    /// Records what a sound layer holds, and its digest.
     pub fn record_sound(&self, name: &str, id: SnapshotId, digest: &str) -> Result<()> {
         let layer = self.require_layer(name, id)?;
         let volume = layer.volume.unwrap_or(Volume::Image);
@@ -120,7 +119,7 @@ impl Snapshotter {
         }
     }
 
-    /// The keys of the snapshots that are mounted to be written to and stand on a layer.
+    /// The keys of the snapshots that stand on a layer and are mounted for writing.
     fn mounted_upon(&self, layer: SnapshotId) -> Result<Vec<String>> {
         let writers = Mounts::read(&self.store, &self.volumes)?.writers();
         let reader = self.store.read()?;
@@ -138,7 +137,8 @@ impl Snapshotter {
         Ok(upon)
     }
 
-    /// Deletes what has changed places with a layer. `false` if it may be mounted.
+    /// Deletes the damaged directory that a layer has replaced. Returns `false` if
+    /// it may be mounted.
     fn drop_replaced(&self, dirs: &Arc<Dirs>, layer: SnapshotId) -> Result<bool> {
         let entries = dirs.entries()?;
         let mut names = entries.iter().map(|entry| entry.name.to_bytes());
@@ -154,25 +154,28 @@ impl Snapshotter {
         Ok(true)
     }
 
-    /// At a start: what checks and healing have left goes to the trash, but for damaged
-    /// directories that may be mounted, and what a check is working on.
+    /// At a start, moves everything that checks and healing have left to the trash,
+    /// except damaged directories that may be mounted, and directories of a running
+    /// check.
     pub(super) fn drop_leftovers_of_checks(&self, image: &Arc<Dirs>) -> Result<()> {
         for entry in image.entries()? {
             let name = entry.name.to_bytes();
             if is_unpacked(name) {
                 if self.volumes.image().trash_abandoned_unpack()? {
-                    log::info!("what a check had unpacked was dropped");
+                    log::info!("dropped what an interrupted check had unpacked");
                 }
             } else if is_handed_over(name) {
                 trash_entry(image, &entry.name.to_string_lossy())?;
-                log::info!("a layer that was to heal another, and was not needed, was dropped");
+                log::info!("dropped an unpacked layer that was not used for healing");
             } else if let Some(id) = replaced_id(name) {
                 if Mounts::read(&self.store, &self.volumes)?.may_show_replaced(id) {
                     self.relocator.note_replaced(id);
-                    log::info!("the damaged directory of layer {id} may be mounted, and is kept");
+                    log::info!(
+                        "the damaged directory of layer {id} stays, because it may be mounted"
+                    );
                 } else {
                     trash_entry(image, &entry.name.to_string_lossy())?;
-                    log::info!("the damaged directory of layer {id} was dropped");
+                    log::info!("dropped the damaged directory of layer {id}");
                 }
             }
         }

@@ -149,8 +149,8 @@ impl<'a> Mounts<'a> {
         named.any(|path| self.snapshot_at(volume, mounted, path).is_some())
     }
 
-    /// Whether a directory that a healed layer has taken the place of may be mounted, or
-    /// among the lower directories of an overlay.
+    /// Whether a directory that a healed layer has replaced may be mounted, or be among
+    /// the lower directories of an overlay.
     pub(super) fn may_show_replaced(&self, id: SnapshotId) -> bool {
         self.image.is_none() || !self.of_replaced(id).is_empty()
     }
@@ -247,8 +247,8 @@ fn bound(volume: Option<&Location>, mounted: &Mounted) -> Option<SnapshotId> {
     number(bound_name(volume, mounted)?)
 }
 
-/// The name in a volume's `snapshots/` of which this is a bind mount, or of something in it.
-/// A directory that was replaced after it was mounted has another name now.
+/// The entry of a volume's `snapshots/` that this bind mount shows, or shows a part of. A
+/// directory that was replaced after it was mounted has another name now.
 fn bound_name<'a>(volume: Option<&Location>, mounted: &'a Mounted) -> Option<&'a OsStr> {
     let volume = volume.filter(|volume| volume.device == mounted.device)?;
     let below = mounted.root.strip_prefix(&volume.root).ok()?;

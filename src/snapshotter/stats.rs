@@ -26,7 +26,7 @@ pub struct Figures {
     /// Bytes copied by these moves.
     pub relocated_bytes: u64,
     pub relocation_failures: u64,
-    /// What the last deep check has come to; `None` before the first one.
+    /// The result of the last deep check; `None` before the first one.
     pub deep_check: Option<DeepCheck>,
     /// What project quotas can do on the writable volume: `None` if it has none,
     /// or cannot be asked.
@@ -66,10 +66,10 @@ pub struct Written {
     pub limits: Limits,
 }
 
-/// The fact that has a [`DeepCheck`], as three numbers.
+/// The name of a fact: the last [`DeepCheck`], as three numbers.
 const DEEP_CHECK: &str = "deep-check";
 
-/// What a deep check has come to.
+/// The result of a deep check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeepCheck {
     /// When it ended, in seconds since 1970.
@@ -100,7 +100,7 @@ impl Figures {
 }
 
 impl Snapshotter {
-    /// Records, and logs, what a deep check has come to.
+    /// Records and logs the result of a deep check.
     pub fn record_deep_check(&self, compared: u64, damaged: u64) -> Result<()> {
         let what =
             format!("a deep check has compared {compared} layers, {damaged} of them are damaged");

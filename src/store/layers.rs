@@ -105,7 +105,7 @@ impl Rows {
         })
     }
 
-    /// The digests of layers that were found sound.
+    /// The digests of sound layers.
     pub fn digests(&self) -> Result<HashMap<SnapshotId, String>> {
         let sql = "SELECT id, digest FROM digest";
         let rows = self.all(sql, "list the digests of layers", |row| {
@@ -170,7 +170,8 @@ impl Transaction<'_> {
         let doing = format!("record that layer {layer} has moved");
         let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
         self.execute(sql, [layer], &doing)?;
-        // The other file system may not have all that counts.
+        // The other file system may not store everything that is part of the
+        // digest.
         self.forget_digest(layer)?;
         if !held.contains(&layer) && !self.is_in_use(layer)? {
             self.bury(layer, Volume::Writable)?;
@@ -186,7 +187,7 @@ impl Transaction<'_> {
         Ok(true)
     }
 
-    /// Records the digest of a layer that was found sound.
+    /// Records the digest of a sound layer.
     pub fn record_digest(&self, layer: SnapshotId, digest: &str) -> Result<()> {
         let sql = "INSERT OR REPLACE INTO digest (id, digest) VALUES (?1, ?2)";
         let doing = format_args!("record the digest of layer {layer}");

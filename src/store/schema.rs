@@ -81,7 +81,7 @@ const MIGRATIONS: &[&str] = &[
     // `check`; NULL for layers that are older than these columns.
     "ALTER TABLE snapshot ADD COLUMN attributes INTEGER;
      ALTER TABLE snapshot ADD COLUMN is_hollow INTEGER CHECK (is_hollow IN (0, 1));",
-    // 10: the digests of layers that were found sound, for `check --deep`.
+    // 10: the digests of sound layers, for `check --deep`.
     "CREATE TABLE digest (
          id     INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
          digest TEXT NOT NULL

@@ -1,8 +1,9 @@
-//! A digest of a whole tree, of all that [`super::compare_trees`] compares: two trees have
-//! one digest if they do not differ. Of hard links, the number of names counts.
+//! A digest of everything in a tree that [`super::compare_trees`] compares: two trees
+//! without differences have the same digest. For hard links, only the number of names
+//! counts.
 //!
-//! The digests of the entries are added up, so that their order on the disk does not matter
-//! and nothing has to be sorted or kept.
+//! The digests of the entries are added up, so their order on the disk does not matter,
+//! and nothing has to be sorted or kept in memory.
 
 use std::ffi::CString;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,8 +19,8 @@ use crate::util::sha256::Sha256;
 
 const READING: &str = "read a layer";
 
-/// The digest of the tree below `top`, `top` itself included, as hexadecimal digits. Ends
-/// early once `cancel` is set.
+/// The digest of the tree `top`, including the directory itself, as hexadecimal digits.
+/// Ends early once `cancel` is set.
 ///
 /// # Errors
 ///
@@ -63,7 +64,7 @@ pub fn digest_tree(top: impl AsFd, is_lowest: bool, cancel: &AtomicBool) -> Resu
 struct Digest<'a> {
     rules: Rules,
     cancel: &'a AtomicBool,
-    /// Of the entries' digests, word by word.
+    /// The sum of the entries' digests, word by word.
     sum: [u32; 8],
     buffer: Vec<u8>,
 }
@@ -99,7 +100,8 @@ impl Digest<'_> {
     fn bytes(&mut self, entry: &mut Sha256, name: Name<'_>) -> Result<()> {
         let opened = open_file(name.0, name.1).context(|| READING)?;
         let (file, _) = opened.ok_or_else(|| Error::data_loss("a file was replaced"))?;
-        // What is in memory may be sound, and what is on the disk not.
+        // Drops the cached pages: the copy in memory may be sound when the
+        // bytes on the disk are not.
         let _ = fadvise(&file, 0, None, Advice::DontNeed);
         let mut offset = 0;
         loop {
@@ -116,7 +118,8 @@ impl Digest<'_> {
     }
 }
 
-/// Adds what stat(2) reports of an entry and that true copies have in common.
+/// Adds the values of stat(2) that are the same for all true copies of an
+/// entry.
 #[allow(clippy::unnecessary_cast)] // their widths differ among architectures
 fn add_numbers(entry: &mut Sha256, stat: &Stat, is_top: bool) {
     let kind = FileType::from_raw_mode(stat.st_mode);

@@ -1,4 +1,4 @@
-//! Flushing what a tree holds, and nothing else of its file system.
+//! Flushing one tree, and nothing else on its file system.
 
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -14,27 +14,27 @@ use crate::util::lock::lock;
 
 const FLUSHING: &str = "flush a directory tree";
 
-/// How many files are flushed at the same time: flushes of a disk that wait for it together
-/// are one for the disk.
+/// How many files are flushed at the same time. Simultaneous flushes become one flush of
+/// the disk.
 const THREADS: usize = 8;
 
-/// What [`flush_tree`] has made durable.
+/// How much [`flush_tree`] has made durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flushed {
-    /// All of the tree.
+    /// The whole tree.
     Whole,
-    /// Its files and directories. It has symbolic links, device nodes or pipes as well: their
-    /// names are durable, but they cannot be opened to have their owners, times and
-    /// attributes flushed.
+    /// Its files and directories. It also has symbolic links, device nodes or pipes.
+    /// Their names are durable, but their owners, times and attributes are not, because
+    /// they cannot be opened to flush them.
     AllButNodes,
 }
 
-/// Makes the files and directories of a tree durable, `top` itself included, each by
-/// fsync(2).
+/// Makes the files and directories of a tree durable, including `top` itself, each
+/// by fsync(2).
 ///
 /// # Errors
 ///
-/// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
+/// [`ErrorKind::DataLoss`] if the disk has failed to write some of it.
 pub fn flush_tree(top: impl AsFd) -> Result<Flushed> {
     let (sender, receiver) = sync_channel(THREADS);
     let receiver = Mutex::new(receiver);
@@ -63,7 +63,7 @@ pub fn flush_tree(top: impl AsFd) -> Result<Flushed> {
         for thread in flushing {
             match thread.join().unwrap_or(Err(Errno::IO)) {
                 Ok(()) => {}
-                // The file system has no such flush.
+                // The file system does not support fsync(2).
                 Err(Errno::INVAL) => return Err(Errno::INVAL).context(|| FLUSHING),
                 Err(errno) => {
                     let cause = std::io::Error::from(errno);

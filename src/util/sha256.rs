@@ -24,16 +24,16 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", words.concat())
 }
 
-/// The digest of bytes that come in parts.
+/// Computes the digest of bytes that arrive in parts.
 pub struct Sha256 {
     state: [u32; 8],
-    /// Bytes that make no whole block yet.
+    /// Bytes that do not fill a block yet.
     rest: Vec<u8>,
     length: u64,
 }
 
 impl Sha256 {
-    /// Of no byte yet.
+    /// Starts with no bytes.
     pub fn new() -> Sha256 {
         Sha256 {
             state: START,

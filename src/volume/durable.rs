@@ -1,5 +1,5 @@
-//! Making things durable: a small file that is replaced, one snapshot, and all of the image
-//! volume.
+//! Making changes durable: replacing a small file, and flushing one snapshot or the whole
+//! image volume.
 
 use std::fs;
 use std::path::Path;
@@ -18,9 +18,9 @@ use crate::tree::{self, Flushed};
 use crate::types::SnapshotId;
 use crate::util::fault_point::is_left_out;
 
-/// Makes `text` the content of the file `name` (mode 0600) in `directory`,
-/// durably, by way of a new file `<name>.new` and a rename. `ENOSPC` is also what it
-/// returns where the disk takes only a part.
+/// Makes `text` the content of the file `name` (mode 0600) in `directory`, durably,
+/// with a new file `<name>.new` and a rename. It returns `ENOSPC` also if the disk
+/// has room for only a part.
 pub fn replace_file(directory: impl AsFd, name: &str, text: &str) -> rustix::io::Result<()> {
     let new = format!("{name}.new");
     match unlinkat(&directory, new.as_str(), AtFlags::empty()) {
@@ -37,20 +37,22 @@ pub fn replace_file(directory: impl AsFd, name: &str, text: &str) -> rustix::io:
     fsync(&directory)
 }
 
-/// The error of a flush of the image volume: its disk has failed to take something.
+/// The error of a failed flush of the image volume: its disk has failed to write
+/// something.
 pub(super) fn failed_flush(errno: Errno) -> Error {
     let cause = std::io::Error::from(errno);
     Error::caused(ErrorKind::DataLoss, "flush the image volume", cause)
 }
 
-/// Less than this much of what others have written is not worth a choice.
+/// If other programs have written less than this, the whole file system is
+/// flushed.
 const FEW_BYTES: u64 = 64 << 20;
-/// About what a disk writes in the time that the flush of one file takes: the flush of a
-/// file counts as so much to be written.
+/// About how much a disk writes in the time that the flush of one file takes. Each file
+/// to be flushed counts as that many bytes.
 const BYTES_OF_A_FILE: u64 = 256 << 10;
 
-/// How much data of all file systems the kernel still has to write, in bytes. 0 if it
-/// cannot be seen.
+/// How many bytes of all file systems the kernel still has to write; 0 if that is
+/// unknown.
 fn unwritten_bytes() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kibibytes = text.lines().filter_map(|line| {
@@ -61,8 +63,8 @@ fn unwritten_bytes() -> u64 {
     kibibytes.sum::<u64>() << 10
 }
 
-/// Whether a flush of a whole file system would clearly wait for more than what has been
-/// written here: `unwritten` bytes, of which at most `own` are ours.
+/// Whether a flush of the whole file system would clearly wait for other programs' data:
+/// of `unwritten` bytes, at most `own` are the snapshot's.
 fn is_mostly_of_others(unwritten: u64, own: u64) -> bool {
     unwritten > own.saturating_mul(2).saturating_add(FEW_BYTES)
 }
@@ -96,9 +98,9 @@ fn keeps_order(directory: impl AsFd) -> bool {
 }
 
 impl Dirs {
-    /// Makes what a snapshot holds durable, and nothing else, if that takes less time than
-    /// to flush the whole volume with all that other programs have written there. `false`
-    /// if the volume has to be flushed.
+    /// Makes only a snapshot durable, if that takes less time than flushing the whole
+    /// volume with everything that other programs have written there. Returns `false` if
+    /// the volume has to be flushed.
     ///
     /// # Errors
     ///
@@ -107,7 +109,7 @@ impl Dirs {
         let is_forced = is_left_out("volume");
         let unwritten = unwritten_bytes();
         if !is_forced {
-            // Most disks are quiet, and nothing has to be counted.
+            // Usually the disk is quiet, and the files need not be counted.
             if !is_mostly_of_others(unwritten, 0) {
                 return Ok(false);
             }
@@ -133,9 +135,8 @@ impl Dirs {
         Ok(true)
     }
 
-    /// Makes the names durable by which a snapshot is found, and a change of its directory
-    /// after which nothing in it has changed. A file system that takes nothing any more
-    /// refuses the change.
+    /// Makes a snapshot's names durable, together with a change of its directory after
+    /// everything in it. A file system that has stopped writing refuses the change.
     fn sync_names(&self, id: SnapshotId) -> Result<()> {
         let flushing = || format!("flush the directory of snapshot {id}");
         let snapshots = self.snapshots_fd();
@@ -152,9 +153,9 @@ impl Dirs {
     }
 }
 
-/// An open file on the image volume, for flushing the volume beside its requests. The
-/// kernel reports a failed write once to each open file (syncfs(2), since Linux 5.8): what
-/// is reported to this file is reported to a commit as well.
+/// An open file on the image volume, for flushing the volume in the background. The
+/// kernel reports a failed write once to each open file (syncfs(2), since Linux 5.8):
+/// a failure that is reported for this file is reported to a commit as well.
 pub struct Flush {
     file: OwnedFd,
 }
@@ -174,15 +175,15 @@ impl Flush {
         syncfs(&self.file).map_err(failed_flush)
     }
 
-    /// How many bytes are free: another number whenever something was written. Asks no
-    /// disk.
+    /// The free bytes of the volume. The number changes when something is written. No
+    /// disk is asked.
     pub fn free_bytes(&self) -> Result<u64> {
         let state = fstatvfs(&self.file).context(|| "look how full the image volume is")?;
         Ok(state.f_bfree.saturating_mul(state.f_frsize))
     }
 
-    /// Whether a flush now would mostly write what other programs have written: on this
-    /// volume, `written` bytes were since the last one.
+    /// Whether a flush now would mostly write other programs' data. `written` bytes
+    /// were written on this volume since the last flush.
     pub fn is_for_others(&self, written: u64) -> bool {
         is_left_out("volume") || is_mostly_of_others(unwritten_bytes(), written)
     }

@@ -1,13 +1,13 @@
-//! Where a layer is unpacked again, to be compared with what is there, and how it takes
-//! the place of a damaged one.
+//! The directory in which a layer is unpacked again, to be compared with the one that
+//! is there, and replacing a damaged layer by it.
 //!
 //! It is unpacked in `<root>/snapshots/.unpacked`, which belongs to the process that has
-//! locked it (flock(2)); what a killed process has left there is nobody's. A layer that is
-//! to take the place of another is handed over: it is moved to a name of its own, so that
-//! it belongs to what heals, the daemon or the command, whatever becomes of the lock. Then
-//! it gets the name `.replaced-<id>`, and changes names with the damaged directory in one
-//! step. After a crash, what is called so is one of the two, and the layer itself is whole
-//! or as it was.
+//! locked it (flock(2)); the leftovers of a killed process belong to no process. A layer
+//! that will replace another is handed over: it is renamed, so that it belongs to the
+//! daemon or command that heals, whatever happens to the lock. Then it is renamed to
+//! `.replaced-<id>`, and exchanges its name with the damaged directory in one step. After
+//! a crash, `.replaced-<id>` is one of the two, and the layer itself is healed or as it
+//! was.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -29,7 +29,7 @@ pub fn replaced_id(name: &[u8]) -> Option<SnapshotId> {
     SnapshotId::from_directory_name(name.strip_prefix(REPLACED.as_bytes())?)
 }
 
-/// Whether an entry of `snapshots/` has the name of what is unpacked to be compared.
+/// Whether an entry of `snapshots/` has the name of this directory.
 pub fn is_unpacked(name: &[u8]) -> bool {
     name == UNPACKED.as_bytes()
 }
@@ -41,14 +41,14 @@ pub fn is_handed_over(name: &[u8]) -> bool {
         .is_some_and(|numbers| !numbers.is_empty() && numbers.iter().all(is_number))
 }
 
-/// The directory for one unpacked layer at a time, locked.
+/// The locked directory, which holds one unpacked layer at a time.
 pub struct UnpackDir<'a> {
     image: &'a Image,
     fd: OwnedFd,
 }
 
 impl Image {
-    /// Makes and locks the directory.
+    /// Creates and locks the directory.
     ///
     /// # Errors
     ///
@@ -65,15 +65,16 @@ impl Image {
                     self.path()
                 )));
             }
-            // The one before may have removed it just before this one has locked it.
+            // Its earlier owner may have removed it just before this process locked
+            // it.
             if is_named(&fd, snapshots).context(|| format!("look at {path}/{UNPACKED}"))? {
                 return Ok(UnpackDir { image: self, fd });
             }
         }
     }
 
-    /// Moves what a killed process has unpacked to the trash. `false` if there is nothing,
-    /// or its process is at work.
+    /// Moves what a killed process has unpacked to the trash. Returns `false` if there is
+    /// nothing, or its process is still running.
     pub fn trash_abandoned_unpack(&self) -> Result<bool> {
         let fd = match open_to_list(self.dirs().snapshots_fd(), UNPACKED) {
             Err(Errno::NOENT) => return Ok(false),
@@ -93,8 +94,8 @@ impl UnpackDir<'_> {
         self.fd.as_fd()
     }
 
-    /// Makes the directories of a layer in it, which has to be empty. Returns their paths,
-    /// and `fs`, opened.
+    /// Creates the directories of a layer in it. It has to be empty. Returns their paths,
+    /// and the opened `fs`.
     pub fn begin(&self, owner: Owner) -> Result<(SnapshotPaths, OwnedFd)> {
         let top = format!("{}/{UNPACKED}/{LAYER}", self.image.snapshots_path());
         let making = || format!("create the directory {top}");
@@ -115,7 +116,7 @@ impl UnpackDir<'_> {
             .context(|| "open the directory of an unpacked layer")
     }
 
-    /// Moves the unpacked layer to a name of its own in `snapshots/`, and returns that.
+    /// Renames the unpacked layer within `snapshots/`, and returns its new name.
     pub fn hand_over(&self) -> Result<String> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let snapshots = self.image.dirs().snapshots_fd();
@@ -123,7 +124,7 @@ impl UnpackDir<'_> {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             let name = format!("{HANDED_OVER}{}-{number}", std::process::id());
             match move_aside(&self.fd, LAYER, snapshots, &name) {
-                // Of a killed process with the same number.
+                // The name is left from a killed process with the same number.
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {}
                 moved => {
                     let path = self.image.snapshots_path();
@@ -134,9 +135,9 @@ impl UnpackDir<'_> {
         }
     }
 
-    /// Removes the directory, which has to be empty.
+    /// Removes the empty directory.
     pub fn remove(self) {
-        // What is in it is removed by the next one, or the next start.
+        // If it is not empty, the next check, or the next start, removes it.
         let _ = unlinkat(
             self.image.dirs().snapshots_fd(),
             UNPACKED,
@@ -150,8 +151,8 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidArgument`](crate::error::ErrorKind::InvalidArgument) for a name
-    /// that [`UnpackDir::hand_over`] does not give.
+    /// [`ErrorKind::InvalidArgument`](crate::error::ErrorKind::InvalidArgument) for a
+    /// name that [`UnpackDir::hand_over`] does not return.
     pub fn open_handed_over(&self, name: &str) -> Result<OwnedFd> {
         if !is_handed_over(name.as_bytes()) {
             return Err(Error::invalid(format!(
@@ -163,13 +164,14 @@ impl Image {
             .context(|| format!("open the unpacked layer {}/{name}", self.snapshots_path()))
     }
 
-    /// Puts an unpacked layer that was handed over, and is durable, into the place of a
-    /// layer that is damaged or missing. What had the layer's name is called
-    /// [`REPLACED`]`<id>` after that; nothing may have that name before.
+    /// Replaces a damaged or missing layer by an unpacked one that was handed over and
+    /// is durable. The old entry is then called [`REPLACED`]`<id>`; nothing may have
+    /// this name before.
     ///
     /// # Errors
     ///
-    /// As of [`Image::exchange`]. The unpacked layer is then called [`REPLACED`]`<id>`.
+    /// As in [`Image::exchange`]. In that case, the unpacked layer is called
+    /// [`REPLACED`]`<id>`.
     pub fn put_in_place(&self, handed_over: &str, id: SnapshotId) -> Result<()> {
         let (snapshots, path) = (self.dirs().snapshots_fd(), self.snapshots_path());
         let replaced = replaced_name(id);
@@ -185,8 +187,8 @@ impl Image {
 }
 
 impl Dirs {
-    /// Moves what has changed places with a layer to the trash, and returns its name there;
-    /// `None` if there was nothing.
+    /// Moves the entry that a layer has replaced to the trash, and returns its name
+    /// there; `None` if there was nothing.
     pub fn trash_replaced(&self, id: SnapshotId) -> Result<Option<String>> {
         self.trash_entry(&replaced_name(id))
     }
@@ -196,7 +198,7 @@ fn replaced_name(id: SnapshotId) -> String {
     format!("{REPLACED}{id}")
 }
 
-/// `false` if another process has the lock.
+/// Locks a directory. Returns `false` if another process has the lock.
 fn lock(directory: &OwnedFd) -> std::result::Result<bool, Errno> {
     match flock(directory, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => Ok(false),

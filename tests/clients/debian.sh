@@ -1,5 +1,6 @@
 #!/bin/sh
-# Docker, BuildKit, ctr and CRI of another Debian than the machine's, in a folder.
+# Docker, BuildKit, ctr and CRI of another Debian than the machine's, in a
+# directory.
 #
 #     sudo sh tests/clients/debian.sh RELEASE     trixie (13) or unstable
 #
@@ -18,18 +19,18 @@ checkout=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source=tests/clients/lib.sh
 . "$checkout/tests/clients/lib.sh"
 
-# make_folder: the Debian, with what the clients need.
+# make_folder: makes the Debian, with everything that the clients need.
 make_folder() {
     [ ! -d "$folder" ] || return 0
     say "making $folder"
-    # From where this machine's apt has its packages, and by the same proxy. The words in
-    # parentheses are apt's.
+    # The same mirror and proxy as this machine's apt. The words in parentheses are
+    # apt's.
     # shellcheck disable=SC2016
     mirror=$(apt-get indextargets --format '$(REPO_URI) $(COMPONENT)' 'Created-By: Packages' |
         sed -n 's|^\(.*/debian/\{0,1\}\) main$|\1|p' | head -n 1)
     [ -n "$mirror" ] || die "apt has no mirror of Debian"
     apt-config dump | { grep '^Acquire::https\{0,1\}::Proxy' || :; } >"$scratch/options"
-    # A mirror's index may be older than it says that it may become.
+    # A mirror's index may be older than its own limit.
     echo 'Acquire::Check-Valid-Until "false";' >>"$scratch/options"
     rm -rf --one-file-system "$folder.new"
     mkdir -p "${folder%/*}"
@@ -53,8 +54,8 @@ build_cri() {
             go build -o "$scratch/cri.program" .) || die "the client of CRI was not built"
 }
 
-# make_registry: images as a registry has them, for a web server that knows files only:
-# NAME:1.oci for the NAMEs a, b, c, and pause, which sleeps.
+# make_registry: makes the files of a registry, for a plain web server: NAME:1.oci for
+# the NAMEs a, b, c, and pause, which sleeps.
 make_registry() {
     mkdir -p "$scratch/layout" "$scratch/www/v2"
     TMPDIR=$scratch GZIP_LAYERS=1 sh "$checkout/tests/make-image.sh" "$scratch/image.tar" localhost:5000/a:1.oci
@@ -74,7 +75,7 @@ make_registry() {
     echo '.oci:application/vnd.oci.image.manifest.v1+json' >"$scratch/httpd.conf"
 }
 
-# offer NAME MANIFEST: the file MANIFEST as NAME:1.oci.
+# offer NAME MANIFEST: offers the file MANIFEST as NAME:1.oci.
 offer() {
     mkdir -p "$scratch/www/v2/$1/manifests"
     mkdir "$scratch/www/v2/$1/blobs"
@@ -96,7 +97,8 @@ enter_folder() {
     mkdir upper work new
     mount -t overlay -o "lowerdir=$folder,upperdir=upper,workdir=work" overlay new
     mkdir -p new/test/t new/old
-    # In memory; what runs in it may need another file system than an overlay.
+    # In memory, because programs in it may need another file system than an
+    # overlay.
     mount -t tmpfs -o mode=755 tmpfs new/test
     mkdir new/test/checkout new/test/t
     cp -a "$checkout/tests" new/test/checkout/
@@ -118,7 +120,7 @@ enter_folder() {
     cd new
     pivot_root . old
     umount -l /old
-    # Nothing of the machine's environment holds here.
+    # The machine's environment is not used here.
     exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root CGROUP="$cgroup" CLIENTS="${CLIENTS-}" RELEASE="${folder##*debian-}" \
         sh /test/checkout/tests/clients/in-debian.sh
 }

@@ -30,7 +30,7 @@ checkout=$(cd "$(dirname "$0")/../.." && pwd)
 . "$checkout/tests/clients/lib.sh"
 image_name=docker.io/library/split-test:latest
 
-# known KIND: this kernel has that file system, perhaps as a module.
+# known KIND: whether this kernel has that file system, perhaps as a module.
 known() {
     case $1 in
     fuse) [ -e /dev/fuse ] ;;
@@ -47,9 +47,10 @@ make_disk() {
         return
         ;;
     fuse)
-        # A file system in user space that hands everything on to a directory.
+        # A file system in user space that passes everything on to a directory.
         make_disk ext4 "$2.behind"
-        # Otherwise a file that gets a second name has the old count of names for a second.
+        # Otherwise a file with a new second name shows the old number of names for a
+        # second.
         bindfs -o attr_timeout=0 "$2.behind" "$2"
         return
         ;;
@@ -77,9 +78,9 @@ check_disk() {
     }
 }
 
-# What a container can do to its image. Files that only root of the machine can make
-# are added by decorate.
-# shellcheck disable=SC2016 # It is expanded in the container.
+# What a container can do to its image. decorate adds files that only the machine's
+# root can make.
+# shellcheck disable=SC2016 # The container expands it.
 changes='
 set -e
 echo new >/etc/new
@@ -100,7 +101,7 @@ touch -h -d "2001-02-03 04:05:06" /data/dangling; touch -d "1975-01-01 00:00:00"
 cat /opt/data/payload >/data/payload
 '
 
-# decorate DIR: attributes and times on the files of a running container.
+# decorate DIR: sets attributes and times on the files of a running container.
 decorate() {
     cp "$scratch/payload" "$1/opt/data/payload"
     cp "$scratch/payload" "$1/data/payload"
@@ -110,19 +111,19 @@ decorate() {
     setcap cap_net_raw+ep "$1/data/payload"
     setfacl -m u:1234:r,g:99:rw "$1/data/two"
     setfacl -d -m u:1234:rwx "$1/data/deep"
-    # What the clock has given differs from run to run.
+    # Times from the clock differ from run to run.
     find "$1"/bin "$1"/data "$1"/etc "$1"/opt "$1"/srv -newer "$scratch/payload" -exec touch -h -d '2020-02-02 02:02:02.2' {} +
     touch -d '2020-02-02' "$1/"
     touch -d '2030-07-08 09:10:11.123456789' "$1/data/deep/two"
     touch -d '2024-02-29 23:59:59.999999999' "$1/data/deep/er"
 }
 
-# describe DIR: everything that a container can see of a tree but numbers of inodes and
-# sizes of directories. A file's names that are one file stand in one line.
+# describe DIR: prints everything that a container can see of a tree, except inode
+# numbers and the sizes of directories. All names of one file are in one line.
 describe() {
     (
         cd "$1"
-        # A container has a file system of its own on /run.
+        # /run is left out, because a container has another file system there.
         find . -mindepth 1 -path ./run -o \( -type d -printf '%P %M %U:%G %t\n' \) -o \
             \( -type l -printf '%P %M %U:%G %t %l\n' \) -o \
             -printf '%P %M %U:%G %s %n %t\n' | sort
@@ -130,7 +131,7 @@ describe() {
         find . -type f -exec sha256sum {} + | sort -k 2
         find . -type f -links +1 -printf '%i %P\n' | sort |
             awk '$1 != last { if (NR > 1) print ""; last = $1 } { printf "%s ", substr($0, length($1) + 2) } END { print "" }' | sort
-        # Attributes of file systems themselves are no content.
+        # Attributes of the file system itself are not content.
         find . -print0 | sort -z | xargs -0 getfattr -P -h -d -e hex -m '^(user|security|trusted\.note|system\.posix)' 2>/dev/null
     )
 }
@@ -147,12 +148,12 @@ describe_layer() {
     ctr snapshot --snapshotter "$kind" rm "view-$1"
 }
 
-# keep NAME: containerd's garbage collection leaves this snapshot alone.
+# keep NAME: protects this snapshot from containerd's garbage collection.
 keep() {
     ctr snapshot --snapshotter "$kind" label "$1" containerd.io/gc.root=test >/dev/null
 }
 
-# start_container NAME and stop_container NAME: one that sleeps.
+# start_container NAME and stop_container NAME: for a container that sleeps.
 start_container() {
     # shellcheck disable=SC2086 # None or more words.
     ctr run --detach --null-io --snapshotter "$kind" --runc-root "$scratch/runc" ${2-} \
@@ -171,8 +172,8 @@ is_stopped() {
     ctr task ls | grep -q "^$1 .*STOPPED"
 }
 
-# commit_content KIND: imports the image, changes it in a container, commits that and
-# leaves in $scratch/KIND what the layer looks like.
+# commit_content KIND: imports the image, changes it in a container, commits the
+# container, and writes a description of the layer to $scratch/KIND.
 commit_content() {
     kind=$1
     ctr images import --snapshotter "$kind" "$scratch/image.tar" >/dev/null
@@ -187,7 +188,7 @@ commit_content() {
     describe_layer committed >"$scratch/$kind"
 }
 
-# compare WHEN: the layer looks as the built-in's.
+# compare WHEN: checks that the layer looks like the built-in snapshotter's.
 compare() {
     diff "$reference" "$scratch/rwsplit" >"$scratch/differ" || {
         cut -c 1-300 "$scratch/differ" | head -n 30
@@ -195,7 +196,7 @@ compare() {
     }
 }
 
-# remove_content KIND: removes all of it.
+# remove_content KIND: removes everything that commit_content has created.
 remove_content() {
     ctr snapshot --snapshotter "$1" rm two
     ctr containers rm one
@@ -207,7 +208,7 @@ remove_content() {
 # --inside: one pair, or the reference, as process 1 of its own namespaces.
 #
 
-# enter: what each of them begins with.
+# enter: the beginning of each of them.
 enter() {
     trap stop_inside EXIT
     end_after 300
@@ -304,7 +305,7 @@ expect_refused() {
         fail "doctor does not say what is wrong: $(cat "$scratch/doctor.out")"
 }
 
-# move: the layer moves to the image volume.
+# move: waits until the layer moves to the image volume.
 move() {
     # Within one file system a layer moves by renaming, and waits until nothing stands on it.
     [ "$image_kind" = none ] || stand_on_layer
@@ -312,7 +313,7 @@ move() {
     [ "$image_kind" != none ] || stand_on_layer
 }
 
-# Something stands on the layer, as a container does.
+# stand_on_layer: creates a snapshot on the layer, as a container does.
 stand_on_layer() {
     ctr snapshot --snapshotter rwsplit prepare two committed >/dev/null
     keep two
@@ -335,10 +336,11 @@ run_suite() {
 # The script as it is called.
 #
 
-# inside DIR WHAT...: runs it in a directory of its own; shows what it says if it fails.
+# inside DIR WHAT...: runs it in a directory of its own, and shows its output if it
+# fails.
 inside() {
-    # A short name: the path of a socket below it is limited.
-    # In memory: the flushes of so many file systems would be all that takes time.
+    # A short name: the path of a socket below it is limited. In memory, because
+    # the flushes of so many file systems would take most of the time.
     inside_dir=$scratch/$1
     mkdir "$inside_dir"
     mount -t tmpfs -o mode=755 tmpfs "$inside_dir"
@@ -367,7 +369,7 @@ main() {
     find_busybox
     make_scratch
     TMPDIR=$scratch sh "$checkout/tests/make-image.sh" "$scratch/image.tar" "$image_name"
-    # A layer below 1 MiB stays where it is while something stands on it.
+    # A layer below 1 MiB would stay in its place while something stands on it.
     head -c 1500000 /dev/urandom >"$scratch/payload"
     [ $# -gt 0 ] || set -- \
         ext4+ext4 ext4+xfs ext4+btrfs ext4+f2fs ext4+tmpfs \

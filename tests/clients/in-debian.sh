@@ -1,7 +1,8 @@
 #!/bin/sh
-# What debian.sh runs, as process 1, in the folder of another Debian: /test has the
+# Run by debian.sh, as process 1, in the directory of another Debian: /test has the
 # checkout's tests, the program, the client of CRI and, in /test/t, the volumes and the
-# registry. $CGROUP is the cgroup that is removed afterwards, $RELEASE the name of that Debian.
+# registry. $CGROUP is the cgroup that is removed afterwards, $RELEASE the name of that
+# Debian.
 set -eu
 
 checkout=/test/checkout
@@ -15,8 +16,8 @@ writable=$scratch/writable
 snapshotter=/test/snapshotter
 dockerd=
 
-# client NAME: runs the function NAME, and what holds after each client. The first that
-# fails ends the script.
+# client NAME: runs the function NAME, and checks what must hold after each client. The
+# first failure ends the script.
 client() {
     under_way=$1
     began=$(date +%s)
@@ -39,7 +40,7 @@ report() {
 under_way=
 trap report EXIT
 
-# says WANTED COMMAND...: COMMAND prints that, and succeeds.
+# says WANTED COMMAND...: checks that COMMAND prints this, and succeeds.
 says() {
     wanted=$1
     shift
@@ -47,7 +48,7 @@ says() {
     expect "$wanted" "$found" "$*"
 }
 
-# refuses COMMAND...: COMMAND fails.
+# refuses COMMAND...: checks that COMMAND fails.
 refuses() {
     ! "$@" || fail "$* succeeded"
 }
@@ -99,7 +100,7 @@ one_is_stopped() {
 #
 
 cri_client() {
-    # The sandbox image is pinned, and stays until it is removed by ctr.
+    # The sandbox image is pinned, and stays until ctr removes it.
     ROOT=$image /test/cri "$scratch/containerd.sock" localhost:5000/a:1.oci 20
     remove_pods
 }
@@ -112,7 +113,7 @@ remove_pods() {
     ctr -n k8s.io images rm --sync $(ctr -n k8s.io images ls -q)
 }
 
-# A network that pods can have: CNI's answer and nothing else.
+# A network for pods: a CNI plugin that only answers.
 make_network() {
     mkdir -p "$scratch/cni/bin" "$scratch/cni/net.d"
     cat >"$scratch/cni/bin/nothing" <<'CNI'
@@ -128,7 +129,8 @@ CNI
     echo '{"cniVersion":"0.4.0","name":"none","plugins":[{"type":"nothing"}]}' >"$scratch/cni/net.d/1.conflist"
 }
 
-# configure_containerd: pods have the snapshotter, as docs/containerd.md says it.
+# configure_containerd: pods get the snapshotter, as docs/containerd.md
+# describes.
 configure_containerd() {
     cni="bin_dir = \"$scratch/cni/bin\"
 conf_dir = \"$scratch/cni/net.d\""
@@ -254,7 +256,7 @@ blobs_of() {
     tar -tf "$1" | grep '^blobs/sha256/.' | sort | xargs
 }
 
-# Containers run on while dockerd and containerd are started again.
+# Containers keep running while dockerd and containerd are restarted.
 docker_restores() {
     first=$(docker inspect --format '{{.State.Pid}}' one)
     stop_dockerd
@@ -266,7 +268,8 @@ docker_restores() {
     says after docker exec one cat /after
 }
 
-# The daemon is killed beneath ten containers, which then are started again.
+# The daemon is killed while ten containers use it, which are then started
+# again.
 docker_restarts() {
     for number in 1 2 3 4 5 6 7 8 9 10; do
         docker run -d --name "ten-$number" --restart always --network none rich \
@@ -317,7 +320,7 @@ DOCKERFILE
     docker build --network none -t built "$scratch/context"
     says 'again 9 cached 9 context one 711' docker run --rm --network none built \
         sh -c '(cat /opt/data; ls /many | wc -l; cat /srv/second /srv/from-context /srv/after-link; stat -c %a /srv/second) | xargs'
-    # An anonymous volume begins with what the image has there.
+    # An anonymous volume starts with the image's files.
     says 'of the image' docker run --rm --network none built cat /vol/file
     says 'of the image' docker run --rm --network none --read-only built cat /vol/file
     first=$(docker image inspect --format '{{.RootFS.Layers}}' built)

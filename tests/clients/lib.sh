@@ -1,7 +1,7 @@
-# What disks.sh and debian.sh have in common: a daemon on two volumes, a containerd
-# that uses it, and the proof that both volumes are as empty as before. A script reads
-# this file after tests/lib.sh, within namespaces of its own; $scratch is its
-# directory and $snapshotter the program.
+# Shared by disks.sh and debian.sh: a daemon on two volumes, a containerd that uses
+# it, and checks that both volumes are as empty as before. A script reads this file
+# after tests/lib.sh, within namespaces of its own; $scratch is its directory and
+# $snapshotter the program.
 #
 # shellcheck shell=sh
 # Scripts set and use what is not set or used here.
@@ -10,7 +10,7 @@
 daemon=
 containerd=
 
-# fail WORDS...: reports what went wrong, shows the ends of the logs, ends.
+# fail WORDS...: reports what went wrong, shows the ends of the logs, and exits.
 fail() {
     echo "FAILED: $*"
     for log in "$scratch"/*.log; do
@@ -39,7 +39,7 @@ expect() {
     [ "$1" = "$2" ] || fail "$3: wanted '$1', found '$2'"
 }
 
-# start_daemon FLAG...: the daemon on $image and $writable.
+# start_daemon FLAG...: starts the daemon on $image and $writable.
 start_daemon() {
     daemon_flags=$*
     # shellcheck disable=SC2086 # A list of words.
@@ -50,7 +50,7 @@ start_daemon() {
         fail "the daemon did not start"
 }
 
-# kill_daemon: kills the daemon and starts it again, with the flags that it had.
+# kill_daemon: kills the daemon and starts it again, with the same flags.
 kill_daemon() {
     kill -KILL "$daemon"
     cat "$scratch/daemon.log" >>"$scratch/earlier-daemons.log"
@@ -59,9 +59,9 @@ kill_daemon() {
     start_daemon $daemon_flags
 }
 
-# start_containerd: a containerd that shares nothing with another one, and has the
-# daemon as `rwsplit`. $containerd_more are further lines of its configuration, whose
-# version is $containerd_version.
+# start_containerd: starts a containerd that shares nothing with another one, and has
+# the daemon as `rwsplit`. $containerd_more are further lines of its configuration,
+# whose version is $containerd_version.
 start_containerd() {
     cat >"$scratch/containerd.toml" <<TOML
 version = ${containerd_version-2}
@@ -96,15 +96,15 @@ stop_all() {
     umount_below "$scratch"
 }
 
-# umount_below DIR: unmounts what containerd has left mounted there, if anything.
+# umount_below DIR: unmounts everything that containerd has left mounted there.
 umount_below() {
     for left in "$1/containerd" "$1/containerd-state" "$1/opt"; do
         [ ! -d "$left" ] || umount -R "$left" 2>/dev/null || :
     done
 }
 
-# names_on_volumes: all directories and files of both volumes, except the database, which
-# keeps its size, and the daemon's own files.
+# names_on_volumes: prints all directories and files of both volumes, except the
+# database, which keeps its size, and the daemon's own files.
 names_on_volumes() {
     for volume in "$image" "$writable"; do
         find "$volume" -mindepth 1 -path "$volume/lost+found" -prune -o \
@@ -113,9 +113,9 @@ names_on_volumes() {
     done
 }
 
-# remember_empty and expect_empty: both volumes have the same names at both times.
-# Deletions are not immediate: containerd collects garbage, and the daemon then empties
-# its trash.
+# remember_empty and expect_empty: check that both volumes have the same names at both
+# times. Deletions are not immediate: containerd collects garbage, and the daemon then
+# empties its trash.
 remember_empty() {
     names_on_volumes >"$scratch/empty"
 }
@@ -133,13 +133,14 @@ expect_empty() {
     done
 }
 
-# collect_garbage: containerd removes what nothing refers to, in every namespace.
+# collect_garbage: makes containerd remove what nothing refers to, in every
+# namespace.
 collect_garbage() {
     ctr -n default leases create --id collect >/dev/null 2>&1 || :
     ctr -n default leases rm --sync collect >/dev/null
 }
 
-# rwsplit WORD...: a command of the program, on these volumes.
+# rwsplit WORD...: runs a command of the program on these volumes.
 rwsplit() {
     "$snapshotter" "$@" --root-dir "$image" --writable-dir "$writable" \
         --address "$scratch/snapshotter.sock"
@@ -148,7 +149,7 @@ status() {
     rwsplit status
 }
 
-# expect_clean: `check` finds nothing wrong.
+# expect_clean: fails unless `check` finds nothing wrong.
 expect_clean() {
     rwsplit check >"$scratch/check.out" 2>&1 || {
         cat "$scratch/check.out"
@@ -156,7 +157,7 @@ expect_clean() {
     }
 }
 
-# layers_away: how many layers still are on the writable volume.
+# layers_away: prints how many layers are still on the writable volume.
 layers_away() {
     find "$image/snapshots" -mindepth 1 -maxdepth 1 -type l | wc -l
 }

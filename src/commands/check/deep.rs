@@ -1,7 +1,7 @@
-//! Comparing layers with what containerd unpacks them from, and healing them.
+//! Comparing layers with containerd's content, and healing them.
 //!
-//! Owns: which layer is compared with what, in which order, and how an interrupted command
-//! ends. Never: how trees are compared or layers replaced; that is the snapshotter's.
+//! Owns: which layer is compared with what, in which order, and how an interrupted
+//! command ends. Never: compares trees or replaces layers; the snapshotter does that.
 
 use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
@@ -25,23 +25,23 @@ use crate::sys;
 use crate::tree::Differences;
 use crate::types::{Quoted, SnapshotId};
 
-/// What a deep check has come to.
+/// The results of a deep check.
 #[derive(Default)]
 pub(super) struct Deep {
     /// How many layers were compared.
     pub compared: usize,
-    /// How many of them are what they should be.
+    /// How many of them are sound.
     pub sound: usize,
     pub healed: Vec<Healed>,
-    /// What is damaged and has not healed.
+    /// The damages that have not healed.
     pub findings: Vec<Finding>,
     pub not_compared: Vec<NotCompared>,
-    /// What could not be read of containerd's images.
+    /// Errors about containerd's images that could not be read.
     pub problems: Vec<String>,
 }
 
 impl Deep {
-    /// Nothing could be compared.
+    /// The result if nothing could be compared.
     pub(super) fn failed(error: &Error) -> Deep {
         Deep {
             problems: vec![format!("nothing has healed: {}", error.chain())],
@@ -54,7 +54,7 @@ impl Deep {
 pub(super) struct Healed {
     pub key: String,
     pub differences: Differences,
-    /// The keys of snapshots that go on with the damaged files.
+    /// The keys of the snapshots that still have the damaged files mounted.
     pub restart: Vec<String>,
 }
 
@@ -62,31 +62,31 @@ pub(super) struct Healed {
 pub(super) struct NotCompared {
     pub key: String,
     pub why: String,
-    /// Whether it could have been: the check has not seen all that it should.
+    /// Whether this is a failure, because the layer's content is there.
     pub has_failed: bool,
-    /// What would change that.
+    /// What the user can do about it.
     pub remedy: Option<String>,
 }
 
 /// Which layers are compared.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layers {
-    /// All.
+    /// All layers.
     All,
-    /// Those that healing may help.
+    /// Only layers that healing may help.
     Broken,
 }
 
-/// What a deep check is to do.
+/// The task of a deep check.
 pub(super) struct Task<'a> {
     pub layers: Layers,
-    /// Whether layers that differ heal.
+    /// Whether layers that differ are healed.
     pub heals: bool,
-    /// Without it, nothing is recorded.
+    /// `None` if nothing is recorded.
     pub writer: Option<&'a Writer<'a>>,
 }
 
-/// What records results, and puts layers into place.
+/// The process that records results and replaces layers.
 pub(super) enum Writer<'a> {
     /// This process, which has the root's lock.
     Alone(&'a Snapshotter),
@@ -116,7 +116,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Records what the check has come to, for the daemon's figures.
+    /// Records the result of the check, for the daemon's figures.
     pub(super) fn record_result(&self, deep: &Deep) -> Result<()> {
         let (compared, damaged) = (deep.compared as u64, deep.findings.len() as u64);
         match self {
@@ -126,13 +126,13 @@ impl Writer<'_> {
     }
 }
 
-/// Compares layers with the digests that are recorded of them, and those that have none, or
+/// Compares layers with their recorded digests, and layers without a digest, or with
 /// another one now, with containerd's content. `findings` are those of the counts.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Cancelled`] after a signal, [`ErrorKind::Unavailable`] without containerd if
-/// that is needed. Nothing is half healed then.
+/// [`ErrorKind::Cancelled`] after a signal, [`ErrorKind::Unavailable`] without containerd
+/// if that is needed. In both cases, no layer is half healed.
 pub(super) fn run(
     snapshotter: &Snapshotter,
     findings: &[Finding],
@@ -190,7 +190,7 @@ pub(super) fn run(
     Ok(check.deep)
 }
 
-/// A flag that the first signal sets. The second one ends the command at once.
+/// A flag that the first signal sets. A second signal ends the command at once.
 fn interruption() -> Result<Arc<AtomicBool>> {
     let cancel = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
@@ -204,27 +204,27 @@ fn interruption() -> Result<Arc<AtomicBool>> {
 struct DeepCheck<'a> {
     containerd: &'a Containerd<'a>,
     unpacking: Unpacking<'a>,
-    /// Of layers that were found sound.
+    /// The recorded digests of sound layers.
     digests: HashMap<SnapshotId, String>,
     task: Task<'a>,
     /// What each layer stands on.
     parents: HashMap<SnapshotId, Option<SnapshotId>>,
     /// Layers that are known to be damaged, or missing.
     broken: HashSet<SnapshotId>,
-    /// Layers of which something else than their content is recorded, perhaps.
+    /// Layers whose record may differ from their content.
     miscounted: HashSet<SnapshotId>,
     deep: Deep,
 }
 
 impl DeepCheck<'_> {
-    /// Whether a layer is what it was when it was found sound.
+    /// Whether a layer is unchanged since it was found sound.
     fn is_as_recorded(&mut self, layer: &Snapshot) -> Result<bool> {
         let Some(recorded) = self.digests.get(&layer.id) else {
             return Ok(false);
         };
         match self.unpacking.digest(layer) {
             Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
-            // What cannot be read is not sound.
+            // An unreadable layer is not sound.
             Err(_) => return Ok(false),
             Ok(None) => {
                 self.digests.remove(&layer.id);
@@ -255,7 +255,7 @@ impl DeepCheck<'_> {
         false
     }
 
-    /// Compares one layer with its content. Returns a word for what came of it.
+    /// Compares one layer with its content. Returns a word for the result.
     fn layer(&mut self, layer: &Snapshot, sources: &Sources) -> Result<&'static str> {
         let (namespace, name) = split_key(&layer.info.name);
         let (source, why, remedy) = match sources.of(namespace, name) {
@@ -272,12 +272,12 @@ impl DeepCheck<'_> {
         let Some(source) = source else {
             if self.digests.contains_key(&layer.id) {
                 self.deep.compared += 1;
-                let what = "it is not what it was when it was found sound";
+                let what = "it has changed since it was found sound";
                 self.find(layer, Differences::whole(what));
             }
             return Ok(self.skip(layer, why, remedy, false));
         };
-        // An unpack takes the modes of directories from the layers below.
+        // An unpack inherits modes of directories from the layers below.
         if self.task.heals && self.stands_on_broken(layer) {
             self.broken.insert(layer.id);
             let why = "it stands on a layer that could not be healed".to_owned();
@@ -384,7 +384,7 @@ impl DeepCheck<'_> {
     }
 }
 
-/// Why no content is known for a layer, and what would change that.
+/// Why no content is known for a layer, and what the user can do about it.
 fn unknown(layer: &Snapshot) -> (String, Option<String>) {
     let (namespace, name) = split_key(&layer.info.name);
     if !name.starts_with("sha256:") {
@@ -398,13 +398,13 @@ fn unknown(layer: &Snapshot) -> (String, Option<String>) {
     (why, Some(fetch(namespace, image)))
 }
 
-/// How content comes back.
+/// The command that brings content back.
 fn fetch(namespace: &str, image: &str) -> String {
     let (namespace, image) = (word(namespace, "NAMESPACE"), word(image, "IMAGE"));
     format!("`ctr -n {namespace} content fetch {image}` brings its content back")
 }
 
-/// How damaged content is replaced.
+/// The commands that replace damaged content.
 fn fetch_again(source: &LayerSource) -> String {
     let namespace = word(&source.namespace, "NAMESPACE");
     let (image, digest) = (
@@ -417,7 +417,8 @@ fn fetch_again(source: &LayerSource) -> String {
     )
 }
 
-/// A word that a shell takes as it is, or what stands for it: names are strangers' words.
+/// The word itself if a shell does not interpret it, otherwise a placeholder, because
+/// names come from untrusted sources.
 fn word<'a>(text: &'a str, otherwise: &'static str) -> &'a str {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._/:@-".contains(c);
     match !text.is_empty() && !text.starts_with('-') && text.chars().all(is_plain) {
@@ -426,7 +427,7 @@ fn word<'a>(text: &'a str, otherwise: &'static str) -> &'a str {
     }
 }
 
-/// How far the check has come.
+/// The progress of the check.
 struct Pace {
     progress: Progress,
     /// Whether each layer gets a line.
@@ -451,7 +452,7 @@ impl Pace {
         }
     }
 
-    /// A layer is done, with this result.
+    /// Notes that a layer is done, with this result.
     fn end(&mut self, layer: &Snapshot, word: &str) {
         if self.has_lines {
             output::print(&format!("{word}: {}\n", Quoted(&layer.info.name)));

@@ -1,10 +1,10 @@
-//! The command `check`: do the database and the disks agree, and if not, what
-//! can be done about it.
+//! The command `check`: whether the database and the disks agree, and repairing
+//! what does not.
 //!
-//! Owns: the order of looking, telling, asking and mending. Never: what is wrong
-//! with a snapshot, or how it is mended; that is the snapshotter's. Beside a
-//! running daemon it only reads, and has the daemon put healed layers into place; to mend,
-//! it takes the root's lock.
+//! Owns: the order of inspecting, reporting, asking and repairing. Never: decides what is
+//! wrong with a snapshot, or how to repair it; the snapshotter does that. While a daemon
+//! runs, it only reads, and asks the daemon to replace healed layers. To repair, it takes
+//! the root's lock.
 
 mod deep;
 mod report;
@@ -28,13 +28,13 @@ use crate::volume::{Identity, Image, Lifetime, Volumes};
 use deep::{Deep, Layers, Task, Writer};
 use report::CheckReport;
 
-/// How often a finding must be seen beside a running daemon, whose own work
-/// looks like one for a moment, and how long apart.
+/// How often a finding must be seen while a daemon runs, and the time between
+/// two inspections: the daemon's own work looks like a finding for a moment.
 const LOOKS: u32 = 3;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
-/// Checks, repairs if that is asked for, and prints a report. Returns whether database
-/// and disks agree in the end.
+/// Checks, repairs on request, and prints a report. Returns whether the database and
+/// the disks agree in the end.
 pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     descriptors::raise_limit();
     let mends = options.mending != Mending::Never || options.depth == Depth::Heal;
@@ -44,7 +44,7 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
         _ => Purpose::Change,
     };
     let Visit {
-        // Held to the end: no daemon starts on what is being looked at.
+        // Held to the end, so that no daemon starts during the inspection.
         lock,
         completeness,
         store,
@@ -84,8 +84,8 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     Ok(report.is_clean())
 }
 
-/// Puts right what was found, after asking: layers heal first, and what cannot heal is
-/// dropped. The caller holds the root's lock.
+/// Repairs what was found, after asking: layers heal first, and those that cannot heal
+/// are dropped. The caller holds the root's lock.
 fn mend(
     snapshotter: &Snapshotter,
     completeness: &Completeness,
@@ -137,8 +137,8 @@ fn mend(
     Ok(report.is_clean())
 }
 
-/// Compares layers with containerd's content, heals them if that is asked for, and prints
-/// the report of that with that of the counts.
+/// Compares layers with containerd's content, heals them on request, and prints the
+/// report together with that of the counts.
 fn look_deep(
     config: &Config,
     snapshotter: &Snapshotter,
@@ -182,7 +182,7 @@ fn look_deep(
     if options.depth == Depth::Heal {
         inspection = inspect(snapshotter, completeness, is_running)?;
     }
-    // The same damage is named once.
+    // Each damage is reported once.
     let differs = |finding: &Finding| {
         let counts = matches!(
             finding.problem,
@@ -198,7 +198,8 @@ fn look_deep(
     Ok(report.is_clean())
 }
 
-/// A directory of a layer is only replaced if the database knows what it is.
+/// A layer's directory is replaced only if the database is the latest: an older
+/// one may be wrong about whose directory it is.
 fn require_latest(inspection: &Inspection) -> Result<()> {
     let is_unsure = |finding: &&Finding| {
         matches!(
@@ -217,7 +218,7 @@ fn require_latest(inspection: &Inspection) -> Result<()> {
     }
 }
 
-/// What is found, as often as need be to leave out the daemon's own work.
+/// Inspects, repeatedly if a daemon runs, so that its own work is not reported.
 fn inspect(
     snapshotter: &Snapshotter,
     completeness: &Completeness,
@@ -234,7 +235,8 @@ fn inspect(
             .retain(|seen| again.findings.contains(seen));
         looks += 1;
     }
-    // A repair that was cut short may have given it a log, which then says so.
+    // An interrupted repair may have given the copy a log. The copy is still
+    // marked as one.
     let copied = snapshotter.store().read()?.copied()?;
     let completeness = match (completeness, copied) {
         (Completeness::Whole, Some(made)) => &Completeness::Copy(made),
@@ -252,7 +254,7 @@ fn inspect(
     Ok(inspection)
 }
 
-/// Looks once.
+/// Inspects once.
 fn look(snapshotter: &Snapshotter) -> Result<Inspection> {
     let mut progress = Progress::new("checking");
     snapshotter.inspect(|done, all| progress.show(done, all))
@@ -271,7 +273,7 @@ fn incomplete(completeness: &Completeness) -> Option<String> {
     }
 }
 
-/// Takes the writable directory as a new volume in the place of the missing one.
+/// Makes the writable directory a new volume that replaces the missing one.
 fn give_up(
     config: &Config,
     options: &CheckOptions,
@@ -300,7 +302,7 @@ fn asked(options: &CheckOptions, question: &str) -> Result<bool> {
     }
     if !std::io::stdin().is_terminal() {
         return Err(Error::refused(
-            "nobody is there to be asked: give --yes with --repair",
+            "there is no terminal to ask on: give --yes with --repair",
         ));
     }
     print!("\n{question}\nGo on? [y/N] ");

@@ -109,12 +109,13 @@ impl Seen {
         }
     }
 
-    /// How long a mount that was under way may take to be in the kernel's list.
+    /// How long it takes until a mount that was under way is in the kernel's
+    /// list.
     fn settles_in(&self) -> Duration {
         SETTLING.saturating_sub(self.since.elapsed())
     }
 
-    /// Whether none of these mounts, which may show the directory, does.
+    /// Whether none of these mounts, which may show the directory, can show it.
     fn is_free(&mut self, mounts: &[&Mounted]) -> bool {
         let is_overlay = |mounted: &&&Mounted| mounted.file_system == "overlay";
         let overlays = mounts.iter().filter(is_overlay);
@@ -126,8 +127,8 @@ impl Seen {
     }
 }
 
-/// The directories that healed layers have taken the place of since the start, and those
-/// that the start has kept.
+/// The directories that healed layers have replaced since the start, and those that the
+/// start has kept.
 #[derive(Default)]
 pub(super) struct Replaced(HashMap<SnapshotId, Seen>);
 
@@ -136,7 +137,8 @@ impl Replaced {
         self.0.insert(id, Seen::now());
     }
 
-    /// Takes those out that nothing has mounted any more. Also returns when to look again.
+    /// Takes out the directories that nothing has mounted any more. Also returns when to
+    /// look again.
     fn take_free(&mut self, mounts: &Mounts<'_>) -> (Vec<SnapshotId>, Option<Duration>) {
         let (mut free, mut next) = (Vec::new(), None);
         for (id, seen) in &mut self.0 {
@@ -157,8 +159,8 @@ impl Replaced {
 }
 
 impl Relocator {
-    /// Deletes what healed layers have taken the place of, once nothing has it mounted any
-    /// more. Returns when to look again; `None` if there is nothing.
+    /// Deletes the directories that healed layers have replaced, once nothing has them
+    /// mounted any more. Returns when to look again; `None` if no such directory remains.
     pub(super) fn release_replaced(&self) -> Result<Option<Duration>> {
         if lock(&self.replaced).0.is_empty() {
             return Ok(None);
@@ -168,7 +170,7 @@ impl Relocator {
         let image = self.volumes.image().dirs();
         for id in free {
             let claim = self.ids.claim(id);
-            // The layer may have healed once more.
+            // The layer may have healed again.
             if lock(&self.replaced).0.contains_key(&id) {
                 continue;
             }
@@ -176,7 +178,7 @@ impl Relocator {
             drop(claim);
             if let Some(name) = trashed? {
                 self.trash.delete(image, &name);
-                log::debug!("the damaged directory of layer {id} is deleted");
+                log::debug!("deleted the damaged directory of layer {id}");
             }
         }
         Ok(next)

@@ -76,7 +76,7 @@ pub(super) struct Relocator {
     /// Locked during a move, because one layer moves at a time.
     moving: Mutex<()>,
     news: Monitor<News>,
-    /// What healed layers have taken the place of, as `.replaced-<id>`.
+    /// The directories `.replaced-<id>` that healed layers have replaced.
     replaced: Mutex<Replaced>,
     /// Whether there was an unmoved layer, or a leftover or replaced directory, when the
     /// thread last looked, or the thread is looking just now.
@@ -391,20 +391,20 @@ impl Relocator {
         Ok(())
     }
 
-    /// Keeps all moves from going on until the value is dropped. Waits for one under way.
+    /// Prevents moves until the value is dropped. Waits for a move under way.
     pub(super) fn stop_moves(&self) -> MutexGuard<'_, ()> {
         lock(&self.moving)
     }
 
-    /// A healed layer has taken the place of a directory, which the thread deletes once
-    /// nothing can have it mounted.
+    /// Notes that a healed layer has replaced a directory, which the thread deletes
+    /// once nothing can have it mounted.
     pub(super) fn note_replaced(&self, id: SnapshotId) {
         lock(&self.replaced).note(id);
         self.has_layers.store(true, Ordering::SeqCst);
         self.wake();
     }
 
-    /// Records that a layer is on the image volume, whose directory has taken the place of
+    /// Records that a layer is on the image volume, because its directory has replaced
     /// the link.
     pub(super) fn record_exchanged(&self, id: SnapshotId) -> Result<()> {
         // A crash may have come between the exchange and its own flush.

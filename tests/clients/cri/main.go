@@ -1,10 +1,11 @@
-// A client of containerd's CRI, as small as the tests need it: it makes pods as the
-// kubelet does, looks at them, and removes them.
+// A minimal client of containerd's CRI for the tests: it creates pods as the
+// kubelet does, checks them, and removes them.
 //
 //	cri SOCKET IMAGE PODS [userns]
 //
-// Messages are put together field by field: Debian 12 has no package of CRI's. The
-// numbers are those of k8s.io/cri-api/pkg/apis/runtime/v1/api.proto.
+// Messages are built field by field, because Debian 12 has no package of CRI's
+// API. The field numbers are those of
+// k8s.io/cri-api/pkg/apis/runtime/v1/api.proto.
 package main
 
 import (
@@ -46,7 +47,7 @@ func joined(parts []message) message {
 	return all
 }
 
-// find returns what the path of fields leads to: bytes as they are, a number in digits.
+// find returns the value at the path of fields: bytes unchanged, a number as digits.
 func (m message) find(path ...protowire.Number) string {
 	for rest := []byte(m); len(rest) > 0; {
 		field, kind, length := protowire.ConsumeTag(rest)
@@ -76,7 +77,7 @@ func (m message) find(path ...protowire.Number) string {
 	return ""
 }
 
-// raw hands messages on as they are.
+// raw passes messages on unchanged.
 type raw struct{}
 
 func (raw) Marshal(value interface{}) ([]byte, error) { return *value.(*message), nil }
@@ -104,15 +105,15 @@ func call(method string, parts ...message) message {
 	return answer
 }
 
-// What the runtime calls NODE: the pod has the network of the machine.
+// The runtime's value NODE: the pod has the network of the machine.
 const node = 2
 
-// pod makes one pod with one container, looks at it, and removes it.
+// pod creates one pod with one container, checks it, and removes it.
 func pod(image string, index int, userns bool) {
 	name := fmt.Sprintf("pod-%d", index)
 	namespaces := nested(1, number(1, node), number(2, 1))
 	if userns {
-		// A mapping for each pod, as the kubelet chooses it.
+		// Each pod has another mapping, as with the kubelet.
 		mapping := []message{number(1, 100000+65536*uint64(index)), number(2, 0), number(3, 65536)}
 		namespaces = nested(1, number(2, 1), nested(5, number(1, 0), nested(2, mapping...), nested(3, mapping...)))
 	}
@@ -156,7 +157,7 @@ func run(container, script string) string {
 	return answer.find(1)
 }
 
-// statistics waits until containerd, which looks from time to time only, has seen what
+// statistics waits until containerd, which only looks from time to time, reports what
 // the container has written.
 func statistics(name, container string) {
 	used := ""

@@ -43,7 +43,7 @@ fn what_was_sound_needs_no_containerd() {
     let (code, said, _) = stage.check(&["--deep"]);
     assert_eq!(code, 1);
     assert!(
-        said.contains("is not what it was when it was found sound"),
+        said.contains("has changed since it was found sound"),
         "{said}"
     );
     assert!(said.contains("5 layers compared"), "{said}");
