@@ -18,6 +18,7 @@ use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::{Dirs, Flush};
+use crate::waits::{self, Awaited};
 
 /// How much unpacking, in time, a Commit finds unflushed at most.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -63,6 +64,7 @@ impl Flusher {
     /// the first who asks: the data of every snapshot that was there then may be what
     /// the disk has lost.
     pub(super) fn flush(&self, dirs: &Dirs, volume: Volume) -> Result<()> {
+        waits::note(Awaited::Volume(volume));
         // One after another: the second caller must learn of a failure that the kernel
         // has reported to the first.
         let _syncing = lock(&self.syncing[volume as usize]);
