@@ -5,8 +5,8 @@
 //! → daemon → service → snapshotter → { store, volume, host_dirs, mount, quota, tree }`.
 //! The commands take the place of the service. `containerd` is a client of containerd,
 //! for commands. `root` opens the root directory for the daemon and for commands.
-//! `types`, `error`, `sys` and `util` may be used by every module, and `text` has pure
-//! functions only.
+//! `waits` counts what requests wait for. `types`, `error`, `sys` and `util` may be used by
+//! every module, and `text` has pure functions only.
 //! functions only.
 
 pub mod commands;
@@ -27,6 +27,7 @@ pub mod tree;
 pub mod types;
 mod util;
 mod volume;
+mod waits;
 
 /// The messages of containerd's API, generated from `proto/` by `build.rs`.
 #[allow(missing_docs, clippy::all, clippy::pedantic)]

@@ -18,7 +18,7 @@ use protobuf::Message;
 
 use super::failure_log::{FailureLog, Line};
 use super::method::Method;
-use super::pool::{Work, stopping};
+use super::pool::{GivenUp, Work, stopping};
 use super::{Metrics, Service, decode, encode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Caller, Snapshotter};
@@ -74,6 +74,8 @@ pub(super) fn unary<Q: Message, A: Message>(
         let result = match begun {
             Ok(Begun::Needs(work)) => {
                 let answering = Arc::clone(&service);
+                let deadline = context.deadline();
+                let work = (work, Box::new(move || deadline.exceeded()) as GivenUp);
                 return service.pool.submit(running, work, move |turn| {
                     let answer = call.answer(answering.outcomes(), || {
                         turn?;
@@ -109,6 +111,8 @@ pub(super) fn stream(
             let caller = Caller::default();
             let (sender, receiver) = oneshot::channel();
             let (answering, asking) = (Arc::clone(&service), caller.clone());
+            let leaving = caller.clone();
+            let work = (work, Box::new(move || leaving.has_left()) as GivenUp);
             let submitted = service.pool.admit().map(|running| {
                 service.pool.submit(running, work, move |turn| {
                     let _ = sender.send(call.answer(answering.outcomes(), || {

@@ -4,10 +4,11 @@
 //!
 //! A Cleanup frees everything that was removed before it was called, so a caller cannot
 //! share one that has begun. The callers wait without a thread, each at most as long as
-//! its client does.
-//! its client does.
+//! its client does. Each cleanup has a thread of its own, because freeing space must not
+//! wait for walks through containers' files.
 
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use futures_channel::oneshot::{self, Sender};
 use grpcio::{MethodType, RpcContext, ServerStreamingSink, ServiceBuilder};
@@ -15,7 +16,7 @@ use protobuf::well_known_types::empty::Empty;
 
 use super::call::{Answer, Call, Pages, answer_later};
 use super::method::Method;
-use super::pool::{Running, Work};
+use super::pool::{GivenUp, Running, Work};
 use super::{Service, api, decode, encode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::Caller;
@@ -84,10 +85,20 @@ impl Service {
         let first = state.waiting.first();
         state.is_running = first.is_some();
         if let Some(first) = first {
-            let service = Arc::clone(self);
-            let running = first.running.share();
-            self.pool
-                .submit(running, Work::Long, move |_| service.clean_up(volume));
+            let clean_up = || {
+                let (service, running) = (Arc::clone(self), first.running.share());
+                move || {
+                    service.clean_up(volume);
+                    drop(running);
+                }
+            };
+            let thread = thread::Builder::new().name("cleanup".to_owned());
+            if let Err(error) = thread.spawn(clean_up()) {
+                log::error!("cannot start a thread for a Cleanup: {error}");
+                let (running, clean_up) = (first.running.share(), clean_up());
+                let work = (Work::Long, Box::new(|| false) as GivenUp);
+                self.pool.submit(running, work, move |_| clean_up());
+            }
         }
     }
 

@@ -9,9 +9,13 @@ use grpcio::{RpcStatus, RpcStatusCode};
 
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::lock::lock;
+use crate::waits::{MOST_AT_ONE_PLACE, PLACES, Waits};
 
 /// A request to be run. If it is refused, it gets an error instead of its turn.
 type Job = Box<dyn FnOnce(Result<()>) + Send>;
+
+/// Whether the caller of a request does not wait for it any longer.
+pub type GivenUp = Box<dyn Fn() -> bool + Send>;
 
 /// What a request may wait for, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,9 +42,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// the workers wait for a disk that may not answer any more, and that this request may
 /// not need.
 const CROWDED: Duration = Duration::from_millis(100);
-/// How many additional threads there may be. Each ends when no request waits for
-/// it.
-const MOST_SPARE: usize = 128;
+/// How many additional threads there may be. Each ends when no request waits for it.
+/// Requests that wait for disks that do not answer keep at most half of them.
+const MOST_SPARE: usize = 2 * PLACES * MOST_AT_ONE_PLACE;
 
 /// A fixed number of threads that take requests in the order of their arrival, and
 /// additional threads if a request has to wait for too long.
@@ -61,6 +65,7 @@ struct Requests {
     crowded: Condvar,
     /// Signalled when the last request has ended during a stop.
     drained: Condvar,
+    waits: Arc<Waits>,
 }
 
 #[derive(Default)]
@@ -70,16 +75,23 @@ struct State {
     most_long: usize,
     /// How many requests were admitted and have not ended.
     under_way: usize,
-    /// The waiting requests, with the times of their arrival.
-    waiting: VecDeque<(Instant, Work, Job)>,
+    waiting: VecDeque<Waiting>,
     /// How many workers wait for a job.
     idle: usize,
     spare: usize,
     long_running: usize,
-    /// The requests of [`Work::Elsewhere`] that have no thread yet, with the
-    /// times of their arrival.
-    elsewhere_waiting: VecDeque<(Instant, Job)>,
+    /// The requests of [`Work::Elsewhere`] that have no thread yet.
+    elsewhere_waiting: VecDeque<Waiting>,
     elsewhere_running: usize,
+}
+
+/// A request that waits for a thread.
+struct Waiting {
+    /// The time of its arrival.
+    since: Instant,
+    work: Work,
+    is_given_up: GivenUp,
+    job: Job,
 }
 
 /// A request under way, waiting or running. It ends when this value is dropped.
@@ -98,6 +110,7 @@ impl Pool {
             added: Condvar::new(),
             crowded: Condvar::new(),
             drained: Condvar::new(),
+            waits: Arc::default(),
         });
         let start = |name: String, work: fn(&Arc<Requests>)| {
             let requests = Arc::clone(&requests);
@@ -133,22 +146,28 @@ impl Pool {
 
     /// Passes an admitted request to the workers. It is under way until `job` has run.
     /// `job` gets [`ErrorKind::Unavailable`] if it is refused because too many requests
-    /// wait for something other than our own disks.
+    /// wait for something other than our own disks, and [`ErrorKind::Cancelled`] if the
+    /// caller has given it up before its turn.
     pub fn submit(
         &self,
         running: Running,
-        work: Work,
+        (work, is_given_up): (Work, GivenUp),
         job: impl FnOnce(Result<()>) + Send + 'static,
     ) {
-        let job = Box::new(move |turn: Result<()>| {
-            job(turn);
-            drop(running);
-        });
+        let waiting = Waiting {
+            since: Instant::now(),
+            work,
+            is_given_up,
+            job: Box::new(move |turn: Result<()>| {
+                job(turn);
+                drop(running);
+            }),
+        };
         if work == Work::Elsewhere {
-            return self.submit_elsewhere(job);
+            return self.submit_elsewhere(waiting);
         }
         let mut state = lock(&self.requests.state);
-        state.waiting.push_back((Instant::now(), work, job));
+        state.waiting.push_back(waiting);
         let is_crowded = state.waiting.len() > state.idle;
         drop(state);
         self.requests.added.notify_one();
@@ -157,9 +176,9 @@ impl Pool {
         }
     }
 
-    fn submit_elsewhere(&self, job: Job) {
+    fn submit_elsewhere(&self, waiting: Waiting) {
         let mut state = lock(&self.requests.state);
-        state.elsewhere_waiting.push_back((Instant::now(), job));
+        state.elsewhere_waiting.push_back(waiting);
         if state.elsewhere_running == MOST_ELSEWHERE {
             drop(state);
             // A worker refuses it in time; each of them may be the first that
@@ -205,21 +224,21 @@ impl Pool {
 
 impl Requests {
     fn work(&self) {
-        while let Some((work, job)) = self.take() {
-            self.run(work, job);
+        while let Some(taken) = self.take() {
+            self.run(taken);
         }
     }
 
-    fn run(&self, work: Work, job: Job) {
-        let turn = match work {
-            Work::Brief | Work::Long => Ok(()),
-            Work::Elsewhere => Err(all_wait_elsewhere()),
-        };
-        job(turn);
-        if work == Work::Long {
-            // This worker itself takes the next job, so no other has to be
-            // woken.
-            lock(&self.state).long_running -= 1;
+    fn run(&self, taken: Waiting) {
+        match taken.work {
+            Work::Brief => self.waits.run(|| taken.take_turn()),
+            Work::Long => {
+                taken.take_turn();
+                // This worker itself takes the next job, so no other has to be
+                // woken.
+                lock(&self.state).long_running -= 1;
+            }
+            Work::Elsewhere => (taken.job)(Err(all_wait_elsewhere())),
         }
     }
 
@@ -228,7 +247,13 @@ impl Requests {
     fn relieve(self: &Arc<Requests>) {
         let mut state = lock(&self.state);
         loop {
-            let since = state.next().map(|at| state.waiting[at].0);
+            let given_up = state.take_given_up();
+            if !given_up.is_empty() {
+                drop(state);
+                given_up.into_iter().for_each(Waiting::take_turn);
+                state = lock(&self.state);
+            }
+            let since = state.next().map(|at| state.waiting[at].since);
             let left = since.map(|since| CROWDED.saturating_sub(since.elapsed()));
             if state.is_closed && state.under_way == 0 {
                 return;
@@ -265,8 +290,8 @@ impl Requests {
             state.spare -= usize::from(next.is_none());
             next
         };
-        while let Some((work, job)) = next() {
-            self.run(work, job);
+        while let Some(taken) = next() {
+            self.run(taken);
         }
     }
 
@@ -279,24 +304,23 @@ impl Requests {
             state.elsewhere_running -= usize::from(next.is_none());
             next
         };
-        while let Some((_, job)) = next() {
-            job(Ok(()));
+        while let Some(taken) = next() {
+            taken.take_turn();
         }
     }
 
     /// Waits for a job that may begin, or for one of [`Work::Elsewhere`] that has waited
     /// for too long. Returns `None` when there will be no more.
-    fn take(&self) -> Option<(Work, Job)> {
+    fn take(&self) -> Option<Waiting> {
         let mut state = lock(&self.state);
         loop {
             if let Some(taken) = state.take_next() {
                 return Some(taken);
             }
             let waiting = state.elsewhere_waiting.front();
-            let left = waiting.map(|(since, _)| PATIENCE.saturating_sub(since.elapsed()));
+            let left = waiting.map(|first| PATIENCE.saturating_sub(first.since.elapsed()));
             if left == Some(Duration::ZERO) {
-                let refused = state.elsewhere_waiting.pop_front();
-                return refused.map(|(_, job)| (Work::Elsewhere, job));
+                return state.elsewhere_waiting.pop_front();
             }
             if state.is_closed && state.under_way == 0 {
                 return None;
@@ -321,14 +345,36 @@ impl State {
     /// The index of the first job that may begin.
     fn next(&self) -> Option<usize> {
         let is_full = self.long_running == self.most_long;
-        let may_begin = |(_, work, _): &(Instant, Work, Job)| *work != Work::Long || !is_full;
+        let may_begin = |waiting: &Waiting| waiting.work != Work::Long || !is_full;
         self.waiting.iter().position(may_begin)
     }
 
-    fn take_next(&mut self) -> Option<(Work, Job)> {
-        let (_, work, job) = self.waiting.remove(self.next()?)?;
-        self.long_running += usize::from(work == Work::Long);
-        Some((work, job))
+    fn take_next(&mut self) -> Option<Waiting> {
+        let taken = self.waiting.remove(self.next()?)?;
+        self.long_running += usize::from(taken.work == Work::Long);
+        Some(taken)
+    }
+
+    /// Takes the requests that wait and that their callers have given up.
+    fn take_given_up(&mut self) -> Vec<Waiting> {
+        let (given_up, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition::<Vec<_>, _>(|waiting| (waiting.is_given_up)());
+        self.waiting = waiting.into();
+        given_up
+    }
+}
+
+impl Waiting {
+    /// Runs the request, unless its caller has given it up.
+    fn take_turn(self) {
+        (self.job)(match (self.is_given_up)() {
+            false => Ok(()),
+            true => Err(Error::new(
+                ErrorKind::Cancelled,
+                "the caller does not wait any longer",
+            )),
+        });
     }
 }
 
@@ -379,13 +425,18 @@ mod tests {
 
     use super::*;
 
+    /// Work whose caller waits for ever.
+    fn wanted(work: Work) -> (Work, GivenUp) {
+        (work, Box::new(|| false))
+    }
+
     #[test]
     fn a_stop_waits_for_what_is_under_way_and_admits_no_more() {
         let pool = Pool::start(3).unwrap();
         let done = Arc::new(AtomicUsize::new(0));
         for _ in 0..20 {
             let done = Arc::clone(&done);
-            pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+            pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
                 thread::sleep(Duration::from_millis(5));
                 done.fetch_add(1, Ordering::SeqCst);
             });
@@ -404,7 +455,7 @@ mod tests {
         let wait = Arc::new(Mutex::new(wait));
         for number in 0..4 {
             let (began, wait) = (began.clone(), Arc::clone(&wait));
-            pool.submit(pool.admit().unwrap(), Work::Long, move |_| {
+            pool.submit(pool.admit().unwrap(), wanted(Work::Long), move |_| {
                 began.send(number).unwrap();
                 let _ = lock(&wait).recv();
             });
@@ -414,7 +465,7 @@ mod tests {
         first.sort_unstable();
         assert_eq!(first, [0, 1]);
         let began_brief = began.clone();
-        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+        pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
             began_brief.send(9).unwrap();
         });
         // It begins before the long ones that came first.
@@ -433,12 +484,12 @@ mod tests {
         let wait = Arc::new(Mutex::new(wait));
         for _ in 0..40 {
             let wait = Arc::clone(&wait);
-            pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+            pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
                 let _ = lock(&wait).recv();
             });
         }
         let (began, beginnings) = channel();
-        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+        pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
             began.send(()).unwrap();
         });
         beginnings.recv_timeout(Duration::from_secs(60)).unwrap();
@@ -451,7 +502,7 @@ mod tests {
         let pool = Pool::start(1).unwrap();
         let done = Arc::new(AtomicUsize::new(0));
         let counting = Arc::clone(&done);
-        pool.submit(pool.admit().unwrap(), Work::Long, move |_| {
+        pool.submit(pool.admit().unwrap(), wanted(Work::Long), move |_| {
             counting.fetch_add(1, Ordering::SeqCst);
         });
         assert!(pool.close(Duration::from_secs(60)));
@@ -462,7 +513,7 @@ mod tests {
     fn a_stop_does_not_wait_for_ever() {
         let pool = Pool::start(1).unwrap();
         let (release, wait) = channel::<()>();
-        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+        pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
             let _ = wait.recv();
         });
         assert!(!pool.close(Duration::from_millis(20)));
@@ -478,26 +529,34 @@ mod tests {
         let wait = Arc::new(Mutex::new(wait));
         for _ in 0..MOST_ELSEWHERE + 1 {
             let (began, wait) = (began.clone(), Arc::clone(&wait));
-            pool.submit(pool.admit().unwrap(), Work::Elsewhere, move |turn| {
-                began.send(turn.map_err(|error| error.kind())).unwrap();
-                let _ = lock(&wait).recv();
-            });
+            pool.submit(
+                pool.admit().unwrap(),
+                wanted(Work::Elsewhere),
+                move |turn| {
+                    began.send(turn.map_err(|error| error.kind())).unwrap();
+                    let _ = lock(&wait).recv();
+                },
+            );
         }
         let next = || beginnings.recv_timeout(Duration::from_secs(60)).unwrap();
         for _ in 0..MOST_ELSEWHERE {
             assert_eq!(next(), Ok(()));
         }
         let brief = began.clone();
-        pool.submit(pool.admit().unwrap(), Work::Brief, move |_| {
+        pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
             brief.send(Ok(())).unwrap();
         });
         assert_eq!(next(), Ok(()));
         assert_eq!(next(), Err(ErrorKind::Unavailable));
         drop(release);
         let after = began.clone();
-        pool.submit(pool.admit().unwrap(), Work::Elsewhere, move |turn| {
-            after.send(turn.map_err(|error| error.kind())).unwrap();
-        });
+        pool.submit(
+            pool.admit().unwrap(),
+            wanted(Work::Elsewhere),
+            move |turn| {
+                after.send(turn.map_err(|error| error.kind())).unwrap();
+            },
+        );
         assert_eq!(next(), Ok(()));
         assert!(pool.close(Duration::from_secs(60)));
     }

@@ -142,7 +142,7 @@ impl Snapshotter {
     pub(super) fn require_not_by_hand(&self, id: SnapshotId) -> Result<()> {
         let image = self.volumes.image();
         // The mark is cheap to look for, but may be an old one.
-        if !image.is_marked_mounted_by_hand(id) {
+        if !image.is_marked_mounted_by_hand(id)? {
             return Ok(());
         }
         let mut mounted = in_use::mounted_by_hand(&self.store)?.into_iter();

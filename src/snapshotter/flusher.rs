@@ -20,6 +20,7 @@ use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::{Dirs, Flush};
+use crate::waits::{self, Awaited};
 
 /// How often the thread flushes: a Commit finds at most this much time of
 /// unpacking unflushed.
@@ -68,6 +69,7 @@ impl Flusher {
         id: SnapshotId,
         upper: impl AsFd,
     ) -> Result<()> {
+        waits::note(Awaited::Volume(dirs.volume()));
         let alone = dirs.sync_alone(id, upper);
         match alone {
             Ok(true) => Ok(()),
@@ -86,6 +88,7 @@ impl Flusher {
     /// once, to the first caller, and does not report whose data was lost: it may be
     /// that of every snapshot that exists at that time.
     pub(super) fn flush(&self, dirs: &Dirs, volume: Volume) -> Result<()> {
+        waits::note(Awaited::Volume(volume));
         // Callers flush one after another, because the second one must learn of a
         // failure that the kernel has reported to the first.
         let _syncing = lock(&self.syncing[volume as usize]);

@@ -19,6 +19,7 @@ use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::{Dirs, Volumes};
+use crate::waits::{self, Awaited};
 
 pub(super) struct Ids {
     store: Arc<Store>,
@@ -97,6 +98,8 @@ impl Ids {
     /// Gives out an id for a snapshot that will have directories in `dirs`, or no
     /// directories.
     pub(super) fn take(&self, dirs: Option<&Dirs>) -> Result<Claim<'_>> {
+        // Another request may hold the lock while the database reserves a block.
+        waits::enter(Awaited::Database)?;
         let (block, id) = {
             let mut next = lock(&self.next);
             if next.as_ref().is_none_or(|next| next.id > next.block.last()) {
@@ -184,6 +187,7 @@ impl Ids {
     /// Records on a volume that ids of this block are used there, unless a newer block
     /// is recorded.
     fn record(&self, dirs: &Dirs, block: &Block) -> Result<()> {
+        waits::note(Awaited::Volume(dirs.volume()));
         let mut recorded = lock(&self.recorded[dirs.volume() as usize]);
         if *recorded >= block.first {
             return Ok(());
@@ -193,6 +197,7 @@ impl Ids {
         let before = dirs.newest_block().ok().flatten();
         self.store
             .together(|transaction| transaction.record_block(volume, block, before.as_ref()))?;
+        waits::note(Awaited::Volume(volume));
         dirs.record_block(block)?;
         *recorded = block.first;
         Ok(())

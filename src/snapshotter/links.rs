@@ -16,6 +16,7 @@ use crate::types::{SnapshotId, Volume};
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::Volumes;
+use crate::waits::{self, Awaited};
 
 /// How long a commit waits for its link. A disk that takes longer is asleep, or
 /// hangs.
@@ -147,6 +148,7 @@ impl Links {
             if !is_unlinked {
                 continue;
             }
+            waits::enter(Awaited::Volume(Volume::Image))?;
             let deadline = Some(Instant::now() + LONGEST);
             let is_open = |work: &Work| work.is_open(job);
             let look = |work: &mut Work| (work.is_open(job), work.failure(id));

@@ -51,6 +51,7 @@ use crate::text::filter::Filters;
 use crate::types::{Info, Kind, LABEL_UPPERDIR, Labels, Quoted, SnapshotId, Volume};
 use crate::util::threads::Background;
 use crate::volume::Volumes;
+use crate::waits::{self, Awaited};
 pub use compare::{Compared, Unpacking};
 use flusher::Flusher;
 use id_options::MappedIds;
@@ -256,7 +257,12 @@ impl Snapshotter {
     /// keeps the key as long as the claim is held.
     fn claim(&self, key: &str) -> Result<Claim<'_>> {
         loop {
-            let claim = self.ids.claim(self.store.read()?.stat(key)?.id);
+            let snapshot = self.store.read()?.stat(key)?;
+            // Another request may have the claim, and wait for the volume.
+            if let Some(volume) = snapshot.volume {
+                waits::enter(Awaited::Volume(volume))?;
+            }
+            let claim = self.ids.claim(snapshot.id);
             // The snapshot may have been removed meanwhile, and another one may
             // have the key.
             if self.store.read()?.stat(key)?.id == claim.id {

@@ -11,6 +11,7 @@ use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::{Ancestor, Snapshot};
 use crate::types::{Kind, LABEL_LOWERS, Mount, Quoted, SnapshotId, Volume};
 use crate::util::lock::lock;
+use crate::waits::{self, Awaited};
 
 /// A snapshot whose mounts are to be returned.
 pub(super) struct Mounted<'a> {
@@ -72,6 +73,7 @@ impl Snapshotter {
         let stored = self.stored(key)?;
         let (id, info) = (stored.snapshot.id, &stored.snapshot.info);
         if stored.needs_writable() {
+            waits::enter(Awaited::Volume(Volume::Writable))?;
             self.volumes.require_writable()?;
         }
         self.require_not_by_hand(id)?;
@@ -131,6 +133,7 @@ impl Snapshotter {
     /// would fail in another program, where the reason is hard to find.
     pub(super) fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
         if stand_on_writable(ancestors) {
+            waits::enter(Awaited::Volume(Volume::Writable))?;
             self.volumes.require_writable()?;
             self.links.require(ancestors.iter().map(|layer| layer.id))?;
         }

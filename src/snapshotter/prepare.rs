@@ -13,6 +13,7 @@ use crate::store::Ancestor;
 use crate::types::{Kind, Labels, Limits, Mount, Quoted, SnapshotId, Volume};
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, Shape};
+use crate::waits::{self, Awaited};
 
 /// How many ids are tried if files of unknown origin have the next ones.
 const MOST_TAKEN: u32 = 16;
@@ -47,8 +48,11 @@ impl Snapshotter {
         let new = NewSnapshot::plan(kind, key, parent, labels, &self.options, parent_labels)?;
         self.ignored_labels
             .note(new.label_source, key, &new.ignored);
-        let dirs = new.volume.map(|volume| self.volumes.open(volume));
-        let dirs = dirs.transpose()?;
+        let open = |volume| {
+            waits::enter(Awaited::Volume(volume))?;
+            self.volumes.open(volume)
+        };
+        let dirs = new.volume.map(open).transpose()?;
         if let (Some(Volume::Writable), Some(dirs)) = (new.volume, &dirs) {
             dirs.require_room(self.options.reserve)?;
         }

@@ -21,6 +21,7 @@ use super::planned_mounts::require_mounted;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{MountPath, SnapshotId, Volume};
 use crate::util::entries::{is_empty, lacks_types};
+use crate::waits::{self, Awaited};
 
 /// The opened image volume.
 pub struct Image {
@@ -167,7 +168,14 @@ impl Image {
         let looking = || format!("look at the layer {}", self.layer_path(id));
         // The path leads through the link of an unmoved layer, which this
         // program has made.
-        let found = statat(self.dirs.snapshots_fd(), upper_of(id), AtFlags::empty());
+        let snapshots = self.dirs.snapshots_fd();
+        let found = match glance(snapshots, &upper_of(id)) {
+            Glance::There(upper) => fstat(upper),
+            Glance::Absent | Glance::Unknown => {
+                waits::enter(Awaited::Volume(Volume::Image))?;
+                statat(snapshots, upper_of(id), AtFlags::empty())
+            }
+        };
         let stat = found.map_err(|errno| match errno {
             Errno::NOENT => Error::missing(errno, format!("{}, which is missing", looking())),
             _ => Error::missing(errno, looking()),
@@ -243,9 +251,16 @@ impl Image {
     }
 
     /// Whether a person may have mounted the snapshot to write to it.
-    pub fn is_marked_mounted_by_hand(&self, id: SnapshotId) -> bool {
+    pub fn is_marked_mounted_by_hand(&self, id: SnapshotId) -> Result<bool> {
         let mark = format!("{BY_HAND}/{id}");
-        statat(self.top(), mark, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        Ok(match glance(self.top(), &mark) {
+            Glance::There(_) => true,
+            Glance::Absent => false,
+            Glance::Unknown => {
+                waits::enter(Awaited::Volume(Volume::Image))?;
+                statat(self.top(), mark, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+            }
+        })
     }
 
     /// Whether the snapshot is not marked as mounted by hand and has no links to host

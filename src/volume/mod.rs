@@ -66,6 +66,7 @@ use rustix::io::Errno;
 use crate::error::{Context, Error, Result};
 use crate::types::{Block, History, MountPath, SnapshotId, Volume};
 use crate::util::lock::lock;
+use crate::waits::{self, Awaited};
 
 /// Both volumes.
 pub struct Volumes {
@@ -161,6 +162,7 @@ impl Volumes {
     /// is another one, `ErrorKind::DataLoss` if it has another history than the
     /// database, `ErrorKind::Internal` if it cannot be read.
     pub fn open(&self, volume: Volume) -> Result<Arc<Dirs>> {
+        waits::note(Awaited::Volume(volume));
         match volume {
             Volume::Image => Ok(Arc::clone(self.image.dirs())),
             Volume::Writable => {

@@ -22,6 +22,7 @@ use super::{Store, not_writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
+use crate::waits::{self, Awaited};
 
 /// How many transactions can be in one batch.
 const MOST_TOGETHER: usize = 16;
@@ -161,6 +162,7 @@ impl Store {
     /// [`ErrorKind::Unavailable`] once the store is closed, or if it was opened
     /// read-only.
     pub fn write(&self) -> Result<Transaction<'_>> {
+        waits::enter(Awaited::Database)?;
         let writer = self.alone();
         self.begin(writer, Sharing::Alone)
     }
@@ -176,6 +178,7 @@ impl Store {
     /// [`ErrorKind::Unavailable`] as in [`Store::write`], or if changes that `work` has
     /// seen cannot be made durable.
     pub fn together<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        waits::enter(Awaited::Database)?;
         let writer = self.writer.acquire();
         let sharing = match writer.batch {
             None => Sharing::First,
