@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use overlay_read_write_splitting_snapshotter::commands::{
-    check, configuration, doctor, import, mount, output, status,
+    ASK_CHILD, ask_for_mark, check, configuration, doctor, import, mount, output, status,
 };
 use overlay_read_write_splitting_snapshotter::config::{Command, Parsed};
 use overlay_read_write_splitting_snapshotter::daemon;
@@ -21,6 +21,11 @@ fn main() -> ExitCode {
     let mut finds = ["check", "doctor", "import"].iter().any(is_any);
     let is_well = if arguments == [USER_NAMESPACE_CHILD] {
         hold_user_namespace().map(|()| true)
+    } else if let [word, path] = &*arguments
+        && word == ASK_CHILD
+    {
+        ask_for_mark(&path.to_string_lossy());
+        Ok(true)
     } else {
         configuration::read(arguments).and_then(|parsed| {
             finds = matches!(

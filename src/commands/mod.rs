@@ -9,3 +9,7 @@ pub mod mount;
 pub mod output;
 mod progress;
 pub mod status;
+
+/// For the child that asks whether the writable volume answers.
+pub use crate::root::open::ASK_CHILD;
+pub use crate::volume::ask_for_mark;

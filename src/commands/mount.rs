@@ -52,7 +52,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     }
     let base = volumes.snapshots_path(Volume::Image);
     let snapshotter = Snapshotter::new(store, volumes, config.options.for_this_kernel());
-    let rescue = snapshotter.rescue(&options.key, options.is_read_only)?;
+    let mut rescue = snapshotter.rescue(&options.key, options.is_read_only)?;
     let stack = Stack {
         source: &snapshotter.source_by_hand(rescue.id)?,
         base: Some(&base),
@@ -61,7 +61,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
         options: &rescue.options,
     };
     stack.mount(&target, &path)?;
-    drop(lock);
+    drop((lock, rescue.mark.take()));
     if rescue.own.is_some()
         && let Err(error) = snapshotter.require_mounted_once(&rescue, &path)
     {

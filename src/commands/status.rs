@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::commands::losses::split_key;
 use crate::commands::output::{COLUMNS, Colour, bytes, coloured, daemon_state, paragraph, show};
 use crate::config::{Config, Format};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::mount::mountinfo;
 use crate::quota::Support;
 use crate::root::open::{Purpose, identities, visit};
@@ -59,11 +59,15 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
         Snapshotter::new(visit.store, visit.volumes, config.options.for_this_kernel());
     let [root, writable] = identities(snapshotter.store())?;
     let place = |path: &str, volume, identity| -> Result<VolumeState> {
+        let problem = snapshotter.problem_of(volume);
         Ok(VolumeState {
             path: path.to_owned(),
             identity,
-            mounted: mountinfo::of_path(path)?.map(|mounted| (mounted.source, mounted.file_system)),
-            problem: snapshotter.problem_of(volume).map(|error| error.chain()),
+            mounted: match &problem {
+                Some(error) if error.kind() == ErrorKind::Unavailable => None,
+                _ => mountinfo::of_path(path)?.map(|mounted| (mounted.source, mounted.file_system)),
+            },
+            problem: problem.map(|error| error.chain()),
         })
     };
     let status = Status {

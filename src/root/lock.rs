@@ -1,6 +1,9 @@
 //! One daemon for each root: `<root>/lock`, locked with flock(2) by the running
 //! daemon. The kernel releases the lock however the daemon ends.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use rustix::fd::OwnedFd;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, ftruncate, openat};
 use rustix::io::{Errno, read, write};
@@ -61,16 +64,27 @@ pub fn require_free(root: &Root) -> Result<()> {
     }
 }
 
-/// Takes the lock of a root.
+/// How long [`require`] waits for the lock: a command such as `status` takes it for a
+/// moment.
+const PATIENCE: Duration = Duration::from_secs(2);
+const BETWEEN: Duration = Duration::from_millis(20);
+
+/// Takes the lock of a root, and waits for it for two seconds at most.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) naming
 /// the process that has the lock.
 pub fn require(root: &Root) -> Result<Lock> {
-    match acquire(root)? {
-        Acquired::Lock(lock) => Ok(lock),
-        Acquired::Held(holder) => Err(held(root, &holder)),
+    let begun = Instant::now();
+    loop {
+        match acquire(root)? {
+            Acquired::Lock(lock) => return Ok(lock),
+            Acquired::Held(holder) if begun.elapsed() >= PATIENCE => {
+                return Err(held(root, &holder));
+            }
+            Acquired::Held(_) => thread::sleep(BETWEEN),
+        }
     }
 }
 

@@ -1,11 +1,16 @@
 //! Opening a root for a command that works beside the daemon or in its place.
 
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
 use super::lock::{self, Acquired, Lock};
 use super::{state, writable};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::store::{Completeness, Store};
-use crate::volume::{Identity, Image, Volumes, require_mount_points};
+use crate::types::MountPath;
+use crate::volume::{Identity, Image, Volumes, require_mount};
 
 /// Refuses directories that are no mount points, if `--require-mount` was given.
 ///
@@ -17,10 +22,17 @@ pub fn require_mounts(config: &Config) -> Result<()> {
     if !config.requires_mounts {
         return Ok(());
     }
-    require_mount_points(&[
-        ("--root-dir", &config.root),
-        ("--writable-dir", &config.writable),
-    ])
+    require_mounted_root(config)?;
+    require_mount("--writable-dir", &config.writable)
+}
+
+/// Refuses a root directory that is no mount point.
+///
+/// # Errors
+///
+/// As of [`require_mounts`].
+pub fn require_mounted_root(config: &Config) -> Result<()> {
+    require_mount("--root-dir", &config.root)
 }
 
 /// What a command opens a root for.
@@ -76,6 +88,9 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
     };
     let (store, completeness) = state::open_existing(&root, config, open)?;
     let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
+    if !answers(&config.writable)? {
+        volumes.withhold_writable(None);
+    }
     writable::expect_recorded(&volumes, &store)?;
     Ok(Visit {
         lock,
@@ -83,6 +98,44 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
         store,
         volumes,
     })
+}
+
+/// How long a command waits for the writable volume. Sleeping disks take seconds to spin up.
+const PATIENCE: Duration = Duration::from_secs(10);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
+
+/// The hidden argument, with a path after it, with which this program is started as the
+/// child that asks whether the writable volume answers.
+pub const ASK_CHILD: &str = "--ask-for-mark";
+
+/// Whether what is at the path of a writable volume answers. A child asks: a process with a
+/// thread that waits for a dead disk does not end.
+///
+/// # Errors
+///
+/// [`ErrorKind::Internal`](crate::error::ErrorKind::Internal) if the system gives no child.
+pub fn answers(path: &MountPath) -> Result<bool> {
+    let mut child = Command::new("/proc/self/exe")
+        .args([ASK_CHILD, path])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context(|| "start a child process")?;
+    let deadline = Instant::now() + PATIENCE;
+    while child
+        .try_wait()
+        .context(|| "wait for a child process")?
+        .is_none()
+    {
+        if Instant::now() >= deadline {
+            // It ends at once, or when the disk answers.
+            let _ = child.kill();
+            return Ok(false);
+        }
+        thread::sleep(BETWEEN_LOOKS);
+    }
+    Ok(true)
 }
 
 /// The identities that the database has recorded: the root's, as in its file `state`,

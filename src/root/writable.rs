@@ -30,7 +30,10 @@ pub fn set_up(
     lifetime: Lifetime,
     mount_options: &[String],
 ) -> Result<()> {
-    let (identity, is_claimed) = recorded(store)?;
+    let (identity, is_claimed) = match known(store)? {
+        Some(known) => known,
+        None => (Identity::random()?, false),
+    };
     let begins_anew =
         is_claimed && lifetime == Lifetime::UntilReboot && is_emptied(volumes, &identity)?;
     if begins_anew {
@@ -87,10 +90,14 @@ pub fn require_layers(volumes: &Volumes, store: &Store, mount_options: &[String]
 /// [`ErrorKind::FailedPrecondition`] if it belongs to another root, or if it cannot hold
 /// overlayfs's upper directories.
 pub fn adopt(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
-    let (identity, _) = recorded(store)?;
+    let identity = match known(store)? {
+        Some((identity, _)) => identity,
+        None => Identity::random()?,
+    };
     if let Claim::Foreign(other) = volumes.look_at_writable(&identity)? {
         return Err(foreign(volumes.writable_path(), &other));
     }
+    record(store, &identity)?;
     mark(volumes, store, &identity, mount_options)?;
     volumes.expect_writable(identity);
     Ok(())
@@ -223,6 +230,7 @@ fn claim(
 ) -> Result<()> {
     volumes.require_writable_mounted()?;
     require_free(volumes, identity)?;
+    record(store, identity)?;
     mark(volumes, store, identity, mount_options)
 }
 
@@ -244,16 +252,12 @@ fn mark(
     transaction.commit()
 }
 
-/// The same as [`known`], but a database that knows no volume gets an identity for one.
-fn recorded(store: &Store) -> Result<(Identity, bool)> {
-    if let Some(known) = known(store)? {
-        return Ok(known);
-    }
-    let identity = Identity::random()?;
+/// Records which volume is about to be marked. A refusal comes before this: the database
+/// must not name a volume that never was.
+fn record(store: &Store, identity: &Identity) -> Result<()> {
     let mut transaction = store.write()?;
     transaction.record_fact(IDENTITY, &identity.to_string())?;
-    transaction.commit()?;
-    Ok((identity, false))
+    transaction.commit()
 }
 
 /// Probes in a directory of its own, which the next start removes if a crash leaves it.

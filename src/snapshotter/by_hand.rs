@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, OwnedFd};
 
-use super::{Snapshotter, in_use};
+use super::Snapshotter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::mountinfo::Mounted;
 use crate::mount::{self, ByHand};
@@ -18,7 +18,7 @@ use crate::volume::{Identity, UPPER};
 const NAMED: usize = 10;
 
 /// What to mount for a person.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Rescue {
     pub key: String,
     pub id: SnapshotId,
@@ -31,6 +31,8 @@ pub struct Rescue {
     pub lowers: Vec<String>,
     /// Further options, as for containers' mounts.
     pub options: Vec<String>,
+    /// Keeps the mounts of one that is written to from being given out until it is mounted.
+    pub mark: Option<OwnedFd>,
 }
 
 impl Snapshotter {
@@ -69,10 +71,11 @@ impl Snapshotter {
         };
         let own = volume.map(|volume| self.volumes.snapshot_paths(volume, snapshot.id));
         let is_written_to = is_active && !is_read_only;
+        let mut mark = None;
         if let (true, Some(volume)) = (is_active, volume) {
             let upper = self.volumes.open(volume)?.open_upper(snapshot.id)?;
             if is_written_to {
-                self.volumes.image().mark_mounted_by_hand(snapshot.id)?;
+                mark = self.volumes.image().mark_mounted_by_hand(snapshot.id)?;
                 require_unmounted(upper, snapshot.id, None)?;
             }
         }
@@ -99,28 +102,27 @@ impl Snapshotter {
                 && self.has_host_directories(&snapshot)?,
             lowers,
             options: self.overlay_options(snapshot.volume, &ancestors, false),
+            mark,
             key: snapshot.info.name,
         })
     }
 
-    /// Returns an error if a snapshot that a person has just mounted at `point` for
-    /// writing is mounted elsewhere too, now or within a second: containerd may have
-    /// asked for its mounts before [`Snapshotter::mounts`] began to refuse, and mount
-    /// later.
+    /// Refuses a snapshot that a person has just mounted at `point` to write to it, and
+    /// that was removed before it was mounted. Also one that is mounted elsewhere too, now or
+    /// within a second: containerd may have asked for its mounts before
+    /// [`Snapshotter::mounts`] began to refuse, and mount later. If it is removed later, its
+    /// files stay as long as it is mounted.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] with the other mount point.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] saying where it is mounted.
     pub fn require_mounted_once(&self, rescue: &Rescue, point: &Path) -> Result<()> {
         const LOOKS: u32 = 10;
         const BETWEEN: Duration = Duration::from_millis(100);
-        let Some(volume) = self
-            .store
-            .read()?
-            .place(rescue.id)?
-            .and_then(|place| place.volume)
-        else {
-            return Ok(());
+        let place = self.store.read()?.place(rescue.id)?;
+        let Some(volume) = place.and_then(|place| place.volume) else {
+            let what = format!("snapshot {} was removed meanwhile", Quoted(&rescue.key));
+            return Err(Error::new(ErrorKind::NotFound, what));
         };
         let upper = self.volumes.open(volume)?.open_upper(rescue.id)?;
         for look in 0..LOOKS {
@@ -136,23 +138,6 @@ impl Snapshotter {
     pub fn source_by_hand(&self, id: SnapshotId) -> Result<String> {
         let identity = self.store.read()?.fact(Identity::FACT)?;
         Ok(ByHand::source(&identity.unwrap_or_default(), id))
-    }
-
-    /// Returns an error if a person has mounted the snapshot to write to it.
-    pub(super) fn require_not_by_hand(&self, id: SnapshotId) -> Result<()> {
-        let image = self.volumes.image();
-        // The mark is cheap to look for, but may be an old one.
-        if !image.is_marked_mounted_by_hand(id)? {
-            return Ok(());
-        }
-        let mut mounted = in_use::mounted_by_hand(&self.store)?.into_iter();
-        match mounted.find(|by_hand| by_hand.id == id) {
-            None => image.unmark_mounted_by_hand(id),
-            Some(ByHand { point, .. }) => Err(Error::refused(format!(
-                "snapshot {id} is mounted by hand at {}: unmount it there first",
-                point.display()
-            ))),
-        }
     }
 
     /// The snapshot with that key, or the only one whose key ends in it:

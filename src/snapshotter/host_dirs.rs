@@ -9,9 +9,12 @@
 //! allowed any more is not shown any more.
 
 use super::Snapshotter;
+use super::label_source::is_of_pods;
 use super::labels::IdMaps;
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
-use crate::host_dirs::{ImageRule, parse_paths};
+use crate::host_dirs::{HostDirs, ImageRule, parse_paths};
 use crate::store::{LabelChange, Snapshot};
 use crate::types::{
     Kind, LABEL_GID_MAPPING, LABEL_IMAGE_REF, LABEL_LOWERS, LABEL_UID_MAPPING, Labels, Quoted,
@@ -73,7 +76,7 @@ impl Snapshotter {
         let mut wanted = WantedHostDirs::by_label(&info.labels)?;
         wanted.chosen = chosen.map_or(Ok(Vec::new()), parse_paths)?;
         wanted.require_plain_ids(id_maps)?;
-        let lowers = self.options.lowers.ensure(&wanted.all())?;
+        let lowers = self.ensure_host_dirs(&info.name, &wanted)?;
         let image = self.volumes.image();
         if !image.has_host_dir_links(snapshot.id, lowers.targets())? {
             let _claim = self.ids.claim(snapshot.id);
@@ -87,6 +90,29 @@ impl Snapshotter {
         let links = image.host_dir_paths(snapshot.id, lowers.targets().len());
         lowers.keep();
         Ok(links)
+    }
+
+    /// Finds the host directories of the snapshot of that key, and creates those that are
+    /// missing; but a pod's label, trusted or not, creates none.
+    ///
+    /// # Errors
+    ///
+    /// As of [`crate::host_dirs::Policy::ensure`]; [`ErrorKind::FailedPrecondition`] for one
+    /// that is missing and named by a pod's label.
+    pub(super) fn ensure_host_dirs(&self, key: &str, wanted: &WantedHostDirs) -> Result<HostDirs> {
+        if is_of_pods(key) {
+            self.options.lowers.require_present(&wanted.labelled)?;
+        }
+        self.options.lowers.ensure(&wanted.all())
+    }
+
+    /// Looks whether the host directories that a label of the snapshot of that key is to
+    /// name can be used; creates none.
+    pub(super) fn check_host_dirs(&self, key: &str, labelled: &[String]) -> Result<()> {
+        match is_of_pods(key) {
+            true => self.options.lowers.require_present(labelled),
+            false => self.options.lowers.check(labelled),
+        }
     }
 
     /// Whether a container on the snapshot is shown host directories.

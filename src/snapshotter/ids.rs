@@ -75,17 +75,21 @@ impl Ids {
         }
     }
 
-    /// At a start, reserves a block and records it on the volumes that are there, so that
-    /// the first request need not do it. Each start gets a block of its own: if a
-    /// database and a volume were then used separately, the blocks show it.
-    pub(super) fn begin(&self, volumes: &[Arc<Dirs>]) -> Result<()> {
+    /// At a start, reserves a block and records it on the image volume, so that the first
+    /// request need not do it. Each start gets a block of its own: if a database and a
+    /// volume were then used separately, the blocks show it.
+    pub(super) fn begin(&self, image: &Dirs) -> Result<()> {
         let block = self.reserve()?;
-        for dirs in volumes {
-            self.record(dirs, &block)?;
-        }
+        self.record(image, &block)?;
         let id = block.first;
         *lock(&self.next) = Some(Next { block, id });
         Ok(())
+    }
+
+    /// Records the block in use on the writable volume, which is there.
+    pub(super) fn begin_on(&self, writable: &Dirs) -> Result<()> {
+        let block = lock(&self.next).as_ref().map(|next| next.block.clone());
+        block.map_or(Ok(()), |block| self.record(writable, &block))
     }
 
     fn reserve(&self) -> Result<Block> {

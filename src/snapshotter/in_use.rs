@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use rustix::fs::{fstat, stat};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::mount::ByHand;
 use crate::mount::mountinfo::{self, Mounted, Part};
 use crate::mount::namespaces::{Inode, Namespace, read_everywhere};
@@ -26,6 +26,28 @@ use crate::volume::{Dirs, Identity, Volumes, replaced_id};
 pub(super) fn mounted_by_hand(store: &Store) -> Result<Vec<ByHand>> {
     let identity = store.read()?.fact(Identity::FACT)?;
     ByHand::of_root(identity.as_deref())
+}
+
+/// Refuses a snapshot that a person has mounted, or is mounting, to write to it.
+pub(super) fn require_not_by_hand(store: &Store, volumes: &Volumes, id: SnapshotId) -> Result<()> {
+    let image = volumes.image();
+    // The mark is cheap to look for, and may be an old one.
+    if !image.is_marked_mounted_by_hand(id)? {
+        return Ok(());
+    }
+    let mut point = None;
+    let is_mounted = || {
+        let mut mounted = mounted_by_hand(store)?.into_iter();
+        point = mounted.find(|by_hand| by_hand.id == id).map(|it| it.point);
+        Ok(point.is_some())
+    };
+    image.unmark_unless_mounted(id, is_mounted)?;
+    point.map_or(Ok(()), |point| {
+        Err(Error::refused(format!(
+            "snapshot {id} is mounted by hand at {}: unmount it there first",
+            point.display()
+        )))
+    })
 }
 
 /// The mounts of one moment, in all mount namespaces that count.

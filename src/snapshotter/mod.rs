@@ -148,6 +148,11 @@ impl Snapshotter {
         &self.store
     }
 
+    /// Both volumes, for a start.
+    pub fn volumes(&self) -> &Volumes {
+        &self.volumes
+    }
+
     /// Prepares for the stop of the daemon: moves of layers, in every thread,
     /// end with [`ErrorKind::Unavailable`], and no further file is charged to a
     /// project.
@@ -194,7 +199,7 @@ impl Snapshotter {
         let update = || -> Result<Snapshot> {
             let (_, changes) = self.plan_update(key, mask, given)?;
             let lowers = self.lowers_to_check(key, &changes)?;
-            self.options.lowers.check(&lowers)?;
+            self.check_host_dirs(key, &lowers)?;
             let _claim = self.claim(key)?;
             // Another snapshot may have got the key meanwhile.
             let (source, changes) = self.plan_update(key, mask, given)?;

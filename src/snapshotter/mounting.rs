@@ -1,9 +1,9 @@
 //! The mounts of a snapshot: what the database records of it, what has to be
 //! done before it is mounted, and the mounts themselves.
 
-use super::Snapshotter;
 use super::first_layers::is_stored_over_empty;
 use super::labels::IdMaps;
+use super::{Snapshotter, in_use};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
@@ -76,7 +76,7 @@ impl Snapshotter {
             waits::enter(Awaited::Volume(Volume::Writable))?;
             self.volumes.require_writable()?;
         }
-        self.require_not_by_hand(id)?;
+        in_use::require_not_by_hand(&self.store, &self.volumes, id)?;
         self.links
             .require(stored.ancestors.iter().map(|layer| layer.id))?;
         self.require_not_lost(&stored.ancestors)?;

@@ -66,7 +66,7 @@ impl Snapshotter {
             self.relocator.bring_home(&ancestors)?;
         }
         self.require_present(&ancestors)?;
-        let host_dirs = self.options.lowers.ensure(&new.host_dirs.all())?;
+        let host_dirs = self.ensure_host_dirs(key, &new.host_dirs)?;
 
         let parent_id = ancestors.first().map(|parent| parent.id);
         let owner = match &dirs {

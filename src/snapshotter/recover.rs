@@ -11,49 +11,71 @@ use super::labels::IdMaps;
 use super::prepare::shape_of;
 use super::trash::{Found, GivenOut, Inventory, trash_entry};
 use super::{QuotaMode, Snapshotter};
-#[cfg(doc)]
-use crate::error::ErrorKind;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::types::{Content, Kind, Marks, Quoted, SnapshotId, Usage, Volume};
 use crate::util::lock::lock;
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
 
 impl Snapshotter {
-    /// The work of a start: finishes or drops moves, clears away directories without a
-    /// row, creates missing uppers again, corrects links and project quotas, and
-    /// reports missing layers. If the writable volume is missing, everything on it is
-    /// left for later. From then on, a volume whose history is not the database's is
-    /// refused.
+    /// The first step of a start: refuses an image volume that does not belong to the
+    /// database. From then on both volumes are refused if their history is another one.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the database is an older state of itself;
-    /// [`ErrorKind::FailedPrecondition`] if quotas are required and not
-    /// supported.
-    pub fn recover(&self) -> Result<()> {
+    /// [`ErrorKind::DataLoss`] if the database is an older state of itself.
+    pub fn judge_image(&self) -> Result<()> {
         let store = Arc::clone(&self.store);
         self.volumes
             .refuse_other_histories(move |volume, block| store.read()?.judge(volume, block));
-        let image = self.volumes.open(Volume::Image)?;
-        self.volumes.require_same_history(&image)?;
-        let writable = self.volumes.open(Volume::Writable).ok();
-        if let Some(writable) = &writable {
-            self.volumes.require_same_history(writable)?;
-        }
-        self.relocator.recover_moves()?;
-        let given_out = GivenOut::read(&*self.store.read()?)?;
-        // Both volumes are checked before any entry counts as a stray.
-        given_out.require_latest(&image)?;
-        if let Some(writable) = &writable {
-            given_out.require_latest(writable)?;
-        }
-        self.mend()
+        self.judge(self.volumes.image().dirs())
     }
 
-    /// The part of [`Snapshotter::recover`] that changes the volumes. The caller
-    /// knows that the database is the latest, or goes on with an older one.
+    /// The second step of a start: as [`Snapshotter::judge_image`], of the writable volume,
+    /// which may be missing. Both are judged before anything is taken for a stray.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::DataLoss`] if the database is an older state of itself.
+    pub fn judge_writable(&self) -> Result<()> {
+        match self.volumes.open(Volume::Writable) {
+            Ok(writable) => self.judge(&writable),
+            // Another history is an error, and not only a missing volume.
+            Err(error) if error.kind() == ErrorKind::DataLoss => Err(error),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn judge(&self, dirs: &Dirs) -> Result<()> {
+        self.volumes.require_same_history(dirs)?;
+        GivenOut::read(&*self.store.read()?)?.require_latest(dirs)
+    }
+
+    /// The third step of a start: enters moves in the database that a crash has kept from
+    /// being entered. Without the writable volume, those that the image volume alone shows.
+    ///
+    /// # Errors
+    ///
+    /// As of the database and the volumes.
+    pub fn recover_moves(&self) -> Result<()> {
+        self.relocator.recover_moves()
+    }
+
+    /// Puts both volumes right. The database is known to be the latest, or to be made do
+    /// with.
     pub(super) fn mend(&self) -> Result<()> {
+        self.mend_image()?;
+        self.mend_writable()
+    }
+
+    /// The fourth step of a start: clears away directories on the image volume that no row
+    /// knows, makes missing uppers again, sets links right, and reports layers that are
+    /// missing. Does not ask the writable volume.
+    ///
+    /// # Errors
+    ///
+    /// As of the database and the volume.
+    pub fn mend_image(&self) -> Result<()> {
         let inventory = Inventory::read(&*self.store.read()?)?;
         let places: Vec<_> = inventory
             .snapshots
@@ -62,10 +84,6 @@ impl Snapshotter {
             .collect();
         self.flusher.recall_failures(&places)?;
         let image = self.volumes.open(Volume::Image)?;
-        warn_of(
-            "drop what moves have left",
-            self.drop_unfinished_moves(&image),
-        );
         warn_of(
             "drop what checks have left",
             self.drop_leftovers_of_checks(&image),
@@ -76,19 +94,41 @@ impl Snapshotter {
             "remove links that are not needed",
             self.sweep_lower_links(&inventory),
         );
-        let mut lost = self.heal(&image, &inventory, &on_image);
-        let mut swept = vec![image];
-        let mut uncharged = Vec::new();
+        let lost = self.heal(&image, &inventory, &on_image);
+        lock(&self.lost).extend(lost);
+        // Who makes a snapshot on a volume that cannot be written learns of it.
+        warn_of("prepare ids for new snapshots", self.ids.begin(&image));
+        Ok(())
+    }
+
+    /// The last step of a start: as [`Snapshotter::mend_image`], of the writable volume and
+    /// its project quotas. A volume that is missing is left as it is. May run beside
+    /// requests that do not ask this volume.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] without quotas that have to be there.
+    pub fn mend_writable(&self) -> Result<()> {
+        warn_of(
+            "drop what moves have left",
+            self.drop_unfinished_moves(self.volumes.image().dirs()),
+        );
         match self.volumes.open(Volume::Writable) {
             Ok(writable) => match self.trash.sweep(&writable) {
                 Ok((found, _)) => {
-                    lost.extend(self.heal(&writable, &inventory, &found));
-                    // If quotas are required and missing, nothing is served.
-                    uncharged = match self.options.quota.mode {
+                    let inventory = Inventory::read(&*self.store.read()?)?;
+                    let lost = self.heal(&writable, &inventory, &found);
+                    lock(&self.lost).extend(lost);
+                    // Without quotas that have to be there nothing is served.
+                    let uncharged = match self.options.quota.mode {
                         QuotaMode::Require => self.projects.recover(&writable)?,
                         _ => self.trash.recover_projects(&writable),
                     };
-                    swept.push(writable);
+                    warn_of(
+                        "prepare ids for new snapshots",
+                        self.ids.begin_on(&writable),
+                    );
+                    self.projects.recharge_later(&uncharged);
                 }
                 // A disk that has become read-only, for example.
                 Err(error) => {
@@ -109,14 +149,17 @@ impl Snapshotter {
                 );
             }
         }
-        *lock(&self.lost) = lost;
-        if let Err(error) = self.ids.begin(&swept) {
-            // Requests that create a snapshot on a volume that cannot be written fail
-            // with the reason.
-            log::warn!("cannot prepare ids for new snapshots: {}", error.chain());
-        }
-        self.projects.recharge_later(&uncharged);
         Ok(())
+    }
+
+    /// The writable volume, which had not answered, may be asked from now on; what moves
+    /// there need not wait longer. `is_mended` says whether it was put right.
+    pub fn begin_with_writable(&self, is_mended: bool) {
+        self.volumes.release_writable();
+        if !is_mended {
+            self.trash.note_stray(Volume::Writable);
+        }
+        self.relocator.wake();
     }
 
     /// Drops what moves have left under their own names: copies that were not exchanged,
@@ -217,6 +260,13 @@ impl Snapshotter {
             if is_whole {
                 continue;
             }
+            // A writable volume that answers late is looked at beside requests.
+            let Ok(claim) = self.claim(name) else {
+                continue;
+            };
+            if claim.id != snapshot.id {
+                continue;
+            }
             let made = self.owner_of(name).and_then(|owner| {
                 if is_there {
                     dirs.complete(snapshot.id, shape, owner)
@@ -287,6 +337,13 @@ impl Snapshotter {
         let mut snapshot = self.store.read()?.stat(name)?;
         self.leave_out_ignored(&mut snapshot.info);
         let maps = IdMaps::from_labels(&snapshot.info.labels)?;
+        if let Some(parent) = snapshot.parent_id
+            && let Some(place) = self.store.read()?.place(parent)?
+            && place.is_unmoved()
+        {
+            // It is reached through a link.
+            self.volumes.require_writable()?;
+        }
         self.owner_for(maps.as_ref(), snapshot.parent_id)
     }
 }

@@ -1,6 +1,6 @@
 //! Removing snapshots, and freeing their space.
 
-use super::{Snapshotter, labels};
+use super::{Snapshotter, in_use, labels};
 use crate::error::{Context, ErrorKind, Result};
 use crate::store::{Place, Transaction};
 use crate::types::{Quoted, Volume};
@@ -31,6 +31,9 @@ impl Snapshotter {
         if let Some(volume) = removed.volume {
             let id = removed.id;
             let trashed = self.volumes.open(volume).and_then(|dirs| {
+                // A person who mounts it learns by its row that it is gone, or has its files
+                // until they are unmounted.
+                in_use::require_not_by_hand(&self.store, &self.volumes, id)?;
                 if let Some(name) = dirs.trash(id)?
                     && self.options.removes_at_once
                 {

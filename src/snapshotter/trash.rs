@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use rustix::fs::FileType;
 
 use super::ids::Ids;
+use super::in_use::require_not_by_hand;
 use super::quotas::Projects;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Place, Rows, Store};
@@ -206,6 +207,7 @@ impl Trash {
 
     fn clear_stray(&self, dirs: &Dirs, id: SnapshotId, is_buried: bool) -> Result<()> {
         let volume = dirs.volume();
+        require_not_by_hand(&self.store, &self.volumes, id)?;
         let is_link = volume == Volume::Image && self.volumes.image().is_layer_link(id)?;
         if is_buried || is_link {
             log::info!(

@@ -6,6 +6,7 @@ pub(crate) mod fault_point;
 pub(crate) mod fnv;
 pub(crate) mod lock;
 pub(crate) mod monitor;
+pub(crate) mod patience;
 pub(crate) mod sha256;
 pub(crate) mod threads;
 pub(crate) mod undo;

@@ -2,8 +2,13 @@
 
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+
+/// What [`Background::end_all`] waits at least, and how often it looks.
+const MOMENT: Duration = Duration::from_millis(500);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
 /// A running thread. Dropping this value stops the thread and waits for its
 /// end.
@@ -40,6 +45,32 @@ impl Background {
     }
 }
 
+impl Background {
+    /// Has all of these threads end, and waits for that until `deadline`, but for a moment at
+    /// least. `false` if one goes on, for example because its disk does not answer.
+    pub fn end_all(threads: Vec<Background>, deadline: Instant) -> bool {
+        threads.iter().for_each(|thread| (thread.stop)());
+        let deadline = deadline.max(Instant::now() + MOMENT);
+        let mut have_ended = true;
+        for mut background in threads {
+            while background.is_running() && Instant::now() < deadline {
+                thread::sleep(BETWEEN_LOOKS);
+            }
+            if background.is_running() {
+                log::warn!("the {} is still at work: it is cut off", background.name);
+                background.thread = None;
+                have_ended = false;
+            }
+        }
+        have_ended
+    }
+
+    fn is_running(&self) -> bool {
+        let thread = self.thread.as_ref();
+        thread.is_some_and(|thread| !thread.is_finished())
+    }
+}
+
 impl Drop for Background {
     fn drop(&mut self) {
         (self.stop)();
@@ -51,5 +82,30 @@ impl Drop for Background {
                 self.name
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+    use crate::util::monitor::Monitor;
+
+    #[test]
+    fn an_end_does_not_wait_for_a_thread_that_hangs() {
+        let start = |work: fn(&Monitor<()>)| {
+            let part = Arc::new(Monitor::<()>::default());
+            Background::start("test", &part, Monitor::stop, work).unwrap()
+        };
+        let idle: fn(&Monitor<()>) = |stop| assert!(!stop.pause(Duration::from_secs(3600)));
+        let now = Instant::now();
+        assert!(Background::end_all(vec![start(idle), start(idle)], now));
+        let (release, wait) = channel::<()>();
+        let part = Arc::new(());
+        let hangs = move |_: &()| assert!(wait.recv().is_err());
+        let hanging = Background::start("test", &part, |_| (), hangs).unwrap();
+        assert!(!Background::end_all(vec![start(idle), hanging], now));
+        drop(release);
     }
 }

@@ -11,7 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::path::Arg;
 
-use super::paths::{LEFT_OUT, SNAPSHOTS, TRASH, UPPER, WORK, upper_of};
+use super::paths::{LEFT_OUT, MARK, SNAPSHOTS, TRASH, UPPER, WORK, upper_of};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::quota;
 use crate::types::{SnapshotId, Volume};
@@ -67,6 +67,27 @@ impl Dirs {
             volume,
             path: path.to_owned(),
             snapshots: ensure_directory(&top, path, SNAPSHOTS)?,
+            trash: OnceLock::new(),
+            top,
+        })
+    }
+
+    /// Opens the directories of a writable volume that carries its mark. It had `snapshots`
+    /// when it got the mark: without that directory it was emptied since.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FailedPrecondition`] if it was emptied: nothing is made there.
+    pub(super) fn open_marked(path: &str, top: OwnedFd) -> Result<Dirs> {
+        let snapshots = match open_to_list(&top, SNAPSHOTS) {
+            Err(Errno::NOENT) => return Err(emptied(path)),
+            Err(Errno::NOTDIR | Errno::LOOP) => return Err(no_directory(path, SNAPSHOTS)),
+            opened => opened.context(|| format!("open the directory {path}/{SNAPSHOTS}"))?,
+        };
+        Ok(Dirs {
+            volume: Volume::Writable,
+            path: path.to_owned(),
+            snapshots,
             trash: OnceLock::new(),
             top,
         })
@@ -474,6 +495,14 @@ pub(super) fn ensure_directory(parent: impl AsFd, path: &str, name: &str) -> Res
         Err(Errno::NOTDIR | Errno::LOOP) => Err(no_directory(path, name)),
         opened => opened.context(opening),
     }
+}
+
+fn emptied(path: &str) -> Error {
+    Error::refused(format!(
+        "the writable volume at {path} was emptied: it has its mark, but no directory \
+         {SNAPSHOTS}. Put what was there back; or, if what containers have written is given up, \
+         stop the daemon, remove {path}/{MARK} and run `check --reset-writable`"
+    ))
 }
 
 pub(super) fn no_directory(path: &str, name: &str) -> Error {

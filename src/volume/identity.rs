@@ -13,7 +13,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::cached_lookup::{Glance, glance};
 use super::durable::replace_file;
-use super::paths::MARK;
+use super::paths::{MARK, SNAPSHOTS};
 use crate::error::{Context, Error, Result};
 
 const HEX_DIGITS: usize = 32;
@@ -110,50 +110,56 @@ impl Identity {
     }
 }
 
-/// The inode and times of a mark. As long as they are the same, it is the same mark,
-/// and need not be read again.
+/// A mark, with the directory of snapshots beside it, as their file system shows them.
+/// Whatever takes the place of one has another inode or other times: the same mark need not
+/// be read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
     device: u64,
     inode: u64,
     changed: (i64, i64),
     written: (i64, i64),
+    snapshots: (u64, u64),
 }
 
 impl Seen {
-    /// The mark in the directory `top`; `None` if there is none, or if it
-    /// cannot be looked at.
+    /// Both in the directory `top`, if they are there and can be looked at.
     pub(super) fn in_directory(top: impl AsFd) -> Option<Seen> {
-        Seen::at(top, MARK)
+        Seen::by(|name| statat(&top, name, AtFlags::SYMLINK_NOFOLLOW).ok())
     }
 
-    /// The mark in the directory at this path.
+    /// Both in the directory of that path.
     pub(super) fn in_path(path: &str) -> Option<Seen> {
-        Seen::at(CWD, &format!("{path}/{MARK}"))
+        Seen::by(|name| statat(CWD, format!("{path}/{name}"), AtFlags::SYMLINK_NOFOLLOW).ok())
     }
 
     /// Like [`Seen::in_path`], but `None` also where a disk would have to be
     /// asked.
     pub(super) fn at_a_glance(path: &str) -> Option<Seen> {
-        match glance(CWD, &format!("{path}/{MARK}")) {
-            Glance::There(mark) => fstat(mark).ok().map(Seen::of),
+        Seen::by(|name| match glance(CWD, &format!("{path}/{name}")) {
+            Glance::There(file) => fstat(file).ok(),
             Glance::Absent | Glance::Unknown => None,
-        }
-    }
-
-    fn at(directory: impl AsFd, name: &str) -> Option<Seen> {
-        let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
-        stat.ok().map(Seen::of)
+        })
     }
 
     #[allow(clippy::unnecessary_cast)] // their types differ among architectures
-    fn of(stat: Stat) -> Seen {
-        Seen {
-            device: stat.st_dev as u64,
-            inode: stat.st_ino as u64,
-            changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
-            written: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
-        }
+    fn by(look: impl Fn(&str) -> Option<Stat>) -> Option<Seen> {
+        let (mark, snapshots) = (look(MARK)?, look(SNAPSHOTS)?);
+        Some(Seen {
+            device: mark.st_dev as u64,
+            inode: mark.st_ino as u64,
+            changed: (mark.st_ctime as i64, mark.st_ctime_nsec as i64),
+            written: (mark.st_mtime as i64, mark.st_mtime_nsec as i64),
+            snapshots: (snapshots.st_dev as u64, snapshots.st_ino as u64),
+        })
+    }
+}
+
+/// Looks at the mark in the directory of that path, whatever it says. Returns once the disk
+/// has answered.
+pub fn ask_for_mark(path: &str) {
+    if let Ok(top) = open_top(path) {
+        let _ = read_mark(top, path);
     }
 }
 
@@ -246,8 +252,9 @@ mod tests {
     fn another_mark_is_seen_as_another() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_str().unwrap();
-        assert_eq!(Seen::in_path(path), None);
         claim(&Identity::random().unwrap(), dir.path()).unwrap();
+        assert_eq!(Seen::in_path(path), None);
+        fs::create_dir(dir.path().join(SNAPSHOTS)).unwrap();
         let seen = Seen::in_path(path).unwrap();
         assert_eq!(Seen::in_path(path), Some(seen));
         assert_eq!(Seen::in_directory(open_top(path).unwrap()), Some(seen));

@@ -8,7 +8,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, Mode, OFlags, fstat, openat, readlinkat, statat, symlinkat, unlinkat};
+use rustix::fs::{
+    AtFlags, FlockOperation, Mode, OFlags, flock, fstat, openat, readlinkat, statat, symlinkat,
+    unlinkat,
+};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
@@ -236,17 +239,26 @@ impl Image {
         }
     }
 
-    /// Marks that a person may have mounted the snapshot to write to it. The mark is only
-    /// a hint: it stays after a reboot, and a read-only root gets none.
-    pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
+    /// Marks that a person is about to mount the snapshot to write to it. The mark is only
+    /// a hint: it stays after a reboot, and a root that cannot be written to gets none.
+    /// Until the returned file is closed, nobody else looks whether it is mounted.
+    pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<Option<OwnedFd>> {
         let marking = || format!("write {}/{BY_HAND}/{id}", self.path);
         let marked = ensure_directory(self.top(), &self.path, BY_HAND).and_then(|directory| {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            openat(directory, id.to_string(), flags, Mode::from_raw_mode(0o600)).context(marking)
+            loop {
+                let mode = Mode::from_raw_mode(0o600);
+                let mark = openat(&directory, id.to_string(), flags, mode).context(marking)?;
+                flock(&mark, FlockOperation::LockExclusive).context(marking)?;
+                // It may have been removed before it was locked.
+                if fstat(&mark).context(marking)?.st_nlink > 0 {
+                    return Ok(mark);
+                }
+            }
         });
         match marked {
-            Err(error) if error.kind() != ErrorKind::FailedPrecondition => Err(error),
-            _ => Ok(()),
+            Err(error) if error.kind() == ErrorKind::FailedPrecondition => Ok(None),
+            marked => marked.map(Some),
         }
     }
 
@@ -271,12 +283,37 @@ impl Image {
         matches!(mark, Glance::Absent) && self.has_no_links_for_sure(id)
     }
 
-    /// Removes the mark for a snapshot that a person may have mounted.
-    pub fn unmark_mounted_by_hand(&self, id: SnapshotId) -> Result<()> {
-        let mark = format!("{BY_HAND}/{id}");
-        match unlinkat(self.top(), &*mark, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(errno) => Err(errno).context(|| format!("remove {}/{mark}", self.path)),
+    /// Removes the mark that a person may have mounted the snapshot, unless `is_mounted`.
+    /// Returns whether the mark stays.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unavailable`] while a person is just mounting it.
+    pub fn unmark_unless_mounted(
+        &self,
+        id: SnapshotId,
+        is_mounted: impl FnOnce() -> Result<bool>,
+    ) -> Result<bool> {
+        let name = format!("{BY_HAND}/{id}");
+        let looking = || format!("look at {}/{name}", self.path);
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mark = match openat(self.top(), name.as_str(), flags, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(false),
+            mark => mark.context(looking)?,
+        };
+        match flock(&mark, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                let what = format!("snapshot {id} is being mounted by hand: try again");
+                return Err(Error::new(ErrorKind::Unavailable, what));
+            }
+            locked => locked.context(looking)?,
+        }
+        if is_mounted()? {
+            return Ok(true);
+        }
+        match unlinkat(self.top(), name.as_str(), AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(errno).context(|| format!("remove {}/{name}", self.path)),
         }
     }
 

@@ -47,23 +47,24 @@ pub use adopt::Filled;
 pub use dirs::{Dirs, Owner, Shape};
 pub use durable::{Flush, replace_file};
 use identity::Seen;
-pub use identity::{Claim, Identity};
+pub use identity::{Claim, Identity, ask_for_mark};
 pub use image::{Image, Root};
 pub use moving::moving_id;
 pub use paths::{PROBE, ROOT_NAMES, UPPER, WRITABLE_NAMES};
-pub use preconditions::{Holding, Lifetime, Reserve, Unused, keeps_times, require_mount_points};
+pub use preconditions::{Holding, Lifetime, Reserve, Unused, keeps_times, require_mount};
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 pub use unpacked::{UnpackDir, is_handed_over, is_unpacked, replaced_id};
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::{self, ThreadId};
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::fstat;
 use rustix::io::Errno;
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{Block, History, MountPath, SnapshotId, Volume};
 use crate::util::lock::lock;
 use crate::waits::{self, Awaited};
@@ -82,6 +83,8 @@ pub struct Volumes {
     /// Whether the volumes were on two file systems when the writable volume was
     /// last recognised.
     are_on_two_file_systems: AtomicBool,
+    /// As long as the writable volume does not answer: the only thread that may ask it.
+    withheld_for: Mutex<Option<Option<ThreadId>>>,
 }
 
 type Judge = dyn Fn(Volume, Option<&Block>) -> Result<History> + Send + Sync;
@@ -97,7 +100,34 @@ impl Volumes {
             writable_mark: Mutex::new(None),
             judge: OnceLock::new(),
             are_on_two_file_systems: AtomicBool::new(false),
+            withheld_for: Mutex::new(None),
         }
+    }
+
+    /// From now on only this thread, or none, may ask the writable volume: all others get
+    /// [`ErrorKind::Unavailable`] until [`Volumes::release_writable`].
+    pub fn withhold_writable(&self, thread: Option<ThreadId>) {
+        *lock(&self.withheld_for) = Some(thread);
+    }
+
+    /// The writable volume has answered: every thread may ask it.
+    pub fn release_writable(&self) {
+        *lock(&self.withheld_for) = None;
+    }
+
+    fn require_answering(&self) -> Result<()> {
+        let holder = *lock(&self.withheld_for);
+        if holder.is_none_or(|holder| holder == Some(thread::current().id())) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unavailable,
+            format!(
+                "the writable volume {} does not answer: look at its disk or server; what needs \
+                 it works again once it answers",
+                self.writable_path
+            ),
+        ))
     }
 
     /// The functions of the image volume alone: links and ownership.
@@ -160,12 +190,14 @@ impl Volumes {
     ///
     /// `ErrorKind::FailedPrecondition` if the writable volume is not there or
     /// is another one, `ErrorKind::DataLoss` if it has another history than the
-    /// database, `ErrorKind::Internal` if it cannot be read.
+    /// database, `ErrorKind::Internal` if it cannot be read, `ErrorKind::Unavailable` if it
+    /// does not answer.
     pub fn open(&self, volume: Volume) -> Result<Arc<Dirs>> {
         waits::note(Awaited::Volume(volume));
         match volume {
             Volume::Image => Ok(Arc::clone(self.image.dirs())),
             Volume::Writable => {
+                self.require_answering()?;
                 let identity = self.expected_writable()?;
                 let path = &self.writable_path;
                 let top = identity::open_expected(path, identity)?;
@@ -173,11 +205,11 @@ impl Volumes {
                 // the next call reads it again.
                 let seen = Seen::in_directory(&top);
                 if self.is_confirmed(seen) {
-                    return Ok(Arc::new(Dirs::open(Volume::Writable, path, top)?));
+                    return Ok(Arc::new(Dirs::open_marked(path, top)?));
                 }
                 identity::confirm(&top, path, identity)?;
                 self.require_apart(&top)?;
-                let dirs = Dirs::open(Volume::Writable, path, top)?;
+                let dirs = Dirs::open_marked(path, top)?;
                 self.require_same_history(&dirs)?;
                 *lock(&self.writable_mark) = seen;
                 Ok(Arc::new(dirs))
@@ -188,6 +220,7 @@ impl Volumes {
     /// Like [`Volumes::open`] of the writable volume, for callers that need
     /// nothing on it.
     pub fn require_writable(&self) -> Result<()> {
+        self.require_answering()?;
         if self.is_confirmed(Seen::in_path(&self.writable_path)) {
             return Ok(());
         }
@@ -197,7 +230,8 @@ impl Volumes {
     /// Whether the writable volume is there, as far as the kernel knows without asking a
     /// disk. `false` means that it may not be.
     pub fn is_writable_there_for_sure(&self) -> bool {
-        self.is_confirmed(Seen::at_a_glance(&self.writable_path))
+        self.require_answering().is_ok()
+            && self.is_confirmed(Seen::at_a_glance(&self.writable_path))
     }
 
     /// Whether the volumes are on two file systems; `false` also if the writable volume
@@ -257,6 +291,7 @@ impl Volumes {
     /// `None` if the directory does not exist, has a mark, or has no such block.
     /// Changes nothing.
     pub fn block_of_unmarked(&self) -> Result<Option<Block>> {
+        self.require_answering()?;
         let path = &self.writable_path;
         let top = match identity::open_top(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),

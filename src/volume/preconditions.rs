@@ -132,26 +132,23 @@ impl Dirs {
     }
 }
 
-/// Returns an error for each of these directories, given with its flag, that
-/// does not exist or is no mount point. Creates nothing.
+/// Refuses a directory, given with this flag, that is not there or no mount point. Creates
+/// nothing.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] with the directory, and what to do.
-pub fn require_mount_points(directories: &[(&str, &str)]) -> Result<()> {
-    for (flag, path) in directories {
-        let why = match is_mount_point(path) {
-            Ok(true) => continue,
-            Ok(false) => "is no mount point",
-            Err(Errno::NOENT | Errno::NOTDIR) => "does not exist",
-            Err(errno) => return Err(errno).context(|| format!("look at {path}")),
-        };
-        return Err(Error::refused(format!(
-            "{flag} {path} {why}: mount its disk there (--require-mount asks for it before \
-                 anything is written)"
-        )));
-    }
-    Ok(())
+/// [`ErrorKind::FailedPrecondition`] naming the directory and what to do.
+pub fn require_mount(flag: &str, path: &str) -> Result<()> {
+    let why = match is_mount_point(path) {
+        Ok(true) => return Ok(()),
+        Ok(false) => "is no mount point",
+        Err(Errno::NOENT | Errno::NOTDIR) => "does not exist",
+        Err(errno) => return Err(errno).context(|| format!("look at {path}")),
+    };
+    Err(Error::refused(format!(
+        "{flag} {path} {why}: mount its disk there (--require-mount asks for it before anything \
+         is written)"
+    )))
 }
 
 /// What an opened directory contains besides a mark.
@@ -248,16 +245,15 @@ mod tests {
     fn mount_points_are_told_from_directories() {
         let dir = tempfile::tempdir().unwrap();
         let plain = dir.path().to_str().unwrap();
-        require_mount_points(&[("--root-dir", "/proc")]).unwrap();
-        let text = require_mount_points(&[("--root-dir", "/proc"), ("--writable-dir", plain)])
-            .unwrap_err()
-            .chain();
+        require_mount("--root-dir", "/proc").unwrap();
+        let error = require_mount("--writable-dir", plain).unwrap_err();
+        let text = error.chain();
         assert!(
             text.contains("--writable-dir") && text.contains(plain),
             "{text}"
         );
         let missing = format!("{plain}/missing");
-        let error = require_mount_points(&[("--root-dir", &missing)]).unwrap_err();
+        let error = require_mount("--root-dir", &missing).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
         assert!(
             error.chain().contains("does not exist"),

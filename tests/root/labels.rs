@@ -257,6 +257,27 @@ fn labels_of_pods_can_be_trusted_and_are_not_afterwards() {
     let client = scene.split.client();
     let wanted = scene.wanted.clone();
     let key = format!("k8s.io/7/{SANDBOX}");
+    // No pod's label creates a directory on the host, whatever the request.
+    let made = scene.host.path().join("cache/made");
+    let mask = format!("labels.{LABEL_LOWERS}");
+    let named = [(LABEL_LOWERS, wanted.as_str())];
+    client.prepare("k8s.io/9/later", "base", &[]).unwrap();
+    for refused in [
+        client.prepare(&key, "base", &named).map(drop),
+        client.view(&key, "base", &named).map(drop),
+        client.update("k8s.io/9/later", &[&mask], &named).map(drop),
+    ] {
+        let (code, said) = refused.unwrap_err();
+        assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{said}");
+        assert!(said.contains("create it first"), "{said}");
+        assert!(!made.exists());
+    }
+    fs::create_dir_all(made.join("by-label")).unwrap();
+    client.update("k8s.io/9/later", &[&mask], &named).unwrap();
+    fs::remove_dir_all(&made).unwrap();
+    client.mounts("k8s.io/9/later").unwrap_err();
+    assert!(!made.exists());
+    fs::create_dir_all(made.join("by-label")).unwrap();
     let with = [(LABEL_LOWERS, wanted.as_str()), (LABEL_VOLUME, "image")];
     let mounts = client.prepare(&key, "base", &with).unwrap();
     assert!(upper(&mounts).starts_with(scene.split.root().join("snapshots")));
@@ -269,7 +290,6 @@ fn labels_of_pods_can_be_trusted_and_are_not_afterwards() {
         .prepare("k8s.io/8/other", "base", &reference)
         .unwrap();
     assert!(upper(&mounts).starts_with(scene.split.writable()));
-    let mask = format!("labels.{LABEL_LOWERS}");
     let update = |scene: &Scene| {
         let client = scene.split.client();
         client.update("k8s.io/8/other", &[&mask], &[(LABEL_LOWERS, &wanted)])

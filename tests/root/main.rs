@@ -20,6 +20,7 @@ mod flushes;
 mod full;
 mod fuzz;
 mod guard;
+mod hanging;
 mod held;
 mod histories;
 mod import;
@@ -47,6 +48,7 @@ mod support;
 mod usage;
 mod volumes;
 mod whiteouts;
+mod wiped;
 mod without_flags;
 
 use libtest_mimic::{Arguments, Failed, Trial};

@@ -2,16 +2,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use grpcio::RpcStatusCode;
 use registered::registered;
-use rustix::fs::StatVfsMountFlags;
+use rustix::fs::{FlockOperation, StatVfsMountFlags, flock};
 use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 
 use crate::content::layer;
-use crate::support::daemon::{BINARY, Daemon, Split};
+use crate::support::daemon::{BINARY, Daemon, Split, is_empty};
 use crate::support::disk::{Disk, subdirectory};
 use crate::support::mounted::{Mounted, upper_of};
 use crate::support::{tree, unchanged, until};
@@ -163,6 +163,66 @@ fn what_is_mounted_already_is_only_looked_at() {
     let second = Target::new();
     let said = refused(&split.daemon, &["mount", "web", second.text()]);
     assert!(said.contains("mounted already"), "{said}");
+}
+
+/// What a person has mounted to write to it stays whole, also if its row goes.
+#[registered(crate::Test)]
+fn the_files_of_a_removed_one_stay_until_they_are_unmounted() {
+    let split = Split::start(&[]);
+    fill(&split);
+    let client = split.client();
+    let target = Target::new();
+    done(&split.daemon, &["mount", "web", target.text()]);
+    client.remove("default/7/web").unwrap();
+    let (code, said) = client.cleanup().unwrap_err();
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{said}");
+    assert!(said.contains("mounted by hand at"), "{said}");
+    assert_eq!(read(&target.path().join("own")), "written");
+    fs::write(target.path().join("more"), "x").unwrap();
+    done(&split.daemon, &["umount", target.text()]);
+    client.cleanup().unwrap();
+    assert!(is_empty(split.writable().join("trash")));
+    assert!(is_empty(split.writable().join("snapshots")));
+}
+
+/// Removed at the worst moment: the command has found the snapshot, and not mounted it yet.
+#[registered(crate::Test)]
+fn one_that_is_removed_before_it_is_mounted() {
+    let split = Split::start(&[]);
+    fill(&split);
+    let client = split.client();
+    let target = Target::new();
+    // As another command that is about to mount it.
+    let marks = split.root().join("mounted");
+    fs::create_dir_all(&marks).unwrap();
+    let mark = fs::File::create(marks.join("3")).unwrap();
+    flock(&mark, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let (code, said) = client.mounts("default/7/web").unwrap_err();
+    assert_eq!(code, RpcStatusCode::UNAVAILABLE, "{said}");
+    let waiting = Command::new(BINARY)
+        .args(["mount", "web", target.text()])
+        .args(split.daemon.arguments())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A process that waits for a lock is listed with an arrow (proc_locks(5)).
+    let waits = format!(" {} ", waiting.id());
+    until("the command waits for the mark", || {
+        let locks = read(Path::new("/proc/locks"));
+        let mut lines = locks.lines().filter(|line| line.contains("->"));
+        lines.any(|line| line.contains(&waits))
+    });
+    client.remove("default/7/web").unwrap();
+    drop(mark);
+    let output = waiting.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("was removed meanwhile"), "{said}");
+    assert!(is_empty(target.path()), "it is still mounted");
+    client.cleanup().unwrap();
+    assert!(is_empty(split.writable().join("trash")));
+    assert!(is_empty(split.writable().join("snapshots")));
+    assert!(is_empty(&marks));
 }
 
 #[registered(crate::Test)]

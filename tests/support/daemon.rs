@@ -232,7 +232,8 @@ impl Daemon {
         self.is_serving_before_its_end().is_ok()
     }
 
-    fn wait_until_serving(&mut self) {
+    /// Waits until it serves, and fails if it ends instead.
+    pub fn wait_until_serving(&mut self) {
         if let Err(status) = self.is_serving_before_its_end() {
             panic!("the daemon ended with {status}:\n{}", self.log());
         }

@@ -94,12 +94,12 @@ impl Disk {
     }
 
     /// Makes every change of it wait until the value is dropped, but at most for
-    /// half a minute, even if the test is killed, because the processes that wait
+    /// 90 seconds, even if the test is killed, because the processes that wait
     /// cannot be killed.
     pub fn freeze(&self) -> Frozen {
         let path = self.path();
         let thaw = Command::new("setsid")
-            .args(["sh", "-c", "sleep 30; fsfreeze --unfreeze \"$0\""])
+            .args(["sh", "-c", "sleep 90; fsfreeze --unfreeze \"$0\""])
             .arg(&path)
             .stdout(Stdio::null())
             .stderr(Stdio::null())

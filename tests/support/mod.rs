@@ -7,6 +7,7 @@
 pub mod client;
 pub mod containerd;
 pub mod daemon;
+pub mod dead;
 pub mod disk;
 pub mod filter;
 pub mod fuse;

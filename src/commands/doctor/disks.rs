@@ -15,7 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mount::mountinfo::{self, Mounted};
 use crate::mount::{MERGED, probe_idmapped_mounts, probe_layers, probe_upper, unmount_stale};
 use crate::quota::{self, Quotas, Support};
-use crate::root::open::require_mounts;
+use crate::root::open::{answers, require_mounts};
 use crate::snapshotter::QuotaMode;
 use crate::store::{DATABASE, require_short};
 use crate::types::Limits;
@@ -44,6 +44,12 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
         }
     };
     let image = look_at("image", "--root-dir", &config.root, &LAYERS);
+    if answers(&config.writable).is_ok_and(|answers| !answers) {
+        let path = &config.writable;
+        let text = format!("{path} does not answer: look at its disk or server");
+        findings.push(Finding::bad("writable", text));
+        return findings;
+    }
     let writable = look_at("writable", "--writable-dir", &config.writable, &WRITES);
     let (Some(image), Some(writable)) = (image, writable) else {
         return findings;

@@ -427,6 +427,11 @@ impl Relocator {
                 _ => self.finish_rename(away.id)?,
             };
             if is_exchanged {
+                // If the writable volume answers late, a request may remove the layer.
+                let _claim = self.ids.claim(away.id);
+                if !self.is_unmoved(away.id)? {
+                    continue;
+                }
                 self.record_exchanged(away.id)?;
                 log::info!(
                     "recorded that layer {} has moved to the image volume",

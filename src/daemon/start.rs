@@ -1,0 +1,169 @@
+//! From a configuration to a snapshotter that can serve.
+//!
+//! Owns: the order of a start, and how long it waits for the writable volume: no disk but
+//! the image volume's and the database's keeps the daemon from serving. Until the writable
+//! volume answers, what needs it is refused.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::error::{ErrorKind, Result};
+use crate::quota::Support;
+use crate::root::lock::{self, Lock};
+use crate::root::open::require_mounted_root;
+use crate::root::{state, writable};
+use crate::snapshotter::Snapshotter;
+use crate::store::{DATABASE, require_short};
+use crate::types::{Limits, MountPath};
+use crate::util::patience::Patience;
+use crate::volume::{Image, Lifetime, Volumes, require_mount};
+
+/// How long a start waits for the writable volume. Sleeping disks take seconds to spin up,
+/// and what starts containers at boot asks once; systemd gives a start 90 seconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Takes the root's lock, opens the database and the volumes, and puts right what a crash
+/// has left.
+pub fn open(config: &Config) -> Result<(Lock, Arc<Snapshotter>)> {
+    require_short(&Path::new(&config.state_dir).join(DATABASE))?;
+    let mut patience = Patience::start("opener", PATIENCE)?;
+    if config.requires_mounts {
+        require_mounted_root(config)?;
+        let path = config.writable.clone();
+        let required = patience.wait_for(move || require_writable_mount(&path));
+        required.unwrap_or(Ok(()))?;
+    }
+    let root = Image::open_root(&config.root, state::STATE)?;
+    let lock = lock::require(&root)?;
+    root.require_entry_types()?;
+    let store = state::open(&root, config)?;
+    let volumes = Volumes::new(Image::open(root)?, config.writable.clone());
+    let options = config.options.for_this_kernel();
+    let mount_options = options.overlay_options(false);
+    writable::require_layers(&volumes, &store, &mount_options)?;
+    volumes.withhold_writable(Some(patience.thread().id()));
+    let snapshotter = Arc::new(Snapshotter::new(store, volumes, options));
+    let opener = Arc::new(Opener {
+        snapshotter: Arc::clone(&snapshotter),
+        path: config.writable.clone(),
+        requires_mount: config.requires_mounts,
+        lifetime: config.writable_lifetime,
+        mount_options,
+        wants_limits: config.options.quota.default != Limits::NONE,
+    });
+    recover(&snapshotter, &opener, &mut patience)?;
+    if patience.is_over() {
+        log::warn!(
+            "the writable volume {} has not answered for {} s: what does not need it is served; \
+             containers can be started once it answers",
+            config.writable,
+            PATIENCE.as_secs()
+        );
+        patience.leave_to_thread(move || opener.open_late());
+    } else {
+        snapshotter.volumes().release_writable();
+    }
+    Ok((lock, snapshotter))
+}
+
+/// Puts right what a crash has left, on the writable volume only if that answers.
+fn recover(snapshotter: &Snapshotter, opener: &Arc<Opener>, patience: &mut Patience) -> Result<()> {
+    let mut ask = |step: fn(&Opener) -> Result<()>| {
+        let opener = Arc::clone(opener);
+        patience.wait_for(move || step(&opener)).transpose()
+    };
+    ask(Opener::set_up)?;
+    let mut begin = || {
+        snapshotter.judge_image()?;
+        if ask(Opener::judge)?.is_none() {
+            snapshotter.recover_moves()?;
+        }
+        snapshotter.mend_image()?;
+        ask(Opener::mend)?;
+        snapshotter.store().begin_use()
+    };
+    match begin() {
+        // With the space set aside, removals can make more.
+        Err(error)
+            if error.kind() == ErrorKind::ResourceExhausted && snapshotter.store().make_room() =>
+        {
+            begin()
+        }
+        begun => begun,
+    }
+}
+
+/// Takes the writable volume into use, in a thread that may wait for it.
+struct Opener {
+    snapshotter: Arc<Snapshotter>,
+    path: MountPath,
+    requires_mount: bool,
+    lifetime: Lifetime,
+    mount_options: Vec<String>,
+    wants_limits: bool,
+}
+
+impl Opener {
+    fn set_up(&self) -> Result<()> {
+        if self.requires_mount {
+            require_writable_mount(&self.path)?;
+        }
+        let (volumes, store) = (self.snapshotter.volumes(), self.snapshotter.store());
+        writable::set_up(volumes, store, self.lifetime, &self.mount_options)
+    }
+
+    fn judge(&self) -> Result<()> {
+        self.snapshotter.judge_writable()?;
+        self.snapshotter.recover_moves()
+    }
+
+    fn mend(&self) -> Result<()> {
+        self.snapshotter.mend_writable()?;
+        self.log_quotas();
+        Ok(())
+    }
+
+    /// All of it, after the start has given up waiting for a part. What would have been a
+    /// reason not to start is one not to use the volume: each request looks at it again.
+    fn open_late(&self) {
+        let opened = self
+            .set_up()
+            .and_then(|()| self.judge())
+            .and_then(|()| self.mend());
+        self.snapshotter.begin_with_writable(opened.is_ok());
+        match opened {
+            Ok(()) => log::info!("the writable volume {} has answered", self.path),
+            Err(error) => log::error!(
+                "the writable volume {} has answered, but cannot be taken into use; once that is \
+                 put right, restart the daemon: {}",
+                self.path,
+                error.chain()
+            ),
+        }
+    }
+
+    /// Logs what containers will be refused for.
+    fn log_quotas(&self) {
+        let wants_limits = self.wants_limits;
+        match self.snapshotter.quota_support() {
+            Ok(Support::Limits) => log::info!("project quotas: limits are kept"),
+            Ok(Support::Counts) if !wants_limits => log::info!("project quotas: usage is counted"),
+            Ok(Support::Counts) => log::warn!(
+                "no container can be made: --default-max-size and --default-max-inodes need \
+                 limits, and the writable volume only counts"
+            ),
+            Err(error) if wants_limits => log::warn!(
+                "no container can be made: --default-max-size and --default-max-inodes need \
+                 project quotas: {}",
+                error.chain()
+            ),
+            Err(error) => log::debug!("project quotas: {}", error.chain()),
+        }
+    }
+}
+
+fn require_writable_mount(path: &str) -> Result<()> {
+    require_mount("--writable-dir", path)
+}
