@@ -95,7 +95,7 @@ func runSlow(ctx context.Context, binary string, names []string, report *report)
 		disks = append(disks, disk{names[0],
 			places{image: names[1], writable: names[2], binary: binary}})
 	}
-	bench := &bench{ctx: ctx, size: scale{rounds: 5}, report: report}
+	bench := &bench{ctx: ctx, size: scale{rounds: 4}, report: report}
 	return bench.slow(disks)
 }
 
