@@ -44,8 +44,8 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Asks containerd for the layers of all its images, in all namespaces. Only
-    /// layers for which `is_wanted` returns `true`, by namespace and name, are kept.
+    /// Asks containerd for the layers of all its images, in all namespaces. Keeps only
+    /// the layers for which `is_wanted(namespace, chain id)` returns `true`.
     pub fn find(
         containerd: &Containerd<'_>,
         is_wanted: &dyn Fn(&str, &str) -> bool,

@@ -26,7 +26,7 @@ pub struct Plan<'a> {
     pub host_dirs: &'a [String],
     /// `<root>/empty`.
     pub empty: &'a str,
-    /// Whether a snapshot without parent is an overlay over the empty directory
+    /// Whether a snapshot without a parent is an overlay over the empty directory
     /// rather than a bind mount. containerd writes the whiteouts of overlayfs
     /// only when it unpacks onto an overlay mount (containerd
     /// `core/diff/apply/apply_linux.go`).

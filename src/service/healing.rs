@@ -16,7 +16,7 @@ use crate::proto::healing::{Checked, HealRequest, HealResponse};
 use crate::snapshotter::Snapshotter;
 use crate::store::Store;
 use crate::text::uri::encode_path;
-use crate::types::SnapshotId;
+use crate::types::{Quoted, SnapshotId};
 use crate::volume::Identity;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -28,9 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 pub(super) fn heal(snapshotter: &Snapshotter, request: HealRequest) -> Result<HealResponse> {
     if request.version != VERSION {
         return Err(Error::refused(format!(
-            "this command is of version {:?}, and the daemon of {VERSION}: restart the daemon, \
-             or use its version",
-            request.version
+            "this command has version {0}, the daemon has version {VERSION}: restart the daemon \
+             to run {0}, or use the command of version {VERSION}",
+            Quoted(&request.version)
         )));
     }
     if request.root != root_of(snapshotter.store())? {

@@ -64,8 +64,8 @@ pub fn require_short(path: &Path) -> Result<()> {
     match resolved.as_os_str().len() {
         bytes if bytes <= most => Ok(()),
         bytes => Err(Error::refused(format!(
-            "the path of the database {} has {bytes} bytes, SQLite takes {most}: give a shorter \
-             --state-dir",
+            "the path of the database {} is {bytes} bytes long, at most {most} are allowed (a \
+             limit of SQLite): give a shorter --state-dir",
             resolved.display()
         ))),
     }

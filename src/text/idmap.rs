@@ -54,16 +54,18 @@ impl IdMapping {
     /// Parses comma-separated ranges `container:host:length`, each part an
     /// unsigned decimal number of 32 bits.
     ///
-    /// The ranges may come in any order. As for the kernel, the id 4294967295
-    /// stands for "no id" and cannot be part of a range.
+    /// The ranges may come in any order. The kernel gives the id 4294967295 the
+    /// meaning "no id", so no range may contain this id.
     ///
     /// # Errors
     ///
-    /// Returns an error for the first range that does not have exactly three
-    /// parts or has a part that is not all digits (empty, signed or spaced) or
-    /// too large, that is empty or reaches past the last id, that overlaps an
-    /// earlier range on either side, or that is one too many. The empty text is
-    /// a faulty first range.
+    /// Returns an error for the first range for which one of these is true:
+    /// - it does not have exactly three parts, as in the empty text,
+    /// - a part contains something other than digits, or is empty or too large,
+    /// - its length is 0,
+    /// - it reaches past the last id,
+    /// - it has a container id or a host id in common with an earlier range,
+    /// - the text has more than 340 ranges, and this is the first one too many.
     pub fn parse(text: &str) -> Result<IdMapping, IdMappingError> {
         let mut ranges: Vec<IdRange> = Vec::new();
         for (index, part) in text.split(',').enumerate() {

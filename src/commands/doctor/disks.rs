@@ -186,7 +186,7 @@ fn find(path: &str) -> Result<Nearest> {
     }
     let text = there.to_str().unwrap_or(path);
     let mounted = mountinfo::of_path(text)?.ok_or_else(|| {
-        let what = format!("the kernel does not show what {text} is on");
+        let what = format!("/proc/self/mountinfo does not list the mount that {text} is on");
         Error::refused(what)
     })?;
     Ok(Nearest {

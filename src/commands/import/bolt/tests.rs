@@ -68,8 +68,7 @@ fn meta(number: u64, size: u32, root: u64, pages: u64, transaction: u64) -> Vec<
     page
 }
 
-/// Builds a file of these pages after two metas, of which the second is the
-/// newer one.
+/// Builds a file: two meta pages, the second one newer, followed by `pages`.
 fn file_of(size: u32, root: u64, pages: &[Vec<u8>]) -> Vec<u8> {
     let size_bytes = usize::try_from(size).unwrap();
     let mut file = Vec::new();
