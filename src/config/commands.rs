@@ -31,7 +31,7 @@ pub enum Depth {
     /// It compares everything in a layer with the content that the layer was
     /// unpacked from.
     Content,
-    /// It compares, and replaces layers that differ.
+    /// It compares like [`Depth::Content`], and replaces layers that differ.
     Heal,
 }
 
@@ -242,12 +242,14 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
         (true, false) => ImportTask::Look,
         (false, true) => ImportTask::Undo,
         (true, true) => {
-            return Err(Error::invalid("--undo has no --dry-run"));
+            return Err(Error::invalid(
+                "--undo and --dry-run cannot be given together",
+            ));
         }
     };
     if task == ImportTask::Undo && flags.leave_out_missing {
         return Err(Error::invalid(
-            "--undo leaves nothing out: give no --leave-out-missing",
+            "--undo and --leave-out-missing cannot be given together",
         ));
     }
     Ok(ImportOptions {

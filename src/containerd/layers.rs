@@ -96,8 +96,8 @@ struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Reads an index or a manifest. Missing ones are left out, because containerd
-    /// usually has only those for this machine's platform.
+    /// Reads an index or a manifest. If it is missing, that is no error: containerd
+    /// usually has only the manifests for this machine's platform.
     fn document(&mut self, digest: &str, depth: u32) -> Result<()> {
         self.documents += 1;
         if depth > MAX_DEPTH || self.documents > MAX_DOCUMENTS {

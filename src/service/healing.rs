@@ -34,7 +34,9 @@ pub(super) fn heal(snapshotter: &Snapshotter, request: HealRequest) -> Result<He
         )));
     }
     if request.root != root_of(snapshotter.store())? {
-        return Err(Error::refused("the daemon there serves another root"));
+        return Err(Error::refused(
+            "the daemon serves another root than the one that the command checks",
+        ));
     }
     if let Some(checked) = request.checked.into_option() {
         snapshotter.record_deep_check(checked.compared, checked.damaged)?;
@@ -63,7 +65,8 @@ pub struct HealingClient {
 }
 
 impl HealingClient {
-    /// Connects to the daemon at that socket. It has to serve the root of that database.
+    /// Connects to the daemon at the socket `address`. The daemon has to serve the root of
+/// the database `store`.
     ///
     /// # Errors
     ///
@@ -86,8 +89,8 @@ impl HealingClient {
     ///
     /// # Errors
     ///
-    /// Those of that function, and [`ErrorKind::Unavailable`] if the daemon has ended:
-    /// after its next start, the layer is healed or as it was.
+    /// Those of [`Snapshotter::heal_layer`]; [`ErrorKind::Unavailable`] if the daemon has
+    /// ended. After the daemon's next start, the layer is either healed or unchanged.
     pub fn heal(&self, name: &str, id: SnapshotId, unpacked: &str) -> Result<Vec<String>> {
         Ok(self.call(name, id.number(), unpacked)?.mounted)
     }
@@ -147,7 +150,7 @@ impl HealingClient {
             RpcStatusCode::UNAVAILABLE => Error::new(
                 ErrorKind::Unavailable,
                 format!(
-                    "{daemon} does not answer ({}): what is being healed is whole or as it was",
+                    "{daemon} does not answer ({}): the layer is either healed or unchanged",
                     status.message()
                 ),
             ),
