@@ -37,7 +37,7 @@ pub struct Plan<'a> {
     pub id_options: &'a [String],
 }
 
-/// The mounts of a snapshot: always exactly one.
+/// Plans the mounts of a snapshot: always exactly one.
 pub fn plan_mounts(plan: &Plan<'_>) -> Vec<Mount> {
     let is_view = plan.kind == Kind::View;
     let is_plain = plan.host_dirs.is_empty();

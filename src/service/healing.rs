@@ -66,7 +66,7 @@ pub struct HealingClient {
 
 impl HealingClient {
     /// Connects to the daemon at the socket `address`. The daemon has to serve the root of
-/// the database `store`.
+    /// the database `store`.
     ///
     /// # Errors
     ///

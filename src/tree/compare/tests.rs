@@ -87,7 +87,7 @@ fn each_change_is_seen_and_only_that() {
                 fs::remove_file(top.join("a/two")).unwrap();
                 fs::write(top.join("a/two"), "linked").unwrap();
             },
-            "is a file of its own in place of another name of one",
+            "is a separate file in place of a hard link",
         ),
         (
             |top| fs::remove_dir_all(top.join("a/b")).unwrap(),
