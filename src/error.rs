@@ -27,7 +27,7 @@ pub enum ErrorKind {
     /// machine.
     InvalidArgument,
     /// The request is sound, but the state of a snapshot, a volume or the
-    /// machine forbids it.
+    /// machine forbids the request.
     FailedPrecondition,
     /// A disk, a quota or a table is full.
     ResourceExhausted,
@@ -61,7 +61,7 @@ impl Error {
     }
 
     /// [`ErrorKind::FailedPrecondition`]: the state of a snapshot, a volume or the
-    /// machine forbids it.
+    /// machine forbids the request.
     pub fn refused(what: impl Into<String>) -> Error {
         Error::new(ErrorKind::FailedPrecondition, what)
     }

@@ -169,9 +169,9 @@ impl<'a> Quotas<'a> {
             }
             Err(Errno::PERM | Errno::ACCESS) => {
                 return Err(Error::refused(
-                    "this process may not use quotas (quotactl(2) says EPERM): it has to be root, \
-                     and a service manager's filter of system calls has to let quotactl and \
-                     quotactl_fd through",
+                    "the kernel does not permit this process to use quotas (quotactl(2) returned \
+                     EPERM or EACCES): the process has to be root, and a service manager's filter \
+                     of system calls has to let quotactl and quotactl_fd through",
                 ));
             }
             Err(errno) => return Err(errno).context(|| "ask for project quotas"),

@@ -93,8 +93,8 @@ fn find(default: Box<Config>) -> Result<Box<Config>> {
 
 fn unreadable(path: &str) -> Error {
     Error::refused(format!(
-        "OPTIONS in {path} does not consist of flags of the daemon, separated by blanks and \
-         within one pair of quotes: give the daemon's flags to the command"
+        "OPTIONS in {path} has to be one pair of quotes with flags of the daemon in it, separated \
+         by blanks, and is something else: give the daemon's flags to the command"
     ))
 }
 
@@ -155,8 +155,8 @@ fn lock(line: &str) -> Option<(u32, u64)> {
     }
 }
 
-/// The process as a daemon, if its command line is that of one and the inode is the lock
-/// of its root.
+/// The daemon that this process is. `None` if its command line is not a daemon's, or if
+/// `inode` is not the lock of the root that the command line names.
 fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
     // A process can choose its name and command line freely, and a container can lock a
     // file of its own with any inode number.

@@ -1,4 +1,4 @@
-//! What containerd's namespaces lose with the snapshots that a command drops.
+//! What each of containerd's namespaces loses when a command drops snapshots.
 
 use std::collections::{BTreeMap, BTreeSet};
 

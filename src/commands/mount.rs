@@ -76,7 +76,7 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     };
     let (access, duty) = match rescue.own {
         Some(_) => (
-            "what is changed there stays",
+            "and changes there are kept",
             "Its container does not start before it is unmounted",
         ),
         None => ("read-only", "To unmount it"),

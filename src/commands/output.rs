@@ -73,7 +73,7 @@ pub fn paragraph(head: &str, text: &str) -> String {
 pub enum Colour {
     /// All is well.
     Green,
-    /// The user should look at it.
+    /// The user should read this.
     Yellow,
     /// Something is wrong.
     Red,

@@ -31,7 +31,7 @@ pub enum Depth {
     /// It compares everything in a layer with the content that the layer was
     /// unpacked from.
     Content,
-    /// It compares, and replaces layers that differ.
+    /// It compares like [`Depth::Content`], and replaces layers that differ.
     Heal,
 }
 
@@ -159,7 +159,7 @@ pub(super) fn parse(flags: &Flags, named: &[&Flag]) -> Result<Command> {
     }
 }
 
-/// Refuses a flag of another command.
+/// Returns an error if a given flag belongs to another command.
 fn require_its_flags(named: &[&Flag], command: Option<&str>) -> Result<()> {
     for flag in named {
         let is_its = || command.is_some_and(|command| flag.commands.contains(&command));
@@ -170,7 +170,7 @@ fn require_its_flags(named: &[&Flag], command: Option<&str>) -> Result<()> {
                 .map(|word| format!("{word:?}"))
                 .collect();
             return Err(Error::invalid(format!(
-                "{} goes with the command {}",
+                "{} works only with the command {}",
                 flag.name,
                 commands.join(" or ")
             )));
@@ -197,13 +197,13 @@ fn depth(flags: &Flags, mends: bool) -> Result<Depth> {
     };
     if depth != Depth::Counts && mends {
         return Err(Error::invalid(
-            "--deep and --heal do not go with --repair or --reset-writable, which heal first what \
-             can heal",
+            "--deep and --heal cannot be given with --repair or --reset-writable, which first \
+             heal the layers that can be healed",
         ));
     }
     if depth == Depth::Counts && !mends && flags.containerd_address.is_some() {
         return Err(Error::invalid(
-            "--containerd-address goes with --deep, --heal or --repair",
+            "--containerd-address needs --deep, --heal, --repair or --reset-writable",
         ));
     }
     Ok(depth)
@@ -212,11 +212,12 @@ fn depth(flags: &Flags, mends: bool) -> Result<Depth> {
 fn check_options(flags: &Flags) -> Result<CheckOptions> {
     let mends = flags.repair || flags.reset_writable;
     if flags.yes && !mends {
-        return Err(Error::invalid("--yes goes with --repair"));
+        return Err(Error::invalid("--yes needs --repair or --reset-writable"));
     }
     if flags.json && mends && !flags.yes {
         return Err(Error::invalid(
-            "--json leaves no room for questions: give --yes with --repair",
+            "with --json, the command asks no questions: give --yes with --repair or \
+             --reset-writable",
         ));
     }
     Ok(CheckOptions {
@@ -241,12 +242,14 @@ fn import_options(flags: &Flags) -> Result<ImportOptions> {
         (true, false) => ImportTask::Look,
         (false, true) => ImportTask::Undo,
         (true, true) => {
-            return Err(Error::invalid("--undo has no --dry-run"));
+            return Err(Error::invalid(
+                "--undo and --dry-run cannot be given together",
+            ));
         }
     };
     if task == ImportTask::Undo && flags.leave_out_missing {
         return Err(Error::invalid(
-            "--undo leaves nothing out: give no --leave-out-missing",
+            "--undo and --leave-out-missing cannot be given together",
         ));
     }
     Ok(ImportOptions {

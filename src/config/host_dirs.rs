@@ -4,9 +4,9 @@ use super::paths::check_path;
 use crate::error::{Context, Error, Result};
 use crate::host_dirs::{ImageRule, strip_prefix};
 
-/// Options with which an upper directory refers to what overlayfs has found
-/// beneath it before. Host directories change, and may be others at the next
-/// mount (overlayfs.rst, "Changes to underlying filesystems").
+/// Options with which an upper directory refers to files in the lower directories.
+/// Host directories change, so the files may be different ones at the next mount
+/// (overlayfs.rst, "Changes to underlying filesystems").
 const TIED: &[&str] = &[
     "index=on",
     "nfs_export=on",
@@ -46,8 +46,9 @@ pub(super) fn check(
         && let Some(option) = mount_options.iter().find(tied)
     {
         return Err(Error::invalid(format!(
-            "--mount-option {option} ties what containers write to what is beneath it, and host \
-             directories change: it does not go with --allow-lower"
+            "--mount-option {option} makes a container's upper directory depend on files of its \
+             lower directories, and host directories change: this option cannot be given with \
+             --allow-lower"
         )));
     }
     Ok((allowed, rules))

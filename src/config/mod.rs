@@ -151,8 +151,8 @@ fn check(flags: &Flags) -> Result<Config> {
         Some("never") => Relocation::Never,
         _ => Relocation::Background {
             after: seconds("--relocate-after", flags.relocate_after.as_deref(), 60)?,
-            // If the volume is volatile, a reboot empties it, but the containers of a
-            // small layer are still there.
+            // A reboot empties a volatile volume. The containers on a small layer still
+            // exist after it, so the layer has to move to the image volume.
             keeps_small: !flags.writable_volatile,
         },
     };
@@ -184,7 +184,7 @@ fn check(flags: &Flags) -> Result<Config> {
         },
         lower_rules,
         pod_labels: match flags.trust_labels_from {
-            // The table permits only the namespace of pods.
+            // The table of flags permits only one value, the namespace of pods.
             Some(_) => PodLabels::Trusted,
             None => PodLabels::Ignored,
         },

@@ -26,8 +26,8 @@ pub(super) fn check_path(flag: &str, path: &str) -> Result<MountPath> {
     MountPath::parse(text).map_err(refuse)
 }
 
-/// Refuses two paths if one of them is where this program keeps files of the
-/// other.
+/// Returns an error if a path is the same as another one, or is in a place where this
+/// program keeps the files of the other one.
 pub(super) fn check_all_apart(
     root: &str,
     writable: &str,
@@ -55,8 +55,8 @@ pub(super) fn check_all_apart(
     Ok(())
 }
 
-/// Whether this program uses a name in a directory. Other directories may be in the
-/// same directory, but not below such a name.
+/// Whether this program uses a name in its directory. Another configured directory may
+/// be in the same directory, but not below such a name.
 type IsOurs = fn(&str) -> bool;
 
 fn is_root_name(name: &str) -> bool {
@@ -108,7 +108,7 @@ pub(super) fn check_mount_options(options: &[String], relocation: Relocation) ->
             && matches!(option.as_str(), "index=on" | "nfs_export=on")
         {
             return Err(Error::invalid(format!(
-                "--mount-option {option} ties containers to the place of their layers: \
+                "--mount-option {option} makes containers depend on the place of their layers: \
                  it needs --relocate never"
             )));
         }
@@ -127,7 +127,7 @@ fn check_mount_option(option: &str) -> Result<()> {
         return refuse("an option of overlayfs is needed");
     }
     if OWN_OPTIONS.contains(&name) {
-        return refuse("the snapshotter sets that one itself for each mount");
+        return refuse("the snapshotter sets this option itself for each mount");
     }
     if name == "volatile" || option == "fsync=volatile" {
         return refuse(

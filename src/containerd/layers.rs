@@ -44,8 +44,8 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// Asks containerd for the layers of all its images, in all namespaces. Only
-    /// layers for which `is_wanted` returns `true`, by namespace and name, are kept.
+    /// Asks containerd for the layers of all its images, in all namespaces. Keeps only
+    /// the layers for which `is_wanted(namespace, chain id)` returns `true`.
     pub fn find(
         containerd: &Containerd<'_>,
         is_wanted: &dyn Fn(&str, &str) -> bool,
@@ -96,8 +96,8 @@ struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Reads an index or a manifest. Missing ones are left out, because containerd
-    /// usually has only those for this machine's platform.
+    /// Reads an index or a manifest. If it is missing, that is no error: containerd
+    /// usually has only the manifests for this machine's platform.
     fn document(&mut self, digest: &str, depth: u32) -> Result<()> {
         self.documents += 1;
         if depth > MAX_DEPTH || self.documents > MAX_DOCUMENTS {

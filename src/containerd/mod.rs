@@ -261,8 +261,8 @@ impl<'a> Containerd<'a> {
     }
 }
 
-/// Finds out the kind of an error. containerd reports a failed system call only
-/// by the kernel's text.
+/// The kind of an error with this message. If a system call has failed, containerd
+/// reports only the kernel's text.
 fn kind_of(message: &str) -> ErrorKind {
     let is_full = |words: &&str| message.contains(*words);
     match ["no space left on device", "disk quota exceeded"]

@@ -111,7 +111,8 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Requires types in directory entries, by which overlayfs finds whiteouts.
+/// Returns an error if the file system reports no types of directory entries, which
+/// overlayfs needs to find whiteouts.
 fn require_entry_types(scratch: &Path) -> Result<()> {
     let listing = || format!("list {}", scratch.display());
     let top = fs::File::open(scratch).context(listing)?;
@@ -290,7 +291,7 @@ pub fn hold_user_namespace() -> Result<()> {
     let waited = told
         .and_then(|()| std::io::stdout().flush())
         .and_then(|()| std::io::stdin().read(&mut [0]));
-    waited.map(drop).context(|| "talk to the parent process")
+    waited.map(drop).context(|| "wait for the parent process")
 }
 
 /// Moves this process, which must have only one thread, into a mount namespace of
@@ -306,7 +307,7 @@ pub fn enter_mount_namespace() -> Result<()> {
             let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
             mount_change("/", private)
         })
-        .map_err(|errno| unsuitable("have mounts of its own".to_owned(), errno))
+        .map_err(|errno| unsuitable("enter a new mount namespace".to_owned(), errno))
 }
 
 /// Asks whether layers in `directory` can be id-mapped. The kernel has to
@@ -320,7 +321,7 @@ pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
     let release = kernel_release();
     if kernel_version(&release) < Some((5, 19)) {
         return Err(Error::refused(format!(
-            "Linux {release} does not id-map the layers of an overlay, 5.19 does"
+            "Linux {release} cannot id-map the layers of an overlay: 5.19 and later can"
         )));
     }
     let namespace = mapped_user_namespace().context(|| "make a user namespace")?;
@@ -361,13 +362,16 @@ fn mapped_user_namespace() -> Result<fs::File> {
     let mut ready = [0];
     let stdout = child.0.stdout.as_mut();
     let said = stdout.map_or(Ok(0), |stdout| stdout.read(&mut ready));
-    if said.map_err(failed("listen to the child process"))? == 0 {
-        return Err(Error::refused("the child process could not enter one"));
+    if said.map_err(failed("read from the child process"))? == 0 {
+        return Err(Error::refused(
+            "the child process could not enter a user namespace",
+        ));
     }
     for map in ["uid_map", "gid_map"] {
-        fs::write(format!("/proc/{id}/{map}"), "0 65536 1").map_err(failed("map its ids"))?;
+        fs::write(format!("/proc/{id}/{map}"), "0 65536 1")
+            .map_err(failed("write the id mapping of the user namespace"))?;
     }
-    fs::File::open(format!("/proc/{id}/ns/user")).map_err(failed("open it"))
+    fs::File::open(format!("/proc/{id}/ns/user")).map_err(failed("open the user namespace"))
 }
 
 /// A child process that is ended, and waited for, when this value is dropped.

@@ -60,7 +60,7 @@ pub fn read() -> Result<Vec<Mounted>> {
 ///
 /// # Errors
 ///
-/// As of [`read`].
+/// Those of [`read`].
 pub(super) fn read_of(process: &str) -> Result<Option<Vec<Mounted>>> {
     let path = format!("/proc/{process}/mountinfo");
     if fs::File::open(&path).is_err() {
@@ -77,7 +77,8 @@ pub(super) fn read_of(process: &str) -> Result<Option<Vec<Mounted>>> {
 
 /// Reads the list until two readings are the same. The kernel writes it piece by piece,
 /// and before Linux 5.8 an unmount in between makes the next mount disappear from the
-/// reading. A mounted directory would then be moved or deleted.
+/// reading. With one reading only, a directory that is mounted could be taken for an
+/// unmounted one, and be moved or deleted.
 fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     const MOST: u32 = 100;
     let mut last = read()?;
@@ -90,7 +91,7 @@ fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u
     }
     Err(Error::new(
         ErrorKind::Unavailable,
-        format!("what is mounted has changed {MOST} times while it was read: try again"),
+        format!("the list of mounts has changed {MOST} times while it was read: try again"),
     ))
 }
 
@@ -143,7 +144,7 @@ fn parse_line(line: &[u8]) -> Option<Mounted> {
     let text = |field: &[u8]| String::from_utf8_lossy(&unescape(field)).into_owned();
     let (file_system, source, options) =
         (text(fields.next()?), text(fields.next()?), fields.next()?);
-    // Either the mount is read-only, or its whole file system.
+    // A read-only file system makes each of its mounts read-only.
     let mut own = options.split(|byte| *byte == b',');
     let is_read_only = is_read_only || own.any(|option| option == b"ro");
     let overlay = match &*file_system {

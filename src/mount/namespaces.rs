@@ -38,8 +38,8 @@ pub type Inode = (Dev, u64);
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Unavailable`](crate::error::ErrorKind::Unavailable) if the mounts of one
-/// change all the time.
+/// [`ErrorKind::Unavailable`](crate::error::ErrorKind::Unavailable) if the mounts of a
+/// namespace change each time they are read.
 pub fn read_everywhere() -> Result<Vec<Namespace>> {
     let own_user =
         identity(&File::open("/proc/self/ns/user").context(|| "open /proc/self/ns/user")?)?;
@@ -55,7 +55,7 @@ pub fn read_everywhere() -> Result<Vec<Namespace>> {
         let Some(process) = process.to_str().filter(|name| name.parse::<u32>().is_ok()) else {
             continue;
         };
-        // A process may end at any time, and another one be in the same namespace.
+        // The process has ended. If its namespace still exists, another process leads to it.
         let Ok(name) = name(process) else {
             continue;
         };
@@ -92,12 +92,12 @@ impl Namespace {
     pub fn inode_at(&self, path: &Path) -> Option<Inode> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let resolve = ResolveFlags::CACHED | ResolveFlags::IN_ROOT;
-        // A lookup fails if something is mounted anywhere at the same time.
+        // A lookup fails if any process mounts something at the same time.
         for _ in 0..3 {
             match openat2(&self.root, path, flags, Mode::empty(), resolve) {
                 Ok(file) => return inode(&file),
                 Err(Errno::AGAIN) => {}
-                // Linux before 5.12, which can only wait for the disk.
+                // Linux before 5.12 has no lookup that does not wait for the disk.
                 Err(Errno::INVAL | Errno::NOSYS) if self.is_own => {
                     return stat(path).ok().map(|found| (found.st_dev, found.st_ino));
                 }

@@ -76,15 +76,16 @@ impl<P: Fn(&str) -> Option<String>> Kernel<P> {
             !names.any(|configured| configured == Some(name))
         };
         let mut options = Vec::new();
-        // An index ties a container to the inode of its topmost layer, which changes
-        // when the layer moves. Also where the default is off it may be switched on
+        // With an index, overlayfs mounts a container's upper directory only on the same
+        // inode of its topmost layer, which changes when the layer moves. The mount names
+        // the option even if the default is off, because the default may be switched on
         // before the next mount of the container.
         let knows_index = self.version >= Some((4, 13)) || (self.parameter)("index").is_some();
         if is_free("index") && knows_index {
             options.push("index=off".to_owned());
         }
-        // With these options, an upper directory refers to what is beneath it, and
-        // host directories change. Some kernels have them on by default.
+        // With these options, an upper directory refers to files of its lower directories,
+        // and host directories change. Some kernels switch the options on by default.
         for (name, since) in [("metacopy", (4, 19)), ("redirect_dir", (4, 10))] {
             let may_be_on = || matches!(self.unnamed(name, since), Unnamed::On | Unnamed::OnOrOff);
             if wanted.allows_host_dirs && is_free(name) && may_be_on() {

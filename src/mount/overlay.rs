@@ -26,7 +26,7 @@ pub struct Plan<'a> {
     pub host_dirs: &'a [String],
     /// `<root>/empty`.
     pub empty: &'a str,
-    /// Whether a snapshot without parent is an overlay over the empty directory
+    /// Whether a snapshot without a parent is an overlay over the empty directory
     /// rather than a bind mount. containerd writes the whiteouts of overlayfs
     /// only when it unpacks onto an overlay mount (containerd
     /// `core/diff/apply/apply_linux.go`).
@@ -37,7 +37,7 @@ pub struct Plan<'a> {
     pub id_options: &'a [String],
 }
 
-/// The mounts of a snapshot: always exactly one.
+/// Plans the mounts of a snapshot: always exactly one.
 pub fn plan_mounts(plan: &Plan<'_>) -> Vec<Mount> {
     let is_view = plan.kind == Kind::View;
     let is_plain = plan.host_dirs.is_empty();

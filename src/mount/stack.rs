@@ -135,9 +135,9 @@ impl Stack<'_> {
         let most = page_size() - 1;
         if data.len() > most {
             return Err(Error::refused(format!(
-                "the options of {} layers have {} bytes, of which mount(2) takes {most}: Linux \
-                     6.7 and later mount them, if no directory's path is longer than \
-                     {MAX_VALUE_BYTES} bytes",
+                "the mount options of {} layers are {} bytes long, and mount(2) accepts {most}: \
+                 Linux 6.7 and later can mount these layers, if no directory's path is longer \
+                 than {MAX_VALUE_BYTES} bytes",
                 self.lowers.len(),
                 data.len()
             )));
@@ -153,8 +153,8 @@ impl Stack<'_> {
                 Error::caused(ErrorKind::FailedPrecondition, what, error)
             })?;
         }
-        // The directory that was opened before, even if its name leads
-        // elsewhere by now.
+        // This path leads to the directory that was opened before, even if the
+        // directory was renamed or replaced since.
         let target = format!("/proc/self/fd/{}", target.as_raw_fd());
         mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
             .map_err(|errno| refused(path, errno, ""))

@@ -30,7 +30,7 @@ pub(super) type Answer<T> = std::result::Result<T, RpcStatus>;
 /// The encoded messages of a stream.
 pub(super) type Pages = Vec<Vec<u8>>;
 
-/// What is known of a request before it may have to wait.
+/// The result of the part of a request that waits for no disk.
 pub(super) enum Begun<A> {
     /// The answer.
     Answered(A),
@@ -38,7 +38,7 @@ pub(super) enum Begun<A> {
     Needs(Work),
 }
 
-/// How it is decided whether a request of a method needs a thread.
+/// Decides whether a request of a method needs a thread.
 #[derive(Clone)]
 pub(super) enum Beginning<Q, A> {
     /// All requests need a thread for work of the same kind.
@@ -48,8 +48,8 @@ pub(super) enum Beginning<Q, A> {
     Asked(fn(&Snapshotter, Q) -> Result<Begun<A>>),
 }
 
-/// Registers a method with one answer. If there is no answer without waiting,
-/// `operation` runs on a thread that may wait.
+/// Registers a method with one answer. If a request may have to wait for a disk,
+/// `operation` runs on a thread of the pool.
 pub(super) fn unary<Q: Message, A: Message>(
     builder: ServiceBuilder,
     service: &Arc<Service>,
@@ -127,8 +127,8 @@ pub(super) fn stream(
     builder.add_server_streaming_handler(&method.on_wire(MethodType::ServerStreaming), handler)
 }
 
-/// Sends the answer once it is received, or has `caller` leave if the client goes
-/// before.
+/// Sends the answer once a worker has provided it. If the client goes before that,
+/// `caller` is marked as gone.
 pub(super) fn answer_later(
     context: &RpcContext<'_>,
     mut sink: ServerStreamingSink<Vec<u8>>,
@@ -197,7 +197,7 @@ async fn ended(sending: UnarySinkResult) {
 pub(super) struct PendingAnswers(Mutex<Vec<UnarySinkResult>>);
 
 impl PendingAnswers {
-    /// Adds one, and drops those whose answers are sent, or whose clients have hung
+    /// Adds an answer, and drops the answers that are sent or whose clients have hung
     /// up.
     fn keep(&self, answer: UnarySinkResult) {
         let mut context = Context::from_waker(Waker::noop());
@@ -236,7 +236,7 @@ impl Call {
     /// directories go to the trash.
     pub(super) fn run<T>(self, operation: impl FnOnce() -> Result<T>) -> Result<T> {
         catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
-            // The panic message has been printed by then.
+            // The panic handler has already printed the message.
             let name = self.method.name();
             let what =
                 format!("{name} failed because of a bug in this program; its log shows where");
@@ -279,7 +279,7 @@ impl Call {
 
 fn level_of(kind: ErrorKind) -> Level {
     match kind {
-        // These are common and the caller's to handle: containerd looks for snapshots
+        // These errors are common, and containerd expects them: it looks for snapshots
         // before it creates them, and creates some that exist.
         ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => Level::Debug,
         ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {

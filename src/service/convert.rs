@@ -6,7 +6,8 @@ use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots as api;
 use crate::types::{Info, Kind, Mount, Timestamp};
 
-/// Mounts for an answer. The target is left to the caller.
+/// Converts mounts for an answer. Their target stays empty, so the mount point itself
+/// is mounted on.
 pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
     mounts
         .into_iter()
@@ -19,7 +20,7 @@ pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
         .collect()
 }
 
-/// A snapshot for an answer.
+/// Converts a snapshot for an answer.
 pub fn info(info: Info) -> api::Info {
     let kind = match info.kind {
         Kind::View => api::Kind::VIEW,

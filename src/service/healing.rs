@@ -16,7 +16,7 @@ use crate::proto::healing::{Checked, HealRequest, HealResponse};
 use crate::snapshotter::Snapshotter;
 use crate::store::Store;
 use crate::text::uri::encode_path;
-use crate::types::SnapshotId;
+use crate::types::{Quoted, SnapshotId};
 use crate::volume::Identity;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -28,13 +28,15 @@ const PATIENCE: Duration = Duration::from_secs(600);
 pub(super) fn heal(snapshotter: &Snapshotter, request: HealRequest) -> Result<HealResponse> {
     if request.version != VERSION {
         return Err(Error::refused(format!(
-            "this command is of version {:?}, and the daemon of {VERSION}: restart the daemon, \
-             or use its version",
-            request.version
+            "this command has version {0}, the daemon has version {VERSION}: restart the daemon \
+             to run {0}, or use the command of version {VERSION}",
+            Quoted(&request.version)
         )));
     }
     if request.root != root_of(snapshotter.store())? {
-        return Err(Error::refused("the daemon there serves another root"));
+        return Err(Error::refused(
+            "the daemon serves another root than the one that the command checks",
+        ));
     }
     if let Some(checked) = request.checked.into_option() {
         snapshotter.record_deep_check(checked.compared, checked.damaged)?;
@@ -63,7 +65,8 @@ pub struct HealingClient {
 }
 
 impl HealingClient {
-    /// Connects to the daemon at that socket. It has to serve the root of that database.
+    /// Connects to the daemon at the socket `address`. The daemon has to serve the root of
+    /// the database `store`.
     ///
     /// # Errors
     ///
@@ -86,8 +89,8 @@ impl HealingClient {
     ///
     /// # Errors
     ///
-    /// Those of that function, and [`ErrorKind::Unavailable`] if the daemon has ended:
-    /// after its next start, the layer is healed or as it was.
+    /// Those of [`Snapshotter::heal_layer`]; [`ErrorKind::Unavailable`] if the daemon has
+    /// ended. After the daemon's next start, the layer is either healed or unchanged.
     pub fn heal(&self, name: &str, id: SnapshotId, unpacked: &str) -> Result<Vec<String>> {
         Ok(self.call(name, id.number(), unpacked)?.mounted)
     }
@@ -147,7 +150,7 @@ impl HealingClient {
             RpcStatusCode::UNAVAILABLE => Error::new(
                 ErrorKind::Unavailable,
                 format!(
-                    "{daemon} does not answer ({}): what is being healed is whole or as it was",
+                    "{daemon} does not answer ({}): the layer is either healed or unchanged",
                     status.message()
                 ),
             ),

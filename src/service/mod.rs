@@ -43,7 +43,7 @@ pub use metrics::Metrics;
 pub use pool::Pool;
 use pool::Work::{Brief, Elsewhere, Long};
 
-/// The gRPC service: what requests are answered with.
+/// The gRPC service: everything that is needed to answer requests.
 pub struct Service {
     /// Performs the operations.
     pub snapshotter: Arc<Snapshotter>,

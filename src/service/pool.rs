@@ -20,7 +20,7 @@ pub type GivenUp = Box<dyn Fn() -> bool + Send>;
 /// What a request may wait for, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Only for single accesses to its disks.
+    /// Only for single accesses to the snapshotter's own disks.
     Brief,
     /// For a walk through a tree. Half of the workers do no such work (if there are
     /// several), so that the start of a container does not wait for it.
@@ -38,9 +38,9 @@ pub const MOST_ELSEWHERE: usize = 32;
 /// How long a request beyond [`MOST_ELSEWHERE`] waits for a thread before it is refused.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a request waits for a worker before it gets an additional thread. By then,
-/// the workers wait for a disk that may not answer any more, and that this request may
-/// not need.
+/// How long a request waits for a worker before it gets an additional thread. The
+/// workers may all be waiting for a disk that does not answer any more, and the request
+/// may not need that disk.
 const CROWDED: Duration = Duration::from_millis(100);
 /// How many additional threads there may be. Each ends when no request waits for it.
 /// Requests that wait for disks that do not answer keep at most half of them.
@@ -181,8 +181,8 @@ impl Pool {
         state.elsewhere_waiting.push_back(waiting);
         if state.elsewhere_running == MOST_ELSEWHERE {
             drop(state);
-            // A worker refuses it in time; each of them may be the first that
-            // is free.
+            // Any worker may be the first that is free. It refuses the request once the
+            // request has waited for too long.
             return self.requests.added.notify_all();
         }
         state.elsewhere_running += 1;
@@ -355,7 +355,7 @@ impl State {
         Some(taken)
     }
 
-    /// Takes the requests that wait and that their callers have given up.
+    /// Removes and returns the waiting requests whose callers have given them up.
     fn take_given_up(&mut self) -> Vec<Waiting> {
         let (given_up, waiting) = std::mem::take(&mut self.waiting)
             .into_iter()
@@ -398,7 +398,7 @@ pub(super) fn stopping() -> RpcStatus {
 }
 
 impl Running {
-    /// The same request, for a second part of it.
+    /// A second value for the same request, which ends once both values are dropped.
     pub fn share(&self) -> Running {
         lock(&self.requests.state).under_way += 1;
         Running {
@@ -411,7 +411,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         let mut state = lock(&self.requests.state);
         state.under_way -= 1;
-        // Only a stop waits for this, and each wake-up is a system call.
+        // Only a stop waits for the end of requests, and each wake-up is a system call.
         if state.is_closed {
             self.requests.drained.notify_all();
         }

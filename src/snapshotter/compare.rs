@@ -1,8 +1,9 @@
 //! Comparing a layer with the content that it was unpacked from.
 //!
-//! Owns: where the layer is unpacked again, on which mount, and whether a finding counts
-//! while a daemon runs. Never: asks containerd; the caller provides the unpacking.
-//! Everything that it writes is in `snapshots/.unpacked`, and is deleted after the
+//! Owns: the directory and the mount on which the layer is unpacked again, and ignoring
+//! differences of a layer that the daemon has moved or removed during the comparison.
+//! Never: asks containerd; the caller provides a function that unpacks. This module
+//! writes only in `snapshots/.unpacked`, and deletes the unpacked layer after the
 //! comparison.
 
 use std::sync::atomic::AtomicBool;

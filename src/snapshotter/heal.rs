@@ -166,7 +166,7 @@ impl Snapshotter {
                 }
             } else if is_handed_over(name) {
                 trash_entry(image, &entry.name.to_string_lossy())?;
-                log::info!("dropped an unpacked layer that was not used for healing");
+                log::info!("moved an unpacked layer to the trash: no healing has used it");
             } else if let Some(id) = replaced_id(name) {
                 if Mounts::read(&self.store, &self.volumes)?.may_show_replaced(id) {
                     self.relocator.note_replaced(id);

@@ -51,7 +51,7 @@ fn fill(path: &Path) {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let filled = openat(CWD, path, flags, Mode::from_raw_mode(0o600))
         .and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, BYTES));
-    // On a full disk, the file has got what there was, and the next call adds the
+    // On a full disk, the file has got the space that was left. The next call adds the
     // rest.
     if let Err(errno) = filled {
         log::debug!("cannot set space aside in {}: {errno}", path.display());

@@ -81,12 +81,14 @@ impl Transaction<'_> {
         )
     }
 
-    /// Deletes the row of a snapshot, and returns what it was. From then on its
-    /// directory may be deleted, and, for an unmoved layer, everything of it on the
-    /// image volume.
+    /// Deletes the row of a snapshot, and returns the snapshot's place. From then on,
+    /// the snapshot's directory may be deleted, and for an unmoved layer also its
+    /// entries on the image volume.
+    ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if others stand on it.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if another snapshot
+    /// stands on it.
     pub fn remove(&self, name: &str) -> Result<Place> {
         let removing = format!("remove snapshot {}", Quoted(name));
         let snapshot = self.stat(name)?;
@@ -98,7 +100,7 @@ impl Transaction<'_> {
         )?;
         if let Some(child) = child {
             return Err(Error::refused(format!(
-                "snapshot {} is the parent of {}: remove that first",
+                "snapshot {} is the parent of {}, which has to be removed first",
                 Quoted(name),
                 Quoted(&child)
             )));
@@ -178,7 +180,7 @@ impl Transaction<'_> {
             "INSERT INTO sqlite_sequence (name, seq) SELECT 'snapshot', ?1
              WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'snapshot')",
         ] {
-            let doing = "skip the ids of directories that are there";
+            let doing = "skip the ids of existing directories";
             self.execute(sql, [Number(highest)], doing)?;
         }
         Ok(())

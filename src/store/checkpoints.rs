@@ -32,10 +32,10 @@ const LOG_BYTES: u64 = 4 << 20;
 const CHUNK_BYTES: u64 = 256 << 10;
 /// If a disk has less free space than this, the log does not get its full size.
 const SPARED_BYTES: u64 = 2 * LOG_BYTES;
-/// From how many pages in the log on the thread waits for a pause to move them.
+/// If the log holds this many pages, the thread waits for a pause to move them.
 const MANY_FRAMES: usize = 500;
-/// At how many pages requests have to wait until they are moved. The full size
-/// has 1018.
+/// If the log holds this many pages, requests have to wait until the pages are moved. A
+/// log of the full size has room for 1018 pages.
 const MOST_FRAMES: usize = 950;
 /// A time without a commit that counts as a pause.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -86,8 +86,8 @@ impl Store {
         }
     }
 
-    /// Moves the log's contents into the database. Returns `false` if a reader is in
-    /// the way.
+    /// Moves the log's contents into the database. Returns `false` if a reader still
+    /// needs the log.
     fn move_log(&self) -> Result<bool> {
         let rows = self.connect_to_move()?;
         let count = || self.log_frames.look(|frames| *frames);
@@ -97,8 +97,8 @@ impl Store {
         writer.rows()?;
         if count() != before {
             if count() < MOST_FRAMES {
-                // A request has come, so this is no pause. The next one will
-                // do.
+                // A request has committed meanwhile, so this was no pause. The rest is
+                // moved in the next pause.
                 return Ok(true);
             }
             match checkpoint(&rows, "RESTART") {

@@ -55,8 +55,8 @@ pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     })
 }
 
-/// Whether there is a log beside the database at `path` that is not empty: it begins
-/// with a header. After a clean end the log is missing, or full of zeros.
+/// Whether the database at `path` has a log with a valid header. After a clean end, the
+/// log is missing, or full of zeros.
 pub(super) fn has_log(path: &Path) -> Result<bool> {
     let mut head = Vec::with_capacity(LOG_HEADER_BYTES);
     let read = match File::open(beside(path, LOG)) {
@@ -94,8 +94,8 @@ fn is_log_header(head: &[u8]) -> bool {
     sums == numbers[6..]
 }
 
-/// A fact in the database file, without the log. It is for a look at a database
-/// that another daemon may use, and so changes nothing.
+/// A fact in the database file, without the log. This function changes nothing, because
+/// another daemon may be using the database.
 pub fn peek_fact(path: &Path, name: &str) -> Option<String> {
     read_without_log(path, name).ok().flatten()
 }

@@ -27,7 +27,7 @@ impl Rows {
     /// if there are none.
     pub fn chosen_lowers(&self, id: SnapshotId) -> Result<Option<String>> {
         let sql = "SELECT paths FROM lower WHERE id = ?1";
-        let doing = format_args!("look up the directories of snapshot {id}");
+        let doing = format_args!("look up the host directories of snapshot {id}");
         self.one(sql, [id], doing, |row| row.get(0))
     }
 }
@@ -63,14 +63,14 @@ impl Transaction<'_> {
             return Ok(());
         }
         let sql = "INSERT INTO lower (id, paths) VALUES (?1, ?2)";
-        let doing = format_args!("record the directories of snapshot {id}");
+        let doing = format_args!("record the host directories of snapshot {id}");
         self.execute(sql, params![id, paths.join(":")], doing)
     }
 
     /// Deletes the host directories of a snapshot that has become a layer.
     pub fn forget_lowers(&self, id: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM lower WHERE id = ?1";
-        let doing = format_args!("forget the directories of snapshot {id}");
+        let doing = format_args!("forget the host directories of snapshot {id}");
         self.execute(sql, [id], doing)
     }
 }

@@ -50,8 +50,8 @@ pub fn is_database_file(name: &str) -> bool {
     })
 }
 
-/// SQLite accepts no longer path (`MAX_PATHNAME` in os_unix.c), after links are
-/// followed.
+/// The longest path that SQLite accepts (`MAX_PATHNAME` in os_unix.c), after it has
+/// followed links.
 const MAX_PATH_BYTES: usize = 512;
 
 /// Returns an error for a path that is too long for the database and the files beside
@@ -64,8 +64,8 @@ pub fn require_short(path: &Path) -> Result<()> {
     match resolved.as_os_str().len() {
         bytes if bytes <= most => Ok(()),
         bytes => Err(Error::refused(format!(
-            "the path of the database {} has {bytes} bytes, SQLite takes {most}: give a shorter \
-             --state-dir",
+            "the path of the database {} is {bytes} bytes long, at most {most} are allowed (a \
+             limit of SQLite): give a shorter --state-dir",
             resolved.display()
         ))),
     }
@@ -79,8 +79,8 @@ pub(super) fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-/// A file at `path` that is not empty, and may be all that is left of a lost
-/// database of ours; `None` if there is none.
+/// The path of a log or a copy that may be all that is left of the lost database at
+/// `path`; `None` if both are missing or empty.
 pub fn find_remains(path: &Path) -> Result<Option<PathBuf>> {
     if has_log(path)? {
         return Ok(Some(beside(path, LOG)));

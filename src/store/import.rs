@@ -84,7 +84,7 @@ impl Rows {
             "SELECT id, highest_id, boot_id FROM retired ORDER BY id",
             "SELECT seq FROM sqlite_sequence WHERE name = 'snapshot'",
         ] {
-            self.all(sql, "look through all rows", |row| {
+            self.all(sql, "compute the checksum of all rows", |row| {
                 for column in 0..row.as_ref().column_count() {
                     add(&mut sum, row.get_ref(column)?);
                 }

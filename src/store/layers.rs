@@ -43,9 +43,9 @@ impl Rows {
     /// The layer `id` and the layers below it, in this order.
     ///
     /// # Errors
-    /// [`ErrorKind::DataLoss`](crate::error::ErrorKind::DataLoss) if one of them has no
-    /// directory of its own, which only a view may lack, or stands on itself.
-    /// directory of its own, as only a view may, or stands on itself.
+    ///
+    /// [`ErrorKind::DataLoss`](crate::error::ErrorKind::DataLoss) if one of the layers
+    /// has no directory of its own, which only a view may lack, or stands on itself.
     pub fn chain(&self, id: SnapshotId) -> Result<Vec<Ancestor>> {
         // One recursive statement would take several times as long, because SQLite
         // creates two tables for it each time.
@@ -136,7 +136,7 @@ impl Rows {
              )
              SELECT 1 FROM upon WHERE kind IN (1, 2) AND id <= ?2 LIMIT 1",
             params![layer, highest_id],
-            format_args!("look what stands on layer {layer}"),
+            format_args!("look up which snapshots stand on layer {layer}"),
             |_| Ok(()),
         )?;
         Ok(found.is_some())
@@ -158,8 +158,8 @@ impl Rows {
 
 impl Transaction<'_> {
     /// Records that a layer's bytes are on the image volume now. Returns `true`
-    /// if something may have its old directory mounted, because it stands on
-    /// the layer or the layer is in `held`. This is recorded too, and the
+    /// if the layer's old directory may be mounted, because a snapshot in use stands
+    /// on the layer or because the layer is in `held`. This is recorded too, and the
     /// directory has to stay until [`Transaction::forget_retired`].
     pub fn move_home(
         &self,

@@ -184,8 +184,7 @@ impl Store {
     pub fn begin_use(&self) -> Result<()> {
         let writer = self.alone();
         completeness::mark_in_use(writer.rows()?)?;
-        // Done here so that the first request need not do it. If it fails here, a
-        // request does it.
+        // If this fails, the first request begins the log again, which takes longer.
         if let Err(error) = self.begin_log_again() {
             log::debug!("{}", error.chain());
         }
@@ -298,8 +297,8 @@ fn connect(path: &Path, access: OpenFlags) -> rusqlite::Result<Connection> {
     // Only a checkpoint of another connection can hold the lock, for a short time.
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.set_prepared_statement_cache_capacity(32);
-    // Without this promise, SQLite plans a statement again for each value that it
-    // is given.
+    // Without this setting, SQLite plans a statement again for each value of a
+    // parameter.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     // In KiB; the default is 2000. Each connection has a cache of its own, and the
     // kernel's page cache serves all of them.

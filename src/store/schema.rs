@@ -45,7 +45,8 @@ const MIGRATIONS: &[&str] = &[
     // 3: the sum of the lengths of a layer's files at its commit, for `check`.
     "ALTER TABLE snapshot ADD COLUMN data_bytes INTEGER;",
     // 4: host directories that the daemon itself has chosen for a snapshot,
-    // separated by colons. A table of its own: hardly any snapshot has them.
+    // separated by colons. They are in a separate table, because hardly any snapshot
+    // has them.
     "CREATE TABLE lower (
          id    INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
          paths TEXT NOT NULL
@@ -117,7 +118,7 @@ pub fn require_current(connection: &Connection) -> Result<()> {
     }
     Err(Error::refused(format!(
         "its schema has version {version}, this program reads version {}: another release \
-         wrote it, start the daemon of this one first",
+         wrote it, start the daemon of this release first",
         MIGRATIONS.len()
     )))
 }
@@ -153,8 +154,8 @@ fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<(
             .map_err(migrating)?;
         transaction.commit().map_err(migrating)?;
     }
-    // After the first write, so that the application id is in the file's
-    // header for good; the mode is kept in the file.
+    // The mode is set after the first write, so that the application id is in the
+    // file's header and not only in the log. The file keeps the mode.
     let mode: String = connection
         .pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))
         .map_err(migrating)?;

@@ -40,8 +40,8 @@ impl Snapshot {
         let is_small = self.usage.inodes <= MOST_HOLLOW_INODES;
         let is_hollow = match self.marks {
             Some(marks) => marks.is_hollow,
-            // The layer is older than that record. Docker gives such layers
-            // this name.
+            // The layer was committed before marks were recorded. Docker gives this
+            // name to its layers between an image and a container.
             None => self.info.name.ends_with("-init"),
         };
         is_small && is_hollow && self.data_bytes == DataBytes::Counted(0)
@@ -65,7 +65,8 @@ pub enum DataBytes {
     /// The snapshot was still mounted at the commit, so a container may have changed it
     /// since.
     WasMounted,
-    /// It was not counted: the snapshot is no layer, or older than this count.
+    /// The lengths were not counted, because the snapshot is no layer, or because an
+    /// earlier version of this program has committed it.
     Unknown,
 }
 
@@ -246,7 +247,7 @@ impl Rows {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`].
+    /// [`ErrorKind::NotFound`] if there is none.
     pub fn stat(&self, name: &str) -> Result<Snapshot> {
         self.find(name)?.ok_or_else(|| {
             let what = format!("snapshot {} does not exist", Quoted(name));
@@ -314,7 +315,7 @@ impl Rows {
     /// Whether no snapshot has ever been entered.
     pub fn is_untouched(&self) -> Result<bool> {
         let sql = "SELECT 1 FROM sqlite_sequence WHERE name = 'snapshot'";
-        let doing = "look whether the database was ever used";
+        let doing = "find out whether the database was ever used";
         let found = self.one(sql, [], doing, |_| Ok(()))?;
         Ok(found.is_none())
     }

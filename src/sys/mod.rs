@@ -23,9 +23,8 @@ pub fn unshare_user_namespace() -> Result<(), Errno> {
 /// Puts the calling process, which must have one thread only, into a new mount
 /// namespace (`unshare(2)`).
 pub fn unshare_mount_namespace() -> Result<(), Errno> {
-    // SAFETY: as above; a mount namespace is not shared between threads unless
-    // there are several, and then also their working directory, which Rust does
-    // not rely on.
+    // SAFETY: the flag splits nothing that Rust believes to be shared between threads:
+    // only the mounts and the working directory, and the process has one thread.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
 }
 

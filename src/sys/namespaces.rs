@@ -35,7 +35,7 @@ unsafe impl Ioctl for GetUserNamespace {
     }
 
     unsafe fn output_from_ptr(descriptor: IoctlOutput, _: *mut c_void) -> Result<OwnedFd, Errno> {
-        // SAFETY: see above.
+        // SAFETY: the kernel has returned this descriptor, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
 }

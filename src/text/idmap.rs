@@ -18,12 +18,12 @@ const SHOWN: usize = 80;
 
 /// A one-to-one mapping from ids in a container to ids on the host.
 ///
-/// Made of at least one and at most 340 ranges, of which no two share a
-/// container id or a host id. The text form that [`IdMapping::parse`] reads is
-/// that of containerd's `containerd.io/snapshot/uidmapping` and `gidmapping`
-/// labels (`WithRemapperLabels` in `snapshotter_opts_unix.go`); the [`Display`]
-/// form is the same with the ranges ordered by container id and without leading
-/// zeros, as a mount option `uidmap=…` takes it.
+/// A mapping has at least one and at most 340 ranges, of which no two have a
+/// container id or a host id in common. [`IdMapping::parse`] reads the text of
+/// containerd's labels `containerd.io/snapshot/uidmapping` and `gidmapping`
+/// (`WithRemapperLabels` in `snapshotter_opts_unix.go`). [`Display`] writes the same
+/// text, with the ranges ordered by container id and without leading zeros, for the
+/// mount option `uidmap=…`.
 ///
 /// [`Display`]: fmt::Display
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +32,8 @@ pub struct IdMapping {
     ranges: Vec<IdRange>,
 }
 
-/// `length` ids from `container` on, mapped to those from `host` on.
+/// Maps the `length` container ids that begin with `container` to as many host ids
+/// that begin with `host`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct IdRange {
     container: u32,
@@ -54,16 +55,18 @@ impl IdMapping {
     /// Parses comma-separated ranges `container:host:length`, each part an
     /// unsigned decimal number of 32 bits.
     ///
-    /// The ranges may come in any order. As for the kernel, the id 4294967295
-    /// stands for "no id" and cannot be part of a range.
+    /// The ranges may come in any order. The kernel gives the id 4294967295 the
+    /// meaning "no id", so no range may contain this id.
     ///
     /// # Errors
     ///
-    /// Returns an error for the first range that does not have exactly three
-    /// parts or has a part that is not all digits (empty, signed or spaced) or
-    /// too large, that is empty or reaches past the last id, that overlaps an
-    /// earlier range on either side, or that is one too many. The empty text is
-    /// a faulty first range.
+    /// Returns an error for the first range for which one of these is true:
+    /// - it does not have exactly three parts, as in the empty text,
+    /// - a part contains something other than digits, or is empty or too large,
+    /// - its length is 0,
+    /// - it reaches past the last id,
+    /// - it has a container id or a host id in common with an earlier range,
+    /// - the text has more than 340 ranges, and this is the first one too many.
     pub fn parse(text: &str) -> Result<IdMapping, IdMappingError> {
         let mut ranges: Vec<IdRange> = Vec::new();
         for (index, part) in text.split(',').enumerate() {
@@ -163,8 +166,8 @@ fn overlap(a: &Range<u32>, b: &Range<u32>) -> bool {
 
 /// An id mapping that cannot be used.
 ///
-/// Its text names the faulty range (shortened, with control characters
-/// escaped), its number counted from one, and what would be right.
+/// The error's text contains the faulty range (shortened, with control characters
+/// escaped), the range's number, counted from one, and what would be right.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdMappingError(String);
 
@@ -371,7 +374,7 @@ mod tests {
         };
         assert_eq!(parsed(&many(340)).ranges.len(), 340);
         check_refused(&[(&many(341), 341, "is one too many: 340 are allowed")]);
-        // Nothing after the range that is one too many is looked at.
+        // The ranges after the first one too many are not read.
         check_refused(&[(
             &format!("{},x{}", many(340), ",".repeat(1 << 20)),
             341,

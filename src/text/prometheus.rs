@@ -10,7 +10,7 @@ pub enum Kind {
     Counter,
     /// It goes up and down.
     Gauge,
-    /// It is several figures: how many values were no larger than each bound.
+    /// It consists of several figures: for each bound, how many values were not larger.
     Histogram,
 }
 

@@ -1,7 +1,7 @@
 //! Paths in URIs (RFC 3986). Pure.
 
-/// Encodes a path for a URI: bytes that could have a meaning there become `%` and two
-/// hexadecimal digits.
+/// Encodes a path for a URI: bytes that could have a special meaning in a URI become
+/// `%` and two hexadecimal digits.
 pub fn encode_path(path: &[u8]) -> String {
     let mut uri = String::with_capacity(path.len());
     for byte in path {

@@ -229,10 +229,10 @@ impl Comparison<'_> {
         }
         // The top has no entry in the archive, and so has the time of the unpack.
         if !is_top && stat.st_mtime < self.rules.since && stat.st_mtime != found_stat.st_mtime {
-            add("has another time".to_owned());
+            add("has another modification time".to_owned());
         }
         if stat.st_rdev != found_stat.st_rdev {
-            add("is another device".to_owned());
+            add("has another device number".to_owned());
         }
         if let Some(what) = self.links.compare(stat, found_stat) {
             add(what.to_owned());
@@ -251,7 +251,7 @@ impl Comparison<'_> {
                     readlinkat(expected.0, expected.1, Vec::new()).context(|| COMPARING)?;
                 match readlinkat(found.0, found.1, Vec::new()) {
                     Err(errno) => cannot_read(errno).map(&mut add)?,
-                    Ok(found) if found != target => add("leads elsewhere".to_owned()),
+                    Ok(found) if found != target => add("is a link to another target".to_owned()),
                     Ok(_) => {}
                 }
             }
@@ -365,14 +365,14 @@ impl Links {
         let [expected, other] = [stat, found].map(|stat| (stat.st_dev as u64, stat.st_ino as u64));
         if self.found_of.len() >= MOST_REMEMBERED && !self.found_of.contains_key(&expected) {
             let is_same = stat.st_nlink == found.st_nlink;
-            return (!is_same).then_some("has another number of names");
+            return (!is_same).then_some("has another number of hard links");
         }
         let known = *self.found_of.entry(expected).or_insert(other);
         if known != other {
-            return Some("is a file of its own in place of another name of one");
+            return Some("is a separate file in place of a hard link");
         }
         let known = *self.expected_of.entry(other).or_insert(expected);
-        (known != expected).then_some("is another name of a file in place of one of its own")
+        (known != expected).then_some("is a hard link in place of a separate file")
     }
 }
 

@@ -158,7 +158,7 @@ impl Copy<'_> {
         to: BorrowedFd<'_>,
         name: &CStr,
     ) -> Result<Option<Entered>> {
-        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "look at it")?;
+        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "read its metadata")?;
         let file_type = FileType::from_raw_mode(stat.st_mode);
         if file_type == FileType::Directory {
             return self.enter(from, to, name).map(Some);
@@ -174,7 +174,7 @@ impl Copy<'_> {
         set_all_attributes(&mut self.xattrs, (from, name), (to, name), &stat)?;
         if is_linked {
             linkat(to, name, self.scratch, link_name(&stat), AtFlags::empty())
-                .context(|| "remember its hard links")?;
+                .context(|| "give it a second name, for further hard links")?;
             self.links += 1;
         }
         Ok(None)
@@ -248,8 +248,8 @@ impl Copy<'_> {
                 Err(Errno::XDEV)
             };
             match copied {
-                // Some file systems return 0 in place of an error; a read shows
-                // which it is.
+                // 0 is the end of the file, but some file systems return it in place
+                // of an error. A read shows which of the two it is.
                 Ok(0) => buffer.resize(1 << 20, 0),
                 Ok(_) => {}
                 // Kernels before 5.19 do not copy between file systems, and

@@ -24,7 +24,7 @@ const READING: &str = "read a layer";
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled) if it was cancelled.
+/// [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled) if `cancel` was set.
 pub fn digest_tree(top: impl AsFd, is_lowest: bool, cancel: &AtomicBool) -> Result<String> {
     let mut digest = Digest {
         rules: Rules {

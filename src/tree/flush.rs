@@ -23,9 +23,9 @@ const THREADS: usize = 8;
 pub enum Flushed {
     /// The whole tree.
     Whole,
-    /// Its files and directories. It also has symbolic links, device nodes or pipes.
-    /// Their names are durable, but their owners, times and attributes are not, because
-    /// they cannot be opened to flush them.
+    /// All files and directories of the tree. The tree also contains symbolic links,
+    /// device nodes or pipes. Their names are durable, but their owners, times and
+    /// attributes are not, because they cannot be opened to flush them.
     AllButNodes,
 }
 

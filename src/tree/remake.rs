@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::copy::{copy_node, times_of};
 use crate::error::{Context, Result};
 
-/// The name in the scratch directory.
+/// The name of the new entry while it is in the scratch directory.
 const NEW: &CStr = c"new";
 
 /// Creates the link or node `name` of `parent` again with the same content, in the

@@ -282,7 +282,8 @@ fn unlink(parent: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> std::result::R
     }
 }
 
-/// `renameat` to another directory, tried once more after clearing such a flag.
+/// `renameat` to another directory, tried once more after clearing an immutable or
+/// append-only flag.
 fn rename_mutable(
     parent: BorrowedFd<'_>,
     name: &CStr,

@@ -164,8 +164,8 @@ impl Walk {
     }
 }
 
-/// Opens a directory that must be this inode; returns `None` if it is another
-/// one or is not there.
+/// Opens the directory `name` if it is this inode. Returns `None` if the name is
+/// missing, or is another inode.
 pub(super) fn open_as(
     parent: impl AsFd,
     name: &CStr,

@@ -44,8 +44,8 @@ fn role(name: &[u8]) -> Role {
     }
 }
 
-/// Whether an attribute changes what a layer shows. Not all of overlayfs's do: it
-/// sets others on every directory that it copies up.
+/// Whether an attribute changes what a layer shows. Some of overlayfs's own attributes
+/// do not: overlayfs sets them on every directory that it copies up.
 fn is_mark(name: &[u8]) -> bool {
     const COPIED_UP: [&[u8]; 4] = [b"origin", b"impure", b"nlink", b"uuid"];
     let own = [&b"trusted.overlay."[..], &b"user.overlay."[..]];
@@ -145,8 +145,8 @@ fn cannot_have(errno: Errno) -> bool {
     )
 }
 
-/// ext4 returns `ENOSPC` for an attribute that is larger than it can store; if
-/// the disk has room, the error means that.
+/// ext4 returns `ENOSPC` also for an attribute that is larger than it can store. If the
+/// disk has room, this is the reason.
 fn xattr_error(errno: Errno, to: &CStr, name: &CStr) -> Error {
     let what = format!("set its attribute {name:?}");
     let has_room = statvfs(to).is_ok_and(|disk| disk.f_bavail * disk.f_frsize > 1 << 20);

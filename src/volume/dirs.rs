@@ -304,9 +304,9 @@ impl Dirs {
     ///
     /// # Errors
     /// [`ErrorKind::FailedPrecondition`] if an administrator has made the volume
-    /// read-only, which flushes it; [`ErrorKind::DataLoss`] if the disk has
-    /// failed to write some of it, or the file system does not write at all any
-    /// more.
+    /// read-only (the kernel flushes the volume then); [`ErrorKind::DataLoss`] if the
+    /// disk failed to write some of the data, or if the file system has stopped
+    /// writing.
     pub fn sync(&self) -> Result<()> {
         let flushing = || format!("flush the {} volume {}", self.volume, self.path);
         let failed =

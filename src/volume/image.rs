@@ -53,12 +53,12 @@ impl Root {
         self.top.as_fd()
     }
 
-    /// Returns an error if the root belongs to another user than that of this process,
-    /// because that user could put anything there.
+    /// Checks that the root belongs to the user of this process, because another user
+    /// could put anything there.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`].
+    /// [`ErrorKind::FailedPrecondition`] if the root belongs to another user.
     pub fn require_own(&self) -> Result<()> {
         let path = &self.path;
         let owner = fstat(&self.top)
@@ -68,7 +68,9 @@ impl Root {
             return Ok(());
         }
         Err(Error::refused(format!(
-            "the root directory {path} belongs to user {owner}: give the --root-dir of the daemon"
+            "the root directory {path} belongs to user {owner}, and this command runs as user \
+             {}: give the --root-dir of the daemon, or run the command as user {owner}",
+            geteuid().as_raw()
         )))
     }
 

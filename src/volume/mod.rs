@@ -6,7 +6,7 @@
 //! <root>/snapshots/.moving-<id>       a layer on its way to the image volume, see `moving`
 //! <root>/lowers/<id>.<n>              a link to a host directory, see `host_dirs`
 //! <root>/mounted/<id>                 says that a person may have mounted it
-//! <root>/empty/                       an empty directory, lower of a layer without parent
+//! <root>/empty/                       an empty directory, lower of a layer without a parent
 //! <root>/trash/                       removed, waiting to be deleted
 //! <root>/left-out/<id>               what no snapshot owns, and what an import left
 //! <root>/.ids                         which ids were used last, see `block_mark`
@@ -188,8 +188,8 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if the writable volume is not there or
-    /// is another one, `ErrorKind::DataLoss` if it has another history than the
+    /// `ErrorKind::FailedPrecondition` if the writable volume is missing or another disk
+    /// is mounted in its place, `ErrorKind::DataLoss` if it has another history than the
     /// database, `ErrorKind::Internal` if it cannot be read, `ErrorKind::Unavailable` if it
     /// does not answer.
     pub fn open(&self, volume: Volume) -> Result<Arc<Dirs>> {

@@ -214,8 +214,8 @@ pub(super) fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
     Ok(stat(path)?.st_dev != stat(parent.as_str())?.st_dev)
 }
 
-/// Whether a file system stores times as precisely as layers need: to the nanosecond, and
-/// beyond 2038. ext4 with inodes of 128 bytes, ext3 and ext2 do not, and report no error.
+/// Whether a file system can store times to the nanosecond and after 2038, as layers need.
+/// ext2, ext3, and ext4 with 128-byte inodes cannot store such times, and report no error.
 /// The check creates a file in `directory` and deletes it.
 pub fn keeps_times(directory: impl AsFd) -> Result<bool> {
     const NAME: &str = ".times";

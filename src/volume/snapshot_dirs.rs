@@ -17,7 +17,7 @@ pub struct SnapshotDirs {
     pub top: OwnedFd,
     /// `<id>/fs`.
     pub upper: OwnedFd,
-    /// `<id>/work`; a view without parent has none.
+    /// `<id>/work`; a view without a parent has none.
     pub work: Option<OwnedFd>,
 }
 

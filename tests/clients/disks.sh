@@ -301,7 +301,7 @@ expect_refused() {
         fail "the daemon does not say why it does not start"
     expect lost+found "$(ls "$writable")" "what a refused start has left"
     ! rwsplit doctor --json >"$scratch/doctor.out" || fail "doctor finds nothing wrong"
-    grep -q 'will not do: cannot exchange two names' "$scratch/doctor.out" ||
+    grep -q 'cannot be used: cannot exchange two names' "$scratch/doctor.out" ||
         fail "doctor does not say what is wrong: $(cat "$scratch/doctor.out")"
 }
 

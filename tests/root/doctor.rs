@@ -95,7 +95,7 @@ fn two_disks_and_a_right_configuration_are_fit() {
         ("writable", &["ok", "ok"], "overlayfs writes there"),
         ("split", &["ok"], "two file systems"),
         ("containerd", &["ok"], "1."),
-        ("plugin", &["ok"], "\"rwsplit\" leads here"),
+        ("plugin", &["ok"], "\"rwsplit\" leads to this program"),
         ("exports", &["ok"], "the kubelet finds the image volume"),
         ("Kubernetes", &["ok"], "pods get this snapshotter"),
     ] {
@@ -163,7 +163,7 @@ fn what_is_wrong_is_said() {
             format!("{ours}{cri} disable_snapshot_annotations = true\n"),
             "Kubernetes",
             "bad",
-            "--lower-for is in vain",
+            "--lower-for has no effect",
         ),
     ] {
         fs::write(&configuration, format!("version = 2\n{text}")).unwrap();

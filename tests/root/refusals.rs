@@ -440,7 +440,11 @@ fn a_path_that_is_too_long_for_the_database_is_said_as_such() {
     let long = disk.path().join("a".repeat(250)).join("b".repeat(250));
     let arguments = arguments(&long, &disk.path().join("writable"));
     let mut arguments = with(arguments, "--address", &disk.path().join("socket"));
-    let words = ["SQLite takes", "bytes", "give a shorter --state-dir"];
+    let words = [
+        "limit of SQLite",
+        "bytes long",
+        "give a shorter --state-dir",
+    ];
     says(&refused_untouched(&arguments, &[&disk.path()]), &words);
     // The link itself is short.
     fs::create_dir_all(&long).unwrap();

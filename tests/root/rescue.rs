@@ -253,7 +253,7 @@ fn a_name_is_a_key_or_its_end() {
         (&["umount", "a", "b"][..], "one word"),
         (
             &["status", "--read-only"][..],
-            "goes with the command \"mount\"",
+            "works only with the command \"mount\"",
         ),
     ] {
         let said = refused(&split.daemon, words);

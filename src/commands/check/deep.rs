@@ -1,7 +1,8 @@
 //! Comparing layers with containerd's content, and healing them.
 //!
-//! Owns: which layer is compared with what, in which order, and how an interrupted
-//! command ends. Never: compares trees or replaces layers; the snapshotter does that.
+//! Owns: which content a layer is compared with, the order of layers, and how an
+//! interrupted command ends. Never: compares trees or replaces layers; the snapshotter
+//! does that.
 
 use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
@@ -33,7 +34,7 @@ pub(super) struct Deep {
     /// How many of them are sound.
     pub sound: usize,
     pub healed: Vec<Healed>,
-    /// The damages that have not healed.
+    /// The damaged layers that have not been healed.
     pub findings: Vec<Finding>,
     pub not_compared: Vec<NotCompared>,
     /// Errors about containerd's images that could not be read.
@@ -58,7 +59,7 @@ pub(super) struct Healed {
     pub restart: Vec<String>,
 }
 
-/// A layer that was not compared, or has not healed.
+/// A layer that was not compared, or was not healed.
 pub(super) struct NotCompared {
     pub key: String,
     pub why: String,
@@ -73,7 +74,7 @@ pub(super) struct NotCompared {
 pub(super) enum Layers {
     /// All layers.
     All,
-    /// Only layers that healing may help.
+    /// Only layers with damage that healing may repair.
     Broken,
 }
 
@@ -126,13 +127,14 @@ impl Writer<'_> {
     }
 }
 
-/// Compares layers with their recorded digests, and layers without a digest, or with
-/// another one now, with containerd's content. `findings` are those of the counts.
+/// Compares layers with their recorded digests. Layers that have no recorded digest, or
+/// another digest now, are compared with containerd's content. `findings` are the
+/// results of the check that counts files.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Cancelled`] after a signal, [`ErrorKind::Unavailable`] without containerd
-/// if that is needed. In both cases, no layer is half healed.
+/// [`ErrorKind::Cancelled`] after a signal, [`ErrorKind::Unavailable`] if containerd is
+/// needed and does not answer. In both cases, no layer is half healed.
 pub(super) fn run(
     snapshotter: &Snapshotter,
     findings: &[Finding],
@@ -207,7 +209,7 @@ struct DeepCheck<'a> {
     /// The recorded digests of sound layers.
     digests: HashMap<SnapshotId, String>,
     task: Task<'a>,
-    /// What each layer stands on.
+    /// The parent of each layer.
     parents: HashMap<SnapshotId, Option<SnapshotId>>,
     /// Layers that are known to be damaged, or missing.
     broken: HashSet<SnapshotId>,
@@ -255,7 +257,7 @@ impl DeepCheck<'_> {
         false
     }
 
-    /// Compares one layer with its content. Returns a word for the result.
+    /// Compares one layer with containerd's content. Returns a word for the result.
     fn layer(&mut self, layer: &Snapshot, sources: &Sources) -> Result<&'static str> {
         let (namespace, name) = split_key(&layer.info.name);
         let (source, why, remedy) = match sources.of(namespace, name) {
@@ -303,8 +305,8 @@ impl DeepCheck<'_> {
                 return Ok(());
             }
             Err(Error::data_loss(format!(
-                "containerd's content {} is damaged: unpacked, its digest is {digest}, and has \
-                 to be {}",
+                "containerd's content {} is damaged: its digest after unpacking is {digest}, and \
+                 has to be {}",
                 source.blob.digest, source.diff_id
             )))
         };
@@ -398,10 +400,10 @@ fn unknown(layer: &Snapshot) -> (String, Option<String>) {
     (why, Some(fetch(namespace, image)))
 }
 
-/// The command that brings content back.
+/// The command with which containerd downloads the content of an image again.
 fn fetch(namespace: &str, image: &str) -> String {
     let (namespace, image) = (word(namespace, "NAMESPACE"), word(image, "IMAGE"));
-    format!("`ctr -n {namespace} content fetch {image}` brings its content back")
+    format!("`ctr -n {namespace} content fetch {image}` downloads its content again")
 }
 
 /// The commands that replace damaged content.

@@ -1,5 +1,5 @@
-//! The command `check`: whether the database and the disks agree, and repairing
-//! what does not.
+//! The command `check`: finding differences between the database and the disks, and
+//! repairing them.
 //!
 //! Owns: the order of inspecting, reporting, asking and repairing. Never: decides what is
 //! wrong with a snapshot, or how to repair it; the snapshotter does that. While a daemon
@@ -84,8 +84,8 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     Ok(report.is_clean())
 }
 
-/// Repairs what was found, after asking: layers heal first, and those that cannot heal
-/// are dropped. The caller holds the root's lock.
+/// Repairs what was found, after asking. Layers that can be healed are healed first, and
+/// the other damaged layers are dropped. The caller holds the root's lock.
 fn mend(
     snapshotter: &Snapshotter,
     completeness: &Completeness,
@@ -108,8 +108,8 @@ fn mend(
         .filter(|finding| finding.problem.healing().is_some())
         .count();
     let question = format!(
-        "{number} of these may heal without any loss, if the containerd at {} still has their \
-         content. Healing drops nothing.",
+        "{number} of these can perhaps be healed without any loss, if the containerd at {} still \
+         has their content. Healing drops nothing.",
         options.containerd_address
     );
     if can_heal && number > 0 && asked(options, &question)? {
@@ -137,8 +137,8 @@ fn mend(
     Ok(report.is_clean())
 }
 
-/// Compares layers with containerd's content, heals them on request, and prints the
-/// report together with that of the counts.
+/// Compares layers with containerd's content, heals them on request, and prints one
+/// report of this and of the check that counts files.
 fn look_deep(
     config: &Config,
     snapshotter: &Snapshotter,
@@ -155,7 +155,7 @@ fn look_deep(
     let daemon = || HealingClient::connect(&config.address, snapshotter.store());
     let (writer, _lock) = match &lock {
         Some(_) if heals => (Some(Writer::Alone(snapshotter)), lock),
-        // It may take hours, and a daemon may start meanwhile.
+        // The comparison may take hours, and a daemon may start meanwhile.
         Some(_) => (None, None),
         None if heals => {
             let daemon = daemon().context(|| "heal beside the daemon")?;
@@ -198,8 +198,8 @@ fn look_deep(
     Ok(report.is_clean())
 }
 
-/// A layer's directory is replaced only if the database is the latest: an older
-/// one may be wrong about whose directory it is.
+/// Returns an error unless the database is the latest, because an older database may
+/// assign a directory to the wrong layer, and healing would replace that directory.
 fn require_latest(inspection: &Inspection) -> Result<()> {
     let is_unsure = |finding: &&Finding| {
         matches!(
@@ -212,8 +212,8 @@ fn require_latest(inspection: &Inspection) -> Result<()> {
     match inspection.findings.iter().find(is_unsure) {
         None => Ok(()),
         Some(finding) => Err(Error::refused(format!(
-            "{finding}: nothing is healed before that is repaired, because a directory may be \
-             another snapshot's"
+            "{finding}: no layer is healed before this is repaired, because a directory may \
+             belong to another snapshot than the database says"
         ))),
     }
 }
@@ -282,7 +282,7 @@ fn give_up(
 ) -> Result<Volumes> {
     let question = format!(
         "Everything that containers have written on the writable volume is given up, and {} \
-         becomes a new one.",
+         becomes a new writable volume.",
         config.writable
     );
     if !asked(options, &question)? {
@@ -302,7 +302,7 @@ fn asked(options: &CheckOptions, question: &str) -> Result<bool> {
     }
     if !std::io::stdin().is_terminal() {
         return Err(Error::refused(
-            "there is no terminal to ask on: give --yes with --repair",
+            "there is no terminal to ask on: give --yes with --repair or --reset-writable",
         ));
     }
     print!("\n{question}\nGo on? [y/N] ");

@@ -21,7 +21,7 @@ pub(super) struct CheckReport {
     doomed: Vec<Snapshot>,
     /// The results of a deep check.
     deep: Option<Deep>,
-    /// What is left after a repair.
+    /// The findings that are left after a repair.
     left: Option<Vec<Finding>>,
 }
 
@@ -57,7 +57,7 @@ impl CheckReport {
     pub(super) fn is_clean(&self) -> bool {
         let has_failed = |deep: &Deep| deep.not_compared.iter().any(|layer| layer.has_failed);
         match &self.left {
-            // What could not be healed is dropped by then.
+            // The repair has dropped the layers that could not be healed.
             Some(left) => left.is_empty(),
             None => self.findings.is_empty() && !self.deep.as_ref().is_some_and(has_failed),
         }

@@ -80,7 +80,8 @@ fn look_at_part(config: &Config, why: &str) -> Vec<Finding> {
     let read = |(path, place)| Some((path, place, fs::read_to_string(path).ok()?));
     let Some((path, place, text)) = PARTS.into_iter().find_map(read) else {
         let text = format!(
-            "{why}; if it is part of something else (k3s, say), its configuration needs this"
+            "{why}; if another program includes containerd (k3s, say), containerd's configuration \
+             in that program needs these lines"
         );
         return vec![Finding::note("containerd", text).with_stanza(stanza(config, 3))];
     };
@@ -91,13 +92,13 @@ fn look_at_part(config: &Config, why: &str) -> Vec<Finding> {
             return vec![Finding::bad("containerd", text)];
         }
     };
-    // The earliest containerd with this version of the configuration that no longer
-    // pulls by itself.
+    // The version of containerd is unknown. Of the versions with this format of the
+    // configuration, this is the earliest one that pulls with the transfer service.
     let version = match at(&table, &["version"]).and_then(Value::as_integer) {
         Some(3..) => Version(2, 1, 0),
         _ => Version(1, 7, 16),
     };
-    let text = format!("its configuration is written to {path}: your own lines go into {place}");
+    let text = format!("its configuration {path} is generated: write your own lines to {place}");
     let mut findings = vec![Finding::note("containerd", text)];
     findings.extend(judge(config, &table, version));
     findings
@@ -236,7 +237,7 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
     Finding::good(
         "plugin",
         format!(
-            "{} leads here, once containerd was restarted with it",
+            "{} leads to this program, once containerd was restarted with it",
             Quoted(name)
         ),
     )

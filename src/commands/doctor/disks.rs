@@ -155,7 +155,7 @@ fn selinux(places: [&Nearest; 2]) -> Option<Finding> {
     Some(Finding::note(
         "SELinux",
         format!(
-            "its rules are enforced, {image} and {writable}: containers need the \
+            "SELinux's rules are enforced, {image} and {writable}: containers need the \
              label of containerd's own snapshots: docs/containerd.md, \"SELinux\""
         ),
     ))
@@ -168,7 +168,8 @@ fn lasting(config: &Config, writable: &Nearest) -> Option<Finding> {
     (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
         Finding::note(
             "writable",
-            "what is in memory is gone after a reboot: if that is meant, give --writable-volatile",
+            "this file system is in memory, and a reboot empties it: if you want that, give \
+         --writable-volatile",
         )
     })
 }
@@ -192,7 +193,7 @@ fn find(path: &str) -> Result<Nearest> {
     }
     let text = there.to_str().unwrap_or(path);
     let mounted = mountinfo::of_path(text)?.ok_or_else(|| {
-        let what = format!("the kernel does not show what {text} is on");
+        let what = format!("/proc/self/mountinfo does not list the mount that {text} is on");
         Error::refused(what)
     })?;
     Ok(Nearest {
@@ -226,7 +227,7 @@ fn describe(topic: &'static str, path: &str, place: &Nearest) -> Finding {
 /// has gone with the mount namespace of the killed process.
 const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
 
-/// What a volume is for, tried with real overlays.
+/// How to find out, with a real overlay, whether a directory can be a volume.
 struct Trial {
     probe: fn(&Path, &[String]) -> Result<()>,
     good: &'static str,
@@ -242,7 +243,7 @@ const WRITES: Trial = Trial {
     good: "overlayfs writes there, directory entries have types",
 };
 
-/// Mounts an overlay there, to see whether it works.
+/// Mounts an overlay in a directory, to find out whether this works.
 fn try_overlay(topic: &'static str, place: &Nearest, trial: &Trial, options: &[String]) -> Finding {
     let scratch = place.there.join(SCRATCH);
     let remove = || match fs::remove_dir_all(&scratch) {
@@ -254,7 +255,7 @@ fn try_overlay(topic: &'static str, place: &Nearest, trial: &Trial, options: &[S
         let hint = match error.kind() {
             IoKind::ReadOnlyFilesystem => "make it writable",
             IoKind::StorageFull => "make room there",
-            _ => "another directory may do",
+            _ => "try another directory",
         };
         let text = format!("cannot {what} {}: {error}: {hint}", scratch.display());
         return Finding::bad(topic, text);
@@ -270,11 +271,11 @@ fn try_overlay(topic: &'static str, place: &Nearest, trial: &Trial, options: &[S
         Err(error) => {
             let hint = match options {
                 _ if !has_overlay() => "this kernel has no overlayfs: load the module \"overlay\"",
-                [] => "ext4, XFS or btrfs will do",
-                _ => "ext4, XFS or btrfs will do, and so may other --mount-option",
+                [] => "use ext4, XFS or btrfs",
+                _ => "use ext4, XFS or btrfs, or try other values of --mount-option",
             };
             let path = place.there.display();
-            let text = format!("{path} will not do: {}: {hint}", error.chain());
+            let text = format!("{path} cannot be used: {}: {hint}", error.chain());
             Finding::bad(topic, text)
         }
     }

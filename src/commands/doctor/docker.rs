@@ -124,7 +124,7 @@ fn judge(docker: &Docker, table: &Table, name: Option<&str>) -> Option<Finding> 
         && address.trim_start_matches("unix://") != SYSTEM_SOCKET
     {
         let text = format!(
-            "it uses the containerd on {address}: give that one's file by --containerd-config"
+            "it uses the containerd on {address}: give its configuration file with --containerd-config"
         );
         return Some(Finding::note("Docker", text));
     }

@@ -124,7 +124,7 @@ fn unpacking(table: &Table, version: Version, name: &str, cri: Option<&Cri<'_>>)
             "unpacking",
             format!(
                 "pods get the snapshotter {}, and their images cannot be pulled (\"no unpack \
-                 platforms defined\"): it has no unpack_config",
+                 platforms defined\"), because this snapshotter has no unpack_config",
                 Quoted(unserved)
             ),
         )
@@ -219,8 +219,8 @@ fn snapshotter(config: &Config, cri: &Cri<'_>, name: &str) -> Finding {
     if hides && !config.options.lower_rules.is_empty() {
         return Finding::bad(
             "Kubernetes",
-            "--lower-for is in vain: disable_snapshot_annotations has to be false, so that \
-             layers say which image they are of",
+            "--lower-for has no effect: disable_snapshot_annotations has to be false, so that \
+             the labels of layers name their image",
         );
     }
     Finding::good(

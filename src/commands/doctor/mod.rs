@@ -1,8 +1,8 @@
 //! The command `doctor`: whether this machine, its disks and its containerd are
 //! suitable, for use before an installation or when a container does not start.
 //!
-//! Owns: what is looked at, in which order, and the report. Leaves nothing
-//! behind on the disks.
+//! Owns: the topics, their order, and the report. The command leaves nothing behind on
+//! the disks.
 
 mod containerd;
 mod disks;
@@ -19,7 +19,7 @@ use crate::mount;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Good,
-    /// It works, but not completely, or not as a user might expect.
+    /// The topic works, but not completely, or not as a user might expect.
     Note,
     Bad,
 }

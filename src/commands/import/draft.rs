@@ -61,7 +61,7 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     exchange(paths)
 }
 
-/// Puts the new database in the place of the original's.
+/// Renames the new database to the place of the original's database.
 fn exchange(paths: &Paths) -> Result<()> {
     // SQLite would treat the log of another database as the log of this one.
     remove_companions(&paths.target)?;
@@ -95,9 +95,9 @@ pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
         && (paths.is_one_place() || probe_format(&paths.source)? == FileFormat::Absent))
 }
 
-/// Moves the new database back into the draft's directory if it is in its place
-/// already while the original's is in its own. An import with a state directory of
-/// its own leaves them so if it is interrupted between these two steps.
+/// If both databases are in their final places, moves the new one back into the draft's
+/// directory. They are so after an import with a separate state directory that was
+/// interrupted between its last two steps.
 pub(super) fn take_for_draft(paths: &Paths) -> Result<()> {
     let is_placed = !paths.is_one_place() && probe_format(&paths.target)? == FileFormat::Ours;
     if !is_placed || probe_format(&paths.draft_database())? == FileFormat::Ours {

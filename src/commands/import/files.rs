@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::error::{Context, Error, Result};
 use crate::store::{DATABASE, DRAFT, ORIGINAL, remove_companions};
 
-/// The paths of these files.
+/// The paths of the files that an import and its undoing rename.
 pub(super) struct Paths {
     /// The original's database.
     pub(super) source: PathBuf,

@@ -53,8 +53,8 @@ const WRITABLE_DIR: &str = "import_writable_dir";
 /// under its second name.
 const TRANSACTION: &str = "import_transaction";
 
-/// Imports, reports what an import would do, or undoes one, and prints a report.
-/// Returns whether no snapshot was left out. After an error, either nothing was done,
+/// Imports, reports what an import would do, or undoes an import, and prints a report.
+/// Returns `true` if no snapshot was left out. After an error, either nothing was done,
 /// or the command can be run again.
 pub fn run(config: &Config, options: ImportOptions) -> Result<bool> {
     descriptors::raise_limit();
@@ -145,7 +145,7 @@ fn take_back_failed(root: &Root, config: &Config, paths: &Paths) {
     }
     if let Err(error) = undo::take_back(root, config, paths) {
         log::warn!(
-            "not every step could be undone, run `import --undo`: {}",
+            "some steps of the failed import could not be undone, run `import --undo`: {}",
             error.chain()
         );
     }

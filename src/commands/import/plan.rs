@@ -1,8 +1,8 @@
 //! Which of the original's snapshots can be taken over, according to the disks.
 //!
-//! Owns: that decision. A layer must have as many inodes as at its commit. A
-//! container's snapshot must have its directory. Everything that a snapshot
-//! stands on must be taken over too. Never: changes anything.
+//! Owns: the decision which snapshots are taken over. A layer must have as many inodes
+//! as at its commit. A container's snapshot must have its directory. All layers that a
+//! snapshot stands on must be taken over too. Never: changes anything.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -17,7 +17,7 @@ use crate::tree;
 use crate::types::{Content, Kind, Quoted, SnapshotId, Usage, Volume};
 use crate::volume::Filled;
 
-/// The decision about everything in the original's database.
+/// The decision about every snapshot in the original's database.
 #[derive(Debug)]
 pub(super) struct Plan {
     /// The snapshots to be entered, in the order of their ids.
@@ -167,14 +167,14 @@ pub(super) fn belongs_to(snapshot: &Original) -> Volume {
     }
 }
 
-/// What was found out about a snapshot alone.
+/// The decision about a snapshot without regard to its parent.
 struct Judged {
     volume: Option<Volume>,
     content: Option<Content>,
 }
 
-/// Makes the decision. If `volatile` is set, a reboot is meant to delete what
-/// containers have written: they are then taken over without their directories.
+/// Decides which snapshots are taken over. If `volatile` is set, a reboot deletes what
+/// containers have written, so their snapshots are taken over without directories.
 pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<Plan> {
     let newest = disks.present().filter_map(Found::newest).max();
     let highest_id = newest
@@ -284,8 +284,8 @@ fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
     })
 }
 
-/// Takes the first place that holds the whole layer. If there is none, the reason is
-/// what is wrong in the place where the layer belongs.
+/// Chooses the first volume that holds the whole layer. If there is none, the reason
+/// describes the volume on which the original looks for the layer.
 fn judge_layer(snapshot: &Original, places: &[&Found]) -> Judgement {
     let mut why = None;
     for found in places {
@@ -411,8 +411,8 @@ impl fmt::Display for LeftOut {
             }
             Reason::Incomplete { recorded, counted } => write!(
                 out,
-                "snapshots/{id} is damaged: it holds {counted} inodes, and held {recorded} when \
-                 it was committed"
+                "snapshots/{id} is damaged: it has {counted} inodes, and had {recorded} when it \
+                 was committed"
             ),
             Reason::BadParent(parent) => {
                 write!(out, "it stands on {}, which is no layer", Quoted(parent))

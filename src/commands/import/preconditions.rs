@@ -22,18 +22,20 @@ use crate::store::{FileFormat, Store, find_remains, probe_format, require_short}
 use crate::types::{Quoted, SnapshotId, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
-/// Refuses to look at an unfinished import, because it has to be undone first.
+/// Returns an error if an import is unfinished, because it has to be undone first.
 pub(super) fn require_nothing_half_done(paths: &Paths) -> Result<()> {
     if probe_format(&paths.source)? != FileFormat::Bolt || !paths.has_draft()? {
         return Ok(());
     }
     Err(Error::refused(format!(
-        "an import or its undoing was cut short, as {} shows: run `import` or `import --undo`",
+        "an import or its undoing was cut short, because {} exists: run `import` or \
+         `import --undo`",
         paths.draft.display()
     )))
 }
 
-/// Refuses if there is nothing to import, or if something is in the way.
+/// Returns an error if there is nothing to import, or if the name of a file that the
+/// import creates is taken.
 pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let (path, shown) = (&config.root, paths.source.display());
     require_short(&paths.draft_database())?;
@@ -108,8 +110,9 @@ pub(super) fn require_unknown(root: &Root, config: &Config) -> Result<()> {
     )))
 }
 
-/// If the databases have different places, ours may be in its place beside the
-/// original's, because an import was killed between the two steps.
+/// Returns an error if the path of the new database, which differs from the original's,
+/// is taken. After an import that was killed between the two steps of the exchange, the
+/// new database may be there already, and that is no error.
 fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let target = &paths.target;
     let is_free = match probe_format(target)? {
@@ -249,8 +252,8 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
         let stat = found.filled.stat_snapshots()?;
         if !inodes.insert((stat.st_dev, stat.st_ino)) {
             return Err(Error::refused(format!(
-                "{path} is the root directory by another name: give the --writable-dir that the \
-                 original had"
+                "the writable directory {path} is the root directory under another path: give the \
+                 --writable-dir that the original had"
             )));
         }
         // The original creates a directory before it enters its snapshot, one at
@@ -258,9 +261,9 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
         let known = contents.highest_id;
         if let Some(newest) = found.newest().filter(|id| id.number() > known + 1) {
             return Err(Error::refused(format!(
-                "{path} has snapshots/{newest}, but the database has given out numbers up to \
-                 {known} only: put the latest metadata.db there, or give the directories that \
-                 belong to this one"
+                "{path} has snapshots/{newest}, but the highest id in the database is {known}: put \
+                 the latest metadata.db into the root directory, or give the directories that \
+                 belong to this database"
             )));
         }
         if let [id, ..] = found.filled.left_out()?.as_slice() {
@@ -288,8 +291,8 @@ fn require_unmarked(writable: &Filled) -> Result<()> {
     }
 }
 
-/// Refuses if none of the directories on a volume is there: a disk that is not
-/// mounted looks like one on which everything was deleted.
+/// Returns an error if a volume has none of the directories that it should have: a disk
+/// that is not mounted looks like one on which everything was deleted.
 pub(super) fn require_volumes(plan: &Plan, are_there: &[Volume], config: &Config) -> Result<()> {
     let is_missing = |found: &&LeftOut| found.why == Reason::Missing && found.volumes.is_empty();
     let missing = || plan.left_out.iter().filter(is_missing);
@@ -300,8 +303,9 @@ pub(super) fn require_volumes(plan: &Plan, are_there: &[Volume], config: &Config
     if on_writable > 0 && !are_there.contains(&Volume::Writable) && !may_be_gone {
         return Err(Error::refused(format!(
             "{}/snapshots has none of the {on_writable} snapshots that are not on the image volume \
-             {}: mount its disk, or give the right --writable-dir; if what containers had written \
-             is gone for good, --writable-volatile has them start again from their images",
+             {}: mount the writable volume's disk, or give the right --writable-dir; if what \
+             containers had written is lost for good, give --writable-volatile, and they start \
+             again from their images",
             config.writable, config.root
         )));
     }
@@ -309,18 +313,18 @@ pub(super) fn require_volumes(plan: &Plan, are_there: &[Volume], config: &Config
     let on_image = missing().filter(belongs_on_image).count();
     if on_image > 0 && !are_there.contains(&Volume::Image) {
         return Err(Error::refused(format!(
-            "{}/snapshots has none of the {on_image} snapshots that have to be there: mount its \
-             disk, or, if they are gone for good, there is nothing to import: move metadata.db and \
-             snapshots away, and start from nothing",
+            "{}/snapshots has none of the {on_image} snapshots that have to be there: mount the \
+             image volume's disk. If the snapshots are lost for good, there is nothing to import: \
+             move metadata.db and snapshots away, and start the daemon without an import",
             config.root
         )));
     }
     Ok(())
 }
 
-/// Refuses if the directory of a snapshot is on neither volume. That some
-/// directories exist does not prove that a disk is mounted, because the
-/// original creates them even on a bare mount point.
+/// Returns an error if the directory of a snapshot is on neither volume. Even if other
+/// directories exist, the disk may not be mounted, because the original creates
+/// directories even on a bare mount point.
 pub(super) fn require_directories(plan: &Plan, config: &Config) -> Result<()> {
     let left_out = plan.left_out.iter();
     let mut missing = left_out.filter(|found| found.why == Reason::Missing);
@@ -333,8 +337,8 @@ pub(super) fn require_directories(plan: &Plan, config: &Config) -> Result<()> {
     };
     Err(Error::refused(format!(
         "neither {root}/snapshots nor {writable}/snapshots has {id}/fs of the snapshot \
-         {name}{others}: mount both disks, or give the directories that the original had; if it \
-         is gone for good, --leave-out-missing goes on without what is missing",
+         {name}{others}: mount both disks, or give the directories that the original had; if the \
+         snapshot is lost for good, --leave-out-missing imports the others without it",
         root = config.root,
         writable = config.writable,
         id = first.snapshot.id,

@@ -168,7 +168,7 @@ impl ImportReport<'_> {
             paths.map(move |path| format!("{name}: {is} {path}/fs"))
         });
         let head = format!(
-            "what containers that {} left out have written is nowhere else; copy out what you \
+            "the only copies of what containers that {} left out have written; copy out what you \
              need:",
             self.by_task("are", "would be")
         );
@@ -193,14 +193,14 @@ impl ImportReport<'_> {
         let strays = self.strays();
         list(
             text,
-            &format!("{taken} from where no snapshot has them:"),
+            &format!("directories of no snapshot, {taken} out of snapshots/:"),
             strays.map(|(volume, id)| format!("{volume} volume: snapshots/{id}")),
         );
         if !self.plan.aside.is_empty() {
             text.push_str(&format!(
-                "\nwhat there is of all that {} kept in {}/left-out and {}/left-out;\nno snapshot \
-                 uses it: delete it once you have copied out what you need\n",
-                self.by_task("is", "would be"),
+                "\nthe directories of all these {} kept in {}/left-out and {}/left-out;\nno \
+                 snapshot uses them: delete them once you have copied out what you need\n",
+                self.by_task("are", "would be"),
                 self.config.root,
                 self.config.writable
             ));
@@ -215,7 +215,7 @@ impl ImportReport<'_> {
         });
         list(
             text,
-            &format!("of no snapshot, and {left} where it is:"),
+            &format!("entries of no snapshot, {left} where they are:"),
             lines,
         );
     }
@@ -275,8 +275,8 @@ fn list(text: &mut String, heading: &str, lines: impl Iterator<Item = String>) {
 pub(super) fn print_finished(format: Format, config: &Config) {
     let sentences = || {
         format!(
-            "an import that was cut short had done everything already, and is finished now; what \
-             it has\nleft out, if anything, is in {}/left-out and {}/left-out\n",
+            "an import that was cut short had only its last step left, and is finished now; the \
+             snapshots that\nit has left out, if any, are in {}/left-out and {}/left-out\n",
             config.root, config.writable
         )
     };

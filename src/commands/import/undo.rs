@@ -48,7 +48,7 @@ pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
 
 fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let imported = look(root, config, paths)?;
-    // Locked to the end, because the original would find it half restored.
+    // Locked to the end, because the original would find its database half restored.
     let lock = open_source(match imported {
         Some(_) => &paths.kept,
         None => &paths.source,
@@ -120,8 +120,8 @@ fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
     let (store, completeness) = state::open_existing(root, config, Store::open)?;
     if completeness != Completeness::Whole || store.read()?.copied()?.is_some() {
         return Err(Error::refused(
-            "the database is not the latest state of itself, so it does not show what was written \
-             since the import",
+            "the database is not in its latest state, so it does not show what has changed since \
+             the import",
         ));
     }
     let is_as_imported = store.read()?.is_as_imported()?;
@@ -223,8 +223,9 @@ pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<(
 fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     let store = Store::open(&paths.draft_database()).context(|| {
         format!(
-            "look what is half done; if that cannot be read any more, move what is in left-out \
-             back to snapshots on both volumes, and remove {}/.volume, {}/state and {}",
+            "read which steps have to be undone; if the file cannot be read any more, move the \
+             directories in left-out back to snapshots on both volumes, and remove {}/.volume, \
+             {}/state and {}",
             config.writable,
             config.root,
             paths.draft.display()

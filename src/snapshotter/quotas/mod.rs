@@ -419,8 +419,9 @@ impl Projects {
         Ok(quotas.held(given.project).ok().map(|held| held.usage))
     }
 
-    /// Takes back the ids to which nothing is charged any more. XFS may still charge
-    /// files that were just deleted: the next call finds those ids.
+    /// Takes back the project ids to which no file is charged any more. XFS may still
+    /// charge deleted files to their project for a moment; the next call takes that
+    /// project's id back.
     pub(super) fn free_unused(&self) -> Result<()> {
         let loose = self.store.read()?.loose_projects()?;
         if loose.is_empty() {

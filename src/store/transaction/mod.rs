@@ -31,8 +31,8 @@ const MOST_TOGETHER: usize = 16;
 pub(super) struct Writer {
     state: Mutex<State>,
     /// How many callers of [`Store::write`] and [`Store::together`] wait for the
-    /// connection. Each of them either ends a batch that is left open, or leaves it
-    /// to a later one.
+    /// connection. Each of them either ends a batch that is left open, or leaves the
+    /// batch to a later caller.
     coming: AtomicUsize,
 }
 
@@ -43,8 +43,8 @@ pub(super) struct State {
     batch: Option<Batch>,
     /// How many rows the connection had changed before the transaction.
     changes_before: u64,
-    /// Set if a commit has failed and SQLite's log may still contain all of it. After a
-    /// power cut, a reader of the log would take it for committed.
+    /// Set if a commit has failed and SQLite's log may still contain all of its changes.
+    /// After a power cut, a reader of the log would take these changes for committed.
     has_remains: bool,
 }
 
@@ -129,9 +129,9 @@ impl State {
         Ok(())
     }
 
-    /// Notes that a commit has failed. The caller may do the opposite next, so the rest
-    /// of it in the log is made invalid before anything is answered, or before the next
-    /// change.
+    /// Notes that a commit has failed. The caller may then undo the change on the disks,
+    /// so the change must not become valid again. Therefore its remains in the log are
+    /// overwritten before the error is returned, or else before the next change.
     fn note_failure(&mut self) {
         self.roll_back();
         self.has_remains = true;

@@ -145,7 +145,7 @@ fn a_refused_one_takes_nothing_with_it() {
         let comers = ["first", "a", "first"].map(|key| {
             scope.spawn(move || {
                 let added = add(&shared.store, key);
-                // The snapshot that it was refused for is visible by then.
+                // The snapshot because of which the caller was refused is visible by then.
                 assert!(shared.exists("first"));
                 added.map_err(|error| error.kind()).err()
             })
@@ -203,7 +203,7 @@ fn a_batch_that_cannot_be_made_durable_fails_as_a_whole() {
             second.join().unwrap().map(drop).unwrap_err().kind(),
         ];
         assert_eq!(kinds, [ErrorKind::Internal; 3]);
-        // It was refused because of a row that was never committed.
+        // This change was refused because of a row that was never committed.
         let refused = refused.join().unwrap().unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::Unavailable);
     });
@@ -219,7 +219,7 @@ fn what_sqlite_has_rolled_back_is_told_to_all() {
         fixture.await_first();
         let refused = scope.spawn(|| {
             fixture.store.together(|transaction| {
-                // SQLite does this on a full disk.
+                // SQLite rolls back by itself on a full disk.
                 transaction.connection().execute_batch("ROLLBACK").unwrap();
                 Ok(())
             })

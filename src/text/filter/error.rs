@@ -9,7 +9,7 @@ use std::fmt;
 /// How many characters of the filter are shown before and after the error.
 const CONTEXT: usize = 40;
 
-/// A place in a filter and what should have been there.
+/// A place in a filter, and what was expected there.
 #[derive(Debug)]
 pub(super) struct Fault {
     /// The byte offset into the filter.
@@ -31,7 +31,7 @@ impl Fault {
 /// A filter that cannot be used: not the filter language, or a regular
 /// expression that does not compile or is too large.
 ///
-/// Its text names the filter (the part around the error if it is long, with
+/// The error's text contains the filter (of a long one the part around the error, with
 /// control characters escaped), the byte position, and what was expected.
 #[derive(Debug)]
 pub struct FilterError {

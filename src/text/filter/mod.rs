@@ -59,8 +59,8 @@ pub struct Subject<'a> {
 /// (`ParseAll` in containerd's `filters/parser.go`).
 #[derive(Debug)]
 pub struct Filters {
-    /// Each alternative is a conjunction; no alternatives means "everything",
-    /// which is what an empty conjunction anywhere in the list amounts to.
+    /// Each alternative is a list of conditions that must all hold. If there is no
+    /// alternative, the filters match every snapshot.
     alternatives: Vec<Vec<Selector>>,
 }
 
@@ -96,7 +96,7 @@ impl Filters {
         Ok(Filters { alternatives })
     }
 
-    /// Whether no snapshot can be refused, so that matching can be skipped.
+    /// Whether the filters match every snapshot, so that matching can be skipped.
     #[must_use]
     pub fn is_all(&self) -> bool {
         self.alternatives.is_empty()
@@ -124,9 +124,9 @@ impl Selector {
     /// Applies the condition (`selector.Match` in containerd's
     /// `filters/filter.go`).
     ///
-    /// Only `==` and the test for presence care whether the field exists; for
-    /// `!=` and `~=` an absent field is an empty one. So `labels.a!=""` refuses
-    /// a snapshot without that label, and `labels.a~=^$` takes it.
+    /// `==` and the test for presence never match an absent field. `!=` and `~=`
+    /// treat an absent field as an empty text: `labels.a!=""` does not match a
+    /// snapshot without that label, and `labels.a~=^$` matches it.
     fn matches(&self, subject: &Subject<'_>) -> bool {
         let value = self.field.of(subject);
         match &self.test {
@@ -145,7 +145,7 @@ enum Field {
     Parent,
     Kind,
     Label(Box<str>),
-    /// A path that leads nowhere; it is legal and reads as an absent field.
+    /// A field that no snapshot has. A filter may name it; it counts as absent.
     Unknown,
 }
 

@@ -1,4 +1,4 @@
-//! Puts tokens together to selectors.
+//! Builds selectors from tokens.
 //!
 //! Owns the order of tokens and which quotes are allowed where. It never looks
 //! at a snapshot. There is no recursion: a filter is a flat list.
@@ -11,18 +11,18 @@ use super::error::Fault;
 use super::scanner::{Scanner, Token};
 use super::{Field, Selector, Test, pattern};
 
-/// Parses one filter to the selectors that must all hold; none for the empty
-/// filter.
+/// Parses one filter into the selectors that must all hold. The empty filter has no
+/// selectors.
 ///
-/// `patterns_left` is how many regular expressions may still be compiled for
-/// the request, and is reduced by those of this filter.
+/// `patterns_left` is the number of regular expressions that may still be compiled
+/// for the request. The function subtracts the number in this filter.
 ///
 /// # Errors
 ///
 /// Returns the first fault in reading order.
 pub(super) fn parse(text: &str, patterns_left: &mut usize) -> Result<Vec<Selector>, Fault> {
     let mut selectors = Vec::new();
-    // White space alone is not an empty filter but one without a field.
+    // White space alone is not an empty filter: it lacks a field, and is refused.
     if text.is_empty() {
         return Ok(selectors);
     }

@@ -31,8 +31,8 @@ const MAX_TEXT: usize = 32 * 1024;
 ///
 /// # Errors
 ///
-/// Returns what was expected instead, for "expected …", when `text` is not
-/// UTF-8, exceeds a limit or does not compile.
+/// If `text` is not UTF-8, exceeds a limit or does not compile, returns the end of a
+/// sentence that begins with "expected".
 pub(super) fn compile(text: Vec<u8>) -> Result<Regex, Cow<'static, str>> {
     if text.len() > MAX_TEXT {
         return Err(format!("a regular expression of at most {MAX_TEXT} bytes").into());

@@ -4,8 +4,8 @@
 //! literals plus the escaped delimiter. It never decides where a literal is
 //! allowed or which delimiters are: that is the parser's business.
 //!
-//! Follows the literals that containerd's `filters/scanner.go` and
-//! `filters/quote.go` accept in turn, in a single pass.
+//! Accepts in one pass the literals that containerd's `filters/scanner.go` and
+//! `filters/quote.go` accept in two.
 
 use super::error::Fault;
 use super::scanner::readable;
@@ -13,8 +13,8 @@ use super::scanner::readable;
 /// A decoded literal.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Literal {
-    /// What the literal stands for; bytes, because `\x` and octal escapes are
-    /// bytes and need not form UTF-8.
+    /// The bytes that the literal stands for. They need not be UTF-8, because `\x`
+    /// and octal escapes can spell any byte.
     pub(super) content: Vec<u8>,
     /// The byte offset just after the closing quote.
     pub(super) end: usize,
@@ -122,7 +122,7 @@ fn number(rest: &str, digits: std::ops::Range<usize>, radix: u32) -> Option<u32>
     u32::from_str_radix(digits, radix).ok()
 }
 
-/// The character with the number `value`, the way the reference sees it.
+/// The character with the number `value`, as containerd decodes it.
 fn code_point(value: u32) -> Option<Spelled> {
     match value {
         // A Go rune is signed: with the top bit set the number is negative,

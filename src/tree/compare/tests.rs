@@ -1,4 +1,4 @@
-//! Each kind of difference, and no other.
+//! Comparisons report each kind of difference, and nothing else.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -38,7 +38,7 @@ fn settle(top: &Path) {
             last_modification: time,
         };
         let path = top.join(path);
-        // What a test has removed has no time.
+        // An entry that a test has removed has no times to set.
         let _ = utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW);
     }
 }
@@ -87,7 +87,7 @@ fn each_change_is_seen_and_only_that() {
                 fs::remove_file(top.join("a/two")).unwrap();
                 fs::write(top.join("a/two"), "linked").unwrap();
             },
-            "is a file of its own in place of another name of one",
+            "is a separate file in place of a hard link",
         ),
         (
             |top| fs::remove_dir_all(top.join("a/b")).unwrap(),

@@ -220,7 +220,7 @@ fn what_has_no_content_is_named() {
     for words in [
         "has not kept its content",
         "content fetch docker.io/library/split-test:latest",
-        "is damaged: unpacked, its digest is",
+        "is damaged: its digest after unpacking is",
         "content rm sha256:",
         "3 layers compared",
     ] {

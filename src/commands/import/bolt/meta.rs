@@ -34,7 +34,7 @@ pub(super) struct Meta {
     pub(super) transaction: u64,
 }
 
-/// What is found in the place of a meta.
+/// The result of reading one of the two places of a meta.
 enum Candidate {
     Whole(Meta),
     Foreign(Error),

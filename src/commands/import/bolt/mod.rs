@@ -35,9 +35,8 @@ const MAX_RUN_BYTES: u64 = 32 << 20;
 /// The most bytes of all keys and values together: enough for a hundred
 /// thousand snapshots.
 const MAX_HANDED_OUT_BYTES: usize = 256 << 20;
-/// The memory that each key with its value takes at least in addition to its
-/// bytes. With this, many small ones reach the limit as well as a few large
-/// ones.
+/// The memory that each key with its value takes in addition to its bytes. It counts
+/// towards the limit, so that very many small entries reach the limit too.
 const ELEMENT_COST_BYTES: usize = 128;
 
 /// An open file, at its last complete transaction.
@@ -49,8 +48,7 @@ pub(crate) struct Database {
     handed_out_bytes: usize,
 }
 
-/// A bucket in its value's form: the number of its root page, or the page
-/// itself.
+/// A bucket as its value describes it: the number of the root page, or the page itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bucket {
     root: u64,
@@ -107,13 +105,13 @@ impl Database {
     pub(crate) fn open(file: File) -> Result<Database> {
         let length = file
             .metadata()
-            .map_err(|error| unreadable(error, "look at its length"))?
+            .map_err(|error| unreadable(error, "read its length"))?
             .len();
         let meta = meta::newest(&file, length)?;
         let pages = length / meta.page_size;
         if pages < meta.page_count {
             return Err(damaged(format!(
-                "it has been cut short: {pages} pages of {} are there",
+                "it was cut short: it has {pages} pages of {}",
                 meta.page_count
             )));
         }
@@ -180,7 +178,7 @@ impl Database {
         self.read_at(&mut head, number * size)?;
         let more = page::overflow(&head);
         if (more + 1) * size > MAX_RUN_BYTES {
-            return Err(damaged(format!("page {number} goes on over {more} others")));
+            return Err(damaged(format!("page {number} continues on {more} others")));
         }
         for following in number + 1..=number + more {
             self.enter(following)?;
@@ -194,13 +192,13 @@ impl Database {
     fn enter(&mut self, number: u64) -> Result<()> {
         if number < meta::COUNT || number >= self.meta.page_count {
             return Err(damaged(format!(
-                "it names page {number}, which is none of its {}",
+                "it refers to page {number}, which is not one of its {} pages with contents",
                 self.meta.page_count
             )));
         }
         match self.seen.insert(number) {
             true => Ok(()),
-            false => Err(damaged(format!("page {number} is named twice"))),
+            false => Err(damaged(format!("it refers to page {number} twice"))),
         }
     }
 

@@ -15,7 +15,7 @@ use super::{Bucket, Database, Entry, Value, damaged};
 use crate::error::{Context, Result};
 use crate::types::{Info, Kind, Labels, Quoted, SnapshotId, Timestamp, Usage};
 
-/// The contents of such a file.
+/// The contents of a bbolt file with snapshots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contents {
     /// The snapshots, in the order of their keys.
@@ -75,7 +75,7 @@ pub fn read(file: File) -> Result<Contents> {
     contents.highest_id = contents.highest_id.max(all.sequence());
     // SQLite's numbers end there, and no machine has so many snapshots.
     if i64::try_from(contents.highest_id).is_err() {
-        return Err(damaged("an id is beyond all numbers"));
+        return Err(damaged("an id is larger than any real one"));
     }
     Ok(contents)
 }
@@ -98,7 +98,7 @@ fn read_snapshot(database: &mut Database, bucket: &Bucket, name: String) -> Resu
         Some(Value::Data(data)) => Some(data.as_slice()),
         _ => None,
     };
-    let bad = |what: &str| damaged(format!("its {what} makes no sense"));
+    let bad = |what: &str| damaged(format!("its {what} is invalid"));
     let id = data(b"id").and_then(unsigned).filter(|id| *id > 0);
     let kind = match data(b"kind") {
         Some([1]) => Kind::View,
@@ -188,7 +188,7 @@ fn signed(bytes: &[u8]) -> Option<i64> {
     Some(if number & 1 == 0 { half } else { !half })
 }
 
-/// From the year 1, with which Go begins to count, to 1970.
+/// The seconds from the year 1, with which Go begins to count, to 1970.
 const SECONDS_TO_1970: i64 = 62_135_596_800;
 
 /// Decodes Go's `time.Time.MarshalBinary`: a version, seconds since the year 1 (8

@@ -68,8 +68,7 @@ fn meta(number: u64, size: u32, root: u64, pages: u64, transaction: u64) -> Vec<
     page
 }
 
-/// Builds a file of these pages after two metas, of which the second is the
-/// newer one.
+/// Builds a file: two meta pages, the second one newer, followed by `pages`.
 fn file_of(size: u32, root: u64, pages: &[Vec<u8>]) -> Vec<u8> {
     let size_bytes = usize::try_from(size).unwrap();
     let mut file = Vec::new();
@@ -226,15 +225,15 @@ fn other_formats_are_named() {
 fn what_makes_no_sense_is_refused() {
     let v1 = |root| leaf(2, 0, &[(true, b"v1", bucket(root, 0, &[]))]);
     let cases: [(&str, Vec<Vec<u8>>); 12] = [
-        ("named twice", vec![v1(3), branch(3, &[3])]),
-        ("named twice", vec![v1(3), branch(3, &[4]), branch(4, &[3])]),
-        ("named twice", vec![v1(2)]),
-        ("none of its", vec![v1(99)]),
-        ("none of its", vec![v1(1)]),
-        ("none of its", vec![leaf(2, 9, &[])]),
+        ("twice", vec![v1(3), branch(3, &[3])]),
+        ("twice", vec![v1(3), branch(3, &[4]), branch(4, &[3])]),
+        ("twice", vec![v1(2)]),
+        ("not one of its", vec![v1(99)]),
+        ("not one of its", vec![v1(1)]),
+        ("not one of its", vec![leaf(2, 9, &[])]),
         ("neither a leaf nor", vec![v1(3), branch(3, &[])]),
         ("is empty", vec![v1(3), branch(3, &[4]), leaf(4, 0, &[])]),
-        ("goes on over", vec![leaf(2, u32::MAX, &[])]),
+        ("continues on", vec![leaf(2, u32::MAX, &[])]),
         ("says that it is page", vec![leaf(3, 0, &[])]),
         (
             "out of order",

@@ -3,26 +3,26 @@
 //! Owns which characters make up which token. It never judges the order of
 //! tokens, and it never goes on after a fault. Work is linear in the text.
 //!
-//! Follows containerd's `filters/scanner.go`, which likewise skips white space
-//! before a token but lets the parser see it when that peeks.
+//! Follows containerd's `filters/scanner.go`: white space before a token is skipped
+//! when the token is read, but the parser sees the white space when it peeks.
 
 use super::error::Fault;
 use super::quote;
 
-/// One token, borrowed from the filter where it stands there literally.
+/// One token. All but a quoted literal borrow their text from the filter.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Token<'a> {
     /// A run of ASCII letters, digits and underscores.
     Field(&'a str),
     /// A run of `=`, `!` and `~`, not necessarily one that is an operator.
     Operator(&'a str),
-    /// What follows an operator, unless it is quoted.
+    /// An unquoted value, which follows an operator.
     Value(&'a str),
     /// A quoted literal, decoded.
     Quoted {
         /// The delimiter: `"`, `/` or `|`.
         quote: char,
-        /// What the literal stands for.
+        /// The bytes that the literal stands for.
         content: Vec<u8>,
     },
     /// `,` or `.`.
@@ -37,7 +37,7 @@ pub(super) enum Token<'a> {
 pub(super) struct Scanner<'a> {
     text: &'a str,
     position: usize,
-    /// The last token was an operator, so that a bare word is a value.
+    /// Whether the last token was an operator, so that an unquoted word is a value.
     value_follows: bool,
 }
 
@@ -112,15 +112,13 @@ impl<'a> Scanner<'a> {
     }
 }
 
-/// Passes `character`, found at the byte offset `position`, unless no filter
-/// may contain it.
-///
-/// The reference refuses NUL, and takes U+FFFD for a sign of broken UTF-8 even
-/// where it is spelled out.
+/// Returns `character`, found at the byte offset `position`, if a filter may contain
+/// it.
 ///
 /// # Errors
 ///
-/// Fails at `position` for those two characters.
+/// Fails at `position` for NUL and for U+FFFD. containerd refuses both: it takes
+/// U+FFFD for a sign of invalid UTF-8, even if the filter contains this character.
 pub(super) fn readable(character: char, position: usize) -> Result<char, Fault> {
     match character {
         '\0' => Err(Fault::new(position, "text without NUL characters")),
@@ -142,19 +140,17 @@ fn is_field(character: char) -> bool {
     character == '_' || character.is_ascii_alphanumeric()
 }
 
-/// Whether a bare value can go on with `character`.
+/// Whether an unquoted value can continue with `character`.
 ///
-/// The reference asks Go's tables for a letter, digit, number, punctuation or
-/// graphic character; graphic includes the others and stands for the Unicode
-/// categories L, M, N, P, S and Zs. Since white space ends a value, that leaves
-/// out the controls (Cc), which `char` knows, and the formatting (Cf), private
-/// use (Co) and unassigned (Cn) characters, which it does not. Cf and Co are
-/// small and listed here as of Unicode 17.
+/// containerd accepts what Go calls graphic characters: the Unicode categories L, M,
+/// N, P, S and Zs. White space ends a value. So controls (Cc), formatting characters
+/// (Cf), private use (Co) and unassigned characters (Cn) are refused. Rust's `char`
+/// knows only the controls; Cf and Co are small, and are listed here as of Unicode
+/// 17.
 ///
-/// Unassigned characters, other than the noncharacters that will never be
-/// assigned, are accepted: they are what newer versions of Unicode turn into
-/// letters, and the answer of the reference changes with the version it was
-/// built with.
+/// Unassigned characters are accepted here, except the noncharacters that will never
+/// be assigned. Newer versions of Unicode turn unassigned characters into letters,
+/// and containerd accepts them according to the version of Unicode in its Go.
 fn is_value(character: char) -> bool {
     let is_format = matches!(character,
         '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}'

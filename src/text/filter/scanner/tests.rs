@@ -1,4 +1,4 @@
-//! Token streams, on the cases of the reference's own tests and more.
+//! The tokens of filters: the cases of containerd's own tests, and more.
 
 use super::*;
 
@@ -23,7 +23,7 @@ fn scan(text: &str) -> (Vec<String>, Option<usize>) {
             Token::Stray(character) => format!("? {character}"),
             Token::End => {
                 tokens.push(format!("{start}:end"));
-                // The end stays the end.
+                // Each further call returns the end again.
                 assert_eq!(scanner.token().expect("no fault"), (start, Token::End));
                 assert_eq!(scanner.peek(), None);
                 return (tokens, None);

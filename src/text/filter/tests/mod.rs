@@ -1,4 +1,4 @@
-//! What filters mean, on the cases of the reference's own tests and more.
+//! Which snapshots a filter matches: the cases of containerd's own tests, and more.
 
 mod hostile;
 
@@ -14,8 +14,7 @@ fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 /// One snapshot of a corpus: name, parent, kind, labels.
 type Snapshot<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, &'a str)]);
 
-/// The snapshots the reference's own cases are about, with its field `other`
-/// as the parent.
+/// The snapshots of containerd's own tests, whose field `other` is the parent here.
 const CORPUS: &[Snapshot<'_>] = &[
     ("foo", "", "active", &[("foo", "true")]),
     ("bar", "", "view", &[]),

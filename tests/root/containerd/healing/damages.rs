@@ -49,7 +49,7 @@ pub const DAMAGES: &[Damage] = &[
         "time",
         1,
         |top| later(&top.join("etc/group")),
-        "has another time",
+        "has another modification time",
     ),
     (
         "attribute",
@@ -67,7 +67,7 @@ pub const DAMAGES: &[Damage] = &[
         "hard link",
         5,
         |top| split_link(&top.join("opt/tool")),
-        "a file of its own",
+        "is a separate file in place of a hard link",
     ),
     (
         "whiteout",
@@ -91,7 +91,7 @@ pub const DAMAGES: &[Damage] = &[
         "link",
         1,
         |top| link(&top.join("usr/bin/env")),
-        "leads elsewhere",
+        "is a link to another target",
     ),
     (
         "device",
