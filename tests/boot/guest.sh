@@ -378,10 +378,10 @@ no_container_runs() {
     grep -q "$writable" /tmp/said || fail "what refuses a container does not name $writable"
 }
 
-# The lines of "Try it" in docs/recovery.md, with the image that is there.
+# The lines of "A trial" in docs/recovery.md, with the image that is there.
 heal_walk() {
     awk '
-        /^### Try it/ { there = 1; next }
+        /^## A trial: / { there = 1; next }
         there && /^#/ { exit }
         there && sub(/^    /, "")
     ' "$share/docs/recovery.md" | sed "s|^IMAGE=.*|IMAGE=$image|" >/tmp/walk
