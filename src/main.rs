@@ -42,7 +42,8 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("{}: {}", env!("CARGO_PKG_NAME"), error.chain());
+            let text = output::harmless(&error.chain());
+            eprintln!("{}: {text}", env!("CARGO_PKG_NAME"));
             ExitCode::from(if finds { COULD_NOT_LOOK } else { 1 })
         }
     }

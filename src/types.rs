@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt;
 use std::ops::Deref;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Labels of a snapshot, sorted by key so that every listing is stable.
@@ -389,10 +390,9 @@ impl fmt::Display for Quoted<'_> {
         let mut chars = self.0.chars();
         out.write_str("\"")?;
         for c in chars.by_ref().take(QUOTED_CHARS) {
-            if c == '"' || c == '\\' || c.is_control() {
-                write!(out, "{}", c.escape_default())?;
-            } else {
-                write!(out, "{c}")?;
+            match c {
+                '"' | '\\' => write!(out, "\\{c}")?,
+                _ => write_escaped(out, c)?,
             }
         }
         out.write_str("\"")?;
@@ -401,6 +401,32 @@ impl fmt::Display for Quoted<'_> {
         }
         Ok(())
     }
+}
+
+/// Shows a path as [`Quoted`] shows a string.
+pub struct QuotedPath<'a>(pub &'a Path);
+
+impl fmt::Display for QuotedPath<'_> {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Quoted(&self.0.to_string_lossy()).fmt(out)
+    }
+}
+
+/// Writes a character for a terminal, which obeys control characters. Characters that
+/// change the direction of a text can make it read as another one.
+pub fn write_escaped(out: &mut impl fmt::Write, c: char) -> fmt::Result {
+    match is_obeyed(c) {
+        true => write!(out, "{}", c.escape_default()),
+        false => out.write_char(c),
+    }
+}
+
+/// Whether a terminal obeys a character instead of showing it.
+pub fn is_obeyed(c: char) -> bool {
+    let turns = ['\u{61c}', '\u{200e}', '\u{200f}'].contains(&c)
+        || ('\u{202a}'..='\u{202e}').contains(&c)
+        || ('\u{2066}'..='\u{2069}').contains(&c);
+    turns || c.is_control()
 }
 
 #[cfg(test)]
@@ -447,6 +473,10 @@ mod tests {
     fn quoted_strings_are_short_and_on_one_line() {
         assert_eq!(Quoted("a/b c").to_string(), "\"a/b c\"");
         assert_eq!(Quoted("a\n\"\u{0}").to_string(), "\"a\\n\\\"\\u{0}\"");
+        assert_eq!(
+            QuotedPath(Path::new("/\u{9b}31m\u{202e}\\")).to_string(),
+            "\"/\\u{9b}31m\\u{202e}\\\\\""
+        );
         let long = Quoted(&"é".repeat(100_000)).to_string();
         assert!(long.ends_with("… (200000 bytes)"), "{long}");
         assert!(long.chars().count() < 200);

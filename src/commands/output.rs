@@ -6,22 +6,60 @@ use std::io::{IsTerminal, Write};
 use serde_json::Value;
 
 use crate::config::Format;
+use crate::types::{is_obeyed, write_escaped};
 
 /// How many columns a line has at most, except for a longer word.
 pub const COLUMNS: usize = 80;
 
 /// Prints a report in the format that the user asked for.
 pub fn show(format: Format, sentences: impl FnOnce() -> String, json: impl FnOnce() -> Value) {
-    print(&match format {
-        Format::Human => sentences(),
-        Format::Json => format!("{:#}\n", json()),
-    });
+    match format {
+        Format::Human => print(&sentences()),
+        Format::Json => write(&harmless_json(&format!("{:#}\n", json()))),
+    }
 }
 
 /// Prints on standard output. A closed pipe (`status | head`) is no failure.
 pub fn print(text: &str) {
+    write(&harmless(text));
+}
+
+fn write(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
+
+/// JSON in which the characters that a terminal obeys are escaped. All of them are below
+/// U+10000.
+fn harmless_json(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        match is_obeyed(c) && c != '\n' {
+            true => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            false => out.push(c),
+        }
+    }
+    out
+}
+
+/// A text without the characters that a terminal obeys, other than the ends of lines and
+/// this program's own colours: parts of a text may be strangers' words.
+pub fn harmless(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let own = COLOUR_CODES.iter().find(|own| rest.starts_with(**own));
+        match own {
+            Some(own) => out.push_str(own),
+            None if c == '\n' || c == '\t' => out.push(c),
+            // Writing to a string does not fail.
+            None => drop(write_escaped(&mut out, c)),
+        }
+        rest = &rest[own.map_or(c.len_utf8(), |own| own.len())..];
+    }
+    out
+}
+
+const COLOUR_CODES: [&str; 4] = ["\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"];
 
 /// The words of reports for the state of the daemon.
 pub fn daemon_state(is_running: bool) -> &'static str {
@@ -111,6 +149,19 @@ mod tests {
         ] {
             assert_eq!(bytes(number), text);
         }
+    }
+
+    #[test]
+    fn a_terminal_obeys_only_the_own_colours() {
+        let red = "\x1b[31mRED\x1b[0m\n";
+        assert_eq!(harmless(red), red);
+        let hostile = "a\x1b]0;x\x07\u{9b}2J\x1b[35m\r\u{202e}é\n";
+        let shown = "a\\u{1b}]0;x\\u{7}\\u{9b}2J\\u{1b}[35m\\r\\u{202e}é\n";
+        assert_eq!(harmless(hostile), shown);
+        let value = Value::from(hostile);
+        let json = harmless_json(&format!("{value:#}\n"));
+        assert!(!json.trim_end().contains(is_obeyed), "{json}");
+        assert_eq!(serde_json::from_str::<Value>(&json).unwrap(), value);
     }
 
     #[test]

@@ -210,6 +210,7 @@ impl Status {
             0 => String::new(),
             more => format!(" and {more} more (--json has all)"),
         };
+        let first = Quoted(first);
         format!("{what}, until these are unmounted: {first}{more}")
     }
 

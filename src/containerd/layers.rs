@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::Containerd;
 use crate::error::{Error, ErrorKind, Result};
 use crate::proto::descriptor::Descriptor;
+use crate::types::Quoted;
 use crate::util::sha256;
 
 /// The longest JSON document that is read, which is also containerd's limit.
@@ -32,13 +33,35 @@ pub struct LayerSource {
     pub blob: Descriptor,
     /// The digest of the unpacked archive.
     pub diff_id: String,
-    /// Whether containerd has the content now.
-    pub is_there: bool,
+    /// What containerd knows of the content.
+    pub standing: Standing,
 }
+
+/// What containerd knows of a layer's content, the best first. Any image can name any
+/// content for a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// containerd has unpacked it before, into what the layer has to be.
+    Proved,
+    /// It is there.
+    There,
+    /// It is there, and containerd has unpacked it before, into something else, or needs a
+    /// plugin for it.
+    Other,
+    /// containerd does not have it.
+    Missing,
+}
+
+/// The label by which containerd remembers the digest of what it has unpacked.
+const LABEL_UNPACKED: &str = "containerd.io/uncompressed";
+
+/// How many sources of one layer are kept.
+const MOST_SOURCES: usize = 32;
 
 /// The layers of all images, by namespace and chain id.
 pub struct Sources {
-    by_name: HashMap<(String, String), LayerSource>,
+    /// The best sources of each layer, the best first.
+    by_name: HashMap<(String, String), Vec<LayerSource>>,
     /// Errors about images that could not be read.
     pub problems: Vec<String>,
 }
@@ -75,9 +98,17 @@ impl Sources {
         Ok(sources)
     }
 
-    /// The source of the layer with this name in this namespace.
-    pub fn of(&self, namespace: &str, name: &str) -> Option<&LayerSource> {
-        self.by_name.get(&(namespace.to_owned(), name.to_owned()))
+    /// The sources of the layer with this name in this namespace, the best first.
+    pub fn of(&self, namespace: &str, name: &str) -> &[LayerSource] {
+        let found = self.by_name.get(&(namespace.to_owned(), name.to_owned()));
+        found.map_or(&[], Vec::as_slice)
+    }
+
+    fn add(&mut self, name: (String, String), source: LayerSource) {
+        let known = self.by_name.entry(name).or_default();
+        let at = known.partition_point(|other| other.standing <= source.standing);
+        known.insert(at, source);
+        known.truncate(MOST_SOURCES);
     }
 }
 
@@ -138,24 +169,39 @@ impl Reading<'_> {
 
     fn layer(&mut self, name: &str, diff_id: &str, layer: &Value) -> Result<()> {
         let key = (self.namespace.to_owned(), name.to_owned());
-        let known = self.sources.by_name.get(&key);
-        if known.is_some_and(|known| known.is_there) || !(self.is_wanted)(self.namespace, name) {
+        let text = |name: &str| layer[name].as_str().unwrap_or_default();
+        let (digest, media_type) = (text("digest"), text("mediaType"));
+        let is_same = |known: &LayerSource| {
+            known.blob.digest == digest && known.blob.media_type == media_type
+        };
+        let known = self.sources.of(self.namespace, name);
+        if known.iter().any(is_same) || !(self.is_wanted)(self.namespace, name) {
             return Ok(());
         }
-        let mut blob = Descriptor::default();
-        let text = |name: &str| layer[name].as_str().unwrap_or_default().to_owned();
-        blob.media_type = text("mediaType");
-        blob.digest = text("digest");
-        blob.size = layer["size"].as_i64().unwrap_or(0);
-        let is_there = self.containerd.has_content(self.namespace, &blob.digest)?;
+        let info = self.containerd.content_info(self.namespace, digest)?;
+        let unpacked = info.as_ref().map(|info| info.labels.get(LABEL_UNPACKED));
+        let standing = match unpacked {
+            None => Standing::Missing,
+            Some(_) if !is_layer_type(media_type) => Standing::Other,
+            Some(_) if digest == diff_id => Standing::Proved,
+            Some(None) => Standing::There,
+            Some(Some(unpacked)) if unpacked == diff_id => Standing::Proved,
+            Some(Some(_)) => Standing::Other,
+        };
+        let blob = Descriptor {
+            media_type: media_type.to_owned(),
+            digest: digest.to_owned(),
+            size: info.map_or(0, |info| info.size),
+            ..Descriptor::default()
+        };
         let source = LayerSource {
             namespace: self.namespace.to_owned(),
             image: self.image.to_owned(),
             blob,
             diff_id: diff_id.to_owned(),
-            is_there,
+            standing,
         };
-        self.sources.by_name.insert(key, source);
+        self.sources.add(key, source);
         Ok(())
     }
 
@@ -165,12 +211,28 @@ impl Reading<'_> {
             .read(self.namespace, digest, MAX_JSON_BYTES)?;
         read.map(|text| {
             serde_json::from_slice(&text).map_err(|error| {
-                let what = format!("image {}: read its {digest} as JSON", self.image);
+                let (image, digest) = (Quoted(self.image), Quoted(digest));
+                let what = format!("image {image}: read its {digest} as JSON");
                 Error::caused(ErrorKind::DataLoss, what, error)
             })
         })
         .transpose()
     }
+}
+
+/// Whether content of this type is a layer that containerd unpacks without a plugin.
+fn is_layer_type(media_type: &str) -> bool {
+    const KINDS: [&str; 4] = [
+        "application/vnd.oci.image.layer.v1",
+        "application/vnd.oci.image.layer.nondistributable.v1",
+        "application/vnd.docker.image.rootfs.diff",
+        "application/vnd.docker.image.rootfs.foreign.diff",
+    ];
+    const FORMS: [&str; 5] = [".tar", ".tar+gzip", ".tar+zstd", ".tar.gzip", ".tar.zstd"];
+    let forms = KINDS
+        .iter()
+        .filter_map(|kind| media_type.strip_prefix(kind));
+    forms.into_iter().any(|form| FORMS.contains(&form))
 }
 
 fn array<'a>(value: &'a Value, name: &str) -> &'a [Value] {

@@ -21,13 +21,15 @@ use grpcio::{
 use protobuf::MessageField;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::proto::content::{InfoRequest, InfoResponse, ReadContentRequest, ReadContentResponse};
+use crate::proto::content::{
+    Info, InfoRequest, InfoResponse, ReadContentRequest, ReadContentResponse,
+};
 use crate::proto::diff::{ApplyRequest, ApplyResponse};
 use crate::proto::images::{Image, ListImagesRequest, ListImagesResponse};
 use crate::proto::mount::Mount as WireMount;
 use crate::proto::namespaces::{ListNamespacesRequest, ListNamespacesResponse};
 use crate::types::{Mount, Quoted};
-pub use layers::{LayerSource, Sources};
+pub use layers::{LayerSource, Sources, Standing};
 
 macro_rules! method {
     ($name:ident, $kind:ident, $path:literal, $request:ty, $response:ty) => {
@@ -126,15 +128,15 @@ impl<'a> Containerd<'a> {
         Ok(listed.map_err(|error| self.failed(doing(), error))?.images)
     }
 
-    /// Whether containerd has the content of this digest.
-    fn has_content(&self, namespace: &str, digest: &str) -> Result<bool> {
+    /// What containerd knows of the content with this digest; `None` if it does not have it.
+    fn content_info(&self, namespace: &str, digest: &str) -> Result<Option<Info>> {
         let request = InfoRequest {
             digest: digest.to_owned(),
             ..InfoRequest::default()
         };
         match self.call(&INFO, &request, namespace, Some(PATIENCE)) {
-            Ok(_) => Ok(true),
-            Err(error) if is_not_found(&error) => Ok(false),
+            Ok(found) => Ok(Some(found.info.unwrap_or_default())),
+            Err(error) if is_not_found(&error) => Ok(None),
             Err(error) => Err(self.failed(format!("look for {}", Quoted(digest)), error)),
         }
     }
@@ -157,10 +159,11 @@ impl<'a> Containerd<'a> {
             .map_err(|error| self.failed(doing(), error))?;
         let mut content = Vec::new();
         loop {
-            let next = self.wait(|task| match stream.poll_next_unpin(task) {
+            let poll = |task: &mut Task<'_>| match stream.poll_next_unpin(task) {
                 Poll::Ready(next) => Poll::Ready(Ok(next)),
                 Poll::Pending => Poll::Pending,
-            });
+            };
+            let next = self.wait(&mut || false, poll);
             match next.map_err(|error| self.failed(doing(), error))? {
                 None => return Ok(Some(content)),
                 Some(Err(error)) if is_not_found(&error) => return Ok(None),
@@ -176,13 +179,19 @@ impl<'a> Containerd<'a> {
     }
 
     /// Makes containerd unpack a layer onto a mount. Returns the digest of the unpacked
-    /// archive, which containerd computes while unpacking.
+    /// archive, which containerd computes while unpacking. `watch` is called now and then,
+    /// and stops the unpack by an error.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Cancelled`] if the command was interrupted. In that case, containerd
-    /// may go on writing for a moment.
-    pub fn unpack(&self, layer: &LayerSource, mount: &Mount) -> Result<String> {
+    /// [`ErrorKind::Cancelled`] if the command was interrupted; errors of `watch`. In these
+    /// cases, containerd may go on writing for a moment.
+    pub fn unpack(
+        &self,
+        layer: &LayerSource,
+        mount: &Mount,
+        watch: &dyn Fn() -> Result<()>,
+    ) -> Result<String> {
         let mount = WireMount {
             type_: mount.fs_type.to_owned(),
             source: mount.source.clone(),
@@ -194,8 +203,17 @@ impl<'a> Containerd<'a> {
             mounts: vec![mount],
             ..ApplyRequest::default()
         };
-        let applied = self.call(&APPLY, &request, &layer.namespace, None);
         let doing = || format!("unpack {}", Quoted(&layer.blob.digest));
+        let mut stop = None;
+        let mut is_stopped = || {
+            stop = watch().err();
+            stop.is_some()
+        };
+        let (namespace, patience) = (layer.namespace.as_str(), None);
+        let applied = self.call_until(&mut is_stopped, &APPLY, &request, (namespace, patience));
+        if let Some(error) = stop {
+            return Err(error.while_doing(doing()));
+        }
         let applied = applied.map_err(|error| self.failed(doing(), error))?;
         Ok(applied.applied.unwrap_or_default().digest)
     }
@@ -207,9 +225,19 @@ impl<'a> Containerd<'a> {
         namespace: &str,
         patience: Option<Duration>,
     ) -> grpcio::Result<A> {
+        self.call_until(&mut || false, method, request, (namespace, patience))
+    }
+
+    fn call_until<Q, A: Unpin>(
+        &self,
+        is_stopped: &mut dyn FnMut() -> bool,
+        method: &Method<Q, A>,
+        request: &Q,
+        (namespace, patience): (&str, Option<Duration>),
+    ) -> grpcio::Result<A> {
         let options = options(namespace, patience)?;
         let mut call = self.client.unary_call_async(method, request, options)?;
-        let answer = self.wait(|task| Future::poll(Pin::new(&mut call), task));
+        let answer = self.wait(is_stopped, |task| Future::poll(Pin::new(&mut call), task));
         if answer.is_err() {
             call.cancel();
         }
@@ -217,9 +245,10 @@ impl<'a> Containerd<'a> {
     }
 
     /// Waits for an answer, and checks now and then whether the command was
-    /// interrupted.
+    /// interrupted, or is stopped.
     fn wait<T>(
         &self,
+        is_stopped: &mut dyn FnMut() -> bool,
         mut poll: impl FnMut(&mut Task<'_>) -> Poll<grpcio::Result<T>>,
     ) -> grpcio::Result<T> {
         const LONGEST: Duration = Duration::from_millis(20);
@@ -228,7 +257,7 @@ impl<'a> Containerd<'a> {
             if let Poll::Ready(ready) = poll(&mut Task::from_waker(Waker::noop())) {
                 return ready;
             }
-            if self.cancel.load(Ordering::Relaxed) {
+            if self.cancel.load(Ordering::Relaxed) || is_stopped() {
                 return Err(grpcio::Error::RemoteStopped);
             }
             thread::sleep(pause);

@@ -19,6 +19,7 @@ use rustix::io::Errno;
 
 use super::parse::strip_prefix;
 use crate::error::{Context, Error, Result};
+use crate::types::Quoted;
 
 /// How many links one path may lead through (path_resolution(7)).
 const MAX_LINKS: u32 = 40;
@@ -156,7 +157,7 @@ impl Reached {
     /// Creates the next missing directory (0755) and enters it. Returns whether
     /// this call has created it.
     pub fn create_next(&mut self, name: &[u8]) -> Result<bool> {
-        let creating = || format!("create {}", String::from_utf8_lossy(name));
+        let creating = || format!("create {}", Quoted(&String::from_utf8_lossy(name)));
         let made = match mkdirat(&self.fd, name, Mode::from_raw_mode(0o755)) {
             Ok(()) => true,
             Err(Errno::EXIST) => false,

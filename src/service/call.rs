@@ -8,10 +8,10 @@ use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use futures_channel::oneshot::{self, Receiver};
-use futures_util::{Sink, SinkExt};
+use futures_util::Sink;
 use grpcio::{
     MethodType, RpcContext, RpcStatus, RpcStatusCode, ServerStreamingSink, ServiceBuilder,
-    UnarySink, UnarySinkResult, WriteFlags,
+    UnarySink, UnarySinkResult,
 };
 use log::Level;
 use protobuf::Message;
@@ -19,6 +19,9 @@ use protobuf::Message;
 use super::failure_log::{FailureLog, Line};
 use super::method::Method;
 use super::pool::{GivenUp, Work, stopping};
+use super::unsent::Sending;
+#[cfg(doc)]
+use super::unsent::UnsentAnswers;
 use super::{Metrics, Service, decode, encode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Caller, Snapshotter};
@@ -96,8 +99,8 @@ pub(super) fn unary<Q: Message, A: Message>(
 }
 
 /// Registers a method that answers with a stream. All pages are created at once, so
-/// that the answer is of one moment. A reader that stalls then holds memory, but no
-/// worker and no transaction.
+/// that the answer is of one moment. A reader that stalls then holds memory, which
+/// [`UnsentAnswers`] bounds, but no worker and no transaction.
 pub(super) fn stream(
     builder: ServiceBuilder,
     service: &Arc<Service>,
@@ -115,10 +118,11 @@ pub(super) fn stream(
             let work = (work, Box::new(move || leaving.has_left()) as GivenUp);
             let submitted = service.pool.admit().map(|running| {
                 service.pool.submit(running, work, move |turn| {
-                    let _ = sender.send(call.answer(answering.outcomes(), || {
+                    let answer = call.answer(answering.outcomes(), || {
                         turn?;
                         operation(&answering.snapshotter, &request, &asking)
-                    }));
+                    });
+                    let _ = sender.send(answer.map(|pages| answering.unsent.begin(pages)));
                 });
                 receiver
             });
@@ -132,7 +136,7 @@ pub(super) fn stream(
 pub(super) fn answer_later(
     context: &RpcContext<'_>,
     mut sink: ServerStreamingSink<Vec<u8>>,
-    submitted: std::result::Result<Receiver<Answer<Pages>>, RpcStatus>,
+    submitted: std::result::Result<Receiver<Answer<Sending>>, RpcStatus>,
     caller: Caller,
 ) {
     context.spawn(async move {
@@ -143,18 +147,11 @@ pub(super) fn answer_later(
                 None => return caller.leave(),
             },
         };
-        // The client may have hung up.
-        let _ = match answer {
-            Err(status) => sink.fail(status).await,
-            Ok(pages) => {
-                for page in pages {
-                    if sink.send((page, WriteFlags::default())).await.is_err() {
-                        return;
-                    }
-                }
-                sink.close().await
-            }
-        };
+        match answer {
+            // The client may have hung up.
+            Err(status) => drop(sink.fail(status).await),
+            Ok(answer) => answer.send(sink).await,
+        }
     });
 }
 

@@ -14,9 +14,10 @@ use futures_channel::oneshot::{self, Sender};
 use grpcio::{MethodType, RpcContext, ServerStreamingSink, ServiceBuilder};
 use protobuf::well_known_types::empty::Empty;
 
-use super::call::{Answer, Call, Pages, answer_later};
+use super::call::{Answer, Call, answer_later};
 use super::method::Method;
 use super::pool::{GivenUp, Running, Work};
+use super::unsent::Sending;
 use super::{Service, api, decode, encode};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::Caller;
@@ -38,7 +39,7 @@ struct Waiter {
     call: Call,
     /// The result on the image volume, once there is one.
     image: Result<()>,
-    sender: Sender<Answer<Pages>>,
+    sender: Sender<Answer<Sending>>,
     /// Makes a stop wait for this request.
     running: Running,
 }
@@ -137,6 +138,7 @@ impl Waiter {
     fn answer(self, service: &Service, result: Result<()>) {
         let pages = result.and_then(|()| Ok(vec![encode(&Empty::new())?]));
         let answer = self.call.settle(service.outcomes(), pages);
+        let answer = answer.map(|pages| service.unsent.begin(pages));
         // The client may have hung up.
         let _ = self.sender.send(answer);
     }

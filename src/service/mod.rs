@@ -22,6 +22,7 @@ mod healing;
 mod method;
 mod metrics;
 mod pool;
+mod unsent;
 
 use std::sync::Arc;
 
@@ -41,7 +42,8 @@ pub use healing::HealingClient;
 use method::Method;
 pub use metrics::Metrics;
 pub use pool::Pool;
-use pool::Work::{Brief, Elsewhere, Long};
+use pool::Work::{Brief, Elsewhere, List, Long};
+use unsent::UnsentAnswers;
 
 /// The gRPC service: everything that is needed to answer requests.
 pub struct Service {
@@ -53,6 +55,7 @@ pub struct Service {
     pub metrics: Metrics,
     failures: FailureLog,
     sending: PendingAnswers,
+    unsent: Arc<UnsentAnswers>,
     cleanups: Cleanups,
 }
 
@@ -65,6 +68,7 @@ impl Service {
             metrics: Metrics::default(),
             failures: FailureLog::default(),
             sending: PendingAnswers::default(),
+            unsent: Arc::default(),
             cleanups: Cleanups::default(),
         }
     }
@@ -91,7 +95,7 @@ pub fn build(service: &Arc<Service>) -> grpcio::Service {
     all = unary(all, service, Method::Update, Asked(begin_update), update);
     all = unary(all, service, Method::Heal, Always(Long), healing::heal);
     all = cleanup::register(all, service);
-    all = stream(all, service, (Method::List, Brief), list);
+    all = stream(all, service, (Method::List, List), list);
     // A stream on the wire is the same as a single answer, but only a stream's sink
     // reports that the client has gone.
     all = stream(all, service, (Method::Usage, Long), usage);

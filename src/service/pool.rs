@@ -25,6 +25,9 @@ pub enum Work {
     /// For a walk through a tree. Half of the workers do no such work (if there are
     /// several), so that the start of a container does not wait for it.
     Long,
+    /// For reading all snapshots, whose answer takes memory. At most [`MOST_LISTS`]
+    /// requests do this at the same time.
+    List,
     /// For something other than the snapshotter's own disks, such as a host directory on
     /// a server that does not answer. This work has threads of its own, at most
     /// [`MOST_ELSEWHERE`].
@@ -34,6 +37,9 @@ pub enum Work {
 /// How many requests may wait for something other than our own disks at the same
 /// time.
 pub const MOST_ELSEWHERE: usize = 32;
+
+/// How many requests may create the answer of a List at the same time.
+const MOST_LISTS: usize = 4;
 
 /// How long a request beyond [`MOST_ELSEWHERE`] waits for a thread before it is refused.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -80,6 +86,7 @@ struct State {
     idle: usize,
     spare: usize,
     long_running: usize,
+    lists_running: usize,
     /// The requests of [`Work::Elsewhere`] that have no thread yet.
     elsewhere_waiting: VecDeque<Waiting>,
     elsewhere_running: usize,
@@ -232,11 +239,14 @@ impl Requests {
     fn run(&self, taken: Waiting) {
         match taken.work {
             Work::Brief => self.waits.run(|| taken.take_turn()),
+            // This worker itself takes the next job, so no other has to be woken.
             Work::Long => {
                 taken.take_turn();
-                // This worker itself takes the next job, so no other has to be
-                // woken.
                 lock(&self.state).long_running -= 1;
+            }
+            Work::List => {
+                taken.take_turn();
+                lock(&self.state).lists_running -= 1;
             }
             Work::Elsewhere => (taken.job)(Err(all_wait_elsewhere())),
         }
@@ -344,14 +354,18 @@ impl Requests {
 impl State {
     /// The index of the first job that may begin.
     fn next(&self) -> Option<usize> {
-        let is_full = self.long_running == self.most_long;
-        let may_begin = |waiting: &Waiting| waiting.work != Work::Long || !is_full;
+        let may_begin = |waiting: &Waiting| match waiting.work {
+            Work::Brief | Work::Elsewhere => true,
+            Work::Long => self.long_running < self.most_long,
+            Work::List => self.lists_running < MOST_LISTS,
+        };
         self.waiting.iter().position(may_begin)
     }
 
     fn take_next(&mut self) -> Option<Waiting> {
         let taken = self.waiting.remove(self.next()?)?;
         self.long_running += usize::from(taken.work == Work::Long);
+        self.lists_running += usize::from(taken.work == Work::List);
         Some(taken)
     }
 

@@ -11,7 +11,7 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::mountinfo::Mounted;
 use crate::mount::{self, ByHand};
 use crate::store::Snapshot;
-use crate::types::{Kind, Quoted, SnapshotId, SnapshotPaths, Volume};
+use crate::types::{Kind, Quoted, QuotedPath, SnapshotId, SnapshotPaths, Volume};
 use crate::volume::{Identity, UPPER};
 
 /// How many keys an error lists.
@@ -184,7 +184,7 @@ fn require_unmounted(upper: impl AsFd, id: SnapshotId, own: Option<&Path>) -> Re
         None => Ok(()),
         Some(mounted) => Err(Error::refused(format!(
             "snapshot {id} is mounted already, at {}: stop its container, or give --read-only",
-            mounted.point.display()
+            QuotedPath(&mounted.point)
         ))),
     }
 }

@@ -6,11 +6,12 @@
 //! writes only in `snapshots/.unpacked`, and deletes the unpacked layer after the
 //! comparison.
 
+use std::cell::Cell;
 use std::sync::atomic::AtomicBool;
 use std::thread::sleep;
 use std::time::Duration;
 
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::fstat;
 
 use super::Snapshotter;
@@ -18,8 +19,8 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::Snapshot;
 use crate::tree::{self, Differences, Rules};
-use crate::types::{Kind, Mount, Volume};
-use crate::volume::{Owner, UnpackDir};
+use crate::types::{Kind, Mount, Usage, Volume};
+use crate::volume::{Dirs, Owner, UnpackDir, Unused};
 
 /// The directory in which layers are unpacked to be compared. It is removed
 /// when dropped.
@@ -71,7 +72,8 @@ impl Snapshotter {
 impl Unpacking<'_> {
     /// Unpacks a layer with `unpack`, which gets the mount to write to, and compares it
     /// with the one that is there. The unpacked layer stays until the next one, or the
-    /// end.
+    /// end. `unpack` also gets a function that returns an error once it has written too
+    /// much for this layer.
     ///
     /// # Errors
     ///
@@ -80,7 +82,7 @@ impl Unpacking<'_> {
     pub fn compare(
         &self,
         layer: &Snapshot,
-        unpack: impl FnOnce(&Mount) -> Result<()>,
+        unpack: impl FnOnce(&Mount, &dyn Fn() -> Result<()>) -> Result<()>,
     ) -> Result<Compared> {
         self.empty()?;
         self.require_room(layer)?;
@@ -103,7 +105,10 @@ impl Unpacking<'_> {
             options: &self.snapshotter.options.mount_options,
             id_options: &[],
         });
-        mount.first().map_or(Ok(()), unpack)?;
+        let growth = Growth::begin(image.dirs(), &top, layer.usage)?;
+        if let Some(mount) = mount.first() {
+            unpack(mount, &|| growth.check())?;
+        }
         let rules = Rules {
             since,
             is_lowest: lowers.is_empty(),
@@ -204,6 +209,79 @@ impl Unpacking<'_> {
     pub(super) fn dir(&self) -> Result<&UnpackDir<'_>> {
         let dir = self.dir.as_ref();
         dir.ok_or_else(|| Error::new(ErrorKind::Internal, "the unpacked layer is gone"))
+    }
+}
+
+/// How much an unpack may take. Content is a stranger's: what has to be one layer may
+/// unpack to more than the volume holds.
+struct Growth<'a> {
+    dirs: &'a Dirs,
+    top: &'a OwnedFd,
+    most: Usage,
+    /// What has to be free on the volume until the unpacked tree is counted again. It cannot
+    /// have grown beyond `most` before.
+    floor: Cell<Unused>,
+    /// What stays free on the volume in any case.
+    reserve_bytes: u64,
+}
+
+/// What a layer may take beyond twice what is recorded of it.
+const SLACK: Usage = Usage {
+    size_bytes: 64 << 20,
+    inodes: 10_000,
+};
+
+impl<'a> Growth<'a> {
+    fn begin(dirs: &'a Dirs, top: &'a OwnedFd, recorded: Usage) -> Result<Growth<'a>> {
+        let growth = Growth {
+            dirs,
+            top,
+            most: Usage {
+                size_bytes: 2 * recorded.size_bytes + SLACK.size_bytes,
+                inodes: 2 * recorded.inodes + SLACK.inodes,
+            },
+            floor: Cell::new(dirs.unused()?),
+            reserve_bytes: (64 << 20).min(dirs.room()?.size_bytes / 50),
+        };
+        growth.lower_floor(growth.most);
+        Ok(growth)
+    }
+
+    fn lower_floor(&self, by: Usage) {
+        let unused = self.floor.get();
+        self.floor.set(Unused {
+            bytes: unused.bytes.saturating_sub(by.size_bytes),
+            inodes: unused.inodes.saturating_sub(by.inodes),
+        });
+    }
+
+    fn check(&self) -> Result<()> {
+        let unused = self.dirs.unused()?;
+        if unused.bytes < self.reserve_bytes {
+            let what = "the image volume is almost full: remove images, or make it larger";
+            return Err(Error::new(ErrorKind::ResourceExhausted, what));
+        }
+        let floor = self.floor.get();
+        if unused.bytes >= floor.bytes && unused.inodes >= floor.inodes {
+            return Ok(());
+        }
+        // Others may have written it. The tree changes, so a count may fail.
+        let Ok(counted) = tree::count(self.top) else {
+            return Ok(());
+        };
+        let (found, most) = (counted.usage, self.most);
+        if found.size_bytes > most.size_bytes || found.inodes > most.inodes {
+            return Err(Error::data_loss(format!(
+                "it is not the content of this layer: it takes more than {} bytes or {} inodes",
+                most.size_bytes, most.inodes
+            )));
+        }
+        self.floor.set(unused);
+        self.lower_floor(Usage {
+            size_bytes: (most.size_bytes - found.size_bytes).max(SLACK.size_bytes / 4),
+            inodes: (most.inodes - found.inodes).max(SLACK.inodes / 4),
+        });
+        Ok(())
     }
 }
 

@@ -18,7 +18,7 @@ use crate::mount::ByHand;
 use crate::mount::mountinfo::{self, Mounted, Part};
 use crate::mount::namespaces::{Inode, Namespace, read_everywhere};
 use crate::store::{Rows, Store};
-use crate::types::{SnapshotId, Volume};
+use crate::types::{QuotedPath, SnapshotId, Volume};
 use crate::volume::{Dirs, Identity, Volumes, replaced_id};
 
 /// The snapshots of this root that persons have mounted. Another root on this
@@ -45,7 +45,7 @@ pub(super) fn require_not_by_hand(store: &Store, volumes: &Volumes, id: Snapshot
     point.map_or(Ok(()), |point| {
         Err(Error::refused(format!(
             "snapshot {id} is mounted by hand at {}: unmount it there first",
-            point.display()
+            QuotedPath(&point)
         )))
     })
 }

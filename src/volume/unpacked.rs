@@ -9,6 +9,7 @@
 //! a crash, `.replaced-<id>` is one of the two, and the layer itself is healed or as it
 //! was.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,8 +22,9 @@ use super::paths::{HANDED_OVER, REPLACED, UNPACKED, UPPER, WORK, upper_in};
 use crate::error::{Context, Error, Result};
 use crate::types::{SnapshotId, SnapshotPaths};
 
-/// The directory of the layer that is being unpacked.
-const LAYER: &str = "layer";
+/// The directory of the layer that is being unpacked. A number follows, which each unpack
+/// increases: containerd may go on writing into the last one for a moment.
+const LAYER: &str = "layer-";
 
 /// The id in the name of a directory that has changed places with a layer, or was about to.
 pub fn replaced_id(name: &[u8]) -> Option<SnapshotId> {
@@ -45,6 +47,7 @@ pub fn is_handed_over(name: &[u8]) -> bool {
 pub struct UnpackDir<'a> {
     image: &'a Image,
     fd: OwnedFd,
+    number: Cell<u64>,
 }
 
 impl Image {
@@ -68,7 +71,11 @@ impl Image {
             // Its earlier owner may have removed it just before this process locked
             // it.
             if is_named(&fd, snapshots).context(|| format!("look at {path}/{UNPACKED}"))? {
-                return Ok(UnpackDir { image: self, fd });
+                return Ok(UnpackDir {
+                    image: self,
+                    fd,
+                    number: Cell::new(0),
+                });
             }
         }
     }
@@ -97,10 +104,12 @@ impl UnpackDir<'_> {
     /// Creates the directories of a layer in it. It has to be empty. Returns their paths,
     /// and the opened `fs`.
     pub fn begin(&self, owner: Owner) -> Result<(SnapshotPaths, OwnedFd)> {
-        let top = format!("{}/{UNPACKED}/{LAYER}", self.image.snapshots_path());
+        self.number.set(self.number.get() + 1);
+        let layer = self.layer();
+        let top = format!("{}/{UNPACKED}/{layer}", self.image.snapshots_path());
         let making = || format!("create the directory {top}");
-        mkdirat(&self.fd, LAYER, Mode::from_raw_mode(0o700)).context(making)?;
-        let prefix = format!("{LAYER}/");
+        mkdirat(&self.fd, layer.as_str(), Mode::from_raw_mode(0o700)).context(making)?;
+        let prefix = format!("{layer}/");
         fill(&self.fd, &prefix, Shape::UpperAndWork, owner).context(making)?;
         let paths = SnapshotPaths {
             upper: upper_in(&top),
@@ -111,9 +120,13 @@ impl UnpackDir<'_> {
 
     /// Opens `fs` of the unpacked layer.
     pub fn open(&self) -> Result<OwnedFd> {
-        open_to_list(&self.fd, LAYER)
+        open_to_list(&self.fd, self.layer())
             .and_then(|layer| open_to_list(layer, UPPER))
             .context(|| "open the directory of an unpacked layer")
+    }
+
+    fn layer(&self) -> String {
+        format!("{LAYER}{}", self.number.get())
     }
 
     /// Renames the unpacked layer within `snapshots/`, and returns its new name.
@@ -123,7 +136,7 @@ impl UnpackDir<'_> {
         loop {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             let name = format!("{HANDED_OVER}{}-{number}", std::process::id());
-            match move_aside(&self.fd, LAYER, snapshots, &name) {
+            match move_aside(&self.fd, &self.layer(), snapshots, &name) {
                 // The name is left from a killed process with the same number.
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {}
                 moved => {

@@ -253,7 +253,9 @@ struct Namespace {
 
 impl Namespace {
     fn new(shown: &[PathBuf]) -> Namespace {
-        let places: Vec<_> = shown.iter().map(|_| tempfile::tempdir().unwrap()).collect();
+        // A terminal obeys the first character.
+        let place = || tempfile::Builder::new().prefix("\u{1b}[31mred").tempdir();
+        let places: Vec<_> = shown.iter().map(|_| place().unwrap()).collect();
         let script = "while [ $# -gt 0 ]; do mount --bind \"$1\" \"$2\" || exit; shift 2; done
             echo ready; exec sleep 300";
         let mut command = Command::new("unshare");
@@ -328,6 +330,14 @@ fn a_mount_holds_what_it_shows_until_it_ends() {
     let point = |mounted: &Mounted| mounted.path().to_str().unwrap().to_owned();
     let points: Vec<_> = points.as_array().unwrap().iter().collect();
     assert!(points.iter().any(|at| **at == *point(&view)), "{shown}");
+    let printed = Command::new(BINARY)
+        .arg("status")
+        .args(split.daemon.arguments())
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    assert!(printed.contains("\\u{1b}[31mred"), "{printed:?}");
+    assert!(!printed.contains('\u{1b}'), "{printed:?}");
 
     // The snapshot is removed, but still mounted in a namespace of another
     // process.

@@ -13,6 +13,7 @@ mod check;
 mod connections;
 mod containerd;
 mod content;
+mod crowds;
 mod damage;
 mod doctor;
 mod figures;

@@ -17,7 +17,7 @@ use crate::commands::losses::{image_of, split_key};
 use crate::commands::output;
 use crate::commands::progress::Progress;
 use crate::config::{CheckOptions, Format};
-use crate::containerd::{Containerd, LayerSource, Sources};
+use crate::containerd::{Containerd, LayerSource, Sources, Standing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::service::HealingClient;
 use crate::snapshotter::{Compared, Finding, Problem, Snapshotter, Unpacking};
@@ -260,54 +260,62 @@ impl DeepCheck<'_> {
     /// Compares one layer with containerd's content. Returns a word for the result.
     fn layer(&mut self, layer: &Snapshot, sources: &Sources) -> Result<&'static str> {
         let (namespace, name) = split_key(&layer.info.name);
-        let (source, why, remedy) = match sources.of(namespace, name) {
-            Some(source) if source.is_there => (Some(source), String::new(), None),
-            Some(source) => {
-                let why = format!("containerd has not kept its content {}", source.blob.digest);
-                (None, why, Some(fetch(namespace, &source.image)))
-            }
-            None => {
-                let (why, remedy) = unknown(layer);
-                (None, why, remedy)
-            }
-        };
-        let Some(source) = source else {
+        let all = sources.of(namespace, name);
+        let missing = all.partition_point(|source| source.standing != Standing::Missing);
+        let (there, missing) = all.split_at(missing);
+        if there.is_empty() {
+            let (why, remedy) = match missing.first() {
+                Some(source) => {
+                    let digest = Quoted(&source.blob.digest);
+                    let why = format!("containerd has not kept its content {digest}");
+                    (why, Some(fetch(namespace, &source.image)))
+                }
+                None => unknown(layer),
+            };
             if self.digests.contains_key(&layer.id) {
                 self.deep.compared += 1;
                 let what = "it has changed since it was found sound";
                 self.find(layer, Differences::whole(what));
             }
             return Ok(self.skip(layer, why, remedy, false));
-        };
+        }
         // An unpack inherits modes of directories from the layers below.
         if self.task.heals && self.stands_on_broken(layer) {
             self.broken.insert(layer.id);
             let why = "it stands on a layer that could not be healed".to_owned();
             return Ok(self.skip(layer, why, None, true));
         }
-        match self.compare(layer, source) {
-            Ok(word) => Ok(word),
-            Err(error) => match error.kind() {
-                ErrorKind::Cancelled | ErrorKind::Unavailable => Err(error),
-                kind => {
-                    let is_full = kind == ErrorKind::ResourceExhausted;
-                    let remedy = (!is_full).then(|| fetch_again(source));
-                    Ok(self.skip(layer, error.chain(), remedy, true))
-                }
-            },
+        // An image can name wrong content for a layer of another one.
+        let mut first_failure = None;
+        for source in there {
+            match self.compare(layer, source) {
+                Ok(word) => return Ok(word),
+                Err(error) => match error.kind() {
+                    ErrorKind::Cancelled | ErrorKind::Unavailable => return Err(error),
+                    kind => {
+                        let is_full = kind == ErrorKind::ResourceExhausted;
+                        let remedy = (!is_full).then(|| fetch_again(source));
+                        first_failure.get_or_insert((error.chain(), remedy));
+                    }
+                },
+            }
         }
+        let (why, remedy) = first_failure.unwrap_or_else(|| unknown(layer));
+        Ok(self.skip(layer, why, remedy, true))
     }
 
     fn compare(&mut self, layer: &Snapshot, source: &LayerSource) -> Result<&'static str> {
-        let unpack = |mount: &_| {
-            let digest = self.containerd.unpack(source, mount)?;
+        let unpack = |mount: &_, watch: &dyn Fn() -> Result<()>| {
+            let digest = self.containerd.unpack(source, mount, watch)?;
             if digest == source.diff_id {
                 return Ok(());
             }
             Err(Error::data_loss(format!(
-                "containerd's content {} is damaged: its digest after unpacking is {digest}, and \
-                 has to be {}",
-                source.blob.digest, source.diff_id
+                "containerd's content {} is damaged: its digest after unpacking is {}, and has \
+                 to be {}",
+                Quoted(&source.blob.digest),
+                Quoted(&digest),
+                Quoted(&source.diff_id)
             )))
         };
         let compared = self.unpacking.compare(layer, unpack)?;

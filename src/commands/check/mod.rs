@@ -23,6 +23,7 @@ use crate::root::writable;
 use crate::service::HealingClient;
 use crate::snapshotter::{Finding, Inspection, Problem, Snapshotter};
 use crate::store::{Completeness, Store};
+use crate::types::QuotedPath;
 use crate::util::descriptors;
 use crate::volume::{Identity, Image, Lifetime, Volumes};
 use deep::{Deep, Layers, Task, Writer};
@@ -55,7 +56,7 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     if mends && let Some(ByHand { id, point, .. }) = by_hand.first() {
         return Err(Error::refused(format!(
             "snapshot {id} is mounted by hand at {}, and a repair may remove its files: unmount it first",
-            point.display()
+            QuotedPath(point)
         )));
     }
     let volumes = match options.resets_writable {

@@ -19,7 +19,7 @@ use crate::error::{Context, Error, Result};
 use crate::mount::mountinfo::{self, Mounted};
 use crate::root::state;
 use crate::store::{FileFormat, Store, find_remains, probe_format, require_short};
-use crate::types::{Quoted, SnapshotId, Volume};
+use crate::types::{Quoted, QuotedPath, SnapshotId, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
 /// Returns an error if an import is unfinished, because it has to be undone first.
@@ -203,7 +203,7 @@ pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -
             return Err(Error::refused(format!(
                 "a snapshot of {} is mounted at {}: stop the containers first",
                 filled.path(),
-                mounted.point.display()
+                QuotedPath(&mounted.point)
             )));
         }
     }

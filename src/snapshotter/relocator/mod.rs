@@ -306,7 +306,8 @@ impl Relocator {
             &self.is_stopping,
         )?;
         if !copied.left_out.is_empty() {
-            let names: Vec<_> = copied.left_out.into_iter().collect();
+            let names = copied.left_out.iter();
+            let names: Vec<_> = names.map(|name| Quoted(name).to_string()).collect();
             log::info!(
                 "layer {id}: its files do not have these attributes on the image volume, which \
                  belong to the other file system or are not supported by this one: {}",

@@ -4,6 +4,7 @@
 mod beside;
 mod damages;
 mod digests;
+mod hostile;
 mod repair;
 
 use std::fs::{self, File};
@@ -67,6 +68,20 @@ impl Stage {
         command.args(flags).arg("--containerd-address");
         command.arg(self.containerd.address());
         command
+    }
+
+    /// Replaces the image by the same one with compressed layers, which are not unpacked.
+    fn import_compressed(&self) {
+        let dir = tempfile::tempdir().unwrap();
+        let archive = dir.path().join("compressed.tar");
+        let archive = archive.to_str().unwrap();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/make-image.sh");
+        let mut make = Command::new("sh");
+        make.args([script, archive, IMAGE]).env("GZIP_LAYERS", "1");
+        run(&mut make);
+        self.containerd.ctr(&["images", "rm", IMAGE]);
+        let import = ["images", "import", "--no-unpack", archive];
+        self.containerd.ctr(&import);
     }
 
     fn begin_deep_check(&self) -> Child {
@@ -169,16 +184,7 @@ fn every_kind_of_damage_heals() {
 #[registered(crate::Test)]
 fn all_layers_heal_at_once() {
     let mut stage = Stage::begin();
-    let dir = tempfile::tempdir().unwrap();
-    let archive = dir.path().join("compressed.tar");
-    let archive = archive.to_str().unwrap();
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/make-image.sh");
-    let mut make = Command::new("sh");
-    make.args([script, archive, IMAGE]).env("GZIP_LAYERS", "1");
-    run(&mut make);
-    stage.containerd.ctr(&["images", "rm", IMAGE]);
-    let import = ["images", "import", "--no-unpack", archive];
-    stage.containerd.ctr(&import);
+    stage.import_compressed();
     for top in &stage.layers {
         fs::remove_dir_all(top.parent().unwrap()).unwrap();
     }
