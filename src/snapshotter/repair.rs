@@ -83,8 +83,9 @@ impl Snapshotter {
         let ids: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
         transaction.drop_snapshots(&ids)?;
         for finding in findings {
-            if let (Problem::LayerChanged { counted, .. }, Some(id)) =
-                (&finding.problem, finding.id)
+            // If a disk is another day's, or another database's, so may be what is there.
+            if let (Problem::LayerChanged { counted, .. }, Some(id), false) =
+                (&finding.problem, finding.id, forgets)
             {
                 transaction.record_content(id, counted)?;
             }

@@ -120,10 +120,12 @@ impl Transaction<'_> {
         self.forget_fact(recorded_fact(volume))
     }
 
-    /// Deletes all tombstones, because they may be about other directories now.
+    /// Deletes all tombstones and the records of leftover directories, because they may be
+    /// about other directories now.
     pub fn forget_all_tombstones(&self) -> Result<()> {
         let doing = "forget which directories may be deleted";
-        self.execute("DELETE FROM tombstone", [], doing)
+        self.execute("DELETE FROM tombstone", [], doing)?;
+        self.execute("DELETE FROM retired", [], doing)
     }
 
     /// Records that a snapshot's directory on that volume may be deleted.

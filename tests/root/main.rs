@@ -44,6 +44,7 @@ mod rescue;
 mod status;
 #[path = "../support/mod.rs"]
 mod support;
+mod twins;
 mod usage;
 mod volumes;
 mod whiteouts;
