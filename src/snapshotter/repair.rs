@@ -9,6 +9,7 @@ use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
 use crate::store::Snapshot;
 use crate::types::{SnapshotId, Volume};
+use crate::util::fault_point::fault_point;
 
 impl Snapshotter {
     /// The snapshots that a repair drops: missing or damaged layers, and
@@ -98,6 +99,7 @@ impl Snapshotter {
         self.flusher.forget_failures(&transaction)?;
         transaction.commit()?;
         drop(transaction);
+        fault_point("repair-recorded");
         // Written into the database file itself, because a copy whose log is
         // missing is refused.
         self.store.settle()?;
