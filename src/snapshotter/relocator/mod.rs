@@ -33,7 +33,7 @@ use super::trash::Trash;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::store::{Ancestor, Store, UnmovedLayer};
 use crate::tree;
-use crate::types::{Quoted, SnapshotId, Volume};
+use crate::types::{SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
 use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
