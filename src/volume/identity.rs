@@ -13,7 +13,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::cached_lookup::{Glance, glance};
 use super::durable::replace_file;
-use super::paths::MARK;
+use super::paths::{IDS, MARK};
 use crate::error::{Context, Error, Result};
 
 const HEX_DIGITS: usize = 32;
@@ -110,10 +110,17 @@ impl Identity {
     }
 }
 
-/// The inode and times of a mark. As long as they are the same, it is the same mark,
-/// and need not be read again.
+/// The mark and the record of ids of a volume, as the kernel shows them. As long as they
+/// are the same, they need not be read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
+    mark: SeenFile,
+    ids: Option<SeenFile>,
+}
+
+/// The inode and times of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SeenFile {
     device: u64,
     inode: u64,
     changed: (i64, i64),
@@ -124,31 +131,54 @@ impl Seen {
     /// The mark in the directory `top`; `None` if there is none, or if it
     /// cannot be looked at.
     pub(super) fn in_directory(top: impl AsFd) -> Option<Seen> {
-        Seen::at(top, MARK)
+        Some(Seen {
+            mark: SeenFile::at(&top, MARK)?,
+            ids: SeenFile::at(top, IDS),
+        })
+    }
+
+    /// The same mark, with the record of ids that is in the directory `top` now.
+    pub(super) fn with_ids_of(self, top: impl AsFd) -> Seen {
+        Seen {
+            ids: SeenFile::at(top, IDS),
+            ..self
+        }
     }
 
     /// The mark in the directory at this path.
     pub(super) fn in_path(path: &str) -> Option<Seen> {
-        Seen::at(CWD, &format!("{path}/{MARK}"))
+        Some(Seen {
+            mark: SeenFile::at(CWD, &format!("{path}/{MARK}"))?,
+            ids: SeenFile::at(CWD, &format!("{path}/{IDS}")),
+        })
     }
 
     /// Like [`Seen::in_path`], but `None` also where a disk would have to be
     /// asked.
     pub(super) fn at_a_glance(path: &str) -> Option<Seen> {
-        match glance(CWD, &format!("{path}/{MARK}")) {
-            Glance::There(mark) => fstat(mark).ok().map(Seen::of),
+        Some(Seen {
+            mark: SeenFile::at_a_glance(&format!("{path}/{MARK}"))?,
+            ids: SeenFile::at_a_glance(&format!("{path}/{IDS}")),
+        })
+    }
+}
+
+impl SeenFile {
+    fn at_a_glance(path: &str) -> Option<SeenFile> {
+        match glance(CWD, path) {
+            Glance::There(file) => fstat(file).ok().map(SeenFile::of),
             Glance::Absent | Glance::Unknown => None,
         }
     }
 
-    fn at(directory: impl AsFd, name: &str) -> Option<Seen> {
+    fn at(directory: impl AsFd, name: &str) -> Option<SeenFile> {
         let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
-        stat.ok().map(Seen::of)
+        stat.ok().map(SeenFile::of)
     }
 
     #[allow(clippy::unnecessary_cast)] // their types differ among architectures
-    fn of(stat: Stat) -> Seen {
-        Seen {
+    fn of(stat: Stat) -> SeenFile {
+        SeenFile {
             device: stat.st_dev as u64,
             inode: stat.st_ino as u64,
             changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),

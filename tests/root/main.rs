@@ -41,6 +41,7 @@ mod recovery;
 mod refusals;
 mod relocation;
 mod rescue;
+mod rollback;
 mod status;
 #[path = "../support/mod.rs"]
 mod support;
