@@ -2,7 +2,7 @@
 //! writable volume: only the layer itself takes its place, and no files are deleted.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use registered::registered;
@@ -31,7 +31,7 @@ fn with_unmoved_layer() -> (Split, PathBuf, PathBuf) {
 }
 
 /// Puts a directory of another daemon, with more in it, into the place of the link.
-fn replace_link(link: &PathBuf) {
+fn replace_link(link: &Path) {
     fs::remove_file(link).unwrap();
     fs::create_dir_all(link.join("fs")).unwrap();
     for name in ["x", "y", "z"] {
@@ -41,7 +41,7 @@ fn replace_link(link: &PathBuf) {
 
 /// Fails unless the layer is as it was committed, and the other directory is set aside.
 #[track_caller]
-fn is_kept(split: &Split, link: &PathBuf) {
+fn is_kept(split: &Split, link: &Path) {
     let client = split.client();
     let mounts = client.view("view", "layer", &[]).unwrap();
     assert_eq!(fs::read_dir(&mounts[0].source).unwrap().count(), 1);
