@@ -23,6 +23,7 @@ use crate::waits::{self, Awaited};
 
 pub(super) struct Ids {
     store: Arc<Store>,
+    volumes: Arc<Volumes>,
     /// `None` until the first id after the start.
     next: Mutex<Option<Next>>,
     /// The block after the one in use, once it is reserved.
@@ -64,9 +65,10 @@ impl Drop for Claim<'_> {
 }
 
 impl Ids {
-    pub(super) fn new(store: Arc<Store>) -> Ids {
+    pub(super) fn new((store, volumes): (Arc<Store>, Arc<Volumes>)) -> Ids {
         Ids {
             store,
+            volumes,
             next: Mutex::new(None),
             following: Mutex::new(None),
             ahead: Monitor::default(),
@@ -146,19 +148,30 @@ impl Ids {
     }
 
     /// Starts the background thread.
-    pub(super) fn start(self: &Arc<Ids>, volumes: &Arc<Volumes>) -> Result<Background> {
-        let volumes = Arc::clone(volumes);
+    pub(super) fn start(self: &Arc<Ids>) -> Result<Background> {
+        let ids = Arc::downgrade(self);
+        self.volumes.on_return(move |dirs| match ids.upgrade() {
+            Some(ids) => ids.mark_return(dirs),
+            None => Ok(()),
+        });
         let stop = |ids: &Ids| ids.ahead.stop();
-        Background::start("reserver", self, stop, move |ids| ids.run(&volumes))
+        Background::start("reserver", self, stop, Ids::run)
     }
 
-    fn run(&self, volumes: &Volumes) {
+    /// Records a new block on a volume that was away. A copy of the volume from before
+    /// that is recognised from then on.
+    fn mark_return(&self, dirs: &Dirs) -> Result<()> {
+        let block = self.reserve()?;
+        self.record(dirs, &block)
+    }
+
+    fn run(&self) {
         let is_idle = |ahead: &Ahead| !ahead.reserves && ahead.records.is_empty();
         while let Some(records) = self
             .ahead
             .wait_while(is_idle, |ahead| std::mem::take(&mut ahead.records))
         {
-            let done = self.work_ahead(volumes, &records);
+            let done = self.work_ahead(&records);
             self.ahead.look(|ahead| ahead.reserves = false);
             if let Err(error) = done {
                 // The request that needs the block reserves or records it
@@ -168,7 +181,7 @@ impl Ids {
         }
     }
 
-    fn work_ahead(&self, volumes: &Volumes, records: &[Volume]) -> Result<()> {
+    fn work_ahead(&self, records: &[Volume]) -> Result<()> {
         let reserved = lock(&self.following).clone();
         let Some(following) = reserved else {
             let block = self.reserve()?;
@@ -183,7 +196,7 @@ impl Ids {
             return Ok(());
         };
         for volume in records {
-            self.record(&*volumes.open(*volume)?, &following)?;
+            self.record(&*self.volumes.open(*volume)?, &following)?;
         }
         Ok(())
     }
@@ -202,9 +215,10 @@ impl Ids {
         self.store
             .together(|transaction| transaction.record_block(volume, block, before.as_ref()))?;
         waits::note(Awaited::Volume(volume));
-        dirs.record_block(block)?;
+        self.volumes.record_block(dirs, block)?;
         *recorded = block.first;
-        Ok(())
+        self.store
+            .together(|transaction| transaction.confirm_block(volume, block))
     }
 
     /// Waits until no other request works on that snapshot, then claims it.

@@ -7,6 +7,7 @@ use rustix::fs::FileType;
 
 use super::prepare::shape_of;
 use super::problem::{Finding, Problem, Recorded};
+use super::relocator::Namesake;
 use super::trash::{GivenOut, known_on};
 use super::{Snapshotter, in_use};
 use crate::error::{Error, ErrorKind, Result};
@@ -92,11 +93,16 @@ impl Snapshotter {
             let on = |entries: &Entries| entries.get(&snapshot.id) == Some(&FileType::Directory);
             let is_held = held.contains(&snapshot.id);
             let is_unmoved = snapshot.place().is_unmoved();
-            if is_unmoved && on(&on_image) {
-                findings.push(about(snapshot, Problem::MoveNotRecorded));
-                findings.extend(self.inspect_directory(snapshot, Volume::Image, true, is_held)?);
-                continue;
-            }
+            let is_other = is_unmoved && on(&on_image) && {
+                if self.relocator.judge_namesake(snapshot)? != Namesake::Other {
+                    findings.push(about(snapshot, Problem::MoveNotRecorded));
+                    let found = self.inspect_directory(snapshot, Volume::Image, true, is_held)?;
+                    findings.extend(found);
+                    continue;
+                }
+                findings.push(about(snapshot, Problem::OtherDirectory));
+                true
+            };
             let is_there = match (volume, &on_writable) {
                 (Volume::Image, _) => on(&on_image),
                 (Volume::Writable, Some(entries)) => on(entries),
@@ -109,7 +115,7 @@ impl Snapshotter {
                 continue;
             }
             findings.extend(self.inspect_directory(snapshot, volume, is_there, is_held)?);
-            if is_unmoved && !self.is_linked(snapshot.id)? {
+            if is_unmoved && !is_other && !self.is_linked(snapshot.id)? {
                 let target = self.volumes.link_target(snapshot.id);
                 findings.push(about(snapshot, Problem::WrongLink { target }));
             }

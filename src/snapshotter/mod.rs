@@ -92,7 +92,7 @@ impl Snapshotter {
     pub fn new(store: Store, volumes: Volumes, options: Options) -> Snapshotter {
         let (store, volumes) = (Arc::new(store), Arc::new(volumes));
         let disks = || (Arc::clone(&store), Arc::clone(&volumes));
-        let ids = Arc::new(Ids::new(Arc::clone(&store)));
+        let ids = Arc::new(Ids::new(disks()));
         let projects = Arc::new(Projects::new(disks(), Arc::clone(&ids), options.quota));
         let flusher = Arc::new(Flusher::new(Arc::clone(&store)));
         let trash = Arc::new(Trash::new(disks(), Arc::clone(&projects), Arc::clone(&ids)));
@@ -133,7 +133,7 @@ impl Snapshotter {
             threads.push(self.flusher.start(self.volumes.image().flush()?)?);
         }
         threads.push(self.store.start_checkpoints()?);
-        threads.push(self.ids.start(&self.volumes)?);
+        threads.push(self.ids.start()?);
         threads.push(self.links.start()?);
         threads.push(self.projects.start_lender()?);
         let trash = Arc::clone(&self.trash);

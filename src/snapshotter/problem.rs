@@ -45,6 +45,9 @@ pub enum Problem {
     /// A layer has moved to the image volume, and the database does not record
     /// it.
     MoveNotRecorded,
+    /// The image volume has a directory with the number of an unmoved layer, and it is not
+    /// that layer.
+    OtherDirectory,
     /// A layer's directory cannot be read.
     LayerUnreadable { why: String },
     /// The link on the image volume to an unmoved layer is missing or wrong.
@@ -120,6 +123,7 @@ impl Problem {
                 "move-not-recorded",
                 Some("records it, as the next start does"),
             ),
+            Problem::OtherDirectory => ("other-directory", Some(SETS_ASIDE)),
             Problem::LayerUnreadable { .. } => ("layer-unreadable", None),
             Problem::WrongLink { .. } => (
                 "wrong-link",
@@ -210,6 +214,11 @@ impl fmt::Display for Finding {
             Problem::MoveNotRecorded => write!(
                 out,
                 "layer {name} has moved to the image volume, which was not recorded"
+            ),
+            Problem::OtherDirectory => write!(
+                out,
+                "layer {name} is on the writable volume, and the directory on the image volume \
+                 that has its number is not that layer"
             ),
             Problem::LayerUnreadable { why } => write!(out, "{layer} cannot be read: {why}"),
             Problem::WrongLink { target } => write!(

@@ -9,6 +9,7 @@ use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
 use crate::store::Snapshot;
 use crate::types::{SnapshotId, Volume};
+use crate::util::fault_point::fault_point;
 
 impl Snapshotter {
     /// The snapshots that a repair drops: missing or damaged layers, and
@@ -83,8 +84,9 @@ impl Snapshotter {
         let ids: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
         transaction.drop_snapshots(&ids)?;
         for finding in findings {
-            if let (Problem::LayerChanged { counted, .. }, Some(id)) =
-                (&finding.problem, finding.id)
+            // If a disk is another day's, or another database's, so may be what is there.
+            if let (Problem::LayerChanged { counted, .. }, Some(id), false) =
+                (&finding.problem, finding.id, forgets)
             {
                 transaction.record_content(id, counted)?;
             }
@@ -97,6 +99,7 @@ impl Snapshotter {
         self.flusher.forget_failures(&transaction)?;
         transaction.commit()?;
         drop(transaction);
+        fault_point("repair-recorded");
         // Written into the database file itself, because a copy whose log is
         // missing is refused.
         self.store.settle()?;

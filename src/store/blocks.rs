@@ -42,7 +42,10 @@ impl Rows {
             return Ok(History::Same);
         };
         let found = found.map_or_else(String::new, written);
-        let (newest, before) = recorded.split_once(';').unwrap_or((&recorded, ""));
+        let (newest, before) = match recorded.split_once(';') {
+            Some((newest, before)) => (newest, Some(before)),
+            None => (&*recorded, None),
+        };
         if found == newest {
             return Ok(History::Same);
         }
@@ -58,7 +61,7 @@ impl Rows {
             volume as u8
         );
         let used = self.one(&sql, [Number(first)], "look for ids of a block", |_| Ok(()))?;
-        Ok(match found == before && used.is_none() {
+        Ok(match before == Some(&*found) && used.is_none() {
             true => History::Same,
             false => History::Earlier,
         })
@@ -115,15 +118,23 @@ impl Transaction<'_> {
         self.record_fact(recorded_fact(volume), &recorded)
     }
 
+    /// Records that the volume has recorded this block itself, durably. From then on, a
+    /// volume with the block before is in an earlier state.
+    pub fn confirm_block(&self, volume: Volume, block: &Block) -> Result<()> {
+        self.record_fact(recorded_fact(volume), &written(block))
+    }
+
     /// Forgets which ids were used on a volume, because it is a new volume.
     pub fn forget_block(&self, volume: Volume) -> Result<()> {
         self.forget_fact(recorded_fact(volume))
     }
 
-    /// Deletes all tombstones, because they may be about other directories now.
+    /// Deletes all tombstones and the records of leftover directories, because they may be
+    /// about other directories now.
     pub fn forget_all_tombstones(&self) -> Result<()> {
         let doing = "forget which directories may be deleted";
-        self.execute("DELETE FROM tombstone", [], doing)
+        self.execute("DELETE FROM tombstone", [], doing)?;
+        self.execute("DELETE FROM retired", [], doing)
     }
 
     /// Records that a snapshot's directory on that volume may be deleted.
@@ -148,7 +159,8 @@ impl Transaction<'_> {
     }
 }
 
-/// The fact with the block that was used last on a volume, and the one before it.
+/// The fact with the block that was used last on a volume. The one before it follows as
+/// long as the volume may still have that one.
 fn recorded_fact(volume: Volume) -> &'static str {
     match volume {
         Volume::Image => "block_on_image",

@@ -21,6 +21,8 @@ use crate::text::uri::encode_path;
 /// The fact that marks a database in use.
 pub const IN_USE: &str = "in_use";
 pub(super) const COPIED: &str = "copied";
+/// The fact that the log beside a copy belongs to it: a repair of the copy has begun.
+pub(super) const HAS_OWN_LOG: &str = "copy_has_own_log";
 
 /// What is known about a database before it is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +51,7 @@ pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     let fact = |name| peek_fact(path, name);
     Ok(match (fact(COPIED), has_log) {
         (Some(made), false) => Completeness::Copy(made),
+        (Some(made), true) if fact(HAS_OWN_LOG).is_some() => Completeness::Copy(made),
         (Some(made), true) => Completeness::CopyWithLog(made),
         (None, false) if fact(IN_USE).is_some() => Completeness::LogMissing,
         (None, _) => Completeness::Whole,
@@ -120,11 +123,37 @@ fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>>
 pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
     connection
         .execute(
-            "INSERT OR REPLACE INTO fact (name, value) VALUES (?1, 'when its log was lost')",
-            [COPIED],
+            "INSERT OR REPLACE INTO fact (name, value)
+             VALUES (?1, 'when its log was lost'), (?2, 'yes')",
+            [COPIED, HAS_OWN_LOG],
         )
         .map(drop)
         .map_err(|error| sql_error(error, "note that the database's log is missing"))
+}
+
+/// Records in a copy that the log that it is about to get is its own. The record is written
+/// without a log, so that there is no log before it.
+pub(super) fn note_own_log(connection: &Connection) -> Result<()> {
+    let doing = "note that a repair of the copy begins";
+    let has_own = connection
+        .query_row("SELECT 1 FROM fact WHERE name = ?1", [HAS_OWN_LOG], |_| {
+            Ok(())
+        })
+        .optional()
+        .map_err(|error| sql_error(error, doing))?;
+    if has_own.is_some() {
+        return Ok(());
+    }
+    connection
+        .pragma_update(None, "journal_mode", "DELETE")
+        .and_then(|()| {
+            connection.execute(
+                "INSERT INTO fact (name, value) VALUES (?1, 'yes')",
+                [HAS_OWN_LOG],
+            )
+        })
+        .map(drop)
+        .map_err(|error| sql_error(error, doing))
 }
 
 /// Writes the mark, with everything in the log so far, into the file itself.
@@ -188,7 +217,8 @@ pub(super) fn checkpoint(rows: &Rows, mode: &str) -> Result<()> {
 /// Turns a database into a copy: removes the mark, and records the time of the
 /// copy.
 pub(super) fn mark_copied(connection: &Connection) -> rusqlite::Result<()> {
-    connection.execute("DELETE FROM fact WHERE name = ?1", [IN_USE])?;
+    let sql = "DELETE FROM fact WHERE name IN (?1, ?2)";
+    connection.execute(sql, [IN_USE, HAS_OWN_LOG])?;
     connection.execute(
         "INSERT OR REPLACE INTO fact (name, value)
          VALUES (?1, strftime('%Y-%m-%d %H:%M:%S UTC', 'now'))",

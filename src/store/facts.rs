@@ -53,7 +53,8 @@ impl Transaction<'_> {
     /// Records that this database is the one in use from now on, even if it was
     /// a copy.
     pub fn forget_copied(&self) -> Result<()> {
-        self.forget_fact(completeness::COPIED)
+        self.forget_fact(completeness::COPIED)?;
+        self.forget_fact(completeness::HAS_OWN_LOG)
     }
 
     /// Records the host directories chosen for a new snapshot, if there are any. They

@@ -168,11 +168,7 @@ impl Transaction<'_> {
         boot_id: &str,
     ) -> Result<bool> {
         let doing = format!("record that layer {layer} has moved");
-        let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
-        self.execute(sql, [layer], &doing)?;
-        // The other file system may not store everything that is part of the
-        // digest.
-        self.forget_digest(layer)?;
+        self.record_home(layer)?;
         if !held.contains(&layer) && !self.is_in_use(layer)? {
             self.bury(layer, Volume::Writable)?;
             return Ok(false);
@@ -185,6 +181,16 @@ impl Transaction<'_> {
             &doing,
         )?;
         Ok(true)
+    }
+
+    /// Records that a layer's bytes are on the image volume. Nothing may be deleted for it.
+    pub fn record_home(&self, layer: SnapshotId) -> Result<()> {
+        let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
+        let doing = format_args!("record where layer {layer} is");
+        self.execute(sql, [layer], doing)?;
+        // The other file system may not store everything that is part of the
+        // digest.
+        self.forget_digest(layer)
     }
 
     /// Records the digest of a sound layer.

@@ -115,6 +115,10 @@ impl Store {
         let access = OpenFlags::SQLITE_OPEN_READ_WRITE;
         let mut writer = connect(path, access).map_err(|error| sql_error(error, opening()))?;
         let prepared = schema::require_sound(&writer)
+            .and_then(|()| match completeness {
+                Completeness::Copy(_) => completeness::note_own_log(&writer),
+                _ => Ok(()),
+            })
             .and_then(|()| schema::migrate(&mut writer))
             .and_then(|()| match completeness {
                 Completeness::LogMissing => completeness::note_missing_log(&writer),

@@ -34,17 +34,15 @@ pub struct Snapshot {
 const MOST_HOLLOW_INODES: u64 = 64;
 
 impl Snapshot {
-    /// Whether the layer is known to have held no files with content, so that an empty
-    /// layer can replace it.
+    /// Whether an empty layer can replace this one: Docker's layer between an image and its
+    /// container, which holds mount points that the container's start makes again. In any
+    /// other layer, the names, owners and modes of empty files are content.
     pub fn is_hollow(&self) -> bool {
+        // Docker gives such layers this name.
+        let is_dockers = self.volume == Some(Volume::Writable) && self.info.name.ends_with("-init");
         let is_small = self.usage.inodes <= MOST_HOLLOW_INODES;
-        let is_hollow = match self.marks {
-            Some(marks) => marks.is_hollow,
-            // The layer was committed before marks were recorded. Docker gives this
-            // name to its layers between an image and a container.
-            None => self.info.name.ends_with("-init"),
-        };
-        is_small && is_hollow && self.data_bytes == DataBytes::Counted(0)
+        let is_hollow = self.marks.is_none_or(|marks| marks.is_hollow);
+        is_dockers && is_small && is_hollow && self.data_bytes == DataBytes::Counted(0)
     }
 
     /// What the snapshot is, and where its directory is.

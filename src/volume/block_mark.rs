@@ -25,7 +25,7 @@ impl Dirs {
     }
 
     /// Records durably that ids of this block are used on the volume.
-    pub fn record_block(&self, block: &Block) -> Result<()> {
+    pub(super) fn record_block(&self, block: &Block) -> Result<()> {
         let text = format!("{} {}\n", block.first, block.token);
         match replace_file(self.top_fd(), IDS, &text) {
             Err(Errno::ISDIR) => {

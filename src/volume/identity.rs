@@ -13,7 +13,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::cached_lookup::{Glance, glance};
 use super::durable::replace_file;
-use super::paths::{MARK, SNAPSHOTS};
+use super::paths::{IDS, MARK, SNAPSHOTS};
 use crate::error::{Context, Error, Result};
 
 const HEX_DIGITS: usize = 32;
@@ -110,25 +110,40 @@ impl Identity {
     }
 }
 
-/// A mark, with the directory of snapshots beside it, as their file system shows them.
-/// Whatever takes the place of one has another inode or other times: the same mark need not
-/// be read again.
+/// The mark and the record of ids of a volume, and its directory of snapshots, as the kernel
+/// shows them. As long as they are the same, the files need not be read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
+    mark: SeenFile,
+    ids: Option<SeenFile>,
+    snapshots: (u64, u64),
+}
+
+/// The inode and times of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SeenFile {
     device: u64,
     inode: u64,
     changed: (i64, i64),
     written: (i64, i64),
-    snapshots: (u64, u64),
 }
 
 impl Seen {
-    /// Both in the directory `top`, if they are there and can be looked at.
+    /// All in the directory `top`, if they are there and can be looked at.
     pub(super) fn in_directory(top: impl AsFd) -> Option<Seen> {
         Seen::by(|name| statat(&top, name, AtFlags::SYMLINK_NOFOLLOW).ok())
     }
 
-    /// Both in the directory of that path.
+    /// The same mark, with the record of ids that is in the directory `top` now.
+    pub(super) fn with_ids_of(self, top: impl AsFd) -> Seen {
+        let ids = statat(top, IDS, AtFlags::SYMLINK_NOFOLLOW);
+        Seen {
+            ids: ids.ok().map(SeenFile::of),
+            ..self
+        }
+    }
+
+    /// All in the directory of that path.
     pub(super) fn in_path(path: &str) -> Option<Seen> {
         Seen::by(|name| statat(CWD, format!("{path}/{name}"), AtFlags::SYMLINK_NOFOLLOW).ok())
     }
@@ -144,14 +159,24 @@ impl Seen {
 
     #[allow(clippy::unnecessary_cast)] // their types differ among architectures
     fn by(look: impl Fn(&str) -> Option<Stat>) -> Option<Seen> {
-        let (mark, snapshots) = (look(MARK)?, look(SNAPSHOTS)?);
+        let snapshots = look(SNAPSHOTS)?;
         Some(Seen {
-            device: mark.st_dev as u64,
-            inode: mark.st_ino as u64,
-            changed: (mark.st_ctime as i64, mark.st_ctime_nsec as i64),
-            written: (mark.st_mtime as i64, mark.st_mtime_nsec as i64),
+            mark: SeenFile::of(look(MARK)?),
+            ids: look(IDS).map(SeenFile::of),
             snapshots: (snapshots.st_dev as u64, snapshots.st_ino as u64),
         })
+    }
+}
+
+impl SeenFile {
+    #[allow(clippy::unnecessary_cast)] // their types differ among architectures
+    fn of(stat: Stat) -> SeenFile {
+        SeenFile {
+            device: stat.st_dev as u64,
+            inode: stat.st_ino as u64,
+            changed: (stat.st_ctime as i64, stat.st_ctime_nsec as i64),
+            written: (stat.st_mtime as i64, stat.st_mtime_nsec as i64),
+        }
     }
 }
 

@@ -219,14 +219,19 @@ impl Image {
     /// [`Volumes::link_home`](super::Volumes::link_home) makes it, perhaps to an earlier
     /// place of the writable volume.
     pub fn is_layer_link(&self, id: SnapshotId) -> Result<bool> {
-        match readlinkat(self.dirs.snapshots_fd(), id.to_string(), Vec::new()) {
+        self.leads_to_layer(&id.to_string(), id)
+    }
+
+    /// Whether the entry `name` of `snapshots/` is a link of this layer.
+    pub(super) fn leads_to_layer(&self, name: &str, id: SnapshotId) -> Result<bool> {
+        match readlinkat(self.dirs.snapshots_fd(), name, Vec::new()) {
             Ok(target) => {
-                let name = format!("/{SNAPSHOTS}/{id}");
-                Ok(target.to_bytes().ends_with(name.as_bytes()))
+                let end = format!("/{SNAPSHOTS}/{id}");
+                Ok(target.to_bytes().ends_with(end.as_bytes()))
             }
             Err(Errno::NOENT | Errno::INVAL) => Ok(false),
             Err(errno) => {
-                Err(errno).context(|| format!("read the link {}/{id}", self.snapshots_path()))
+                Err(errno).context(|| format!("read the link {}/{name}", self.snapshots_path()))
             }
         }
     }

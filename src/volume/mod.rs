@@ -40,6 +40,7 @@ mod moving;
 mod paths;
 mod planned_mounts;
 mod preconditions;
+mod presence;
 mod snapshot_dirs;
 mod unpacked;
 
@@ -52,6 +53,7 @@ pub use image::{Image, Root};
 pub use moving::moving_id;
 pub use paths::{PROBE, ROOT_NAMES, UPPER, WRITABLE_NAMES};
 pub use preconditions::{Holding, Lifetime, Reserve, Unused, keeps_times, require_mount};
+use presence::Presence;
 pub use snapshot_dirs::{SnapshotDirs, WorkMark};
 pub use unpacked::{UnpackDir, is_handed_over, is_unpacked, replaced_id};
 
@@ -75,11 +77,12 @@ pub struct Volumes {
     writable_path: MountPath,
     /// Set once the writable volume has been claimed or recognised.
     writable_identity: OnceLock<Identity>,
-    /// The mark that was last found to be the right one.
-    writable_mark: Mutex<Option<Seen>>,
+    writable_presence: Presence,
     /// Compares the block of ids that was used last on a volume with the database, once a
     /// caller has asked for that.
     judge: OnceLock<Box<Judge>>,
+    /// Called each time the writable volume was confirmed again.
+    on_return: OnceLock<Box<OnReturn>>,
     /// Whether the volumes were on two file systems when the writable volume was
     /// last recognised.
     are_on_two_file_systems: AtomicBool,
@@ -88,6 +91,7 @@ pub struct Volumes {
 }
 
 type Judge = dyn Fn(Volume, Option<&Block>) -> Result<History> + Send + Sync;
+type OnReturn = dyn Fn(&Dirs) -> Result<()> + Send + Sync;
 
 impl Volumes {
     /// The volumes of an opened root and a writable directory. No disk is
@@ -97,8 +101,9 @@ impl Volumes {
             image,
             writable_path,
             writable_identity: OnceLock::new(),
-            writable_mark: Mutex::new(None),
+            writable_presence: Presence::new(),
             judge: OnceLock::new(),
+            on_return: OnceLock::new(),
             are_on_two_file_systems: AtomicBool::new(false),
             withheld_for: Mutex::new(None),
         }
@@ -150,6 +155,22 @@ impl Volumes {
         let _ = self.judge.set(Box::new(judge));
     }
 
+    /// Has `mark` called each time the writable volume was away, or may have been, and is
+    /// found to be the right one again. If `mark` fails, the volume is used all the same.
+    pub fn on_return(&self, mark: impl Fn(&Dirs) -> Result<()> + Send + Sync + 'static) {
+        let _ = self.on_return.set(Box::new(mark));
+    }
+
+    /// Records durably that ids of this block are used on a volume.
+    pub fn record_block(&self, dirs: &Dirs, block: &Block) -> Result<()> {
+        dirs.record_block(block)?;
+        if dirs.volume() == Volume::Writable {
+            let presence = &self.writable_presence;
+            presence.change(|seen| seen.with_ids_of(dirs.top_fd()));
+        }
+        Ok(())
+    }
+
     /// Returns an error for a volume of another history, once
     /// [`Volumes::refuse_other_histories`] was called. A volume without snapshots
     /// has no history.
@@ -198,23 +219,43 @@ impl Volumes {
             Volume::Image => Ok(Arc::clone(self.image.dirs())),
             Volume::Writable => {
                 self.require_answering()?;
-                let identity = self.expected_writable()?;
                 let path = &self.writable_path;
-                let top = identity::open_expected(path, identity)?;
-                // Looked at before the mark is read: if it changes in between,
-                // the next call reads it again.
-                let seen = Seen::in_directory(&top);
-                if self.is_confirmed(seen) {
-                    return Ok(Arc::new(Dirs::open_marked(path, top)?));
+                let top = identity::open_expected(path, self.expected_writable()?)?;
+                match self.is_confirmed(Seen::in_directory(&top)) {
+                    true => Ok(Arc::new(Dirs::open_marked(path, top)?)),
+                    false => self.confirm_writable().map(Arc::new),
                 }
-                identity::confirm(&top, path, identity)?;
-                self.require_apart(&top)?;
-                let dirs = Dirs::open_marked(path, top)?;
-                self.require_same_history(&dirs)?;
-                *lock(&self.writable_mark) = seen;
-                Ok(Arc::new(dirs))
             }
         }
+    }
+
+    /// Opens the writable volume, and finds out whether it is the right one.
+    fn confirm_writable(&self) -> Result<Dirs> {
+        let identity = self.expected_writable()?;
+        let path = &self.writable_path;
+        let look = self.writable_presence.look(path);
+        let top = identity::open_expected(path, identity)?;
+        // Looked at before the mark is read: if it changes in between, the next call
+        // reads it again.
+        let seen = Seen::in_directory(&top);
+        identity::confirm(&top, path, identity)?;
+        self.require_apart(&top)?;
+        let dirs = Dirs::open_marked(path, top)?;
+        self.require_same_history(&dirs)?;
+        let Some(mark) = self.on_return.get() else {
+            self.writable_presence.confirm(look, seen);
+            return Ok(dirs);
+        };
+        if let Err(error) = mark(&dirs) {
+            log::warn!(
+                "if a copy of the writable volume from before its return is mounted later, that \
+                 is not noticed: {}",
+                error.chain()
+            );
+        }
+        let seen = seen.map(|seen| seen.with_ids_of(dirs.top_fd()));
+        self.writable_presence.confirm(look, seen);
+        Ok(dirs)
     }
 
     /// Like [`Volumes::open`] of the writable volume, for callers that need
@@ -241,7 +282,7 @@ impl Volumes {
     }
 
     fn is_confirmed(&self, seen: Option<Seen>) -> bool {
-        seen.is_some() && seen == *lock(&self.writable_mark)
+        self.writable_presence.is_confirmed(seen)
     }
 
     /// Returns `ErrorKind::FailedPrecondition` if the writable directory is on a disk

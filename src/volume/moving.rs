@@ -19,6 +19,7 @@ use super::dirs::{Entry, ensure_directory, open_path, stop_handing_on};
 use super::durable::failed_flush;
 use super::image::Image;
 use super::paths::{SCRATCH, WORK};
+use super::unpacked::replaced_name;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::SnapshotId;
 use crate::util::fault_point::is_left_out;
@@ -128,6 +129,13 @@ impl Image {
     /// unfinished copy. Returns the name there; `None` if there was nothing.
     pub fn end_move(&self, id: SnapshotId) -> Result<Option<String>> {
         self.dirs().trash_entry(&moving_name(id))
+    }
+
+    /// Whether the link of a layer has another name by now, which only an exchange gives
+    /// it: with a copy, or with a layer that was unpacked to replace it.
+    pub fn has_exchanged_link(&self, id: SnapshotId) -> Result<bool> {
+        Ok(self.leads_to_layer(&moving_name(id), id)?
+            || self.leads_to_layer(&replaced_name(id), id)?)
     }
 
     /// The type of a layer's entry: a link, a directory, or `None`.

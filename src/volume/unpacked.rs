@@ -207,7 +207,7 @@ impl Dirs {
     }
 }
 
-fn replaced_name(id: SnapshotId) -> String {
+pub(super) fn replaced_name(id: SnapshotId) -> String {
     format!("{REPLACED}{id}")
 }
 

@@ -4,13 +4,14 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use registered::registered;
 
 use crate::check::{check, is_clean};
 use crate::content::layer;
 use crate::support::client::Client;
-use crate::support::daemon::{Split, is_empty, refused};
+use crate::support::daemon::{BINARY, Split, is_empty, refused};
 use crate::support::mounted::Mounted;
 use crate::support::tree;
 
@@ -223,6 +224,17 @@ fn a_copy_is_the_way_back() {
     fs::remove_file(log_of(&split)).unwrap();
     is_refused(&split, &["a copy of an earlier state", "UTC"]);
 
+    // A repair that is killed has begun a log.
+    for _ in 0..2 {
+        let killed = Command::new(BINARY)
+            .args(["check", "--repair", "--yes"])
+            .args(split.daemon.arguments())
+            .env("SNAPSHOTTER_FAULT", "repair-recorded")
+            .status()
+            .unwrap();
+        assert!(!killed.success());
+        assert!(fs::metadata(log_of(&split)).unwrap().len() > 0);
+    }
     let client = repair(&mut split);
     holds(&client, "first");
     assert_eq!(client.names(&[]).unwrap(), ["base-first", "web-first"]);

@@ -43,9 +43,11 @@ mod recovery;
 mod refusals;
 mod relocation;
 mod rescue;
+mod rollback;
 mod status;
 #[path = "../support/mod.rs"]
 mod support;
+mod twins;
 mod usage;
 mod volumes;
 mod whiteouts;

@@ -8,6 +8,7 @@ use std::path::Path;
 use grpcio::RpcStatusCode;
 use registered::registered;
 
+use crate::check::check;
 use crate::content::layer;
 use crate::support::daemon::{Split, command, is_empty};
 use crate::support::mounted::Mounted;
@@ -319,4 +320,27 @@ fn lost_layers_are_reported() {
     layer(&client, "lost", "", |_| ());
     client.prepare("other", "lost", &[]).unwrap();
     client.cleanup().unwrap();
+}
+
+/// Names, owners and modes of empty files are content. A layer that holds nothing else, and
+/// is lost, is not replaced by an empty one.
+#[registered(crate::Test)]
+fn a_lost_layer_of_directories_is_named() {
+    let mut split = Split::start(&["--relocate", "never"]);
+    let client = split.client();
+    let fill = |top: &Path| fs::create_dir_all(top.join("srv/data")).unwrap();
+    layer(&client, "unpacked-init", "", fill);
+    fill(Path::new(
+        &client.prepare("web", "", &[]).unwrap()[0].source,
+    ));
+    client.commit("web", "committed", &[]).unwrap();
+    split.daemon.stop();
+    fs::remove_dir_all(split.root().join("snapshots/1")).unwrap();
+    fs::remove_dir_all(split.writable().join("snapshots/2")).unwrap();
+    split.daemon.restart();
+    assert_eq!(split.daemon.log().matches("is lost").count(), 2);
+    split.daemon.stop();
+    let (code, said, _) = check(&split, &["--json"]);
+    assert_eq!(code, 1);
+    assert_eq!(said.matches("\"layer-missing\"").count(), 2, "{said}");
 }

@@ -8,9 +8,11 @@
 //!
 //! After a crash before the exchange, the copy is dropped, and the layer is
 //! where it was. After the exchange the copy is whole, and the next start
-//! records the move.
+//! records the move. The link, which the copy has changed names with, is the proof of the
+//! exchange; see [`recovery`].
 
 mod leftovers;
+mod recovery;
 mod worker;
 
 use std::collections::HashSet;
@@ -37,6 +39,7 @@ use crate::util::lock::lock;
 use crate::util::monitor::Monitor;
 use crate::volume::{Dirs, UPPER, Volumes};
 use leftovers::Replaced;
+pub(super) use recovery::Namesake;
 
 /// The number of this boot of the host (random(4)).
 fn boot_id() -> Result<String> {
@@ -174,6 +177,12 @@ impl Relocator {
         let is_exchanged = image.layer_entry(id)? == Some(FileType::Directory);
         let mut bytes = 0;
         if is_exchanged {
+            if !image.has_exchanged_link(id)? {
+                return Err(Error::refused(format!(
+                    "no move has put the directory there that has the layer's number, {id}, on the \
+                     image volume: the next start sets it aside"
+                )));
+            }
             // A crash may have come between the exchange and its flush.
             image.dirs().settle_names()?;
         } else {
@@ -203,7 +212,10 @@ impl Relocator {
         if !is_exchanged
             && let Err(error) = self.links.require([id]).and_then(|()| image.exchange(id))
         {
-            self.end_move(id, trashed)?;
+            // After an exchange whose flush has failed, the link stays as its proof.
+            if image.layer_entry(id)? != Some(FileType::Directory) {
+                self.end_move(id, trashed)?;
+            }
             return Err(error);
         }
         fault_point("exchanged");
@@ -414,64 +426,6 @@ impl Relocator {
         self.store
             .together(|transaction| transaction.move_home(id, &held, &boot_id))
             .map(drop)
-    }
-
-    /// At a start, before strays are looked for: finishes moves whose exchange
-    /// has happened, drops the others, and forgets leftover directories of an
-    /// earlier boot, which nothing has mounted any more.
-    pub(super) fn recover_moves(&self) -> Result<()> {
-        let image = self.volumes.image();
-        let boot_id = boot_id()?;
-        for away in self.store.read()?.away()? {
-            let is_exchanged = match image.layer_entry(away.id)? {
-                Some(FileType::Directory) => true,
-                _ => self.finish_rename(away.id)?,
-            };
-            if is_exchanged {
-                // If the writable volume answers late, a request may remove the layer.
-                let _claim = self.ids.claim(away.id);
-                if !self.is_unmoved(away.id)? {
-                    continue;
-                }
-                self.record_exchanged(away.id)?;
-                log::info!(
-                    "recorded that layer {} has moved to the image volume",
-                    Quoted(&away.name)
-                );
-            }
-        }
-        let mut leftover = self.store.read()?.retired()?;
-        leftover.retain(|leftover| leftover.boot_id != boot_id);
-        if leftover.is_empty() {
-            return Ok(());
-        }
-        self.store.together(|transaction| {
-            leftover
-                .iter()
-                .try_for_each(|leftover| transaction.forget_retired(leftover.id))
-        })
-    }
-
-    /// Finishes a move by [`Relocator::rename_home`] after a crash between its
-    /// two renames, when the layer exists only under the move's own name.
-    fn finish_rename(&self, id: SnapshotId) -> Result<bool> {
-        let image = self.volumes.image();
-        let Ok(writable) = self.volumes.open(Volume::Writable) else {
-            return Ok(false);
-        };
-        match writable.open_snapshot(id) {
-            Ok(_) => return Ok(false),
-            Err(error) if error.kind() == ErrorKind::DataLoss => {}
-            Err(error) => return Err(error),
-        }
-        if !image.is_renamed_layer(id)? {
-            return Ok(false);
-        }
-        // There is a link, or after a power cut nothing. In both cases a link
-        // is created first, so that there is an entry to exchange.
-        self.volumes.link_home(id)?;
-        image.exchange(id)?;
-        Ok(true)
     }
 }
 

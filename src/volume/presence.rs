@@ -1,0 +1,97 @@
+//! Whether the writable volume is still the one that was last found to be the right one.
+//!
+//! Two signs show that it may not be: its mark or its record of ids is another file, or its
+//! file system was unmounted in between. After an unmount the same disk may be back in an
+//! earlier state, with the same files. The kernel reports the unmount through an inotify
+//! watch on the mark (inotify(7), `IN_UNMOUNT`). A watch does not keep the file system
+//! mounted.
+
+use std::sync::Mutex;
+
+use rustix::fd::OwnedFd;
+use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
+use rustix::io::read;
+
+use super::identity::Seen;
+use super::paths::MARK;
+use crate::util::lock::lock;
+
+/// Enough for some events without names, which are 16 bytes each.
+const EVENTS_BYTES: usize = 1024;
+
+pub(super) struct Presence {
+    state: Mutex<State>,
+    /// `None` if the system gives no more of them: then only the files are compared.
+    events: Option<OwnedFd>,
+}
+
+#[derive(Default)]
+struct State {
+    confirmed: Option<Seen>,
+    /// The number of times that the kernel has reported an unmount, or a removed mark.
+    departures: u64,
+}
+
+/// A look at the volume that may confirm it.
+#[derive(Clone, Copy)]
+pub(super) struct Look {
+    departures: u64,
+}
+
+impl Presence {
+    pub(super) fn new() -> Presence {
+        Presence {
+            state: Mutex::default(),
+            events: init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).ok(),
+        }
+    }
+
+    /// Whether the volume that is seen now is the confirmed one.
+    pub(super) fn is_confirmed(&self, seen: Option<Seen>) -> bool {
+        let mut state = lock(&self.state);
+        self.take_events(&mut state);
+        seen.is_some() && seen == state.confirmed
+    }
+
+    /// Begins to look at the volume at `path`. It has to be opened after that.
+    pub(super) fn look(&self, path: &str) -> Look {
+        if let Some(events) = &self.events {
+            let flags = WatchFlags::DELETE_SELF | WatchFlags::DONT_FOLLOW;
+            // If there is no mark, the volume is not confirmed.
+            let _ = add_watch(events, format!("{path}/{MARK}"), flags);
+        }
+        let mut state = lock(&self.state);
+        self.take_events(&mut state);
+        Look {
+            departures: state.departures,
+        }
+    }
+
+    /// Ends a look that has found the right volume. It is not confirmed if it may have
+    /// been unmounted since.
+    pub(super) fn confirm(&self, look: Look, seen: Option<Seen>) {
+        let mut state = lock(&self.state);
+        self.take_events(&mut state);
+        if state.departures == look.departures {
+            state.confirmed = seen;
+        }
+    }
+
+    /// Changes what the confirmed volume looks like, after a change by this program.
+    pub(super) fn change(&self, change: impl FnOnce(Seen) -> Seen) {
+        let mut state = lock(&self.state);
+        self.take_events(&mut state);
+        state.confirmed = state.confirmed.map(change);
+    }
+
+    fn take_events(&self, state: &mut State) {
+        let Some(events) = &self.events else {
+            return;
+        };
+        let mut buffer = [0_u8; EVENTS_BYTES];
+        while read(events, &mut buffer).is_ok_and(|length| length > 0) {
+            state.departures += 1;
+            state.confirmed = None;
+        }
+    }
+}
