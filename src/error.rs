@@ -36,7 +36,7 @@ pub enum ErrorKind {
     Unavailable,
     /// The caller has gone, or does not wait any longer.
     Cancelled,
-    /// What should be on a disk is not there, or is damaged.
+    /// Data that should be on a disk is missing or damaged.
     DataLoss,
     /// A bug, or a fault of the machine.
     Internal,
@@ -128,7 +128,7 @@ impl Error {
         self.kind
     }
 
-    /// The whole story on one line, outermost first: `doing a: doing b: cause`.
+    /// The error and all its causes on one line, outermost first: `doing a: doing b: cause`.
     pub fn chain(&self) -> String {
         let mut text = self.what.clone();
         let mut next = std::error::Error::source(self);

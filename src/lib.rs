@@ -7,7 +7,6 @@
 //! for commands. `root` opens the root directory for the daemon and for commands.
 //! `waits` counts what requests wait for. `types`, `error`, `sys` and `util` may be used by
 //! every module, and `text` has pure functions only.
-//! functions only.
 
 pub mod commands;
 pub mod config;

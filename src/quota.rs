@@ -220,11 +220,11 @@ impl<'a> Quotas<'a> {
         }
     }
 
-    /// Has XFS free the space of deleted files now. XFS does that in the
-    /// background, and at once, or a moment later, when a program asks for the
-    /// quota of project 0 (Linux 5.14, `xfs_qm_scall_getquota`).
+    /// Makes XFS free the space of deleted files soon. XFS usually does this in the
+    /// background. When a program asks for the quota of project 0, XFS does it at once or
+    /// a moment later (Linux 5.14, `xfs_qm_scall_getquota`).
     pub fn settle(&self) {
-        // The answer is not needed, only what XFS does before it.
+        // The result is not needed: the request itself has the effect.
         let _ = sys::quota(self.target(), 0);
     }
 

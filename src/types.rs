@@ -51,8 +51,8 @@ pub const MAX_LABEL_BYTES: usize = 4096;
 /// program.
 const MAX_ID: u64 = 1 << 53;
 
-/// The number under which a snapshot's directories are found. Starts at 1,
-/// only grows, and stays the same when the snapshot is committed.
+/// The number of a snapshot, which is also the name of its directories. The first
+/// snapshot has 1, and each new one gets a higher number. A commit does not change it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SnapshotId(u64);
 
@@ -178,11 +178,11 @@ impl Block {
 /// How the state of a volume and the state of a database fit together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum History {
-    /// Nothing shows that they are of different moments.
+    /// Nothing shows that the volume and the database are in states of different times.
     Same,
     /// The volume is in an earlier state than the database.
     Earlier,
-    /// The volume is another database's, or in a later state than this
+    /// The volume belongs to another database, or is in a later state than this
     /// database.
     Other,
 }
@@ -268,7 +268,7 @@ impl Timestamp {
         Timestamp(nanos)
     }
 
-    /// From nanoseconds since 1970.
+    /// The moment that is this number of nanoseconds after the beginning of 1970.
     pub fn from_nanos(nanos: i64) -> Timestamp {
         Timestamp(nanos)
     }

@@ -25,8 +25,8 @@ pub(super) struct Position {
 }
 
 /// A file system's device as the kernel writes it, and a path on that file
-/// system. A bind mount can show a directory below other directories than those
-/// it is stored in, which only this pair reveals.
+/// system. A bind mount can show one directory at several paths; this pair is the same
+/// for all of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     device: String,
@@ -116,7 +116,8 @@ fn place_on(mounted: &Mounted, path: &Path) -> Option<Place> {
     })
 }
 
-/// Opens a directory that is to be kept apart; `None` if it is not there.
+/// Opens one of the snapshotter's own directories, from which host directories are kept
+/// apart; `None` if the directory does not exist.
 pub(super) fn open_kept(path: &str) -> Result<Option<OwnedFd>> {
     match open(path, DIRECTORY, Mode::empty()) {
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),

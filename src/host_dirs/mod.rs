@@ -244,7 +244,7 @@ impl<'a> Starts<'a> {
                     Some(Ok(there)) => return Ok((number, there)),
                     Some(Err(error)) => refusal = Some(error),
                 },
-                // This allowed directory may be the one that was meant.
+                // The path begins with this allowed directory, so the error concerns the path.
                 Err(error) if is_named => {
                     refusal.get_or_insert(Error::new(error.kind(), error.chain()));
                 }
@@ -253,7 +253,7 @@ impl<'a> Starts<'a> {
         }
         Err(refusal.unwrap_or_else(|| {
             Error::invalid(format!(
-                "it is not beneath what --allow-lower names: {}",
+                "it is not in a directory that --allow-lower names: {}",
                 self.allowed.join(", ")
             ))
         }))
@@ -284,7 +284,8 @@ impl<'a> Taken<'a> {
         let clashes = |other: &Place| other.is_within(&place) || place.is_within(other);
         if let Some((_, other)) = self.0.iter().find(|(other, _)| clashes(other)) {
             return Err(Error::invalid(format!(
-                "one of it and {} holds the other, which overlayfs refuses: name one",
+                "one of this directory and {} holds the other, and overlayfs does not mount both: \
+                 name only one of them",
                 Quoted(other)
             )));
         }
@@ -320,7 +321,7 @@ impl Surroundings {
             None => Ok(()),
             Some((_, path)) => Err(Error::invalid(format!(
                 "the snapshotter keeps its own data in {path}, and the directory is {path}, is in \
-                 it or contains it: name one that is apart from {path}"
+                 it or contains it: name a directory outside of {path} that does not contain {path}"
             ))),
         }
     }

@@ -73,7 +73,7 @@ impl Start {
         self.names.iter().find_map(|name| strip_prefix(path, name))
     }
 
-    /// Whether an opened directory is, at this moment, this one or below it.
+    /// Whether an opened directory is, at this moment, this allowed directory or below it.
     pub fn holds(&self, fd: impl AsFd) -> Result<bool> {
         Ok(Path::new(OsStr::from_bytes(&path_of(fd)?))
             .starts_with(OsStr::from_bytes(&path_of(&self.fd)?)))

@@ -22,8 +22,8 @@ use crate::tree::{self, Differences, Rules};
 use crate::types::{Kind, Mount, Usage, Volume};
 use crate::volume::{Dirs, Owner, UnpackDir, Unused};
 
-/// The directory in which layers are unpacked to be compared. It is removed
-/// when dropped.
+/// The directory in which layers are unpacked to be compared. Dropping this value removes
+/// the directory.
 pub struct Unpacking<'a> {
     pub(super) snapshotter: &'a Snapshotter,
     /// `None` only during the drop.
@@ -57,7 +57,7 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if another process does this already.
+    /// [`ErrorKind::FailedPrecondition`] if another process is comparing layers already.
     pub fn begin_unpacking<'a>(&'a self, cancel: &'a AtomicBool) -> Result<Unpacking<'a>> {
         let unpacking = Unpacking {
             snapshotter: self,
@@ -70,15 +70,15 @@ impl Snapshotter {
 }
 
 impl Unpacking<'_> {
-    /// Unpacks a layer with `unpack`, which gets the mount to write to, and compares it
-    /// with the one that is there. The unpacked layer stays until the next one, or the
-    /// end. `unpack` also gets a function that returns an error once it has written too
-    /// much for this layer.
+    /// Unpacks a layer again with `unpack`, which writes to the given mount, and compares
+    /// the result with the layer's directory. The function that `unpack` is given returns
+    /// an error once `unpack` has written too much for this layer. The unpacked layer is
+    /// deleted by the next call, or when this value is dropped.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::ResourceExhausted`] if there is no room for it;
-    /// [`ErrorKind::Cancelled`] if it was cancelled; errors of `unpack`.
+    /// [`ErrorKind::ResourceExhausted`] if the image volume has no room for the unpacked
+    /// layer; [`ErrorKind::Cancelled`] if the comparison was cancelled; errors of `unpack`.
     pub fn compare(
         &self,
         layer: &Snapshot,

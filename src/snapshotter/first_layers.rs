@@ -75,9 +75,9 @@ impl Snapshotter {
             transaction.commit()?;
         }
         Err(Error::refused(format!(
-            "{naming}, and no label {LABEL_PARENT_CHAIN_ID} has announced one, so what the \
-             layer deletes may be missing: pull the image again; this containerd's layers are \
-             unpacked with their deletions from now on"
+            "{naming}, and no label {LABEL_PARENT_CHAIN_ID} has announced it, so files that the \
+             layer deletes may still show: pull the image again. From now on, the layers of this \
+             containerd are unpacked with their deletions"
         )))
     }
 

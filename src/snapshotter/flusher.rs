@@ -115,7 +115,7 @@ impl Flusher {
         if let Err(error) = recorded {
             log::error!("{}", error.chain());
         }
-        log::error!("the {volume} volume has failed to write data: look at its disk");
+        log::error!("the {volume} volume has failed to write data: check its disk");
     }
 
     /// Whether a failure of a volume is recorded.
@@ -172,7 +172,7 @@ impl Flusher {
         }
         Err(Error::data_loss(format!(
             "the {volume} volume has failed to write data while this snapshot was being \
-             filled: remove it, look at the disk, and fill it again"
+             filled: remove the snapshot, check the disk, and create the snapshot again"
         )))
     }
 

@@ -127,7 +127,7 @@ impl LabelSource {
     fn reason(self, label: &str) -> &'static str {
         match self {
             LabelSource::Pod if label == LABEL_SNAPSHOT_REF => {
-                "in the namespace k8s.io an unpack is known by its key alone"
+                "in the namespace k8s.io only the key of a snapshot marks it as an unpack"
             }
             LabelSource::Pod => {
                 "in the namespace k8s.io it may come from a pod's annotations; give the daemon \

@@ -205,7 +205,8 @@ impl Links {
             }
             Err(error) => {
                 self.trash.note_stray(Volume::Image);
-                Err(error).context(|| format!("remove what layer {id} has on the image volume"))
+                Err(error)
+                    .context(|| format!("remove the entries of layer {id} on the image volume"))
             }
         }
     }
@@ -215,8 +216,8 @@ fn not_answered(id: SnapshotId) -> Error {
     Error::new(
         ErrorKind::Unavailable,
         format!(
-            "the image disk has not taken the link of layer {id} for {} seconds: look whether it \
-             answers, and try again",
+            "the link of layer {id} on the image volume is not created after {} seconds: check \
+             whether the image disk answers, and try again",
             LONGEST.as_secs()
         ),
     )

@@ -26,8 +26,8 @@ pub enum SyncMode {
 pub enum Relocation {
     /// They move to the image volume, no earlier than `after` their commit.
     Background {
-        /// Long enough that most short-lived layers of builds and of Docker are
-        /// removed before.
+        /// The time should be long enough for most short-lived layers of builds and of
+        /// Docker to be removed before they move.
         after: Duration,
         /// Whether a small layer stays as long as something stands on it. This avoids
         /// copying Docker's small layers, which are removed with their container.

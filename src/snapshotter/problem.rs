@@ -243,14 +243,14 @@ impl fmt::Display for Finding {
             Problem::DiskFailed => write!(
                 out,
                 "the {volume} volume has failed to write data: snapshots that were being filled \
-                 then may have lost some, and are not committed; look at the disk, remove them \
-                 and fill them again"
+                 then may have lost data, and cannot be committed: check the disk, remove these \
+                 snapshots, and create them again"
             ),
             Problem::OtherHistory => write!(
                 out,
-                "the {volume} volume and the database are not of the same day, or do not belong \
-                 together: containers may show each other's files. Put the right ones together \
-                 rather than repair this"
+                "the {volume} volume and the database are in states of different times, or do not \
+                 belong together: a container may show another container's files. Rather than \
+                 repair this, put back the volume and the database that belong together"
             ),
             Problem::DatabaseOlder { highest } => write!(
                 out,

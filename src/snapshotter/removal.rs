@@ -10,8 +10,8 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if others
-    /// stand on it.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if another snapshot
+    /// stands on it.
     pub fn remove(&self, key: &str) -> Result<()> {
         self.remove_snapshot(key)
             .context(|| format!("remove snapshot {}", Quoted(key)))

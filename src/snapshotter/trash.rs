@@ -142,7 +142,7 @@ impl Trash {
         let recovered = self.projects.recover(dirs);
         recovered.unwrap_or_else(|error| {
             self.note_stray(Volume::Writable);
-            log::warn!("cannot look at the project quotas: {}", error.chain());
+            log::warn!("cannot read the project quotas: {}", error.chain());
             Vec::new()
         })
     }

@@ -160,7 +160,7 @@ fn a_database_does_not_take_the_directories_of_another_branch() {
     refused(split.daemon.arguments());
     let (_, said, _) = check(&split, &["--repair", "--yes"]);
     assert!(
-        said.contains("containers may show each other's files"),
+        said.contains("a container may show another container's files"),
         "{said}"
     );
     assert!(written(&split).contains(&"guest".to_owned()));
