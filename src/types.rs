@@ -412,8 +412,7 @@ impl fmt::Display for QuotedPath<'_> {
     }
 }
 
-/// Writes a character for a terminal, which obeys control characters. Characters that
-/// change the direction of a text can make it read as another one.
+/// Writes a character, escaped if a terminal would obey it ([`is_obeyed`]).
 pub fn write_escaped(out: &mut impl fmt::Write, c: char) -> fmt::Result {
     match is_obeyed(c) {
         true => write!(out, "{}", c.escape_default()),
@@ -421,7 +420,9 @@ pub fn write_escaped(out: &mut impl fmt::Write, c: char) -> fmt::Result {
     }
 }
 
-/// Whether a terminal obeys a character instead of showing it.
+/// Whether a terminal obeys a character instead of showing it. This includes characters
+/// that change the direction of a text, because a text can look like another one with
+/// them.
 pub fn is_obeyed(c: char) -> bool {
     let turns = ['\u{61c}', '\u{200e}', '\u{200f}'].contains(&c)
         || ('\u{202a}'..='\u{202e}').contains(&c)

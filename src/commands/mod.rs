@@ -10,6 +10,7 @@ pub mod output;
 mod progress;
 pub mod status;
 
-/// For the child that asks whether the writable volume answers.
+/// The argument and the function for the child process that finds out whether the writable
+/// volume answers.
 pub use crate::root::open::ASK_CHILD;
 pub use crate::volume::ask_for_mark;

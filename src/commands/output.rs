@@ -28,8 +28,8 @@ fn write(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// JSON in which the characters that a terminal obeys are escaped. All of them are below
-/// U+10000.
+/// Escapes the characters in JSON that a terminal obeys. All of them are below U+10000, so
+/// one `\u` is enough.
 fn harmless_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {
@@ -41,8 +41,8 @@ fn harmless_json(json: &str) -> String {
     out
 }
 
-/// A text without the characters that a terminal obeys, other than the ends of lines and
-/// this program's own colours: parts of a text may be strangers' words.
+/// Escapes the characters in a text that a terminal obeys, because parts of the text may
+/// come from untrusted sources. The ends of lines and this program's own colours stay.
 pub fn harmless(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;

@@ -37,18 +37,18 @@ pub struct LayerSource {
     pub standing: Standing,
 }
 
-/// What containerd knows of a layer's content, the best first. Any image can name any
-/// content for a layer.
+/// What containerd knows of the content that an image names for a layer, the best first.
+/// This matters because an image may name wrong content for a layer of another image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Standing {
-    /// containerd has unpacked it before, into what the layer has to be.
+    /// containerd has the content, whose unpacked digest is known to be the layer's.
     Proved,
-    /// It is there.
+    /// containerd has the content, and does not know the digest of the unpacked layer.
     There,
-    /// It is there, and containerd has unpacked it before, into something else, or needs a
-    /// plugin for it.
+    /// containerd has the content, but has unpacked it before, with another digest than the
+    /// layer's, or needs a plugin to unpack it.
     Other,
-    /// containerd does not have it.
+    /// containerd does not have the content.
     Missing,
 }
 

@@ -128,7 +128,8 @@ impl<'a> Containerd<'a> {
         Ok(listed.map_err(|error| self.failed(doing(), error))?.images)
     }
 
-    /// What containerd knows of the content with this digest; `None` if it does not have it.
+    /// What containerd knows of the content with this digest; `None` if containerd does not
+    /// have the content.
     fn content_info(&self, namespace: &str, digest: &str) -> Result<Option<Info>> {
         let request = InfoRequest {
             digest: digest.to_owned(),
@@ -179,8 +180,8 @@ impl<'a> Containerd<'a> {
     }
 
     /// Makes containerd unpack a layer onto a mount. Returns the digest of the unpacked
-    /// archive, which containerd computes while unpacking. `watch` is called now and then,
-    /// and stops the unpack by an error.
+    /// archive, which containerd computes while unpacking. `watch` is called now and then;
+    /// if it returns an error, the unpack is stopped.
     ///
     /// # Errors
     ///

@@ -1,8 +1,8 @@
-//! From a configuration to a snapshotter that can serve.
+//! Starting: creates, from a configuration, a snapshotter that can serve.
 //!
-//! Owns: the order of a start, and how long it waits for the writable volume: no disk but
-//! the image volume's and the database's keeps the daemon from serving. Until the writable
-//! volume answers, what needs it is refused.
+//! Owns: the order of a start, and how long it waits for the writable volume. The daemon
+//! serves even if the writable volume's disk does not answer; until it answers, requests
+//! that need it are refused.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,11 +21,12 @@ use crate::util::patience::Patience;
 use crate::volume::{Image, Lifetime, Volumes, require_mount};
 
 /// How long a start waits for the writable volume. Sleeping disks take seconds to spin up,
-/// and what starts containers at boot asks once; systemd gives a start 90 seconds.
+/// and programs that start containers at boot try only once. systemd permits a start to
+/// take 90 seconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Takes the root's lock, opens the database and the volumes, and puts right what a crash
-/// has left.
+/// Takes the root's lock, opens the database and the volumes, and repairs what a crash has
+/// left.
 pub fn open(config: &Config) -> Result<(Lock, Arc<Snapshotter>)> {
     require_short(&Path::new(&config.state_dir).join(DATABASE))?;
     let mut patience = Patience::start("opener", PATIENCE)?;
@@ -68,7 +69,7 @@ pub fn open(config: &Config) -> Result<(Lock, Arc<Snapshotter>)> {
     Ok((lock, snapshotter))
 }
 
-/// Puts right what a crash has left, on the writable volume only if that answers.
+/// Repairs what a crash has left. On the writable volume, only if the volume answers.
 fn recover(snapshotter: &Snapshotter, opener: &Arc<Opener>, patience: &mut Patience) -> Result<()> {
     let mut ask = |step: fn(&Opener) -> Result<()>| {
         let opener = Arc::clone(opener);
@@ -125,8 +126,8 @@ impl Opener {
         Ok(())
     }
 
-    /// All of it, after the start has given up waiting for a part. What would have been a
-    /// reason not to start is one not to use the volume: each request looks at it again.
+    /// Opens and repairs the volume after the start has given up waiting for this. An error
+    /// that would have stopped the start now only means that the volume is not used.
     fn open_late(&self) {
         let opened = self
             .set_up()
@@ -144,7 +145,7 @@ impl Opener {
         }
     }
 
-    /// Logs what containers will be refused for.
+    /// Logs what project quotas can do, and whether this keeps containers from being created.
     fn log_quotas(&self) {
         let wants_limits = self.wants_limits;
         match self.snapshotter.quota_support() {

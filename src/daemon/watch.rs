@@ -1,8 +1,9 @@
-//! Whether the paths that the daemon serves still lead to what it has open. Another file,
-//! or none, means that the root or the state directory was emptied, or that a disk was
-//! mounted over it: what would be acknowledged from then on would be lost.
+//! Whether the paths of the daemon's files still lead to the files that it has open. If a
+//! path leads to another file, or to none, the root or the state directory was emptied, or
+//! a disk was mounted over it. The daemon must stop then, because later changes would be
+//! lost.
 //!
-//! The kernel has in memory what is asked again and again: no disk is woken.
+//! The kernel keeps these paths in memory, so the checks wake no disk.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -19,10 +20,10 @@ use crate::store::DATABASE;
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 
-/// How often the paths are looked at.
+/// The time between two checks of the paths.
 const INTERVAL: Duration = Duration::from_secs(2);
 
-/// A path, and what it led to at the start.
+/// A path, and the file to which it led at the start.
 struct Watched {
     path: PathBuf,
     file: OwnedFd,
@@ -36,8 +37,8 @@ impl Watched {
         Ok(Watched { path, file })
     }
 
-    /// Whether the path leads to nothing, or to another file. `false` if that cannot be
-    /// found out.
+    /// Whether the path leads to no file, or to another one. Returns `false` if the path
+    /// cannot be resolved for another reason.
     fn is_gone(&self) -> bool {
         let identity = |stat: Stat| (stat.st_dev, stat.st_ino);
         match (lstat(&self.path), fstat(&self.file)) {
@@ -48,19 +49,19 @@ impl Watched {
     }
 }
 
-/// The paths of a serving daemon.
+/// The check of a serving daemon's paths.
 pub struct Watch {
     gone: Arc<OnceLock<PathBuf>>,
     thread: Background,
 }
 
 impl Watch {
-    /// Starts to look at them. `signals` is closed when one of them leads elsewhere.
+    /// Starts to check the paths. Closes `signals` when a path leads elsewhere.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`](crate::error::ErrorKind::Internal) if one cannot be looked
-    /// at now.
+    /// [`ErrorKind::Internal`](crate::error::ErrorKind::Internal) if a path cannot be opened
+    /// now.
     pub fn start(config: &Config, signals: Handle) -> Result<Watch> {
         let root = Path::new(&*config.root);
         let watched = [
@@ -88,7 +89,7 @@ impl Watch {
         Ok(Watch { gone, thread })
     }
 
-    /// Why the daemon cannot serve any longer, if so.
+    /// The reason why the daemon cannot serve any longer; `None` if it can.
     pub fn finding(&self) -> Option<Error> {
         let path = self.gone.get()?.display();
         Some(Error::refused(format!(
@@ -98,7 +99,7 @@ impl Watch {
         )))
     }
 
-    /// The thread that looks.
+    /// The thread that checks the paths.
     pub fn into_thread(self) -> Background {
         self.thread
     }

@@ -86,7 +86,7 @@ impl Policy {
         self.find(paths).map(drop)
     }
 
-    /// As [`Policy::check`], and refuses directories that are not there.
+    /// Like [`Policy::check`], but also returns an error if a directory does not exist.
     pub fn require_present(&self, paths: &[String]) -> Result<()> {
         if paths.is_empty() {
             return Ok(());

@@ -1,9 +1,9 @@
 //! Answers of several pages that are being sent, and a bound for the memory that they hold
 //! together.
 //!
-//! A client may read slowly, or not at all. If all answers hold too much, the ones whose
-//! clients have read nothing for the longest time are given up: new answers are served,
-//! and none of them waits for another client.
+//! A client may read slowly, or not at all. If the answers together hold too much memory,
+//! those whose clients have read nothing for the longest time are given up. So a new
+//! answer never waits for the client of another one.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -33,7 +33,7 @@ struct State {
 struct Held {
     number: u64,
     bytes: usize,
-    /// When its client has last read something.
+    /// When the answer's client has last read something.
     since: Instant,
     /// Dropped when the answer is given up.
     _kept: Sender<()>,

@@ -212,20 +212,20 @@ impl Unpacking<'_> {
     }
 }
 
-/// How much an unpack may take. Content is a stranger's: what has to be one layer may
-/// unpack to more than the volume holds.
+/// How much an unpack may take of the image volume. The content may be wrong or hostile, and
+/// may unpack to more than the volume can hold.
 struct Growth<'a> {
     dirs: &'a Dirs,
     top: &'a OwnedFd,
     most: Usage,
-    /// What has to be free on the volume until the unpacked tree is counted again. It cannot
-    /// have grown beyond `most` before.
+    /// The unpacked tree is counted again only when less than this is free on the volume:
+    /// before that, the tree cannot have grown beyond `most`.
     floor: Cell<Unused>,
-    /// What stays free on the volume in any case.
+    /// How much of the volume the unpack has to leave free.
     reserve_bytes: u64,
 }
 
-/// What a layer may take beyond twice what is recorded of it.
+/// A layer may take twice its recorded size, and this much more.
 const SLACK: Usage = Usage {
     size_bytes: 64 << 20,
     inodes: 10_000,
@@ -265,7 +265,8 @@ impl<'a> Growth<'a> {
         if unused.bytes >= floor.bytes && unused.inodes >= floor.inodes {
             return Ok(());
         }
-        // Others may have written it. The tree changes, so a count may fail.
+        // Other programs may have filled the volume, so the tree is counted. containerd
+        // writes to it meanwhile, so the count may fail.
         let Ok(counted) = tree::count(self.top) else {
             return Ok(());
         };

@@ -18,8 +18,8 @@ use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
 
 impl Snapshotter {
-    /// The first step of a start: refuses an image volume that does not belong to the
-    /// database. From then on both volumes are refused if their history is another one.
+    /// The first step of a start: returns an error if the image volume does not belong to the
+    /// database. From then on, a volume with another history than the database's is refused.
     ///
     /// # Errors
     ///
@@ -31,8 +31,9 @@ impl Snapshotter {
         self.judge(self.volumes.image().dirs())
     }
 
-    /// The second step of a start: as [`Snapshotter::judge_image`], of the writable volume,
-    /// which may be missing. Both are judged before anything is taken for a stray.
+    /// The second step of a start: like [`Snapshotter::judge_image`], for the writable
+    /// volume, which may be missing. Both steps come before any directory without a row is
+    /// moved away.
     ///
     /// # Errors
     ///
@@ -51,30 +52,31 @@ impl Snapshotter {
         GivenOut::read(&*self.store.read()?)?.require_latest(dirs)
     }
 
-    /// The third step of a start: enters moves in the database that a crash has kept from
-    /// being entered. Without the writable volume, those that the image volume alone shows.
+    /// The third step of a start: records in the database the moves of layers that a crash
+    /// has interrupted just before they were recorded. Without the writable volume, only the
+    /// moves that the image volume alone proves are recorded.
     ///
     /// # Errors
     ///
-    /// As of the database and the volumes.
+    /// Those of the database and the volumes.
     pub fn recover_moves(&self) -> Result<()> {
         self.relocator.recover_moves()
     }
 
-    /// Puts both volumes right. The database is known to be the latest, or to be made do
-    /// with.
+    /// Makes both volumes agree with the database. The caller knows that the database is in
+    /// its latest state, or accepts an older state.
     pub(super) fn mend(&self) -> Result<()> {
         self.mend_image()?;
         self.mend_writable()
     }
 
-    /// The fourth step of a start: clears away directories on the image volume that no row
-    /// knows, makes missing uppers again, sets links right, and reports layers that are
-    /// missing. Does not ask the writable volume.
+    /// The fourth step of a start: moves directories without a row away from the image
+    /// volume, creates missing upper directories and links again, and reports missing
+    /// layers. Does not access the writable volume.
     ///
     /// # Errors
     ///
-    /// As of the database and the volume.
+    /// Those of the database and the volume.
     pub fn mend_image(&self) -> Result<()> {
         let inventory = Inventory::read(&*self.store.read()?)?;
         let places: Vec<_> = inventory
@@ -96,18 +98,18 @@ impl Snapshotter {
         );
         let lost = self.heal(&image, &inventory, &on_image);
         lock(&self.lost).extend(lost);
-        // Who makes a snapshot on a volume that cannot be written learns of it.
+        // The first request that creates a snapshot gets the same error.
         warn_of("prepare ids for new snapshots", self.ids.begin(&image));
         Ok(())
     }
 
-    /// The last step of a start: as [`Snapshotter::mend_image`], of the writable volume and
-    /// its project quotas. A volume that is missing is left as it is. May run beside
-    /// requests that do not ask this volume.
+    /// The last step of a start: like [`Snapshotter::mend_image`], for the writable volume
+    /// and its project quotas. A missing volume is only reported. This may run while requests
+    /// are served that do not need this volume.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] without quotas that have to be there.
+    /// [`ErrorKind::FailedPrecondition`] if quotas are required and not available.
     pub fn mend_writable(&self) -> Result<()> {
         warn_of(
             "drop what moves have left",
@@ -119,7 +121,7 @@ impl Snapshotter {
                     let inventory = Inventory::read(&*self.store.read()?)?;
                     let lost = self.heal(&writable, &inventory, &found);
                     lock(&self.lost).extend(lost);
-                    // Without quotas that have to be there nothing is served.
+                    // If quotas are required and not available, nothing is served.
                     let uncharged = match self.options.quota.mode {
                         QuotaMode::Require => self.projects.recover(&writable)?,
                         _ => self.trash.recover_projects(&writable),
@@ -152,8 +154,8 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// The writable volume, which had not answered, may be asked from now on; what moves
-    /// there need not wait longer. `is_mended` says whether it was put right.
+    /// Permits access to the writable volume, which has not answered before, and the moves
+    /// of layers from it. `is_mended` says whether the volume agrees with the database.
     pub fn begin_with_writable(&self, is_mended: bool) {
         self.volumes.release_writable();
         if !is_mended {
@@ -260,7 +262,7 @@ impl Snapshotter {
             if is_whole {
                 continue;
             }
-            // A writable volume that answers late is looked at beside requests.
+            // If the writable volume answers late, requests are served at the same time.
             let Ok(claim) = self.claim(name) else {
                 continue;
             };

@@ -8,8 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Does one piece of work after the other in a thread of its own, and waits for all of them
-/// together no longer than a limit. Nothing waits for the end of the thread.
+/// Does pieces of work in a separate thread, one after the other. The caller waits for all
+/// of them together no longer than a limit, and never for the end of the thread.
 pub struct Patience {
     jobs: Sender<Job>,
     thread: Thread,
@@ -22,7 +22,7 @@ impl Patience {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Internal`] if the system gives no thread.
+    /// [`ErrorKind::Internal`] if the system cannot start a thread.
     pub fn start(name: &str, limit: Duration) -> Result<Patience> {
         let (jobs, queue) = channel::<Job>();
         let started = thread::Builder::new()
@@ -49,8 +49,8 @@ impl Patience {
         self.is_over
     }
 
-    /// Has the thread do this, and waits for it. `None` once the limit has passed: what was
-    /// begun goes on then, and later work is not begun.
+    /// Runs `work` in the thread, and waits for its result. Returns `None` once the limit has
+    /// passed: work that was begun continues then, and later work is not begun.
     pub fn wait_for<T: Send + 'static>(
         &mut self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -71,9 +71,9 @@ impl Patience {
         }
     }
 
-    /// Has the thread do this once all before it is done, and does not wait.
+    /// Runs `work` in the thread after all earlier work, and does not wait for it.
     pub fn leave_to_thread(&self, work: impl FnOnce() + Send + 'static) {
-        // It takes work until this value is dropped, unless a bug has ended it.
+        // The thread takes work until this value is dropped, unless a bug has ended it.
         let _ = self.jobs.send(Box::new(work));
     }
 }

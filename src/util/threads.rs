@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// What [`Background::end_all`] waits at least, and how often it looks.
+/// How long [`Background::end_all`] waits at least, and the time between its checks.
 const MOMENT: Duration = Duration::from_millis(500);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
@@ -46,8 +46,9 @@ impl Background {
 }
 
 impl Background {
-    /// Has all of these threads end, and waits for that until `deadline`, but for a moment at
-    /// least. `false` if one goes on, for example because its disk does not answer.
+    /// Stops all of these threads, and waits for their end until `deadline`, but at least
+    /// for a moment. Returns `false` if a thread is still running then, for example because
+    /// its disk does not answer.
     pub fn end_all(threads: Vec<Background>, deadline: Instant) -> bool {
         threads.iter().for_each(|thread| (thread.stop)());
         let deadline = deadline.max(Instant::now() + MOMENT);

@@ -285,7 +285,8 @@ impl DeepCheck<'_> {
             let why = "it stands on a layer that could not be healed".to_owned();
             return Ok(self.skip(layer, why, None, true));
         }
-        // An image can name wrong content for a layer of another one.
+        // Several sources are tried, because an image can name wrong content for a layer of
+        // another image.
         let mut first_failure = None;
         for source in there {
             match self.compare(layer, source) {
