@@ -124,10 +124,7 @@ fn disks_that_are_not_there() {
     fs::create_dir(&snapshots).unwrap();
     original.is_refused(
         &[],
-        &[
-            "none of the 3 snapshots",
-            "mount the writable volume's disk",
-        ],
+        &["none of the 3 snapshots", "mount the image volume's disk"],
     );
     fs::remove_dir(&snapshots).unwrap();
     fs::rename(&away, &snapshots).unwrap();
