@@ -63,12 +63,7 @@ impl Snapshotter {
             let forgotten = rows.ids.first_forgotten(dirs, entries.keys().copied())?;
             is_older |= forgotten.is_some();
             findings.extend(self.other_history(dirs, entries)?);
-            if self.flusher.has_recorded_failure(dirs.volume())? {
-                findings.push(Finding {
-                    volume: Some(dirs.volume()),
-                    ..about_all(Problem::DiskFailed)
-                });
-            }
+            findings.extend(self.failed_disk(dirs.volume())?);
             let names = dirs.left_out()?;
             left_out.extend(names.iter().map(|name| dirs.left_out_path(name)));
         }
@@ -76,9 +71,8 @@ impl Snapshotter {
             findings.push(self.missing_volume(error)?);
         }
         if is_older {
-            findings.push(about_all(Problem::DatabaseOlder {
-                highest: rows.ids.entered,
-            }));
+            let highest = rows.ids.entered;
+            findings.push(about_all(Problem::DatabaseOlder { highest }));
         }
         let mut snapshots: Vec<&Snapshot> = rows.by_id.values().collect();
         snapshots.sort_by_key(|snapshot| snapshot.id);
@@ -130,6 +124,14 @@ impl Snapshotter {
             findings,
             left_out,
         })
+    }
+
+    fn failed_disk(&self, volume: Volume) -> Result<Option<Finding>> {
+        let has_failed = self.flusher.has_recorded_failure(volume)?;
+        Ok(has_failed.then(|| Finding {
+            volume: Some(volume),
+            ..about_all(Problem::DiskFailed)
+        }))
     }
 
     fn rows(&self) -> Result<Rows> {

@@ -11,12 +11,11 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Stat, fstat, fsync, statat, syncfs, unlinkat};
 use rustix::io::Errno;
 
-use super::dirs::{
-    ensure_directory, list, move_aside, no_directory, open_to_list, open_upper, stop_handing_on,
-};
+use super::dirs::{ensure_directory, list, move_aside, open_to_list, open_upper, stop_handing_on};
 use super::identity;
 use super::image::no_entry_types;
 use super::paths::{EMPTY, IDS, LEFT_OUT, SNAPSHOTS, TRASH, upper_of};
+use super::preconditions::no_directory;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{SnapshotId, Volume};
 

@@ -11,7 +11,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::path::Arg;
 
-use super::paths::{LEFT_OUT, MARK, SNAPSHOTS, TRASH, UPPER, WORK, upper_of};
+use super::paths::{LEFT_OUT, SNAPSHOTS, TRASH, UPPER, WORK, upper_of};
+use super::preconditions::{emptied, no_directory};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::sys::quota;
 use crate::types::{SnapshotId, Volume};
@@ -495,16 +496,4 @@ pub(super) fn ensure_directory(parent: impl AsFd, path: &str, name: &str) -> Res
         Err(Errno::NOTDIR | Errno::LOOP) => Err(no_directory(path, name)),
         opened => opened.context(opening),
     }
-}
-
-fn emptied(path: &str) -> Error {
-    Error::refused(format!(
-        "the writable volume at {path} was emptied: it has its mark, but no directory \
-         {SNAPSHOTS}. Put what was there back; or, if what containers have written is given up, \
-         stop the daemon, remove {path}/{MARK} and run `check --reset-writable`"
-    ))
-}
-
-pub(super) fn no_directory(path: &str, name: &str) -> Error {
-    Error::refused(format!("{path}/{name} is not a directory: move it away"))
 }

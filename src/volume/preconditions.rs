@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::Dirs;
 use super::dirs::open_to_list;
-use super::paths::{NEW_MARK, PROBE, SNAPSHOTS, TRASH};
+use super::paths::{MARK, NEW_MARK, PROBE, SNAPSHOTS, TRASH};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::{entries, is_empty};
 
@@ -235,6 +235,18 @@ pub fn keeps_times(directory: impl AsFd) -> Result<bool> {
     futimens(&file, &times).context(asking)?;
     let stat = fstat(&file).context(asking)?;
     Ok(stat.st_mtime == time.tv_sec && i64::try_from(stat.st_mtime_nsec) == Ok(time.tv_nsec))
+}
+
+pub(super) fn emptied(path: &str) -> Error {
+    Error::refused(format!(
+        "the writable volume at {path} was emptied: it has its mark, but no directory \
+         {SNAPSHOTS}. Put what was there back; or, if what containers have written is given up, \
+         stop the daemon, remove {path}/{MARK} and run `check --reset-writable`"
+    ))
+}
+
+pub(super) fn no_directory(path: &str, name: &str) -> Error {
+    Error::refused(format!("{path}/{name} is not a directory: move it away"))
 }
 
 #[cfg(test)]

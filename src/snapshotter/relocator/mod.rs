@@ -177,12 +177,7 @@ impl Relocator {
         let is_exchanged = image.layer_entry(id)? == Some(FileType::Directory);
         let mut bytes = 0;
         if is_exchanged {
-            if !image.has_exchanged_link(id)? {
-                return Err(Error::refused(format!(
-                    "no move has put the directory there that has the layer's number, {id}, on the \
-                     image volume: the next start sets it aside"
-                )));
-            }
+            self.require_exchanged(id)?;
             // A crash may have come between the exchange and its flush.
             image.dirs().settle_names()?;
         } else {
@@ -250,6 +245,18 @@ impl Relocator {
         }
         fault_point("trashed");
         Ok(Moved::Home(bytes))
+    }
+
+    /// Returns an error unless a move has put the directory of that number on the image
+    /// volume.
+    fn require_exchanged(&self, id: SnapshotId) -> Result<()> {
+        if self.volumes.image().has_exchanged_link(id)? {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "the directory snapshots/{id} on the image volume is not the layer of that number, \
+             because no move has put it there: the next start sets it aside"
+        )))
     }
 
     /// Moves the entry `.moving-<id>` to the trash: an unfinished copy, or the
