@@ -75,8 +75,10 @@ impl Snapshotter {
         };
         let claim = self.take_id(dirs.as_deref())?;
         let id = claim.id;
-        let create = |dirs: &Arc<Dirs>| dirs.create(id, shape_of(kind), owner);
-        let new_dirs = dirs.as_ref().map(create).transpose()?;
+        let new_dirs = dirs
+            .as_deref()
+            .map(|dirs| dirs.create(id, shape_of(kind), owner))
+            .transpose()?;
         let new_project = match &project {
             Some(planned) => self.projects.give(planned, id)?,
             None => None,
