@@ -35,10 +35,11 @@ started=$(date +%s)
 install_tools "$ring"
 
 # Process groups that run in the background.
+shown_job=
 release_job=
 openrc_job=
 clean_up() {
-    for group in $release_job $openrc_job; do
+    for group in $shown_job $release_job $openrc_job; do
         stop "-$group" 60
     done
     ! mountpoint -q "$scratch/disk" || umount -l "$scratch/disk" || :
@@ -114,9 +115,11 @@ run_shown() {
     status=0
     : >"$scratch/output"
     timeout -k 60 1800 "$@" >>"$scratch/output" 2>&1 </dev/null &
+    shown_job=$!
     # Not a pipe, which a process that is left behind would keep open.
-    tail -n +1 -f -s 0.2 --pid=$! "$scratch/output"
-    wait $! || status=$?
+    tail -n +1 -f -s 0.2 --pid="$shown_job" "$scratch/output"
+    wait "$shown_job" || status=$?
+    shown_job=
 }
 
 # Ends the processes that a test binary has left behind, and fails if there are any.
