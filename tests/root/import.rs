@@ -164,7 +164,7 @@ fn a_look_changes_nothing() {
             "\"default/10/stuck\": would be in {}/left-out/12/fs",
             original.writable().display()
         ),
-        "all that would be kept in",
+        "all these would be kept in",
         "default/7/broken",
         "default/8/gone",
         "nothing was changed",
@@ -320,7 +320,7 @@ fn what_is_missing_is_left_out() {
         "left out 5",
         "image volume has no snapshots/9/fs",
         "stands on \"default/7/lost\", which cannot be taken over",
-        "holds 2 inodes, and held 3",
+        "has 2 inodes, and had 3",
         "writable volume has no snapshots/13/fs",
         "namespace default",
         "pull them again",

@@ -95,7 +95,7 @@ fn disks_that_are_not_there() {
     let (code, _, complaint) = original.import(&[]);
     assert_eq!(code, 2);
     for words in [
-        "mount its disk",
+        "volume's disk",
         "none of the 2 snapshots",
         "--writable-volatile",
     ] {
@@ -122,7 +122,7 @@ fn disks_that_are_not_there() {
     );
     fs::rename(&snapshots, &away).unwrap();
     fs::create_dir(&snapshots).unwrap();
-    original.is_refused(&[], &["none of the 3 snapshots", "mount its disk"]);
+    original.is_refused(&[], &["none of the 3 snapshots", "volume's disk"]);
     fs::remove_dir(&snapshots).unwrap();
     fs::rename(&away, &snapshots).unwrap();
 
@@ -231,7 +231,7 @@ fn layers_on_a_disk_that_is_not_there() {
             for words in [
                 "writable/snapshots has none",
                 "1 snapshots",
-                "mount its disk",
+                "volume's disk",
             ] {
                 assert!(complaint.contains(words), "{words}: {complaint}");
             }
@@ -267,7 +267,10 @@ fn a_wrong_database() {
     let latest = fs::read(original.database()).unwrap();
     fs::write(original.database(), &older).unwrap();
     for flags in [&["--dry-run"][..], &[]] {
-        original.is_refused(flags, &["snapshots/11", "numbers up to 8 only"]);
+        original.is_refused(
+            flags,
+            &["snapshots/11", "the highest id in the database is 8"],
+        );
     }
     fs::write(original.database(), &latest).unwrap();
     // A directory is made before its snapshot is entered.
@@ -279,7 +282,10 @@ fn a_wrong_database() {
         original.root().join("snapshots/13"),
     )
     .unwrap();
-    original.is_refused(&[], &["snapshots/13", "numbers up to 11 only"]);
+    original.is_refused(
+        &[],
+        &["snapshots/13", "the highest id in the database is 11"],
+    );
     fs::remove_dir_all(original.root().join("snapshots/13")).unwrap();
 
     // What an earlier import has left out, with ids that are given out again.
@@ -297,7 +303,7 @@ fn a_wrong_database() {
     // One directory with two names.
     fs::remove_dir_all(original.writable().join("snapshots")).unwrap();
     mount_bind(original.root(), original.writable()).unwrap();
-    original.is_refused(&["--dry-run"], &["by another name"]);
+    original.is_refused(&["--dry-run"], &["under another path"]);
     unmount(original.writable(), UnmountFlags::empty()).unwrap();
 }
 
@@ -360,7 +366,7 @@ fn what_is_no_undoing_is_refused() {
         database.execute(statement, []).unwrap();
     };
     change("INSERT INTO fact (name, value) VALUES ('copied', 'yesterday')");
-    original.is_refused(&["--undo"], &["not the latest state of itself"]);
+    original.is_refused(&["--undo"], &["not in its latest state"]);
     change("DELETE FROM fact WHERE name = 'copied'");
 
     // A volume that has lost its mark is not the volume of this import.
