@@ -255,7 +255,7 @@ fn repair_asks_first() {
     };
     let (code, said) = ask("n");
     assert_eq!(code, 1, "{said}");
-    assert!(said.contains("2 of these may heal"), "{said}");
+    assert!(said.contains("2 of these can perhaps be healed"), "{said}");
     assert!(said.contains("drops the 4 snapshots"), "{said}");
     for (top, before) in [split.root(), split.writable()].iter().zip(&before) {
         let mut now = tree(top);
