@@ -5,7 +5,7 @@
 //! The order that holds everywhere: a row exists only while its directories exist. So
 //! directories are created before the row is committed, and go to the trash after the
 //! row is deleted. A crash in between leaves a directory without a row, and
-//! [`Snapshotter::recover`] clears it away.
+//! [`recover`] clears it away at the next start.
 //!
 //! Within a transaction, nothing waits for a disk other than the database's. A
 //! request that changes directories holds a claim on the snapshot instead (see

@@ -33,7 +33,7 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
     count_with(top, is_given_up, |_, _, _| Ok(()))
 }
 
-/// Like [`count`], and also collects the [`Marks`](crate::types::Marks) of a
+/// Like [`count`], and also collects the [`Marks`] of a
 /// layer.
 pub fn count_layer(top: impl AsFd) -> Result<Content> {
     let mut xattrs = XattrBuffers::new();
