@@ -17,12 +17,13 @@ const CLAIMED: &str = "writable_volume_claimed";
 /// The circumstances in which the volume could hold overlayfs's upper directories.
 const PROBED: &str = "writable_volume_probed";
 
-/// Makes the writable directory the volume that the database knows. A volume that
-/// is missing at a later start is no error: what does not need it is served.
+/// Binds the writable directory to the identity in the database, and marks it if that was
+/// not done yet. If the volume is missing at a later start, that is no error: the daemon
+/// serves requests that do not need it.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if at the first start it belongs to
+/// [`ErrorKind::FailedPrecondition`] if at the first start the directory belongs to
 /// another root, or if it cannot hold overlayfs's upper directories.
 pub fn set_up(
     volumes: &Volumes,

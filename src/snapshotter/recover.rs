@@ -208,7 +208,7 @@ impl Snapshotter {
             // A request that mounts the layer tries it again.
             if let Err(error) = set() {
                 self.links.note_unlinked(snapshot.id);
-                log::warn!("{}", error.chain());
+                log::warn!("cannot link layer {}: {}", Quoted(name), error.chain());
             }
         }
     }
@@ -249,7 +249,7 @@ impl Snapshotter {
                     log::error!(
                         "layer {} is lost: {volume} volume: snapshots/{} is missing; `check \
                          --heal` puts it back if containerd still has its content, else remove \
-                         the images that use it and pull them again",
+                         the containers on it, remove the images that use it, and pull them again",
                         Quoted(name),
                         snapshot.id
                     );

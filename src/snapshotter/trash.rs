@@ -147,10 +147,9 @@ impl Trash {
         })
     }
 
-    /// Moves the entries without a row out of `snapshots/`, and returns the others. Names
-    /// that are not ids are left alone, because this program has not created them. Also
-    /// returns the last error of a move that failed, such as on a full disk, in spite of
-    /// which a start goes on.
+    /// Moves the entries without a row out of `snapshots/`, and returns the others. Entries
+    /// whose names are not ids are left alone. If moves fail, for example on a full disk,
+    /// also returns the last error, and the start goes on.
     pub(super) fn sweep(&self, dirs: &Arc<Dirs>) -> Result<(Found, Option<Error>)> {
         let volume = dirs.volume();
         let mut failed = None;

@@ -73,7 +73,8 @@ impl Patience {
 
     /// Runs `work` in the thread after all earlier work, and does not wait for it.
     pub fn leave_to_thread(&self, work: impl FnOnce() + Send + 'static) {
-        // The thread takes work until this value is dropped, unless a bug has ended it.
+        // This fails only if a bug has ended the thread: it accepts work until this value
+        // is dropped.
         let _ = self.jobs.send(Box::new(work));
     }
 }

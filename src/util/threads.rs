@@ -58,7 +58,10 @@ impl Background {
                 thread::sleep(BETWEEN_LOOKS);
             }
             if background.is_running() {
-                log::warn!("the {} is still at work: it is cut off", background.name);
+                log::warn!(
+                    "did not wait for the end of the thread {:?}: it takes too long",
+                    background.name
+                );
                 background.thread = None;
                 have_ended = false;
             }

@@ -63,8 +63,9 @@ fn unwritten_bytes() -> u64 {
     kibibytes.sum::<u64>() << 10
 }
 
-/// Whether a flush of the whole file system would clearly wait for other programs' data:
-/// of `unwritten` bytes, at most `own` are the snapshot's.
+/// Whether most of what a flush of the whole file system would write is other programs'
+/// data. `unwritten` is how many bytes the kernel has still to write, and `own` is the most
+/// of them that can be this program's.
 fn is_mostly_of_others(unwritten: u64, own: u64) -> bool {
     unwritten > own.saturating_mul(2).saturating_add(FEW_BYTES)
 }

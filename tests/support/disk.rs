@@ -5,6 +5,8 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use rustix::process::{Pid, Signal, kill_process_group};
+
 use super::run;
 
 /// A mounted file system, unmounted and deleted when dropped.
@@ -21,7 +23,8 @@ pub struct Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        let _ = self.thaw.kill();
+        // With the sleep that it runs: setsid(1) has made it the leader of a group.
+        let _ = kill_process_group(Pid::from_child(&self.thaw), Signal::KILL);
         let _ = self.thaw.wait();
         // Errors are ignored, because it may have been thawed already.
         let _ = Command::new("fsfreeze")

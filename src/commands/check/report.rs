@@ -119,7 +119,8 @@ impl CheckReport {
                 text.push_str(&format!("  snapshot {}\n", Quoted(container)));
             }
             text.push_str(
-                "afterwards, remove the images that use these layers and pull them again",
+                "afterwards, remove the containers on these layers, remove the images that use them \
+                 (`ctr images rm --sync`, or `docker rmi`), and pull them again",
             );
             if loss.images.is_empty() {
                 text.push_str(

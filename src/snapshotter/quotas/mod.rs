@@ -8,14 +8,14 @@
 //! kernel has anything charged to it, or has a limit for it, whatever the database
 //! records.
 //!
-//! A layer keeps its id and limit as long as its directory is on the writable
+//! A layer keeps its project and limit as long as its directory is on the writable
 //! volume's file system. Usually nothing writes to a layer; if a container does,
 //! after `ctr snapshot commit`, it does so within the limit. The copy on the
 //! image volume gets no project.
 //!
-//! After a crash, a directory in the trash may have an id that is not recorded:
-//! the next start records it. Limits of ids that are not recorded belong to other
-//! programs.
+//! After a crash, a directory in the trash may have a project id that the database does
+//! not record: the next start records it. Limits of project ids that are not recorded
+//! belong to other programs.
 
 mod given;
 mod mount_headroom;

@@ -5,8 +5,8 @@
 //! which bounds nesting and whose matching time is linear in the value.
 //!
 //! The dialect is that of `regex_lite`, which is close to Go's `regexp` but not
-//! the same. Refused here, with an error: Unicode classes (`\pL`), `\Q…\E`, octal
-//! escapes and literal braces (`x{1`). Taken to mean something else: `\<`, `\>`
+//! the same. `regex_lite` refuses Unicode classes (`\pL`), `\Q…\E`, octal escapes and
+//! literal braces (`x{1`). It reads these differently from Go: `\<`, `\>`
 //! and `\b{start}` are word boundaries, spaces may stand inside the braces of a
 //! repetition, `\s` includes the vertical tab, `(?i)` folds ASCII only, and a
 //! class that starts with `--` is read differently.
