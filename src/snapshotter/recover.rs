@@ -12,7 +12,7 @@ use super::prepare::shape_of;
 use super::trash::{Found, GivenOut, Inventory, trash_entry};
 use super::{QuotaMode, Snapshotter};
 use crate::error::{ErrorKind, Result};
-use crate::types::{Content, Kind, Marks, Quoted, SnapshotId, Usage, Volume};
+use crate::types::{Content, Kind, Marks, Quoted, Usage, Volume};
 use crate::util::lock::lock;
 use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
@@ -96,8 +96,8 @@ impl Snapshotter {
             "remove links that are not needed",
             self.sweep_lower_links(&inventory),
         );
-        let lost = self.heal(&image, &inventory, &on_image);
-        lock(&self.lost).extend(lost);
+        self.find_lost(&image, &inventory, &on_image);
+        self.make_missing(&image, &inventory, &on_image);
         // The first request that creates a snapshot gets the same error.
         warn_of("prepare ids for new snapshots", self.ids.begin(&image));
         Ok(())
@@ -119,8 +119,9 @@ impl Snapshotter {
             Ok(writable) => match self.trash.sweep(&writable) {
                 Ok((found, _)) => {
                     let inventory = Inventory::read(&*self.store.read()?)?;
-                    let lost = self.heal(&writable, &inventory, &found);
-                    lock(&self.lost).extend(lost);
+                    self.find_lost(&writable, &inventory, &found);
+                    self.make_missing(&writable, &inventory, &found);
+                    self.make_missing_on_image(&inventory);
                     // If quotas are required and not available, nothing is served.
                     let uncharged = match self.options.quota.mode {
                         QuotaMode::Require => self.projects.recover(&writable)?,
@@ -226,38 +227,54 @@ impl Snapshotter {
         image.sweep_host_dir_links(|id| mountable.contains(&id))
     }
 
-    /// Handles rows whose directory is missing, or not whole. An active
-    /// snapshot gets an empty directory, as after a power cut before its
-    /// directory reached the disk. A missing layer cannot be replaced, so it is
-    /// reported and returned.
-    fn heal(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) -> HashSet<SnapshotId> {
+    /// Reports the layers whose directory is missing, which nothing can replace.
+    fn find_lost(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) {
         let volume = dirs.volume();
-        let mut lost = HashSet::new();
-        // Layers come first, because the other snapshots get the owner of the
-        // layer below them.
-        let mut snapshots: Vec<_> = inventory.snapshots.iter().collect();
-        snapshots.sort_by_key(|(place, _)| (place.kind != Kind::Committed, place.id));
-        for (snapshot, name) in snapshots {
-            if snapshot.volume != Some(volume) {
+        for (layer, name) in &inventory.snapshots {
+            let is_there = found.get(&layer.id) == Some(&FileType::Directory);
+            if layer.volume != Some(volume)
+                || layer.kind != Kind::Committed
+                || is_there
+                || self.replace_hollow(dirs, name)
+            {
+                continue;
+            }
+            log::error!(
+                "layer {} is lost: {volume} volume: snapshots/{} is missing; `check --heal` puts \
+                 it back if containerd still has its content, else remove the containers on it, \
+                 remove the images that use it, and pull them again",
+                Quoted(name),
+                layer.id
+            );
+            lock(&self.lost).insert(layer.id);
+        }
+    }
+
+    /// Makes the directories on the image volume that [`Snapshotter::mend_image`] could not
+    /// make: a snapshot gets the owner of the layer below it, which may be on the writable
+    /// volume.
+    fn make_missing_on_image(&self, inventory: &Inventory) {
+        let image = self.volumes.image().dirs();
+        let places = inventory.snapshots.iter().map(|(place, _)| place);
+        let open = places.filter(|place| {
+            place.volume == Some(Volume::Image)
+                && place.kind != Kind::Committed
+                && image.open_snapshot(place.id).is_ok()
+        });
+        let found = open.map(|place| (place.id, FileType::Directory)).collect();
+        self.make_missing(image, inventory, &found);
+    }
+
+    /// Gives an empty directory to each snapshot that is no layer and has no whole one, as
+    /// after a power cut before its directory reached the disk.
+    fn make_missing(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) {
+        let volume = dirs.volume();
+        for (snapshot, name) in &inventory.snapshots {
+            if snapshot.volume != Some(volume) || snapshot.kind == Kind::Committed {
                 continue;
             }
             let is_there = found.get(&snapshot.id) == Some(&FileType::Directory);
-            let shape = match snapshot.kind {
-                Kind::Committed if is_there => continue,
-                Kind::Committed if self.replace_hollow(dirs, name) => continue,
-                Kind::Committed => {
-                    log::error!(
-                        "layer {} is lost: {volume} volume: snapshots/{} is missing; `check \
-                         --heal` puts it back if containerd still has its content, else remove \
-                         the containers on it, remove the images that use it, and pull them again",
-                        Quoted(name),
-                        snapshot.id
-                    );
-                    lost.insert(snapshot.id);
-                    continue;
-                }
-                kind => shape_of(kind),
-            };
+            let shape = shape_of(snapshot.kind);
             let is_whole = is_there && dirs.is_whole(snapshot.id, shape);
             if is_whole {
                 continue;
@@ -284,6 +301,10 @@ impl Snapshotter {
                      empty now",
                     Quoted(name)
                 ),
+                // The volume is asked after the image volume, and then this is tried again.
+                Err(error) if error.kind() == ErrorKind::Unavailable => {
+                    log::debug!("snapshot {}: {}", Quoted(name), error.chain());
+                }
                 Err(error) => log::error!(
                     "snapshot {} has no directory: {}",
                     Quoted(name),
@@ -291,7 +312,6 @@ impl Snapshotter {
                 ),
             }
         }
-        lost
     }
 
     /// Creates an empty layer in place of a missing one that held no files with content,

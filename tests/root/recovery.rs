@@ -11,7 +11,7 @@ use registered::registered;
 use crate::check::check;
 use crate::content::layer;
 use crate::support::daemon::{Split, command, is_empty};
-use crate::support::mounted::Mounted;
+use crate::support::mounted::{Mounted, upper_of};
 use crate::support::{tree, unchanged};
 
 /// The names in a directory, sorted.
@@ -343,4 +343,24 @@ fn a_lost_layer_of_directories_is_named() {
     let (code, said, _) = check(&split, &["--json"]);
     assert_eq!(code, 1);
     assert_eq!(said.matches("\"layer-missing\"").count(), 2, "{said}");
+}
+
+/// The directory of an unpack gets the owner of the layer below it, which may be on the
+/// writable volume.
+#[registered(crate::Test)]
+fn the_directory_of_an_unpack_on_an_unmoved_layer_is_made_again() {
+    let mut split = Split::start(&["--relocate", "never"]);
+    let client = split.client();
+    layer(&client, "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+    });
+    client.prepare("web", "base", &[]).unwrap();
+    client.commit("web", "unmoved", &[]).unwrap();
+    let mounts = client.prepare("default/1/extract-1 x", "unmoved", &[]);
+    let upper = upper_of(&mounts.unwrap());
+    split.daemon.kill();
+    fs::remove_dir_all(upper.parent().unwrap()).unwrap();
+    split.daemon.restart();
+    assert!(upper.is_dir());
+    assert!(!split.daemon.log().contains("has no directory"));
 }

@@ -122,6 +122,7 @@ fn a_layer_moves_home_under_a_running_container() {
         client.cleanup().unwrap();
         !old.exists()
     });
+    client.cleanup().unwrap();
     assert!(is_empty(split.writable().join("trash")));
     assert!(holds(&root.join("snapshots/2/fs"), "init"));
     client.remove("init").unwrap();

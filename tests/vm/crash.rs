@@ -137,7 +137,11 @@ impl Case {
         let found = explored.findings.iter().find(|one| one.contains(words));
         match found {
             Some(found) => format!("{}; for example: {found}", explored.summary),
-            None => panic!("{}: no state of which {words:?} is said", explored.summary),
+            None => panic!(
+                "{}: no state of which {words:?} is said, but {:?}",
+                explored.summary,
+                explored.findings.first()
+            ),
         }
     }
 }
