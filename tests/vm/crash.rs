@@ -101,8 +101,8 @@ impl Case {
     /// How many of `all` states this case looks at.
     fn states(&self, all: usize) -> usize {
         match self.wrong {
-            // In a machine, each state takes a second.
-            None if self.has_limits => all / 10,
+            // In a machine, each state takes seconds.
+            None if self.has_limits => all / 25,
             None if !self.left_out.is_empty() => all / 5,
             None => all * 2 / 5,
             Some(_) => 400,
