@@ -102,7 +102,7 @@ impl Case {
     fn states(&self, all: usize) -> usize {
         match self.wrong {
             // In a machine, each state takes seconds.
-            None if self.has_limits => all / 25,
+            None if self.has_limits => all / 100,
             None if !self.left_out.is_empty() => all / 5,
             None => all * 2 / 5,
             Some(_) => 400,
