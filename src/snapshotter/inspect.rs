@@ -8,14 +8,14 @@ use rustix::fs::FileType;
 use super::prepare::shape_of;
 use super::problem::{Finding, Problem, Recorded};
 use super::relocator::Namesake;
-use super::trash::{GivenOut, known_on};
+use super::trash::{Found, GivenOut, entries_of, known_on};
 use super::{Snapshotter, in_use};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{DataBytes, Snapshot};
 use crate::text::filter::Filters;
 use crate::tree;
 use crate::types::{Content, History, Kind, Quoted, SnapshotId, Volume};
-use crate::volume::{Dirs, moving_id};
+use crate::volume::Dirs;
 
 /// What an inspection has found.
 pub struct Inspection {
@@ -26,9 +26,6 @@ pub struct Inspection {
     /// import has put it there.
     pub left_out: Vec<String>,
 }
-
-/// The entries of `snapshots/` by id, without those of moves.
-type Entries = HashMap<SnapshotId, FileType>;
 
 /// The contents of the database at one moment.
 struct Rows {
@@ -49,9 +46,13 @@ impl Snapshotter {
         // The disks are read before the database, because a snapshot is entered
         // after its directory is created.
         let image = self.volumes.open(Volume::Image)?;
-        let on_image = entries(&image)?;
+        let on_image = entries_of(&image)?;
         let writable = self.volumes.open(Volume::Writable);
-        let on_writable = writable.as_ref().ok().map(entries).transpose()?;
+        let on_writable = writable
+            .as_ref()
+            .ok()
+            .map(|dirs| entries_of(dirs))
+            .transpose()?;
         let rows = self.rows()?;
         let held = in_use::mounted_layers(&self.store, &self.volumes)?;
 
@@ -84,7 +85,7 @@ impl Snapshotter {
             let Some(volume) = snapshot.volume else {
                 continue;
             };
-            let on = |entries: &Entries| entries.get(&snapshot.id) == Some(&FileType::Directory);
+            let on = |entries: &Found| entries.get(&snapshot.id) == Some(&FileType::Directory);
             let is_held = held.contains(&snapshot.id);
             let is_unmoved = snapshot.place().is_unmoved();
             let is_other = is_unmoved && on(&on_image) && {
@@ -154,7 +155,7 @@ impl Snapshotter {
 
     /// A finding if ids were used on this volume that the database has not
     /// given out.
-    fn other_history(&self, dirs: &Dirs, entries: &Entries) -> Result<Option<Finding>> {
+    fn other_history(&self, dirs: &Dirs, entries: &Found) -> Result<Option<Finding>> {
         let is_other = match dirs.newest_block() {
             Ok(block) => {
                 let history = self.store.read()?.judge(dirs.volume(), block.as_ref())?;
@@ -301,7 +302,7 @@ impl Rows {
         Some("itself".to_owned())
     }
 
-    fn orphans(&self, dirs: &Dirs, entries: &Entries) -> Result<Vec<Finding>> {
+    fn orphans(&self, dirs: &Dirs, entries: &Found) -> Result<Vec<Finding>> {
         let volume = dirs.volume();
         let places = self.by_id.values().map(Snapshot::place);
         let known = known_on(volume, places, &self.leftover);
@@ -325,19 +326,6 @@ impl Rows {
         };
         orphans.into_iter().map(finding).collect()
     }
-}
-
-fn entries(dirs: &Arc<Dirs>) -> Result<Entries> {
-    let mut entries = Entries::new();
-    for entry in dirs.entries()? {
-        let name = entry.name.to_bytes();
-        // The entry of a move is no finding, because the next start finishes
-        // the move or drops it.
-        if let (Some(id), None) = (SnapshotId::from_directory_name(name), moving_id(name)) {
-            entries.insert(id, entry.file_type);
-        }
-    }
-    Ok(entries)
 }
 
 fn about(snapshot: &Snapshot, problem: Problem) -> Finding {

@@ -9,9 +9,10 @@ use rustix::fs::FileType;
 
 use super::labels::IdMaps;
 use super::prepare::shape_of;
-use super::trash::{Found, GivenOut, Inventory, trash_entry};
+use super::trash::{Found, GivenOut, Inventory, entries_of, trash_entry};
 use super::{QuotaMode, Snapshotter};
 use crate::error::{ErrorKind, Result};
+use crate::store::Place;
 use crate::types::{Content, Kind, Marks, Quoted, Usage, Volume};
 use crate::util::lock::lock;
 use crate::util::undo::Undo;
@@ -121,7 +122,10 @@ impl Snapshotter {
                     let inventory = Inventory::read(&*self.store.read()?)?;
                     self.find_lost(&writable, &inventory, &found);
                     self.make_missing(&writable, &inventory, &found);
-                    self.make_missing_on_image(&inventory);
+                    warn_of(
+                        "look for missing directories on the image volume",
+                        self.make_missing_on_image(&inventory),
+                    );
                     // If quotas are required and not available, nothing is served.
                     let uncharged = match self.options.quota.mode {
                         QuotaMode::Require => self.projects.recover(&writable)?,
@@ -253,16 +257,15 @@ impl Snapshotter {
     /// Makes the directories on the image volume that [`Snapshotter::mend_image`] could not
     /// make: a snapshot gets the owner of the layer below it, which may be on the writable
     /// volume.
-    fn make_missing_on_image(&self, inventory: &Inventory) {
-        let image = self.volumes.image().dirs();
-        let places = inventory.snapshots.iter().map(|(place, _)| place);
-        let open = places.filter(|place| {
-            place.volume == Some(Volume::Image)
-                && place.kind != Kind::Committed
-                && image.open_snapshot(place.id).is_ok()
-        });
-        let found = open.map(|place| (place.id, FileType::Directory)).collect();
-        self.make_missing(image, inventory, &found);
+    fn make_missing_on_image(&self, inventory: &Inventory) -> Result<()> {
+        let mut places = inventory.snapshots.iter().map(|(place, _)| place);
+        let is_open =
+            |place: &Place| place.volume == Some(Volume::Image) && place.kind != Kind::Committed;
+        if places.any(is_open) {
+            let image = self.volumes.image().dirs();
+            self.make_missing(image, inventory, &entries_of(image)?);
+        }
+        Ok(())
     }
 
     /// Gives an empty directory to each snapshot that is no layer and has no whole one, as

@@ -147,7 +147,7 @@ impl Trash {
         })
     }
 
-    /// Moves the entries without a row out of `snapshots/`, and returns the others. Entries
+    /// Moves the entries without a row out of `snapshots/`, and returns those that have one. Entries
     /// whose names are not ids are left alone. If moves fail, for example on a full disk,
     /// also returns the last error, and the start goes on.
     pub(super) fn sweep(&self, dirs: &Arc<Dirs>) -> Result<(Found, Option<Error>)> {
@@ -330,8 +330,18 @@ fn is_worked_on(name: &[u8]) -> bool {
         || is_handed_over(name)
 }
 
-/// The entries of `snapshots/` on a volume whose ids have rows.
+/// Entries of `snapshots/` on a volume, by their ids.
 pub(super) type Found = HashMap<SnapshotId, FileType>;
+
+/// All entries of `snapshots/` on a volume whose names are ids.
+pub(super) fn entries_of(dirs: &Dirs) -> Result<Found> {
+    let entries = dirs.entries()?.into_iter();
+    let numbered = entries.filter_map(|entry| {
+        let id = SnapshotId::from_directory_name(entry.name.to_bytes())?;
+        Some((id, entry.file_type))
+    });
+    Ok(numbered.collect())
+}
 
 /// Moves an entry of `snapshots/` to the trash. On a full disk even a rename may
 /// lack a block, if the directory has to grow. In that case, the trash is
