@@ -102,7 +102,7 @@ impl Case {
     fn states(&self, all: usize) -> usize {
         match self.wrong {
             // In a machine, each state takes seconds.
-            None if self.has_limits => all / 100,
+            None if self.has_limits => all / 10,
             None if !self.left_out.is_empty() => all / 5,
             None => all * 2 / 5,
             Some(_) => 400,
@@ -184,8 +184,9 @@ fn run_in_machine(case: &Case, options: Options, kept: &Path) -> Vec<String> {
         ("VM_SEED", options.seed.to_string()),
         ("VM_STATES", options.states.to_string()),
     ];
-    // Half a second for each state, on a busy machine.
-    let longer = Duration::from_millis(500 * case.states(options.states) as u64);
+    // A second for each state, on a busy machine: there is one at each flush, of which a
+    // load has some hundreds, and the sample in between.
+    let longer = Duration::from_secs(600 + case.states(options.states) as u64);
     let machine = disks.boot(&settings).give_longer(longer);
     catch_unwind(AssertUnwindSafe(|| machine.finish())).unwrap_or_else(|panic| {
         fs::create_dir_all(kept).unwrap();
