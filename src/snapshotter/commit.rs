@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use super::in_use::{Sureness, is_mounted};
 use super::label_source::LabelSource;
 use super::new_snapshot::is_remap;
-use super::{Snapshotter, SyncMode, in_use, labels};
+use super::{Snapshotter, SyncMode, labels};
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::error::{Context, Error, Result};
@@ -61,8 +62,8 @@ impl Snapshotter {
         // blocks before.
         let content = tree::count_layer(upper)?;
         self.flusher.refuse_suspect(snapshot.id, volume)?;
-        let is_mounted =
-            in_use::is_surely_mounted(&self.store, &self.volumes, snapshot.id, volume)?;
+        let (store, volumes) = (&self.store, &self.volumes);
+        let is_mounted = is_mounted(store, volumes, snapshot.id, volume, Sureness::Proved)?;
         self.enter_layer(
             volume,
             &Commit {

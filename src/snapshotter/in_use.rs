@@ -75,7 +75,7 @@ struct Location {
 
 /// How sure it is that a mount shows the directory of a snapshot.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Sureness {
+pub(super) enum Sureness {
     /// The inode is the same.
     Proved,
     /// The path has the snapshot's number, and leads nowhere now.
@@ -300,27 +300,9 @@ fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
         }))
 }
 
-/// Whether a snapshot may be mounted, so that a program may still write into it.
+/// Whether a snapshot is mounted with at least this sureness, so that a program may still
+/// write into it.
 pub(super) fn is_mounted(
-    store: &Store,
-    volumes: &Volumes,
-    id: SnapshotId,
-    volume: Volume,
-) -> Result<bool> {
-    may_be_written(store, volumes, id, volume, Sureness::Possible)
-}
-
-/// Whether it is proved that a snapshot is mounted.
-pub(super) fn is_surely_mounted(
-    store: &Store,
-    volumes: &Volumes,
-    id: SnapshotId,
-    volume: Volume,
-) -> Result<bool> {
-    may_be_written(store, volumes, id, volume, Sureness::Proved)
-}
-
-fn may_be_written(
     store: &Store,
     volumes: &Volumes,
     id: SnapshotId,

@@ -27,7 +27,6 @@ use std::time::{Duration, Instant};
 
 use super::Projects;
 use crate::error::Result;
-use crate::snapshotter::in_use::is_mounted;
 use crate::snapshotter::limits::with_room;
 use crate::types::{Limits, SnapshotId, Volume};
 use crate::util::threads::Background;
@@ -78,7 +77,7 @@ impl Projects {
             return Ok(());
         }
         // The container of a mounted snapshot runs, and would only write more.
-        if is_mounted(&self.store, &self.volumes, id, Volume::Writable)? {
+        if self.is_mounted(id)? {
             return Ok(());
         }
         let _claim = self.ids.claim(id);
@@ -158,8 +157,7 @@ impl Projects {
                 }
                 loan = begun;
             }
-            let is_mounted = is_mounted(&self.store, &self.volumes, id, Volume::Writable);
-            if !is_mounted.unwrap_or(false) {
+            if !self.is_mounted(id).unwrap_or(false) {
                 return;
             }
         }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::Projects;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quota;
-use crate::snapshotter::in_use;
+use crate::snapshotter::in_use::{self, Sureness};
 use crate::sys;
 use crate::tree::{self, Visited};
 use crate::types::{Kind, ProjectId, SnapshotId, Volume};
@@ -211,7 +211,8 @@ impl Projects {
         Ok(is_active && !self.is_mounted(id)?)
     }
 
-    fn is_mounted(&self, id: SnapshotId) -> Result<bool> {
-        in_use::is_mounted(&self.store, &self.volumes, id, Volume::Writable)
+    pub(super) fn is_mounted(&self, id: SnapshotId) -> Result<bool> {
+        let (store, volumes) = (&self.store, &self.volumes);
+        in_use::is_mounted(store, volumes, id, Volume::Writable, Sureness::Possible)
     }
 }
