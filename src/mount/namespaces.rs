@@ -9,16 +9,16 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::path::Path;
 
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{
-    AtFlags, CWD, Dev, Mode, OFlags, ResolveFlags, StatxFlags, fstat, makedev, openat, openat2,
-    stat, statx,
+    AtFlags, CWD, Dev, Mode, OFlags, ResolveFlags, StatxFlags, fstat, makedev, openat, stat, statx,
 };
 use rustix::io::Errno;
 
 use super::mountinfo::{self, Mounted};
 use crate::error::{Context, Result};
 use crate::sys::namespaces::owner;
+use crate::util::cached_lookup::open_cached;
 
 /// The mounts of a mount namespace.
 pub struct Namespace {
@@ -90,21 +90,14 @@ impl Namespace {
     /// without a disk: the path may lead to a share whose server does not answer. The kernel
     /// has the directories of an overlay in memory while it is mounted.
     pub fn inode_at(&self, path: &Path) -> Option<Inode> {
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::CACHED | ResolveFlags::IN_ROOT;
-        // A lookup fails if any process mounts something at the same time.
-        for _ in 0..3 {
-            match openat2(&self.root, path, flags, Mode::empty(), resolve) {
-                Ok(file) => return inode(&file),
-                Err(Errno::AGAIN) => {}
-                // Linux before 5.12 has no lookup that does not wait for the disk.
-                Err(Errno::INVAL | Errno::NOSYS) if self.is_own => {
-                    return stat(path).ok().map(|found| (found.st_dev, found.st_ino));
-                }
-                Err(_) => return None,
+        match open_cached(&self.root, path, OFlags::empty(), ResolveFlags::IN_ROOT) {
+            Ok(file) => inode(&file),
+            // Linux before 5.12 has no lookup that does not wait for the disk.
+            Err(Errno::INVAL | Errno::NOSYS) if self.is_own => {
+                stat(path).ok().map(|found| (found.st_dev, found.st_ino))
             }
+            Err(_) => None,
         }
-        None
     }
 }
 
@@ -120,7 +113,7 @@ fn inode(file: &OwnedFd) -> Option<Inode> {
     Some((device, found.stx_ino))
 }
 
-fn identity(namespace: impl rustix::fd::AsFd) -> Result<Inode> {
+fn identity(namespace: impl AsFd) -> Result<Inode> {
     let found = fstat(namespace).context(|| "look at a user namespace")?;
     Ok((found.st_dev, found.st_ino))
 }

@@ -1,5 +1,6 @@
 //! Helpers that belong to no domain.
 
+pub(crate) mod cached_lookup;
 pub(crate) mod descriptors;
 pub(crate) mod entries;
 pub(crate) mod fault_point;

@@ -20,12 +20,12 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, readlinkat, renameat, symlinkat, unlinkat};
 use rustix::io::Errno;
 
-use super::cached_lookup::{Glance, glance};
 use super::dirs::{ensure_directory, open_to_list};
 use super::image::Image;
 use super::paths::HOST_DIRS;
 use crate::error::{Context, Result};
 use crate::types::SnapshotId;
+use crate::util::cached_lookup::{Glance, glance};
 use crate::util::entries::entries;
 use crate::util::lock::lock;
 use crate::util::undo::Undo;

@@ -11,10 +11,10 @@ use rustix::fs::{
 use rustix::io::{Errno, read};
 use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::cached_lookup::{Glance, glance};
 use super::durable::replace_file;
 use super::paths::{IDS, MARK, SNAPSHOTS};
 use crate::error::{Context, Error, Result};
+use crate::util::cached_lookup::{Glance, glance};
 
 const HEX_DIGITS: usize = 32;
 

@@ -15,7 +15,6 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-use super::cached_lookup::{Glance, glance};
 use super::dirs::{Dirs, Owner, ensure_directory, open_to_list};
 use super::host_dirs::open_host_dirs;
 use super::identity::open_top;
@@ -23,6 +22,7 @@ use super::paths::{BY_HAND, EMPTY, SNAPSHOTS, upper_of};
 use super::planned_mounts::require_mounted;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{MountPath, SnapshotId, Volume};
+use crate::util::cached_lookup::{Glance, glance};
 use crate::util::entries::{is_empty, lacks_types};
 use crate::waits::{self, Awaited};
 

@@ -30,7 +30,6 @@
 
 mod adopt;
 mod block_mark;
-mod cached_lookup;
 mod dirs;
 mod durable;
 mod host_dirs;

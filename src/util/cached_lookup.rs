@@ -3,10 +3,11 @@
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
+use rustix::path::Arg;
 
 /// The result of such a lookup.
 #[derive(Debug)]
-pub(super) enum Glance {
+pub enum Glance {
     /// The file itself, opened with O_PATH; links are not followed.
     There(OwnedFd),
     /// The kernel knows that the path does not exist.
@@ -21,17 +22,37 @@ pub(super) enum Glance {
 const ATTEMPTS: usize = 3;
 
 /// Looks for `path`, relative to `directory` (openat2(2), `RESOLVE_CACHED`).
-pub(super) fn glance(directory: impl AsFd, path: &str) -> Glance {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    for _ in 0..ATTEMPTS {
-        match openat2(&directory, path, flags, Mode::empty(), ResolveFlags::CACHED) {
-            Ok(file) => return Glance::There(file),
-            Err(Errno::NOENT) => return Glance::Absent,
-            Err(Errno::AGAIN) => {}
-            Err(_) => break,
-        }
+pub fn glance(directory: impl AsFd, path: &str) -> Glance {
+    match open_cached(directory, path, OFlags::NOFOLLOW, ResolveFlags::empty()) {
+        Ok(file) => Glance::There(file),
+        Err(Errno::NOENT) => Glance::Absent,
+        Err(_) => Glance::Unknown,
     }
-    Glance::Unknown
+}
+
+/// Opens `path` with O_PATH, relative to `directory`.
+///
+/// # Errors
+///
+/// `EAGAIN` if the answer would need a disk; `ENOSYS` or `EINVAL` if the kernel is older than
+/// Linux 5.12.
+pub fn open_cached(
+    directory: impl AsFd,
+    path: impl Arg + Copy,
+    flags: OFlags,
+    resolve: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
+    let resolve = resolve | ResolveFlags::CACHED;
+    let open = || openat2(&directory, path, flags, Mode::empty(), resolve);
+    let mut opened = open();
+    for _ in 1..ATTEMPTS {
+        if !matches!(opened, Err(Errno::AGAIN)) {
+            break;
+        }
+        opened = open();
+    }
+    opened
 }
 
 #[cfg(test)]
