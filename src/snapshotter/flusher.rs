@@ -80,14 +80,15 @@ impl Flusher {
             }
             // A tree that cannot be read can still be flushed with everything
             // else.
-            Ok(false) | Err(_) => self.flush(dirs, dirs.volume()),
+            Ok(false) | Err(_) => self.flush(dirs),
         }
     }
 
     /// Makes everything on a volume durable. The kernel reports a failed write only
     /// once, to the first caller, and does not report whose data was lost: it may be
     /// that of every snapshot that exists at that time.
-    pub(super) fn flush(&self, dirs: &Dirs, volume: Volume) -> Result<()> {
+    pub(super) fn flush(&self, dirs: &Dirs) -> Result<()> {
+        let volume = dirs.volume();
         waits::note(Awaited::Volume(volume));
         // Callers flush one after another, because the second one must learn of a
         // failure that the kernel has reported to the first.

@@ -55,7 +55,7 @@ impl Snapshotter {
         let image = self.volumes.image();
         let dirs = image.dirs();
         let counted = tree::count_layer(image.open_handed_over(unpacked)?)?;
-        self.flusher.flush(dirs, Volume::Image)?;
+        self.flusher.flush(dirs)?;
         fault_point("heal-durable");
         let layer = self.require_layer(name, id)?;
         let moving = layer
@@ -140,9 +140,7 @@ impl Snapshotter {
     /// Deletes the damaged directory that a layer has replaced. Returns `false` if
     /// it may be mounted.
     fn drop_replaced(&self, dirs: &Arc<Dirs>, layer: SnapshotId) -> Result<bool> {
-        let entries = dirs.entries()?;
-        let mut names = entries.iter().map(|entry| entry.name.to_bytes());
-        if !names.any(|name| replaced_id(name) == Some(layer)) {
+        if !self.volumes.image().has_replaced(layer)? {
             return Ok(true);
         }
         if Mounts::read(&self.store, &self.volumes)?.may_show_replaced(layer) {

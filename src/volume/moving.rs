@@ -143,7 +143,7 @@ impl Image {
         self.entry_type(&id.to_string())
     }
 
-    fn entry_type(&self, name: &str) -> Result<Option<FileType>> {
+    pub(super) fn entry_type(&self, name: &str) -> Result<Option<FileType>> {
         match statat(self.dirs().snapshots_fd(), name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode))),
             Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),

@@ -177,6 +177,11 @@ impl Image {
             .context(|| format!("open the unpacked layer {}/{name}", self.snapshots_path()))
     }
 
+    /// Whether there is an entry that a layer has replaced, or was about to replace.
+    pub fn has_replaced(&self, id: SnapshotId) -> Result<bool> {
+        Ok(self.entry_type(&replaced_name(id))?.is_some())
+    }
+
     /// Replaces a damaged or missing layer by an unpacked one that was handed over and
     /// is durable. The old entry is then called [`REPLACED`]`<id>`; nothing may have
     /// this name before.

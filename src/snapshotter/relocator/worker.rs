@@ -262,7 +262,7 @@ impl Worker<'_> {
             // ext4 frees the blocks of deleted files only with its next journal
             // commit.
             let image = self.relocator.volumes.image().dirs();
-            if let Err(error) = self.relocator.flusher.flush(image, Volume::Image) {
+            if let Err(error) = self.relocator.flusher.flush(image) {
                 log::warn!("{}", error.chain());
             }
         }
