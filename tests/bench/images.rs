@@ -5,6 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::support::image::describe;
 use crate::support::run;
 
 /// Makes an archive of an image in an empty directory, as `docker save` writes it: so many
@@ -20,7 +21,7 @@ pub fn archive(directory: &Path, name: &str, layers: usize, files: usize) -> Pat
             .arg("."));
         archive
     };
-    let (mut diff_ids, mut parts) = (Vec::new(), Vec::new());
+    let mut parts = Vec::new();
     let top = directory.join("layer");
     for layer in 0..layers {
         fs::create_dir_all(top.join(format!("data/{layer}"))).unwrap();
@@ -34,29 +35,13 @@ pub fn archive(directory: &Path, name: &str, layers: usize, files: usize) -> Pat
             fs::copy(busybox.trim(), top.join("bin/busybox")).unwrap();
             symlink("busybox", top.join("bin/sh")).unwrap();
         }
-        let archive = tar(&format!("image-{layer}.tar"), &top);
-        let digest = run(Command::new("sha256sum").arg(archive));
+        let archive = format!("image-{layer}.tar");
+        let digest = run(Command::new("sha256sum").arg(tar(&archive, &top)));
         let digest = digest.split_whitespace().next().unwrap();
-        diff_ids.push(format!("\"sha256:{digest}\""));
-        parts.push(format!("\"image-{layer}.tar\""));
+        parts.push((archive, digest.to_owned()));
         fs::remove_dir_all(&top).unwrap();
     }
-    let machine = match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    };
-    let config = format!(
-        r#"{{"architecture":"{machine}","os":"linux","config":{{"Env":["PATH=/bin"]}},
-            "rootfs":{{"type":"layers","diff_ids":[{}]}}}}"#,
-        diff_ids.join(",")
-    );
-    fs::write(directory.join("config.json"), config).unwrap();
-    let manifest = format!(
-        r#"[{{"Config":"config.json","RepoTags":["{name}:latest"],"Layers":[{}]}}]"#,
-        parts.join(",")
-    );
-    fs::write(directory.join("manifest.json"), manifest).unwrap();
+    describe(directory, name, &parts);
     let archive = directory.with_extension("tar");
     run(Command::new("tar")
         .arg("-cf")

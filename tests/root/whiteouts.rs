@@ -9,6 +9,7 @@ use registered::registered;
 
 use crate::support::containerd::Containerd;
 use crate::support::daemon::Split;
+use crate::support::image::describe;
 use crate::support::mounted::Mounted;
 use crate::support::run;
 
@@ -44,19 +45,8 @@ fn archive(directory: &Path, entries: &[&str]) -> PathBuf {
     };
     let digest = run(Command::new("sha256sum").arg(tar("layer.tar", &layer, &names)));
     let digest = digest.split_whitespace().next().unwrap();
-    let machine = match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
-    };
-    let config = format!(
-        r#"{{"architecture":"{machine}","os":"linux","config":{{"Env":["PATH=/bin"]}},
-            "rootfs":{{"type":"layers","diff_ids":["sha256:{digest}"]}}}}"#
-    );
-    fs::write(directory.join("config.json"), config).unwrap();
-    let manifest =
-        r#"[{"Config":"config.json","RepoTags":["split-test:latest"],"Layers":["layer.tar"]}]"#;
-    fs::write(directory.join("manifest.json"), manifest).unwrap();
+    let layers = [("layer.tar".to_owned(), digest.to_owned())];
+    describe(directory, "split-test", &layers);
     let parts = ["manifest.json", "config.json", "layer.tar"].map(str::to_owned);
     tar("image.tar", directory, &parts)
 }

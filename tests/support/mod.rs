@@ -12,6 +12,7 @@ pub mod disk;
 pub mod filter;
 pub mod fuse;
 pub mod fuzzing;
+pub mod image;
 pub mod mounted;
 pub mod random;
 pub mod slow;
