@@ -70,10 +70,7 @@ impl Snapshotter {
                  containers upon it",
             ));
         }
-        if let Err(error) = image.put_in_place(unpacked, id) {
-            self.drop_replaced(dirs, id)?;
-            return Err(error);
-        }
+        image.put_in_place(unpacked, id)?;
         fault_point("heal-exchanged");
         if layer.place().is_unmoved() {
             self.relocator.record_exchanged(id)?;

@@ -70,7 +70,9 @@ impl Image {
             }
             // Its earlier owner may have removed it just before this process locked
             // it.
-            if is_named(&fd, snapshots).context(|| format!("look at {path}/{UNPACKED}"))? {
+            if is_named(&fd, snapshots, UNPACKED)
+                .context(|| format!("look at {path}/{UNPACKED}"))?
+            {
                 return Ok(UnpackDir {
                     image: self,
                     fd,
@@ -83,12 +85,14 @@ impl Image {
     /// Moves what a killed process has unpacked to the trash. Returns `false` if there is
     /// nothing, or its process is still running.
     pub fn trash_abandoned_unpack(&self) -> Result<bool> {
-        let fd = match open_to_list(self.dirs().snapshots_fd(), UNPACKED) {
+        let snapshots = self.dirs().snapshots_fd();
+        let fd = match open_to_list(snapshots, UNPACKED) {
             Err(Errno::NOENT) => return Ok(false),
             fd => fd.context(|| format!("open {}/{UNPACKED}", self.snapshots_path()))?,
         };
         let locking = || format!("lock {}/{UNPACKED}", self.snapshots_path());
-        if !lock(&fd).context(locking)? {
+        // Before it was locked, a check may have removed it and begun with a new one.
+        if !lock(&fd).context(locking)? || !is_named(&fd, snapshots, UNPACKED).context(locking)? {
             return Ok(false);
         }
         Ok(self.dirs().trash_entry(UNPACKED)?.is_some())
@@ -188,19 +192,26 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As in [`Image::exchange`]. In that case, the unpacked layer is called
-    /// [`REPLACED`]`<id>`.
+    /// As in [`Image::exchange`]. The unpacked layer then has its own name again; but if
+    /// only the last flush has failed, it is in place, and the old entry is kept.
     pub fn put_in_place(&self, handed_over: &str, id: SnapshotId) -> Result<()> {
         let (snapshots, path) = (self.dirs().snapshots_fd(), self.snapshots_path());
         let replaced = replaced_name(id);
         move_aside(snapshots, handed_over, snapshots, &replaced)
             .context(|| format!("rename the unpacked layer {path}/{handed_over} to {replaced}"))?;
-        if self.layer_entry(id)?.is_some() {
-            return self.exchange_with(&replaced, id);
+        let unpacked = open_to_list(snapshots, replaced.as_str())
+            .context(|| format!("open the unpacked layer {path}/{replaced}"))?;
+        let put = match self.layer_entry(id)? {
+            Some(_) => self.exchange_with(&replaced, id),
+            None => move_aside(snapshots, &replaced, snapshots, &id.to_string())
+                .and_then(|()| fsync(snapshots))
+                .context(|| format!("put the layer {path}/{id} into place")),
+        };
+        if put.is_err() && is_named(&unpacked, snapshots, &replaced).is_ok_and(|is_it| is_it) {
+            move_aside(snapshots, &replaced, snapshots, handed_over)
+                .context(|| format!("rename {path}/{replaced} back to {handed_over}"))?;
         }
-        move_aside(snapshots, &replaced, snapshots, &id.to_string())
-            .and_then(|()| fsync(snapshots))
-            .context(|| format!("put the layer {path}/{id} into place"))
+        put
     }
 }
 
@@ -224,9 +235,13 @@ fn lock(directory: &OwnedFd) -> std::result::Result<bool, Errno> {
     }
 }
 
-fn is_named(directory: &OwnedFd, parent: BorrowedFd<'_>) -> std::result::Result<bool, Errno> {
+fn is_named(
+    directory: &OwnedFd,
+    parent: BorrowedFd<'_>,
+    name: &str,
+) -> std::result::Result<bool, Errno> {
     let opened = fstat(directory)?;
-    match statat(parent, UNPACKED, AtFlags::SYMLINK_NOFOLLOW) {
+    match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
         Err(Errno::NOENT) => Ok(false),
         named => named.map(|named| (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)),
     }

@@ -4,6 +4,7 @@
 mod beside;
 mod damages;
 mod digests;
+mod failures;
 mod hostile;
 mod repair;
 
