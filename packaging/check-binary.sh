@@ -104,9 +104,15 @@ if [ -z "$emulator" ]; then
     at_most "when idle" "$most_idle_kib"
 fi
 "$scratch/client" "$scratch/root/grpc.socks" once || fail "it does not serve"
-# For this, the daemon starts itself as a child process. Without what that
-# needs, such as mount_setattr(2) in an emulator, it serves all the same.
-"$scratch/client" "$scratch/root/grpc.socks" mapped || fail "it does not serve mapped ids"
+# For this, the daemon starts itself as a child process, which an emulator may not be
+# able to do. The request is then refused, and the daemon serves all the same.
+if ! said=$("$scratch/client" "$scratch/root/grpc.socks" mapped 2>&1); then
+    case "$emulator:$said" in
+    ?*:*'ask for mapped ids'*) echo "$machine: $said" ;;
+    *) fail "it does not serve mapped ids: $said" ;;
+    esac
+    "$scratch/client" "$scratch/root/grpc.socks" once || fail "it does not serve after a refusal"
+fi
 if [ -z "$emulator" ]; then
     "$scratch/client" "$scratch/root/grpc.socks" many "$requests" || fail "it does not serve"
     at_most "after $requests requests" "$most_used_kib"
@@ -119,7 +125,5 @@ status=0
 wait "$daemon" || status=$?
 daemon=
 [ "$status" = 0 ] || fail "it ended with status $status"
-# If it could not do that, it has logged the reason.
-grep 'layers cannot be id-mapped' "$scratch/log" || :
-! grep -E ' (WARN|ERROR) ' "$scratch/log" | grep -v 'asks for mapped ids' || fail "it has warned"
+! grep -E ' (WARN|ERROR) ' "$scratch/log" | grep -v 'ask for mapped ids' || fail "it has warned"
 echo "$machine: serves"

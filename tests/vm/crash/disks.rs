@@ -262,6 +262,13 @@ impl Disks {
         }
     }
 
+    /// Writes out everything that their file systems have in memory.
+    pub fn flush(&self) {
+        for disk in 0..DISKS {
+            rustix::fs::syncfs(File::open(self.path(disk)).unwrap()).unwrap();
+        }
+    }
+
     /// Ends the recording: the disks are again as they were before it. Returns
     /// the recorded events.
     pub fn rewind(&self) -> Vec<Event> {

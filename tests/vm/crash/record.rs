@@ -13,8 +13,10 @@ use crate::model::{History, Record};
 use crate::support::client::Client;
 use crate::support::daemon::Daemon;
 
-/// How often the daemon is started.
+/// How often the daemon is started, at least.
 const LIVES: u32 = 7;
+/// There are up to as many lives more until so many layers have moved.
+const LEAST_MOVES: usize = 2;
 /// The steps of a move at which a daemon is killed.
 const STEPS: [&str; 6] = [
     "begun",
@@ -49,7 +51,11 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
     let left_out = [("SNAPSHOTTER_LEFT_OUT", case.left_out)];
     let mut random = content::random(seed, case.name);
     let mut daemon = Daemon::start_in(&arguments(disks, case, 0), &left_out);
-    for boot in 0..LIVES {
+    let moves = |daemon: &Daemon| daemon.log().matches(" bytes copied in ").count();
+    for boot in 0..2 * LIVES {
+        if boot >= LIVES && moves(&daemon) >= LEAST_MOVES {
+            break;
+        }
         let end = match random.below(4) {
             // No layer can move in the first life.
             _ if boot == 0 => End::Stop,
@@ -83,9 +89,18 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
         thread::scope(|scope| {
             let is_over = || matches!(end, End::Stop) && is_reached();
             let loading = scope.spawn(move || load.run(&address, &say, &is_over));
-            while !is_reached() && !loading.is_finished() {
-                thread::sleep(Duration::from_millis(1));
+            let wait_for = |goal| {
+                while disks.content.flushes() < goal && !loading.is_finished() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            };
+            if boot == 0 && case.wrong.is_some() {
+                // A database that is never flushed would be lost as a whole in each state.
+                // One that goes back by a whole life is refused at the start.
+                wait_for(goal - flushes / LIVES as usize / 2);
+                disks.flush();
             }
+            wait_for(goal);
             match end {
                 End::Stop => {}
                 End::Term => daemon.terminate(),
@@ -99,7 +114,7 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
         }
     }
     disks.unmount();
-    daemon.log().matches(" bytes copied in ").count()
+    moves(&daemon)
 }
 
 fn arguments(disks: &Disks, case: &Case, boot: u32) -> Vec<String> {
