@@ -7,38 +7,38 @@
 
 ctr_healing() {
     export CONTAINERD_NAMESPACE=ctr
+    to_containerd="--containerd-address=$scratch/containerd.sock"
     ctr images import --snapshotter rwsplit "$scratch/image.tar"
     for name in one running; do
-        ctr run --detach --null-io --snapshotter rwsplit --cgroup "$CGROUP/ctr" localhost:5000/a:1.oci "$name" sleep 100000
+        ctr run --detach --null-io --snapshotter rwsplit --cgroup "$CGROUP/ctr-$name" localhost:5000/a:1.oci "$name" sleep 100000
         ctr task exec --exec-id e1 "$name" sh -ec 'echo own >/own; echo changed >/etc/hostname'
     done
     stop_task one KILL
-    deep 0 --deep
+    check_ends 0 --deep "$to_containerd"
     is_said '5 layers compared' '5 of them sound'
 
     # The first layer of the list is the last one of the image, which has changed /etc/motd.
-    lowers=$(ctr snapshot --snapshotter rwsplit mounts /mnt one | sed 's/.*lowerdir=\([^, ]*\).*/\1/' | tr : ' ')
-    last=${lowers%% *}
-    payload=$(find $lowers -path '*/fs/opt/data/payload')
+    last=$(ctr snapshot --snapshotter rwsplit mounts /mnt one | sed 's/.*lowerdir=\([^:, ]*\).*/\1/')
+    payload=$(find "$image/snapshots" -path '*/fs/opt/data/payload')
     printf M | dd of="$last/etc/motd" conv=notrunc
     sync -f "$last"
     echo 3 >/proc/sys/vm/drop_caches
     # Nothing but a comparison of all bytes sees that.
-    deep 0
-    deep 1 --deep
+    check_ends 0
+    check_ends 1 --deep "$to_containerd"
     is_said 'is damaged' 'etc/motd' '4 of them sound'
     rm "$payload"
-    deep 1
+    check_ends 1
     is_said 'is damaged'
-    deep 1 --deep
+    check_ends 1 --deep "$to_containerd"
     is_said 'etc/motd' 'opt/data/payload' '3 of them sound'
     expect 'Motd of layer 5' "$(cat "$last/etc/motd")" "the damaged file"
 
-    deep 0 --heal
+    check_ends 0 --heal "$to_containerd"
     is_said 'etc/motd' 'opt/data/payload' '3 of them sound' 'running" is mounted with the damaged files'
-    expect 2 "$(grep -c '^healed layer' "$scratch/deep")" "the number of healed layers"
+    expect 2 "$(grep -c '^healed layer' "$scratch/checked")" "the number of healed layers"
     expect 'motd of layer 5' "$(cat "$last/etc/motd")" "the healed file"
-    deep 0 --deep
+    check_ends 0 --deep "$to_containerd"
     is_said '5 layers compared' '5 of them sound'
 
     says 'Motd of layer 5' ctr task exec --exec-id e2 running cat /etc/motd
@@ -54,19 +54,19 @@ ctr_healing() {
     ctr images rm --sync $(ctr images ls -q)
 }
 
-# deep CODE FLAG...: runs `check` with these flags beside the daemon. It has to end with this
-# exit code.
-deep() {
+# check_ends CODE FLAG...: runs `check` with these flags beside the daemon. It has to end with
+# this exit code.
+check_ends() {
     wanted=$1
     shift
     code=0
-    rwsplit check --containerd-address "$scratch/containerd.sock" "$@" >"$scratch/deep" 2>&1 || code=$?
-    cat "$scratch/deep"
+    rwsplit check "$@" >"$scratch/checked" 2>&1 || code=$?
+    cat "$scratch/checked"
     expect "$wanted" "$code" "the exit code of check $*"
 }
 # is_said WORDS...: checks that this `check` has printed all of these.
 is_said() {
     for words in "$@"; do
-        grep -qF -e "$words" "$scratch/deep" || fail "check has not printed '$words'"
+        grep -qF -e "$words" "$scratch/checked" || fail "check has not printed '$words'"
     done
 }
