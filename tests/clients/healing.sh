@@ -38,11 +38,12 @@ ctr_healing() {
     is_said 'etc/motd' 'opt/data/payload' '3 of them sound' 'running" is mounted with the damaged files'
     expect 2 "$(grep -c '^healed layer' "$scratch/checked")" "the number of healed layers"
     expect 'motd of layer 5' "$(cat "$last/etc/motd")" "the healed file"
+    # The running container keeps the damaged layer mounted until it is started again.
+    says 'Motd of layer 5' ctr task exec --exec-id e2 running cat /etc/motd
+    stop_task running KILL
     check_ends 0 --deep "$to_containerd"
     is_said '5 layers compared' '5 of them sound'
 
-    says 'Motd of layer 5' ctr task exec --exec-id e2 running cat /etc/motd
-    stop_task running KILL
     for name in one running; do
         ctr task start --null-io --detach "$name"
         says 'own changed motd of layer 5 1048576' ctr task exec --exec-id e3 "$name" \

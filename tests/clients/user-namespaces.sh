@@ -17,7 +17,7 @@ ctr_user_namespaces() {
     # containerd's versions differ, as docs/containerd.md describes.
     case $(containerd --version) in
     *' 1.'*) container_is_refused 'invalid argument' ;;
-    *' 2.'[01].*) container_is_refused 'no such file or directory' ;;
+    *' 2.1.'*) container_is_refused 'no such file or directory' ;;
     *) container_has_ids shared --remap-labels ;;
     esac
     # shellcheck disable=SC2046 # A list of words.
@@ -33,7 +33,7 @@ container_is_refused() {
 cri_user_namespaces() {
     pods_have_ids
     case $(containerd --version) in
-    *' 1.'* | *' 2.'[01].*) return ;;
+    *' 1.'* | *' 2.1.'*) return ;;
     esac
     restart_containerd "$capabilities"
     pods_have_ids
@@ -44,8 +44,8 @@ pods_have_ids() {
     remove_pods
 }
 
-# ids_on_one_disk: a daemon with both volumes on one disk, where containerd 2.0 and 2.1 can use
-# the capability, too.
+# ids_on_one_disk: a daemon with both volumes on one disk, where containerd 2.1 can use the
+# capability, too.
 ids_on_one_disk() {
     export CONTAINERD_NAMESPACE=ctr
     begin_with "$scratch/image/one" "$scratch/image/one/writable" "$capabilities"
