@@ -21,7 +21,8 @@ docker_reboots() {
     # The writable disk is lost.
     reboot new --relocate-after 1
     start_dockerd
-    refuses docker start one
+    refuses docker start one 2>"$scratch/refused"
+    grep -q 'the writable volume is not at' "$scratch/refused" || fail "refused: $(cat "$scratch/refused")"
     stop "$daemon" 20
     rwsplit check --reset-writable --yes
     start_daemon --relocate-after 1
