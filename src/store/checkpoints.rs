@@ -268,8 +268,9 @@ mod tests {
             change(&store, round);
             most = most.max(frames());
         }
-        // If commits wait for no disk, some hundreds come before the thread wakes up.
-        assert!((MOST_FRAMES..3 * MOST_FRAMES).contains(&most), "{most}");
+        // Where commits wait for no disk, many come before the thread has its turn. Without
+        // the thread, each would have left a frame.
+        assert!((MOST_FRAMES..4 * MOST_FRAMES).contains(&most), "{most}");
         while frames() >= MANY_FRAMES {
             std::thread::sleep(PAUSE);
         }
