@@ -69,8 +69,9 @@ impl Snapshotter {
             let file_system = mounted.map_or_else(String::new, |mounted| mounted.file_system);
             format!(
                 "the snapshot's labels ask for mapped ids, which Linux {} does not map on the \
-                 {volume} volume {path} ({file_system}): use Linux 5.19 or later with ext4, XFS, btrfs or \
-                 tmpfs there, or leave \"remap-ids\" out of the capabilities of the proxy plugin",
+                 {volume} volume {path} ({file_system}): use Linux 5.19 or later with ext4, XFS, \
+                 btrfs or tmpfs there, or leave \"remap-ids\" out of the capabilities of the proxy \
+                 plugin",
                 mount::kernel_release()
             )
         })?;

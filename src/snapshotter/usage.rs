@@ -1,8 +1,8 @@
-//! What snapshots take of the disk.
+//! How many bytes and inodes snapshots take.
 //!
-//! A kubelet has containerd ask for every container's usage all the time. With a
-//! project quota, the file system knows the figure. Without one the files are
-//! counted, and simultaneous requests for one snapshot share one walk.
+//! A kubelet asks containerd for the usage of every container all the time. With a project
+//! quota, the file system knows the usage. Without one, the files are counted in a walk,
+//! and simultaneous requests for one snapshot share the walk.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,7 +35,7 @@ impl Caller {
     }
 }
 
-/// Where the returned usages came from, since the start.
+/// How often usages were returned since the start, by their source.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UsageFigures {
     pub by_quota: u64,
@@ -46,7 +46,7 @@ pub struct UsageFigures {
     pub by_earlier_walk: u64,
 }
 
-/// The current walks, and the results of earlier ones.
+/// The walks under way, and the results of earlier ones.
 #[derive(Default)]
 pub(super) struct Walks(Mutex<Known>);
 
@@ -63,15 +63,15 @@ struct Counted {
     usage: Usage,
 }
 
-/// One walk.
+/// A walk that counts the files of one snapshot.
 #[derive(Default)]
 struct Walk(Monitor<Progress>);
 
 #[derive(Default)]
 struct Progress {
     callers: Vec<Caller>,
-    /// The result, once there is one. An error is its kind and text, which all
-    /// callers get.
+    /// The result of the walk, once there is one. An error is stored as its kind and text,
+    /// and all callers get it.
     result: Option<std::result::Result<Usage, (ErrorKind, String)>>,
 }
 
@@ -96,7 +96,7 @@ impl Walk {
 
     /// Waits for the result; `None` if the caller has left before.
     fn wait(&self, caller: &Caller) -> Option<Result<Usage>> {
-        /// How soon the thread of a caller that leaves is free.
+        /// How often to look whether the caller has left.
         const LOOK: Duration = Duration::from_millis(50);
         while !caller.has_left() {
             let deadline = Some(Instant::now() + LOOK);
@@ -110,8 +110,7 @@ impl Walk {
     }
 }
 
-/// Ends a walk when dropped, also after a panic, because other callers wait for
-/// it.
+/// Ends a walk when dropped, even after a panic, because other callers wait for the walk.
 struct Leader<'a> {
     walks: &'a Walks,
     id: SnapshotId,
@@ -151,7 +150,7 @@ impl Walks {
         lock(&self.0).figures
     }
 
-    /// Forgets the results for a snapshot that was removed, or is a layer now.
+    /// Forgets the last count of a snapshot that was removed, or is a layer now.
     pub(super) fn forget(&self, id: SnapshotId) {
         lock(&self.0).found.remove(&id);
     }
@@ -190,7 +189,7 @@ impl Walks {
             id,
             walk: new,
         };
-        // The walk has begun before, and so its result is of that moment.
+        // The age of the result counts from the beginning of the walk.
         let at = Instant::now();
         let result = walk(&|| leader.walk.0.look(|progress| progress.is_given_up()));
         if let Ok(usage) = result
@@ -210,15 +209,14 @@ fn left() -> Error {
 }
 
 impl Snapshotter {
-    /// What a snapshot itself takes: for an active one, the present figure; for a
-    /// layer, the figure recorded by Commit; for a view, nothing. A figure of a
-    /// project quota includes the directories of the snapshotter and of overlayfs.
+    /// The usage of a snapshot without its parents: for an active one, the present usage;
+    /// for a layer, the usage recorded by Commit; for a view, nothing. The usage according
+    /// to a project quota includes the directories of the snapshotter and of overlayfs.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if the writable
-    /// volume is needed and not there; [`ErrorKind::Cancelled`] if `caller` has
-    /// left.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if the writable volume is
+    /// needed and missing; [`ErrorKind::Cancelled`] if `caller` has left.
     pub fn usage(&self, key: &str, caller: &Caller) -> Result<Usage> {
         let usage = || -> Result<Usage> {
             if caller.has_left() {
@@ -242,7 +240,7 @@ impl Snapshotter {
     ) -> Result<Usage> {
         let dirs = self.volumes.open(volume)?;
         let upper = self.open_upper(key, snapshot, &dirs)?;
-        // While a tree is being charged, the quota has only a part of it.
+        // While files are being charged to a project, the quota counts only a part of them.
         if volume == Volume::Writable
             && !self.projects.is_uncharged(snapshot.id)
             && let Some(usage) = self.projects.usage(&dirs, snapshot.id, &upper)?
@@ -257,9 +255,8 @@ impl Snapshotter {
             })
     }
 
-    /// Opens the upper directory of an active snapshot. If the snapshot is removed
-    /// meanwhile, the missing directory is [`ErrorKind::NotFound`] rather than lost
-    /// data.
+    /// Opens the upper directory of an active snapshot. If the snapshot was removed
+    /// meanwhile, the error is [`ErrorKind::NotFound`] rather than lost data.
     pub(super) fn open_upper(
         &self,
         key: &str,
@@ -376,8 +373,7 @@ mod tests {
         walks
             .tell(SnapshotId::new(1), Duration::ZERO, &caller, |_| {
                 caller.leave();
-                // This request comes before that walk has noticed that its
-                // caller has left.
+                // This request comes before the walk has noticed that its caller has left.
                 let other = Caller::default();
                 assert_eq!(
                     walks

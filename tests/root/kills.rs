@@ -251,7 +251,7 @@ fn assert_all_was_met(workers: &[Worker], log: &str) {
         "moved to the image volume: ",
         "dropped the leftovers of an unfinished move",
         ", which was removed before a stop, to the trash",
-        "which is empty and no snapshot's, to the trash",
+        "which is empty and belongs to no snapshot, to the trash",
     ] {
         assert!(log.contains(met), "never: {met}");
     }
