@@ -32,8 +32,8 @@ pub struct Rescue {
     pub lowers: Vec<String>,
     /// Further mount options, the same as for containers.
     pub options: Vec<String>,
-    /// As long as this file is open, containerd gets no mounts of the snapshot. `None` for
-    /// a read-only mount.
+    /// As long as this file is open, [`Snapshotter::mounts`] returns an error for the
+    /// snapshot. `None` for a read-only mount.
     pub mark: Option<OwnedFd>,
 }
 
@@ -138,8 +138,8 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// The device name for an overlay that a person mounts. It shows that the mount is of
-    /// this snapshot.
+    /// The device name for an overlay that a person mounts. The name shows which snapshot
+    /// of which root is mounted.
     pub fn source_by_hand(&self, id: SnapshotId) -> Result<String> {
         let identity = self.store.read()?.fact(Identity::FACT)?;
         Ok(ByHand::source(&identity.unwrap_or_default(), id))

@@ -111,8 +111,8 @@ impl Snapshotter {
     }
 }
 
-/// Commits that wait this long for a flush are logged as information. containerd waits with
-/// them, and users look in the log for the reason of a slow pull.
+/// Commits that wait this long for a flush are logged at level "info". containerd waits
+/// with them, and users look in the log for the reason of a slow pull.
 const SLOW_FLUSH: Duration = Duration::from_secs(2);
 
 fn log_wait(name: &str, volume: Volume, waited: Duration) {
@@ -122,7 +122,7 @@ fn log_wait(name: &str, volume: Volume, waited: Duration) {
     };
     log::log!(
         level,
-        "the commit of layer {} has waited {} ms for the disk of the {volume} volume to write",
+        "the commit of layer {} has waited {} ms for the disk of the {volume} volume",
         Quoted(name),
         waited.as_millis()
     );

@@ -34,9 +34,9 @@ pub struct Unpacking<'a> {
 /// The result of a comparison.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Compared {
-    /// The layer is the same as its content, unpacked again.
+    /// The files of the layer are the same as those that were unpacked again.
     Sound,
-    /// The layer differs from its content, unpacked again.
+    /// The files of the layer differ from those that were unpacked again.
     Differs(Differences),
     /// The layer was removed or moved during the comparison.
     Gone,
@@ -305,7 +305,7 @@ impl Drop for Unpacking<'_> {
         }
         if let Err(error) = emptied {
             log::warn!(
-                "the next check, or the next start, has to finish a deletion: {}",
+                "files of a check stay on the image volume until the next check or start: {}",
                 error.chain()
             );
         }

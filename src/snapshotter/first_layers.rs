@@ -21,8 +21,8 @@ use crate::store::{Rows, Snapshot};
 use crate::tree;
 use crate::types::{Info, LABEL_PARENT_CHAIN_ID, Labels, Quoted, SnapshotId};
 
-/// The name of the fact that records the newest snapshot at the first commit with a parent
-/// that no label had announced.
+/// The name of a fact in the database: the newest id at the first commit with a late parent
+/// that no label had announced. Unpacks with higher ids get an overlay.
 const LATE_PARENTS_AFTER: &str = "late_parents_after";
 
 /// Whether an unpack without a parent gets an overlay over the empty directory, rather than
@@ -36,8 +36,8 @@ pub(super) fn is_over_empty(rows: &Rows, id: SnapshotId, labels: &Labels) -> Res
     Ok(last.is_some_and(|last| id > last))
 }
 
-/// Whether an existing snapshot, of any kind, is an unpack for which [`is_over_empty`]
-/// holds.
+/// Whether an existing snapshot is an unpack without a parent that got an overlay over the
+/// empty directory.
 pub(super) fn is_stored_over_empty(rows: &Rows, snapshot: &Snapshot) -> Result<bool> {
     let info = &snapshot.info;
     Ok(is_parentless_unpack(info) && is_over_empty(rows, snapshot.id, &info.labels)?)

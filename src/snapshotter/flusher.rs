@@ -25,8 +25,8 @@ use crate::waits::{self, Awaited};
 /// How often the thread flushes. A Commit then finds at most this much time of unpacking
 /// unflushed.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// If the image volume does not change for this long, the thread takes all unpacks to be
-/// given up by their clients.
+/// Unpacks count as given up by their clients if nothing is written to the image volume for
+/// this long.
 const GIVEN_UP: Duration = Duration::from_secs(600);
 
 /// The name of the fact that records the highest id of the snapshots on a volume that may
@@ -243,7 +243,8 @@ impl Flusher {
                 self.note_failure(&flushed, Volume::Image);
                 if let Err(error) = flushed {
                     log::warn!(
-                        "cannot flush the image volume while a layer is unpacked: {}",
+                        "cannot flush the image volume while a layer is unpacked, so its commit \
+                         may take longer: {}",
                         error.chain()
                     );
                 }

@@ -69,7 +69,7 @@ impl Snapshotter {
         if !self.drop_replaced(dirs, id)? {
             return Err(Error::refused(
                 "the layer has healed before, and the directory that was replaced then is still \
-                 mounted: restart the containers on this layer, and heal it again",
+                 mounted: restart the containers on this layer, then run `check --heal` again",
             ));
         }
         image.put_in_place(unpacked, id)?;

@@ -30,7 +30,7 @@ pub(super) struct WantedHostDirs {
 }
 
 impl WantedHostDirs {
-    /// The host directories that the label names, if it is among `labels`.
+    /// Reads the label that names host directories. Without the label, there are none.
     pub(super) fn by_label(labels: &Labels) -> Result<WantedHostDirs> {
         let labelled = match labels.get(LABEL_LOWERS) {
             None => Vec::new(),
@@ -163,7 +163,7 @@ impl Snapshotter {
     /// now.
     pub(super) fn drop_lower_links(&self, id: SnapshotId) {
         if let Err(error) = self.volumes.image().remove_host_dir_links(id) {
-            // The request has succeeded, because the snapshot itself is removed or
+            // This is no error for the caller, because the snapshot itself is removed or
             // committed.
             log::warn!(
                 "the links of snapshot {id} to host directories stay until the next start: {}",

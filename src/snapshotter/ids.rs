@@ -211,8 +211,8 @@ impl Ids {
             return Ok(());
         }
         let volume = dirs.volume();
-        // A damaged file counts as one without blocks: a start refuses it unless a repair
-        // has accepted the damage.
+        // A damaged file of blocks counts as an empty one: a start refuses it unless a
+        // repair has accepted the damage.
         let before = dirs.newest_block().ok().flatten();
         self.store
             .together(|transaction| transaction.record_block(volume, block, before.as_ref()))?;

@@ -115,9 +115,9 @@ impl<'a> Mounts<'a> {
             .flat_map(|namespace| &namespace.mounts)
     }
 
-    /// The snapshots whose directory on the writable volume is mounted for writing, and all
-    /// that persons have mounted, because a person who looks into a layer needs it to stay.
-    /// `least` is the sureness that is enough.
+    /// The snapshots whose directory on the writable volume is mounted for writing, at
+    /// least as surely as `least`, and all that persons have mounted, because a person who
+    /// looks into a layer needs it to stay.
     fn on_writable(&self, least: Sureness) -> HashSet<SnapshotId> {
         let mut found: HashSet<_> = self.by_hand.iter().copied().collect();
         for mounted in self.all() {
@@ -219,8 +219,8 @@ impl<'a> Mounts<'a> {
     }
 
     /// Whether an overlay is another snapshotter's: its upper directory is
-    /// `snapshots/<id>/fs`, and is not ours. The ids in its relative paths are then the
-    /// other snapshotter's.
+    /// `snapshots/<id>/fs`, and is not ours. The ids in the overlay's relative paths are
+    /// then not ours, either.
     fn is_another_snapshotters(&self, mounted: &Mounted) -> bool {
         let Some(upper) = parts(mounted, Part::Upper).next() else {
             return false;
@@ -303,8 +303,8 @@ fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
         }))
 }
 
-/// Whether a snapshot on the writable volume is mounted for writing, with at least this
-/// sureness.
+/// Whether a snapshot on the writable volume is mounted for writing, at least as surely as
+/// `least`.
 pub(super) fn is_mounted(
     store: &Store,
     volumes: &Volumes,

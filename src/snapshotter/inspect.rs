@@ -20,7 +20,7 @@ use crate::volume::Dirs;
 /// The result of an inspection.
 pub struct Inspection {
     pub snapshots: usize,
-    /// Everything that is wrong, in an order that stays the same.
+    /// The problems that were found, in a stable order.
     pub findings: Vec<Finding>,
     /// The paths of all entries of `left-out/`, whether this program or an import has put
     /// them there.
@@ -213,8 +213,9 @@ impl Snapshotter {
     }
 }
 
-/// Compares a layer with what was recorded at its commit. A layer that `is_held` as the
-/// upper directory of a container may be written to, so its differences do not count.
+/// Compares a layer with the counts that were recorded at its commit. `is_held` means that
+/// the layer is mounted as the upper directory of a container, which may write to it. Its
+/// differences then do not count.
 pub(super) fn inspect_layer(
     dirs: &Arc<Dirs>,
     snapshot: &Snapshot,

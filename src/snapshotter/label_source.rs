@@ -4,8 +4,9 @@
 //! annotations of the layer's descriptor, which are part of the image's manifest
 //! (`core/unpack/unpacker.go`). The sandbox of a pod has the pod's annotations
 //! (`internal/cri/server/podsandbox/sandbox_run.go`). Labels that do not count are not
-//! stored, so that they cannot take effect later. A label that an older version has stored,
-//! or that was trusted when it was stored, is left out when the snapshot is read.
+//! stored, so that they cannot take effect later. A stored label that does not count now,
+//! because an older version has stored it or because it was trusted then, is left out when
+//! the snapshot is read.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -115,7 +116,7 @@ impl LabelSource {
                 LabelChange::Replace(labels) => taken.extend(self.take_ignored(labels)),
                 LabelChange::Set(label, _) if self.ignored().contains(&label.as_str()) => {
                     return Err(Error::refused(format!(
-                        "the label {label} does not count: {}",
+                        "the label {label} does not count on this snapshot: {}",
                         self.reason(label)
                     )));
                 }

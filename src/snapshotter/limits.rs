@@ -293,7 +293,6 @@ mod tests {
         ];
         for (label, texts) in table {
             for text in *texts {
-                // The label is also refused next to a valid one.
                 let given = labels(&[(label, text)]);
                 let error = Asked::read(&given).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{label} {text}");
@@ -301,6 +300,7 @@ mod tests {
                 assert!(said.contains(label) && said.contains(text.trim()), "{said}");
             }
         }
+        // A bad label is also refused next to a valid one that takes precedence.
         let hidden = labels(&[(LABEL_MAX_SIZE, "1048576"), (LABEL_OWN_MAX_SIZE, "x")]);
         Asked::read(&hidden).unwrap_err();
     }

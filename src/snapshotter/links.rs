@@ -224,7 +224,7 @@ fn not_answered(id: SnapshotId) -> Error {
 fn log_failure(done: Result<()>) {
     if let Err(error) = done {
         log::warn!(
-            "an entry stays on the image volume until the next start: {}",
+            "the link of a removed layer stays on the image volume until the next start: {}",
             error.chain()
         );
     }

@@ -186,8 +186,8 @@ impl Snapshotter {
         Ok(self.shown(snapshot))
     }
 
-    /// Sets the labels that `mask` names, or all labels if it is empty, to their values in
-    /// `given`.
+    /// Sets the labels that `mask` names, or all labels if `mask` is empty, to their values
+    /// in `given`.
     ///
     /// # Errors
     ///

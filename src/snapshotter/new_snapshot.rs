@@ -24,12 +24,12 @@ use crate::types::{Info, Kind, LABEL_SNAPSHOT_REF, LABEL_VOLUME, Labels, Limits,
 /// What a snapshot is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// A layer of an image is unpacked into it, or containerd changes the owners of an
-    /// image's files in it for a user namespace.
+    /// A layer of an image is unpacked into the snapshot, or containerd changes the owners
+    /// of an image's files in it for a user namespace.
     Unpack,
-    /// A container, or a build, writes to it.
+    /// A container, or a build, writes to the snapshot.
     Container,
-    /// Nothing is written to it.
+    /// Nothing is written to the snapshot.
     View,
 }
 
@@ -52,7 +52,7 @@ impl Purpose {
 }
 
 /// The part of a key that containerd's client has chosen. containerd puts
-/// `<namespace>/<number>/` in front of it; a client without containerd may use any
+/// `<namespace>/<number>/` in front of this part; a client without containerd may use any
 /// prefix, or none.
 fn own_part(key: &str) -> &str {
     key.rsplit('/').next().unwrap_or(key)

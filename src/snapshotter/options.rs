@@ -24,10 +24,10 @@ pub enum SyncMode {
 /// What happens to layers that were committed on the writable volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relocation {
-    /// They move to the image volume, no earlier than `after` their commit.
+    /// The layers move to the image volume, each no earlier than `after` its commit.
     Background {
-        /// The time should be long enough for most short-lived layers of builds and of
-        /// Docker to be removed before they move.
+        /// How long a layer waits after its commit: long enough that most short-lived
+        /// layers of builds and of Docker are removed before they move.
         after: Duration,
         /// Whether a small layer stays as long as something stands on it. Docker's small
         /// layers are then not copied, because they are removed with their container.
@@ -51,9 +51,9 @@ pub enum QuotaMode {
 /// Which labels count on the snapshots of pods, which are in the namespace k8s.io.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodLabels {
-    /// None of this program's own labels, because they may be annotations of pods.
+    /// None of this program's own labels count, because they may be annotations of pods.
     Ignored,
-    /// All labels, because only administrators set them.
+    /// All labels count, because only administrators set them.
     Trusted,
 }
 

@@ -10,7 +10,7 @@ pub struct Finding {
     pub problem: Problem,
     /// The key or name of the snapshot that the finding is about.
     pub name: Option<String>,
-    /// The id of the snapshot, or of a directory.
+    /// The id of the snapshot, or of a directory that no snapshot owns.
     pub id: Option<SnapshotId>,
     pub volume: Option<Volume>,
 }
@@ -88,8 +88,8 @@ impl Problem {
         self.code_and_remedy().0
     }
 
-    /// The words that follow "a repair" in the description of what a repair does; `None` if
-    /// a repair cannot help.
+    /// What a repair does about the problem: the end of a sentence that begins with "a
+    /// repair". `None` if no repair can help.
     pub fn remedy(&self) -> Option<&'static str> {
         self.code_and_remedy().1
     }
@@ -150,8 +150,8 @@ impl Problem {
         }
     }
 
-    /// The words that follow "`check --heal`" in the description of what healing does;
-    /// `None` if healing cannot help.
+    /// What healing does about the problem: the end of a sentence that begins with "`check
+    /// --heal`". `None` if healing cannot help.
     pub fn healing(&self) -> Option<&'static str> {
         match self {
             Problem::LayerDiffers(_) => Some("unpacks the layer again from containerd's content"),

@@ -142,8 +142,8 @@ impl Snapshotter {
                 Err(error) => {
                     self.trash.note_stray(Volume::Writable);
                     log::warn!(
-                        "directories without a snapshot stay on the writable volume, which cannot \
-                         be searched: {}",
+                        "the writable volume cannot be searched for directories without a \
+                         snapshot, which stay there: {}",
                         error.chain()
                     );
                 }
@@ -207,18 +207,20 @@ impl Snapshotter {
             let set = || match is_link && self.volumes.image().links_to(snapshot.id, &target)? {
                 true => Ok(()),
                 false => {
+                    self.volumes.link_home(snapshot.id)?;
                     log::info!(
-                        "layer {}: created its link, which leads to {target}",
+                        "layer {}: created its link on the image volume, to {target}",
                         Quoted(name)
                     );
-                    self.volumes.link_home(snapshot.id)
+                    Ok(())
                 }
             };
             // A request that mounts the layer tries to create the link again.
             if let Err(error) = set() {
                 self.links.note_unlinked(snapshot.id);
                 log::warn!(
-                    "layer {} has no link on the image volume yet, and cannot be mounted: {}",
+                    "layer {} has no link on the image volume, which its next mount tries to \
+                     create: {}",
                     Quoted(name),
                     error.chain()
                 );
@@ -303,7 +305,7 @@ impl Snapshotter {
                 if is_there {
                     dirs.complete(snapshot.id, shape, owner)
                 } else {
-                    // A file or a link may have the name.
+                    // A file or a link may have the id as its name.
                     dirs.clear_away(snapshot.id)?;
                     dirs.create(snapshot.id, shape, owner).map(Undo::keep)
                 }
@@ -320,7 +322,8 @@ impl Snapshotter {
                     log::debug!("snapshot {}: {}", Quoted(name), error.chain());
                 }
                 Err(error) => log::error!(
-                    "snapshot {} has no directory, so its container cannot start: {}",
+                    "snapshot {} has no directory, so its container cannot start until a restart \
+                     of the daemon has created one: {}",
                     Quoted(name),
                     error.chain()
                 ),
@@ -393,6 +396,9 @@ impl Snapshotter {
 /// full disk, because removals make room.
 fn warn_of(what: &str, done: Result<()>) {
     if let Err(error) = done {
-        log::warn!("cannot {what}: {}", error.chain());
+        log::warn!(
+            "cannot {what}, which the next start tries again: {}",
+            error.chain()
+        );
     }
 }

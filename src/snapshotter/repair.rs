@@ -70,8 +70,9 @@ impl Snapshotter {
         let doomed = self.doomed(findings)?;
 
         let mut transaction = self.store.write()?;
-        // A tombstone permits to delete the directory of a damaged layer. The directories
-        // of the snapshots above it are whole, so they get none, and are set aside.
+        // A tombstone permits the deletion of a damaged layer's directory. The directories
+        // of the snapshots above the layer are whole: they get no tombstone, and are set
+        // aside.
         let is_damaged = |snapshot: &Snapshot| {
             let mut about = findings.iter().filter(|one| one.id == Some(snapshot.id));
             about.any(|one| matches!(one.problem, Problem::LayerDamaged { .. }))
@@ -84,8 +85,8 @@ impl Snapshotter {
         let ids: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
         transaction.drop_snapshots(&ids)?;
         for finding in findings {
-            // If the database or a disk is from another time, or belongs to another, the
-            // directory may not be this layer.
+            // If the database or a disk is an older copy, or belongs to another root, the
+            // counted directory may not be this layer.
             if let (Problem::LayerChanged { counted, .. }, Some(id), false) =
                 (&finding.problem, finding.id, forgets)
             {

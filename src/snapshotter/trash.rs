@@ -4,7 +4,7 @@
 //! to them, and that only one cleanup runs at a time. Never: rows of snapshots.
 //!
 //! A directory without a row is deleted only if a tombstone proves that it was a
-//! snapshot's, or if nothing was ever written into it. Any other is set aside in
+//! snapshot's, or if nothing was ever written into it. Any other directory is set aside in
 //! `left-out/`, where only a person deletes it.
 
 use std::collections::{HashMap, HashSet};
@@ -122,7 +122,7 @@ impl Trash {
             .and_then(|()| self.projects.free_unused());
         if let Err(error) = deleted {
             log::warn!(
-                "the next Cleanup has to finish a deletion: {}",
+                "removed files take room until the next Cleanup: {}",
                 error.chain()
             );
         }
@@ -155,7 +155,7 @@ impl Trash {
         })
     }
 
-    /// Moves the entries without a row out of `snapshots/`, and returns those that have
+    /// Moves the entries without a row out of `snapshots/`, and returns the entries with
     /// one. Entries whose names are not ids are left alone. If some entries cannot be
     /// moved, for example on a full disk, the last error is also returned, and the start
     /// goes on.
@@ -220,15 +220,15 @@ impl Trash {
         let is_link = volume == Volume::Image && self.volumes.image().is_layer_link(id)?;
         if is_buried || is_link {
             log::info!(
-                "{volume} volume: moved snapshots/{id}, which was removed before a stop, to the \
-                 trash"
+                "{volume} volume: moved snapshots/{id} to the trash: its snapshot was removed \
+                 before the daemon stopped"
             );
             return trash_entry(dirs, &id.to_string());
         }
         match dirs.clear_away(id)? {
             None => log::info!(
-                "{volume} volume: moved snapshots/{id}, which is empty and belongs to no snapshot, \
-                 to the trash"
+                "{volume} volume: moved snapshots/{id} to the trash: it is empty and belongs to no \
+                 snapshot"
             ),
             Some(path) => log::warn!(
                 "{volume} volume: snapshots/{id} belongs to no snapshot, and holds files: it is \

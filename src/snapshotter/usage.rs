@@ -119,13 +119,13 @@ struct Leader<'a> {
 
 impl Leader<'_> {
     fn end(&self, result: &Result<Usage>) {
-        let told = match result {
+        let answer = match result {
             Ok(usage) => Ok(*usage),
             Err(error) => Err((error.kind(), error.chain())),
         };
         let walk = &self.walk.0;
         walk.change(|progress| {
-            progress.result.get_or_insert(told);
+            progress.result.get_or_insert(answer);
         });
     }
 }
@@ -159,7 +159,7 @@ impl Walks {
     /// result of another walk that has begun, or the result of `walk`. The
     /// argument of `walk` returns `true` once all callers have left, and `walk`
     /// should then end.
-    fn tell(
+    fn answer(
         &self,
         id: SnapshotId,
         max_age: Duration,
@@ -250,7 +250,7 @@ impl Snapshotter {
         }
         let max_age = self.options.quota.usage_max_age;
         self.walks
-            .tell(snapshot.id, max_age, caller, |is_given_up| {
+            .answer(snapshot.id, max_age, caller, |is_given_up| {
                 Ok(tree::count_unless(upper, is_given_up)?.usage)
             })
     }
@@ -298,11 +298,11 @@ mod tests {
     }
 
     #[test]
-    fn all_who_ask_at_once_share_one_walk() {
+    fn simultaneous_callers_share_one_walk() {
         let walks = Walks::default();
         let count = AtomicUsize::new(0);
         let ask = || {
-            walks.tell(
+            walks.answer(
                 SnapshotId::new(1),
                 Duration::ZERO,
                 &Caller::default(),
@@ -324,7 +324,7 @@ mod tests {
         // A later request starts another walk, and so does a request for
         // another snapshot.
         walks
-            .tell(
+            .answer(
                 SnapshotId::new(1),
                 Duration::ZERO,
                 &Caller::default(),
@@ -335,23 +335,23 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_goes_on_for_whoever_is_left_and_then_ends() {
+    fn a_walk_goes_on_while_a_caller_is_left_and_then_ends() {
         let walks = Walks::default();
         let (first, second) = (Caller::default(), Caller::default());
-        let (tell, told) = channel();
+        let (begin, begun) = channel();
         thread::scope(|scope| {
             let leader = scope.spawn(|| {
                 let caller = &first;
-                walks.tell(SnapshotId::new(1), Duration::ZERO, caller, |is_given_up| {
-                    tell.send(()).unwrap();
+                walks.answer(SnapshotId::new(1), Duration::ZERO, caller, |is_given_up| {
+                    begin.send(()).unwrap();
                     until(is_given_up);
                     Err(left())
                 })
             });
-            told.recv().unwrap();
+            begun.recv().unwrap();
             let follower = scope.spawn(|| {
                 let never = |_: &dyn Fn() -> bool| panic!("it has to join");
-                walks.tell(SnapshotId::new(1), Duration::ZERO, &second, never)
+                walks.answer(SnapshotId::new(1), Duration::ZERO, &second, never)
             });
             until(|| walks.figures().by_shared_walk == 1);
             first.leave();
@@ -367,17 +367,17 @@ mod tests {
     }
 
     #[test]
-    fn nobody_joins_a_walk_that_is_given_up() {
+    fn no_caller_joins_a_walk_that_is_given_up() {
         let walks = Walks::default();
         let caller = Caller::default();
         walks
-            .tell(SnapshotId::new(1), Duration::ZERO, &caller, |_| {
+            .answer(SnapshotId::new(1), Duration::ZERO, &caller, |_| {
                 caller.leave();
                 // This request comes before the walk has noticed that its caller has left.
                 let other = Caller::default();
                 assert_eq!(
                     walks
-                        .tell(SnapshotId::new(1), Duration::ZERO, &other, |_| Ok(USAGE))
+                        .answer(SnapshotId::new(1), Duration::ZERO, &other, |_| Ok(USAGE))
                         .unwrap(),
                     USAGE
                 );
@@ -387,10 +387,10 @@ mod tests {
     }
 
     #[test]
-    fn what_was_found_is_told_again_until_it_is_too_old() {
+    fn a_result_is_used_again_until_it_is_too_old() {
         let walks = Walks::default();
         let ask = |max_age| {
-            walks.tell(SnapshotId::new(1), max_age, &Caller::default(), |_| {
+            walks.answer(SnapshotId::new(1), max_age, &Caller::default(), |_| {
                 Ok(USAGE)
             })
         };
@@ -412,7 +412,7 @@ mod tests {
         thread::sleep(short);
         let other = SnapshotId::new(2);
         let caller = Caller::default();
-        walks.tell(other, short, &caller, |_| Ok(USAGE)).unwrap();
+        walks.answer(other, short, &caller, |_| Ok(USAGE)).unwrap();
         assert_eq!(lock(&walks.0).found.len(), 1);
     }
 
@@ -423,19 +423,19 @@ mod tests {
         let fail = || Err(Error::data_loss("gone"));
         thread::scope(|scope| {
             let leader = scope.spawn(|| {
-                walks.tell(SnapshotId::new(1), long, &Caller::default(), |_| {
+                walks.answer(SnapshotId::new(1), long, &Caller::default(), |_| {
                     until(|| walks.figures().by_shared_walk == 1);
                     fail()
                 })
             });
             until(|| walks.figures().by_walk == 1);
-            let shared = walks.tell(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE));
+            let shared = walks.answer(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE));
             for result in [leader.join().unwrap(), shared] {
                 assert_eq!(result.unwrap_err().kind(), ErrorKind::DataLoss);
             }
         });
         walks
-            .tell(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE))
+            .answer(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE))
             .unwrap();
         assert_eq!(walks.figures().by_walk, 2);
     }

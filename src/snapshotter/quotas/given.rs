@@ -7,7 +7,7 @@ use crate::store::{Project, Transaction};
 use crate::types::{Limits, ProjectId, SnapshotId};
 use crate::volume::Dirs;
 
-/// A project that a new snapshot will get, without its id.
+/// A project that a new snapshot will get, before the project's id is picked.
 pub(in crate::snapshotter) struct PlannedProject<'a> {
     pub(super) quotas: Quotas<'a>,
     pub(super) dirs: &'a Dirs,
@@ -92,7 +92,7 @@ impl Drop for GivenProject<'_> {
             && let Err(error) = self.take_back()
         {
             log::warn!(
-                "cannot take back project {} of a snapshot that was not created: {}",
+                "project {} of a snapshot that was not created stays in use: {}",
                 self.row.project,
                 error.chain()
             );

@@ -48,8 +48,8 @@ pub(super) use given::{GivenProject, PlannedProject};
 use mount_headroom::Loan;
 use recharge::Uncharged;
 
-/// How many ids in use by other programs are skipped. Each costs a system call while all
-/// requests that need an id wait.
+/// How many ids in use by other programs a search skips before it gives up. Each costs a
+/// system call while all requests that need an id wait.
 const MOST_MISSES: u32 = 256;
 /// How many ids in use by other programs are skipped in a row, before the search goes on at
 /// a random id. A container with the host's root can charge its files to all the ids that
@@ -148,7 +148,7 @@ impl Projects {
                 Support::Limits => Ok(quotas),
                 counts => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), Some(counts))),
             });
-        quotas.context(|| "limit what is written on the writable volume")
+        quotas.context(|| "enforce a limit on the writable volume")
     }
 
     fn require_switched_on(&self) -> Result<()> {
@@ -240,8 +240,9 @@ impl Projects {
         limits != Limits::NONE || self.options.mode == QuotaMode::Require
     }
 
-    /// Picks a project id that is free in the database, and that the kernel has nothing of.
-    /// The caller has to call [`Projects::end_search`] once the id is recorded or given up.
+    /// Picks a project id that is free in the database, and to which the kernel has charged
+    /// nothing and given no limit. The caller has to call [`Projects::end_search`] once the
+    /// id is recorded or given up.
     fn pick(&self, quotas: &Quotas<'_>) -> Result<ProjectId> {
         let range = self.options.ids;
         let reader = self.store.read()?;

@@ -58,8 +58,8 @@ impl Projects {
     pub(in crate::snapshotter) fn lend_room(&self, id: SnapshotId) {
         if let Err(error) = self.try_to_lend_room(id) {
             log::warn!(
-                "the container of snapshot {id} does not start if its limit is full, because room \
-                 for the mount cannot be lent: {}",
+                "the limit of snapshot {id} cannot be raised for its mount, so its container does \
+                 not start if it has filled the limit: {}",
                 error.chain()
             );
         }
@@ -101,7 +101,7 @@ impl Projects {
         // An earlier loan of the snapshot is replaced, because it may belong to another
         // mount.
         self.loans.change(|loans| loans.insert(id, loan));
-        log::debug!("snapshot {id} has filled its limit: room is lent for its mount");
+        log::debug!("snapshot {id} has filled its limit, which is raised for its mount");
         Ok(())
     }
 

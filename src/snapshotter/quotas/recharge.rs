@@ -87,7 +87,8 @@ impl Projects {
                     continue;
                 }
                 log::error!(
-                    "the limit of snapshot {id} counts only a part of its files: {}",
+                    "the limit of snapshot {id} counts only a part of its files until the next \
+                     start: {}",
                     error.chain()
                 );
                 if projects.volumes.open(Volume::Writable).is_err() {
@@ -147,7 +148,7 @@ impl Projects {
     /// before.
     fn charge_tree(&self, id: SnapshotId, parts: &SnapshotDirs, project: ProjectId) -> Result<()> {
         quota::set_project(&parts.top, ProjectId::NONE)?;
-        let scratch = match self.may_make_anew(id)? {
+        let scratch = match self.may_replace_nodes(id)? {
             true => Some(parts.ensure_scratch()?),
             false => None,
         };
@@ -209,7 +210,7 @@ impl Projects {
     /// linked in directories that give a project to their entries (rename(2), EXDEV).
     /// Layers need no such renames, and in a mounted snapshot the kernel holds the old
     /// inodes.
-    fn may_make_anew(&self, id: SnapshotId) -> Result<bool> {
+    fn may_replace_nodes(&self, id: SnapshotId) -> Result<bool> {
         let place = self.store.read()?.place(id)?;
         let is_active = place.is_some_and(|place| place.kind == Kind::Active);
         Ok(is_active && !self.is_mounted(id)?)

@@ -19,11 +19,13 @@ use crate::store::LeftoverDir;
 use crate::types::{SnapshotId, Volume};
 use crate::util::lock::lock;
 
-/// How long a mount(2) may take that has looked up the old directory before the exchange.
+/// How long a mount(2) that has found the old directory before the exchange may take until
+/// it is in the kernel's list.
 const SETTLING: Duration = Duration::from_secs(10);
 
-/// The knowledge of the relocator's thread about leftover directories. There is none after
-/// a start, so that all overlays which are mounted then count.
+/// Notes of the relocator's thread about leftover directories. After a start there are
+/// none, and every overlay that is mounted on the layer counts as a user of its old
+/// directory.
 #[derive(Default)]
 pub(super) struct Leftovers {
     seen: HashMap<SnapshotId, Seen>,

@@ -142,8 +142,8 @@ impl Relocator {
         self.news.change(|news| news.is_any = true);
     }
 
-    /// Notes that a request has ended for which a layer may have waited. If no layer is
-    /// waiting, the thread is not woken.
+    /// Notes that something has ended for which a layer may have waited, such as a
+    /// container. If no layer is waiting, the thread is not woken.
     pub(super) fn note_end(&self) {
         if self.has_layers.load(Ordering::SeqCst) {
             self.wake();
@@ -207,7 +207,8 @@ impl Relocator {
         if !is_exchanged
             && let Err(error) = self.links.require([id]).and_then(|()| image.exchange(id))
         {
-            // After an exchange whose flush has failed, the link stays as its proof.
+            // If the exchange has happened and only its flush has failed, the link stays as
+            // the proof.
             if image.layer_entry(id)? != Some(FileType::Directory) {
                 self.end_move(id, trashed)?;
             }
@@ -239,8 +240,7 @@ impl Relocator {
         if let Err(error) = tidy() {
             self.trash.note_stray(Volume::Writable);
             log::warn!(
-                "layer {id} has moved, but what the move has replaced stays until the next \
-                 Cleanup: {}",
+                "layer {id} has moved, but its old files take room until the next Cleanup: {}",
                 error.chain()
             );
         }
@@ -255,7 +255,7 @@ impl Relocator {
             return Ok(());
         }
         Err(Error::refused(format!(
-            "the directory snapshots/{id} on the image volume is not the layer of that number, \
+            "the directory snapshots/{id} on the image volume is not the layer with that id, \
              because no move has put it there: the next start sets it aside"
         )))
     }
@@ -290,7 +290,8 @@ impl Relocator {
         Ok(held)
     }
 
-    /// Moves one layer like [`Relocator::relocate`], and deletes the trash of the move.
+    /// Moves one layer like [`Relocator::relocate`], and deletes the entries that the move
+    /// has put into the trash.
     fn relocate_and_delete(&self, id: SnapshotId) -> Result<Moved> {
         let mut trashed = Vec::new();
         let moved = self.relocate(id, &mut trashed);
@@ -307,8 +308,8 @@ impl Relocator {
         if let Some(layer) = away.iter().find(|layer| layer.id == id) {
             require_room(layer, image.dirs())?;
             let snapshot = self.store.read()?.stat(&layer.name)?;
-            // A layer that lacks files does not move, because the files may be only
-            // elsewhere, and a copy would replace the layer for good.
+            // A damaged layer does not move: a copy would take its place, although the
+            // missing files may still be found.
             let found = inspect_layer(writable, &snapshot, true, false)?;
             if matches!(found, Some(Problem::LayerDamaged { .. })) {
                 return Err(Error::data_loss(format!(
@@ -329,8 +330,8 @@ impl Relocator {
             let names = copied.left_out.iter();
             let names: Vec<_> = names.map(|name| Quoted(name).to_string()).collect();
             log::info!(
-                "layer {id}: its files do not have these attributes on the image volume, whose \
-                 file system does not support them, or which belong to the other file system: {}",
+                "layer {id}: its files do not have these attributes on the image volume, because \
+                 its file system does not support them or they belong to the writable volume's: {}",
                 names.join(", ")
             );
         }

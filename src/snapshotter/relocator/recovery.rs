@@ -119,8 +119,8 @@ impl Relocator {
         if let Some(path) = self.volumes.image().dirs().clear_away(layer.id)? {
             log::warn!(
                 "image volume: snapshots/{} has the id of layer {}, which is on the writable \
-                 volume, and is not that layer: it is set aside as {path}; delete it there if you do \
-                 not need it",
+                 volume, and is not that layer: it is set aside as {path}; delete it there if you \
+                 do not need it",
                 layer.id,
                 Quoted(&layer.info.name)
             );
@@ -142,8 +142,8 @@ impl Relocator {
         })
     }
 
-    /// Finishes a move by [`Relocator::rename_home`] after a crash between its
-    /// two renames, when the layer exists only under the move's own name.
+    /// Finishes a move by [`Relocator::rename_home`] after a crash between its two renames,
+    /// when the layer exists only as `.moving-<id>`.
     fn finish_rename(&self, id: SnapshotId) -> Result<bool> {
         let image = self.volumes.image();
         let Ok(writable) = self.volumes.open(Volume::Writable) else {

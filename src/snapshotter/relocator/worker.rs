@@ -144,8 +144,8 @@ impl Worker<'_> {
         Ok(moved.into_iter().chain(released).min())
     }
 
-    /// Moves the first layer that can move. Returns when to look again; `None` if the
-    /// thread is woken in time.
+    /// Moves the first layer that can move. Returns when to look again; `None` if it is
+    /// enough to look when the thread is woken.
     fn move_one(&mut self, away: Vec<UnmovedLayer>, after: Duration) -> Result<Option<Duration>> {
         if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
             // The thread looks again by itself, because the return of the volume does not
@@ -223,7 +223,9 @@ impl Worker<'_> {
             Ok(Moved::InUse) => {}
             Ok(Moved::Gone) => log::debug!("layer {name} was removed before it had moved"),
             Err(error) => match error.kind() {
-                ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
+                ErrorKind::Unavailable => {
+                    log::debug!("layer {name} does not move now: {}", error.chain())
+                }
                 ErrorKind::ResourceExhausted => {
                     lock(&self.relocator.moves).failures += 1;
                     self.notes
@@ -267,8 +269,8 @@ impl Worker<'_> {
             return false;
         };
         if news.has_room && !self.notes.without_room.is_empty() {
-            // Before the next look, because ext4 frees the blocks of deleted files only
-            // with its next journal commit.
+            // The flush makes room before the next look: ext4 frees the blocks of deleted
+            // files only with its next journal commit.
             let image = self.relocator.volumes.image().dirs();
             if let Err(error) = self.relocator.flusher.flush(image) {
                 log::warn!(
