@@ -16,15 +16,16 @@ use crate::util::undo::Undo;
 
 impl Snapshotter {
     /// Turns the active snapshot `key` into the layer `name`. If `parent` is not empty, it
-    /// is the layer's parent, which may be named only now. containerd calls this within a
-    /// database transaction of its own. Therefore the duration does not depend on how many
-    /// bytes the snapshot holds, only on how many of them the disk still has to write.
+    /// names the parent of the layer, also if Prepare has named none. containerd calls this
+    /// within a database transaction of its own. Therefore the duration does not depend on
+    /// how many bytes the snapshot holds, only on how many of them the disk still has to
+    /// write.
     ///
     /// # Errors
     ///
-    /// See [`crate::store::Rows::committable`]; [`ErrorKind::InvalidArgument`] for a bad
-    /// name or label; [`ErrorKind::FailedPrecondition`] if the writable volume is needed
-    /// and missing. After an error, the snapshot is as it was.
+    /// The errors of [`crate::store::Rows::committable`]; [`ErrorKind::InvalidArgument`]
+    /// for a bad name or label; [`ErrorKind::FailedPrecondition`] if the writable volume is
+    /// needed and missing. After an error, the snapshot is as it was.
     pub fn commit(&self, key: &str, name: &str, parent: &str, labels: Labels) -> Result<()> {
         self.commit_layer(key, name, parent, labels)
             .context(|| format!("commit snapshot {} as {}", Quoted(key), Quoted(name)))

@@ -26,7 +26,7 @@ use crate::volume::{Dirs, Owner, UnpackDir, Unused};
 /// the directory.
 pub struct Unpacking<'a> {
     pub(super) snapshotter: &'a Snapshotter,
-    /// `None` only while this value is dropped.
+    /// The directory; `None` only while this value is dropped.
     dir: Option<UnpackDir<'a>>,
     cancel: &'a AtomicBool,
 }
@@ -53,8 +53,8 @@ impl Snapshotter {
         Ok(layers)
     }
 
-    /// Prepares to unpack layers for comparisons. Once `cancel` is set, comparisons end
-    /// early.
+    /// Takes the directory for unpacked layers, so that layers can be compared. Once
+    /// `cancel` is set, comparisons end early.
     ///
     /// # Errors
     ///
@@ -100,8 +100,8 @@ impl Unpacking<'_> {
             lowers: &lowers,
             host_dirs: &[],
             empty: &empty,
-            // Given an overlay, containerd writes into the upper directory and mounts
-            // nothing, so a killed command leaves no mount.
+            // If the mount is an overlay, containerd writes into its upper directory and
+            // mounts nothing, so a killed command leaves no mount.
             over_empty: true,
             options: &self.snapshotter.options.mount_options,
             id_options: &[],
@@ -229,7 +229,7 @@ struct Growth<'a> {
     top: &'a OwnedFd,
     most: Usage,
     /// The unpacked files are counted again only when less than this is free on the volume.
-    /// While more is free, they cannot take more than `most`.
+    /// While more is free, the unpacked files cannot take more than `most`.
     floor: Cell<Unused>,
     /// How much of the volume the unpack has to leave free.
     reserve_bytes: u64,

@@ -9,8 +9,8 @@ use crate::types::{LABEL_GID_MAPPING, LABEL_LOWERS, LABEL_UID_MAPPING, Labels, Q
 
 impl Snapshotter {
     /// Whether [`Snapshotter::prepare`] or [`Snapshotter::view`] may have to wait for a
-    /// host directory, or for a layer to move. The answer does not matter if they will
-    /// refuse the request.
+    /// host directory, or for a layer to move. For a request that they will refuse, either
+    /// answer is right.
     pub fn creation_waits_elsewhere(&self, parent: &str, labels: &Labels) -> Result<bool> {
         let is_mapped = [LABEL_UID_MAPPING, LABEL_GID_MAPPING]
             .iter()

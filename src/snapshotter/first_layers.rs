@@ -69,7 +69,8 @@ impl Snapshotter {
             return Ok(());
         }
         let mut transaction = self.store.write()?;
-        // The first record stays, because all later snapshots have been given overlays.
+        // The first record must stay, because every snapshot after it has been given an
+        // overlay.
         if transaction.fact(LATE_PARENTS_AFTER)?.is_none() {
             let last = transaction.highest_id()?;
             transaction.record_fact(LATE_PARENTS_AFTER, &last.to_string())?;

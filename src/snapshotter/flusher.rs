@@ -40,8 +40,8 @@ fn suspect_fact(volume: Volume) -> &'static str {
 
 pub(super) struct Flusher {
     store: Arc<Store>,
-    /// Snapshots with ids up to these may have lost data to a failing disk. In order:
-    /// image, writable volume.
+    /// For each volume, the highest id of the snapshots that may have lost data to a
+    /// failing disk. In order: image, writable volume.
     suspect_up_to: [AtomicU64; 2],
     syncing: [Mutex<()>; 2],
     unpacks: Monitor<Unpacks>,
@@ -88,13 +88,13 @@ impl Flusher {
     }
 
     /// Makes everything on a volume durable. The kernel reports a failed write only once,
-    /// to the first caller, and does not report whose data was lost. The data may be that
-    /// of any snapshot that exists then.
+    /// to the first caller, and does not report whose data was lost. So every snapshot that
+    /// exists then may have lost data.
     pub(super) fn flush(&self, dirs: &Dirs) -> Result<()> {
         let volume = dirs.volume();
         waits::note(Awaited::Volume(volume));
-        // Callers flush one after another: each has to learn of a failure that the kernel
-        // has reported only to an earlier one.
+        // Callers flush one after another, because each has to learn of a failure that the
+        // kernel has reported only to an earlier caller.
         let _syncing = lock(&self.syncing[volume as usize]);
         let flushed = dirs.sync();
         self.note_failure(&flushed, volume);
@@ -169,8 +169,8 @@ impl Flusher {
         Ok(())
     }
 
-    /// Whether a volume has failed to write data since the start, or before it while a
-    /// snapshot of that time is left.
+    /// Whether a volume has failed to write data since the start, or failed before and
+    /// still has a snapshot from that time.
     pub(super) fn has_failed(&self, volume: Volume) -> bool {
         self.suspect_up_to[volume as usize].load(Ordering::Acquire) > 0
     }
@@ -195,8 +195,7 @@ impl Flusher {
         });
     }
 
-    /// Notes that a snapshot was committed or removed. If it was an unpack, the unpack has
-    /// ended.
+    /// Notes that a snapshot was committed or removed, which ends its unpack if it was one.
     pub(super) fn end_unpack(&self, id: SnapshotId) {
         self.unpacks.look(|unpacks| unpacks.ids.remove(&id));
     }

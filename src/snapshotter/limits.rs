@@ -23,7 +23,8 @@ const ROOM_INODES: u64 = 2 * MOUNT_INODES;
 /// The smallest limit in bytes. It is enough for an empty snapshot, a loan, and some files
 /// of the container.
 pub const LEAST_BYTES: u64 = 2 * ROOM_BYTES;
-/// The smallest limit in inodes, for the same reason as [`LEAST_BYTES`].
+/// The smallest limit in inodes. It is enough for an empty snapshot, a loan, and some files
+/// of the container.
 pub const LEAST_INODES: u64 = 2 * ROOM_INODES;
 
 /// The limits that labels ask for. `Some(0)` means no limit, even if there is a default,

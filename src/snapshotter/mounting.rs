@@ -61,9 +61,9 @@ impl Snapshotter {
             .context(|| format!("return the mounts of snapshot {}", Quoted(key)))
     }
 
-    /// Like [`Snapshotter::mounts`], but waits for no disk other than the database's.
-    /// Returns `None` if another disk has to be asked, or if something has to be done
-    /// before the mount.
+    /// The mounts of an active snapshot or a view, if they can be returned without waiting
+    /// for a disk other than the database's. Returns `None` if another disk has to be
+    /// asked, or if something has to be done before the mount.
     pub fn mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
         self.find_mounts_at_once(key)
             .context(|| format!("return the mounts of snapshot {}", Quoted(key)))

@@ -24,7 +24,8 @@ pub enum SyncMode {
 /// What happens to layers that were committed on the writable volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relocation {
-    /// The layers move to the image volume, each no earlier than `after` its commit.
+    /// A thread moves the layers to the image volume, each no earlier than `after` its
+    /// commit.
     Background {
         /// How long a layer waits after its commit: long enough that most short-lived
         /// layers of builds and of Docker are removed before they move.

@@ -24,11 +24,11 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// See [`crate::store::Transaction::create`]; [`ErrorKind::InvalidArgument`] for a bad
-    /// key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if the
-    /// writable volume is needed and missing, or cannot enforce the limit;
-    /// [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the
-    /// reserve. A refused request leaves no trace.
+    /// The errors of [`crate::store::Transaction::create`]; [`ErrorKind::InvalidArgument`]
+    /// for a bad key, label, host directory or id mapping;
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed and missing, or
+    /// cannot enforce the limit; [`ErrorKind::ResourceExhausted`] if a disk is full, or has
+    /// less room than the reserve. A refused request leaves no trace.
     pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
         self.create(Kind::Active, key, parent, labels)
             .context(|| format!("prepare snapshot {}", Quoted(key)))

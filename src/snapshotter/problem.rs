@@ -76,9 +76,10 @@ pub enum Problem {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recorded {
     pub inodes: u64,
-    /// [`Content::data_bytes`], if it is known.
+    /// How many bytes of data the layer had, if known; see [`Content::data_bytes`].
     pub data_bytes: Option<u64>,
-    /// [`crate::types::Marks::attributes`], if it is known.
+    /// How many extended attributes the layer had, if known; see
+    /// [`crate::types::Marks::attributes`].
     pub attributes: Option<u64>,
 }
 

@@ -32,9 +32,9 @@ impl Snapshotter {
         self.judge(self.volumes.image().dirs())
     }
 
-    /// The second step of a start: like [`Snapshotter::judge_image`], for the writable
-    /// volume, which may be missing. Both steps come before any directory without a row is
-    /// moved away.
+    /// The second step of a start: returns an error if the writable volume is there, but
+    /// does not belong to the database. This step and [`Snapshotter::judge_image`] come
+    /// before any directory without a row is moved away.
     ///
     /// # Errors
     ///
@@ -105,9 +105,10 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// The last step of a start: like [`Snapshotter::mend_image`], for the writable volume
-    /// and its project quotas. A missing volume is only reported. This may run while requests
-    /// are served that do not need this volume.
+    /// The last step of a start: moves directories without a row away from the writable
+    /// volume, creates missing directories again, reports missing layers, and sets up
+    /// project quotas. A missing volume is only reported. This may run while requests are
+    /// served that do not need this volume.
     ///
     /// # Errors
     ///
@@ -127,7 +128,8 @@ impl Snapshotter {
                         "create missing directories on the image volume",
                         self.make_missing_on_image(&inventory),
                     );
-                    // If quotas are required and not available, nothing is served.
+                    // If quotas are required and not available, the start fails, so that
+                    // nothing is served.
                     let uncharged = match self.options.quota.mode {
                         QuotaMode::Require => self.projects.recover(&writable)?,
                         _ => self.trash.recover_projects(&writable),
@@ -138,7 +140,8 @@ impl Snapshotter {
                     );
                     self.projects.recharge_later(&uncharged);
                 }
-                // The disk may have become read-only, for example.
+                // The volume cannot be searched, for example because the disk has become
+                // read-only.
                 Err(error) => {
                     self.trash.note_stray(Volume::Writable);
                     log::warn!(
@@ -160,8 +163,9 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Permits access to a writable volume that has answered only now, and moves of layers
-    /// from it. `is_mended` says whether the volume agrees with the database.
+    /// Permits access to a writable volume that has answered only after the start, and
+    /// moves of layers from it. `is_mended` says whether the volume agrees with the
+    /// database.
     pub fn begin_with_writable(&self, is_mended: bool) {
         self.volumes.release_writable();
         if !is_mended {

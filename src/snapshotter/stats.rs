@@ -45,7 +45,7 @@ pub struct VolumeFigures {
     pub free_bytes: u64,
 }
 
-/// A leftover directory on the writable volume.
+/// A leftover directory on the writable volume, and its mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The id of the layer.

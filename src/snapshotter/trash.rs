@@ -141,8 +141,8 @@ impl Trash {
         Ok(())
     }
 
-    /// Like [`Projects::recover`], but a failure is only logged, and the next Cleanup
-    /// tries again: removed files are deleted even if quotas do not work.
+    /// Calls [`Projects::recover`]. A failure is only logged, and the next Cleanup tries
+    /// again, because removed files have to be deleted even if quotas do not work.
     pub(super) fn recover_projects(&self, dirs: &Arc<Dirs>) -> Vec<SnapshotId> {
         let recovered = self.projects.recover(dirs);
         recovered.unwrap_or_else(|error| {

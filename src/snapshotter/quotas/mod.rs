@@ -140,7 +140,8 @@ impl Projects {
         }
     }
 
-    /// Like [`Projects::require`], for quotas that also enforce limits.
+    /// The quotas of the writable volume, if they enforce limits. Otherwise returns
+    /// [`ErrorKind::FailedPrecondition`] with the reason and a remedy.
     fn require_limits<'a>(&self, dirs: &'a Dirs) -> Result<Quotas<'a>> {
         let quotas = self
             .require(dirs)
@@ -161,8 +162,8 @@ impl Projects {
         }
     }
 
-    /// What project quotas can do on the writable volume; see
-    /// [`super::Snapshotter::quota_support`].
+    /// What project quotas can do on the writable volume. Returns an error if there are
+    /// none.
     pub(super) fn support(&self) -> Result<Support> {
         self.require_switched_on()?;
         let dirs = self.volumes.open(Volume::Writable)?;
@@ -307,8 +308,8 @@ impl Projects {
         after: &Snapshot,
     ) -> Result<Option<LimitChange>> {
         let info = &after.info;
-        // Limits without a change of their labels stay, even if the default is another one
-        // by now.
+        // A limit whose label does not change stays, even if the default is another one by
+        // now.
         let is_changed = |label: &str| before.info.labels.get(label) != info.labels.get(label);
         let is_size_changed = is_changed(LABEL_MAX_SIZE) || is_changed(LABEL_OWN_MAX_SIZE);
         let are_inodes_changed = is_changed(LABEL_MAX_INODES);
@@ -336,8 +337,8 @@ impl Projects {
             }));
         }
         if source == LabelSource::Administrator && asked.is_limit() {
-            // If the file system cannot limit, that is reported rather than the missing
-            // project.
+            // An error about a file system that enforces no limits comes before the error
+            // about the missing project.
             let dirs = self.volumes.open(Volume::Writable)?;
             self.require_limits(&dirs)?;
             return Err(Error::refused(

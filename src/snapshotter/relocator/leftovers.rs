@@ -132,7 +132,8 @@ impl Seen {
     }
 }
 
-/// The directories that healed layers have replaced, since the start or before it.
+/// The damaged directories that healed layers have replaced, and that are still to be
+/// deleted.
 #[derive(Default)]
 pub(super) struct Replaced(HashMap<SnapshotId, Seen>);
 

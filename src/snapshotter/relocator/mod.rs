@@ -420,8 +420,8 @@ impl Relocator {
         lock(&self.moving)
     }
 
-    /// Notes that a healed layer has replaced a directory, which the thread deletes
-    /// once nothing can have it mounted.
+    /// Notes that a healed layer has replaced its damaged directory. The thread deletes
+    /// that directory once nothing can have it mounted.
     pub(super) fn note_replaced(&self, id: SnapshotId) {
         lock(&self.replaced).note(id);
         self.has_layers.store(true, Ordering::SeqCst);

@@ -46,7 +46,8 @@ impl Relocator {
             if !is_there {
                 continue;
             }
-            // A request may remove the layer meanwhile if the writable volume answers late.
+            // If the writable volume answers late, requests are served by now, and may
+            // remove the layer.
             let _claim = self.ids.claim(away.id);
             if !self.is_unmoved(away.id)? {
                 continue;

@@ -188,10 +188,10 @@ impl Worker<'_> {
         Ok(next)
     }
 
-    /// Whether a layer that had no room may have room now. Its recorded size is not
-    /// enough to decide, because it may take more on another file system. So it is copied
-    /// again only when the free space has grown by a part of its size since the last
-    /// failure.
+    /// Whether a layer that had no room may have room now. The recorded size of the layer
+    /// does not decide that, because the layer may take more on another file system. So the
+    /// layer is copied again only when the free space has grown by a part of its size since
+    /// the last failure.
     fn may_have_room(&self, layer: &UnmovedLayer) -> Result<bool> {
         let Some(before) = self.notes.without_room.get(&layer.id) else {
             return Ok(true);
