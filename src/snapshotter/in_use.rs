@@ -69,7 +69,7 @@ struct Location {
     dirs: Arc<Dirs>,
     /// The device of the file system.
     device: String,
-    /// The path of `snapshots/` on that file system.
+    /// The path of `snapshots/` within that file system.
     root: PathBuf,
 }
 

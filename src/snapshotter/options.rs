@@ -83,7 +83,7 @@ pub struct Options {
     pub relocation: Relocation,
     /// How much has to stay free on the writable volume.
     pub reserve: Reserve,
-    /// Whether answers contain [`LABEL_UPPERDIR`].
+    /// Whether the information about a snapshot contains the label [`LABEL_UPPERDIR`].
     pub shows_upperdir: bool,
     pub quota: QuotaOptions,
     /// Which host directories may be shown to containers.

@@ -274,7 +274,7 @@ impl Projects {
                 return Ok(candidate);
             }
             misses += 1;
-            // In a small range there is no jump, so every id is tried.
+            // A large range is not tried id by id: the search goes on at a random id.
             if misses % MOST_NEIGHBOURS == 0 && range.count() > MOST_MISSES {
                 candidate = range.at(random()?);
             }

@@ -415,7 +415,7 @@ impl Relocator {
         Ok(())
     }
 
-    /// Prevents moves until the value is dropped. Waits for a move under way.
+    /// Prevents moves until the returned value is dropped. Waits for a move under way.
     pub(super) fn stop_moves(&self) -> MutexGuard<'_, ()> {
         lock(&self.moving)
     }

@@ -96,8 +96,8 @@ impl Relocator {
         }
     }
 
-    /// Whether this database was the last one that both volumes were used with. A missing
-    /// volume does not count.
+    /// Whether both volumes were last used with this database. A missing volume does not
+    /// count.
     fn has_same_history(&self) -> Result<bool> {
         for volume in [Volume::Image, Volume::Writable] {
             let Ok(dirs) = self.volumes.open(volume) else {
