@@ -263,13 +263,14 @@ mod tests {
         store.begin_use().unwrap();
         let _thread = store.start_checkpoints().unwrap();
         let frames = || store.log_frames.look(|frames| *frames);
+        // Where commits wait for no disk, many come before the thread has its turn.
         let mut most = 0;
-        for round in 0..4 * MOST_FRAMES {
-            change(&store, round);
-            most = most.max(frames());
+        while frames() >= most {
+            most = frames();
+            change(&store, most);
+            assert!(most < 100 * MOST_FRAMES, "the log only grows");
         }
-        // If commits wait for no disk, some hundreds come before the thread wakes up.
-        assert!((MOST_FRAMES..3 * MOST_FRAMES).contains(&most), "{most}");
+        assert!(most >= MANY_FRAMES, "{most}");
         while frames() >= MANY_FRAMES {
             std::thread::sleep(PAUSE);
         }
