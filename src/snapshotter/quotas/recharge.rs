@@ -71,7 +71,7 @@ impl Projects {
         let stop = |projects: &Projects| projects.uncharged.stop();
         Background::start("charger", self, stop, move |projects| {
             if let Err(errno) = sys::lower_io_priority() {
-                log::debug!("the charger has no idle I/O priority: {errno}");
+                log::debug!("cannot lower the I/O priority of the charger's thread: {errno}");
             }
             let is_idle = |uncharged: &Uncharged| uncharged.waiting.is_empty();
             let begin_next = || {

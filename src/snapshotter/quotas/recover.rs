@@ -50,8 +50,8 @@ impl Projects {
             if quota::project_of(directory)? != ProjectId::NONE {
                 quota::set_project(directory, ProjectId::NONE)?;
                 log::warn!(
-                    "took snapshots/ or the trash of {} out of a project: no snapshot could be \
-                     moved there",
+                    "took snapshots/ or the trash of {} out of a project, because no snapshot could \
+                     be moved there",
                     dirs.path()
                 );
             }

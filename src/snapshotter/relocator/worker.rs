@@ -77,7 +77,7 @@ impl Notes {
 impl Worker<'_> {
     fn run(&mut self) {
         if let Err(errno) = sys::lower_io_priority() {
-            log::debug!("the relocator has no idle I/O priority: {errno}");
+            log::debug!("cannot lower the I/O priority of the relocator's thread: {errno}");
         }
         if self.after.is_some() {
             self.say_lost_times();
