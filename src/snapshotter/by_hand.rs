@@ -138,8 +138,8 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// The device name for an overlay that a person mounts. The name shows which snapshot
-    /// of which root is mounted.
+    /// The device name for an overlay that a person mounts. The name identifies the
+    /// snapshot and this root.
     pub fn source_by_hand(&self, id: SnapshotId) -> Result<String> {
         let identity = self.store.read()?.fact(Identity::FACT)?;
         Ok(ByHand::source(&identity.unwrap_or_default(), id))

@@ -1,4 +1,4 @@
-//! Comparing a layer with the content that it was unpacked from.
+//! Comparing a layer with the content from which it was unpacked.
 //!
 //! Owns: the directory in which a layer is unpacked again, its mount, and the rule that
 //! differences do not count if the daemon has moved or removed the layer during the

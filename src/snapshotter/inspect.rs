@@ -170,8 +170,8 @@ impl Snapshotter {
         }))
     }
 
-    /// The finding for a writable volume that is missing, or that has only lost its mark.
-    /// It has only lost its mark if the newest block of ids on it is from this database.
+    /// The finding for a writable volume that is missing, or has only lost its mark. Only
+    /// the mark is lost if the newest block of ids on the volume is from this database.
     fn missing_volume(&self, error: &Error) -> Result<Finding> {
         let block = self.volumes.block_of_unmarked().ok().flatten();
         let is_ours = match block {
@@ -214,8 +214,8 @@ impl Snapshotter {
 }
 
 /// Compares a layer with the counts that were recorded at its commit. `is_held` means that
-/// the layer is mounted as the upper directory of a container, which may write to it. Its
-/// differences then do not count.
+/// the layer is mounted as the upper directory of a container, which may write to the
+/// layer. Differences of the layer then do not count.
 pub(super) fn inspect_layer(
     dirs: &Arc<Dirs>,
     snapshot: &Snapshot,

@@ -26,7 +26,7 @@ use crate::util::lock::lock;
 /// The source of a snapshot's labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum LabelSource {
-    /// The manifest of an image. Its labels are on the unpacks and on the layers.
+    /// The manifest of an image. Labels from the manifest are on unpacks and on layers.
     Image,
     /// The annotations of a pod.
     Pod,

@@ -96,7 +96,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// These options, adapted to this machine's kernel.
+    /// Adapts these options to the kernel of this machine.
     pub fn for_this_kernel(&self) -> Options {
         let mut options = self.clone();
         // The kernel does not set projects in a user namespace

@@ -58,7 +58,7 @@ impl Recorder {
     }
 
     fn run(&self) {
-        // Without the idle I/O priority, the thread works as well, but slows other programs
+        // Without the idle I/O priority, the thread works, but may slow other programs
         // down.
         let _ = sys::lower_io_priority();
         let next = || {

@@ -320,8 +320,8 @@ impl Snapshotter {
                      cut: the missing part is empty now",
                     Quoted(name)
                 ),
-                // The layer below is on the writable volume, which is opened later. This is
-                // tried again then.
+                // The layer below is on the writable volume, which is opened later. The
+                // directory is created then.
                 Err(error) if error.kind() == ErrorKind::Unavailable => {
                     log::debug!("snapshot {}: {}", Quoted(name), error.chain());
                 }

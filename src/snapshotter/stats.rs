@@ -114,7 +114,8 @@ impl Snapshotter {
             .together(|transaction| transaction.record_fact(DEEP_CHECK, &text))
     }
 
-    /// Collects the figures. This waits for no disk as long as the database is in memory.
+    /// Collects the figures, without waiting for a disk as long as the database is in
+    /// memory.
     pub fn figures(&self) -> Result<Figures> {
         let reader = self.store.read()?;
         let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);

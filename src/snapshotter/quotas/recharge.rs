@@ -62,8 +62,9 @@ impl Projects {
         self.uncharged.look(|uncharged| uncharged.is_pending(id))
     }
 
-    /// Starts the thread that charges files. It calls `on_missing_volume` if it cannot go
-    /// on without the writable volume. After a stop, it ends within one file.
+    /// Starts the thread that charges files. The thread calls `on_missing_volume` if it
+    /// cannot go on without the writable volume. After a stop, the thread ends within one
+    /// file.
     pub(in crate::snapshotter) fn start_charger(
         self: &Arc<Projects>,
         on_missing_volume: impl Fn() + Send + 'static,

@@ -50,8 +50,8 @@ impl Projects {
             if quota::project_of(directory)? != ProjectId::NONE {
                 quota::set_project(directory, ProjectId::NONE)?;
                 log::warn!(
-                    "took snapshots/ or the trash of {} out of a project, because no snapshot could \
-                     be moved there",
+                    "took snapshots/ or the trash of {} out of a project, because no snapshot \
+                     could be moved there",
                     dirs.path()
                 );
             }
@@ -76,8 +76,8 @@ impl Projects {
         Ok(uncharged)
     }
 
-    /// Sets the recorded limits of a snapshot's project again. Returns whether the
-    /// snapshot's directories are charged to the project. They are not if they were created
+    /// Sets the recorded limits of a snapshot's project again. Returns `false` if the
+    /// snapshot's directories are not charged to the project, because they were created
     /// again, or copied by a program that does not know projects.
     fn restore_project(
         &self,

@@ -66,8 +66,8 @@ impl Leftovers {
                 transaction.forget_tombstones(&relocator.trash.take_settled())?;
                 transaction.forget_retired(id)
             })?;
-            // This step holds no claim, because a Remove of the layer must not wait for
-            // this disk.
+            // The relocator holds no claim here, because a Remove of the layer must not
+            // wait for this disk.
             match writable.trash(id) {
                 Ok(name) => name
                     .into_iter()

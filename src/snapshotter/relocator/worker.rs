@@ -96,8 +96,8 @@ impl Worker<'_> {
                      minute: {}",
                     error.chain()
                 );
-                // Without the pause, the thread would try all the time if the database
-                // cannot be read.
+                // The thread pauses, because it would otherwise try without end if the
+                // database cannot be read.
                 Some(EVERY_MINUTE)
             });
             if !self.wait(next) {
