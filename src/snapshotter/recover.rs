@@ -208,16 +208,16 @@ impl Snapshotter {
             }
             let target = self.volumes.link_target(snapshot.id);
             let is_link = found.get(&snapshot.id) == Some(&FileType::Symlink);
-            let set = || match is_link && self.volumes.image().links_to(snapshot.id, &target)? {
-                true => Ok(()),
-                false => {
-                    self.volumes.link_home(snapshot.id)?;
-                    log::info!(
-                        "layer {}: created its link on the image volume, to {target}",
-                        Quoted(name)
-                    );
-                    Ok(())
+            let set = || -> Result<()> {
+                if is_link && self.volumes.image().links_to(snapshot.id, &target)? {
+                    return Ok(());
                 }
+                self.volumes.link_home(snapshot.id)?;
+                log::info!(
+                    "layer {}: created its link on the image volume, to {target}",
+                    Quoted(name)
+                );
+                Ok(())
             };
             // A request that mounts the layer tries to create the link again.
             if let Err(error) = set() {
