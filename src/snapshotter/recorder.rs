@@ -1,14 +1,15 @@
 //! Recording the digests of unpacked layers (`--record-digests`).
 //!
-//! Owns: which layers still have no digest, and a thread that reads them. A digest is made
-//! right after the commit, while the kernel still has what containerd wrote in memory: it
-//! is then the digest of what was written, even where the disk has stored something else.
+//! Owns: the list of layers whose digest is still to be recorded, and a thread that reads
+//! their files. The thread reads a layer right after its commit, while the kernel still has
+//! the data in memory that containerd wrote. The digest is then that of the written data,
+//! even if the disk has stored something else.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::error::{Context, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::store::Store;
 use crate::sys;
 use crate::tree::{self, ReadFrom};
@@ -17,8 +18,8 @@ use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 use crate::volume::Volumes;
 
-/// How many layers may wait. Further layers get no digest here: a deep check compares them
-/// with containerd's content, and records theirs.
+/// How many layers may wait for the thread. Further layers get no digest at their commit: a
+/// deep check compares them with containerd's content, and records their digests then.
 const MOST_WAITING: usize = 10_000;
 
 pub(super) struct Recorder {
@@ -38,7 +39,7 @@ impl Recorder {
         }
     }
 
-    /// Starts the thread.
+    /// Starts the thread that records digests.
     pub(super) fn start(self: &Arc<Recorder>) -> Result<Background> {
         let stop = |recorder: &Recorder| {
             recorder.is_stopping.store(true, Ordering::Relaxed);
@@ -47,7 +48,7 @@ impl Recorder {
         Background::start("recorder", self, stop, Recorder::run)
     }
 
-    /// Has the digest of a new layer on the image volume recorded in the background.
+    /// Asks the thread to record the digest of a new layer on the image volume.
     pub(super) fn note_layer(&self, id: SnapshotId) {
         self.waiting.change(|waiting| {
             if waiting.len() < MOST_WAITING {
@@ -57,17 +58,19 @@ impl Recorder {
     }
 
     fn run(&self) {
-        // Without the priority, reading takes time from other programs, but works.
+        // Without the idle I/O priority, the thread works, but may slow other programs
+        // down.
         let _ = sys::lower_io_priority();
-        while let Some(id) = self
-            .waiting
-            .wait_while(VecDeque::is_empty, VecDeque::pop_front)
-        {
-            let recorded = id.map_or(Ok(()), |id| self.record(id));
-            match recorded.context(|| "record the digest of a layer") {
-                Err(error) if error.kind() != ErrorKind::Cancelled => {
-                    log::warn!("{}; check --deep will do it", error.chain());
-                }
+        let next = || {
+            self.waiting
+                .wait_while(VecDeque::is_empty, VecDeque::pop_front)
+        };
+        while let Some(id) = next().flatten() {
+            match self.record(id) {
+                Err(error) if error.kind() != ErrorKind::Cancelled => log::warn!(
+                    "cannot record the digest of layer {id}, which `check --deep` does later: {}",
+                    error.chain()
+                ),
                 _ => {}
             }
         }
@@ -83,7 +86,7 @@ impl Recorder {
         let digest = top.and_then(|top| {
             tree::digest_tree(top, is_lowest, ReadFrom::CacheFirst, &self.is_stopping)
         });
-        // A layer that is being removed may not be readable to its end.
+        // If the layer is gone, an error while it was read does not matter.
         if height()? == 0 {
             return Ok(());
         }

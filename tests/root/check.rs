@@ -408,7 +408,7 @@ fn a_move_that_was_cut_short() {
         let is_recorded = matches!(step, "copied" | "recorded" | "rename-recorded");
         assert_eq!(code, i32::from(!is_recorded), "{step}: {said}{complaint}");
         assert_eq!(
-            said.contains("was not recorded"),
+            said.contains("does not record the move"),
             !is_recorded,
             "{step}: {said}"
         );

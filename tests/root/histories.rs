@@ -131,7 +131,10 @@ fn a_volume_of_a_later_day_is_refused_until_a_repair() {
     assert!(said.contains("\"other-history\""), "{said}");
     let (code, said, complaint) = check(&split, &["--repair", "--yes"]);
     assert_eq!(code, 0, "{said}{complaint}");
-    assert!(said.contains("sets it aside in left-out/"), "{said}");
+    assert!(
+        said.contains("sets the directory aside in left-out/"),
+        "{said}"
+    );
     split.daemon.restart();
     container(&split.client(), &split, "web");
     assert_eq!(written(&split), ["new", "web"]);

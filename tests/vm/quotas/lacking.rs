@@ -53,7 +53,7 @@ fn what_is_older_than_quotas_is_walked(rig: &mut Rig) {
     is_refused(
         client.update("old", &[&field], LIMITED),
         RpcStatusCode::FAILED_PRECONDITION,
-        &["make the container again"],
+        &["create the container again"],
     );
     assert!(client.stat("old").unwrap().labels.is_empty());
     let new = prepare(&client, "new", LIMITED);
