@@ -197,7 +197,7 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
+    /// [`ErrorKind::DataLoss`] if the disk failed to write some of the data.
     pub fn sync(&self) -> Result<()> {
         syncfs(&self.snapshots).map_err(|errno| {
             let what = format!("flush the {} volume {}", self.volume, self.path);
@@ -205,8 +205,8 @@ impl Filled {
         })
     }
 
-    /// Removes what taking the volume into use has created; directories only if they
-    /// are empty.
+    /// Removes the files and the empty directories that a start of this program has created on
+    /// the volume.
     pub fn leave(&self) {
         let _ = unlinkat(&self.top, IDS, AtFlags::empty());
         let made: &[&str] = match self.volume {
@@ -226,8 +226,8 @@ impl Filled {
     }
 }
 
-/// Renames without replacing anything, also into a directory that has been put into
-/// a project since.
+/// Renames without replacing anything, also into a directory that belongs to a project by
+/// now.
 fn move_into(from: &OwnedFd, to: &OwnedFd, name: &str) -> std::result::Result<(), Errno> {
     match move_aside(from, name, to, name) {
         Err(Errno::XDEV) if stop_handing_on(to) == Ok(true) => move_aside(from, name, to, name),

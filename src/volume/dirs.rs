@@ -19,7 +19,8 @@ use crate::types::{SnapshotId, Volume};
 use crate::util::entries::entries;
 use crate::util::undo::Undo;
 
-/// A file in the trash, so that one that a crash has left is deleted.
+/// The name of a directory that [`require_alive`] creates and removes. It is in the trash
+/// so that a directory which a crash has left is deleted.
 const PROBE: &str = "probe";
 
 /// What a snapshot's directory holds.
@@ -27,7 +28,7 @@ const PROBE: &str = "probe";
 pub enum Shape {
     /// `fs` and `work`: something will write there through an overlay.
     UpperAndWork,
-    /// `fs` alone: a view of nothing.
+    /// `fs` alone: a view without a parent.
     UpperOnly,
 }
 
@@ -73,12 +74,12 @@ impl Dirs {
         })
     }
 
-    /// Opens the directories of a writable volume that carries its mark. It had `snapshots`
-    /// when it got the mark: without that directory it was emptied since.
+    /// Opens the directories of a writable volume that has its mark. A volume gets `snapshots`
+    /// before its mark, so a volume with a mark and without `snapshots` was emptied.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it was emptied: nothing is made there.
+    /// [`ErrorKind::FailedPrecondition`] if the volume was emptied. Nothing is created there.
     pub(super) fn open_marked(path: &str, top: OwnedFd) -> Result<Dirs> {
         let snapshots = match open_to_list(&top, SNAPSHOTS) {
             Err(Errno::NOENT) => return Err(emptied(path)),
@@ -99,9 +100,8 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if files that no snapshot owns have that
-    /// id. An empty directory, as an unfinished request leaves it, goes to the
-    /// trash.
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots/<id>` exists and holds files. An
+    /// empty directory, as an unfinished request leaves it, goes to the trash.
     pub fn create(
         &self,
         id: SnapshotId,
@@ -132,7 +132,7 @@ impl Dirs {
         Ok(new)
     }
 
-    /// Whether something has that id, other than an empty directory as
+    /// Whether `snapshots/<id>` exists and is not an empty directory as
     /// [`Dirs::create`] makes it.
     pub fn is_taken(&self, id: SnapshotId) -> Result<bool> {
         match statat(&self.snapshots, id.to_string(), AtFlags::SYMLINK_NOFOLLOW) {
@@ -316,8 +316,8 @@ impl Dirs {
         if state.f_flag.contains(StatVfsMountFlags::RDONLY) {
             return Err(Errno::ROFS).context(flushing);
         }
-        // Opened before the flush, because a file system that fails during it
-        // opens nothing any more.
+        // The trash is opened before the flush, because a file system that fails during the
+        // flush opens nothing any more.
         let trash = self.trash_fd()?;
         syncfs(&self.snapshots).map_err(failed)?;
         require_alive(trash).map_err(failed)
@@ -388,9 +388,9 @@ pub(super) fn fill(
     )
 }
 
-/// Checks that a file system still writes. One that has made itself read-only (as ext4
-/// does after an error) flushes nothing, but `syncfs` reports success, and `statvfs` does
-/// not show it. Only a change fails.
+/// Checks that a file system still writes. A file system that has made itself read-only (as
+/// ext4 does after an error) flushes nothing, but `syncfs` reports success, and `statvfs`
+/// does not show the state. Only a change fails, such as a new directory.
 fn require_alive(trash: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
     match mkdirat(trash, PROBE, Mode::from_raw_mode(0o700)) {
         // A full file system still writes.
@@ -398,14 +398,14 @@ fn require_alive(trash: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
         Err(errno) => return Err(errno),
     }
     match unlinkat(trash, PROBE, AtFlags::REMOVEDIR) {
-        // A Cleanup may have deleted it already.
+        // A Cleanup may have deleted the directory already.
         Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(errno) => Err(errno),
     }
 }
 
-/// Renames without replacing anything, also on file systems that do not support
-/// `RENAME_NOREPLACE`, which came to some after Linux 3.15.
+/// Renames without replacing anything. Where the file system does not support
+/// `RENAME_NOREPLACE`, the target is looked for first.
 pub(super) fn move_aside(
     from: impl AsFd,
     name: &str,

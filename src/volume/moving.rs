@@ -1,5 +1,5 @@
 //! Moving a layer to the image volume: from `<writable>/snapshots/<id>` to
-//! `<root>/snapshots/<id>`, which has been a link to it until then.
+//! `<root>/snapshots/<id>`, which is a link to the former until then.
 //!
 //! The copy is made in `<root>/snapshots/.moving-<id>`. Then the copy and the
 //! link exchange their names in one step, so that the layer's path always leads
@@ -131,14 +131,14 @@ impl Image {
         self.dirs().trash_entry(&moving_name(id))
     }
 
-    /// Whether the link of a layer has another name by now, which only an exchange gives
-    /// it: with a copy, or with a layer that was unpacked to replace it.
+    /// Whether an exchange has given the layer's link another name: `.moving-<id>` if the
+    /// layer was copied, `.replaced-<id>` if it was healed.
     pub fn has_exchanged_link(&self, id: SnapshotId) -> Result<bool> {
         Ok(self.leads_to_layer(&moving_name(id), id)?
             || self.leads_to_layer(&replaced_name(id), id)?)
     }
 
-    /// The type of a layer's entry: a link, a directory, or `None`.
+    /// The type of a layer's entry: a link or a directory; `None` if the entry is missing.
     pub fn layer_entry(&self, id: SnapshotId) -> Result<Option<FileType>> {
         self.entry_type(&id.to_string())
     }
@@ -182,15 +182,16 @@ impl Image {
         let (image, writable) = (self.dirs().snapshots_fd(), writable.snapshots_fd());
         let rename = || renameat(image, moving.as_str(), writable, name.as_str());
         match rename() {
-            // The next start would clear the flag, too.
+            // The inherit flag of `snapshots/` forbids the rename. It may be cleared: the next
+            // start would do so, too.
             Err(Errno::XDEV) if stop_handing_on(writable) == Ok(true) => rename(),
             renamed => renamed,
         }
         .context(|| format!("move layer {id} back to the writable volume"))
     }
 
-    /// Whether `.moving-<id>` is a layer that a rename has put there, and not a
-    /// copy: only such a layer has overlayfs's `work` beside `fs`.
+    /// Whether `.moving-<id>` is a renamed layer and not a copy: only a renamed layer
+    /// has overlayfs's `work` beside `fs`.
     pub fn is_renamed_layer(&self, id: SnapshotId) -> Result<bool> {
         let work = self.entry_type(&format!("{}/{WORK}", moving_name(id)))?;
         Ok(work == Some(FileType::Directory))
@@ -198,7 +199,7 @@ impl Image {
 }
 
 impl Dirs {
-    /// The entries of the trash that come from moves.
+    /// The names of the entries in the trash that come from moves of layers.
     pub fn trashed_moves(&self) -> Result<Vec<String>> {
         let mut names = self.trashed()?;
         names.retain(|entry| entry.name.to_bytes().starts_with(PREFIX.as_bytes()));

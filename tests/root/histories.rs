@@ -181,10 +181,10 @@ fn a_volume_of_an_earlier_day_is_refused() {
     let latest = fs::read(&ids).unwrap();
     fs::write(&ids, &earlier).unwrap();
     let line = refused(split.daemon.arguments());
-    assert!(line.contains("in the state of an earlier day"), "{line}");
+    assert!(line.contains("in an older state than"), "{line}");
     fs::remove_file(&ids).unwrap();
     let line = refused(split.daemon.arguments());
-    assert!(line.contains("in the state of an earlier day"), "{line}");
+    assert!(line.contains("in an older state than"), "{line}");
     fs::write(&ids, &latest).unwrap();
     split.daemon.restart();
     is_clean(&split);
