@@ -19,8 +19,8 @@ use crate::util::sha256::Sha256;
 
 const READING: &str = "read a layer";
 
-/// The digest of the tree `top`, including the directory itself, as hexadecimal digits.
-/// Ends early once `cancel` is set.
+/// Computes the digest of the tree `top`, including the directory `top` itself, as
+/// hexadecimal digits. Ends early once `cancel` is set.
 ///
 /// # Errors
 ///
@@ -45,7 +45,7 @@ pub fn digest_tree(top: impl AsFd, is_lowest: bool, cancel: &AtomicBool) -> Resu
                 return Ok(words.concat());
             }
             if !walk.leave()? {
-                let what = "a part of a layer was moved while it was read";
+                let what = "a directory of a layer was moved while the layer was read";
                 return Err(Error::data_loss(what));
             }
             continue;
@@ -99,7 +99,8 @@ impl Digest<'_> {
 
     fn bytes(&mut self, entry: &mut Sha256, name: Name<'_>) -> Result<()> {
         let opened = open_file(name.0, name.1).context(|| READING)?;
-        let (file, _) = opened.ok_or_else(|| Error::data_loss("a file was replaced"))?;
+        let replaced = || Error::data_loss("a file of a layer was replaced while it was read");
+        let (file, _) = opened.ok_or_else(replaced)?;
         // Drops the cached pages: the copy in memory may be sound when the
         // bytes on the disk are not.
         let _ = fadvise(&file, 0, None, Advice::DontNeed);
@@ -118,7 +119,7 @@ impl Digest<'_> {
     }
 }
 
-/// Adds the values of stat(2) that are the same for all true copies of an
+/// Adds the values of stat(2) that are the same for all exact copies of an
 /// entry.
 #[allow(clippy::unnecessary_cast)] // their widths differ among architectures
 fn add_numbers(entry: &mut Sha256, stat: &Stat, is_top: bool) {

@@ -18,20 +18,20 @@ const MAX_OPEN: usize = 24;
 /// A device and an inode.
 pub(super) type Inode = (u64, u64);
 
-/// The directories being read, each one an entry of the one before. The walk
+/// The open directories of a walk, each one an entry of the one before. The walk
 /// enters only the directories that are passed to [`Walk::enter`].
 pub(super) struct Walk {
     doing: &'static str,
     top: OwnedFd,
-    /// The upper directories that were closed, the top first. They are opened again on
-    /// the way back.
+    /// The outer directories, which were closed to save descriptors, the top first. They
+    /// are opened again on the way back.
     closed: Vec<Closed>,
     open: VecDeque<Level>,
 }
 
 struct Level {
     dir: Dir,
-    /// The name in the directory above.
+    /// The directory's name in its parent.
     name: CString,
     /// The position after the last entry that was read (getdents(2), `d_off`).
     offset: i64,
@@ -58,8 +58,8 @@ impl Walk {
         Ok(walk)
     }
 
-    /// The next entry, of the directory entered last or of one above it. Directories
-    /// that were moved meanwhile, and cannot be found again, are left out.
+    /// The next entry of the walk: of the directory entered last, or of one above it.
+    /// Directories that were moved meanwhile, and cannot be found again, are left out.
     pub(super) fn next(&mut self) -> Result<Option<DirEntry>> {
         while !self.open.is_empty() {
             if let Some(entry) = self.next_here()? {
@@ -91,7 +91,7 @@ impl Walk {
         }
     }
 
-    /// The directory entered last, which the last entry is in.
+    /// The directory that contains the last entry: the one that was entered last.
     pub(super) fn parent(&self) -> Result<BorrowedFd<'_>> {
         let dir = self.open.back().ok_or(Errno::BADF);
         dir.and_then(|level| level.dir.fd()).context(|| self.doing)
