@@ -1,4 +1,4 @@
-//! Asking whether a file system can hold layers.
+//! Checking whether a file system can hold layers.
 
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -9,15 +9,15 @@ use rustix::fs::{CWD, FileType, Mode, RenameFlags, XattrFlags, mknodat, renameat
 use super::{LOWER, MERGED, Overlay, Stack, make_directory, require_entry_types, unsuitable};
 use crate::error::{Context, Result};
 
-/// Asks whether `scratch`, an empty directory, is on a file system that can hold image
-/// layers: whiteouts and opaque directories can be created, overlayfs accepts its
-/// directories as lower ones, and a directory and a link can exchange their names, as
+/// Checks that `scratch`, an empty directory, is on a file system that can hold image
+/// layers: whiteouts and opaque directories can be created, overlayfs accepts directories
+/// there as lower directories, and a directory and a link can exchange their names, as
 /// they do when a layer moves.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) with
-/// the step that did not work.
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition), which
+/// names the step that did not work.
 pub fn probe_layers(scratch: &Path, options: &[String]) -> Result<()> {
     let (lower, other, merged) = (
         scratch.join(LOWER),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// How long [`Background::end_all`] waits at least, and the time between its checks.
+/// The shortest time that [`Background::end_all`] waits, and the time between its checks.
 const MOMENT: Duration = Duration::from_millis(500);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
@@ -59,7 +59,8 @@ impl Background {
             }
             if background.is_running() {
                 log::warn!(
-                    "did not wait for the end of the thread {:?}: it takes too long",
+                    "the thread {:?} has not ended in time, perhaps because its disk does not \
+                     answer; the daemon stops without waiting for it",
                     background.name
                 );
                 background.thread = None;
@@ -82,7 +83,7 @@ impl Drop for Background {
             && thread.join().is_err()
         {
             log::error!(
-                "the {} has ended because of a bug; the log shows where",
+                "the thread {:?} has ended because of a bug; an earlier log line shows where",
                 self.name
             );
         }

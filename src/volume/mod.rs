@@ -270,7 +270,7 @@ impl Volumes {
         self.open(Volume::Writable).map(drop)
     }
 
-    /// Whether the writable volume is there, as far as the kernel knows without asking a
+    /// Whether the writable volume is there, as far as the kernel knows without accessing a
     /// disk. `false` means that it may not be.
     pub fn is_writable_there_for_sure(&self) -> bool {
         self.require_answering().is_ok()
