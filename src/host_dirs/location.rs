@@ -133,7 +133,7 @@ mod tests {
     use crate::mount::mountinfo;
 
     #[test]
-    fn a_place_is_told_through_bind_mounts() {
+    fn a_place_is_the_same_through_bind_mounts() {
         let mounted = |device: &str, root: &str, point: &str| Mounted {
             device: device.to_owned(),
             root: root.into(),

@@ -33,8 +33,8 @@ use walk::{MAX_DEPTH, Reached, Start, path_of, too_deep};
 /// Which host directories containers may use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// These directories and everything below them are allowed; the paths are
-    /// absolute and normalised. If the list is empty, host directories are off.
+    /// The allowed directories, as absolute and normalised paths. Everything below them is
+    /// allowed, too. If the list is empty, host directories are off.
     pub allowed: Vec<String>,
     /// The snapshotter's own directories. A host directory may not be one of
     /// them, be in one of them, or contain one.

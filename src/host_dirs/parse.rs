@@ -20,7 +20,7 @@ pub fn parse_paths(text: &str) -> Result<Vec<String>> {
     let count = parts().count();
     if count > MAX_PATHS {
         return Err(invalid(format!(
-            "it names {count} directories, and at most {MAX_PATHS} are possible"
+            "the list names {count} directories, but at most {MAX_PATHS} are possible"
         )));
     }
     parts().map(parse_path).collect()

@@ -21,7 +21,7 @@ use super::parse::strip_prefix;
 use crate::error::{Context, Error, Result};
 use crate::types::Quoted;
 
-/// How many links one path may lead through (path_resolution(7)).
+/// The most links in one path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: u32 = 40;
 
 /// How many levels below the allowed directory a host directory may be. Each level on
@@ -41,7 +41,7 @@ pub(super) struct Start {
 pub(super) struct Reached {
     /// The last directory that exists.
     pub fd: OwnedFd,
-    /// The names that are missing below it, outermost first.
+    /// The names that are missing below `fd`, outermost first.
     pub missing: VecDeque<Vec<u8>>,
 }
 
@@ -108,7 +108,9 @@ impl Start {
             }
             links += 1;
             if links > MAX_LINKS {
-                return Err(invalid("leads through too many links"));
+                return Err(invalid(
+                    "leads through too many links: name the directory that the last one leads to",
+                ));
             }
             match readlinkat(top, &*name, Vec::new()) {
                 Ok(target) => {
@@ -138,9 +140,7 @@ impl Start {
             }
         }
         if pending.iter().any(|name| name == b"..") {
-            return Err(invalid(
-                "leads through a link to something that is not there",
-            ));
+            return Err(invalid("leads through a link whose target does not exist"));
         }
         let fd = match passed.pop() {
             Some(fd) => fd,
@@ -167,9 +167,7 @@ impl Reached {
         };
         self.fd = match openat(&self.fd, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
             Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => {
-                return Err(invalid(
-                    "leads through a link to something that is not there",
-                ));
+                return Err(invalid("leads through a link whose target does not exist"));
             }
             fd => fd.context(creating)?,
         };
@@ -201,7 +199,10 @@ pub(super) fn too_deep() -> Error {
 }
 
 fn leads_out() -> Error {
-    invalid("leads out of the allowed directory through a link")
+    invalid(
+        "leads out of the allowed directory through a link: allow the link's target with \
+         --allow-lower, or name another directory",
+    )
 }
 
 fn invalid(why: &str) -> Error {

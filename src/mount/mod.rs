@@ -288,8 +288,8 @@ pub const USER_NAMESPACE_CHILD: &str = "--hold-user-namespace";
 pub fn hold_user_namespace() -> Result<()> {
     sys::unshare_user_namespace()
         .map_err(|errno| unsuitable("enter a new user namespace".to_owned(), errno))?;
-    let told = std::io::stdout().write_all(b"\n");
-    let waited = told
+    let reported = std::io::stdout().write_all(b"\n");
+    let waited = reported
         .and_then(|()| std::io::stdout().flush())
         .and_then(|()| std::io::stdin().read(&mut [0]));
     waited.map(drop).context(|| "wait for the parent process")

@@ -30,7 +30,7 @@ pub fn probe_layers(scratch: &Path, options: &[String]) -> Result<()> {
     require_entry_types(scratch)?;
     let whiteout = lower.join("deleted");
     mknodat(CWD, &whiteout, FileType::CharacterDevice, Mode::empty(), 0)
-        .map_err(|errno| unsuitable("make a whiteout (a device node 0,0)".to_owned(), errno))?;
+        .map_err(|errno| unsuitable("create a whiteout (a device node 0,0)".to_owned(), errno))?;
     let namespace = match options.iter().any(|option| option == "userxattr") {
         true => "user",
         false => "trusted",
@@ -39,7 +39,7 @@ pub fn probe_layers(scratch: &Path, options: &[String]) -> Result<()> {
     setxattr(&lower, &*opaque, b"y", XattrFlags::empty())
         .map_err(|errno| unsuitable(format!("set the attribute {opaque}"), errno))?;
     let link = scratch.join("link");
-    symlink("other", &link).context(|| format!("make the link {}", link.display()))?;
+    symlink("other", &link).context(|| format!("create the link {}", link.display()))?;
     renameat_with(CWD, &other, CWD, &link, RenameFlags::EXCHANGE).map_err(|errno| {
         let what = "exchange two names (renameat2(2), RENAME_EXCHANGE)";
         unsuitable(what.to_owned(), errno)

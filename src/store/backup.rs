@@ -77,7 +77,10 @@ impl Store {
         let copied = copied.map_err(|error| sql_error(error, "read the database"))?;
         let is_done = copied == StepResult::Done;
         if !is_done {
-            return Err(Error::new(ErrorKind::Unavailable, "the database is busy"));
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "the database is busy; the copy will be tried again",
+            ));
         }
         copy.pragma_update(None, "journal_mode", "DELETE")
             // A copy has no log, so that one file is all there is to put back.

@@ -132,7 +132,7 @@ impl Transaction<'_> {
     /// Deletes all tombstones and all records of leftover directories, because other
     /// directories may have these ids now.
     pub fn forget_all_tombstones(&self) -> Result<()> {
-        let doing = "forget which directories may be deleted";
+        let doing = "delete the records of directories that may be deleted";
         self.execute("DELETE FROM tombstone", [], doing)?;
         self.execute("DELETE FROM retired", [], doing)
     }
@@ -152,7 +152,7 @@ impl Transaction<'_> {
             self.execute(
                 "DELETE FROM tombstone WHERE volume = ?1 AND id = ?2",
                 params![volume, id],
-                format_args!("forget the directory of snapshot {id}"),
+                format_args!("delete the tombstone of snapshot {id}"),
             )?;
         }
         Ok(())

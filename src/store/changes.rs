@@ -149,7 +149,7 @@ impl Transaction<'_> {
             "DELETE FROM snapshot WHERE id = ?1",
         ] {
             for id in ids {
-                self.execute(sql, [id], format_args!("drop snapshot {id}"))?;
+                self.execute(sql, [id], format_args!("delete the row of snapshot {id}"))?;
             }
         }
         Ok(())
@@ -170,7 +170,7 @@ impl Transaction<'_> {
                 content.marks.map(|marks| Number(marks.attributes)),
                 content.marks.map(|marks| marks.is_hollow),
             ],
-            format_args!("record what layer {id} holds"),
+            format_args!("record the size of layer {id}"),
         )
     }
 

@@ -128,8 +128,8 @@ impl Store {
         connection
             .pragma_update(None, "synchronous", synchronous)
             .and_then(|()| connection.busy_timeout(PATIENCE))
-            // If a reader has made the log grow beyond its full size, the rest
-            // is truncated.
+            // If a reader has made the log grow beyond its full size, SQLite
+            // truncates it.
             .and_then(|()| {
                 connection.pragma_update_and_check(
                     None,

@@ -46,7 +46,7 @@ impl Transaction<'_> {
     /// Deletes a named fact, if it is there.
     pub fn forget_fact(&self, name: &str) -> Result<()> {
         let sql = "DELETE FROM fact WHERE name = ?1";
-        let doing = format_args!("forget {name} in the database");
+        let doing = format_args!("delete {name} from the database");
         self.execute(sql, [name], doing)
     }
 
@@ -70,7 +70,7 @@ impl Transaction<'_> {
     /// Deletes the host directories of a snapshot that has become a layer.
     pub fn forget_lowers(&self, id: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM lower WHERE id = ?1";
-        let doing = format_args!("forget the host directories of snapshot {id}");
+        let doing = format_args!("delete the host directories of snapshot {id} from the database");
         self.execute(sql, [id], doing)
     }
 }

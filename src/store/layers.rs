@@ -60,7 +60,7 @@ impl Rows {
                 let layer: Option<(_, Option<Volume>, _)> = self.one(
                     "SELECT parent_id, volume, is_remapped FROM snapshot WHERE id = ?1",
                     [id],
-                    format_args!("look up what snapshot {id} stands on"),
+                    format_args!("look up the parent of snapshot {id}"),
                     |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
                 )?;
                 let Some((parent, volume, is_remapped)) = layer else {
@@ -204,7 +204,7 @@ impl Transaction<'_> {
     /// Forgets the digest of a layer that has changed.
     pub fn forget_digest(&self, layer: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM digest WHERE id = ?1";
-        let doing = format_args!("forget the digest of layer {layer}");
+        let doing = format_args!("delete the digest of layer {layer}");
         self.execute(sql, [layer], doing)
     }
 
@@ -212,7 +212,7 @@ impl Transaction<'_> {
     /// deleted.
     pub fn forget_retired(&self, layer: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM retired WHERE id = ?1";
-        let doing = format_args!("forget the leftover directory of layer {layer}");
+        let doing = format_args!("delete the record of the leftover directory of layer {layer}");
         self.execute(sql, [layer], doing)?;
         self.bury(layer, Volume::Writable)
     }

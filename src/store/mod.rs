@@ -63,7 +63,7 @@ use checkpoints::Frames;
 use sql::sql_error;
 use transaction::Writer;
 
-/// The database.
+/// The database: one connection that writes, and a pool of connections that read.
 pub struct Store {
     path: PathBuf,
     /// The flags with which connections are opened: read-only (possibly while a daemon
@@ -198,7 +198,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] if a reader of another process is in the way.
+    /// [`ErrorKind::Unavailable`] if a reader of another process still needs the log.
     pub fn settle(&self) -> Result<()> {
         completeness::settle(self.alone().rows()?)
     }
@@ -221,8 +221,8 @@ impl Store {
         self.ballast.fill();
     }
 
-    /// Ends the use of the database: its log is moved into it and filled with zeros.
-    /// After that, nothing can be written any more.
+    /// Ends the use of the database: moves the log into the database file, and fills the log
+    /// with zeros. After that, nothing can be written any more.
     ///
     /// # Errors
     ///

@@ -112,7 +112,7 @@ impl Transaction<'_> {
     /// Deletes the record of a project id, which may then be given out again.
     pub fn forget_project(&self, project: ProjectId) -> Result<()> {
         let sql = "DELETE FROM project WHERE project = ?1";
-        let doing = format_args!("forget project {project}");
+        let doing = format_args!("delete the record of project {project}");
         self.execute(sql, [project], doing)
     }
 }

@@ -34,9 +34,9 @@ const MIGRATIONS: &[&str] = &[
          labels     BLOB NOT NULL
      ) STRICT;
      CREATE INDEX snapshot_by_parent ON snapshot (parent_id) WHERE parent_id IS NOT NULL;",
-    // 2: leftover directories of moved layers. Something may have one mounted: an
-    // active snapshot or view on the layer with an id up to `highest_id`, on this boot
-    // of the host.
+    // 2: leftover directories of moved layers. Until the next boot of the host, such a
+    // directory may be mounted by an active snapshot or a view on the layer that has an id
+    // up to `highest_id`.
     "CREATE TABLE retired (
          id         INTEGER PRIMARY KEY,
          highest_id INTEGER NOT NULL,

@@ -12,7 +12,7 @@ use crate::types::{Content, Info, Kind, Labels, Marks, Quoted, SnapshotId, Usage
 /// One snapshot as the database records it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The id, which is also the name of its directories.
+    /// The snapshot's id, which is also the name of its directory.
     pub id: SnapshotId,
     /// The parent's id.
     pub parent_id: Option<SnapshotId>,
@@ -98,7 +98,7 @@ pub struct New<'a> {
 pub struct Created {
     /// The snapshot's id.
     pub id: SnapshotId,
-    /// The layers below it, nearest first.
+    /// The layers below the snapshot, nearest first.
     pub ancestors: Vec<Ancestor>,
 }
 
@@ -173,7 +173,7 @@ pub enum LabelChange {
 }
 
 impl LabelChange {
-    /// Applies the change.
+    /// Applies the change to `labels`.
     pub fn apply(self, labels: &mut Labels) {
         match self {
             LabelChange::Replace(all) => *labels = all,

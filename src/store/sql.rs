@@ -86,7 +86,7 @@ pub(super) fn sql_error(error: rusqlite::Error, what: impl Into<String>) -> Erro
         _ => ErrorKind::Internal,
     };
     match error {
-        // SQLite's own text contains the same words twice.
+        // The text of `error` itself contains SQLite's message twice.
         rusqlite::Error::SqliteFailure(failure, Some(said)) => {
             let cause = format!("{said} (SQLite error {})", failure.extended_code);
             Error::caused(kind, what, cause)

@@ -311,7 +311,7 @@ fn updates_change_labels_and_the_later_time_only() {
 }
 
 #[test]
-fn files_are_told_apart_by_their_first_bytes() {
+fn the_first_bytes_of_a_file_show_its_format() {
     let f = fixture();
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);

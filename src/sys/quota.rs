@@ -28,8 +28,7 @@ pub const INHERIT: u32 = 0x200;
 const GET_ATTRIBUTES: Opcode = opcode::read::<FileAttributes>(b'X', 31);
 const SET_ATTRIBUTES: Opcode = opcode::write::<FileAttributes>(b'X', 32);
 
-/// Reads an open file's attributes. The descriptor must not be one opened with
-/// O_PATH.
+/// Reads an open file's attributes. The file must not be opened with O_PATH.
 ///
 /// # Errors
 ///

@@ -425,8 +425,8 @@ fn xattr_difference(names: &Xattrs, found: &Xattrs) -> String {
 }
 
 impl Rules {
-    /// The extended attributes of an entry, without those that a file system, a security
-    /// module or overlayfs itself sets and that differ between true copies.
+    /// Reads the extended attributes of an entry, without those that a file system, a
+    /// security module or overlayfs itself sets and that differ between exact copies.
     pub(super) fn xattrs(self, (parent, name): Name<'_>) -> std::result::Result<Xattrs, Errno> {
         let path = entry_path(parent, name);
         let mut names = Vec::with_capacity(MAX_XATTR_BYTES);

@@ -100,7 +100,8 @@ pub fn copy_tree(
 }
 
 fn open_above(target: impl AsFd, inode: Inode) -> Result<OwnedFd> {
-    let above = open_as(target, c"..", inode).context(|| "go on with the copy")?;
+    let above =
+        open_as(target, c"..", inode).context(|| "return to the directory above in the copy")?;
     above.ok_or_else(moved_meanwhile)
 }
 
@@ -161,7 +162,7 @@ impl Copy<'_> {
         to: BorrowedFd<'_>,
         name: &CStr,
     ) -> Result<Option<Entered>> {
-        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "read its metadata")?;
+        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "read the metadata")?;
         let file_type = FileType::from_raw_mode(stat.st_mode);
         if file_type == FileType::Directory {
             return self.enter(from, to, name).map(Some);
@@ -177,15 +178,16 @@ impl Copy<'_> {
         set_all_attributes(&mut self.xattrs, (from, name), (to, name), &stat)?;
         if is_linked {
             linkat(to, name, self.scratch, link_name(&stat), AtFlags::empty())
-                .context(|| "give it a second name, for further hard links")?;
+                .context(|| "link the copy into the scratch directory, for further hard links")?;
             self.links += 1;
         }
         Ok(None)
     }
 
-    /// Creates a further name of an inode that has been copied already.
+    /// Creates a further hard link to an inode that has been copied already. Returns `false` if
+    /// the inode has to be copied.
     fn link_again(&mut self, stat: &Stat, to: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
-        let linking = || "make the hard link";
+        let linking = || "create the hard link";
         let remembered = link_name(stat);
         if self.used_up.contains(&remembered) {
             return Err(Errno::MLINK).context(linking);
@@ -264,7 +266,7 @@ impl Copy<'_> {
                     let got = pread(source, &mut buffer[..wanted], read_at)
                         .context(|| "read the data of the file")?;
                     if got == 0 {
-                        let what = "the file has become shorter";
+                        let what = "the file has become shorter during the copy";
                         return Err(Error::new(ErrorKind::Internal, what));
                     }
                     let mut done = 0;
@@ -313,11 +315,12 @@ pub(super) fn copy_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<(
 fn make_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
     let file_type = FileType::from_raw_mode(stat.st_mode);
     if file_type == FileType::Symlink {
-        let target = readlinkat(from.0, from.1, Vec::new()).context(|| "read the link")?;
-        return symlinkat(target, to.0, to.1).context(|| "make the link");
+        let target = readlinkat(from.0, from.1, Vec::new()).context(|| "read the symlink")?;
+        return symlinkat(target, to.0, to.1).context(|| "create the symlink");
     }
     let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
-    mknodat(to.0, to.1, file_type, mode, stat.st_rdev).context(|| "make the node")
+    mknodat(to.0, to.1, file_type, mode, stat.st_rdev)
+        .context(|| "create the device node, pipe or socket")
 }
 
 /// The start and end of the next piece of data in a file, at or after `at`; holes

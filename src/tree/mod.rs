@@ -80,8 +80,8 @@ fn open_file(parent: impl AsFd, name: &CStr) -> Result<Option<(OwnedFd, Stat)>, 
     Ok(Some((opened?, stat)))
 }
 
-/// How deep a tree may be. There is a limit because a walk needs memory for each level. It
-/// is twice the depth that a path of 4096 bytes (`PATH_MAX`) can reach.
+/// How deep a tree may be. There is a limit because a walk needs memory for each level; the
+/// limit is twice the depth that a path of 4096 bytes (`PATH_MAX`) can reach.
 const MAX_LEVELS: usize = 4096;
 
 fn too_deep() -> Error {

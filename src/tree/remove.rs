@@ -40,7 +40,7 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
     let last_name = AtomicU64::new(0);
     let mut all = Removal::new(top, &last_name);
     loop {
-        let mut names = list(top).context(|| "list what is to be deleted")?;
+        let mut names = list(top).context(|| "list the entries to delete")?;
         names.retain(|name| !all.kept.contains(name));
         let threads = if names.len() < WORTH_TWO { 1 } else { 2 };
         let names = Mutex::new(names.into_iter());

@@ -228,7 +228,7 @@ mod tests {
         fs::create_dir_all(top.join("a/b")).unwrap();
         fs::write(top.join("a/file"), vec![1; 100_000]).unwrap();
         fs::hard_link(top.join("a/file"), top.join("a/b/same")).unwrap();
-        // Neither followed nor counted as what it points to.
+        // This link must be neither followed nor counted as its target.
         symlink("/", top.join("a/root")).unwrap();
         let paths = ["", "a", "a/b", "a/file", "a/root"];
         let blocks: u64 = paths

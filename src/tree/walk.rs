@@ -196,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// Directories `d` in `d`, each with so many files before and after it.
+    /// Creates nested directories `d`, and in each of them this many files.
     fn chain(top: &std::path::Path, levels: usize, files: usize) {
         let mut at = OwnedFd::from(File::open(top).unwrap());
         for level in 0..levels {
@@ -229,7 +229,7 @@ mod tests {
         assert_eq!(met.len(), 3 * LEVELS);
         assert!(met.values().all(|times| *times == 1));
         assert_eq!(most_open, MAX_OPEN);
-        // Deeper than the standard library can delete.
+        // The tree is deeper than the standard library can delete.
         super::super::remove_children(File::open(dir.path()).unwrap()).unwrap();
     }
 
@@ -251,7 +251,7 @@ mod tests {
             let below = open_directory(walk.parent().unwrap(), c"d").unwrap();
             walk.enter(below, c"d").unwrap();
             if walk.closed.len() == MAX_OPEN {
-                // The walk holds what is in it open, and comes back from there.
+                // The walk holds a directory below the moved one open, and returns from there.
                 let at = |depth| top.join(vec!["d"; depth].join("/"));
                 let parent = open(at(MAX_OPEN / 2), OFlags::DIRECTORY, Mode::empty()).unwrap();
                 renameat(&parent, c"d", CWD, outside.join("moved")).unwrap();
@@ -259,7 +259,7 @@ mod tests {
         }
         met.sort();
         assert!(!met.contains(&"secret".to_owned()), "{met:?}");
-        // What stayed was read to its end, and once.
+        // The directories that were not moved were read to their end, and once.
         for level in 0..=MAX_OPEN / 2 {
             let name = format!("{level}.0");
             assert_eq!(

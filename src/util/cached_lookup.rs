@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_memory_is_told() {
+    fn a_file_in_memory_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let top = fs::File::open(dir.path()).unwrap();
         fs::write(dir.path().join("file"), "").unwrap();

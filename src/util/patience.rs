@@ -29,7 +29,11 @@ impl Patience {
             .name(name.to_owned())
             .spawn(move || queue.into_iter().for_each(|job| job()))
             .map_err(|error| {
-                Error::caused(ErrorKind::Internal, format!("start the {name}"), error)
+                Error::caused(
+                    ErrorKind::Internal,
+                    format!("start the thread {name:?}"),
+                    error,
+                )
             })?;
         Ok(Patience {
             jobs,

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The shortest time that [`Background::end_all`] waits, and the time between its checks.
+/// The shortest time that [`Background::end_all`] waits for threads.
 const MOMENT: Duration = Duration::from_millis(500);
+/// The time between two checks of [`Background::end_all`].
 const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
 /// A running thread. Dropping this value stops the thread and waits for its
@@ -35,7 +36,11 @@ impl Background {
             .name(name.to_owned())
             .spawn(move || work(&working))
             .map_err(|error| {
-                Error::caused(ErrorKind::Internal, format!("start the {name}"), error)
+                Error::caused(
+                    ErrorKind::Internal,
+                    format!("start the thread {name:?}"),
+                    error,
+                )
             })?;
         Ok(Background {
             name,

@@ -28,12 +28,12 @@ pub struct Filled {
 }
 
 impl Filled {
-    /// Opens the volume. Returns `None` if it is not there or has no `snapshots`,
-    /// like a bare mount point.
+    /// Opens the volume at `path`; `None` if there is no such directory, or it has no
+    /// `snapshots`, like a bare mount point.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if `snapshots` is no directory.
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots` is not a directory.
     pub fn open(volume: Volume, path: &str) -> Result<Option<Filled>> {
         let top = match identity::open_top(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
@@ -56,7 +56,7 @@ impl Filled {
         self.volume
     }
 
-    /// The path, as configured.
+    /// The path of the volume, as configured.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -108,7 +108,7 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if there is none.
+    /// [`ErrorKind::DataLoss`] if the snapshot has no `fs`.
     pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
         open_upper(&self.snapshots, &self.path, id)
     }
@@ -167,8 +167,8 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if one of the names in `snapshots/` has
-    /// been taken since.
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots/` has an entry of the same
+    /// name by now.
     pub fn put_back(&self) -> Result<()> {
         let path = &self.path;
         let Some((left_out, ids)) = self.open_left_out()? else {

@@ -57,7 +57,7 @@ pub struct Dirs {
     path: String,
     top: OwnedFd,
     snapshots: OwnedFd,
-    /// Opened at the first use, because most requests do not need it.
+    /// The trash, opened at its first use, because most requests do not need it.
     trash: OnceLock<OwnedFd>,
 }
 
@@ -115,7 +115,9 @@ impl Dirs {
             Err(Errno::EXIST) => {
                 if self.is_taken(id)? {
                     let path = self.snapshot_path(id);
-                    let what = format!("{path} holds files that no snapshot owns: move it away");
+                    let what = format!(
+                        "{path} holds files that no snapshot owns: move that directory away"
+                    );
                     return Err(Error::refused(what));
                 }
                 self.trash(id).context(creating)?;
@@ -193,9 +195,9 @@ impl Dirs {
         unreachable!("2^64 names are never all taken")
     }
 
-    /// Moves the entry of that id, which no snapshot owns, out of `snapshots/`: to the
-    /// trash if it is as [`Dirs::create`] makes it, otherwise to `left-out/`, which only
-    /// a person empties. Returns the new path if the entry went to `left-out/`.
+    /// Moves `snapshots/<id>`, which no snapshot owns, to the trash if it holds no more than
+    /// the empty directories of [`Dirs::create`], otherwise to `left-out/`, which only a
+    /// person empties. Returns the new path if the entry went to `left-out/`.
     pub fn clear_away(&self, id: SnapshotId) -> Result<Option<String>> {
         if self.is_unfilled(id)? {
             return self.trash(id).map(|_| None);
@@ -242,7 +244,7 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is not there.
+    /// [`ErrorKind::DataLoss`] if the directory is missing.
     pub fn open_snapshot(&self, id: SnapshotId) -> Result<OwnedFd> {
         let opening = || format!("open {}", self.snapshot_path(id));
         open_path(&self.snapshots, &id.to_string())
@@ -253,7 +255,7 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is not there.
+    /// [`ErrorKind::DataLoss`] if the directory is missing.
     pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
         open_upper(&self.snapshots, &self.path, id)
     }

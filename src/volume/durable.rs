@@ -44,8 +44,8 @@ pub(super) fn failed_flush(errno: Errno) -> Error {
     Error::caused(ErrorKind::DataLoss, "flush the image volume", cause)
 }
 
-/// If other programs have written less than this, the whole file system is
-/// flushed.
+/// If a flush of the whole file system would write at most this many bytes of other
+/// programs, the whole file system is flushed.
 const FEW_BYTES: u64 = 64 << 20;
 /// About how much a disk writes in the time that the flush of one file takes. Each file
 /// to be flushed counts as that many bytes.
@@ -63,9 +63,9 @@ fn unwritten_bytes() -> u64 {
     kibibytes.sum::<u64>() << 10
 }
 
-/// Whether most of what a flush of the whole file system would write is other programs'
-/// data. `unwritten` is how many bytes the kernel has still to write, and `own` is the most
-/// of them that can be this program's.
+/// Whether a flush of the whole file system would write mostly data of other programs.
+/// `unwritten` is how many bytes the kernel still has to write, and `own` is how many of
+/// them this program can have written at most.
 fn is_mostly_of_others(unwritten: u64, own: u64) -> bool {
     unwritten > own.saturating_mul(2).saturating_add(FEW_BYTES)
 }
@@ -122,7 +122,7 @@ impl Dirs {
         }
         let flushing = || {
             format!(
-                "flush a snapshot on the {} volume {}",
+                "flush snapshot {id} on the {} volume {}",
                 self.volume(),
                 self.path()
             )
@@ -172,7 +172,7 @@ impl Image {
 }
 
 impl Flush {
-    /// Makes everything written so far durable.
+    /// Makes everything written on the volume so far durable.
     pub fn run(&self) -> Result<()> {
         syncfs(&self.file).map_err(failed_flush)
     }
@@ -180,7 +180,8 @@ impl Flush {
     /// The free bytes of the volume. The number changes when something is written. No
     /// disk is accessed.
     pub fn free_bytes(&self) -> Result<u64> {
-        let state = fstatvfs(&self.file).context(|| "look how full the image volume is")?;
+        let state = fstatvfs(&self.file)
+            .context(|| "find out how much space is free on the image volume")?;
         Ok(state.f_bfree.saturating_mul(state.f_frsize))
     }
 

@@ -74,7 +74,7 @@ impl Image {
         Ok(true)
     }
 
-    /// Whether a snapshot has no links, as far as the kernel knows without asking a
+    /// Whether a snapshot has no links, as far as the kernel knows without accessing a
     /// disk. `false` means that it may have some.
     pub(super) fn has_no_links_for_sure(&self, id: SnapshotId) -> bool {
         let first = |links| glance(links, &link_name(id, 0));

@@ -56,7 +56,7 @@ impl fmt::Display for Identity {
 /// Whose mark a directory has.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// The directory is marked as the wanted volume.
+    /// The directory has the mark of the expected volume.
     Ours,
     /// The directory has no mark.
     Free,

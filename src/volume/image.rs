@@ -43,7 +43,7 @@ pub struct Root {
 }
 
 impl Root {
-    /// The path, as configured.
+    /// The path of the root, as configured.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -75,7 +75,7 @@ impl Root {
     }
 
     /// Returns an error if the file system reports no types in directory
-    /// entries (`d_type` in readdir(3)). overlayfs needs them to find
+    /// entries (`d_type` in readdir(3)). overlayfs needs the types to find
     /// whiteouts: without types, deleted files show again. The check needs at least
     /// one entry in the root, such as the lock.
     ///
@@ -168,11 +168,11 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the layer's directory is not there.
+    /// [`ErrorKind::DataLoss`] if the layer's directory is missing.
     pub fn layer_owner(&self, id: SnapshotId) -> Result<Owner> {
         let looking = || format!("look at the layer {}", self.layer_path(id));
-        // The path leads through the link of an unmoved layer, which this
-        // program has made.
+        // For an unmoved layer, this path leads through a link. The link is
+        // safe, because this program has made it.
         let snapshots = self.dirs.snapshots_fd();
         let found = match glance(snapshots, &upper_of(id)) {
             Glance::There(upper) => fstat(upper),
@@ -340,8 +340,8 @@ pub(super) fn no_entry_types(path: &str) -> Error {
     ))
 }
 
-/// Creates a directory (0700, with its parents) unless it exists. `what` and
-/// `flag` name it in the error for anything that is not a directory.
+/// Creates a directory (0700, with its parents) unless it exists. If there is anything
+/// but a directory at `path`, the error names `what` and `flag`.
 pub(super) fn create_directory(path: &str, what: &str, flag: &str) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(|error| match error.kind() {

@@ -177,7 +177,7 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::DataLoss`.
+    /// `ErrorKind::DataLoss` for another history.
     pub fn require_same_history(&self, dirs: &Dirs) -> Result<()> {
         let Some(judge) = self.judge.get() else {
             return Ok(());
@@ -270,8 +270,8 @@ impl Volumes {
         self.open(Volume::Writable).map(drop)
     }
 
-    /// Whether the writable volume is there, as far as the kernel knows without accessing a
-    /// disk. `false` means that it may not be.
+    /// Whether the writable volume is mounted, as far as the kernel knows without accessing a
+    /// disk. `false` means that it may not be mounted.
     pub fn is_writable_there_for_sure(&self) -> bool {
         self.require_answering().is_ok()
             && self.is_confirmed(Seen::at_a_glance(&self.writable_path))
@@ -289,7 +289,7 @@ impl Volumes {
 
     /// Returns `ErrorKind::FailedPrecondition` if the writable directory is on a disk
     /// that the host's configuration names and that is not mounted. This check is for a
-    /// volume that is used for the first time; later, its mark shows whether it is there.
+    /// volume that is used for the first time; later, its mark shows whether it is mounted.
     pub fn require_writable_mounted(&self) -> Result<()> {
         planned_mounts::require_mounted(&self.writable_path)
     }
@@ -307,8 +307,8 @@ impl Volumes {
         identity.look(self.open_writable_top()?, path)
     }
 
-    /// Makes the writable directory the volume of that identity, unless it has
-    /// a mark already: marks it durably, and creates the missing directories.
+    /// Makes the writable directory the volume with this identity, unless the directory has
+    /// a mark already: marks it durably, and creates the missing directories in it.
     pub fn claim_writable(&self, identity: &Identity) -> Result<()> {
         let path = &self.writable_path;
         let dirs = Dirs::open(Volume::Writable, path, self.open_writable_top()?)?;
@@ -320,8 +320,8 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if it has the mark of another volume, or if no
-    /// volume is expected.
+    /// `ErrorKind::FailedPrecondition` if the directory has the mark of another volume, or
+    /// if no volume is expected.
     pub fn mark_writable(&self) -> Result<()> {
         let identity = self.expected_writable()?;
         match self.look_at_writable(identity)? {
@@ -346,7 +346,7 @@ impl Volumes {
         }
     }
 
-    /// What the writable directory contains besides a mark.
+    /// The kind of content of the writable directory. A mark does not count.
     pub fn writable_holding(&self) -> Result<Holding> {
         let path = &self.writable_path;
         identity::open_top(path)
@@ -357,7 +357,7 @@ impl Volumes {
     fn expected_writable(&self) -> Result<&Identity> {
         self.writable_identity.get().ok_or_else(|| {
             Error::refused(format!(
-                "the writable volume {} has not been set up",
+                "the writable volume {} has not been set up: start the daemon, which does so",
                 self.writable_path
             ))
         })
@@ -367,14 +367,15 @@ impl Volumes {
     /// it is on a file system in memory, or is a mount point itself.
     pub fn is_writable_mounted_anew(&self) -> Result<bool> {
         let path = &self.writable_path;
-        preconditions::is_mounted_anew(path).context(|| format!("look what is mounted at {path}"))
+        preconditions::is_mounted_anew(path)
+            .context(|| format!("find out what is mounted at {path}"))
     }
 
     /// The number of the writable directory's type of file system (statfs(2)).
     pub fn writable_file_system(&self) -> Result<u64> {
         let path = &self.writable_path;
         preconditions::file_system_type(Path::new(path))
-            .context(|| format!("look what is at {path}"))
+            .context(|| format!("find out the file system of {path}"))
     }
 
     fn open_writable_top(&self) -> Result<OwnedFd> {
@@ -385,8 +386,8 @@ impl Volumes {
         Ok(top)
     }
 
-    /// Returns an error if both paths lead to one directory, by a link or a
-    /// bind mount, because that would mix the ids of both volumes.
+    /// Returns an error if the root and the writable directory are one directory, by a link
+    /// or a bind mount, because this would mix the ids of both volumes.
     fn require_apart(&self, top: impl AsFd) -> Result<()> {
         let path = &self.writable_path;
         let looking = || format!("look at {path}");

@@ -83,7 +83,7 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As in [`Image::exchange`].
+    /// The same as in [`Image::exchange`].
     pub(super) fn exchange_with(&self, directory: &str, id: SnapshotId) -> Result<()> {
         let snapshots = self.dirs().snapshots_fd();
         let name = id.to_string();
@@ -101,7 +101,8 @@ impl Image {
                     ErrorKind::FailedPrecondition,
                     format!(
                         "the file system of {} cannot exchange two names (renameat2(2), \
-                         RENAME_EXCHANGE)",
+                         RENAME_EXCHANGE), so layers cannot be moved or healed there: use ext4, \
+                         XFS or btrfs",
                         self.snapshots_path()
                     ),
                     std::io::Error::from(errno),

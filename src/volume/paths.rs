@@ -44,19 +44,19 @@ pub(super) const SCRATCH: &str = "scratch";
 
 /// In `snapshots`: a layer that is unpacked again, to be compared with the existing one.
 pub(super) const UNPACKED: &str = ".unpacked";
-/// In `snapshots`, followed by two numbers: a layer that was unpacked again and is to
-/// replace another.
+/// In `snapshots`, followed by two numbers: a layer that was unpacked again and will
+/// replace a damaged one.
 pub(super) const HANDED_OVER: &str = ".unpacked-";
 /// In `snapshots`, followed by an id: a directory that has changed places with a layer
 /// that was unpacked again.
 pub(super) const REPLACED: &str = ".replaced-";
 
-/// The upper directory in the directory of a snapshot.
+/// The path of the upper directory in `top`, the directory of a snapshot.
 pub(super) fn upper_in(top: &str) -> String {
     format!("{top}/fs")
 }
 
-/// The upper directory below `snapshots`.
+/// The path of a snapshot's upper directory, relative to `snapshots`.
 pub(super) fn upper_of(id: SnapshotId) -> String {
     format!("{id}/fs")
 }

@@ -82,7 +82,7 @@ impl Dirs {
     /// The free space of the volume. No disk is accessed.
     pub fn unused(&self) -> Result<Unused> {
         let state = fstatvfs(self.snapshots_fd())
-            .context(|| format!("look how full {} is", self.path()))?;
+            .context(|| format!("find out how much space is free on {}", self.path()))?;
         Ok(Unused {
             bytes: state.f_bfree.saturating_mul(state.f_frsize),
             inodes: match state.f_files {
@@ -95,7 +95,7 @@ impl Dirs {
     /// The size and the free space of the volume. No disk is accessed.
     pub fn room(&self) -> Result<Room> {
         let state = fstatvfs(self.snapshots_fd())
-            .context(|| format!("look how full {} is", self.path()))?;
+            .context(|| format!("find out how much space is free on {}", self.path()))?;
         Ok(Room {
             size_bytes: state.f_blocks.saturating_mul(state.f_frsize),
             free_bytes: state.f_bavail.saturating_mul(state.f_frsize),
@@ -134,7 +134,7 @@ impl Dirs {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] naming the directory and what to do.
+/// [`ErrorKind::FailedPrecondition`], which names the directory and the remedy.
 pub fn require_mount(flag: &str, path: &str) -> Result<()> {
     let why = match is_mount_point(path) {
         Ok(true) => return Ok(()),
@@ -198,13 +198,13 @@ pub(super) fn file_system_type(path: &Path) -> std::result::Result<u64, Errno> {
 }
 
 pub(super) fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
-    let told = statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
-    if let Ok(told) = told
-        && told
+    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
+    if let Ok(found) = found
+        && found
             .stx_attributes_mask
             .contains(StatxAttributes::MOUNT_ROOT)
     {
-        return Ok(told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
+        return Ok(found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
     }
     // Before Linux 5.8, only another device number shows a mount point. A bind mount from the
     // same file system is not recognized.
@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_points_are_told_from_directories() {
+    fn mount_points_differ_from_directories() {
         let dir = tempfile::tempdir().unwrap();
         let plain = dir.path().to_str().unwrap();
         require_mount("--root-dir", "/proc").unwrap();
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_directory_holds_is_told() {
+    fn the_content_of_a_directory_is_recognised() {
         let dir = tempfile::tempdir().unwrap();
         let top = dir.path();
         let held = || holding(open_to_list(CWD, top.to_str().unwrap()).unwrap()).unwrap();

@@ -16,7 +16,8 @@ use super::identity::Seen;
 use super::paths::MARK;
 use crate::util::lock::lock;
 
-/// Enough for some events without names, which are 16 bytes each.
+/// The size of the buffer for events. It has room for many: an event without a name takes
+/// 16 bytes.
 const EVENTS_BYTES: usize = 1024;
 
 pub(super) struct Presence {
@@ -59,7 +60,7 @@ impl Presence {
     pub(super) fn look(&self, path: &str) -> Look {
         if let Some(events) = &self.events {
             let flags = WatchFlags::DELETE_SELF | WatchFlags::DONT_FOLLOW;
-            // If there is no mark, the volume is not confirmed.
+            // Without a mark, this call fails, and the volume will not be confirmed.
             let _ = add_watch(events, format!("{path}/{MARK}"), flags);
         }
         let mut state = lock(&self.state);

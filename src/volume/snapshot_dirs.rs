@@ -112,7 +112,7 @@ impl Dirs {
     }
 
     /// Calls `each` for every directory in the trash. Entries that are not
-    /// directories, or are gone by then, are left out.
+    /// directories, or that vanish meanwhile, are left out.
     pub fn each_trashed(&self, mut each: impl FnMut(OwnedFd) -> Result<()>) -> Result<()> {
         let trash = self.trash_fd()?;
         for entry in self.trashed()? {

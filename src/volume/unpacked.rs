@@ -26,7 +26,7 @@ use crate::types::{SnapshotId, SnapshotPaths};
 /// increases, because containerd may still write into the previous directory for a moment.
 const LAYER: &str = "layer-";
 
-/// The id in the name of a directory that has changed places with a layer, or was about to.
+/// The id in the name of an entry `.replaced-<id>`; `None` for other names.
 pub fn replaced_id(name: &[u8]) -> Option<SnapshotId> {
     SnapshotId::from_directory_name(name.strip_prefix(REPLACED.as_bytes())?)
 }
@@ -156,7 +156,7 @@ impl UnpackDir<'_> {
 
     /// Removes `.unpacked`.
     pub fn remove(self) {
-        // If it is not empty, the next check, or the next start, removes it.
+        // If the directory is not empty, the next check or the next start removes it.
         let _ = unlinkat(
             self.image.dirs().snapshots_fd(),
             UNPACKED,
@@ -195,8 +195,9 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As in [`Image::exchange`]. The unpacked layer then has its own name again; but if
-    /// only the last flush has failed, it is in place, and the old entry is kept.
+    /// The same as in [`Image::exchange`]. The unpacked layer then has its own name again.
+    /// But if only the last flush has failed, the unpacked layer is in place, and the old
+    /// entry is kept.
     pub fn put_in_place(&self, handed_over: &str, id: SnapshotId) -> Result<()> {
         let (snapshots, path) = (self.dirs().snapshots_fd(), self.snapshots_path());
         let replaced = replaced_name(id);

@@ -37,7 +37,7 @@ pub(super) struct Writer {
 }
 
 pub(super) struct State {
-    /// `None` once the database is closed.
+    /// The connection; `None` once the database is closed.
     rows: Option<Rows>,
     /// The batch that the open transaction belongs to.
     batch: Option<Batch>,
@@ -62,7 +62,7 @@ struct End(Monitor<Option<std::result::Result<(), Arc<Error>>>>);
 pub struct Transaction<'a> {
     store: &'a Store,
     sharing: Sharing,
-    /// `None` after this member has left the batch to later ones.
+    /// The locked connection; `None` after this member has left its batch to later members.
     writer: Option<MutexGuard<'a, State>>,
 }
 
@@ -194,7 +194,7 @@ impl Store {
         }
     }
 
-    /// Waits for the connection when no transaction is open.
+    /// Waits for the connection, and ends an open batch, so that no transaction is open.
     pub(super) fn alone(&self) -> MutexGuard<'_, State> {
         let mut writer = self.writer.acquire();
         self.end_batch(&mut writer);
