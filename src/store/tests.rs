@@ -202,7 +202,7 @@ fn what_others_stand_on_is_not_removed() {
 }
 
 #[test]
-fn a_chain_of_400_is_told_nearest_first() {
+fn a_chain_of_400_is_listed_nearest_first() {
     let f = fixture();
     let mut parent = String::new();
     for number in 0..400 {
