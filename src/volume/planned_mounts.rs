@@ -43,8 +43,8 @@ pub(super) fn require_mounted(path: &str) -> Result<()> {
         };
         if let Some(named_by) = named_by {
             return Err(Error::refused(format!(
-                "{named_by} names a disk for {shown}, and this disk is not mounted, although \
-                 {} should be on it: mount the disk (mount {shown}), or remove that entry",
+                "the disk that {named_by} names for {shown} is not mounted, and {} should be on \
+                 this disk: mount it (mount {shown}), or remove the entry from {named_by}",
                 path.display()
             )));
         }
