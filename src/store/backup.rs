@@ -1,4 +1,4 @@
-//! Copies of the database beside it, in case it gets damaged.
+//! Copying the database to a file beside it, in case the database gets damaged.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;

@@ -1,6 +1,6 @@
-//! Statements that change snapshots, within a transaction. They refuse what
-//! containerd's own store refuses (`core/snapshots/storage/bolt.go`), in the
-//! same order.
+//! Statements that change snapshots, within a transaction. They refuse the same
+//! changes as containerd's own store (`core/snapshots/storage/bolt.go`), and check
+//! the conditions in the same order.
 
 use rusqlite::params;
 

@@ -1,4 +1,4 @@
-//! The names of the files of a database.
+//! The names of the files that belong to a database.
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! Statements about project ids: which are given out, to which snapshot, and
-//! with which limits. An id is recorded before a directory gets it, and its record is
-//! deleted once no directory has it any more.
+//! with which limits. An id is recorded before anything is charged to it, and its
+//! record is deleted once nothing is charged to the id any more.
 
 use rusqlite::{Row, params};
 

@@ -2,8 +2,8 @@
 //!
 //! The comparison covers types, modes, owners, modification times (in seconds), lengths,
 //! targets of links, device numbers, extended attributes, whiteouts, opaque marks, hard
-//! links, and every byte. Its memory depends on the depth of the tree and, up to a limit,
-//! on the number of its hard links.
+//! links, and every byte. The memory for it depends on the depth of the tree and, up to a
+//! limit, on the number of its hard links.
 
 #[cfg(test)]
 mod tests;

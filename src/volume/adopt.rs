@@ -1,9 +1,8 @@
 //! Taking over volumes that another program has filled, and giving them back.
 //!
-//! Opening such a volume creates nothing on it. What is not taken over is set
-//! aside in `<volume>/left-out/<id>`, where no start takes it for a stray. After
-//! a crash, only part of it may have been set aside; the next try puts everything
-//! back first.
+//! Opening such a volume creates nothing on it. Directories that are not taken over
+//! are set aside in `<volume>/left-out/<id>`. After a crash, only some of them may
+//! have been set aside; the next try puts all of them back first.
 
 use std::collections::HashMap;
 
@@ -188,7 +187,7 @@ impl Filled {
                 })?,
             }
         }
-        // The directory stays if anything else is in it.
+        // This fails if `left-out/` holds anything else; the directory stays then.
         let _ = unlinkat(&self.top, LEFT_OUT, AtFlags::REMOVEDIR);
         self.flush([&self.snapshots, &left_out, &self.top])
     }

@@ -19,8 +19,7 @@ use crate::types::{SnapshotId, Volume};
 use crate::util::entries::entries;
 use crate::util::undo::Undo;
 
-/// The name of a directory that [`require_alive`] creates and removes. It is in the trash
-/// so that a directory which a crash has left is deleted.
+/// A directory in the trash that [`require_alive`] creates and removes.
 const PROBE: &str = "probe";
 
 /// What a snapshot's directory holds.
@@ -115,9 +114,7 @@ impl Dirs {
             Err(Errno::EXIST) => {
                 if self.is_taken(id)? {
                     let path = self.snapshot_path(id);
-                    let what = format!(
-                        "{path} holds files that no snapshot owns: move that directory away"
-                    );
+                    let what = format!("{path} holds files that no snapshot owns: move them away");
                     return Err(Error::refused(what));
                 }
                 self.trash(id).context(creating)?;
@@ -298,7 +295,7 @@ impl Dirs {
         Ok(all.iter().filter_map(number).max().unwrap_or(0))
     }
 
-    /// What is in `trash/`.
+    /// The entries of `trash/`.
     pub(super) fn trashed(&self) -> Result<Vec<Entry>> {
         list(self.trash_fd()?, &self.path, TRASH)
     }
@@ -325,7 +322,7 @@ impl Dirs {
         require_alive(trash).map_err(failed)
     }
 
-    /// The trash, to be filled or emptied. It is created if it is missing.
+    /// The opened trash. It is created if it is missing.
     pub fn trash_fd(&self) -> Result<BorrowedFd<'_>> {
         if let Some(trash) = self.trash.get() {
             return Ok(trash.as_fd());
@@ -348,7 +345,7 @@ impl Dirs {
         &self.path
     }
 
-    /// `snapshots/`, which also represents the volume's file system.
+    /// The opened `snapshots/`. Callers also use it for calls about the volume's file system.
     pub fn snapshots_fd(&self) -> BorrowedFd<'_> {
         self.snapshots.as_fd()
     }

@@ -69,7 +69,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if the file is not a mark of this
+    /// `ErrorKind::FailedPrecondition` if the file `.volume` is not a mark of this
     /// program.
     pub fn look(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         Ok(match read_mark(top, path)? {
@@ -84,7 +84,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if the file is not a mark of this
+    /// `ErrorKind::FailedPrecondition` if the file `.volume` is not a mark of this
     /// program.
     pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         match self.look(&top, path)? {

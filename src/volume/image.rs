@@ -1,5 +1,5 @@
-//! The image volume: `<root>`. It stays open as long as the daemon runs,
-//! because its lock and, by default, its database keep files open there anyway.
+//! The image volume: `<root>`. The directory stays open as long as the daemon runs,
+//! because the lock and, by default, the database keep files open there anyway.
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind as IoKind;

@@ -1,4 +1,4 @@
-//! The two places where bytes are kept.
+//! The image volume, the writable volume, and all names on them.
 //!
 //! ```text
 //! <root>/snapshots/<id>/fs            a layer, or one being unpacked (then with work/)
@@ -12,7 +12,7 @@
 //! <root>/.ids                         which ids were used last, see `block_mark`
 //! <writable>/.volume                  the mark: the identity of this volume
 //! <writable>/snapshots/<id>/{fs,work} what containers write
-//! <writable>/snapshots/<id>/scratch   while its links and nodes are created again
+//! <writable>/snapshots/<id>/scratch   for links and nodes that are created again
 //! <writable>/trash/
 //! <writable>/left-out/<id>
 //! <writable>/.ids
@@ -26,7 +26,8 @@
 //! mount point stays bare.
 //!
 //! After a crash there may be a directory that no row knows. It is never used: the next
-//! request that gets its id, or the next start, moves it to the trash.
+//! start moves it to the trash if it is empty or has a tombstone, and otherwise sets it
+//! aside.
 
 mod adopt;
 mod block_mark;

@@ -1,13 +1,13 @@
 //! Unpacking a layer again, to compare it with the existing one, and replacing a damaged
 //! layer by the new one.
 //!
-//! It is unpacked in `<root>/snapshots/.unpacked`, which belongs to the process that has
-//! locked it (flock(2)); the leftovers of a killed process belong to no process. A layer
-//! that will replace another is handed over: it is renamed, so that it belongs to the
+//! A layer is unpacked in `<root>/snapshots/.unpacked`, which belongs to the process that
+//! has locked this directory (flock(2)). If that process was killed, it belongs to none. A
+//! layer that will replace another is handed over: it is renamed, so that it belongs to the
 //! daemon or command that heals, whatever happens to the lock. Then it is renamed to
 //! `.replaced-<id>`, and exchanges its name with the damaged directory in one step. After
-//! a crash, `.replaced-<id>` is one of the two, and the layer itself is healed or as it
-//! was.
+//! a crash, `.replaced-<id>` is the unpacked layer or the damaged directory, and the layer
+//! itself is unchanged or healed.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};

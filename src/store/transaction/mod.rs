@@ -3,7 +3,7 @@
 //! Making a transaction durable takes longer than everything else in it, and one flush
 //! serves any number of transactions. Therefore, a caller that commits while others
 //! wait for the writer leaves SQLite's transaction open for them, and waits. The work
-//! of each caller is a savepoint in it, and the last caller in the row commits for all.
+//! of each caller is a savepoint in it, and the last waiting caller commits for all.
 //! These callers are the members of a batch. The batch becomes durable as a whole or not
 //! at all, and no member returns before that.
 
