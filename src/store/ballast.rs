@@ -66,7 +66,7 @@ fn release(path: &Path) -> bool {
         Ok(()) => true,
         Err(Errno::NOENT) => false,
         Err(errno) => {
-            log::debug!("cannot remove {}: {errno}", path.display());
+            log::debug!("cannot remove the ballast file {}: {errno}", path.display());
             false
         }
     }

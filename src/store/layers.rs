@@ -184,8 +184,8 @@ impl Transaction<'_> {
         Ok(true)
     }
 
-    /// Records that a layer's bytes are on the image volume. Unlike
-    /// [`Transaction::move_home`], this does not permit to delete any directory.
+    /// Records that a layer's bytes are on the image volume. No directory may be deleted
+    /// because of this record, unlike after [`Transaction::move_home`].
     pub fn record_home(&self, layer: SnapshotId) -> Result<()> {
         let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
         let doing = format_args!("record that layer {layer} is on the image volume");

@@ -187,9 +187,8 @@ impl Store {
     pub fn begin_use(&self) -> Result<()> {
         let writer = self.alone();
         completeness::mark_in_use(writer.rows()?)?;
-        // If this fails, the first request begins the log again, which takes longer.
         if let Err(error) = self.begin_log_again() {
-            log::debug!("{}", error.chain());
+            log::debug!("the first request will be slower: {}", error.chain());
         }
         Ok(())
     }
@@ -207,10 +206,12 @@ impl Store {
     /// can be recorded on a full disk. Returns `false` if there is no ballast left.
     pub fn make_room(&self) -> bool {
         let is_released = self.ballast.release();
-        // The part that SQLite cannot move stays in the log.
         let moved = self.alone().rows().and_then(completeness::shrink_log);
         if let Err(error) = moved {
-            log::debug!("{}", error.chain());
+            log::debug!(
+                "the log of the database stays as long as it is: {}",
+                error.chain()
+            );
         }
         is_released
     }

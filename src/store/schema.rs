@@ -15,8 +15,8 @@ pub const APPLICATION_ID: i32 = 0x6F72_7773;
 
 const MIGRATIONS: &[&str] = &[
     // 1: snapshots. `volume` is where a snapshot's directory is (0 image,
-    // 1 writable), NULL for a view with a parent, which has none. AUTOINCREMENT
-    // prevents that the id of a removed snapshot is given out again.
+    // 1 writable); it is NULL for a view with a parent, which has no directory.
+    // AUTOINCREMENT prevents that the id of a removed snapshot is given out again.
     "CREATE TABLE fact (
          name  TEXT PRIMARY KEY,
          value TEXT NOT NULL

@@ -36,8 +36,7 @@ pub enum Holding {
     OurNames,
 }
 
-/// How much space must be left free on the writable volume after a snapshot is created
-/// there.
+/// How much space has to be free on the writable volume, or no snapshot is created there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reserve {
     /// This number of bytes.

@@ -150,7 +150,7 @@ impl State {
         };
         let doing = "roll back a transaction of the database";
         if let Err(error) = rows.execute("ROLLBACK", [], doing) {
-            log::error!("{}", error.chain());
+            log::error!("a failed change may still be open: {}", error.chain());
         }
     }
 }
