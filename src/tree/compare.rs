@@ -69,7 +69,7 @@ impl fmt::Display for Differences {
     }
 }
 
-/// What the comparison leaves out.
+/// Which differences the comparison ignores.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     /// When the unpack of the expected tree began, in seconds. The time of an entry is
