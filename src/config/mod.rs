@@ -174,6 +174,7 @@ fn check(flags: &Flags) -> Result<Config> {
             Some("none") => SyncMode::Never,
             _ => SyncMode::AtCommit,
         },
+        records_digests: flags.record_digests,
         relocation,
         reserve: quota::parse_reserve(flags.reserve.as_deref().unwrap_or("0"))?,
         shows_upperdir: flags.upperdir_label.as_deref() == Some("true"),

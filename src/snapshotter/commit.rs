@@ -85,7 +85,12 @@ impl Snapshotter {
         self.drop_lower_links(snapshot.id);
         match volume {
             Volume::Writable => self.relocator.wake(),
-            Volume::Image => self.relocator.note_end(),
+            Volume::Image => {
+                self.relocator.note_end();
+                if self.options.records_digests {
+                    self.recorder.note_layer(snapshot.id);
+                }
+            }
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use super::Snapshotter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::Snapshot;
-use crate::tree::{self, Differences, Rules};
+use crate::tree::{self, Differences, ReadFrom, Rules};
 use crate::types::{Kind, Mount, Usage, Volume};
 use crate::volume::{Dirs, Owner, UnpackDir, Unused};
 
@@ -148,7 +148,8 @@ impl Unpacking<'_> {
         let volume = layer.volume.unwrap_or(Volume::Image);
         let top = self.snapshotter.volumes.open(volume)?.open_upper(layer.id);
         let is_lowest = layer.parent_id.is_none();
-        let digest = top.and_then(|top| tree::digest_tree(top, is_lowest, self.cancel));
+        let digest =
+            top.and_then(|top| tree::digest_tree(top, is_lowest, ReadFrom::Disk, self.cancel));
         let place = self.snapshotter.store.read()?.place(layer.id)?;
         (place == Some(layer.place())).then_some(digest).transpose()
     }

@@ -33,6 +33,7 @@ mod options;
 mod prepare;
 mod problem;
 mod quotas;
+mod recorder;
 mod recover;
 mod relocator;
 mod removal;
@@ -62,6 +63,7 @@ use links::Links;
 pub use options::{Options, PodLabels, QuotaMode, QuotaOptions, Relocation, SyncMode};
 pub use problem::{Finding, Problem};
 use quotas::Projects;
+use recorder::Recorder;
 use relocator::Relocator;
 pub use stats::{Figures, Held, VolumeFigures, Written};
 use trash::Trash;
@@ -75,6 +77,7 @@ pub struct Snapshotter {
     options: Options,
     projects: Arc<Projects>,
     flusher: Arc<Flusher>,
+    recorder: Arc<Recorder>,
     trash: Arc<Trash>,
     relocator: Arc<Relocator>,
     ids: Arc<Ids>,
@@ -95,6 +98,7 @@ impl Snapshotter {
         let ids = Arc::new(Ids::new(disks()));
         let projects = Arc::new(Projects::new(disks(), Arc::clone(&ids), options.quota));
         let flusher = Arc::new(Flusher::new(Arc::clone(&store)));
+        let recorder = Arc::new(Recorder::new(disks()));
         let trash = Arc::new(Trash::new(disks(), Arc::clone(&projects), Arc::clone(&ids)));
         let links = Arc::new(Links::new(Arc::clone(&volumes), Arc::clone(&trash)));
         let relocator = Arc::new(Relocator::new(
@@ -110,6 +114,7 @@ impl Snapshotter {
             options,
             projects,
             flusher,
+            recorder,
             trash,
             relocator,
             ids,
@@ -131,6 +136,9 @@ impl Snapshotter {
         // If commits do not flush, no flush has to be prepared for them.
         if self.options.sync == SyncMode::AtCommit {
             threads.push(self.flusher.start(self.volumes.image().flush()?)?);
+        }
+        if self.options.records_digests {
+            threads.push(self.recorder.start()?);
         }
         threads.push(self.store.start_checkpoints()?);
         threads.push(self.ids.start()?);

@@ -212,6 +212,7 @@ pub(super) mod tests {
             mount_options: Vec::new(),
             removes_at_once: false,
             sync: SyncMode::AtCommit,
+            records_digests: false,
             relocation: Relocation::Never,
             reserve: Reserve::Bytes(0),
             shows_upperdir: false,

@@ -79,6 +79,8 @@ pub struct Options {
     /// them to the trash, which Cleanup empties.
     pub removes_at_once: bool,
     pub sync: SyncMode,
+    /// Whether the digest of each unpacked layer is recorded after its commit.
+    pub records_digests: bool,
     pub relocation: Relocation,
     /// How much has to stay free on the writable volume.
     pub reserve: Reserve,

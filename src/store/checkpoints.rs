@@ -268,13 +268,14 @@ mod tests {
         store.begin_use().unwrap();
         let _thread = store.start_checkpoints().unwrap();
         let frames = || store.log_frames.look(|frames| *frames);
+        // If commits wait for no disk, many of them come before the thread runs.
         let mut most = 0;
-        for round in 0..4 * MOST_FRAMES {
-            change(&store, round);
-            most = most.max(frames());
+        while frames() >= most {
+            most = frames();
+            change(&store, most);
+            assert!(most < 100 * MOST_FRAMES, "the log only grows");
         }
-        // If commits wait for no disk, some hundreds come before the thread wakes up.
-        assert!((MOST_FRAMES..3 * MOST_FRAMES).contains(&most), "{most}");
+        assert!(most >= MANY_FRAMES, "{most}");
         while frames() >= MANY_FRAMES {
             std::thread::sleep(PAUSE);
         }

@@ -27,7 +27,7 @@ use crate::error::Error;
 
 pub use compare::{Differences, Rules, compare_trees};
 pub use copy::{Copied, copy_tree};
-pub use digest::digest_tree;
+pub use digest::{ReadFrom, digest_tree};
 pub use flush::{Flushed, flush_tree};
 pub use remake::remake;
 pub use remove::{remove_children, remove_entry};
