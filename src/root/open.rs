@@ -26,7 +26,7 @@ pub fn require_mounts(config: &Config) -> Result<()> {
     require_mount("--writable-dir", &config.writable)
 }
 
-/// Refuses a root directory that is no mount point.
+/// Refuses a root directory that is not a mount point.
 ///
 /// # Errors
 ///

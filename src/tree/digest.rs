@@ -22,15 +22,15 @@ const READING: &str = "read a layer";
 /// Where a digest takes the bytes of files from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadFrom {
-    /// From the disk. The copy in the kernel's memory may be sound when the bytes on the disk
-    /// are not.
+    /// The bytes come from the disk, because the kernel's copy of a file in memory may be
+    /// sound when the bytes on the disk are not.
     Disk,
-    /// From the kernel's memory where they are there, else from the disk.
+    /// The bytes come from the kernel's memory if they are there, otherwise from the disk.
     CacheFirst,
 }
 
-/// The digest of the tree `top`, including the directory itself, as hexadecimal digits.
-/// Ends early once `cancel` is set.
+/// Computes the digest of the tree `top`, including the directory `top` itself, as
+/// hexadecimal digits. Ends early once `cancel` is set.
 ///
 /// # Errors
 ///
@@ -61,7 +61,7 @@ pub fn digest_tree(
                 return Ok(words.concat());
             }
             if !walk.leave()? {
-                let what = "a part of a layer was moved while it was read";
+                let what = "a directory of a layer was moved while the layer was read";
                 return Err(Error::data_loss(what));
             }
             continue;
@@ -116,9 +116,10 @@ impl Digest<'_> {
 
     fn bytes(&mut self, entry: &mut Sha256, name: Name<'_>) -> Result<()> {
         let opened = open_file(name.0, name.1).context(|| READING)?;
-        let (file, _) = opened.ok_or_else(|| Error::data_loss("a file was replaced"))?;
+        let replaced = || Error::data_loss("a file of a layer was replaced while it was read");
+        let (file, _) = opened.ok_or_else(replaced)?;
         if self.from == ReadFrom::Disk {
-            // The kernel drops its copy.
+            // The kernel drops its copy in memory, so the bytes are read from the disk.
             let _ = fadvise(&file, 0, None, Advice::DontNeed);
         }
         let mut offset = 0;
@@ -136,7 +137,7 @@ impl Digest<'_> {
     }
 }
 
-/// Adds the values of stat(2) that are the same for all true copies of an
+/// Adds the values of stat(2) that are the same for all exact copies of an
 /// entry.
 #[allow(clippy::unnecessary_cast)] // their widths differ among architectures
 fn add_numbers(entry: &mut Sha256, stat: &Stat, is_top: bool) {

@@ -208,7 +208,7 @@ fn a_writable_directory_of_another_root() {
     fs::write(odd.join(".volume"), "some program's own").unwrap();
     let another = split.image.path().join("another");
     let line = refused_untouched(&arguments(&another, &odd), &[&odd]);
-    says(&line, &[".volume", "choose another directory"]);
+    says(&line, &[".volume", "choose another --writable-dir"]);
 }
 
 /// The beginning of a bbolt database: two meta pages (a page header, then
