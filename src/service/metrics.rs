@@ -7,7 +7,7 @@ use super::method::Method;
 use crate::error::ErrorKind;
 use crate::text::prometheus::{Kind, head, line};
 
-/// How a request can end, with gRPC's name.
+/// All outcomes of a request, each with gRPC's name.
 const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("OK", None),
     ("NOT_FOUND", Some(ErrorKind::NotFound)),
@@ -21,7 +21,7 @@ const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("INTERNAL", Some(ErrorKind::Internal)),
 ];
 
-/// gRPC's name for the end of a request.
+/// gRPC's name for the outcome of a request.
 pub(super) fn code_name(failure: Option<ErrorKind>) -> &'static str {
     let named = CODES.iter().find(|(_, kind)| *kind == failure);
     named.expect("every kind of error is in the list").0

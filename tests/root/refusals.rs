@@ -335,7 +335,7 @@ fn a_state_directory_that_moved() {
     let old = top.join("root/metadata.db");
     says(
         &line,
-        &[old.to_str().unwrap(), "--state-dir", "move the file"],
+        &[old.to_str().unwrap(), "--state-dir", " to "],
     );
     // The old place still works.
     daemon.restart();
