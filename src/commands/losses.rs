@@ -1,4 +1,4 @@
-//! What each of containerd's namespaces loses when a command drops snapshots.
+//! Lists what each of containerd's namespaces loses when a command drops snapshots.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -333,10 +333,7 @@ fn a_state_directory_that_moved() {
 
     let line = refused_untouched(&moved, &[&top]);
     let old = top.join("root/metadata.db");
-    says(
-        &line,
-        &[old.to_str().unwrap(), "--state-dir", " to "],
-    );
+    says(&line, &[old.to_str().unwrap(), "--state-dir", " to "]);
     // The old place still works.
     daemon.restart();
     daemon.stop();
