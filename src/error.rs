@@ -16,7 +16,7 @@ use rustix::io::Errno;
 /// `Result` with our error.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What an error means to the caller; the service maps each to a gRPC code.
+/// What an error means to the caller. The service maps each kind to a gRPC code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
     /// No snapshot has that key or name. Only the store returns this kind.

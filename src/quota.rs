@@ -194,8 +194,8 @@ impl<'a> Quotas<'a> {
         }
     }
 
-    /// Limits a project. The limit is durable when the file system's journal
-    /// is.
+    /// Sets the limits of a project. They are durable once the file system has flushed its
+    /// journal.
     pub fn set_limits(&self, project: ProjectId, limits: Limits) -> Result<()> {
         let kib = limits.max_bytes.map_or(0, |bytes| (bytes / 1024).max(1));
         sys::set_quota(

@@ -42,8 +42,8 @@ pub const PLACES: usize = 3;
 #[derive(Default)]
 pub struct Waits {
     places: [Mutex<AtPlace>; PLACES],
-    /// Signalled when a request leaves a place while others wait to enter. In the order
-    /// of `places`.
+    /// Signalled when a request leaves a place while others wait to enter. The order is that of
+    /// `places`.
     left: [Condvar; PLACES],
 }
 
@@ -69,12 +69,13 @@ thread_local! {
     static REQUEST: RefCell<Option<Request>> = const { RefCell::new(None) };
 }
 
-/// Notes that the request of this thread goes to a place, where it may have to wait.
+/// Notes that this thread's request is about to use a place, for whose disk it may have to
+/// wait.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Unavailable`] if the place does not answer many other requests, and this
-/// request has not been there yet.
+/// [`ErrorKind::Unavailable`] if many other requests have waited for this place for long,
+/// unless this request has used the place before.
 pub fn enter(place: Awaited) -> Result<()> {
     REQUEST.with_borrow_mut(|request| match request {
         Some(request) => {
@@ -89,7 +90,8 @@ pub fn enter(place: Awaited) -> Result<()> {
     })
 }
 
-/// Notes that the request of this thread goes to a place. Unlike [`enter`], never refuses it.
+/// Notes that this thread's request is about to use a place. Unlike [`enter`], never refuses
+/// the request.
 pub fn note(place: Awaited) {
     REQUEST.with_borrow_mut(|request| {
         if let Some(request) = request {
@@ -99,7 +101,7 @@ pub fn note(place: Awaited) {
 }
 
 impl Waits {
-    /// Runs a request on this thread, and counts it at the places to which it goes.
+    /// Runs a request on this thread, and counts it at each place while it uses the place.
     pub fn run(self: &Arc<Waits>, request: impl FnOnce()) {
         /// Ends the request also after a panic.
         struct Ending;

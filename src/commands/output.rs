@@ -61,7 +61,7 @@ pub fn harmless(text: &str) -> String {
 
 const COLOUR_CODES: [&str; 4] = ["\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"];
 
-/// The words of reports for the state of the daemon.
+/// The word for the state of the daemon in reports.
 pub fn daemon_state(is_running: bool) -> &'static str {
     match is_running {
         true => "running",

@@ -188,7 +188,8 @@ fn format(flags: &Flags) -> Format {
     }
 }
 
-/// The address of containerd if its configuration does not set another.
+/// The address of containerd, unless its configuration sets another one. Used without
+/// `--containerd-address`.
 const CONTAINERD_ADDRESS: &str = "/run/containerd/containerd.sock";
 
 fn depth(flags: &Flags, mends: bool) -> Result<Depth> {

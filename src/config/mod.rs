@@ -43,24 +43,24 @@ const HELP: &str = include_str!("help.txt");
 /// A checked configuration.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Config {
-    /// `<root>`.
+    /// The root directory, from `--root-dir`.
     pub root: MountPath,
-    /// `<writable>`.
+    /// The writable directory, from `--writable-dir`.
     pub writable: MountPath,
-    /// The directory of `metadata.db`.
+    /// The directory of `metadata.db`, from `--state-dir`.
     pub state_dir: String,
-    /// The path of the socket.
+    /// The path of the socket, from `--address`.
     pub address: String,
     /// From `--require-mount`: the directories of both volumes have to be mount points,
     /// so that a missing disk is noticed before anything is written.
     pub requires_mounts: bool,
-    /// From `--writable-volatile`.
+    /// Whether a reboot empties the writable volume, from `--writable-volatile`.
     pub writable_lifetime: Lifetime,
     /// The snapshotter's options, not yet adapted by `Options::for_this_kernel`.
     pub options: Options,
     /// The number of workers.
     pub threads: usize,
-    /// From `--metrics-file`.
+    /// The file with figures for Prometheus, from `--metrics-file`.
     pub metrics_file: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! The socket and the gRPC server on it.
+//! The daemon's socket, and the gRPC server that listens on it.
 
 use std::fs;
 use std::future::Future;
@@ -29,8 +29,7 @@ pub struct Server {
     socket: (u64, u64),
 }
 
-/// How many requests gRPC receives at once. Further ones wait in their
-/// connections.
+/// How many requests gRPC receives at once. Further requests wait in their connections.
 const REQUEST_SLOTS: usize = 128;
 
 impl Server {

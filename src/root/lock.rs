@@ -38,7 +38,7 @@ pub fn acquire(root: &Root) -> Result<Acquired> {
     if let Some(holder) = holder_of(&file, root)? {
         return Ok(Acquired::Held(holder));
     }
-    // Error messages of other processes show this number. A failed write is no problem.
+    // Only error messages of other processes use this number, so a failed write is ignored.
     let text = format!("{}\n", std::process::id());
     let _ = ftruncate(&file, 0).and_then(|()| write(&file, text.as_bytes()));
     Ok(Acquired::Lock(Lock { _file: file }))

@@ -147,7 +147,7 @@ pub fn answers(path: &MountPath) -> Result<bool> {
 
 /// The two identities that the database has recorded: its own, which is also in the file
 /// `state` of the root directory, and the writable volume's, which is also in the file
-/// `.volume` there.
+/// `.volume` of that volume.
 pub fn identities(store: &Store) -> Result<[Option<String>; 2]> {
     let reader = store.read()?;
     Ok([

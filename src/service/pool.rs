@@ -225,7 +225,7 @@ impl Pool {
         requests.added.notify_all();
         requests.crowded.notify_all();
         for thread in lock(&self.threads).drain(..) {
-            // A panic ends no worker, because each request catches its own.
+            // No worker has ended with a panic, because each request catches its own panics.
             let _ = thread.join();
         }
         true
@@ -242,7 +242,7 @@ impl Requests {
     fn run(&self, taken: Waiting) {
         match taken.work {
             Work::Brief => self.waits.run(|| taken.take_turn()),
-            // This worker itself takes the next job, so no other has to be woken.
+            // This worker itself takes the next job, so no other worker has to be woken.
             Work::Long => {
                 taken.take_turn();
                 lock(&self.state).long_running -= 1;

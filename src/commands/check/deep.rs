@@ -83,7 +83,7 @@ pub(super) struct Task<'a> {
     pub layers: Layers,
     /// Whether layers that differ are healed.
     pub heals: bool,
-    /// `None` if nothing is recorded.
+    /// `None` if results are not recorded and layers are not replaced.
     pub writer: Option<&'a Writer<'a>>,
 }
 

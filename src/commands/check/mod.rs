@@ -191,7 +191,7 @@ fn look_deep(
     if options.depth == Depth::Heal {
         inspection = inspect(snapshotter, completeness, is_running)?;
     }
-    // Each damage is reported once.
+    // A layer that both checks have found damaged is reported once.
     let differs = |finding: &Finding| {
         let counts = matches!(
             finding.problem,

@@ -1,5 +1,4 @@
-//! Looks at containerd: its version, and whether its configuration has a proxy plugin that
-//! leads to this program.
+//! Looks at containerd: its version, and whether a proxy plugin leads to this program.
 //!
 //! The configuration is read from `containerd config dump`, which merges
 //! imports and fills in defaults (containerd
@@ -135,7 +134,8 @@ fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
     String::from_utf8(output.stdout).map_err(|error| error.to_string())
 }
 
-/// `containerd github.com/containerd/containerd 1.7.2 <commit>`.
+/// The version in the output of `containerd --version`, which has the form `containerd
+/// github.com/containerd/containerd 1.7.2 <commit>`.
 fn version_of(said: &str) -> &str {
     let version = said.split_whitespace().nth(2);
     version.unwrap_or("of an unknown version")
@@ -161,7 +161,7 @@ impl Version {
     }
 }
 
-/// The value with this path of keys.
+/// The value in a TOML table to which this path of keys leads.
 pub(super) fn at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a Value> {
     let (last, tables) = path.split_last()?;
     let mut table = table;

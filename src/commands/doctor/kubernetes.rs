@@ -248,8 +248,9 @@ fn discarded(config: &Config, table: &Table, name: &str) -> Finding {
         other.is_some_and(|other| other != name) && has_entries(&entry.path().join("snapshots"))
     });
     let text = "discard_unpacked_layers is true: images that were pulled for another snapshotter \
-                have no content left to be unpacked for this one, and their pods do not start (\"content \
-                digest … not found\"): pull each image once more (crictl pull IMAGE), the pause image first";
+                have no content left to be unpacked for this one, and their pods do not start \
+                (\"content digest … not found\"): pull each image once more (crictl pull IMAGE), \
+                the pause image first";
     match others.count() > 0 && !has_entries(&ours) {
         true => Finding::bad("images", text),
         false => Finding::note("images", text),

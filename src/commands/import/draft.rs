@@ -94,9 +94,9 @@ pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
         && (paths.is_one_place() || probe_format(&paths.source)? == FileFormat::Absent))
 }
 
-/// If the new database is in its final place while the original's is still in use, moves the
-/// new database back into the draft's directory. This is the state after an import with a
-/// separate state directory was interrupted between its last two steps.
+/// If the new database is in its final place while the original's database still has its old
+/// name, moves the new database back into the draft's directory. This is the state after an
+/// import with a separate state directory was interrupted between its last two steps.
 pub(super) fn take_for_draft(paths: &Paths) -> Result<()> {
     let is_placed = !paths.is_one_place() && probe_format(&paths.target)? == FileFormat::Ours;
     if !is_placed || probe_format(&paths.draft_database())? == FileFormat::Ours {
