@@ -258,7 +258,7 @@ mod tests {
             for _ in 0..MOST_AT_ONE_PLACE {
                 entries.recv_timeout(Duration::from_secs(60)).unwrap();
             }
-            // What cannot enter waits until the others have been there for long.
+            // A request that cannot enter waits until the others have been there for long.
             let begun = Instant::now();
             assert_eq!(tried(waits, &[WRITABLE]), [UNAVAILABLE]);
             assert!(begun.elapsed() > LONG / 2, "{begun:?}");

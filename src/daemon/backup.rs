@@ -25,7 +25,7 @@ fn keep(snapshotter: &Snapshotter) {
     let mut not_before = Instant::now();
     while snapshotter.store().await_change(not_before, SETTLING) {
         if let Err(error) = snapshotter.store().copy() {
-            log::warn!("{}", error.chain());
+            log::warn!("cannot {}; the earlier copy stays", error.chain());
         }
         not_before = Instant::now() + INTERVAL;
     }

@@ -57,7 +57,10 @@ fn write(service: &Service, path: &str) -> std::io::Result<()> {
     service.metrics.render(&mut text);
     match service.snapshotter.figures() {
         Ok(figures) => render(&figures, &mut text),
-        Err(error) => log::warn!("{}", error.chain()),
+        Err(error) => log::warn!(
+            "cannot collect the figures for --metrics-file: {}",
+            error.chain()
+        ),
     }
     // The collector reads all files whose names end in .prom, so the temporary file has another
     // ending. Other users may be able to write to the directory, so an existing file with the
@@ -161,7 +164,7 @@ fn render_single(figures: &Figures, out: &mut String) {
         (
             Kind::Gauge,
             "snapshotter_projects",
-            "Project ids given out.",
+            "Project ids given to snapshots.",
             figures.projects,
         ),
         (

@@ -101,10 +101,13 @@ pub fn run(config: &Config) -> Result<()> {
         if Instant::now() < deadline
             && let Err(error) = store.copy()
         {
-            log::warn!("{}", error.chain());
+            log::warn!("cannot {}; the earlier copy stays", error.chain());
         }
         if let Err(error) = store.close() {
-            log::warn!("{}", error.chain());
+            log::warn!(
+                "cannot close the database, so the next start reads its log: {}",
+                error.chain()
+            );
         }
         // Closing the database has freed the space of its log, which the ballast may need.
         store.refill_ballast();

@@ -136,7 +136,10 @@ impl Opener {
             .and_then(|()| self.mend());
         self.snapshotter.begin_with_writable(opened.is_ok());
         match opened {
-            Ok(()) => log::info!("the writable volume {} has answered", self.path),
+            Ok(()) => log::info!(
+                "the writable volume {} has answered: containers can be started",
+                self.path
+            ),
             Err(error) => log::error!(
                 "the writable volume {} has answered, but cannot be used, so no container can be \
                  started; solve this problem and restart the daemon: {}",

@@ -108,7 +108,7 @@ fn with_way_back(error: Error, path: &Path) -> Error {
             "to go on with the earlier state in {shown}.copy, move {shown} and {shown}-wal away, \
              copy {shown}.copy to {shown}, and run `check --repair`"
         ),
-        false => "restore it from a backup and run `check --repair`".to_owned(),
+        false => "restore the database from a backup and run `check --repair`".to_owned(),
     };
     error.while_doing(format!("the database {shown} cannot be used; {way_back}"))
 }
@@ -157,7 +157,7 @@ fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
             return Err(with_way_back(error, path));
         }
         FileFormat::OtherSqlite => "is the database of another program: give another --root-dir",
-        FileFormat::Unknown => "is no database of this program: give another --root-dir",
+        FileFormat::Unknown => "is not a database of this program: give another --root-dir",
     };
     Err(Error::refused(format!("{shown} {why}")))
 }

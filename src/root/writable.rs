@@ -130,7 +130,11 @@ fn probe_again(volumes: &Volumes, store: &Store, mount_options: &[String]) {
         transaction.commit()
     };
     if let Err(error) = probed() {
-        log::warn!("{}", error.chain());
+        log::warn!(
+            "the writable volume {} has failed a probe, so containers may fail to start: {}",
+            volumes.writable_path(),
+            error.chain()
+        );
     }
 }
 
@@ -218,8 +222,7 @@ fn foreign(path: &str, other: &Identity) -> Error {
     ))
 }
 
-/// Whether the writable directory is a mount point without any entries. If not, and the volume
-/// is not there, the volume is missing.
+/// Whether the writable directory is a mount point without any entries, as after a reboot.
 fn is_emptied(volumes: &Volumes, identity: &Identity) -> Result<bool> {
     // `look_at_writable` creates the directory, so it must not come first.
     Ok(volumes.is_writable_mounted_anew()?

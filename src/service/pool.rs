@@ -200,7 +200,7 @@ impl Pool {
         let requests = Arc::clone(&self.requests);
         let thread = thread::Builder::new().name("elsewhere".to_owned());
         if let Err(error) = thread.spawn(move || requests.work_elsewhere()) {
-            log::error!("no thread for a request, which has to wait for another one: {error}");
+            log::error!("cannot start a thread for a request, so the request waits: {error}");
             lock(&self.requests.state).elsewhere_running -= 1;
             self.requests.added.notify_all();
         }
@@ -278,7 +278,7 @@ impl Requests {
                 let spare = thread::Builder::new().name("spare".to_owned());
                 if let Err(error) = spare.spawn(move || requests.work_as_spare()) {
                     log::error!(
-                        "no thread for a request, which has to wait for another one: {error}"
+                        "cannot start a thread for a request, so the request waits: {error}"
                     );
                     lock(&self.state).spare -= 1;
                 }

@@ -214,7 +214,10 @@ fn snapshotter(config: &Config, cri: &Cri<'_>, name: &str) -> Finding {
             })
             .collect();
         let stanza = format!("[{}]\n  snapshotter = \"{name}\"\n", quoted.join("."));
-        let text = format!("pods get the snapshotter {}", Quoted(default));
+        let text = format!(
+            "pods get the snapshotter {}, and not this one",
+            Quoted(default)
+        );
         return Finding::note("Kubernetes", text).with_stanza(stanza);
     }
     let hides = cri.is("disable_snapshot_annotations") == Some(true);

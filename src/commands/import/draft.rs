@@ -79,7 +79,10 @@ fn exchange(paths: &Paths) -> Result<()> {
     fault_point("import-complete");
     // The import is complete. A draft that stays does no harm, so a failure is only logged.
     if let Err(error) = paths.remove_draft() {
-        log::warn!("{}", error.chain());
+        log::warn!(
+            "the import is complete, but a directory is left (`import` removes it): {}",
+            error.chain()
+        );
     }
     set_space_aside(&paths.target);
     Ok(())

@@ -46,7 +46,7 @@ fn long_work_leaves_a_worker_to_the_others() {
     pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
         began_brief.send(9).unwrap();
     });
-    // It begins before the long ones that came first.
+    // The brief request begins before the long requests that came first.
     assert_eq!(next(), 9);
     release.send(()).unwrap();
     assert_eq!(next(), 2);
