@@ -159,8 +159,8 @@ impl Status {
             };
             if free < reserve {
                 wrong.push(format!(
-                    "the {name} volume has {} free, less than --reserve keeps free ({}): new \
-                     containers are refused",
+                    "the {name} volume has {} free, less than --reserve ({}): new containers \
+                     are refused",
                     bytes(free),
                     bytes(reserve)
                 ));
@@ -174,8 +174,8 @@ impl Status {
         let keeps_limits = self.figures.quotas == Some(Support::Limits);
         if self.wants_limits && !keeps_limits {
             wrong.push(
-                "new containers are refused, because the writable volume cannot enforce their \
-                 limits (`doctor` says why)"
+                "new containers are refused: their limits cannot be enforced on the writable \
+                 volume (`doctor` says why)"
                     .to_owned(),
             );
         }
