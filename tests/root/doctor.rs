@@ -89,7 +89,7 @@ fn two_disks_and_a_right_configuration_are_fit() {
         (
             "image",
             &["ok", "ok"],
-            "/root does not exist yet and would be created in",
+            "/root does not exist yet",
         ),
         ("image", &["ok", "ok"], "overlayfs can read layers there"),
         ("writable", &["ok", "ok"], "overlayfs can write there"),
