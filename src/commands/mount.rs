@@ -28,7 +28,7 @@ const PROGRAM: &str = env!("CARGO_PKG_NAME");
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] for an unsuitable directory.
+/// [`ErrorKind::FailedPrecondition`] if the directory is not empty, or is within a volume.
 pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     let (target, path) = empty_directory(&options.target)?;
     for volume in [&config.root, &config.writable] {
@@ -139,7 +139,7 @@ fn cannot(what: &str, target: &str, error: std::io::Error) -> Error {
     Error::caused(ErrorKind::FailedPrecondition, what, error)
 }
 
-/// Refuses a directory within a volume, where the mount would look like a
+/// Returns an error if the directory is within a volume, where the mount would look like a
 /// snapshot's files.
 fn refuse_within(target: &Path, volume: &str) -> Result<()> {
     match fs::canonicalize(volume) {

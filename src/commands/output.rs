@@ -117,8 +117,7 @@ pub enum Colour {
     Red,
 }
 
-/// The word in that colour, if standard output is a terminal with colours
-/// (<https://no-color.org>).
+/// Colours a word, if standard output is a terminal with colours (<https://no-color.org>).
 pub fn coloured(colour: Colour, word: &str) -> String {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let is_dumb = std::env::var_os("TERM").is_some_and(|terminal| terminal == "dumb");

@@ -1,6 +1,6 @@
 //! The command `status`, which shows the present state to a person or a program.
 //!
-//! Owns: the report. Changes nothing; works beside a running daemon.
+//! Owns: the report. The command changes nothing, and works with or without a running daemon.
 
 use serde_json::{Value, json};
 
@@ -18,8 +18,9 @@ use crate::volume::Reserve;
 /// How many of the largest writable snapshots are counted, and shown if the screen has room for
 /// them.
 const LARGEST: usize = 10;
+/// How many of the largest writable snapshots are shown even if the screen has no room for them.
 const LEAST: usize = 3;
-/// A volume is called full if less than this fraction of it is free.
+/// A volume is reported as full if less than one hundredth of it is free.
 const FULL: u64 = 100;
 /// The lines of the smallest terminal, without the line of the shell.
 const ROWS: usize = 23;

@@ -35,7 +35,7 @@ pub(super) type Pages = Vec<Vec<u8>>;
 
 /// The result of the first part of a request, which waits for no disk.
 pub(super) enum Begun<A> {
-    /// The answer.
+    /// The request already has its answer.
     Answered(A),
     /// The request needs a thread for work of this kind.
     Needs(Work),

@@ -24,14 +24,14 @@ use crate::snapshotter::Caller;
 use crate::types::Volume;
 use crate::util::lock::lock;
 
-/// The callers that wait for a Cleanup of each volume.
+/// For each volume: whether a cleanup runs, and the callers that wait for the next one.
 #[derive(Default)]
 pub(super) struct Cleanups([Mutex<State>; 2]);
 
 #[derive(Default)]
 struct State {
     is_running: bool,
-    /// The callers that the next Cleanup is for.
+    /// The callers that wait for the next cleanup.
     waiting: Vec<Waiter>,
 }
 

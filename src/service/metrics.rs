@@ -1,4 +1,4 @@
-//! Counting requests: how many, how they ended, and how long they took.
+//! Counts requests: how many there were, how they ended, and how long they took.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -33,7 +33,7 @@ const BOUNDS: [u64; 11] = [
     100, 250, 1_000, 2_500, 10_000, 25_000, 100_000, 250_000, 1_000_000, 5_000_000, 30_000_000,
 ];
 
-/// Counters of all methods, since the start.
+/// Counters of all methods, since the start of the daemon.
 #[derive(Default)]
 pub struct Metrics {
     methods: [MethodMetrics; Method::ALL.len()],

@@ -47,7 +47,7 @@ use unsent::UnsentAnswers;
 
 /// The gRPC service: everything that is needed to answer requests.
 pub struct Service {
-    /// Performs the operations.
+    /// The snapshotter, which performs the operations.
     pub snapshotter: Arc<Snapshotter>,
     /// The threads on which requests wait for disks.
     pub pool: Pool,

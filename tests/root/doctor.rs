@@ -86,11 +86,7 @@ fn two_disks_and_a_right_configuration_are_fit() {
     assert_eq!(code, Some(0), "{text}");
     for (topic, verdicts, words) in [
         ("kernel", &["ok"][..], "Linux "),
-        (
-            "image",
-            &["ok", "ok"],
-            "/root does not exist yet",
-        ),
+        ("image", &["ok", "ok"], "/root does not exist yet"),
         ("image", &["ok", "ok"], "overlayfs can read layers there"),
         ("writable", &["ok", "ok"], "overlayfs can write there"),
         ("split", &["ok"], "two file systems"),

@@ -234,7 +234,8 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     store.make_room();
     let writable = require_writable(config, &store)?;
     let known = writable::known(&store)?;
-    // An import records the identity before it probes the directory.
+    // An import records the identity before it probes the directory, so files of a probe may be
+    // left.
     if known.is_some() {
         writable::clear_probe(&config.writable)?;
     }
@@ -244,7 +245,7 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
             config.root
         ))
     })?;
-    // An import creates links only after it has entered the snapshots.
+    // An import creates links only after it has entered the snapshots into the database.
     if store.read()?.is_as_imported()?.is_some() {
         remove_links(config, &store)?;
     }
