@@ -74,7 +74,7 @@ pub struct MountOptions {
 /// What `import` should do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImportTask {
-    /// Take over the snapshots of the Go original.
+    /// Take over the snapshots of the Go snapshotter that this program replaces.
     Import,
     /// Report what an import would do.
     Look,
@@ -110,7 +110,7 @@ pub enum Command {
     Mount(MountOptions),
     /// Unmount what [`Command::Mount`] has mounted on this directory.
     Unmount(String),
-    /// Take over the snapshots of the Go original.
+    /// Take over the snapshots of the Go snapshotter that this program replaces.
     Import(ImportOptions),
 }
 
