@@ -275,7 +275,7 @@ fn repair_asks_first() {
     let (code, said) = ask("y");
     assert_eq!(code, 0, "{said}");
     assert!(
-        said.contains("nothing has healed"),
+        said.contains("no layer was healed"),
         "there is no containerd: {said}"
     );
     is_clean(&split);

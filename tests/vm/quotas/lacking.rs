@@ -159,7 +159,7 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
     assert!(said.contains(option), "{said}");
     daemon.set_arguments(rig.arguments(&["--default-max-size", "8M"]));
     daemon.restart();
-    assert!(daemon.log().contains("no container can be made"));
+    assert!(daemon.log().contains("no container can be created"));
     let client: Client = daemon.client();
     is_refused(
         client.prepare("web", "base", &[]),

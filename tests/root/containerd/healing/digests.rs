@@ -37,7 +37,10 @@ fn what_was_sound_needs_no_containerd() {
     let before = tree(top);
     let (code, _, complaint) = check(&stage.split, &without);
     assert_eq!(code, 2);
-    assert!(complaint.contains("is it running?"), "{complaint}");
+    assert!(
+        complaint.contains("check that containerd is running"),
+        "{complaint}"
+    );
     let (code, said, _) = stage.check(&["--deep"]);
     assert_eq!(code, 1);
     assert!(said.contains("has other bytes, from 5 on"), "{said}");
