@@ -155,8 +155,9 @@ fn lock(line: &str) -> Option<(u32, u64)> {
     }
 }
 
-/// The daemon that runs as this process. `None` if its command line is not a daemon's, or if
-/// `inode` is not the lock of the root that the command line names.
+/// The daemon that runs as this process. `None` if the process was not started by root in this
+/// user and mount namespace, if its command line is not a daemon's, or if `inode` is not the
+/// lock of the root that the command line names.
 fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
     // A process can choose its name and command line freely, and a container can lock a
     // file of its own with any inode number.

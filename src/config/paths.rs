@@ -54,8 +54,9 @@ pub(super) fn check_all_apart(
     Ok(())
 }
 
-/// Whether this program uses a name in its directory. Another configured directory may
-/// be in the same directory, but not below such a name.
+/// Whether this program uses this name directly below a directory of its own (`--root-dir`,
+/// `--writable-dir` or `--state-dir`). Another configured path may be in that directory, but
+/// neither at nor below such a name.
 type IsOurs = fn(&str) -> bool;
 
 fn is_root_name(name: &str) -> bool {

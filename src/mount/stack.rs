@@ -37,8 +37,10 @@ const MAX_VALUE_BYTES: usize = 255;
 pub struct Stack<'a> {
     /// The device name that mountinfo and df(1) show.
     pub source: &'a str,
-    /// The directory that contains most layers. On kernels before Linux 6.7, it becomes the
-    /// working directory of the process, so the process must not use relative paths.
+    /// A directory above most of the lower directories. Where all options have to fit into one
+    /// string (before Linux 6.7, and for long paths), it becomes the working directory of the
+    /// process, so that the paths below it are shorter: the process must not use relative
+    /// paths. `None`: all paths stay absolute.
     pub base: Option<&'a str>,
     /// The lower directories, the topmost first: at least one, and at least two
     /// without an upper directory.

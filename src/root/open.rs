@@ -110,8 +110,8 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
 const PATIENCE: Duration = Duration::from_secs(10);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
-/// A hidden argument, followed by a path: this process is the child process that reads from the
-/// writable volume at this path (see `answers`).
+/// A hidden argument. The program starts itself again with it, followed by the path of the
+/// writable volume: the child process only reads from that volume, and ends.
 pub const ASK_CHILD: &str = "--ask-for-mark";
 
 /// Whether the disk of the writable volume at `path` answers. A child process reads from the

@@ -273,12 +273,18 @@ fn record(store: &Store, identity: &Identity) -> Result<()> {
 fn probe(volumes: &Volumes, mount_options: &[String]) -> Result<()> {
     let scratch = Path::new(volumes.writable_path()).join(PROBE);
     clear_probe(volumes.writable_path())?;
-    let probed = mount::probe_upper(&scratch, mount_options).context(|| {
-        format!(
-            "the file system of {} cannot hold what containers write (overlayfs's upper \
-             directory): use another one, for example ext4",
-            volumes.writable_path()
-        )
+    let probed = mount::probe_upper(&scratch, mount_options);
+    let is_unsuitable =
+        (probed.as_ref()).is_err_and(|error| error.kind() == ErrorKind::FailedPrecondition);
+    let probed = probed.context(|| {
+        let path = volumes.writable_path();
+        match is_unsuitable {
+            true => format!(
+                "the file system of {path} cannot hold what containers write (overlayfs's upper \
+                 directory): use another one, for example ext4"
+            ),
+            false => format!("try on {path} whether containers can write there"),
+        }
     });
     // The probe's directory is removed even after a failure, so that a refused directory stays
     // as it was.

@@ -123,8 +123,9 @@ impl Flusher {
             );
         }
         log::error!(
-            "the {volume} volume has failed to write data: snapshots that exist now cannot be \
-             committed; check the disk, then remove and create them again"
+            "the {volume} volume has failed to write data, and the kernel does not report whose: \
+             check the disk. Pulls, builds and commits that have begun are refused: repeat them. \
+             Files that containers have written there may be damaged"
         );
     }
 

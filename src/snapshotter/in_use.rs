@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use rustix::fs::{fstat, stat};
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::mount::ByHand;
 use crate::mount::mountinfo::{self, Mounted, Part};
 use crate::mount::namespaces::{Inode, Namespace, read_everywhere};
@@ -89,7 +89,7 @@ impl<'a> Mounts<'a> {
             Ok(dirs) => location(dirs)?,
             Err(_) => None,
         };
-        let namespaces = read_everywhere()?;
+        let namespaces = read_everywhere().context(|| "find out what is mounted")?;
         let mut shown_in: HashMap<String, Vec<usize>> = HashMap::new();
         for (number, namespace) in namespaces.iter().enumerate() {
             for mounted in namespace.mounts.iter().filter(|it| !it.overlay.is_empty()) {

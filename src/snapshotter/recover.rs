@@ -105,10 +105,11 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// The last step of a start: moves directories without a row away from the writable
-    /// volume, creates missing directories again, reports missing layers, and sets up
-    /// project quotas. A missing volume is only reported. This may run while requests are
-    /// served that do not need this volume.
+    /// The last step of a start. Deletes what unfinished moves have left on the image volume.
+    /// On the writable volume, moves directories without a row to the trash or to `left-out/`,
+    /// creates missing directories again, reports missing layers, and sets up project quotas.
+    /// A missing writable volume is only reported. Requests that do not need it may be served
+    /// meanwhile.
     ///
     /// # Errors
     ///
@@ -223,8 +224,9 @@ impl Snapshotter {
             if let Err(error) = set() {
                 self.links.note_unlinked(snapshot.id);
                 log::warn!(
-                    "layer {} has no link on the image volume, which its next mount tries to \
-                     create: {}",
+                    "layer {}: its files are on the writable volume, and the link to them on the \
+                     image volume could not be created; the next request that mounts the layer \
+                     tries again: {}",
                     Quoted(name),
                     error.chain()
                 );

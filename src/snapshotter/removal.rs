@@ -46,7 +46,7 @@ impl Snapshotter {
                 self.trash.note_stray(volume);
                 log::warn!(
                     "snapshot {id} is removed, but its directory stays on the {volume} volume \
-                     until the next Cleanup: {}",
+                     until containerd's next garbage collection: {}",
                     error.chain()
                 );
             }

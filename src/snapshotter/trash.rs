@@ -105,7 +105,8 @@ impl Trash {
         // on one file system, so this is checked after a Cleanup of either one.
         if let Err(error) = self.projects.free_unused() {
             log::warn!(
-                "the project ids of removed containers stay in use until the next Cleanup: {}",
+                "the project ids of removed containers stay in use until containerd's next \
+                 garbage collection: {}",
                 error.chain()
             );
         }
@@ -122,7 +123,7 @@ impl Trash {
             .and_then(|()| self.projects.free_unused());
         if let Err(error) = deleted {
             log::warn!(
-                "removed files take room until the next Cleanup: {}",
+                "removed files take room until containerd's next garbage collection: {}",
                 error.chain()
             );
         }
@@ -148,7 +149,8 @@ impl Trash {
         recovered.unwrap_or_else(|error| {
             self.note_stray(Volume::Writable);
             log::warn!(
-                "the limits of containers were not checked, which the next Cleanup tries again: {}",
+                "the limits of containers were not checked, which containerd's next garbage \
+                 collection tries again: {}",
                 error.chain()
             );
             Vec::new()
@@ -197,7 +199,7 @@ impl Trash {
                 buried.remove(&id);
                 log::warn!(
                     "snapshots/{id} of the {volume} volume, which no snapshot owns, stays until \
-                     the next Cleanup: {}",
+                     containerd's next garbage collection: {}",
                     error.chain()
                 );
                 failed = Some(error);

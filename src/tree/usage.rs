@@ -49,7 +49,9 @@ pub fn count_layer(top: impl AsFd) -> Result<Content> {
                 Err(_) if is_gone(parent, name) => {
                     return Ok(());
                 }
-                found => found.context(|| COUNTING)?,
+                found => found
+                    .context(|| format!("look at {name:?}"))
+                    .context(|| COUNTING)?,
             };
             marks.attributes = marks.attributes.saturating_add(found.count);
             marks.is_hollow &= !found.has_mark && is_hollow(parent, name, stat);

@@ -139,8 +139,9 @@ fn plan(
     Ok(plan)
 }
 
-/// Undoes the steps of a failed import. Once the databases are exchanged, there
-/// is nothing to undo.
+/// Undoes the steps of an import that failed before the databases were exchanged: the
+/// original's database (bbolt) is then still in its place. Does nothing after the exchange:
+/// the import is then complete, and only `import --undo` takes it back.
 fn take_back_failed(root: &Root, config: &Config, paths: &Paths) {
     if !matches!(probe_format(&paths.source), Ok(FileFormat::Bolt)) {
         return;

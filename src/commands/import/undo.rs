@@ -121,7 +121,8 @@ fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
     if completeness != Completeness::Whole || store.read()?.copied()?.is_some() {
         return Err(Error::refused(
             "the import cannot be undone: the latest changes are missing from the database, so it \
-             does not show what has changed since the import",
+             does not show what has changed since the import. Put its log (metadata.db-wal) or the \
+             latest database back, and run `import --undo` again",
         ));
     }
     let is_as_imported = store.read()?.is_as_imported()?;

@@ -92,7 +92,8 @@ impl Drop for GivenProject<'_> {
             && let Err(error) = self.take_back()
         {
             log::warn!(
-                "project {} of a snapshot that was not created stays in use: {}",
+                "project id {}, for a snapshot that was not created in the end, could not be \
+                 taken back, and stays in use at most until a restart: {}",
                 self.row.project,
                 error.chain()
             );

@@ -228,7 +228,8 @@ impl Projects {
                     limits: Limits::NONE,
                 })?;
                 log::info!(
-                    "project id {project} is in use until the next Cleanup, by files in the trash"
+                    "project id {project} is in use by removed files, until containerd's next \
+                     garbage collection"
                 );
             }
             Ok(())

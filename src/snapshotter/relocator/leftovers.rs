@@ -76,7 +76,7 @@ impl Leftovers {
                     relocator.trash.note_stray(Volume::Writable);
                     log::warn!(
                         "the leftover directory of layer {id} stays on the writable volume until \
-                         the next Cleanup: {}",
+                         containerd's next garbage collection: {}",
                         error.chain()
                     );
                     continue;

@@ -240,7 +240,8 @@ impl Relocator {
         if let Err(error) = tidy() {
             self.trash.note_stray(Volume::Writable);
             log::warn!(
-                "layer {id} has moved, but its old files take room until the next Cleanup: {}",
+                "layer {id} has moved to the image volume, but its old files take room on the \
+                 writable volume until containerd's next garbage collection: {}",
                 error.chain()
             );
         }

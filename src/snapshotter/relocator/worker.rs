@@ -84,8 +84,8 @@ impl Worker<'_> {
         }
         if let Err(error) = self.relocator.delete_dropped_copies() {
             log::warn!(
-                "unfinished copies of layers stay in the trash of the image volume until the next \
-                 Cleanup: {}",
+                "unfinished copies of layers stay in the trash of the image volume until \
+                 containerd's next garbage collection: {}",
                 error.chain()
             );
         }
