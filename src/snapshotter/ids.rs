@@ -88,10 +88,12 @@ impl Ids {
         Ok(())
     }
 
-    /// Records the block in use on the writable volume, which is there.
-    pub(super) fn begin_on(&self, writable: &Dirs) -> Result<()> {
+    /// Records the block in use on a volume: on the writable volume at a start, and on the
+    /// image volume before a layer moves there, whose id may be from a block that was
+    /// recorded on the writable volume only.
+    pub(super) fn begin_on(&self, dirs: &Dirs) -> Result<()> {
         let block = lock(&self.next).as_ref().map(|next| next.block.clone());
-        block.map_or(Ok(()), |block| self.record(writable, &block))
+        block.map_or(Ok(()), |block| self.record(dirs, &block))
     }
 
     fn reserve(&self) -> Result<Block> {
