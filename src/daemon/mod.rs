@@ -51,7 +51,7 @@ pub fn run(config: &Config) -> Result<()> {
         Arc::clone(&snapshotter),
         Pool::start(config.threads)?,
     ));
-    let mut server = Server::start(&config.address, service::build(&service))?;
+    let mut server = serve(config, &service)?;
     // After the socket was made, for which the process's umask changes.
     let mut threads = snapshotter.start_threads()?;
     let keeper = backup::start(&snapshotter)?;
@@ -111,6 +111,21 @@ pub fn run(config: &Config) -> Result<()> {
     }
     log::info!("stopped; containers keep running");
     Ok(())
+}
+
+/// Binds the socket. On a disk without room for it, the space that was set aside makes some,
+/// so that snapshots can be removed.
+fn serve(config: &Config, service: &Arc<Service>) -> Result<Server> {
+    let serve = || Server::start(&config.address, service::build(service));
+    match serve() {
+        Err(error)
+            if error.kind() == ErrorKind::ResourceExhausted
+                && service.snapshotter.store().make_room() =>
+        {
+            serve()
+        }
+        served => served,
+    }
 }
 
 /// Whether the daemon stops on this signal. SIGHUP asks other daemons to read their

@@ -132,6 +132,21 @@ fn a_layer_moves_to_an_image_volume_that_was_full_at_the_start() {
     split.client().prepare("web", "moving", &[]).unwrap();
 }
 
+/// A stop frees the inode of the socket, and a program that still unpacks may take it.
+#[registered(crate::Test)]
+fn a_start_without_an_inode_on_the_image_volume() {
+    let mut disks = Disks::start(Database::WithImages);
+    populate(&disks.split.client());
+    disks.fill(&[Full::ImageInodes]);
+    disks.split.daemon.stop();
+    disks.fill(&[Full::ImageInodes]);
+    disks.split.daemon.restart();
+    let client = disks.split.client();
+    client.remove("old-layer").unwrap();
+    client.cleanup().unwrap();
+    client.prepare("extract-new", "base", &[]).unwrap();
+}
+
 /// The disk that is full, and what it lacks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Full {
