@@ -1,9 +1,9 @@
 //! The one error type.
 //!
-//! Owns: kinds, and how a chain of causes is kept and printed. An error's text
-//! states its own facts and never repeats its source; [`Error::chain`] prints
-//! them all. The place where an error arises sets its kind; layers above add
-//! what they were doing and never change it. Never: decides what to do.
+//! Owns: the kinds of errors, and how a chain of causes is kept and printed. An error's text
+//! states its own facts and never repeats its source; [`Error::chain`] prints them all. The
+//! place where an error arises sets its kind; callers add what they were doing, and never
+//! change the kind. Never: decides what to do.
 //!
 //! A doc comment has an `# Errors` section only where it names a kind that callers rely
 //! on. Every fallible function can also fail because the disk, the database or the
@@ -16,7 +16,7 @@ use rustix::io::Errno;
 /// `Result` with our error.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What an error means to the caller; the service maps each to a gRPC code.
+/// What an error means to the caller. The service maps each kind to a gRPC code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
     /// No snapshot has that key or name. Only the store returns this kind.
@@ -101,9 +101,9 @@ impl Error {
         Error::caused(kind, what, std::io::Error::from(errno))
     }
 
-    /// A failed system call on something that has to be on a disk: its absence, or
-    /// something else in its place, is [`ErrorKind::DataLoss`]; all else as in
-    /// [`Error::system`].
+    /// A failed system call on something that has to be on a disk: if it is absent, or
+    /// something else is in its place, the kind is [`ErrorKind::DataLoss`], and otherwise the
+    /// kind is that of [`Error::system`].
     pub fn missing(errno: Errno, what: impl Into<String>) -> Error {
         match errno {
             Errno::NOENT | Errno::NOTDIR | Errno::LOOP => {
@@ -113,7 +113,7 @@ impl Error {
         }
     }
 
-    /// The same error, under what a layer above was doing.
+    /// Adds what the caller was doing. The kind stays the same.
     #[must_use]
     pub fn while_doing(self, what: impl Into<String>) -> Error {
         Error {
@@ -123,7 +123,7 @@ impl Error {
         }
     }
 
-    /// The kind, which no layer above has changed.
+    /// The kind, as set where the error arose.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
@@ -157,7 +157,7 @@ impl std::error::Error for Error {
 
 /// Adds what was being done to a failed system call or a failed step.
 pub trait Context<T> {
-    /// On failure, says what was being done; `what` is only built then.
+    /// Adds to an error what was being done. `what` is only called if there is an error.
     fn context<S: Into<String>>(self, what: impl FnOnce() -> S) -> Result<T>;
 }
 

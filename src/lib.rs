@@ -1,10 +1,10 @@
 //! A containerd proxy snapshotter that keeps image layers on one disk and what
 //! containers write on another.
 //!
-//! A request passes through these modules, each of which calls only those after it: `main
-//! → daemon → service → snapshotter → { store, volume, host_dirs, mount, quota, tree }`.
-//! The commands take the place of the service. `containerd` is a client of containerd,
-//! for commands. `root` opens the root directory for the daemon and for commands.
+//! A request passes through these modules, each of which calls only those after it: `main →
+//! daemon → service → snapshotter → { store, volume, host_dirs, mount, quota, tree }`. The
+//! commands call the modules after the service directly. `containerd` is a client of
+//! containerd, for commands. `root` opens the root directory for the daemon and for commands.
 //! `waits` counts what requests wait for. `types`, `error`, `sys` and `util` may be used by
 //! every module, and `text` has pure functions only.
 

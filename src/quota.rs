@@ -63,14 +63,13 @@ impl ProjectRange {
         self.last - self.first + 1
     }
 
-    /// The id at a place counted from 0. After the last id, counting goes on
-    /// with the first.
+    /// The id at an index counted from 0. After the last id, counting goes on with the first.
     pub fn at(self, place: u32) -> ProjectId {
         ProjectId::new(self.first + place % self.count())
     }
 
-    /// The id after `project`: the first one after the last, and after an id
-    /// outside of the range.
+    /// The id that follows `project`. After the last id, or after an id outside of the range,
+    /// this is the first id.
     pub fn after(self, project: ProjectId) -> ProjectId {
         match project.number() >= self.first && project.number() < self.last {
             true => ProjectId::new(project.number() + 1),
@@ -85,7 +84,7 @@ impl fmt::Display for ProjectRange {
     }
 }
 
-/// What a file system reports of a project.
+/// What a file system reports about a project.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Held {
     /// What the project takes.
@@ -124,9 +123,9 @@ impl Held {
 /// What a file system does for projects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Support {
-    /// It counts what projects take, and enforces limits.
+    /// The file system counts what projects take, and enforces limits.
     Limits,
-    /// It counts only.
+    /// The file system counts what projects take, but enforces no limits.
     Counts,
 }
 
@@ -140,8 +139,8 @@ pub struct Quotas<'a> {
 }
 
 impl<'a> Quotas<'a> {
-    /// Asks what the file system of an open directory supports. Returns `None` if
-    /// it does not even count.
+    /// Asks what the file system of an open directory supports. Returns `None` if the file
+    /// system does not even count what projects take.
     ///
     /// # Errors
     ///
@@ -195,8 +194,8 @@ impl<'a> Quotas<'a> {
         }
     }
 
-    /// Limits a project. The limit is durable when the file system's journal
-    /// is.
+    /// Sets the limits of a project. They are durable once the file system has flushed its
+    /// journal.
     pub fn set_limits(&self, project: ProjectId, limits: Limits) -> Result<()> {
         let kib = limits.max_bytes.map_or(0, |bytes| (bytes / 1024).max(1));
         sys::set_quota(
@@ -208,8 +207,8 @@ impl<'a> Quotas<'a> {
         .context(|| format!("set the limits of project {project}"))
     }
 
-    /// For tests: the first project from that number on that takes something or is
-    /// limited, with both (Linux 4.6).
+    /// For tests: the first project with this or a higher number that has usage or limits, and
+    /// both of these (Linux 4.6).
     #[cfg(feature = "fault-points")]
     pub fn next_in_use(&self, from: u32) -> Result<Option<(ProjectId, Held)>> {
         match sys::next_quota(self.target(), from) {
@@ -236,8 +235,9 @@ impl<'a> Quotas<'a> {
     }
 }
 
-/// What a file system lacks to enforce limits, given what [`Quotas::probe`] has
-/// found, and how to enable it. `path` names the file system in the message.
+/// An error that says what a file system lacks to enforce limits, and how to enable it.
+/// `support` is the result of [`Quotas::probe`], and `path` names the file system in the
+/// message.
 pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> Error {
     let Some(mounted) = mounted(directory) else {
         return Error::refused(format!("the file system of {path} has no project quotas"));
@@ -251,8 +251,8 @@ pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> 
     };
     Error::refused(match (mounted.file_system.as_str(), support) {
         ("ext4", Some(_)) => format!(
-            "the ext4 of {path} counts for projects but keeps no limits, because it is mounted \
-             without the option prjquota: {}",
+            "the ext4 of {path} counts what projects take but enforces no limits, because it is \
+             mounted without the option prjquota: {}",
             again("prjquota")
         ),
         ("ext4", None) => format!(
@@ -285,8 +285,8 @@ pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
     }
 }
 
-/// Charges an open directory, and everything created in it from now on, to a
-/// project or to none. What is in it already keeps its project.
+/// Charges an open directory, and everything created in it from now on, to a project or to
+/// none. Entries that exist already keep their project.
 pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
     let setting = || format!("charge a directory to project {project}");
     let mut attributes = sys::file_attributes(&directory).context(setting)?;

@@ -1,5 +1,4 @@
-//! The words in which the whole program is written: containerd's key, name,
-//! parent and kind, and our own volume.
+//! The basic types that the whole program uses: ids, labels, kinds, volumes, limits, mounts.
 //!
 //! Owns: plain values and how they are shown. Never: I/O or decisions.
 
@@ -19,27 +18,28 @@ pub const LABEL_SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// The label with the parent of a layer that is being unpacked. containerd 2.3 sets it
 /// also where the parent is named only at the commit.
 pub const LABEL_PARENT_CHAIN_ID: &str = "containerd.io/snapshot/parent-chain-id";
-/// Where a snapshot's own files are; added to answers with `--upperdir-label`
-/// (containerd `plugins/snapshots/overlay/overlay.go`, `upperdirKey`).
+/// The label with the directory of a snapshot's own files. With `--upperdir-label`, answers
+/// have this label (containerd `plugins/snapshots/overlay/overlay.go`, `upperdirKey`).
 pub const LABEL_UPPERDIR: &str = "containerd.io/snapshot/overlay.upperdir";
-/// The user id mapping of a container (`LabelSnapshotUIDMapping`).
+/// The label with the user id mapping of a container (containerd's `LabelSnapshotUIDMapping`).
 pub const LABEL_UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
-/// The group id mapping of a container (`LabelSnapshotGIDMapping`).
+/// The label with the group id mapping of a container (containerd's `LabelSnapshotGIDMapping`).
 pub const LABEL_GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
-/// Chooses a snapshot's volume by hand: `image` or `writable`.
+/// The label with which a user chooses the volume of a snapshot: `image` or `writable`.
 pub const LABEL_VOLUME: &str = "containerd.io/snapshot/overlay-read-write-splitting.volume";
 
-/// Host directories to show beneath a container's writes, separated by colons.
+/// The label with the host directories to show beneath a container's writes, separated by
+/// colons.
 pub const LABEL_LOWERS: &str = "containerd.io/snapshot/overlay-custom-add-lower.paths";
-/// On a layer: the image that it was pulled for, where CRI or another client
-/// says so (containerd `pkg/snapshotters/annotations.go`, `TargetRefLabel`).
+/// The label with the image for which a layer was pulled. CRI and some other clients set it
+/// (containerd `pkg/snapshotters/annotations.go`, `TargetRefLabel`).
 pub const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
-/// How many bytes an active snapshot may take, in decimal (containerd 2.4
+/// The label that says how many bytes an active snapshot may take, in decimal (containerd 2.4
 /// `core/snapshots/snapshotter.go`, `LabelSnapshotMaxSize`).
 pub const LABEL_MAX_SIZE: &str = "containerd.io/snapshot/max-size";
 /// The same limit as [`LABEL_MAX_SIZE`]; this label's value may have a unit.
 pub const LABEL_OWN_MAX_SIZE: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-size";
-/// How many inodes an active snapshot may take.
+/// The label that says how many inodes an active snapshot may take.
 pub const LABEL_MAX_INODES: &str = "containerd.io/snapshot/overlay-read-write-splitting.max-inodes";
 
 /// The most bytes that a label's key and value may have together (containerd
@@ -51,8 +51,8 @@ pub const MAX_LABEL_BYTES: usize = 4096;
 /// program.
 const MAX_ID: u64 = 1 << 53;
 
-/// The number of a snapshot, which is also the name of its directories. The first
-/// snapshot has 1, and each new one gets a higher number. A commit does not change it.
+/// The number of a snapshot, which is also the name of its directories. The first snapshot has
+/// the number 1, and each new one gets a higher number. A commit does not change the number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SnapshotId(u64);
 
@@ -142,9 +142,9 @@ impl fmt::Display for Kind {
 /// One of the two places where bytes are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Volume {
-    /// Big and cheap: image layers, `<root>`.
+    /// The image volume, `<root>`: big and cheap, for image layers.
     Image,
-    /// Small and fast: what containers write, `<writable>`.
+    /// The writable volume, `<writable>`: small and fast, for what containers write.
     Writable,
 }
 
@@ -212,8 +212,8 @@ impl Limits {
         max_inodes: None,
     };
 
-    /// Whether `held`, the limits that a file system reports, are these limits.
-    /// A file system may have rounded them up to its blocks.
+    /// Whether a file system that reports the limits `held` enforces these limits. It may have
+    /// rounded them up to its blocks.
     pub fn are_kept_by(self, held: Limits) -> bool {
         const MOST_BLOCK: u64 = 64 << 10;
         let bytes = match (self.max_bytes, held.max_bytes) {
@@ -225,26 +225,25 @@ impl Limits {
     }
 }
 
-/// What a tree was found to hold.
+/// What a walk has counted in a tree of files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Content {
-    /// What the tree takes of its disk. A copy on another file system may take
-    /// more or less.
+    /// How much space and how many inodes the tree takes. A copy on another file system may
+    /// take more or less.
     pub usage: Usage,
-    /// The sum of the lengths of all regular files, each inode once. Every true
-    /// copy has the same sum; it is smaller where a disk has lost the end of a
-    /// file.
+    /// The sum of the lengths of all regular files, each inode once. Every complete copy has
+    /// the same sum. The sum is smaller if a disk has lost the end of a file.
     pub data_bytes: u64,
-    /// What else is known of the tree if it is a layer.
+    /// What else was counted if the tree is a layer.
     pub marks: Option<Marks>,
 }
 
-/// What a tree holds beside the bytes of its files.
+/// Properties of a layer's tree other than the number and length of its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
     /// How many extended attributes belong to the layer's content: those of overlayfs,
-    /// capabilities, and those of users. In a copy that has fewer of overlayfs's, deleted
-    /// files show again.
+    /// capabilities, and those of users. If a copy lacks some of overlayfs's attributes, files
+    /// that the layer deletes appear again.
     pub attributes: u64,
     /// Whether the tree holds nothing but empty files, directories and links into
     /// /proc, and hides nothing of the layers below. An empty layer can replace such a
@@ -297,11 +296,11 @@ pub struct Info {
     pub parent: String,
     /// What the snapshot is for.
     pub kind: Kind,
-    /// When it was prepared or, for a layer, committed.
+    /// When the snapshot was prepared or, if it is a layer, committed.
     pub created: Timestamp,
-    /// When it was prepared, committed or last updated.
+    /// When the snapshot was prepared, committed or last updated.
     pub updated: Timestamp,
-    /// Its labels.
+    /// The labels of the snapshot.
     pub labels: Labels,
 }
 
@@ -312,7 +311,7 @@ pub struct Info {
 pub struct MountPath(String);
 
 impl MountPath {
-    /// Normalises an absolute path, or says what is wrong with it.
+    /// Normalises an absolute path. The error says what is wrong with the path.
     pub fn parse(path: &str) -> Result<MountPath, &'static str> {
         if path.contains(|c: char| matches!(c, ',' | ':' | '\\') || c.is_control()) {
             return Err(
@@ -361,7 +360,7 @@ impl fmt::Display for MountPath {
 /// The directories of a snapshot that can be written to, as absolute paths.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotPaths {
-    /// What the snapshot holds; overlayfs's upper directory.
+    /// The directory with the snapshot's own files, which is overlayfs's upper directory.
     pub upper: String,
     /// overlayfs's work directory.
     pub work: String,
@@ -420,9 +419,8 @@ pub fn write_escaped(out: &mut impl fmt::Write, c: char) -> fmt::Result {
     }
 }
 
-/// Whether a terminal obeys a character instead of showing it. This includes characters
-/// that change the direction of a text, because a text can look like another one with
-/// them.
+/// Whether a terminal obeys a character instead of showing it. This includes characters that
+/// change the direction of a text, because they can make a text look like another one.
 pub fn is_obeyed(c: char) -> bool {
     let turns = ['\u{61c}', '\u{200e}', '\u{200f}'].contains(&c)
         || ('\u{202a}'..='\u{202e}').contains(&c)

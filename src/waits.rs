@@ -1,13 +1,14 @@
-//! What each request waits for now, and refusing what would wait behind too many others.
+//! Tracks what each request waits for, and refuses a request if too many others wait for the
+//! same disk.
 //!
-//! Owns: which requests are at a volume or at the database, and since when. A request
-//! notes where it goes before it may have to wait there. If the disk of a place does not
-//! answer, its requests keep their threads for ever, so they must not become many: the
-//! requests for the other places need threads as well. Threads that run no request, and
-//! requests that may take long by themselves, are not counted.
+//! Owns: which requests are at which *place*, which is a volume or the database, and since
+//! when. Before a request may have to wait for the disk of a place, it notes that it is at this
+//! place. If the disk does not answer, all requests at the place keep their threads for ever,
+//! so they must not become many: requests for the other places need threads as well. Threads
+//! that run no request, and requests that may take long by themselves, are not counted.
 //!
-//! A request is refused where it comes to a place for its own purpose, and not where it
-//! only looks at one: a volume that cannot be looked at counts as absent there.
+//! A request is only refused at a place that it needs ([`enter`]). Where a request merely looks
+//! whether a volume is there ([`note`]), a volume that does not answer counts as absent.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -26,24 +27,23 @@ pub enum Awaited {
     Database,
 }
 
-/// How many requests have to be at a place, each for longer than [`LONG`], until the
-/// place is known not to answer.
+/// If this many requests have been at a place, each for longer than [`LONG`], the place is
+/// known not to answer.
 const CROWD: usize = 16;
 const LONG: Duration = Duration::from_secs(20);
 
-/// How many requests may be at a place before it is known whether it answers. Further
-/// ones wait until another one leaves.
+/// How many requests may be at one place. Further requests wait until one of them leaves.
 pub const MOST_AT_ONE_PLACE: usize = 64;
 
-/// How many places there are.
+/// The number of places: the two volumes and the database.
 pub const PLACES: usize = 3;
 
 /// The requests at each place.
 #[derive(Default)]
 pub struct Waits {
     places: [Mutex<AtPlace>; PLACES],
-    /// Signalled when a request leaves a place while others wait to enter. In the order
-    /// of `places`.
+    /// Signalled when a request leaves a place while others wait to enter. The order is that of
+    /// `places`.
     left: [Condvar; PLACES],
 }
 
@@ -58,9 +58,10 @@ struct AtPlace {
 /// The request that a thread runs.
 struct Request {
     waits: Arc<Waits>,
-    /// Where it is, and since when.
+    /// The place where the request is, and since when.
     at: Option<(Awaited, Instant)>,
-    /// Where it has been. It is not refused there again: it may have to undo something.
+    /// The places where the request has been. It is not refused there again, because it may
+    /// have to undo something.
     has_been: [bool; PLACES],
 }
 
@@ -68,12 +69,13 @@ thread_local! {
     static REQUEST: RefCell<Option<Request>> = const { RefCell::new(None) };
 }
 
-/// Notes that the request of this thread goes to a place, where it may have to wait.
+/// Notes that this thread's request is about to use a place, for whose disk it may have to
+/// wait.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Unavailable`] if the place does not answer to many others, and this
-/// request has not been there yet.
+/// [`ErrorKind::Unavailable`] if many other requests have waited for this place for long,
+/// unless this request has used the place before.
 pub fn enter(place: Awaited) -> Result<()> {
     REQUEST.with_borrow_mut(|request| match request {
         Some(request) => {
@@ -88,7 +90,8 @@ pub fn enter(place: Awaited) -> Result<()> {
     })
 }
 
-/// Like [`enter`], but refuses nothing.
+/// Notes that this thread's request is about to use a place. Unlike [`enter`], never refuses
+/// the request.
 pub fn note(place: Awaited) {
     REQUEST.with_borrow_mut(|request| {
         if let Some(request) = request {
@@ -98,7 +101,7 @@ pub fn note(place: Awaited) {
 }
 
 impl Waits {
-    /// Runs a request on this thread, and counts it at the places to which it goes.
+    /// Runs a request on this thread, and counts it at each place while it uses the place.
     pub fn run(self: &Arc<Waits>, request: impl FnOnce()) {
         /// Ends the request also after a panic.
         struct Ending;
@@ -197,7 +200,7 @@ impl Awaited {
             ErrorKind::Unavailable,
             format!(
                 "{name} does not answer: {waiting} requests wait for it, the first for {} \
-                 seconds. Look at its disk, and try again when it answers",
+                 seconds. Check its disk, and try again when the disk answers",
                 longest.as_secs()
             ),
         )
@@ -255,7 +258,7 @@ mod tests {
             for _ in 0..MOST_AT_ONE_PLACE {
                 entries.recv_timeout(Duration::from_secs(60)).unwrap();
             }
-            // What cannot enter waits until the others have been there for long.
+            // A request that cannot enter waits until the others have been there for long.
             let begun = Instant::now();
             assert_eq!(tried(waits, &[WRITABLE]), [UNAVAILABLE]);
             assert!(begun.elapsed() > LONG / 2, "{begun:?}");

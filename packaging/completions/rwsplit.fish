@@ -19,6 +19,7 @@ complete -c rwsplit -l allow-lower -x -a "(__fish_complete_directories)"
 complete -c rwsplit -l lower-for -x
 complete -c rwsplit -l trust-labels-from -x -a "k8s.io"
 complete -c rwsplit -l sync -x -a "commit none"
+complete -c rwsplit -l record-digests
 complete -c rwsplit -l relocate -x -a "background never"
 complete -c rwsplit -l relocate-after -x
 complete -c rwsplit -l quota -x -a "auto require off"
@@ -59,6 +60,7 @@ complete -c overlay-read-write-splitting-snapshotter -l allow-lower -x -a "(__fi
 complete -c overlay-read-write-splitting-snapshotter -l lower-for -x
 complete -c overlay-read-write-splitting-snapshotter -l trust-labels-from -x -a "k8s.io"
 complete -c overlay-read-write-splitting-snapshotter -l sync -x -a "commit none"
+complete -c overlay-read-write-splitting-snapshotter -l record-digests
 complete -c overlay-read-write-splitting-snapshotter -l relocate -x -a "background never"
 complete -c overlay-read-write-splitting-snapshotter -l relocate-after -x
 complete -c overlay-read-write-splitting-snapshotter -l quota -x -a "auto require off"

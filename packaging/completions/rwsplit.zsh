@@ -16,6 +16,7 @@ _arguments \
     '*--lower-for=:value: ' \
     '--trust-labels-from=:value:(k8s.io)' \
     '--sync=:value:(commit none)' \
+    '--record-digests' \
     '--relocate=:value:(background never)' \
     '--relocate-after=:value: ' \
     '--quota=:value:(auto require off)' \

@@ -1,8 +1,8 @@
 //! The configuration that a command uses if its command line has no flag of the daemon.
 //!
-//! Owns: finding the running daemon, and reading the service's settings. The kernel's table
-//! of locks proves that a process is a daemon, and of which root: the process holds the lock
-//! of the root that its own command line names.
+//! Owns: finding the running daemon, and reading the service's settings. The kernel's table of
+//! locks proves that a process is a daemon: the process holds the lock of the root directory
+//! that its own command line names.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -23,8 +23,8 @@ const COMM_BYTES: usize = 15;
 /// The second name under which the program is installed.
 const SHORT_NAME: &str = "rwsplit";
 
-/// For each service manager: a path that exists if it is in charge, and the file with the
-/// service's settings.
+/// For each service manager: a path that exists if this service manager is in charge, and the
+/// file with the service's settings.
 const SETTINGS: [(&str, &str); 2] = [
     (
         "/run/systemd/system",
@@ -36,9 +36,9 @@ const SETTINGS: [(&str, &str); 2] = [
     ),
 ];
 
-/// Reads the arguments after the program's name. A command without a flag of the daemon
-/// gets the configuration of the running daemon, or, if there is none, the service's. A
-/// line on standard error says which one.
+/// Reads the arguments after the program's name. A command without a flag of the daemon gets
+/// the configuration of the running daemon or, if no daemon runs, that of the service. A line
+/// on standard error says which configuration is used.
 ///
 /// # Errors
 ///
@@ -93,12 +93,12 @@ fn find(default: Box<Config>) -> Result<Box<Config>> {
 
 fn unreadable(path: &str) -> Error {
     Error::refused(format!(
-        "OPTIONS in {path} has to be one pair of quotes with flags of the daemon in it, separated \
-         by blanks, and is something else: give the daemon's flags to the command"
+        "OPTIONS in {path} cannot be read, because it is not one pair of quotes with flags of the \
+         daemon, separated by blanks: give the daemon's flags to the command"
     ))
 }
 
-/// The files with the service's settings, that of the service manager in charge
+/// The files with the service's settings. The file of the service manager in charge comes
 /// first.
 fn settings_files() -> [(&'static str, &'static str); 2] {
     let mut files = SETTINGS;
@@ -133,7 +133,7 @@ fn running_daemons() -> Result<Vec<Daemon>> {
     let mut daemons: Vec<Daemon> = Vec::new();
     for (process, inode) in locks.lines().filter_map(lock) {
         let is_known = daemons.iter().any(|daemon| daemon.process == process);
-        // A process that ends meanwhile is not a daemon.
+        // A process that has ended since /proc/locks was read is ignored.
         if !is_known && let Some(daemon) = daemon_with_lock(process, inode) {
             daemons.push(daemon);
         }
@@ -155,7 +155,7 @@ fn lock(line: &str) -> Option<(u32, u64)> {
     }
 }
 
-/// The daemon that this process is. `None` if its command line is not a daemon's, or if
+/// The daemon that runs as this process. `None` if its command line is not a daemon's, or if
 /// `inode` is not the lock of the root that the command line names.
 fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
     // A process can choose its name and command line freely, and a container can lock a
@@ -175,7 +175,7 @@ fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
     let arguments: Vec<_> = words
         .map(|word| OsStr::from_bytes(word).to_owned())
         .collect();
-    // Relative paths are relative to the process's own working directory.
+    // Relative paths in the daemon's arguments start at the daemon's working directory.
     let own = open(".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
     chdir(format!("/proc/{process}/cwd")).ok()?;
     let config = daemon_config(arguments.clone());

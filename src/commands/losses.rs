@@ -1,4 +1,4 @@
-//! What each of containerd's namespaces loses when a command drops snapshots.
+//! Lists what each of containerd's namespaces loses when a command drops snapshots.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +7,7 @@ use crate::types::{Info, Kind, LABEL_IMAGE_REF};
 /// The losses of one of containerd's namespaces.
 #[derive(Default)]
 pub struct Loss<'a> {
-    /// Images that lose a layer, as far as labels name them.
+    /// The images that lose a layer, as far as the labels of layers name them.
     pub images: BTreeSet<&'a str>,
     /// The names of lost layers.
     pub layers: BTreeSet<&'a str>,

@@ -1,4 +1,4 @@
-//! What the program does besides serving: one module for each command.
+//! The commands of the program, one module for each.
 
 pub mod check;
 pub mod configuration;
@@ -10,7 +10,7 @@ pub mod output;
 mod progress;
 pub mod status;
 
-/// The argument and the function for the child process that finds out whether the writable
-/// volume answers.
+/// The argument and the function of the child process that finds out whether the disk of the
+/// writable volume answers.
 pub use crate::root::open::ASK_CHILD;
 pub use crate::volume::ask_for_mark;

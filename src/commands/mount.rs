@@ -1,8 +1,7 @@
-//! The commands `mount` and `umount`: they show a snapshot's files to a person,
-//! when containerd is down or a container does not start.
+//! The commands `mount` and `umount`, with which a person looks at a snapshot's files when
+//! containerd is down or a container does not start.
 //!
-//! Owns: where a snapshot may be mounted. Works with or without a running
-//! daemon, and changes nothing else.
+//! Owns: where a snapshot may be mounted. The commands work with or without a running daemon.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -29,15 +28,15 @@ const PROGRAM: &str = env!("CARGO_PKG_NAME");
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] for an unsuitable directory.
+/// [`ErrorKind::FailedPrecondition`] if the directory is not empty, or is within a volume.
 pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     let (target, path) = empty_directory(&options.target)?;
     for volume in [&config.root, &config.writable] {
         refuse_within(&path, volume)?;
     }
     let Visit {
-        // Held until the snapshot is mounted, so that no daemon starts and moves
-        // layers meanwhile.
+        // The lock is held until the snapshot is mounted, so that no daemon starts and moves
+        // layers before.
         lock,
         store,
         volumes,
@@ -45,8 +44,8 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     } = visit(config, Purpose::Look)?;
     if lock.is_none() && UnixStream::connect(&config.address).is_err() {
         return Err(Error::refused(format!(
-            "another process of this program has locked {}, and no daemon answers on {}: wait until \
-             the check, the import or the start of a daemon is done",
+            "another process of this program has locked {}, and no daemon answers on {}: wait \
+             until the check, the import or the start of the daemon is done",
             config.root, config.address
         )));
     }
@@ -77,12 +76,12 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
     let (access, duty) = match rescue.own {
         Some(_) => (
             "and changes there are kept",
-            "Its container does not start before it is unmounted",
+            "Its container cannot start before the snapshot is unmounted",
         ),
-        None => ("read-only", "To unmount it"),
+        None => ("read-only", "To unmount"),
     };
     let left_out = match rescue.has_host_directories {
-        true => "The host directories that its container is shown are left out.\n",
+        true => "The host directories that its container sees are left out.\n",
         false => "",
     };
     print(&format!(
@@ -97,11 +96,11 @@ pub fn mount(config: &Config, options: &MountOptions) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if no snapshot is mounted there, or if it
-/// is in use.
+/// [`ErrorKind::FailedPrecondition`] if no snapshot is mounted there, or if the mount is in
+/// use.
 pub fn umount(target: &str) -> Result<()> {
     let path = fs::canonicalize(target).map_err(|error| cannot("find", target, error))?;
-    // The last mount hides the others.
+    // If several mounts are on the directory, only the last one is visible.
     let mounts = mountinfo::read()?;
     let topmost = mounts.iter().rev().find(|mounted| mounted.point == path);
     let is_by_hand = topmost.is_some_and(|mounted| ByHand::parse(mounted).is_some());
@@ -113,7 +112,8 @@ pub fn umount(target: &str) -> Result<()> {
     match unmount(&path, UnmountFlags::NOFOLLOW) {
         Ok(()) => Ok(()),
         Err(Errno::BUSY) => Err(Error::refused(format!(
-            "unmount {target}: it is in use: a shell is in it, or a file is open"
+            "unmount {target}: the directory is in use: leave it with all shells, and close its \
+             files"
         ))),
         Err(errno) => Err(cannot("unmount", target, errno.into())),
     }
@@ -126,7 +126,7 @@ fn empty_directory(target: &str) -> Result<(OwnedFd, PathBuf)> {
     let directory = open(target, flags, Mode::empty()).map_err(opening)?;
     if !is_empty(&directory).map_err(opening)? {
         return Err(Error::refused(format!(
-            "{target} is not empty, and what is in it would be hidden: give an empty one"
+            "{target} is not empty, and a mount would hide its entries: give an empty directory"
         )));
     }
     let link = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
@@ -139,7 +139,7 @@ fn cannot(what: &str, target: &str, error: std::io::Error) -> Error {
     Error::caused(ErrorKind::FailedPrecondition, what, error)
 }
 
-/// Refuses a directory within a volume, where the mount would look like a
+/// Returns an error if the directory is within a volume, where the mount would look like a
 /// snapshot's files.
 fn refuse_within(target: &Path, volume: &str) -> Result<()> {
     match fs::canonicalize(volume) {
@@ -148,8 +148,8 @@ fn refuse_within(target: &Path, volume: &str) -> Result<()> {
             target.display(),
             volume.display()
         ))),
-        // A directory that does not exist contains nothing. The step that needs
-        // it reports it.
+        // A volume that does not exist contains no directory. A later step reports that it is
+        // missing.
         _ => Ok(()),
     }
 }

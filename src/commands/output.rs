@@ -1,5 +1,5 @@
-//! Printing the results of a command: sentences or JSON, sizes, lines that fit a
-//! terminal, a little colour.
+//! Prints the results of a command: sentences or JSON, sizes, lines that fit a terminal, and a
+//! little colour.
 
 use std::io::{IsTerminal, Write};
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::config::Format;
 use crate::types::{is_obeyed, write_escaped};
 
-/// How many columns a line has at most, except for a longer word.
+/// The most columns that a line has, unless it is a single longer word.
 pub const COLUMNS: usize = 80;
 
 /// Prints a report in the format that the user asked for.
@@ -19,7 +19,7 @@ pub fn show(format: Format, sentences: impl FnOnce() -> String, json: impl FnOnc
     }
 }
 
-/// Prints on standard output. A closed pipe (`status | head`) is no failure.
+/// Prints on standard output. Ignores a closed pipe, as in `status | head`.
 pub fn print(text: &str) {
     write(&harmless(text));
 }
@@ -41,8 +41,8 @@ fn harmless_json(json: &str) -> String {
     out
 }
 
-/// Escapes the characters in a text that a terminal obeys, because parts of the text may
-/// come from untrusted sources. The ends of lines and this program's own colours stay.
+/// Escapes the characters in a text that a terminal obeys, because parts of the text may come
+/// from untrusted sources. Line ends, tabs and this program's own colours stay as they are.
 pub fn harmless(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
@@ -61,7 +61,7 @@ pub fn harmless(text: &str) -> String {
 
 const COLOUR_CODES: [&str; 4] = ["\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"];
 
-/// The words of reports for the state of the daemon.
+/// The word for the state of the daemon in reports.
 pub fn daemon_state(is_running: bool) -> &'static str {
     match is_running {
         true => "running",
@@ -82,8 +82,8 @@ pub fn bytes(bytes: u64) -> String {
     format!("{size:.0}P")
 }
 
-/// Formats `text` after `head`, in lines that fit. Further lines begin below the
-/// text of the first.
+/// Formats `text` after `head`, in lines of at most [`COLUMNS`]. Further lines begin below the
+/// text of the first line.
 pub fn paragraph(head: &str, text: &str) -> String {
     let indent = head.chars().count();
     let mut lines = head.to_owned();
@@ -117,8 +117,7 @@ pub enum Colour {
     Red,
 }
 
-/// The word in that colour, if standard output is a terminal with colours
-/// (<https://no-color.org>).
+/// Colours a word, if standard output is a terminal with colours (<https://no-color.org>).
 pub fn coloured(colour: Colour, word: &str) -> String {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let is_dumb = std::env::var_os("TERM").is_some_and(|terminal| terminal == "dumb");

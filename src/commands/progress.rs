@@ -1,14 +1,14 @@
-//! Showing the progress of a long command, on a terminal only.
+//! Shows the progress of a long command, on a terminal only.
 
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-/// Commands that end sooner show no progress.
+/// A command that ends before this time has passed shows no progress.
 const SILENCE: Duration = Duration::from_millis(500);
 const BETWEEN_LINES: Duration = Duration::from_millis(100);
 
-/// A line on standard error, if that is a terminal. Dropping this value removes
-/// the line.
+/// A line about the progress on standard error, if that is a terminal. Dropping this value
+/// removes the line.
 pub struct Progress {
     what: &'static str,
     is_terminal: bool,
@@ -35,7 +35,7 @@ impl Progress {
         })
     }
 
-    /// Shows how many of all are done, not more often than a person can read.
+    /// Shows how many snapshots are done, not more often than a person can read.
     pub fn show(&mut self, done: usize, all: usize) {
         let now = Instant::now();
         if !self.is_terminal || now < self.next {
@@ -55,7 +55,7 @@ impl Progress {
     }
 
     fn write(&self, text: &str) {
-        // A failure to show progress is no failure of the command.
+        // The command goes on even if progress cannot be shown.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
 }

@@ -1,6 +1,6 @@
-//! The command `status`: the present state, for a person.
+//! The command `status`, which shows the present state to a person or a program.
 //!
-//! Owns: the report. Changes nothing; works beside a running daemon.
+//! Owns: the report. The command changes nothing, and works with or without a running daemon.
 
 use serde_json::{Value, json};
 
@@ -15,11 +15,12 @@ use crate::snapshotter::{Figures, Held, Snapshotter, VolumeFigures, Written};
 use crate::types::{Kind, Limits, Quoted, Volume};
 use crate::volume::Reserve;
 
-/// How many of the largest writable snapshots are counted, and how many of them the
-/// report shows at most if the screen has no room for more.
+/// How many of the largest writable snapshots are counted, and shown if the screen has room for
+/// them.
 const LARGEST: usize = 10;
+/// How many of the largest writable snapshots are shown even if the screen has no room for them.
 const LEAST: usize = 3;
-/// A volume is called full if less than this fraction of it is free.
+/// A volume is reported as full if less than one hundredth of it is free.
 const FULL: u64 = 100;
 /// The lines of the smallest terminal, without the line of the shell.
 const ROWS: usize = 23;
@@ -53,7 +54,7 @@ struct Status {
 pub fn run(config: &Config, format: Format) -> Result<()> {
     let visit = visit(config, Purpose::Look)?;
     let is_running = visit.lock.is_none();
-    // Counting may take long, and a daemon may start meanwhile.
+    // Counting may take long, so the lock is released and a daemon may start.
     drop(visit.lock);
     let snapshotter =
         Snapshotter::new(visit.store, visit.volumes, config.options.for_this_kernel());
@@ -88,7 +89,7 @@ pub fn run(config: &Config, format: Format) -> Result<()> {
 }
 
 impl Status {
-    /// The report, with problems first. All of it fits a screen.
+    /// The report, with problems first. The whole report fits a screen.
     fn sentences(&self) -> String {
         let mut text = String::new();
         let wrong = self.wrong();
@@ -140,11 +141,11 @@ impl Status {
         text
     }
 
-    /// The reasons why containers cannot be created or started, or soon cannot.
+    /// The reasons why containers cannot be created or started, or will soon fail.
     fn wrong(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         if !self.is_running {
-            wrong.push("the daemon is stopped: no container can be made or started".to_owned());
+            wrong.push("the daemon is stopped: no container can be created or started".to_owned());
         }
         for (place, figures) in self.places.iter().zip(&self.figures.volumes) {
             let name = figures.volume;
@@ -159,14 +160,14 @@ impl Status {
             };
             if free < reserve {
                 wrong.push(format!(
-                    "the {name} volume has {} free, less than --reserve keeps ({}): new \
-                     containers are refused",
+                    "the {name} volume has {} free, less than --reserve ({}): new containers \
+                     are refused",
                     bytes(free),
                     bytes(reserve)
                 ));
             } else if figures.size_bytes > 0 && free < figures.size_bytes / FULL {
                 wrong.push(format!(
-                    "the {name} volume is full: {} are free",
+                    "the {name} volume is full, {} are free: remove containers or images",
                     bytes(free)
                 ));
             }
@@ -174,7 +175,9 @@ impl Status {
         let keeps_limits = self.figures.quotas == Some(Support::Limits);
         if self.wants_limits && !keeps_limits {
             wrong.push(
-                "new containers are refused, because their limits cannot be enforced".to_owned(),
+                "new containers are refused: their limits cannot be enforced on the writable \
+                 volume (`doctor` says why)"
+                    .to_owned(),
             );
         }
         wrong
@@ -194,7 +197,8 @@ impl Status {
         }
     }
 
-    /// How much leftover directories take of the writable volume, and why.
+    /// Describes how much of the writable volume leftover directories take, and why they are
+    /// kept.
     fn held(&self) -> String {
         let held = bytes(self.figures.held_bytes);
         let what = format!("{held} in old directories of layers that have moved");
@@ -276,8 +280,8 @@ fn rows(text: &str) -> usize {
     lines.map(|length| length.div_ceil(COLUMNS).max(1)).sum()
 }
 
-/// How much a container has written, with the last part of its key, which `mount`
-/// accepts.
+/// A line with how much a container has written, and with the last part of its key, which the
+/// command `mount` accepts.
 fn written_line(written: &Written) -> String {
     let (namespace, name) = split_key(&written.key);
     let is_plain = |c: char| c.is_ascii_graphic();
@@ -295,13 +299,13 @@ fn written_line(written: &Written) -> String {
 
 fn room(figures: &VolumeFigures) -> String {
     match figures.size_bytes {
-        // The size is unknown, because the volume cannot be asked.
+        // The size is unknown, because the volume is missing or does not answer.
         0 => String::new(),
         size => format!(", {}, {} free", bytes(size), bytes(figures.free_bytes)),
     }
 }
 
-/// How much a container may take, if that is limited.
+/// Describes how much a container may take. Empty if there is no limit.
 fn limits(limits: &Limits) -> String {
     let mut parts = Vec::new();
     parts.extend(limits.max_bytes.map(bytes));

@@ -1,4 +1,5 @@
-//! The words of the command line, and the flags that belong to them.
+//! Reads the words of the command line that are not flags, and checks which flags belong to
+//! them.
 
 use super::flags::{Flag, Flags, REPORTING};
 use crate::error::{Error, Result};
@@ -6,32 +7,32 @@ use crate::error::{Error, Result};
 /// How a command prints what it found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// In sentences.
+    /// In sentences, for people.
     Human,
-    /// As one JSON object.
+    /// As one JSON object, for programs.
     Json,
 }
 
 /// Whether `check` repairs what it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mending {
-    /// It repairs nothing.
+    /// `check` repairs nothing.
     Never,
-    /// It repairs if the user agrees.
+    /// `check` asks, and repairs if the user agrees.
     AfterAsking,
-    /// It repairs without asking.
+    /// `check` repairs without asking.
     AtOnce,
 }
 
 /// How `check` looks at layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
-    /// It counts files and their lengths.
+    /// `check` counts files and their lengths.
     Counts,
-    /// It compares everything in a layer with the content that the layer was
-    /// unpacked from.
+    /// `check` compares everything in a layer with the content from which the layer was
+    /// unpacked.
     Content,
-    /// It compares like [`Depth::Content`], and replaces layers that differ.
+    /// `check` compares like [`Depth::Content`], and replaces layers that differ.
     Heal,
 }
 
@@ -73,7 +74,7 @@ pub struct MountOptions {
 /// What `import` should do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImportTask {
-    /// Take over the snapshots of the Go original.
+    /// Take over the snapshots of the Go snapshotter that this program replaces.
     Import,
     /// Report what an import would do.
     Look,
@@ -109,11 +110,11 @@ pub enum Command {
     Mount(MountOptions),
     /// Unmount what [`Command::Mount`] has mounted on this directory.
     Unmount(String),
-    /// Take over the snapshots of the Go original.
+    /// Take over the snapshots of the Go snapshotter that this program replaces.
     Import(ImportOptions),
 }
 
-/// The commands, for messages.
+/// The commands, as error messages list them.
 const COMMANDS: &str =
     "\"status\", \"check\", \"doctor\", \"import\", \"mount KEY DIR\" and \"umount DIR\"";
 
@@ -143,18 +144,19 @@ pub(super) fn parse(flags: &Flags, named: &[&Flag]) -> Result<Command> {
         })),
         ["umount", target] => Ok(Command::Unmount((*target).to_owned())),
         ["mount", ..] => Err(Error::invalid(format!(
-            "mount takes two words, KEY and DIR: the snapshot and where to mount it, not {}",
+            "mount takes two words, KEY and DIR (the snapshot and where to mount it), and not {}",
             words.len() - 1
         ))),
         ["umount", ..] => Err(Error::invalid(format!(
-            "umount takes one word, DIR, not {}",
+            "umount takes one word, DIR (where a snapshot is mounted), and not {}",
             words.len() - 1
         ))),
         [word, extra, ..] if REPORTING.contains(word) => {
             Err(Error::invalid(format!("{word} takes no {extra:?}")))
         }
         [word, ..] => Err(Error::invalid(format!(
-            "{word:?} is no command of this program: it knows {COMMANDS}, and serves without one"
+            "{word:?} is not a command of this program: the commands are {COMMANDS}; without a \
+             command, the daemon starts"
         ))),
     }
 }
@@ -186,7 +188,8 @@ fn format(flags: &Flags) -> Format {
     }
 }
 
-/// The address of containerd if its configuration does not set another.
+/// The address of containerd, unless its configuration sets another one. Used without
+/// `--containerd-address`.
 const CONTAINERD_ADDRESS: &str = "/run/containerd/containerd.sock";
 
 fn depth(flags: &Flags, mends: bool) -> Result<Depth> {
@@ -216,8 +219,7 @@ fn check_options(flags: &Flags) -> Result<CheckOptions> {
     }
     if flags.json && mends && !flags.yes {
         return Err(Error::invalid(
-            "with --json, the command asks no questions: give --yes with --repair or \
-             --reset-writable",
+            "with --json, check asks no questions: give --yes with --repair or --reset-writable",
         ));
     }
     Ok(CheckOptions {

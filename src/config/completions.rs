@@ -204,6 +204,7 @@ fn bash_offers_what_fits() {
             &[
                 "--require-mount",
                 "--reserve",
+                "--record-digests",
                 "--relocate",
                 "--relocate-after",
                 "--repair",

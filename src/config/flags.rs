@@ -86,6 +86,7 @@ flags! {
     "trust-labels-from" option trust_labels_from: Option<String> =
         Takes::OneOf(&["k8s.io"]), DAEMON;
     "sync" option sync: Option<String> = Takes::OneOf(&["commit", "none"]), DAEMON;
+    "record-digests" switch record_digests: bool = Takes::Nothing, DAEMON;
     "relocate" option relocate: Option<String> = Takes::OneOf(&["background", "never"]), DAEMON;
     "relocate-after" option relocate_after: Option<String> = Takes::Word, DAEMON;
     "quota" option quota: Option<String> = Takes::OneOf(&["auto", "require", "off"]), DAEMON;

@@ -1,12 +1,12 @@
-//! Checking which host directories containers may be shown.
+//! Checks the flags that say which host directories containers may see.
 
 use super::paths::check_path;
 use crate::error::{Context, Error, Result};
 use crate::host_dirs::{ImageRule, strip_prefix};
 
-/// Options with which an upper directory refers to files in the lower directories.
-/// Host directories change, so the files may be different ones at the next mount
-/// (overlayfs.rst, "Changes to underlying filesystems").
+/// Mount options with which an upper directory refers to files in the lower directories. Host
+/// directories change, so the files may be different ones at the next mount (overlayfs.rst,
+/// "Changes to underlying filesystems").
 const TIED: &[&str] = &[
     "index=on",
     "nfs_export=on",
@@ -37,8 +37,8 @@ pub(super) fn check(
     let paths = || rules.iter().flat_map(ImageRule::paths);
     if let Some(path) = paths().find(|path| !is_allowed(path)) {
         return Err(Error::invalid(format!(
-            "--lower-for names {path:?}, which no --allow-lower allows: give \
-             --allow-lower {path:?} or one above it"
+            "--lower-for names {path:?}, which no --allow-lower allows: give --allow-lower \
+             {path:?}, or a directory above it"
         )));
     }
     let tied = |option: &&String| TIED.contains(&option.as_str());

@@ -1,4 +1,4 @@
-//! From the command line to one checked configuration.
+//! Turns the command line into one checked configuration.
 //!
 //! Owns: flags, defaults, and every check that needs no disk. Never: touches a
 //! disk, except to ask for the working directory if a path is relative. All
@@ -32,8 +32,8 @@ pub use commands::{
 use flags::{Arguments, FLAGS, Flags, seconds};
 use paths::{check_all_apart, check_mount_options, check_path};
 
-/// The original's root, so that this program can replace it without
-/// configuration.
+/// The root directory of the Go snapshotter that this program replaces, so that the change
+/// needs no configuration.
 pub const DEFAULT_ROOT: &str =
     "/var/lib/containerd/tech.imvictor.containerd.overlay-read-write-splitting-snapshotter";
 
@@ -43,24 +43,24 @@ const HELP: &str = include_str!("help.txt");
 /// A checked configuration.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Config {
-    /// `<root>`.
+    /// The root directory, from `--root-dir`.
     pub root: MountPath,
-    /// `<writable>`.
+    /// The writable directory, from `--writable-dir`.
     pub writable: MountPath,
-    /// The directory of `metadata.db`.
+    /// The directory of `metadata.db`, from `--state-dir`.
     pub state_dir: String,
-    /// The path of the socket.
+    /// The path of the socket, from `--address`.
     pub address: String,
     /// From `--require-mount`: the directories of both volumes have to be mount points,
     /// so that a missing disk is noticed before anything is written.
     pub requires_mounts: bool,
-    /// From `--writable-volatile`.
+    /// Whether a reboot empties the writable volume, from `--writable-volatile`.
     pub writable_lifetime: Lifetime,
-    /// The snapshotter's options, before `Options::for_this_kernel`.
+    /// The snapshotter's options, not yet adapted by `Options::for_this_kernel`.
     pub options: Options,
     /// The number of workers.
     pub threads: usize,
-    /// From `--metrics-file`.
+    /// The file with figures for Prometheus, from `--metrics-file`.
     pub metrics_file: Option<String>,
 }
 
@@ -97,8 +97,8 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Parsed> {
     Ok(Parsed::Run(Box::new(config), command))
 }
 
-/// Whether the arguments contain a flag of the daemon. If so, they contain everything
-/// that a command needs to know about the daemon.
+/// Whether the arguments contain a flag of the daemon. If so, a command takes its whole
+/// configuration from the arguments.
 pub fn have_daemon_flags(arguments: &[OsString]) -> bool {
     let names: Vec<_> = arguments
         .iter()
@@ -174,6 +174,7 @@ fn check(flags: &Flags) -> Result<Config> {
             Some("none") => SyncMode::Never,
             _ => SyncMode::AtCommit,
         },
+        records_digests: flags.record_digests,
         relocation,
         reserve: quota::parse_reserve(flags.reserve.as_deref().unwrap_or("0"))?,
         shows_upperdir: flags.upperdir_label.as_deref() == Some("true"),

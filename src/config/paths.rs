@@ -1,6 +1,5 @@
-//! Paths and mount options from the command line. Paths have to be absolute,
-//! apart from each other, and free of characters with a meaning in mount
-//! options.
+//! Checks paths and mount options from the command line. Paths have to be apart from each
+//! other, and free of characters with a meaning in mount options.
 
 use crate::error::{Error, Result};
 use crate::snapshotter::Relocation;
@@ -8,21 +7,21 @@ use crate::store::is_database_file;
 use crate::types::MountPath;
 use crate::volume::{ROOT_NAMES, WRITABLE_NAMES};
 
-/// Names in `<root>` that this program uses, in addition to those of the database's
-/// files and the volume.
+/// Names in `<root>` that this program uses, besides the names of the database's files and of
+/// the volume's directories.
 const OTHER_ROOT_NAMES: [&str; 4] = ["state", "state.new", "lock", "grpc.socks"];
 
-/// Makes a path absolute, and refuses one that cannot be part of a mount option.
+/// Makes a path absolute. Returns an error if the path cannot be part of a mount option.
 pub(super) fn check_path(flag: &str, path: &str) -> Result<MountPath> {
     let refuse = |why: &str| Error::invalid(format!("{flag} is {path:?}: {why}"));
     if path.is_empty() {
         return Err(refuse("a path is needed"));
     }
     let absolute = std::path::absolute(path)
-        .map_err(|_| refuse("the working directory cannot be found out, give an absolute path"))?;
-    let text = absolute
-        .to_str()
-        .ok_or_else(|| refuse("the working directory is not UTF-8, give an absolute path"))?;
+        .map_err(|_| refuse("the working directory is unknown: give an absolute path"))?;
+    let text = absolute.to_str().ok_or_else(|| {
+        refuse("the path of the working directory is not UTF-8: give an absolute path")
+    })?;
     MountPath::parse(text).map_err(refuse)
 }
 
@@ -67,7 +66,7 @@ fn is_writable_name(name: &str) -> bool {
     WRITABLE_NAMES.contains(&name)
 }
 
-/// Refuses `other` if it is `base` itself, or below `base` in a name that this
+/// Returns an error if `other` is `base` itself, or is in `base` at or below a name that this
 /// program uses.
 fn check_apart(base: (&str, &str, IsOurs), other: (&str, &str)) -> Result<()> {
     let (base_flag, base, is_ours) = base;
@@ -101,15 +100,15 @@ const OWN_OPTIONS: &[&str] = &[
 pub(super) fn check_mount_options(options: &[String], relocation: Relocation) -> Result<()> {
     for option in options {
         check_mount_option(option)?;
-        // With this option, overlayfs stores a handle of the topmost layer in
-        // the upper directory, and refuses the upper directory once that layer
-        // has moved (ESTALE).
+        // With these options, overlayfs stores a handle of the topmost layer in the upper
+        // directory. Once that layer has moved, overlayfs refuses to mount the upper directory
+        // (ESTALE).
         if relocation != Relocation::Never
             && matches!(option.as_str(), "index=on" | "nfs_export=on")
         {
             return Err(Error::invalid(format!(
                 "--mount-option {option} makes containers depend on the place of their layers: \
-                 it needs --relocate never"
+                 give --relocate never with it, or remove it"
             )));
         }
     }
@@ -131,8 +130,8 @@ fn check_mount_option(option: &str) -> Result<()> {
     }
     if name == "volatile" || option == "fsync=volatile" {
         return refuse(
-            "overlayfs then mounts a container's directory only once, also after a clean stop. \
-             To write less to a disk, put the writable directory in memory \
+            "with this option, overlayfs mounts a container's directory only once, even after a \
+             clean stop. To write less to a disk, put the writable directory in memory \
              (--writable-volatile)",
         );
     }

@@ -1,4 +1,5 @@
-//! How much containers may write, and what has to stay free.
+//! Reads the flags that limit how much containers may write, and how much space has to stay
+//! free.
 
 use super::flags::seconds;
 use super::{Flags, wrong};
@@ -33,7 +34,8 @@ pub(super) fn check(given: &Flags) -> Result<QuotaOptions> {
         let number = parse(text).ok_or_else(|| wrong(flag, text, wanted))?;
         if number > 0 && mode == QuotaMode::Off {
             return Err(Error::invalid(format!(
-                "{flag} {text} needs quotas, which --quota off switches off"
+                "{flag} {text} needs project quotas, which --quota off switches off: remove one \
+                 of the two"
             )));
         }
         Ok((number > 0).then_some(number))

@@ -1,10 +1,9 @@
-//! The names of the layers of containerd's images, and the content that each is unpacked
-//! from.
+//! Finds out which content each layer of containerd's images is unpacked from.
 //!
-//! A layer's name is its chain id: the digest of the digests of its own archive and of
-//! all archives below it (image-spec, config.md, "Layer ChainID"). If a name that is
-//! computed from an image's configuration is the name of a snapshot, this proves what the
-//! archive's digest has to be, even if the configuration was changed.
+//! A layer's name is its chain id: the digest of the digests of its own archive and of all
+//! archives below it (image-spec, config.md, "Layer ChainID"). If the chain id that is computed
+//! from an image's configuration is the name of a snapshot, the digests in that configuration
+//! are right, even if another program has changed it.
 
 use std::collections::HashMap;
 
@@ -37,8 +36,8 @@ pub struct LayerSource {
     pub standing: Standing,
 }
 
-/// What containerd knows of the content that an image names for a layer, the best first.
-/// This matters because an image may name wrong content for a layer of another image.
+/// What containerd knows of the content that an image names for a layer, ordered from good to
+/// bad. This matters because an image may name wrong content for a layer of another image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Standing {
     /// containerd has the content, whose unpacked digest is known to be the layer's.
@@ -52,7 +51,7 @@ pub enum Standing {
     Missing,
 }
 
-/// The label by which containerd remembers the digest of what it has unpacked.
+/// The label of containerd on content: the digest that it had after unpacking.
 const LABEL_UNPACKED: &str = "containerd.io/uncompressed";
 
 /// How many sources of one layer are kept.
@@ -60,7 +59,7 @@ const MOST_SOURCES: usize = 32;
 
 /// The layers of all images, by namespace and chain id.
 pub struct Sources {
-    /// The best sources of each layer, the best first.
+    /// Up to [`MOST_SOURCES`] sources of each layer, the best first.
     by_name: HashMap<(String, String), Vec<LayerSource>>,
     /// Errors about images that could not be read.
     pub problems: Vec<String>,
@@ -127,8 +126,8 @@ struct Reading<'a> {
 }
 
 impl Reading<'_> {
-    /// Reads an index or a manifest. If it is missing, that is no error: containerd
-    /// usually has only the manifests for this machine's platform.
+    /// Reads an index or a manifest. Its absence is not an error, because containerd usually
+    /// has only the manifests for this machine's platform.
     fn document(&mut self, digest: &str, depth: u32) -> Result<()> {
         self.documents += 1;
         if depth > MAX_DEPTH || self.documents > MAX_DOCUMENTS {
@@ -212,7 +211,7 @@ impl Reading<'_> {
         read.map(|text| {
             serde_json::from_slice(&text).map_err(|error| {
                 let (image, digest) = (Quoted(self.image), Quoted(digest));
-                let what = format!("image {image}: read its {digest} as JSON");
+                let what = format!("image {image}: read its content {digest} as JSON");
                 Error::caused(ErrorKind::DataLoss, what, error)
             })
         })

@@ -1,8 +1,8 @@
-//! A client of containerd: which layers its images have, and unpacking them again.
+//! A client of containerd, which lists the layers of images and makes containerd unpack them
+//! again.
 //!
-//! Owns: the calls, and their time limits. Never: writes anything into containerd; the
-//! caller provides the directories that a layer is unpacked into. It holds no state
-//! that a crash could leave behind.
+//! Owns: the calls, and their time limits. Never: writes anything into containerd. The caller
+//! provides the directories into which a layer is unpacked.
 
 mod layers;
 
@@ -87,7 +87,7 @@ method!(
 /// The longest message that is accepted, as in containerd's own clients.
 const MAX_MESSAGE_BYTES: i32 = 16 << 20;
 
-/// The time limit of a call that reads no layer. An unpack has none.
+/// The time limit of every call except an unpack, which has no limit.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to containerd.
@@ -99,8 +99,7 @@ pub struct Containerd<'a> {
 }
 
 impl<'a> Containerd<'a> {
-    /// Prepares a connection to the socket at `address`, which the first call
-    /// makes.
+    /// Prepares a connection to the socket at `address`. The first call connects.
     pub fn new(address: &str, cancel: &'a AtomicBool) -> Containerd<'a> {
         let environment = Arc::new(EnvBuilder::new().cq_count(1).build());
         let channel = ChannelBuilder::new(environment)
@@ -142,8 +141,8 @@ impl<'a> Containerd<'a> {
         }
     }
 
-    /// The content with this digest, of at most `most` bytes; `None` if containerd
-    /// does not have it.
+    /// The content with this digest, of at most `most` bytes; `None` if containerd does not
+    /// have the content.
     ///
     /// # Errors
     ///
@@ -185,7 +184,7 @@ impl<'a> Containerd<'a> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Cancelled`] if the command was interrupted; errors of `watch`. In these
+    /// [`ErrorKind::Cancelled`] if the command was interrupted; or an error of `watch`. In both
     /// cases, containerd may go on writing for a moment.
     pub fn unpack(
         &self,
@@ -245,8 +244,8 @@ impl<'a> Containerd<'a> {
         answer
     }
 
-    /// Waits for an answer, and checks now and then whether the command was
-    /// interrupted, or is stopped.
+    /// Waits for an answer. Stops waiting if the command was interrupted, or if `is_stopped`
+    /// returns `true`.
     fn wait<T>(
         &self,
         is_stopped: &mut dyn FnMut() -> bool,
@@ -279,7 +278,10 @@ impl<'a> Containerd<'a> {
         match (code, &error) {
             (RpcStatusCode::UNAVAILABLE, _) => Error::caused(
                 ErrorKind::Unavailable,
-                format!("{doing}: is it running? --containerd-address names its socket"),
+                format!(
+                    "{doing}: check that containerd is running, and that --containerd-address \
+                     names its socket"
+                ),
                 error,
             ),
             (_, grpcio::Error::RpcFailure(status)) => {
@@ -291,8 +293,8 @@ impl<'a> Containerd<'a> {
     }
 }
 
-/// The kind of an error with this message. If a system call has failed, containerd
-/// reports only the kernel's text.
+/// The kind of an error from containerd with this message. The message is all there is, because
+/// containerd reports a failed system call only as the kernel's text.
 fn kind_of(message: &str) -> ErrorKind {
     let is_full = |words: &&str| message.contains(*words);
     match ["no space left on device", "disk quota exceeded"]

@@ -1,7 +1,6 @@
-//! Copies of the database, made in the background.
+//! Copies the database in the background, some time after it has changed.
 //!
-//! Nothing is done only because time has passed: without changes, the disks can
-//! sleep.
+//! Without changes, nothing is copied, so that the disks can sleep.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,8 +9,8 @@ use crate::error::Result;
 use crate::snapshotter::Snapshotter;
 use crate::util::threads::Background;
 
-/// How long after a change the copy is made. Most changes come in bursts, and a
-/// disk that a change has woken is then still awake.
+/// How long after a change the copy is made. Most changes come in bursts, so one copy is enough
+/// for many of them, and the disk that they have woken is still awake.
 const SETTLING: Duration = Duration::from_secs(60);
 /// The shortest time between two copies.
 const INTERVAL: Duration = Duration::from_secs(3600);
@@ -26,7 +25,7 @@ fn keep(snapshotter: &Snapshotter) {
     let mut not_before = Instant::now();
     while snapshotter.store().await_change(not_before, SETTLING) {
         if let Err(error) = snapshotter.store().copy() {
-            log::warn!("{}", error.chain());
+            log::warn!("cannot {}; the earlier copy stays", error.chain());
         }
         not_before = Instant::now() + INTERVAL;
     }

@@ -1,9 +1,9 @@
-//! Figures for Prometheus, in a file that the textfile collector of its node
-//! exporter reads.
+//! Writes figures for Prometheus to a file that the textfile collector of its node exporter
+//! reads.
 //!
-//! The kernel has the figures of the volumes in its memory. The file is replaced as
-//! a whole, so that a reader sees the old one or the new one; it need not survive a
-//! crash.
+//! Collecting the figures wakes no disk, because the kernel has those of the volumes in its
+//! memory. The file is replaced as a whole, so that a reader never sees half of it. It need not
+//! survive a crash.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -19,11 +19,11 @@ use crate::text::prometheus::{Kind, head, line};
 use crate::util::monitor::Monitor;
 use crate::util::threads::Background;
 
-/// By default, Prometheus collects once a minute.
+/// How often the file is written. By default, Prometheus reads it once a minute.
 const INTERVAL: Duration = Duration::from_secs(15);
 
-/// Starts the thread that writes the file, if the configuration names one. If the
-/// file cannot be written, this is only logged, because containers matter more.
+/// Starts the thread that writes the file, if the configuration names one. A failed write is
+/// only logged, because containers do not need the file.
 pub fn start(service: &Arc<Service>, path: Option<&str>) -> Result<Option<Background>> {
     let Some(path) = path else {
         return Ok(None);
@@ -38,7 +38,10 @@ pub fn start(service: &Arc<Service>, path: Option<&str>) -> Result<Option<Backgr
             if let Err(error) = &written
                 && !is_broken
             {
-                log::warn!("cannot write the figures to {path} (--metrics-file): {error}");
+                log::warn!(
+                    "cannot write the metrics to {path} (--metrics-file), so Prometheus sees old \
+                     figures: {error}"
+                );
             }
             is_broken = written.is_err();
             if !stop.pause(INTERVAL) {
@@ -54,11 +57,14 @@ fn write(service: &Service, path: &str) -> std::io::Result<()> {
     service.metrics.render(&mut text);
     match service.snapshotter.figures() {
         Ok(figures) => render(&figures, &mut text),
-        Err(error) => log::warn!("{}", error.chain()),
+        Err(error) => log::warn!(
+            "cannot collect the figures for --metrics-file: {}",
+            error.chain()
+        ),
     }
-    // The collector reads names that end in .prom, so the temporary name ends
-    // otherwise. Other users may be able to write to the directory: an existing
-    // file with this name is neither followed nor written to.
+    // The collector reads all files whose names end in .prom, so the temporary file has another
+    // ending. Other users may be able to write to the directory, so an existing file with the
+    // temporary name is neither followed nor written to.
     let new = format!("{path}.new");
     match std::fs::remove_file(&new) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
@@ -110,7 +116,7 @@ fn render(figures: &Figures, out: &mut String) {
         }
     }
     let name = "snapshotter_usages_total";
-    let help = "Answered usages of active snapshots, by the source of the figure.";
+    let help = "Usage requests answered for active snapshots, by the source of the figure.";
     head(out, Kind::Counter, name, help);
     let usages = &figures.usages;
     for (by, count) in [
@@ -158,7 +164,7 @@ fn render_single(figures: &Figures, out: &mut String) {
         (
             Kind::Gauge,
             "snapshotter_projects",
-            "Project ids given out.",
+            "Project ids given to snapshots.",
             figures.projects,
         ),
         (
@@ -194,13 +200,13 @@ fn render_single(figures: &Figures, out: &mut String) {
         (
             Kind::Counter,
             "snapshotter_relocated_bytes_total",
-            "Bytes copied by these moves.",
+            "Bytes copied by moves of layers to the image volume.",
             figures.relocated_bytes,
         ),
         (
             Kind::Counter,
             "snapshotter_relocation_failures_total",
-            "Moves that have failed.",
+            "Moves of layers to the image volume that have failed.",
             figures.relocation_failures,
         ),
     ] {

@@ -1,8 +1,8 @@
 //! The daemon's life: lock, open, recover, bind, ready, wait, drain, close.
 //!
-//! Owns: the order of these, and everything that is done once. Never: logic of
-//! a request. Killed at any moment, the next start finds what was
-//! acknowledged; see `src/store` and `src/volume`.
+//! Owns: the order of these steps, and everything that is done once. Never: the logic of a
+//! request. After a kill at any moment, the next start finds every acknowledged change; see
+//! `src/store` and `src/volume`.
 
 mod backup;
 mod metrics_file;
@@ -27,23 +27,25 @@ use crate::util::threads::Background;
 use server::Server;
 use watch::Watch;
 
-/// How long a stop waits for requests under way, and for the threads beside them; with what
-/// follows it takes less than ten seconds.
+/// How long a stop waits for running requests and background threads. The whole stop takes less
+/// than ten seconds.
 const DRAIN: Duration = Duration::from_secs(9);
 
 /// Serves until SIGTERM or SIGINT.
 ///
 /// # Errors
 ///
-/// Why the daemon cannot start; also if later the root, the state directory or the socket is
-/// not there any more.
+/// The reason why the daemon cannot start, or why it has to stop: the root directory, the state
+/// directory or the socket has disappeared.
 pub fn run(config: &Config) -> Result<()> {
     let begun = Instant::now();
-    // Before any other thread is started, so that none is hit unprepared.
+    // The signals are handled before any other thread starts: an unhandled signal would end the
+    // process at once.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
         .map_err(|error| Error::caused(ErrorKind::Internal, "handle signals", error))?;
     descriptors::raise_limit();
-    // Files get the modes that are asked for, whatever umask the daemon was started with.
+    // New files get the modes that this program gives them, whatever umask the daemon was
+    // started with.
     umask(Mode::from_raw_mode(0o022));
 
     let (lock, snapshotter) = start::open(config)?;
@@ -52,7 +54,8 @@ pub fn run(config: &Config) -> Result<()> {
         Pool::start(config.threads)?,
     ));
     let mut server = serve(config, &service)?;
-    // After the socket was made, for which the process's umask changes.
+    // These threads start after the socket exists, because creating it changes the umask of the
+    // whole process for a moment.
     let mut threads = snapshotter.start_threads()?;
     let keeper = backup::start(&snapshotter)?;
     let metrics_file = metrics_file::start(&service, config.metrics_file.as_deref())?;
@@ -76,37 +79,44 @@ pub fn run(config: &Config) -> Result<()> {
     snapshotter.begin_stop();
     let is_drained = service.pool.close(DRAIN);
     if !is_drained {
-        log::warn!("requests are still running after {DRAIN:?}: they are cut off");
+        log::warn!(
+            "requests are still running {DRAIN:?} after the stop began: the daemon ends without \
+             answering them"
+        );
     }
     server.stop(deadline);
     threads.extend(metrics_file);
     threads.extend([keeper, watch.into_thread()]);
     let have_ended = Background::end_all(threads, deadline);
     if let Some(error) = gone {
-        // Nothing is written or removed at paths that lead elsewhere.
+        // The destructors would write and remove files at paths that lead to other files now.
         std::mem::forget((lock, snapshotter));
         return Err(error);
     }
     let is_quiet = is_drained && have_ended;
-    // What is cut off may hold the database; the next start reads the log.
+    // Requests that were cut off may still use the database, which is then not closed: the next
+    // start reads its log.
     if is_quiet {
         let store = snapshotter.store();
         if Instant::now() < deadline
             && let Err(error) = store.copy()
         {
-            log::warn!("{}", error.chain());
+            log::warn!("cannot {}; the earlier copy stays", error.chain());
         }
         if let Err(error) = store.close() {
-            log::warn!("{}", error.chain());
+            log::warn!(
+                "cannot close the database, so the next start reads its log: {}",
+                error.chain()
+            );
         }
-        // With what the log has taken until now.
+        // Closing the database has freed the space of its log, which the ballast may need.
         store.refill_ballast();
     }
     if is_quiet {
         drop(lock);
     } else {
-        // What was cut off runs until the process ends; until then no other
-        // daemon may start.
+        // Requests that were cut off run until the process ends. No other daemon may start
+        // before.
         std::mem::forget(lock);
     }
     log::info!("stopped; containers keep running");
@@ -128,18 +138,18 @@ fn serve(config: &Config, service: &Arc<Service>) -> Result<Server> {
     }
 }
 
-/// Whether the daemon stops on this signal. SIGHUP asks other daemons to read their
-/// settings, and would leave this host without one that serves.
+/// Whether the daemon stops on this signal. It ignores SIGHUP, because many daemons read their
+/// settings again on SIGHUP, and nobody who sends it expects a stop.
 fn is_stop(signal: i32) -> bool {
     if signal == SIGHUP {
-        log::info!("SIGHUP is ignored: settings are read at a restart");
+        log::info!("SIGHUP is ignored: restart the daemon to make it read its settings again");
     }
     signal != SIGHUP
 }
 
-/// Tells the service manager, if there is one.
+/// Reports the daemon's state to the service manager, if there is one.
 fn notify(state: NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
-        log::warn!("cannot notify the service manager: {error}");
+        log::warn!("cannot report the daemon's state to the service manager: {error}");
     }
 }

@@ -1,4 +1,4 @@
-//! The socket and the gRPC server on it.
+//! The daemon's socket, and the gRPC server that listens on it.
 
 use std::fs;
 use std::future::Future;
@@ -18,7 +18,7 @@ use rustix::process::umask;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::text::uri::encode_path;
 
-/// A serving gRPC server.
+/// A running gRPC server, and the socket on which it listens.
 pub struct Server {
     server: grpcio::Server,
     /// The server's poll thread ends when this is dropped.
@@ -29,8 +29,7 @@ pub struct Server {
     socket: (u64, u64),
 }
 
-/// How many requests gRPC receives at once. Further ones wait in their
-/// connections.
+/// How many requests gRPC receives at once. Further requests wait in their connections.
 const REQUEST_SLOTS: usize = 128;
 
 impl Server {
@@ -39,14 +38,14 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if another program uses the address,
-    /// or it cannot be bound; [`ErrorKind::ResourceExhausted`] if its disk is full.
+    /// [`ErrorKind::FailedPrecondition`] if another program uses the address, or if the socket
+    /// cannot be bound; [`ErrorKind::ResourceExhausted`] if the disk of the address is full.
     pub fn start(address: &str, service: Service) -> Result<Server> {
         clear_address(address)?;
         let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("grpc").build());
         let arguments = ChannelBuilder::new(Arc::clone(&environment))
-            // This probe measures the delay of a network by a ping for each
-            // request. On a local socket, that costs more than many requests.
+            // For this probe, gRPC sends a ping with each request, to measure the network. On a
+            // local socket, the ping costs more time than many requests.
             .http2_bdp_probe(false)
             .build_args();
         let mut server = ServerBuilder::new(Arc::clone(&environment))
@@ -84,15 +83,17 @@ impl Server {
     /// `deadline`, and removes the socket.
     pub fn stop(&mut self, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
-        // There has to be some time, because answers that are ready still have
-        // to be written.
+        // Even after the deadline, answers that are ready get a moment to be written.
         let left = left.max(Duration::from_millis(200));
         let shutdown = self.server.shutdown();
         if wait(shutdown, left).is_none() {
-            log::warn!("clients are still receiving answers: they are cut off");
+            log::warn!(
+                "some clients have not received all of their answers yet: the daemon closes their \
+                 connections"
+            );
             self.server.cancel_all_calls();
         }
-        // gRPC also removes it, but at an unknown time.
+        // gRPC also removes the socket file, but at an unknown time.
         let is_ours = fs::symlink_metadata(&self.address)
             .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == self.socket);
         if is_ours && let Err(error) = fs::remove_file(&self.address) {
@@ -112,10 +113,14 @@ fn clear_address(address: &str) -> Result<()> {
         found => found.context(|| format!("look at {address}"))?,
     };
     if !found.file_type().is_socket() {
-        return refuse("a file that is not a socket has that name, move it away");
+        return refuse(
+            "a file that is not a socket has that name: move it away, or give another --address",
+        );
     }
     if UnixStream::connect(address).is_ok() {
-        return refuse("another program serves there, stop that program or give another --address");
+        return refuse(
+            "another program serves there: stop that program, or give another --address",
+        );
     }
     fs::remove_file(address).context(|| format!("remove the stale socket {address}"))
 }

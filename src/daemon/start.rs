@@ -1,8 +1,8 @@
-//! Starting: creates, from a configuration, a snapshotter that can serve.
+//! Starts the daemon: creates a snapshotter that can serve from a configuration.
 //!
-//! Owns: the order of a start, and how long it waits for the writable volume. The daemon
-//! serves even if the writable volume's disk does not answer; until it answers, requests
-//! that need it are refused.
+//! Owns: the order of the steps of a start, and how long a start waits for the writable volume.
+//! The daemon serves even if that volume's disk does not answer: it refuses the requests that
+//! need the volume, until the disk answers.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -57,8 +57,8 @@ pub fn open(config: &Config) -> Result<(Lock, Arc<Snapshotter>)> {
     recover(&snapshotter, &opener, &mut patience)?;
     if patience.is_over() {
         log::warn!(
-            "the writable volume {} has not answered for {} s: what does not need it is served; \
-             containers can be started once it answers",
+            "the writable volume {} has not answered for {} s: no container can be started until \
+             its disk answers; requests that do not need this disk are served",
             config.writable,
             PATIENCE.as_secs()
         );
@@ -69,7 +69,7 @@ pub fn open(config: &Config) -> Result<(Lock, Arc<Snapshotter>)> {
     Ok((lock, snapshotter))
 }
 
-/// Repairs what a crash has left. On the writable volume, only if the volume answers.
+/// Repairs what a crash has left. The writable volume is only repaired if its disk answers.
 fn recover(snapshotter: &Snapshotter, opener: &Arc<Opener>, patience: &mut Patience) -> Result<()> {
     let mut ask = |step: fn(&Opener) -> Result<()>| {
         let opener = Arc::clone(opener);
@@ -86,7 +86,8 @@ fn recover(snapshotter: &Snapshotter, opener: &Arc<Opener>, patience: &mut Patie
         snapshotter.store().begin_use()
     };
     match begin() {
-        // With the space set aside, removals can make more.
+        // Deleting the ballast makes room on the disk of the database, so that removals can
+        // free more.
         Err(error)
             if error.kind() == ErrorKind::ResourceExhausted && snapshotter.store().make_room() =>
         {
@@ -96,7 +97,7 @@ fn recover(snapshotter: &Snapshotter, opener: &Arc<Opener>, patience: &mut Patie
     }
 }
 
-/// Takes the writable volume into use, in a thread that may wait for it.
+/// Takes the writable volume into use, in a thread that may have to wait for its disk.
 struct Opener {
     snapshotter: Arc<Snapshotter>,
     path: MountPath,
@@ -126,8 +127,8 @@ impl Opener {
         Ok(())
     }
 
-    /// Opens and repairs the volume after the start has given up waiting for this. An error
-    /// that would have stopped the start now only means that the volume is not used.
+    /// Opens and repairs the writable volume after the start has stopped waiting for its disk.
+    /// After an error, the daemon goes on without this volume.
     fn open_late(&self) {
         let opened = self
             .set_up()
@@ -135,28 +136,37 @@ impl Opener {
             .and_then(|()| self.mend());
         self.snapshotter.begin_with_writable(opened.is_ok());
         match opened {
-            Ok(()) => log::info!("the writable volume {} has answered", self.path),
+            Ok(()) => log::info!(
+                "the writable volume {} has answered: containers can be started",
+                self.path
+            ),
             Err(error) => log::error!(
-                "the writable volume {} has answered, but cannot be taken into use; once that is \
-                 put right, restart the daemon: {}",
+                "the writable volume {} has answered, but cannot be used, so no container can be \
+                 started; solve this problem and restart the daemon: {}",
                 self.path,
                 error.chain()
             ),
         }
     }
 
-    /// Logs what project quotas can do, and whether this keeps containers from being created.
+    /// Logs whether the writable volume supports project quotas, and warns if no container can
+    /// be created without them.
     fn log_quotas(&self) {
         let wants_limits = self.wants_limits;
         match self.snapshotter.quota_support() {
-            Ok(Support::Limits) => log::info!("project quotas: limits are kept"),
-            Ok(Support::Counts) if !wants_limits => log::info!("project quotas: usage is counted"),
+            Ok(Support::Limits) => {
+                log::info!("project quotas: the writable volume enforces limits")
+            }
+            Ok(Support::Counts) if !wants_limits => {
+                log::info!("project quotas: the writable volume counts usage")
+            }
             Ok(Support::Counts) => log::warn!(
-                "no container can be made: --default-max-size and --default-max-inodes need \
-                 limits, and the writable volume only counts"
+                "no container can be created: --default-max-size and --default-max-inodes need \
+                 project quotas that enforce limits, and the writable volume only counts usage \
+                 (`doctor` says how to change that)"
             ),
             Err(error) if wants_limits => log::warn!(
-                "no container can be made: --default-max-size and --default-max-inodes need \
+                "no container can be created: --default-max-size and --default-max-inodes need \
                  project quotas: {}",
                 error.chain()
             ),

@@ -1,7 +1,6 @@
-//! Whether the paths of the daemon's files still lead to the files that it has open. If a
-//! path leads to another file, or to none, the root or the state directory was emptied, or
-//! a disk was mounted over it. The daemon must stop then, because later changes would be
-//! lost.
+//! Watches whether the paths of the daemon's files still lead to the files that it has open. If
+//! a path leads to another file, or to none, the root or the state directory was emptied, or a
+//! disk was mounted over it. The daemon must stop then, because later changes would be lost.
 //!
 //! The kernel keeps these paths in memory, so the checks wake no disk.
 
@@ -49,14 +48,15 @@ impl Watched {
     }
 }
 
-/// The check of a serving daemon's paths.
+/// The thread that checks the paths of a serving daemon, and what it has found.
 pub struct Watch {
     gone: Arc<OnceLock<PathBuf>>,
     thread: Background,
 }
 
 impl Watch {
-    /// Starts to check the paths. Closes `signals` when a path leads elsewhere.
+    /// Starts to check the paths. Closes `signals` when a path leads to another file, or to
+    /// none.
     ///
     /// # Errors
     ///
@@ -94,8 +94,9 @@ impl Watch {
         let path = self.gone.get()?.display();
         Some(Error::refused(format!(
             "{path} is not there any more, or is another file than the one that this daemon has \
-             opened: its directory was emptied, or something is mounted over it; the daemon ends, \
-             and leaves everything as it is"
+             opened: its directory was emptied, or something is mounted over it. The daemon \
+             stops, and changes nothing there. Restore or unmount what is in the way, then start \
+             the daemon"
         )))
     }
 

@@ -1,6 +1,6 @@
-//! Keeping host directories apart from what the snapshotter itself keeps, and
-//! from each other. They are compared by inode and device, because one
-//! directory can have several paths.
+//! Checking that host directories do not overlap each other or the snapshotter's own
+//! directories. Directories are compared by inode and device, because one directory
+//! can have several paths.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -24,9 +24,9 @@ pub(super) struct Position {
     place: Place,
 }
 
-/// A file system's device as the kernel writes it, and a path on that file
-/// system. A bind mount can show one directory at several paths; this pair is the same
-/// for all of them.
+/// The device of a file system (`major:minor`), and a path within that file system. A
+/// bind mount can show one directory at several paths; this pair is the same for all of
+/// them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     device: String,
@@ -49,8 +49,8 @@ impl Position {
         })
     }
 
-    /// Where the directory is, or where the `missing` names beneath it will be
-    /// once they are created.
+    /// The place of the directory, or the place of the names `missing` below it once they
+    /// are created.
     pub fn place(&self, missing: &[Vec<u8>]) -> Place {
         let mut place = self.place.clone();
         place
@@ -71,14 +71,14 @@ impl Position {
 }
 
 fn inode(fd: impl AsFd) -> Result<Inode> {
-    let stat = fstat(fd).context(|| "look at an opened directory")?;
+    let stat = fstat(fd).context(|| "read the metadata of an opened directory")?;
     #[allow(clippy::unnecessary_cast)] // their widths differ among architectures
     Ok((stat.st_dev as u64, stat.st_ino as u64))
 }
 
-/// Counts steps by the names in the path, because `..` of the top directory is
-/// the top itself, but `..` of a directory that is mounted in itself may be,
-/// too.
+/// Lists a directory and all directories above it. `path` gives the number of steps: the
+/// code cannot walk until `..` is the directory itself, because that is true at the top,
+/// but may also be true where a directory is mounted in itself.
 fn way_up(fd: impl AsFd, path: &[u8]) -> Result<Vec<Inode>> {
     let mut way = vec![inode(&fd)?];
     let mut at: Option<OwnedFd> = None;
@@ -88,14 +88,14 @@ fn way_up(fd: impl AsFd, path: &[u8]) -> Result<Vec<Inode>> {
     {
         let from = at.as_ref().map_or(fd.as_fd(), AsFd::as_fd);
         let above = openat(from, c"..", DIRECTORY, Mode::empty())
-            .context(|| "look at the directories above")?;
+            .context(|| "read the metadata of the directories above")?;
         way.push(inode(&above)?);
         at = Some(above);
     }
     Ok(way)
 }
 
-/// Where on its file system an opened directory is.
+/// The place of an opened directory on its file system.
 fn place_of(fd: impl AsFd, path: &[u8], mounts: &[Mounted]) -> Result<Place> {
     let path = Path::new(OsStr::from_bytes(path));
     mount_of(fd, mounts)?
@@ -103,7 +103,7 @@ fn place_of(fd: impl AsFd, path: &[u8], mounts: &[Mounted]) -> Result<Place> {
         .ok_or_else(|| {
             Error::new(
                 ErrorKind::Unavailable,
-                "the mount it is on has changed meanwhile: try again",
+                "the mount of the directory has changed meanwhile: try again",
             )
         })
 }
@@ -116,8 +116,8 @@ fn place_on(mounted: &Mounted, path: &Path) -> Option<Place> {
     })
 }
 
-/// Opens one of the snapshotter's own directories, from which host directories are kept
-/// apart; `None` if the directory does not exist.
+/// Opens one of the snapshotter's own directories, which host directories must not
+/// overlap; `None` if the directory does not exist.
 pub(super) fn open_kept(path: &str) -> Result<Option<OwnedFd>> {
     match open(path, DIRECTORY, Mode::empty()) {
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
@@ -133,7 +133,7 @@ mod tests {
     use crate::mount::mountinfo;
 
     #[test]
-    fn a_place_is_told_through_bind_mounts() {
+    fn a_place_is_the_same_through_bind_mounts() {
         let mounted = |device: &str, root: &str, point: &str| Mounted {
             device: device.to_owned(),
             root: root.into(),

@@ -1,13 +1,13 @@
 //! Host directories that are shown beneath what a container writes.
 //!
-//! Owns: how host directories are requested, which are allowed, finding them so
-//! that no link and no rename leads elsewhere, creating those that are missing.
-//! Never: snapshots, mounts, names on the volumes.
+//! Owns: how host directories are requested, which directories are allowed, finding them
+//! so that no link and no rename leads elsewhere, creating missing ones. Never:
+//! snapshots, mounts, names on the volumes.
 //!
-//! A directory is found as a descriptor, but handed on as a path, which the
+//! This module finds a directory as a descriptor, but returns a path, which the
 //! mounting program resolves again. A user who may rename below an allowed
-//! directory can exchange it in between, so each request checks again. After a
-//! crash, an empty directory may be left where a container has asked for one.
+//! directory can replace the directory in between, so each request checks it again.
+//! After a crash, an empty directory may be left where a container has asked for one.
 
 mod location;
 mod parse;
@@ -30,11 +30,11 @@ use location::{Place, Position, open_kept};
 pub use parse::{ImageRule, MAX_PATHS, parse_paths, strip_prefix};
 use walk::{MAX_DEPTH, Reached, Start, path_of, too_deep};
 
-/// The host directories that containers may use, and those that they may not.
+/// Which host directories containers may use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
-    /// These directories and everything below them are allowed; the paths are
-    /// absolute and normalised. If the list is empty, host directories are off.
+    /// The allowed directories, as absolute and normalised paths. Everything below them is
+    /// allowed, too. If the list is empty, host directories are off.
     pub allowed: Vec<String>,
     /// The snapshotter's own directories. A host directory may not be one of
     /// them, be in one of them, or contain one.
@@ -50,7 +50,7 @@ pub struct HostDirs {
 }
 
 impl HostDirs {
-    /// Absolute paths free of links, in the order of the request, without
+    /// The directories as absolute paths without links, in the order of the request, without
     /// repetitions.
     pub fn targets(&self) -> &[PathBuf] {
         &self.targets
@@ -66,10 +66,11 @@ impl Drop for HostDirs {
     fn drop(&mut self) {
         for (parent, name) in self.created.drain(..).rev() {
             match unlinkat(&parent, &*name, AtFlags::REMOVEDIR) {
-                // Another program uses the directory by now.
+                // Another program has removed the directory, or uses it by now.
                 Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST | Errno::BUSY) => {}
                 Err(errno) => log::warn!(
-                    "cannot remove the directory {:?}, made for a request that was refused: {errno}",
+                    "cannot remove the empty host directory {:?}, which was created for a request \
+                     that was refused later: {errno}",
                     String::from_utf8_lossy(&name)
                 ),
             }
@@ -78,7 +79,8 @@ impl Drop for HostDirs {
 }
 
 impl Policy {
-    /// Checks whether these directories could be used, and creates nothing.
+    /// Returns an error if [`Policy::ensure`] would refuse these directories. Creates
+    /// nothing.
     pub fn check(&self, paths: &[String]) -> Result<()> {
         if paths.is_empty() {
             return Ok(());
@@ -96,23 +98,24 @@ impl Policy {
         match all.find(|(_, (_, there))| !there.missing.is_empty()) {
             None => Ok(()),
             Some((path, _)) => Err(Error::refused(format!(
-                "the host directory {} is not there, and none is made because a pod's label \
-                 names it: create it first",
+                "the host directory {} does not exist, and is not created, because a pod's \
+                 label names it: create it first",
                 Quoted(path)
             ))),
         }
     }
 
-    /// Finds these directories, given as normalised paths from [`parse_paths`],
+    /// Opens these host directories, given as normalised paths from [`parse_paths`],
     /// and creates the missing ones (0755, with their parents).
     ///
     /// # Errors
     ///
     /// [`ErrorKind::InvalidArgument`] for a path that is not below an allowed directory
-    /// (also after links have been followed), is no directory, or is or overlaps another
-    /// host directory or one of the snapshotter's own; [`ErrorKind::FailedPrecondition`]
-    /// if the allowed directory itself is not there; [`ErrorKind::Unavailable`] if a
-    /// directory was moved or removed meanwhile. On failure, nothing is left behind.
+    /// (also after links have been followed), is not a directory, or overlaps another host
+    /// directory or one of the snapshotter's own directories;
+    /// [`ErrorKind::FailedPrecondition`] if the allowed directory itself does not exist;
+    /// [`ErrorKind::Unavailable`] if a directory was moved or removed meanwhile. On failure,
+    /// the created directories are removed again.
     pub fn ensure(&self, paths: &[String]) -> Result<HostDirs> {
         let mut found = HostDirs {
             targets: Vec::new(),
@@ -130,12 +133,12 @@ impl Policy {
         for (path, (start, reached)) in paths.iter().zip(reached) {
             let using = || format!("use the host directory {}", Quoted(path));
             let directory = create_missing(reached, &mut found.created).context(using)?;
-            // Checked again, because the directory may have been moved since
-            // the walk.
+            // The directory is checked again, because it may have been moved since the
+            // walk.
             if !starts.holds(start, &directory)? || is_removed(&directory)? {
                 return Err(Error::new(
                     ErrorKind::Unavailable,
-                    "it was moved or removed meanwhile: try again",
+                    "the directory was moved or removed meanwhile: try again",
                 )
                 .while_doing(using()));
             }
@@ -154,14 +157,15 @@ impl Policy {
     fn find(&self, paths: &[String]) -> Result<Found<'_>> {
         if self.allowed.is_empty() {
             return Err(Error::invalid(format!(
-                "the snapshot asks for host directories ({}), and none are allowed: start the daemon \
-                     with --allow-lower",
+                "the snapshot asks for host directories ({}), but none are allowed: start the \
+                 daemon with --allow-lower",
                 Quoted(&paths.join(":"))
             )));
         }
         if paths.len() > MAX_PATHS {
             return Err(Error::invalid(format!(
-                "the snapshot asks for {} host directories, and at most {MAX_PATHS} are possible",
+                "the snapshot asks for {} host directories, but at most {MAX_PATHS} are possible: \
+                 name fewer",
                 paths.len()
             )));
         }
@@ -173,13 +177,13 @@ impl Policy {
         for path in paths {
             let using = || format!("use the host directory {}", Quoted(path));
             let (number, mut there) = starts.reach(path).context(using)?;
-            // Each of the directories is held open until the request is done.
+            // Each missing directory will be held open until the request is done.
             missing += there.missing.len();
             if missing > MAX_DEPTH {
                 return Err(too_deep().while_doing(using()));
             }
-            // The parent of a directory that is to be created may also contain one of
-            // our own.
+            // The parent of a directory that will be created may contain one of the
+            // snapshotter's own directories.
             let clashes = match there.missing.is_empty() {
                 true => Position::overlaps,
                 false => Position::is_within,
@@ -199,18 +203,17 @@ impl Policy {
     }
 }
 
-/// The result of a first look, which creates nothing.
+/// The result of walking to all paths of a request, before anything is created.
 struct Found<'a> {
     starts: Starts<'a>,
-    /// For each path, the number of the allowed directory that it is below, and how far
-    /// the walk from there came.
+    /// For each path, the number of the allowed directory that contains it, and the point
+    /// where the walk from there ended.
     reached: Vec<(usize, Reached)>,
     surroundings: Surroundings,
 }
 
-/// The allowed directories. Each is opened only when a path needs it, because one of them
-/// may be on a server that does not answer, and that must not disturb requests that use
-/// another one.
+/// The allowed directories. Each is opened only when a path needs it: a directory on a
+/// server that does not answer must not delay requests that use other directories.
 struct Starts<'a> {
     allowed: &'a [String],
     opened: Vec<Option<Result<Start>>>,
@@ -224,9 +227,9 @@ impl<'a> Starts<'a> {
         }
     }
 
-    /// Walks to a path from the first allowed directory that leads to it, and returns the
-    /// number of that directory. Allowed directories that the path does not begin with
-    /// are tried last: a link on the way may lead from the path to one of them.
+    /// Walks to `path` from the first allowed directory from which it can be reached, and
+    /// returns the number of that directory. Allowed directories with which the path does
+    /// not begin are tried last: a link in the path may lead to one of them.
     fn reach(&mut self, path: &str) -> Result<(usize, Reached)> {
         let is_named = |prefix: &String| strip_prefix(path, prefix).is_some();
         let (named, others): (Vec<_>, Vec<_>) =
@@ -253,14 +256,14 @@ impl<'a> Starts<'a> {
         }
         Err(refusal.unwrap_or_else(|| {
             Error::invalid(format!(
-                "it is not in a directory that --allow-lower names: {}",
+                "the directory is not below one that --allow-lower names: {}",
                 self.allowed.join(", ")
             ))
         }))
     }
 
-    /// Whether an opened directory is, at this moment, the allowed directory of that
-    /// number or below it.
+    /// Whether an opened directory is, at this moment, the allowed directory `number` or
+    /// below it.
     fn holds(&self, number: usize, fd: impl AsFd) -> Result<bool> {
         match &self.opened[number] {
             Some(Ok(start)) => start.holds(fd),
@@ -269,14 +272,14 @@ impl<'a> Starts<'a> {
     }
 }
 
-/// The directories that the request uses so far.
+/// The host directories that the request uses so far.
 #[derive(Default)]
 struct Taken<'a>(Vec<(Place, &'a String)>);
 
 impl<'a> Taken<'a> {
-    /// Takes a directory into use. Returns `false` if it is in use already.
-    /// overlayfs refuses to mount a directory twice, or together with a directory
-    /// below it.
+    /// Adds a directory. Returns `false` if the request uses it already. Returns an error if
+    /// it overlaps another one, because overlayfs refuses to mount a directory together with
+    /// a directory below it.
     fn take(&mut self, place: Place, path: &'a String) -> Result<bool> {
         if self.0.iter().any(|(other, _)| *other == place) {
             return Ok(false);
@@ -284,7 +287,7 @@ impl<'a> Taken<'a> {
         let clashes = |other: &Place| other.is_within(&place) || place.is_within(other);
         if let Some((_, other)) = self.0.iter().find(|(other, _)| clashes(other)) {
             return Err(Error::invalid(format!(
-                "one of this directory and {} holds the other, and overlayfs does not mount both: \
+                "one of this directory and {} holds the other, and overlayfs cannot mount both: \
                  name only one of them",
                 Quoted(other)
             )));
@@ -294,7 +297,7 @@ impl<'a> Taken<'a> {
     }
 }
 
-/// The snapshotter's own directories, as they are mounted now.
+/// The present mounts, and the snapshotter's own directories.
 struct Surroundings {
     mounts: Vec<Mounted>,
     kept: Vec<(Position, String)>,
@@ -339,6 +342,6 @@ fn create_missing(mut reached: Reached, created: &mut Vec<(OwnedFd, Vec<u8>)>) -
 }
 
 fn is_removed(directory: impl AsFd) -> Result<bool> {
-    let stat = fstat(directory).context(|| "look at an opened directory")?;
+    let stat = fstat(directory).context(|| "read the metadata of an opened directory")?;
     Ok(stat.st_nlink == 0)
 }

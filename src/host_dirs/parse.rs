@@ -3,9 +3,8 @@
 use crate::error::{Error, Result};
 use crate::types::Quoted;
 
-/// The most host directories of one snapshot. Together with the shortened paths
-/// of 128 layers, with ids of seven digits, they fit into the page that
-/// mount(2) takes.
+/// The most host directories of one snapshot. So many paths, together with the shortened
+/// paths of 128 layers with ids of seven digits, fit into the page that mount(2) takes.
 pub const MAX_PATHS: usize = 32;
 
 /// Reads host directories separated by colons. Empty parts are skipped, and so
@@ -13,15 +12,15 @@ pub const MAX_PATHS: usize = 32;
 ///
 /// # Errors
 ///
-/// `ErrorKind::InvalidArgument` for a path that is not absolute, has `..`, or
-/// has a character with a meaning in mount options; and for more than
+/// `ErrorKind::InvalidArgument` for a path that is not absolute, contains `..`, or
+/// contains a character with a meaning in mount options; and for more than
 /// [`MAX_PATHS`] paths.
 pub fn parse_paths(text: &str) -> Result<Vec<String>> {
     let parts = || text.split(':').filter(|part| !part.is_empty());
     let count = parts().count();
     if count > MAX_PATHS {
         return Err(invalid(format!(
-            "it names {count} directories, and at most {MAX_PATHS} are possible"
+            "the list names {count} directories, but at most {MAX_PATHS} are possible"
         )));
     }
     parts().map(parse_path).collect()
@@ -65,7 +64,7 @@ pub fn strip_prefix<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
     rest.strip_prefix('/')
 }
 
-/// Host directories for the containers of some images.
+/// The host directories for the containers of some images (`--lower-for`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageRule {
     pattern: String,
@@ -79,7 +78,7 @@ impl ImageRule {
     ///
     /// `ErrorKind::InvalidArgument` if the pattern or the paths are missing.
     pub fn parse(text: &str) -> Result<ImageRule> {
-        // No image's name has a `=` in it.
+        // The name of an image cannot contain `=`.
         let (pattern, paths) = text.split_once('=').unwrap_or((text, ""));
         let paths = parse_paths(paths)?;
         if pattern.is_empty() || paths.is_empty() {

@@ -3,7 +3,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
-/// `allowed/` with things in it, `own/`, and `outside/`.
+/// Creates `allowed/` with some entries, `own/`, and `outside/`.
 fn place() -> (tempfile::TempDir, Policy) {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
@@ -85,7 +85,7 @@ fn links_are_followed_as_long_as_they_stay() {
             .next()
             .is_none()
     );
-    // A link to what is missing beneath is followed as any other.
+    // A link to a missing name below the allowed directory is followed like any other link.
     ask(&policy, dir.path(), &["allowed/dangling/x"]).unwrap();
     assert!(allowed.join("nothing/x").is_dir());
 }
@@ -104,7 +104,7 @@ fn only_the_allowed_directory_that_a_path_begins_with_is_opened() {
     };
     assert_eq!(opened("alias/there"), (Ok(1), vec![false, true, false]));
     assert_eq!(opened("own/x"), (Ok(2), vec![false, false, true]));
-    // By a name that it has once links are followed.
+    // The allowed directory may also be named by its path without links.
     assert_eq!(opened("allowed/there").0, Ok(1));
     let refused = Err(ErrorKind::InvalidArgument);
     assert_eq!(opened("elsewhere"), (refused, vec![true; 3]));

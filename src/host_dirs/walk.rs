@@ -1,8 +1,8 @@
-//! Walking from an allowed directory down to another one, name by name.
+//! Walking from an allowed directory down to a host directory, name by name.
 //!
 //! Each step opens a name in a directory that is held open, and follows no
-//! link. Links are read and followed by this code: an absolute one leads back
-//! to the allowed directory, and `..` to a directory that the walk has passed.
+//! link. This code reads and follows links itself: an absolute link leads back to
+//! the allowed directory, and `..` to a directory that the walk has passed.
 //! A user who renames directories meanwhile can therefore lead the walk to
 //! another place below the allowed directory, but nowhere else. `openat2(2)`
 //! with `RESOLVE_BENEATH` guarantees the same, but refuses absolute links, does
@@ -21,7 +21,7 @@ use super::parse::strip_prefix;
 use crate::error::{Context, Error, Result};
 use crate::types::Quoted;
 
-/// How many links one path may lead through (path_resolution(7)).
+/// The most links in one path, as in the kernel (path_resolution(7)).
 const MAX_LINKS: u32 = 40;
 
 /// How many levels below the allowed directory a host directory may be. Each level on
@@ -30,10 +30,10 @@ pub(super) const MAX_DEPTH: usize = 64;
 
 /// An allowed directory, opened.
 pub(super) struct Start {
-    /// Held open during the walk.
+    /// The opened directory, from which all walks begin.
     pub fd: OwnedFd,
-    /// The two prefixes that an absolute link may have: the path as configured,
-    /// and the same path without links.
+    /// The two paths with which an absolute link may begin: the path as configured, and the
+    /// same path without links.
     names: [String; 2],
 }
 
@@ -41,18 +41,18 @@ pub(super) struct Start {
 pub(super) struct Reached {
     /// The last directory that exists.
     pub fd: OwnedFd,
-    /// The names that are missing below it, outermost first.
+    /// The names that are missing below `fd`, outermost first.
     pub missing: VecDeque<Vec<u8>>,
 }
 
 impl Start {
-    /// Opens an allowed directory. Links on the way to it are followed, because
-    /// the administrator has named the path.
+    /// Opens an allowed directory. Links in its path are followed, because the
+    /// administrator has configured the path.
     pub fn open(prefix: &str) -> Result<Start> {
         let fd = match open(prefix, DIRECTORY, Mode::empty()) {
             Err(Errno::NOENT | Errno::NOTDIR) => {
                 return Err(Error::refused(format!(
-                    "{prefix}, which --allow-lower names, is no directory: create or mount it"
+                    "{prefix}, which --allow-lower names, is not a directory: create or mount it"
                 )));
             }
             fd => fd.context(|| format!("open {prefix}"))?,
@@ -67,8 +67,8 @@ impl Start {
         })
     }
 
-    /// The rest of `path` below this directory; `None` if the path is
-    /// elsewhere.
+    /// The part of `path` below this directory; `None` if the path does not begin with this
+    /// directory.
     pub fn strip<'a>(&self, path: &'a str) -> Option<&'a str> {
         self.names.iter().find_map(|name| strip_prefix(path, name))
     }
@@ -104,11 +104,13 @@ impl Start {
                 }
                 Err(Errno::NOTDIR | Errno::LOOP) => {}
                 Err(Errno::NAMETOOLONG) => return Err(invalid("has a name that is too long")),
-                Err(errno) => return Err(errno).context(|| "look for it"),
+                Err(errno) => return Err(errno).context(|| "look up the directory"),
             }
             links += 1;
             if links > MAX_LINKS {
-                return Err(invalid("leads through too many links"));
+                return Err(invalid(
+                    "leads through too many links: name the directory that the last one leads to",
+                ));
             }
             match readlinkat(top, &*name, Vec::new()) {
                 Ok(target) => {
@@ -129,22 +131,21 @@ impl Start {
                     }
                 }
                 Err(Errno::INVAL) => {
-                    return Err(invalid("is no directory, or leads through a file"));
+                    return Err(invalid("is not a directory, or leads through a file"));
                 }
-                // The link was replaced after it was opened, so the name is
-                // looked up again.
+                // The link was replaced after it was opened, so the walk looks up the
+                // name again.
                 Err(Errno::NOENT) => pending.push_front(name),
-                Err(errno) => return Err(errno).context(|| "read a link on the way to it"),
+                Err(errno) => return Err(errno).context(|| "read a link in the path"),
             }
         }
         if pending.iter().any(|name| name == b"..") {
-            return Err(invalid(
-                "leads through a link to something that is not there",
-            ));
+            return Err(invalid("leads through a link whose target does not exist"));
         }
         let fd = match passed.pop() {
             Some(fd) => fd,
-            None => openat(&self.fd, c".", DIRECTORY, Mode::empty()).context(|| "open it again")?,
+            None => openat(&self.fd, c".", DIRECTORY, Mode::empty())
+                .context(|| "open the allowed directory again")?,
         };
         Ok(Reached {
             fd,
@@ -166,9 +167,7 @@ impl Reached {
         };
         self.fd = match openat(&self.fd, name, DIRECTORY | OFlags::NOFOLLOW, Mode::empty()) {
             Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => {
-                return Err(invalid(
-                    "leads through a link to something that is not there",
-                ));
+                return Err(invalid("leads through a link whose target does not exist"));
             }
             fd => fd.context(creating)?,
         };
@@ -183,7 +182,7 @@ pub(super) fn path_of(fd: impl AsFd) -> Result<Vec<u8>> {
     let number = fd.as_fd().as_raw_fd();
     readlinkat(CWD, format!("/proc/self/fd/{number}"), Vec::new())
         .map(CString::into_bytes)
-        .context(|| "ask for the path of an opened directory")
+        .context(|| "find out the path of an opened directory")
 }
 
 fn names_in(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> {
@@ -194,15 +193,18 @@ fn names_in(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> {
 
 pub(super) fn too_deep() -> Error {
     invalid(&format!(
-        "is more than {MAX_DEPTH} directories deep beneath the allowed one, or more than \
-         that many have to be created: make them first, or name others"
+        "is more than {MAX_DEPTH} levels below the allowed directory, or more than \
+         {MAX_DEPTH} directories have to be created: create them first, or name others"
     ))
 }
 
 fn leads_out() -> Error {
-    invalid("leads out of the allowed directory through a link")
+    invalid(
+        "leads out of the allowed directory through a link: allow the link's target with \
+         --allow-lower, or name another directory",
+    )
 }
 
 fn invalid(why: &str) -> Error {
-    Error::invalid(format!("it {why}"))
+    Error::invalid(format!("the path {why}"))
 }

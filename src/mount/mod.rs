@@ -1,8 +1,8 @@
 //! Mounting, and asking the kernel what it can mount.
 //!
 //! Owns: the mount system calls and the probes around them. Never: policy; the
-//! caller decides what a missing feature means. A mount made here ends when the
-//! value that represents it is dropped.
+//! caller decides what a missing feature means. A mount that a probe makes ends
+//! when the value that represents it is dropped.
 
 pub mod mountinfo;
 pub mod namespaces;
@@ -45,34 +45,33 @@ struct Overlay {
 impl Drop for Overlay {
     fn drop(&mut self) {
         if let Err(errno) = unmount(&self.target, UnmountFlags::DETACH) {
-            log::warn!("cannot unmount {}: {errno}", self.target.display());
+            let target = self.target.display();
+            log::warn!("cannot unmount the trial overlay {target}; the next trial does: {errno}");
         }
     }
 }
 
-/// Unmounts what a probe that a crash has interrupted may have left on
-/// `target`.
+/// Unmounts the overlay that an interrupted probe may have left on `target`.
 pub fn unmount_stale(target: &Path) {
     // Usually nothing is mounted there, and the call fails.
     let _ = unmount(target, UnmountFlags::DETACH);
 }
 
-/// The names of the directories that a probe creates in its empty scratch
-/// directory.
+/// The name of a directory that a probe creates in its empty scratch directory.
 const LOWER: &str = "lower";
 const UPPER: &str = "upper";
 const WORK: &str = "work";
 /// The directory that a probe mounts on.
 pub const MERGED: &str = "merged";
 
-/// Asks whether `scratch`, an empty directory, is on a file system that can
-/// hold overlayfs's upper directory. It mounts an overlay and does in it what
-/// containers do: deleting (a whiteout), replacing a directory (an opaque one),
-/// renaming (a whiteout made by the rename itself).
+/// Checks that `scratch`, an empty directory, is on a file system that can hold
+/// overlayfs's upper directory. The probe mounts an overlay, and does in it what
+/// containers do: deleting (a whiteout), replacing a directory (an opaque directory),
+/// and renaming (a whiteout that the rename makes).
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] with the step that did not work.
+/// [`ErrorKind::FailedPrecondition`], which names the step that did not work.
 pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
     let lower = scratch.join(LOWER);
     for name in [UPPER, WORK, MERGED] {
@@ -111,14 +110,14 @@ pub fn probe_upper(scratch: &Path, options: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Returns an error if the file system reports no types of directory entries, which
-/// overlayfs needs to find whiteouts.
+/// Returns an error if the file system does not report the types of directory entries,
+/// which overlayfs needs to find whiteouts.
 fn require_entry_types(scratch: &Path) -> Result<()> {
     let listing = || format!("list {}", scratch.display());
     let top = fs::File::open(scratch).context(listing)?;
     if lacks_types(top).context(listing)? {
         return Err(Error::refused(
-            "it does not report the types of directory entries (d_type)",
+            "its file system does not report the types of directory entries (d_type)",
         ));
     }
     Ok(())
@@ -183,11 +182,11 @@ fn unsuitable(what: String, errno: Errno) -> Error {
 }
 
 /// Lists the mounts of an upper directory in this mount namespace: overlays that write
-/// into it, and bind mounts. They are found by inode, because a disk may have several
-/// paths. Bind mounts are looked at only if the bound directory is called `name`, because
-/// another one may be on a disk that does not answer.
+/// into the directory, and bind mounts of it. Directories are compared by inode, because a
+/// disk may have several paths. Of the bind mounts, only those of a directory called `name`
+/// are examined, because any other directory may be on a disk that does not answer.
 pub fn mounts_of_upper(upper: impl AsFd, name: &CStr) -> Result<Vec<Mounted>> {
-    let looking = || "look where an upper directory is mounted";
+    let looking = || "find out where an upper directory is mounted";
     let stat = fstat(upper).context(looking)?;
     let is_it = |path: &Path| {
         rustix::fs::stat(path)
@@ -214,22 +213,23 @@ const BY_HAND: &str = env!("CARGO_PKG_NAME");
 /// A snapshot that a person has mounted with the command `mount`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ByHand {
-    /// The identity of the snapshot's root; `None` if an early version of this
-    /// program has mounted it, which did not record it.
+    /// The identity of the snapshot's root; `None` if the mount is by an early version of
+    /// this program, which did not record the identity.
     root: Option<String>,
-    /// The snapshot's number. Another root may have the same number.
+    /// The snapshot's id. A snapshot of another root may have the same id.
     pub id: SnapshotId,
     /// The mount point.
     pub point: PathBuf,
 }
 
 impl ByHand {
-    /// The device name of the overlay for a snapshot that a person mounts.
+    /// The device name to mount the overlay of a snapshot with. It says that a person has
+    /// mounted the overlay, and names the snapshot.
     pub fn source(root: &str, id: SnapshotId) -> String {
         format!("{BY_HAND}:{root}:{id}")
     }
 
-    /// All mounts by hand in this mount namespace, of any root.
+    /// All snapshots of any root that are mounted by hand in this mount namespace.
     pub fn all() -> Result<Vec<ByHand>> {
         Ok(mountinfo::read()?
             .iter()
@@ -237,7 +237,7 @@ impl ByHand {
             .collect())
     }
 
-    /// The mounts by hand that may belong to the root with this identity.
+    /// The snapshots mounted by hand that may belong to the root with this identity.
     pub fn of_root(identity: Option<&str>) -> Result<Vec<ByHand>> {
         let mut mounts = ByHand::all()?;
         mounts.retain(|mounted| mounted.root.is_none() || mounted.root.as_deref() == identity);
@@ -274,33 +274,34 @@ fn maps_everything(uid_map: &str) -> bool {
         .eq(["0", "0", "4294967295"])
 }
 
-/// The hidden argument with which this program is started as the child that
-/// [`probe_idmapped_mounts`] needs.
+/// The hidden argument with which [`probe_idmapped_mounts`] starts this program as a child
+/// process.
 pub const USER_NAMESPACE_CHILD: &str = "--hold-user-namespace";
 
-/// The work of that child process: it enters a new user namespace, reports that
-/// to its parent, and waits until the parent has opened the namespace.
+/// The work of the child process of [`probe_idmapped_mounts`]: it enters a new user
+/// namespace, reports this to its parent, and waits until the parent has opened the
+/// namespace.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if the kernel permits no user namespaces.
+/// [`ErrorKind::FailedPrecondition`] if the kernel does not permit user namespaces.
 pub fn hold_user_namespace() -> Result<()> {
     sys::unshare_user_namespace()
         .map_err(|errno| unsuitable("enter a new user namespace".to_owned(), errno))?;
-    let told = std::io::stdout().write_all(b"\n");
-    let waited = told
+    let reported = std::io::stdout().write_all(b"\n");
+    let waited = reported
         .and_then(|()| std::io::stdout().flush())
         .and_then(|()| std::io::stdin().read(&mut [0]));
     waited.map(drop).context(|| "wait for the parent process")
 }
 
 /// Moves this process, which must have only one thread, into a mount namespace of
-/// its own. Other processes do not see its mounts from then on, and it does not
-/// see theirs.
+/// its own. From then on, this process and other processes do not see each other's new
+/// mounts.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] with the kernel's error.
+/// [`ErrorKind::FailedPrecondition`], which contains the kernel's error.
 pub fn enter_mount_namespace() -> Result<()> {
     sys::unshare_mount_namespace()
         .and_then(|()| {
@@ -310,21 +311,21 @@ pub fn enter_mount_namespace() -> Result<()> {
         .map_err(|errno| unsuitable("enter a new mount namespace".to_owned(), errno))
 }
 
-/// Asks whether layers in `directory` can be id-mapped. The kernel has to
-/// support that for the layers of an overlay (Linux 5.19), and the file system
-/// for its mounts; the latter is tried with a mount that no other process sees.
+/// Checks that layers in `directory` can be id-mapped. The kernel has to support
+/// id-mapped layers of an overlay (Linux 5.19), and the file system has to support
+/// id-mapped mounts. The probe tries the latter with a mount that no other process sees.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] with what is missing.
+/// [`ErrorKind::FailedPrecondition`], which names the missing feature.
 pub fn probe_idmapped_mounts(directory: &Path) -> Result<()> {
     let release = kernel_release();
     if kernel_version(&release) < Some((5, 19)) {
         return Err(Error::refused(format!(
-            "Linux {release} cannot id-map the layers of an overlay: 5.19 and later can"
+            "Linux {release} cannot id-map the layers of an overlay: use Linux 5.19 or later"
         )));
     }
-    let namespace = mapped_user_namespace().context(|| "make a user namespace")?;
+    let namespace = mapped_user_namespace().context(|| "create a user namespace")?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     open_tree(rustix::fs::CWD, directory, flags)
         .and_then(|tree| sys::idmap_mount(tree.as_fd(), &namespace))
@@ -342,9 +343,8 @@ fn kernel_version(release: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// A user namespace with an id mapping, held by a descriptor. The kernel
-/// creates one only together with a process, so a child process is needed for a
-/// moment.
+/// Creates a user namespace with an id mapping, and returns a descriptor of it. The kernel
+/// creates a namespace only for a process, so a child process is needed for a moment.
 fn mapped_user_namespace() -> Result<fs::File> {
     let failed = |what: &str| {
         let what = what.to_owned();

@@ -1,4 +1,4 @@
-//! The kernel's list of what is mounted in this process's mount namespace
+//! The kernel's list of the mounts in this process's mount namespace
 //! (proc_pid_mountinfo(5)).
 
 use std::ffi::OsString;
@@ -15,36 +15,37 @@ use crate::error::{Context, Error, ErrorKind, Result};
 pub struct Mounted {
     /// The mount's number.
     pub id: Vec<u8>,
-    /// The device of its file system, as `major:minor`.
+    /// The device of the mounted file system, as `major:minor`.
     pub device: String,
-    /// The directory of that file system that is mounted.
+    /// The directory of the file system that is visible at the mount point.
     pub root: PathBuf,
     /// The mount point.
     pub point: PathBuf,
-    /// Whether this mount is read-only; other mounts of the same file system may
-    /// not be.
+    /// Whether this mount is read-only. Another mount of the same file system may be
+    /// writable.
     pub is_read_only: bool,
     /// The type of the file system, such as `ext4`.
     pub file_system: String,
-    /// What was mounted, such as `/dev/sda1`.
+    /// The source of the mount, such as `/dev/sda1`.
     pub source: String,
     /// The file system's own options, separated by commas.
     pub options: String,
-    /// The directories of an overlay, as they were given to the kernel. Such a path may be
-    /// relative to a directory that only the mounting program knew, or may lead nowhere now.
+    /// The directories of an overlay, as they were given to the kernel. A path may be
+    /// relative to a directory that only the mounting program knew, or may not exist any
+    /// more.
     pub overlay: Vec<(Part, PathBuf)>,
 }
 
-/// What a directory is to an overlay.
+/// The role of a directory in an overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// The directory that receives what is written.
+    /// The directory that receives all writes.
     Upper,
-    /// A directory beneath it.
+    /// A directory beneath the upper one.
     Lower,
 }
 
-/// All mounts, in the kernel's order.
+/// Reads all mounts, in the kernel's order.
 ///
 /// # Errors
 ///
@@ -55,19 +56,19 @@ pub fn read() -> Result<Vec<Mounted>> {
         .map(|text| parse(&text))
 }
 
-/// The mounts of another process's mount namespace. `None` if the process has ended, or its
-/// list may not be read.
+/// Reads the mounts of another process's mount namespace; `None` if the process has ended,
+/// or the caller may not read its list.
 ///
 /// # Errors
 ///
-/// Those of [`read`].
+/// The same as in [`read`].
 pub(super) fn read_of(process: &str) -> Result<Option<Vec<Mounted>>> {
     let path = format!("/proc/{process}/mountinfo");
     if fs::File::open(&path).is_err() {
         return Ok(None);
     }
     let list = || match fs::read(&path) {
-        // The process has ended in the meantime.
+        // The process has ended since the first reading.
         Err(_) => Ok(Vec::new()),
         Ok(text) => Ok(text),
     };
@@ -75,9 +76,9 @@ pub(super) fn read_of(process: &str) -> Result<Option<Vec<Mounted>>> {
     Ok((!text.is_empty()).then(|| parse(&text)))
 }
 
-/// Reads the list until two readings are the same. The kernel writes it piece by piece,
-/// and before Linux 5.8 an unmount in between makes the next mount disappear from the
-/// reading. With one reading only, a directory that is mounted could be taken for an
+/// Reads the list of mounts until two readings are the same. The kernel returns the list
+/// piece by piece, and before Linux 5.8 an unmount in between makes the next mount missing
+/// in the reading. With one reading only, a mounted directory could be taken for an
 /// unmounted one, and be moved or deleted.
 fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     const MOST: u32 = 100;
@@ -95,12 +96,12 @@ fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u
     ))
 }
 
-/// The mount that an open file is on; `None` if it was unmounted since `mounts`
-/// were read.
+/// The mount that an open file is on; `None` if this mount is not in `mounts`, because it
+/// was unmounted before they were read.
 pub fn mount_of(fd: impl AsFd, mounts: &[Mounted]) -> Result<Option<&Mounted>> {
     let number = fd.as_fd().as_raw_fd();
     let said = fs::read(format!("/proc/self/fdinfo/{number}"))
-        .context(|| "ask on which mount a file is")?;
+        .context(|| "find out on which mount a file is")?;
     let id = said
         .split(|byte| *byte == b'\n')
         .find_map(|line| line.strip_prefix(b"mnt_id:"))

@@ -1,9 +1,9 @@
 //! The mounts of all mount namespaces that belong to the administrator.
 //!
-//! Every user may make a user namespace, mount namespaces in it, and any number of mounts
-//! there with any text for their options. Such a mount namespace proves nothing, and is not
-//! read. What a container engine mounts for a container with a user namespace is in the
-//! engine's own mount namespace as well.
+//! Every user may create a user namespace, mount namespaces in it, and any number of mounts
+//! there with any text as their options. Therefore, mount namespaces of other users prove
+//! nothing, and are not read. No mount is missed: a container engine's mounts for a container
+//! with a user namespace are in the engine's own mount namespace as well.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -20,21 +20,21 @@ use crate::error::{Context, Result};
 use crate::sys::namespaces::owner;
 use crate::util::cached_lookup::open_cached;
 
-/// The mounts of a mount namespace.
+/// A mount namespace and its mounts.
 pub struct Namespace {
     /// The root directory of a process in it, opened with O_PATH.
     root: OwnedFd,
     is_own: bool,
-    /// In the kernel's order.
+    /// The mounts, in the kernel's order.
     pub mounts: Vec<Mounted>,
 }
 
-/// A file of the machine: the device of its file system, and its inode.
+/// The device and the inode number of a file, which identify it on this host.
 pub type Inode = (Dev, u64);
 
-/// The mount namespace of this process, and then every other one that this process's user
-/// namespace owns and in which a process runs: a container engine may have mounted where only
-/// its own processes see it.
+/// Reads the mounts of this process's mount namespace, and of every other mount namespace
+/// that has a process and is owned by this process's user namespace. A container engine may
+/// have made mounts that only its own processes see.
 ///
 /// # Errors
 ///
@@ -86,13 +86,14 @@ pub fn read_everywhere() -> Result<Vec<Namespace>> {
 }
 
 impl Namespace {
-    /// The file to which an absolute path leads in this namespace, if the kernel can say it
-    /// without a disk: the path may lead to a share whose server does not answer. The kernel
-    /// has the directories of an overlay in memory while it is mounted.
+    /// The file to which an absolute path leads in this namespace; `None` if the kernel would
+    /// have to access a disk, because the path may lead to a server that does not answer.
+    /// The directories of a mounted overlay are always in the kernel's memory.
     pub fn inode_at(&self, path: &Path) -> Option<Inode> {
         match open_cached(&self.root, path, OFlags::empty(), ResolveFlags::IN_ROOT) {
             Ok(file) => inode(&file),
-            // Linux before 5.12 has no lookup that does not wait for the disk.
+            // Linux before 5.12 has no lookup without a disk. The plain lookup may wait
+            // for the disk.
             Err(Errno::INVAL | Errno::NOSYS) if self.is_own => {
                 stat(path).ok().map(|found| (found.st_dev, found.st_ino))
             }

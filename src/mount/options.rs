@@ -1,9 +1,9 @@
 //! The options that overlay mounts need on the running kernel, in addition to the
 //! configured ones.
 //!
-//! They are decided for each mount, because the overlay module may be loaded long after
-//! the start of the daemon, and its defaults can be changed at any time. As long as the
-//! module's parameters cannot be read, the kernel's version decides.
+//! The options are chosen for each mount, because the overlay module may be loaded long
+//! after the start of the daemon, and its defaults can be changed at any time. As long as
+//! the module's parameters cannot be read, the kernel's version decides.
 
 use std::fs;
 use std::path::Path;
@@ -11,10 +11,10 @@ use std::sync::OnceLock;
 
 use super::{kernel_release, kernel_version, probe_user_namespace};
 
-/// What is known about an overlay that is to be mounted.
+/// The facts about a new overlay mount on which its options depend.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted<'a> {
-    /// Options that the administrator has chosen; they are never changed.
+    /// Options that the administrator has configured; they are never changed.
     pub configured: &'a [String],
     /// Whether host directories may be among the lower directories.
     pub allows_host_dirs: bool,
@@ -33,9 +33,9 @@ pub fn overlay_options(wanted: &Wanted<'_>) -> Vec<String> {
     kernel.options(wanted)
 }
 
-/// The present value of a parameter of the overlay module, which is the default
-/// for mounts that do not set the option. `None` if the kernel does not have it,
-/// or has not loaded the module yet.
+/// The present value of a parameter of the overlay module. The value is the default for
+/// mounts that do not set the option. `None` if the kernel does not have the parameter, or
+/// has not loaded the module yet.
 fn module_parameter(name: &str) -> Option<String> {
     let path = Path::new("/sys/module/overlay/parameters").join(name);
     let text = fs::read_to_string(path).ok()?;
@@ -49,7 +49,7 @@ enum Unnamed {
     Unknown,
     Off,
     On,
-    /// The module is not loaded yet, or hides its parameters.
+    /// The default is unknown: the module is not loaded yet, or hides its parameters.
     OnOrOff,
 }
 
@@ -60,7 +60,8 @@ struct Kernel<P> {
 }
 
 impl<P: Fn(&str) -> Option<String>> Kernel<P> {
-    /// `since` is the first version of Linux whose module has that parameter.
+    /// The effect of leaving out the option `parameter`, which the overlay module has since
+    /// Linux `since`.
     fn unnamed(&self, parameter: &str, since: (u32, u32)) -> Unnamed {
         match (self.parameter)(parameter).as_deref() {
             Some("N") => Unnamed::Off,
@@ -76,27 +77,27 @@ impl<P: Fn(&str) -> Option<String>> Kernel<P> {
             !names.any(|configured| configured == Some(name))
         };
         let mut options = Vec::new();
-        // With an index, overlayfs mounts a container's upper directory only on the same
-        // inode of its topmost layer, which changes when the layer moves. The mount names
-        // the option even if the default is off, because the default may be switched on
-        // before the next mount of the container.
+        // With the option `index`, overlayfs refuses to mount a container's upper directory
+        // if the inode of its topmost layer has changed, which happens when the layer
+        // moves. The mount names the option even if the default is off, because the default
+        // may be switched on before the next mount of the container.
         let knows_index = self.version >= Some((4, 13)) || (self.parameter)("index").is_some();
         if is_free("index") && knows_index {
             options.push("index=off".to_owned());
         }
-        // With these options, an upper directory refers to files of its lower directories,
-        // and host directories change. Some kernels switch the options on by default.
+        // With these options, an upper directory refers to files of its lower directories.
+        // The references would break, because host directories change. Some kernels switch
+        // the options on by default.
         for (name, since) in [("metacopy", (4, 19)), ("redirect_dir", (4, 10))] {
             let may_be_on = || matches!(self.unnamed(name, since), Unnamed::On | Unnamed::OnOrOff);
             if wanted.allows_host_dirs && is_free(name) && may_be_on() {
                 options.push(format!("{name}=off"));
             }
         }
-        // Without xino, a directory's inode number changes while programs look at it,
-        // and files have another device number than their directory (overlayfs.rst,
-        // "Inode properties"). If it is the default, the mount does not name it,
-        // because BuildKit compares whole trees when it finds an option that it does
-        // not know.
+        // Without xino, a directory's inode number changes while programs use it, and
+        // files have another device number than their directory (overlayfs.rst, "Inode
+        // properties"). If xino is on by default, the mount does not name it, because
+        // BuildKit compares whole trees when it finds an option that it does not know.
         let may_be_off = || {
             matches!(
                 self.unnamed("xino_auto", (4, 17)),

@@ -1,6 +1,6 @@
 //! Planning the mount that shows a snapshot.
 //!
-//! Owns: which mount, which paths, and which options in which order. Other programs
+//! Owns: the type of the mount, its paths, and the order of its options. Other programs
 //! parse the options, so the order is that of containerd's own overlay snapshotter
 //! (`plugins/snapshots/overlay/overlay.go`, `mounts`). Pure: no I/O at all. All paths
 //! come from a `MountPath`, which has no character that would end an option or a lower
@@ -20,11 +20,11 @@ pub struct Plan<'a> {
     /// shortens long lists by their common directory, and id-maps that directory as one
     /// mount.
     pub lowers: &'a [String],
-    /// Host directories above the layers and beneath the snapshot's own
-    /// directory, the topmost first. They are links below `<root>`, so that a
-    /// long list can still be shortened.
+    /// Host directories above the layers and beneath the snapshot's own directory, the
+    /// topmost first. The paths are links below `<root>`, so that the mounting program can
+    /// shorten a long list.
     pub host_dirs: &'a [String],
-    /// `<root>/empty`.
+    /// The empty directory, `<root>/empty`.
     pub empty: &'a str,
     /// Whether a snapshot without a parent is an overlay over the empty directory
     /// rather than a bind mount. containerd writes the whiteouts of overlayfs
@@ -197,7 +197,7 @@ mod tests {
                 &[7, 4],
                 ":/root/snapshots/7/fs:/root/snapshots/4/fs",
             ),
-            // Binds otherwise.
+            // Without `over_empty`, these are bind mounts.
             (Kind::View, &[4], ":/root/snapshots/4/fs"),
             (Kind::Active, &[], ""),
             (Kind::View, &[], ":/root/empty"),

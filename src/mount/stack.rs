@@ -1,11 +1,11 @@
 //! Mounting an overlay with any number of layers.
 //!
 //! mount(2) takes all options as one string of at most a page, and the paths of
-//! many layers do not fit into it. Linux 6.7 takes layers one by one (`lowerdir+`,
-//! Documentation/filesystems/overlayfs.rst); before that version, names relative
-//! to the working directory are short enough. An older kernel reports only at the
-//! end that it does not know `lowerdir+` (`legacy_parse_param` in
-//! fs/fs_context.c), so the code looks at the kernel's version.
+//! many layers do not fit into a page. Linux 6.7 takes layers one by one (`lowerdir+`,
+//! Documentation/filesystems/overlayfs.rst). On older kernels, the paths are relative
+//! to the working directory, which makes them short enough. An older kernel reports
+//! only at the end that it does not know `lowerdir+` (`legacy_parse_param` in
+//! fs/fs_context.c), so the code compares the kernel's version.
 //!
 //! Mounts are nosuid and nodev: set-user-ID programs and devices in a layer are
 //! for containers, not for users of the host who can read the directory.
@@ -31,32 +31,30 @@ const LAYERS_ONE_BY_ONE: (u32, u32) = (6, 7);
 /// The longest value that fsconfig(2) takes.
 const MAX_VALUE_BYTES: usize = 255;
 
-/// An overlay to be mounted. All paths are absolute, and free of characters
-/// with a meaning in mount options.
+/// An overlay to be mounted. All paths are absolute, and contain no characters with a
+/// special meaning in mount options.
 #[derive(Debug)]
 pub struct Stack<'a> {
     /// The device name that mountinfo and df(1) show.
     pub source: &'a str,
-    /// The directory that most layers are below. On kernels before Linux 6.7, it
-    /// becomes the working directory of the process, which must not depend on another
-    /// one.
+    /// The directory that contains most layers. On kernels before Linux 6.7, it becomes the
+    /// working directory of the process, so the process must not use relative paths.
     pub base: Option<&'a str>,
     /// The lower directories, the topmost first: at least one, and at least two
     /// without an upper directory.
     pub lowers: &'a [String],
-    /// The upper and the work directory; without them the mount is read-only.
+    /// The upper and the work directory; `None` for a read-only mount.
     pub own: Option<&'a SnapshotPaths>,
     /// Further options, as for mount(8).
     pub options: &'a [String],
 }
 
 impl Stack<'_> {
-    /// Mounts the overlay on the directory `target`; `path` names it in
-    /// messages.
+    /// Mounts the overlay on the directory `target`; `path` is its path for error messages.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] with the kernel's message.
+    /// [`ErrorKind::FailedPrecondition`], which contains the kernel's message.
     pub fn mount(&self, target: impl AsFd, path: &Path) -> Result<()> {
         let is_long = |path: &String| path.len() > MAX_VALUE_BYTES;
         let own = self.own.iter().flat_map(|own| [&own.upper, &own.work]);
@@ -72,7 +70,8 @@ impl Stack<'_> {
         self.mount_by_string(target.as_fd(), path)
     }
 
-    /// On failure, returns the error number and the kernel's message.
+    /// Mounts the overlay with fsconfig(2), one call for each layer. On failure, returns the
+    /// error number and the kernel's message.
     fn mount_by_layers(&self, target: BorrowedFd<'_>) -> std::result::Result<(), (Errno, String)> {
         let plain = |errno| (errno, String::new());
         let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(plain)?;
@@ -113,8 +112,8 @@ impl Stack<'_> {
         fsconfig_create(context)
     }
 
-    /// Passes all options as one string, with the names of layers relative to
-    /// `base`.
+    /// Mounts the overlay with mount(2), which takes all options as one string. The names of
+    /// layers are relative to `base`.
     fn mount_by_string(&self, target: BorrowedFd<'_>, path: &Path) -> Result<()> {
         let mut data = String::from("lowerdir=");
         for (number, lower) in self.lowers.iter().enumerate() {
@@ -135,9 +134,9 @@ impl Stack<'_> {
         let most = page_size() - 1;
         if data.len() > most {
             return Err(Error::refused(format!(
-                "the mount options of {} layers are {} bytes long, and mount(2) accepts {most}: \
-                 Linux 6.7 and later can mount these layers, if no directory's path is longer \
-                 than {MAX_VALUE_BYTES} bytes",
+                "the mount options of {} layers are {} bytes long, but mount(2) accepts only \
+                 {most}: use Linux 6.7 or later, which can mount these layers if no directory's \
+                 path is longer than {MAX_VALUE_BYTES} bytes",
                 self.lowers.len(),
                 data.len()
             )));
@@ -153,17 +152,17 @@ impl Stack<'_> {
                 Error::caused(ErrorKind::FailedPrecondition, what, error)
             })?;
         }
-        // This path leads to the directory that was opened before, even if the
-        // directory was renamed or replaced since.
+        // This path leads to the directory that `target` has opened, even if another
+        // directory has its name by now.
         let target = format!("/proc/self/fd/{}", target.as_raw_fd());
         mount(self.source, target, "overlay", flags, Some(data.as_c_str()))
             .map_err(|errno| refused(path, errno, ""))
     }
 }
 
-/// The kernel's messages about a failed mount
-/// (`Documentation/filesystems/mount_api.rst`): lines that begin with a letter for
-/// their severity.
+/// Reads the kernel's messages about a failed mount
+/// (`Documentation/filesystems/mount_api.rst`). Each message begins with a letter for
+/// its severity, which is removed.
 fn said(context: &OwnedFd) -> String {
     let mut said = String::new();
     let mut line = [0_u8; 1024];

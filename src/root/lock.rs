@@ -1,5 +1,5 @@
-//! One daemon for each root: `<root>/lock`, locked with flock(2) by the running
-//! daemon. The kernel releases the lock however the daemon ends.
+//! Only one daemon may serve a root directory. The running daemon locks the file `<root>/lock`
+//! with flock(2), and the kernel releases the lock however the daemon ends.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,17 +20,17 @@ pub struct Lock {
 pub enum Acquired {
     /// The lock is taken.
     Lock(Lock),
-    /// The process of that number has the lock.
+    /// Another process has the lock: the one with this process number.
     Held(String),
 }
 
-/// Takes the lock of a root, if no process has it.
+/// Takes the lock of a root directory, if no other process has the lock.
 pub fn acquire(root: &Root) -> Result<Acquired> {
     let locking = || format!("lock {}/lock", root.path());
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let open = |flags| openat(root.fd(), "lock", flags, Mode::from_raw_mode(0o600));
     let file = match open(flags) {
-        // A command that only looks needs no writing.
+        // On a read-only file system, a command that only looks can take the lock all the same.
         Err(Errno::ROFS) => open(OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC),
         file => file,
     }
@@ -38,15 +38,14 @@ pub fn acquire(root: &Root) -> Result<Acquired> {
     if let Some(holder) = holder_of(&file, root)? {
         return Ok(Acquired::Held(holder));
     }
-    // The file names the process that has the lock. That it can be written is no
-    // condition.
+    // Only error messages of other processes use this number, so a failed write is ignored.
     let text = format!("{}\n", std::process::id());
     let _ = ftruncate(&file, 0).and_then(|()| write(&file, text.as_bytes()));
     Ok(Acquired::Lock(Lock { _file: file }))
 }
 
-/// Refuses a root whose lock another process has. Changes nothing, so that a daemon may
-/// start at any moment after.
+/// Returns an error if another process has the lock of the root directory. Does not take the
+/// lock, so a daemon may start at any moment after this check.
 ///
 /// # Errors
 ///
@@ -64,12 +63,12 @@ pub fn require_free(root: &Root) -> Result<()> {
     }
 }
 
-/// How long [`require`] waits for the lock: a command such as `status` takes it for a
-/// moment.
+/// How long [`require`] waits for the lock. A command such as `status` holds the lock only for
+/// a moment.
 const PATIENCE: Duration = Duration::from_secs(2);
 const BETWEEN: Duration = Duration::from_millis(20);
 
-/// Takes the lock of a root, and waits for it for two seconds at most.
+/// Takes the lock of a root directory. Waits at most two seconds for the lock.
 ///
 /// # Errors
 ///
@@ -88,7 +87,8 @@ pub fn require(root: &Root) -> Result<Lock> {
     }
 }
 
-/// Locks the file as long as it is open, or returns which process has locked it.
+/// Locks an open lock file. If another process has locked the file already, returns the number
+/// of that process.
 fn holder_of(file: &OwnedFd, root: &Root) -> Result<Option<String>> {
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => {
@@ -105,8 +105,8 @@ fn holder_of(file: &OwnedFd, root: &Root) -> Result<Option<String>> {
 
 fn held(root: &Root, holder: &str) -> Error {
     Error::refused(format!(
-        "another snapshotter (process {holder}) serves the root {path}, or checks it: \
-         stop that one, or give this one another --root-dir",
+        "another snapshotter (process {holder}) serves or checks the root directory {path}: stop \
+         that process, or give this one another --root-dir",
         path = root.path()
     ))
 }

@@ -1,5 +1,5 @@
-//! The root directory before the daemon serves: the lock, the record of which
-//! database belongs to the root, and the claim to the writable volume.
+//! What is checked in the root directory before the daemon serves: the lock, which database
+//! belongs to the root, and which disk is the writable volume.
 
 pub(crate) mod lock;
 pub(crate) mod open;

@@ -1,4 +1,5 @@
-//! Opening a root for a command that works beside the daemon or in its place.
+//! Opens a root directory for a command, which may run beside the daemon or only while the
+//! daemon is stopped.
 
 use std::process::{Command, Stdio};
 use std::thread;
@@ -12,7 +13,8 @@ use crate::store::{Completeness, Store};
 use crate::types::MountPath;
 use crate::volume::{Identity, Image, Volumes, require_mount};
 
-/// Refuses directories that are no mount points, if `--require-mount` was given.
+/// If `--require-mount` was given, returns an error if the root directory or the writable
+/// directory is not a mount point.
 ///
 /// # Errors
 ///
@@ -26,11 +28,12 @@ pub fn require_mounts(config: &Config) -> Result<()> {
     require_mount("--writable-dir", &config.writable)
 }
 
-/// Refuses a root directory that is no mount point.
+/// Returns an error if the root directory is not a mount point.
 ///
 /// # Errors
 ///
-/// As of [`require_mounts`].
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) naming the
+/// directory.
 pub fn require_mounted_root(config: &Config) -> Result<()> {
     require_mount("--root-dir", &config.root)
 }
@@ -38,24 +41,25 @@ pub fn require_mounted_root(config: &Config) -> Result<()> {
 /// What a command opens a root for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// To look, also beside a running daemon.
+    /// To read only. A daemon may be running.
     Look,
-    /// To change something: while no daemon is running, or by asking the one that is.
+    /// To change something. If a daemon is running, the command asks the daemon to do it.
     ChangeOrAsk,
-    /// To change something while no daemon is running.
+    /// To change something. No daemon may be running.
     Change,
 }
 
 /// An open root.
 pub struct Visit {
-    /// The lock of the root, so that no daemon starts meanwhile; `None` if one is
+    /// The lock of the root directory, so that no daemon can start. `None` if a daemon is
     /// running.
     pub lock: Option<Lock>,
-    /// What is known of the database before it was opened.
+    /// Whether the latest changes are missing from the database.
     pub completeness: Completeness,
     /// The database.
     pub store: Store,
-    /// Both volumes; the writable one as the database knows it.
+    /// Both volumes. The writable volume is only used if it is the one that the database has
+    /// recorded.
     pub volumes: Volumes,
 }
 
@@ -63,11 +67,13 @@ pub struct Visit {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if no
-/// daemon has ever served there, or if one is running and in the way.
+/// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if no daemon
+/// has ever served this root directory, or if a daemon is running and `purpose` does not permit
+/// that.
 pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
     let root = Image::open_existing_root(&config.root)?;
-    // Before the lock, which is a file: a bare mount point stays bare.
+    // This check comes before the lock, because taking the lock creates a file, and nothing may
+    // be created on a bare mount point.
     state::require_served(&root, config)?;
     if purpose != Purpose::Look {
         root.require_own()?;
@@ -77,7 +83,7 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
         Acquired::Held(_) if purpose != Purpose::Change => None,
         Acquired::Held(holder) => {
             return Err(Error::refused(format!(
-                "the daemon that serves {} is running (process {holder}): stop it first",
+                "the daemon that serves {} is running (process {holder}): stop the daemon first",
                 config.root
             )));
         }
@@ -104,16 +110,17 @@ pub fn visit(config: &Config, purpose: Purpose) -> Result<Visit> {
 const PATIENCE: Duration = Duration::from_secs(10);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
-/// The hidden argument, with a path after it, with which this program is started as the
-/// child that asks whether the writable volume answers.
+/// A hidden argument, followed by a path: this process is the child process that reads from the
+/// writable volume at this path (see [`answers`]).
 pub const ASK_CHILD: &str = "--ask-for-mark";
 
-/// Whether what is at the path of a writable volume answers. A child asks: a process with a
-/// thread that waits for a dead disk does not end.
+/// Whether the disk of the writable volume at `path` answers. A child process reads from the
+/// disk, because a process with a thread that waits for a dead disk cannot end.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Internal`](crate::error::ErrorKind::Internal) if the system gives no child.
+/// [`ErrorKind::Internal`](crate::error::ErrorKind::Internal) if no child process can be
+/// started.
 pub fn answers(path: &MountPath) -> Result<bool> {
     let mut child = Command::new("/proc/self/exe")
         .args([ASK_CHILD, path])
@@ -129,7 +136,7 @@ pub fn answers(path: &MountPath) -> Result<bool> {
         .is_none()
     {
         if Instant::now() >= deadline {
-            // It ends at once, or when the disk answers.
+            // The child may end only when the disk answers, so nothing waits for its end.
             let _ = child.kill();
             return Ok(false);
         }
@@ -138,8 +145,9 @@ pub fn answers(path: &MountPath) -> Result<bool> {
     Ok(true)
 }
 
-/// The identities that the database has recorded: the root's, as in its file `state`,
-/// and the writable volume's, as in its `.volume`.
+/// The two identities that the database has recorded: its own, which is also in the file
+/// `state` of the root directory, and the writable volume's, which is also in the file
+/// `.volume` of that volume.
 pub fn identities(store: &Store) -> Result<[Option<String>; 2]> {
     let reader = store.read()?;
     Ok([

@@ -1,10 +1,10 @@
-//! Finding the database that belongs to a root, and creating one only if there was
-//! nothing before: with an empty database beside existing layers, containerd would
-//! delete all of them.
+//! Finds the database that belongs to a root directory, and creates a new one only if the root
+//! holds no layers: with an empty database beside existing layers, all of them would be lost
+//! for containerd.
 //!
-//! `<root>/state` records which database it is, and where. After a crash during the
-//! first start, the database may exist without any snapshots while `state` is missing.
-//! Only such a database is accepted without it.
+//! The file `<root>/state` records the path and the identity of the root's database. After a
+//! crash during the first start, this file may be missing while the database exists. Without
+//! the file, only a database that was never used is accepted.
 
 use std::path::{Path, PathBuf};
 
@@ -23,9 +23,9 @@ use crate::volume::{Identity, Image, Root, replace_file};
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if the database is another program's,
-/// missing, or another root's, with the disk to look for;
-/// [`ErrorKind::DataLoss`] if it is damaged or not the latest, with what to do.
+/// [`ErrorKind::FailedPrecondition`] if the database is missing, or belongs to another program
+/// or another root. The text says which disk or flag to check. [`ErrorKind::DataLoss`] if the
+/// database is damaged, or if its latest changes are missing. The text says what to do.
 pub fn open(root: &Root, config: &Config) -> Result<Store> {
     let path = Path::new(&config.state_dir).join(DATABASE);
     let in_root = Path::new(&config.root).join(DATABASE);
@@ -42,7 +42,7 @@ pub fn open(root: &Root, config: &Config) -> Result<Store> {
         (None, _) => adopt_untouched(root, config, &path),
     };
     let store = opened.map_err(|error| with_way_back(error, &path))?;
-    // An interrupted repair may have given a copy a log.
+    // After an interrupted repair, a copy of an earlier state may have a log of its own.
     let copied = store.read()?.copied()?;
     match copied {
         Some(made) => Err(outdated(&path, &made)),
@@ -50,13 +50,13 @@ pub fn open(root: &Root, config: &Config) -> Result<Store> {
     }
 }
 
-/// Opens the database of a root that has been in use, to inspect or repair it. The
-/// latest changes may be missing in it.
+/// Opens the existing database of a root directory, to inspect or repair it. A database whose
+/// latest changes are missing is accepted.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if there is none, or it is another root's;
-/// [`ErrorKind::DataLoss`] if it is damaged, with what to do.
+/// [`ErrorKind::FailedPrecondition`] if the root has no database, or if the database belongs to
+/// another root. [`ErrorKind::DataLoss`] if the database is damaged. The text says what to do.
 pub fn open_existing(
     root: &Root,
     config: &Config,
@@ -81,7 +81,7 @@ pub fn open_existing(
     Ok((store, completeness))
 }
 
-/// Returns an error for a root that no snapshotter has ever served.
+/// Returns an error if no snapshotter has ever served this root directory.
 pub fn require_served(root: &Root, config: &Config) -> Result<()> {
     match read_state(root, config)? {
         Some(_) => Ok(()),
@@ -91,13 +91,13 @@ pub fn require_served(root: &Root, config: &Config) -> Result<()> {
 
 fn never_served(config: &Config) -> Error {
     Error::refused(format!(
-        "{} has no file \"state\": no snapshotter has ever served it; give the --root-dir of one \
-         that has",
+        "the directory {} has no file \"state\", so no snapshotter has ever served it: mount its \
+         disk, or give the --root-dir that the daemon has",
         config.root
     ))
 }
 
-/// Adds what to do to the error of a damaged database.
+/// Adds to the error about a damaged database what the user can do.
 fn with_way_back(error: Error, path: &Path) -> Error {
     if error.kind() != ErrorKind::DataLoss {
         return error;
@@ -105,16 +105,16 @@ fn with_way_back(error: Error, path: &Path) -> Error {
     let shown = path.display();
     let way_back = match Path::new(&format!("{shown}.copy")).exists() {
         true => format!(
-            "an earlier state of it is in {shown}.copy: move {shown} and {shown}-wal away, copy \
-             {shown}.copy to {shown}, and run `check --repair`"
+            "to go on with the earlier state in {shown}.copy, move {shown} and {shown}-wal away, \
+             copy {shown}.copy to {shown}, and run `check --repair`"
         ),
-        false => "restore it from a backup and run `check --repair`".to_owned(),
+        false => "restore the database from a backup and run `check --repair`".to_owned(),
     };
     error.while_doing(format!("the database {shown} cannot be used; {way_back}"))
 }
 
-/// Returns an error for a database that has forgotten acknowledged changes. With it, the
-/// daemon would report to containerd that these snapshots do not exist, and would treat
+/// Returns an error if acknowledged changes are missing from the database at `path`. With such
+/// a database, the daemon would deny that the snapshots of these changes exist, and would treat
 /// their directories as strays.
 fn require_latest(path: &Path) -> Result<()> {
     let shown = path.display();
@@ -122,13 +122,13 @@ fn require_latest(path: &Path) -> Result<()> {
         Completeness::Whole => return Ok(()),
         Completeness::LogMissing => format!(
             "the database {shown} was in use, and its log {shown}-wal, with the latest changes, \
-             is missing or empty: put it back, or, if it is lost, run `check --repair`, which \
-             goes on without them"
+             is missing or empty: put the log back, or, if the log is lost, run `check --repair`, \
+             which goes on without these changes"
         ),
         Completeness::Copy(made) => return Err(outdated(path, &made)),
         Completeness::CopyWithLog(made) => format!(
             "the database {shown} is a copy of an earlier state, made {made}, and {shown}-wal is \
-             not its log: move that file away, then run `check --repair`"
+             not its log: move {shown}-wal away, then run `check --repair`"
         ),
     };
     Err(Error::data_loss(why))
@@ -136,28 +136,28 @@ fn require_latest(path: &Path) -> Result<()> {
 
 fn outdated(path: &Path, made: &str) -> Error {
     Error::data_loss(format!(
-        "the database {} is a copy of an earlier state, made {made}: run `check --repair` \
-         first, which sets aside what it does not know",
+        "the database {} is a copy of an earlier state, made {made}: run `check --repair` first, \
+         which sets aside the directories that this copy does not know",
         path.display()
     ))
 }
 
-/// Returns an error for a file that cannot be our database. If `state` names its
-/// path, a file that is not ours any more is damaged.
+/// Returns an error if the file at `path` is not a database of this program. If `state` names
+/// this path, the file was the root's database once, and is damaged now.
 fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
     let shown = path.display();
     let why = match probe_format(path)? {
         format @ (FileFormat::Absent | FileFormat::Ours) => return Ok(format),
         FileFormat::Bolt => {
-            "is the database of a Go snapshotter (bbolt): take its snapshots over with the \
+            "is the database of a Go snapshotter (bbolt): take over its snapshots with the \
              command `import`, or give another --root-dir"
         }
         _ if state.is_some_and(|state| state.database == path) => {
-            let error = Error::data_loss("its first bytes are damaged");
+            let error = Error::data_loss("the first bytes of the file are damaged");
             return Err(with_way_back(error, path));
         }
         FileFormat::OtherSqlite => "is the database of another program: give another --root-dir",
-        FileFormat::Unknown => "is no database of this program: give another --root-dir",
+        FileFormat::Unknown => "is not a database of this program: give another --root-dir",
     };
     Err(Error::refused(format!("{shown} {why}")))
 }
@@ -165,19 +165,19 @@ fn require_ours(path: &Path, state: Option<&State>) -> Result<FileFormat> {
 fn missing(state: &State, path: &Path) -> Error {
     let shown = path.display();
     if state.database == path && path.exists() {
-        return Error::data_loss("it is empty");
+        return Error::data_loss("the file is empty");
     }
     if state.database == path {
         return Error::refused(format!(
-            "the database {shown} is missing, but it was there before: mount the disk it is on \
-             (it has the identity {}), or restore it from a backup",
+            "the database {shown} is missing, but it was there before: mount the disk of the \
+             database (identity {}), or restore the database from a backup",
             state.identity
         ));
     }
     let was = state.database.display();
     Error::refused(format!(
-        "there is no database {shown}: that of this root is {was}; give the --state-dir it had, \
-         or move the file (with its -wal, if there is one)"
+        "there is no database {shown}: the database of this root is {was}; give the directory of \
+         {was} as --state-dir, or move {was} (and {was}-wal, if it exists) to {shown}"
     ))
 }
 
@@ -193,8 +193,8 @@ fn create(root: &Root, config: &Config, path: &Path) -> Result<Store> {
 fn require_no_snapshots(root: &Root, config: &Config, path: &Path) -> Result<()> {
     if Image::holds_snapshots(root)? {
         return Err(Error::refused(format!(
-            "{}/snapshots holds layers, but their database {} is not there: mount the disk it \
-             is on, give the right --state-dir, or restore it from a backup",
+            "{}/snapshots holds layers, but their database {} is not there: mount the disk of the \
+             database, give the right --state-dir, or restore the database from a backup",
             config.root,
             path.display()
         )));
@@ -260,8 +260,8 @@ pub(crate) fn recorded(root: &Root, config: &Config) -> Result<Option<PathBuf>> 
     read_state(root, config).map(|state| state.map(|state| state.database))
 }
 
-/// Whether the database at `path` is the root's, and was closed properly. Only the
-/// file itself is read.
+/// Whether the database at `path` belongs to the root and was closed properly. Reads only the
+/// database file, and not its log.
 pub(crate) fn is_at_rest(root: &Root, config: &Config, path: &Path) -> Result<bool> {
     let state = read_state(root, config)?;
     let is_known = state.is_some_and(|state| {
@@ -288,7 +288,7 @@ fn open_known(root: &Root, config: &Config, path: &Path, state: &State) -> Resul
     Ok(store)
 }
 
-/// Opens the database at `path`, and returns an error if it is another root's.
+/// Opens the database at `path`. Returns an error if the database belongs to another root.
 fn open_own(
     root: &Root,
     path: &Path,
@@ -308,8 +308,9 @@ fn open_own(
             state.identity
         )))
     };
-    // Opening changes the file, which another root's daemon may be using. If no identity
-    // can be read yet, the file is damaged, or the identity is still in the log.
+    // Another root's daemon may be using the file, and opening changes it, so the identity is
+    // read before. If the identity cannot be read, the file is damaged, or the identity is
+    // still in the log.
     if let found @ Some(_) = peek_fact(path, Identity::FACT) {
         refuse_other(found)?;
     }

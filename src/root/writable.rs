@@ -1,5 +1,5 @@
-//! Taking the writable volume into use: it is marked at the first start, recognised
-//! at later ones, and probed whether containers can write there.
+//! Takes the writable volume into use: marks it at the first start, recognises it at later
+//! starts, and probes whether containers can write there.
 
 use std::path::Path;
 
@@ -9,22 +9,23 @@ use crate::store::Store;
 use crate::types::Volume;
 use crate::volume::{Claim, Holding, Identity, Lifetime, PROBE, Volumes};
 
-/// Facts in the database: the volume's identity, and whether its mark is known
-/// to be on the disk. The first is recorded before the mark is written, so
-/// that a crash in between does not look like a disk that is not mounted.
+/// A fact in the database: the identity of the writable volume. The database records it before
+/// the volume's mark is written, so that a crash in between does not look like a disk that is
+/// not mounted.
 pub(super) const IDENTITY: &str = "writable_volume";
+/// A fact in the database: the writable volume is known to carry its mark.
 const CLAIMED: &str = "writable_volume_claimed";
-/// The circumstances in which the volume could hold overlayfs's upper directories.
+/// A fact in the database: the [`circumstances`] of the last successful probe.
 const PROBED: &str = "writable_volume_probed";
 
-/// Binds the writable directory to the identity in the database, and marks it if that was
-/// not done yet. If the volume is missing at a later start, that is no error: the daemon
-/// serves requests that do not need it.
+/// Makes the program expect the volume with the recorded identity in the writable directory.
+/// Marks the directory if it was never marked. A volume that is missing at a later start is not
+/// an error: the daemon then serves requests that do not need the volume.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if at the first start the directory belongs to
-/// another root, or if it cannot hold overlayfs's upper directories.
+/// [`ErrorKind::FailedPrecondition`] if the directory was never marked, and it belongs to
+/// another root or cannot hold overlayfs's upper directories.
 pub fn set_up(
     volumes: &Volumes,
     store: &Store,
@@ -39,8 +40,8 @@ pub fn set_up(
         is_claimed && lifetime == Lifetime::UntilReboot && is_emptied(volumes, &identity)?;
     if begins_anew {
         log::warn!(
-            "the writable volume {} is empty, as after a reboot: containers start from their \
-             images",
+            "the writable volume {} is empty, as is normal after a reboot with \
+             --writable-volatile: containers start from their images again",
             volumes.writable_path()
         );
     }
@@ -50,25 +51,25 @@ pub fn set_up(
         return Ok(());
     }
     volumes.expect_writable(identity);
-    // If the volume is missing, recovery reports that, with what it means.
+    // A missing volume is not reported here, because recovery logs it with the consequences.
     if volumes.open(Volume::Writable).is_ok() {
         probe_again(volumes, store, mount_options);
     }
     Ok(())
 }
 
-/// Refuses an image volume whose file system cannot hold layers, before the first snapshot
-/// is made. Later, one that is full or has become read-only must not prevent what can still
-/// be done.
+/// Returns an error if the file system of the image volume cannot hold layers. Checks this only
+/// before the first snapshot is made: later, a file system that is full or read-only must not
+/// keep the daemon from starting.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] saying what it cannot do.
+/// [`ErrorKind::FailedPrecondition`] saying what the file system cannot do.
 pub fn require_layers(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
     if !store.read()?.is_untouched()? {
         return Ok(());
     }
-    // In the trash, so that what a crash leaves is deleted with it.
+    // The probe works in the trash, so that files left by a crash are deleted with the trash.
     let image = volumes.image().dirs();
     image.trash_fd()?;
     let directory = format!("{}/trash", image.path());
@@ -83,12 +84,12 @@ pub fn require_layers(volumes: &Volumes, store: &Store, mount_options: &[String]
     probed.and(clear_probe(&directory))
 }
 
-/// Makes the writable directory, with the snapshots that are there already, the volume
-/// that the database knows. An import then enters those snapshots.
+/// Makes a directory that already holds snapshots the writable volume of the database. For the
+/// command `import`, which then enters these snapshots into the database.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if it belongs to another root, or if it cannot hold
+/// [`ErrorKind::FailedPrecondition`] if the directory belongs to another root, or cannot hold
 /// overlayfs's upper directories.
 pub fn adopt(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
     let identity = match known(store)? {
@@ -104,8 +105,8 @@ pub fn adopt(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Resu
     Ok(())
 }
 
-/// What the result of a probe depends on: with another kernel, on another file system
-/// or with other mount options the volume is probed again.
+/// Names everything that the result of a probe depends on: the kernel, the file system and the
+/// mount options. After a change of one of them, the volume is probed again.
 fn circumstances(volumes: &Volumes, mount_options: &[String]) -> Result<String> {
     Ok(format!(
         "{} {} {}",
@@ -115,9 +116,8 @@ fn circumstances(volumes: &Volumes, mount_options: &[String]) -> Result<String> 
     ))
 }
 
-/// Probes again whether a volume that was taken into use earlier can hold what
-/// containers write, and only logs a failure: a volume that is full or has become
-/// read-only must not prevent what can still be done.
+/// Probes the writable volume again if the [`circumstances`] have changed. Only logs a failure:
+/// a volume that is full or read-only must not keep the daemon from starting.
 fn probe_again(volumes: &Volumes, store: &Store, mount_options: &[String]) {
     let probed = || {
         let now = circumstances(volumes, mount_options)?;
@@ -130,11 +130,16 @@ fn probe_again(volumes: &Volumes, store: &Store, mount_options: &[String]) {
         transaction.commit()
     };
     if let Err(error) = probed() {
-        log::warn!("{}", error.chain());
+        log::warn!(
+            "the writable volume {} has failed a probe, so containers may fail to start: {}",
+            volumes.writable_path(),
+            error.chain()
+        );
     }
 }
 
-/// Expects the writable volume that the database knows, if it knows one.
+/// Makes the program expect the writable volume that the database has recorded, if there is
+/// one.
 pub fn expect_recorded(volumes: &Volumes, store: &Store) -> Result<()> {
     if let Some((identity, _)) = known(store)? {
         volumes.expect_writable(identity);
@@ -147,7 +152,7 @@ pub fn expect_recorded(volumes: &Volumes, store: &Store) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::DataLoss`] if what the database has recorded is no identity.
+/// [`ErrorKind::DataLoss`] if the recorded text is not an identity.
 pub fn known(store: &Store) -> Result<Option<(Identity, bool)>> {
     let rows = store.read()?;
     let is_claimed = rows.fact(CLAIMED)?.is_some();
@@ -155,20 +160,21 @@ pub fn known(store: &Store) -> Result<Option<(Identity, bool)>> {
         return Ok(None);
     };
     let identity = Identity::parse(&text).ok_or_else(|| {
-        let what = format!("the database is damaged: the writable volume is {text:?}");
+        let what =
+            format!("the database is damaged: its identity of the writable volume is {text:?}");
         Error::data_loss(what)
     })?;
     Ok(Some((identity, is_claimed)))
 }
 
-/// Replaces the writable volume that the database knows, which is not coming back, by a
-/// new one, which [`set_up`] then marks. The writable directory is examined first, so
-/// that a refusal leaves everything as it was.
+/// Gives up a writable volume that is lost: records a new identity in the database, with which
+/// [`set_up`] then marks the writable directory. The directory is examined first, so that a
+/// refusal changes nothing.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if the volume is there, if the directory is
-/// another root's volume, holds snapshots or cannot hold upper directories.
+/// [`ErrorKind::FailedPrecondition`] if the volume is not lost, or if the directory is another
+/// root's volume, holds snapshots or cannot hold upper directories.
 pub fn give_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Result<()> {
     let path = volumes.writable_path();
     match volumes.open(Volume::Writable) {
@@ -178,7 +184,7 @@ pub fn give_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Re
             )));
         }
         Err(error) if error.kind() == ErrorKind::FailedPrecondition => {}
-        // The volume's own disk may have failed: then the volume is not missing.
+        // Any other error may come from a failed disk, whose volume is not missing.
         Err(error) => return Err(error),
     }
     volumes.require_writable_mounted()?;
@@ -191,16 +197,17 @@ pub fn give_up(volumes: &Volumes, store: &Store, mount_options: &[String]) -> Re
     transaction.commit()
 }
 
-/// Refuses a directory that is marked as another volume, or that has something
-/// where snapshots and trash would be: that would be taken for strays.
+/// Returns an error if the writable directory is marked as another volume, or has entries in
+/// `snapshots` or `trash`, which would be taken for strays.
 fn require_free(volumes: &Volumes, identity: &Identity) -> Result<()> {
     let path = volumes.writable_path();
     match volumes.look_at_writable(identity)? {
         Claim::Foreign(other) => Err(foreign(path, &other)),
         Claim::Free if volumes.writable_holding()? == Holding::OurNames => {
             Err(Error::refused(format!(
-                "the writable directory {path} has no mark, and something in {path}/snapshots or \
-                 {path}/trash: give another --writable-dir, or move that away"
+                "the writable directory {path} has no mark, but there are files in \
+                 {path}/snapshots or {path}/trash: give another --writable-dir, or move these \
+                 files away"
             )))
         }
         Claim::Ours | Claim::Free => Ok(()),
@@ -210,12 +217,12 @@ fn require_free(volumes: &Volumes, identity: &Identity) -> Result<()> {
 fn foreign(path: &str, other: &Identity) -> Error {
     Error::refused(format!(
         "the writable directory {path} is the volume {other} of another root: give another \
-         --writable-dir, or, if nothing else uses it, empty it and remove {path}/.volume"
+         --writable-dir, or, if no other snapshotter uses {path}, empty it and remove \
+         {path}/.volume"
     ))
 }
 
-/// Whether the writable directory is a volume that has been emptied: it is mounted, and
-/// nothing is in it. If it is anything else, the volume is missing.
+/// Whether the writable directory is a mount point without any entries, as after a reboot.
 fn is_emptied(volumes: &Volumes, identity: &Identity) -> Result<bool> {
     // `look_at_writable` creates the directory, so it must not come first.
     Ok(volumes.is_writable_mounted_anew()?
@@ -235,8 +242,8 @@ fn claim(
     mark(volumes, store, identity, mount_options)
 }
 
-/// Probes the directory and then marks it: an unsuitable directory is left as it was,
-/// and the next start may take another.
+/// Probes the writable directory before marking it: a directory that is not suitable stays as
+/// it was, and the next start can use another one.
 fn mark(
     volumes: &Volumes,
     store: &Store,
@@ -253,15 +260,16 @@ fn mark(
     transaction.commit()
 }
 
-/// Records which volume is about to be marked. A refusal comes before this: the database
-/// must not name a volume that never was.
+/// Records the identity of the volume that is about to be marked. Callers check the directory
+/// before: the database must not name a volume that was never marked.
 fn record(store: &Store, identity: &Identity) -> Result<()> {
     let mut transaction = store.write()?;
     transaction.record_fact(IDENTITY, &identity.to_string())?;
     transaction.commit()
 }
 
-/// Probes in a directory of its own, which the next start removes if a crash leaves it.
+/// Probes whether the writable volume can hold overlayfs's upper directories. Uses a directory
+/// of its own, which the next start removes if a crash leaves it.
 fn probe(volumes: &Volumes, mount_options: &[String]) -> Result<()> {
     let scratch = Path::new(volumes.writable_path()).join(PROBE);
     clear_probe(volumes.writable_path())?;
@@ -272,11 +280,12 @@ fn probe(volumes: &Volumes, mount_options: &[String]) -> Result<()> {
             volumes.writable_path()
         )
     });
-    // Also after a failure: a refused directory is left as it was.
+    // The probe's directory is removed even after a failure, so that a refused directory stays
+    // as it was.
     probed.and(clear_probe(volumes.writable_path()))
 }
 
-/// Removes what a probe that was cut short has left in the writable directory.
+/// Removes the files that an interrupted probe has left in the writable directory.
 pub fn clear_probe(writable: &str) -> Result<()> {
     let scratch = Path::new(writable).join(PROBE);
     mount::unmount_stale(&scratch.join(mount::MERGED));

@@ -27,17 +27,17 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::snapshotter::{Caller, Snapshotter};
 use crate::util::lock::lock;
 
-/// The result for the client: an encoded message, several of them, or an error.
+/// What the client gets: one encoded message, several encoded messages, or an error.
 pub(super) type Answer<T> = std::result::Result<T, RpcStatus>;
 
 /// The encoded messages of a stream.
 pub(super) type Pages = Vec<Vec<u8>>;
 
-/// The result of the part of a request that waits for no disk.
+/// The result of the first part of a request, which waits for no disk.
 pub(super) enum Begun<A> {
-    /// The answer.
+    /// The request already has its answer.
     Answered(A),
-    /// The kind of work that the request needs a thread for.
+    /// The request needs a thread for work of this kind.
     Needs(Work),
 }
 
@@ -46,8 +46,7 @@ pub(super) enum Begun<A> {
 pub(super) enum Beginning<Q, A> {
     /// All requests need a thread for work of the same kind.
     Always(Work),
-    /// The function decides for each request. It waits for no disk other than
-    /// the database's.
+    /// This function decides for each request. It waits for no disk other than the database's.
     Asked(fn(&Snapshotter, Q) -> Result<Begun<A>>),
 }
 
@@ -84,8 +83,8 @@ pub(super) fn unary<Q: Message, A: Message>(
                         turn?;
                         encode(&operation(&answering.snapshotter, decode(&request)?)?)
                     });
-                    // Sent from this thread, because the poll thread would send it
-                    // two wake-ups later.
+                    // The answer is sent from this thread, because sending from gRPC's poll
+                    // thread would take two more wake-ups.
                     answering.sending.keep(respond(sink, answer));
                 });
             }
@@ -98,8 +97,8 @@ pub(super) fn unary<Q: Message, A: Message>(
     builder.add_unary_handler(&method.on_wire(MethodType::Unary), handler)
 }
 
-/// Registers a method that answers with a stream. All pages are created at once, so
-/// that the answer is of one moment. A reader that stalls then holds memory, which
+/// Registers a method that answers with a stream. All pages are created before the first one is
+/// sent, so that they show the same moment. A client that reads slowly then holds memory, which
 /// [`UnsentAnswers`] bounds, but no worker and no transaction.
 pub(super) fn stream(
     builder: ServiceBuilder,
@@ -131,8 +130,8 @@ pub(super) fn stream(
     builder.add_server_streaming_handler(&method.on_wire(MethodType::ServerStreaming), handler)
 }
 
-/// Sends the answer once a worker has provided it. If the client goes before that,
-/// `caller` is marked as gone.
+/// Sends the answer once a worker has provided it. If the client leaves before, marks `caller`
+/// as gone.
 pub(super) fn answer_later(
     context: &RpcContext<'_>,
     mut sink: ServerStreamingSink<Vec<u8>>,
@@ -235,8 +234,10 @@ impl Call {
         catch_unwind(AssertUnwindSafe(operation)).unwrap_or_else(|_| {
             // The panic handler has already printed the message.
             let name = self.method.name();
-            let what =
-                format!("{name} failed because of a bug in this program; its log shows where");
+            let what = format!(
+                "{name} failed because of a bug in this program: the log of the daemon shows \
+                 where, please report it"
+            );
             Err(Error::new(ErrorKind::Internal, what))
         })
     }
@@ -276,8 +277,8 @@ impl Call {
 
 fn level_of(kind: ErrorKind) -> Level {
     match kind {
-        // These errors are common, and containerd expects them: it looks for snapshots
-        // before it creates them, and creates some that exist.
+        // containerd expects these errors: it looks for snapshots before they exist, and
+        // creates snapshots that exist already.
         ErrorKind::NotFound | ErrorKind::AlreadyExists | ErrorKind::Cancelled => Level::Debug,
         ErrorKind::InvalidArgument | ErrorKind::FailedPrecondition | ErrorKind::Unavailable => {
             Level::Warn

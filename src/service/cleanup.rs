@@ -1,11 +1,11 @@
-//! Cleanup, first of the image volume and then of the writable one. On each volume, one
-//! cleanup runs at a time, and callers that arrive meanwhile share the next one. A volume
-//! that does not answer does not keep the other one from being cleaned.
+//! The method Cleanup, which cleans the image volume and then the writable volume. On each
+//! volume, one cleanup runs at a time, and callers that arrive while it runs share the next
+//! one. A volume that does not answer does not keep the other volume from being cleaned.
 //!
-//! A Cleanup frees everything that was removed before it was called, so a caller cannot
-//! share one that has begun. The callers wait without a thread, each at most as long as
-//! its client does. Each cleanup has a thread of its own, because freeing space must not
-//! wait for walks through containers' files.
+//! A Cleanup has to free everything that was removed before the call, so a caller cannot share
+//! a cleanup that has already begun. The callers wait without a thread, each at most as long as
+//! its client does. Each cleanup has a thread of its own, because freeing space must not wait
+//! for walks through containers' files.
 
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -24,20 +24,20 @@ use crate::snapshotter::Caller;
 use crate::types::Volume;
 use crate::util::lock::lock;
 
-/// The callers that wait for a Cleanup of each volume.
+/// For each volume: whether a cleanup runs, and the callers that wait for the next one.
 #[derive(Default)]
 pub(super) struct Cleanups([Mutex<State>; 2]);
 
 #[derive(Default)]
 struct State {
     is_running: bool,
-    /// The callers that the next Cleanup is for.
+    /// The callers that wait for the next cleanup.
     waiting: Vec<Waiter>,
 }
 
 struct Waiter {
     call: Call,
-    /// The result on the image volume, once there is one.
+    /// The result of cleaning the image volume, once that is done.
     image: Result<()>,
     sender: Sender<Answer<Sending>>,
     /// Makes a stop wait for this request.
@@ -66,8 +66,8 @@ pub(super) fn register(builder: ServiceBuilder, service: &Arc<Service>) -> Servi
             });
             answer_later(&context, sink, admitted, Caller::default());
         };
-    // A stream on the wire is the same as a single answer, but only a stream's sink
-    // reports that the client has gone.
+    // Cleanup is registered as a stream, because only a stream's sink reports that the client
+    // has gone. On the wire, a stream of one message looks like a single answer.
     let method = Method::Cleanup.on_wire(MethodType::ServerStreaming);
     builder.add_server_streaming_handler(&method, handler)
 }
@@ -95,7 +95,9 @@ impl Service {
             };
             let thread = thread::Builder::new().name("cleanup".to_owned());
             if let Err(error) = thread.spawn(clean_up()) {
-                log::error!("cannot start a thread for a Cleanup: {error}");
+                log::error!(
+                    "cannot start a thread for a Cleanup, so a worker thread runs it: {error}"
+                );
                 let (running, clean_up) = (first.running.share(), clean_up());
                 let work = (Work::Long, Box::new(|| false) as GivenUp);
                 self.pool.submit(running, work, move |_| clean_up());

@@ -1,4 +1,4 @@
-//! Converting our types to messages.
+//! Converts the types of this program to the messages of containerd's API.
 
 use protobuf::well_known_types::timestamp::Timestamp as WireTimestamp;
 
@@ -6,8 +6,8 @@ use crate::proto::mount::Mount as WireMount;
 use crate::proto::snapshots as api;
 use crate::types::{Info, Kind, Mount, Timestamp};
 
-/// Converts mounts for an answer. Their target stays empty, so the mount point itself
-/// is mounted on.
+/// Converts mounts for an answer. The messages have no target, which means the mount point
+/// itself and not a directory in it.
 pub fn mounts(mounts: Vec<Mount>) -> Vec<WireMount> {
     mounts
         .into_iter()

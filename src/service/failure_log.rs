@@ -1,9 +1,9 @@
-//! Which failed requests get a line in the log.
+//! Decides which failed requests get a line in the log.
 //!
-//! Clients try again, and some requests come from an image or a pod, so refused requests
-//! can arrive without end. Therefore each method with each kind of error gets a limited
-//! number of lines per minute, and the number of further failures is logged afterwards.
-//! The limit is for each kind, so that refused requests do not hide one that has lost
+//! Clients try again, and some requests come from an image or a pod, so refused requests can
+//! arrive without end. Therefore each method with each kind of error gets a limited number of
+//! lines per minute, and the number of further failures is logged afterwards. Each kind of
+//! error has a limit of its own, so that many refused requests do not hide an error about lost
 //! data.
 
 use std::sync::Mutex;
@@ -73,8 +73,8 @@ impl FailureLog {
         }
     }
 
-    /// Ends the minutes that are over, and returns the lines to be logged for
-    /// them.
+    /// Removes the entries whose minute is over, and returns a log line for each of them that
+    /// had failures without a line.
     fn take(&self, is_over: impl Fn(Instant) -> bool) -> Vec<String> {
         let mut all = lock(&self.0);
         let over = all.extract_if(.., |failures| is_over(failures.since));

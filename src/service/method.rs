@@ -5,7 +5,7 @@ use grpcio::{GrpcSlice, Marshaller, MessageReader, MethodType};
 
 macro_rules! methods {
     ($($service:literal: $($method:ident)*;)*) => {
-        /// A method by its name in its API.
+        /// A method of one of the two APIs.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(super) enum Method {
             $($($method),*),*

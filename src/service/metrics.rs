@@ -1,4 +1,4 @@
-//! Counting requests: how many, how they ended, and how long they took.
+//! Counts requests: how many there were, how they ended, and how long they took.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use super::method::Method;
 use crate::error::ErrorKind;
 use crate::text::prometheus::{Kind, head, line};
 
-/// How a request can end, with gRPC's name.
+/// All outcomes of a request, each with gRPC's name.
 const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("OK", None),
     ("NOT_FOUND", Some(ErrorKind::NotFound)),
@@ -21,7 +21,7 @@ const CODES: [(&str, Option<ErrorKind>); 10] = [
     ("INTERNAL", Some(ErrorKind::Internal)),
 ];
 
-/// gRPC's name for the end of a request.
+/// gRPC's name for the outcome of a request.
 pub(super) fn code_name(failure: Option<ErrorKind>) -> &'static str {
     let named = CODES.iter().find(|(_, kind)| *kind == failure);
     named.expect("every kind of error is in the list").0
@@ -33,7 +33,7 @@ const BOUNDS: [u64; 11] = [
     100, 250, 1_000, 2_500, 10_000, 25_000, 100_000, 250_000, 1_000_000, 5_000_000, 30_000_000,
 ];
 
-/// Counters of all methods, since the start.
+/// Counters of all methods, since the start of the daemon.
 #[derive(Default)]
 pub struct Metrics {
     methods: [MethodMetrics; Method::ALL.len()],

@@ -5,10 +5,10 @@
 //! gRPC code of each kind of error, and the log line of a failed request. Never: SQL,
 //! paths, files.
 //!
-//! gRPC's poll thread serves all connections, so nothing that may wait for a disk runs
-//! on it. Requests go to a pool of workers, except Stat, which only reads the database,
-//! most of which is in memory, and Mounts if a read of the database is enough. Requests
-//! that may wait for something other than our own disks have threads of their own.
+//! gRPC's poll thread serves all connections, so nothing that may wait for a disk runs on it.
+//! Requests go to a pool of workers. The exceptions are Stat, and Mounts if reading the
+//! database is enough: most of the database is in memory. Requests that may wait for something
+//! other than our own disks have threads of their own.
 //!
 //! This program decodes messages, not the gRPC library, so that a bad message gets the
 //! error InvalidArgument with an explanation, and a panic in any request gets the error
@@ -47,7 +47,7 @@ use unsent::UnsentAnswers;
 
 /// The gRPC service: everything that is needed to answer requests.
 pub struct Service {
-    /// Performs the operations.
+    /// The snapshotter, which performs the operations.
     pub snapshotter: Arc<Snapshotter>,
     /// The threads on which requests wait for disks.
     pub pool: Pool,
@@ -60,7 +60,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Combines the parts, before the first request.
+    /// Creates the service, which has not received any request yet.
     pub fn new(snapshotter: Arc<Snapshotter>, pool: Pool) -> Service {
         Service {
             snapshotter,
@@ -73,7 +73,7 @@ impl Service {
         }
     }
 
-    /// The places where ended requests are recorded.
+    /// The counters and the log in which ended requests are recorded.
     fn outcomes(&self) -> (&Metrics, &FailureLog) {
         (&self.metrics, &self.failures)
     }
@@ -96,8 +96,8 @@ pub fn build(service: &Arc<Service>) -> grpcio::Service {
     all = unary(all, service, Method::Heal, Always(Long), healing::heal);
     all = cleanup::register(all, service);
     all = stream(all, service, (Method::List, List), list);
-    // A stream on the wire is the same as a single answer, but only a stream's sink
-    // reports that the client has gone.
+    // Usage is registered as a stream, because only a stream's sink reports that the client has
+    // gone. On the wire, a stream of one message looks like a single answer.
     all = stream(all, service, (Method::Usage, Long), usage);
     all.build()
 }
@@ -229,8 +229,7 @@ fn update(
     })
 }
 
-/// Answers Usage. The count of files can be long, so it ends when the client
-/// has gone.
+/// Answers Usage. Counting files can take long, so the count ends when the client has gone.
 fn usage(snapshotter: &Snapshotter, request: &[u8], caller: &Caller) -> Result<Pages> {
     let request: api::UsageRequest = decode(request)?;
     let usage = snapshotter.usage(&request.key, caller)?;
@@ -243,9 +242,10 @@ fn usage(snapshotter: &Snapshotter, request: &[u8], caller: &Caller) -> Result<P
 }
 
 /// The most snapshots in a page of List, as in containerd
-/// (`plugins/services/snapshots/service.go`). Pages also have a limit in bytes,
-/// far below the limit of clients for a message (16 MiB in containerd).
+/// (`plugins/services/snapshots/service.go`).
 const PAGE_SNAPSHOTS: usize = 100;
+/// The size from which a page of List gets no more snapshots. It is far below the limit of
+/// clients for a message (16 MiB in containerd).
 const PAGE_BYTES: usize = 1 << 20;
 
 fn list(snapshotter: &Snapshotter, request: &[u8], _: &Caller) -> Result<Pages> {

@@ -1,4 +1,5 @@
-//! The threads that may wait for a disk, and ending all requests at a stop.
+//! The threads on which requests may wait for a disk, and the end of all requests when the
+//! daemon stops.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -11,26 +12,27 @@ use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::lock::lock;
 use crate::waits::{MOST_AT_ONE_PLACE, PLACES, Waits};
 
-/// A request to be run. If it is refused, it gets an error instead of its turn.
+/// A request to be run. Its argument is an error if the request must not be performed, because
+/// it was refused or its caller has given it up.
 type Job = Box<dyn FnOnce(Result<()>) + Send>;
 
-/// Whether the caller of a request does not wait for it any longer.
+/// Returns whether the caller of a request has stopped waiting for the answer.
 pub type GivenUp = Box<dyn Fn() -> bool + Send>;
 
 /// What a request may wait for, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Only for single accesses to the snapshotter's own disks.
+    /// The request waits only for single accesses to the snapshotter's own disks.
     Brief,
-    /// For a walk through a tree. Half of the workers do no such work (if there are
-    /// several), so that the start of a container does not wait for it.
+    /// The request waits for a walk through a tree of files. Half of the workers (if there are
+    /// several) do no such work, so that the start of a container does not wait for a walk.
     Long,
-    /// For reading all snapshots, whose answer takes memory. At most [`MOST_LISTS`]
+    /// The request reads all snapshots, and its answer takes memory. At most [`MOST_LISTS`]
     /// requests do this at the same time.
     List,
-    /// For something other than the snapshotter's own disks, such as a host directory on
-    /// a server that does not answer. This work has threads of its own, at most
-    /// [`MOST_ELSEWHERE`].
+    /// The request may wait for something other than the snapshotter's own disks, such as a
+    /// host directory on a server that does not answer. This work has threads of its own, at
+    /// most [`MOST_ELSEWHERE`].
     Elsewhere,
 }
 
@@ -48,8 +50,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// workers may all be waiting for a disk that does not answer any more, and the request
 /// may not need that disk.
 const CROWDED: Duration = Duration::from_millis(100);
-/// How many additional threads there may be. Each ends when no request waits for it.
-/// Requests that wait for disks that do not answer keep at most half of them.
+/// How many additional threads there may be. An additional thread ends when no request waits
+/// for a thread. Requests that wait for disks that do not answer occupy at most half of these
+/// threads.
 const MOST_SPARE: usize = 2 * PLACES * MOST_AT_ONE_PLACE;
 
 /// A fixed number of threads that take requests in the order of their arrival, and
@@ -59,15 +62,14 @@ pub struct Pool {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// The requests under way. It is not a channel, because the receiver of a channel would
-/// be shared behind a lock, and each job would wake a second worker, which would only
-/// wait for that lock.
+/// The requests under way. This is not a channel, because the workers would share the receiver
+/// of a channel behind a lock, and each job would wake a second worker, which would only wait
+/// for that lock.
 struct Requests {
     state: Mutex<State>,
-    /// Signalled when a job was added, or when there will be no more.
+    /// Signalled when a job was added, or when no more jobs will come.
     added: Condvar,
-    /// Signalled when a job waits and no worker is idle, or when there will be
-    /// no more.
+    /// Signalled when a job waits and no worker is idle, or when no more jobs will come.
     crowded: Condvar,
     /// Signalled when the last request has ended during a stop.
     drained: Condvar,
@@ -94,14 +96,15 @@ struct State {
 
 /// A request that waits for a thread.
 struct Waiting {
-    /// The time of its arrival.
+    /// The time at which the request arrived.
     since: Instant,
     work: Work,
     is_given_up: GivenUp,
     job: Job,
 }
 
-/// A request under way, waiting or running. It ends when this value is dropped.
+/// Represents a request that waits or runs. Dropping this value means that the request has
+/// ended.
 pub struct Running {
     requests: Arc<Requests>,
 }
@@ -138,7 +141,7 @@ impl Pool {
         })
     }
 
-    /// Admits a request. It is under way until the value is dropped. Returns gRPC's
+    /// Admits a request, which is under way until the returned value is dropped. Returns gRPC's
     /// Unavailable once [`Pool::close`] was called.
     pub fn admit(&self) -> std::result::Result<Running, RpcStatus> {
         let mut state = lock(&self.requests.state);
@@ -151,10 +154,10 @@ impl Pool {
         })
     }
 
-    /// Passes an admitted request to the workers. It is under way until `job` has run.
-    /// `job` gets [`ErrorKind::Unavailable`] if it is refused because too many requests
-    /// wait for something other than our own disks, and [`ErrorKind::Cancelled`] if the
-    /// caller has given it up before its turn.
+    /// Passes an admitted request to the workers. The request is under way until `job` has run.
+    /// `job` gets [`ErrorKind::Unavailable`] if it is refused because too many requests wait
+    /// for something other than our own disks, and [`ErrorKind::Cancelled`] if the caller has
+    /// given it up before its turn.
     pub fn submit(
         &self,
         running: Running,
@@ -188,8 +191,8 @@ impl Pool {
         state.elsewhere_waiting.push_back(waiting);
         if state.elsewhere_running == MOST_ELSEWHERE {
             drop(state);
-            // Any worker may be the first that is free. It refuses the request once the
-            // request has waited for too long.
+            // All workers are woken, because any of them may be free first. That worker refuses
+            // the request if it has waited for too long.
             return self.requests.added.notify_all();
         }
         state.elsewhere_running += 1;
@@ -197,7 +200,7 @@ impl Pool {
         let requests = Arc::clone(&self.requests);
         let thread = thread::Builder::new().name("elsewhere".to_owned());
         if let Err(error) = thread.spawn(move || requests.work_elsewhere()) {
-            log::error!("cannot start a thread for a request: {error}");
+            log::error!("cannot start a thread for a request, so the request waits: {error}");
             lock(&self.requests.state).elsewhere_running -= 1;
             self.requests.added.notify_all();
         }
@@ -222,7 +225,7 @@ impl Pool {
         requests.added.notify_all();
         requests.crowded.notify_all();
         for thread in lock(&self.threads).drain(..) {
-            // A panic ends no worker, because each request catches its own.
+            // No worker has ended with a panic, because each request catches its own panics.
             let _ = thread.join();
         }
         true
@@ -239,7 +242,7 @@ impl Requests {
     fn run(&self, taken: Waiting) {
         match taken.work {
             Work::Brief => self.waits.run(|| taken.take_turn()),
-            // This worker itself takes the next job, so no other has to be woken.
+            // This worker itself takes the next job, so no other worker has to be woken.
             Work::Long => {
                 taken.take_turn();
                 lock(&self.state).long_running -= 1;
@@ -274,7 +277,9 @@ impl Requests {
                 let requests = Arc::clone(self);
                 let spare = thread::Builder::new().name("spare".to_owned());
                 if let Err(error) = spare.spawn(move || requests.work_as_spare()) {
-                    log::error!("cannot start a thread for a request: {error}");
+                    log::error!(
+                        "cannot start a thread for a request, so the request waits: {error}"
+                    );
                     lock(&self.state).spare -= 1;
                 }
                 state = lock(&self.state);
@@ -319,8 +324,8 @@ impl Requests {
         }
     }
 
-    /// Waits for a job that may begin, or for one of [`Work::Elsewhere`] that has waited
-    /// for too long. Returns `None` when there will be no more.
+    /// Waits for a job that may begin, or for a job of [`Work::Elsewhere`] that has waited for
+    /// too long. Returns `None` when no more jobs will come.
     fn take(&self) -> Option<Waiting> {
         let mut state = lock(&self.state);
         loop {

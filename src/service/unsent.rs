@@ -16,7 +16,7 @@ use grpcio::{ServerStreamingSink, WriteFlags};
 use super::call::Pages;
 use crate::util::lock::lock;
 
-/// How many bytes may wait for clients to read them. A single answer may be larger.
+/// How many bytes of answers may wait for clients to read them. A single answer may be larger.
 const MOST_BYTES: usize = 32 << 20;
 
 /// The answers that are being sent.
@@ -29,13 +29,13 @@ struct State {
     answers: Vec<Held>,
 }
 
-/// What one answer holds.
+/// One answer, and the memory that it holds.
 struct Held {
     number: u64,
     bytes: usize,
     /// When the answer's client has last read something.
     since: Instant,
-    /// Dropped when the answer is given up.
+    /// Dropping this makes [`Sending::send`] give the answer up.
     _kept: Sender<()>,
 }
 
@@ -48,7 +48,7 @@ pub(super) struct Sending {
 }
 
 impl UnsentAnswers {
-    /// Counts an answer from now on, and gives up others if they hold too much.
+    /// Adds an answer, and gives up others if all together hold too much memory.
     pub(super) fn begin(self: &Arc<UnsentAnswers>, pages: Pages) -> Sending {
         let bytes = pages.iter().map(Vec::len).sum();
         let (kept, given_up) = oneshot::channel();
@@ -74,7 +74,10 @@ impl UnsentAnswers {
         drop(state);
         for held in dropped {
             let (bytes, waited) = (held.bytes, held.since.elapsed());
-            log::debug!("gave up {bytes} bytes that a client has not read for {waited:?}");
+            log::debug!(
+                "gave up an answer with {bytes} bytes left, because its client has read nothing \
+                 for {waited:?}"
+            );
         }
         Sending {
             all: Arc::clone(self),

@@ -1,5 +1,5 @@
-//! A snapshot that a person mounts without containerd, to look at its files or
-//! to rescue them.
+//! The mount of a snapshot by a person, without containerd, to look at its files or to
+//! rescue them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,40 +14,43 @@ use crate::store::Snapshot;
 use crate::types::{Kind, Quoted, QuotedPath, SnapshotId, SnapshotPaths, Volume};
 use crate::volume::{Identity, UPPER};
 
-/// How many keys an error lists.
+/// How many of the matching keys an error message lists.
 const NAMED: usize = 10;
 
-/// What to mount for a person.
+/// How to mount a snapshot for a person.
 #[derive(Debug)]
 pub struct Rescue {
     pub key: String,
     pub id: SnapshotId,
     pub kind: Kind,
-    /// Whether it has host directories for containers, which are left out here.
+    /// Whether containers on the snapshot see host directories, which this mount leaves
+    /// out.
     pub has_host_directories: bool,
-    /// The snapshot's own directories, if it may be written to.
+    /// The snapshot's own directories; `None` for a read-only mount.
     pub own: Option<SnapshotPaths>,
-    /// The lower directories, the topmost first; at least two without `own`.
+    /// The lower directories, the topmost first. A read-only mount has at least two.
     pub lowers: Vec<String>,
-    /// Further options, as for containers' mounts.
+    /// Further mount options, the same as for containers.
     pub options: Vec<String>,
-    /// Keeps the mounts of one that is written to from being given out until it is mounted.
+    /// As long as this file is open, [`Snapshotter::mounts`] returns an error for the
+    /// snapshot. `None` for a read-only mount.
     pub mark: Option<OwnedFd>,
 }
 
 impl Snapshotter {
-    /// Returns how to mount a snapshot of any kind. Only an active one can be
-    /// written to, unless `is_read_only` is set. A layer shows its image up to that
-    /// layer. Ids are not mapped, and host directories are left out. For a snapshot
-    /// to be written to, [`Snapshotter::mounts`] returns an error from now on, as
-    /// long as it is mounted under [`Snapshotter::source_by_hand`].
+    /// Plans the mount of a snapshot of any kind. The mount of an active snapshot is for
+    /// reading and writing, unless `is_read_only` is set; layers and views are read-only.
+    /// The mount of a layer shows the image up to that layer. Ids are not mapped, and host
+    /// directories are left out. From now on, [`Snapshotter::mounts`] returns an error for
+    /// a snapshot that is to be written to, as long as it is mounted with the device name
+    /// of [`Snapshotter::source_by_hand`].
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`] if no key is `name` or ends in `/name`, or several do;
-    /// [`ErrorKind::FailedPrecondition`] for a snapshot to be written to that is
-    /// mounted elsewhere, or if the writable volume is needed and not there;
-    /// [`ErrorKind::DataLoss`] if a layer is missing.
+    /// [`ErrorKind::NotFound`] if no key is `name`, and none or several end in `/name`;
+    /// [`ErrorKind::FailedPrecondition`] if a snapshot that is to be written to is mounted
+    /// elsewhere, or if the writable volume is needed and missing; [`ErrorKind::DataLoss`]
+    /// if a layer is missing.
     pub fn rescue(&self, name: &str, is_read_only: bool) -> Result<Rescue> {
         let snapshot = self.find_by_name(name)?;
         self.plan_rescue(snapshot, is_read_only)
@@ -61,7 +64,7 @@ impl Snapshotter {
             None => Vec::new(),
         };
         let is_active = info.kind == Kind::Active;
-        // A layer is reached through the image volume, wherever its bytes are.
+        // The path of a layer is on the image volume, wherever the bytes of the layer are.
         let volume = match (info.kind, snapshot.volume) {
             (Kind::Committed, Some(volume)) => {
                 self.volumes.open(volume)?;
@@ -107,15 +110,16 @@ impl Snapshotter {
         })
     }
 
-    /// Refuses a snapshot that a person has just mounted at `point` to write to it, and
-    /// that was removed before it was mounted. Also one that is mounted elsewhere too, now or
-    /// within a second: containerd may have asked for its mounts before
-    /// [`Snapshotter::mounts`] began to refuse, and mount later. If it is removed later, its
-    /// files stay as long as it is mounted.
+    /// Checks a snapshot that a person has just mounted at `point` to write to it. Returns
+    /// an error if the snapshot was removed before it was mounted, or if it is mounted
+    /// elsewhere, too, now or within a second: containerd may have asked for its mounts
+    /// before [`Snapshotter::mounts`] began to refuse them, and mount them later. A
+    /// snapshot that is removed after this check keeps its files as long as it is mounted.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] saying where it is mounted.
+    /// [`ErrorKind::NotFound`] for a removed snapshot; [`ErrorKind::FailedPrecondition`]
+    /// with the other mount point.
     pub fn require_mounted_once(&self, rescue: &Rescue, point: &Path) -> Result<()> {
         const LOOKS: u32 = 10;
         const BETWEEN: Duration = Duration::from_millis(100);
@@ -134,13 +138,14 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// The device name for the overlay of a snapshot that a person mounts.
+    /// The device name for an overlay that a person mounts. The name identifies the
+    /// snapshot and this root.
     pub fn source_by_hand(&self, id: SnapshotId) -> Result<String> {
         let identity = self.store.read()?.fact(Identity::FACT)?;
         Ok(ByHand::source(&identity.unwrap_or_default(), id))
     }
 
-    /// The snapshot with that key, or the only one whose key ends in it:
+    /// Finds the snapshot whose key is `name`, or the only one whose key ends in `/name`:
     /// containerd puts `<namespace>/<number>/` in front of its clients' keys.
     fn find_by_name(&self, name: &str) -> Result<Snapshot> {
         let not_found = |what: String| Err(Error::new(ErrorKind::NotFound, what));
@@ -153,8 +158,8 @@ impl Snapshotter {
         match (found.pop(), found.as_slice()) {
             (Some(snapshot), []) => Ok(snapshot),
             (None, _) => not_found(format!(
-                "no snapshot's key is {}, or ends in it after a slash: \
-                 'ctr snapshot ls' and 'status' list keys",
+                "no snapshot's key is {}, alone or after a slash: 'ctr snapshot ls' and 'status' \
+                 list the keys",
                 Quoted(name)
             )),
             (Some(last), others) => {
@@ -163,7 +168,7 @@ impl Snapshotter {
                     .map(|snapshot| Quoted(&snapshot.info.name).to_string())
                     .collect();
                 not_found(format!(
-                    "{} snapshots have a key that ends in {}: give one in full: {}",
+                    "{} snapshots have a key that ends in {}: give one of these keys in full: {}",
                     others.len() + 1,
                     Quoted(name),
                     keys.join(", ")
@@ -173,9 +178,10 @@ impl Snapshotter {
     }
 }
 
-/// Two overlays on one upper directory damage its contents
-/// (Documentation/filesystems/overlayfs.rst, "Sharing and copying layers"). The overlay
-/// that is mounted at `own` does not count, even if it is also visible elsewhere.
+/// Returns an error if the snapshot is mounted already: two overlays on one upper directory
+/// damage its contents (Documentation/filesystems/overlayfs.rst, "Sharing and copying
+/// layers"). The overlay at the mount point `own` does not count, even if it is also
+/// visible elsewhere.
 fn require_unmounted(upper: impl AsFd, id: SnapshotId, own: Option<&Path>) -> Result<()> {
     let mounts = mount::mounts_of_upper(upper, UPPER)?;
     let own = mounts.iter().rfind(|mounted| Some(&*mounted.point) == own);

@@ -15,18 +15,17 @@ use crate::types::{Labels, Quoted, Volume};
 use crate::util::undo::Undo;
 
 impl Snapshotter {
-    /// Turns the active snapshot `key` into the layer `name`; with `parent`, on
-    /// a parent that is named only now. The duration does not depend on how
-    /// many bytes the snapshot holds, only on how many of them the disk still
-    /// has to write. That matters because containerd calls this within a
-    /// transaction of its own.
+    /// Turns the active snapshot `key` into the layer `name`. If `parent` is not empty, it
+    /// names the parent of the layer, also if Prepare has named none. containerd calls this
+    /// within a database transaction of its own. Therefore the duration does not depend on
+    /// how many bytes the snapshot holds, only on how many of them the disk still has to
+    /// write.
     ///
     /// # Errors
     ///
-    /// See [`crate::store::Rows::committable`]; [`ErrorKind::InvalidArgument`]
-    /// for a bad name or label; [`ErrorKind::FailedPrecondition`] if the
-    /// writable volume is needed and not there. After an error, the snapshot is
-    /// as it was.
+    /// The errors of [`crate::store::Rows::committable`]; [`ErrorKind::InvalidArgument`]
+    /// for a bad name or label; [`ErrorKind::FailedPrecondition`] if the writable volume is
+    /// needed and missing. After an error, the snapshot is as it was.
     pub fn commit(&self, key: &str, name: &str, parent: &str, labels: Labels) -> Result<()> {
         self.commit_layer(key, name, parent, labels)
             .context(|| format!("commit snapshot {} as {}", Quoted(key), Quoted(name)))
@@ -41,11 +40,13 @@ impl Snapshotter {
         let look = || self.store.read()?.committable(key, name, parent);
         look()?;
         let _claim = self.claim(key)?;
-        // An impossible commit is refused before it waits for the disk. Other snapshots
-        // may change until then, so `commit_snapshot` checks again.
+        // An impossible commit is refused here, before it waits for the disk. Other
+        // snapshots may change during that wait, so `commit_snapshot` checks again.
         let (snapshot, _) = look()?;
         let volume = snapshot.volume.ok_or_else(|| {
-            Error::data_loss("the database is damaged: the active snapshot is on no volume")
+            Error::data_loss(
+                "the database is damaged: it records no volume for this active snapshot",
+            )
         })?;
 
         self.check_late_parent(&snapshot, parent)?;
@@ -56,10 +57,10 @@ impl Snapshotter {
         if self.options.sync == SyncMode::AtCommit {
             let begun = Instant::now();
             self.flusher.flush_snapshot(&dirs, snapshot.id, &upper)?;
-            log_wait(volume, begun.elapsed());
+            log_wait(name, volume, begun.elapsed());
         }
-        // Counted after the flush, because some file systems do not know the
-        // blocks before.
+        // The files are counted after the flush, because some file systems allocate blocks
+        // only then.
         let content = tree::count_layer(upper)?;
         self.flusher.refuse_suspect(snapshot.id, volume)?;
         let (store, volumes) = (&self.store, &self.volumes);
@@ -85,13 +86,18 @@ impl Snapshotter {
         self.drop_lower_links(snapshot.id);
         match volume {
             Volume::Writable => self.relocator.wake(),
-            Volume::Image => self.relocator.note_end(),
+            Volume::Image => {
+                self.relocator.note_end();
+                if self.options.records_digests {
+                    self.recorder.note_layer(snapshot.id);
+                }
+            }
         }
         Ok(())
     }
 
-    /// Enters the layer. A layer on the writable volume has its link by then, unless the
-    /// image disk does not answer.
+    /// Records the layer in the database. A layer on the writable volume gets its link
+    /// before that, unless the image disk does not answer.
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
         let link = (volume == Volume::Writable).then(|| {
             Undo::new("the link of a refused commit", || {
@@ -111,18 +117,19 @@ impl Snapshotter {
     }
 }
 
-/// How long a flush may take before it is logged. containerd waits as well, and users
-/// look in the log for the reason of a slow pull.
+/// Commits that wait this long for a flush are logged at level "info". containerd waits
+/// with them, and users look in the log for the reason of a slow pull.
 const SLOW_FLUSH: Duration = Duration::from_secs(2);
 
-fn log_wait(volume: Volume, waited: Duration) {
+fn log_wait(name: &str, volume: Volume, waited: Duration) {
     let level = match waited >= SLOW_FLUSH {
         true => log::Level::Info,
         false => log::Level::Debug,
     };
     log::log!(
         level,
-        "a commit has waited {} ms for the disk of the {volume} volume",
+        "the commit of layer {} has waited {} ms for the disk of the {volume} volume",
+        Quoted(name),
         waited.as_millis()
     );
 }

@@ -1,9 +1,9 @@
-//! Comparing a layer with the content that it was unpacked from.
+//! Comparing a layer with the content from which it was unpacked.
 //!
-//! Owns: the directory and the mount on which the layer is unpacked again, and ignoring
-//! differences of a layer that the daemon has moved or removed during the comparison.
-//! Never: asks containerd; the caller provides a function that unpacks. This module
-//! writes only in `snapshots/.unpacked`, and deletes the unpacked layer after the
+//! Owns: the directory in which a layer is unpacked again, its mount, and the rule that
+//! differences do not count if the daemon has moved or removed the layer during the
+//! comparison. Never: asks containerd; the caller provides a function that unpacks. This
+//! module writes only in `snapshots/.unpacked`, and deletes the unpacked layer after the
 //! comparison.
 
 use std::cell::Cell;
@@ -18,7 +18,7 @@ use super::Snapshotter;
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::mount::overlay::{Plan, plan_mounts};
 use crate::store::Snapshot;
-use crate::tree::{self, Differences, Rules};
+use crate::tree::{self, Differences, ReadFrom, Rules};
 use crate::types::{Kind, Mount, Usage, Volume};
 use crate::volume::{Dirs, Owner, UnpackDir, Unused};
 
@@ -26,7 +26,7 @@ use crate::volume::{Dirs, Owner, UnpackDir, Unused};
 /// the directory.
 pub struct Unpacking<'a> {
     pub(super) snapshotter: &'a Snapshotter,
-    /// `None` only during the drop.
+    /// The directory; `None` only while this value is dropped.
     dir: Option<UnpackDir<'a>>,
     cancel: &'a AtomicBool,
 }
@@ -34,16 +34,16 @@ pub struct Unpacking<'a> {
 /// The result of a comparison.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Compared {
-    /// The layer is sound.
+    /// The files of the layer are the same as those that were unpacked again.
     Sound,
-    /// The layer differs.
+    /// The files of the layer differ from those that were unpacked again.
     Differs(Differences),
-    /// The layer was removed or moved meanwhile.
+    /// The layer was removed or moved during the comparison.
     Gone,
 }
 
 impl Snapshotter {
-    /// All layers, each after the layers that it stands on.
+    /// All layers, each after the layers below it.
     pub fn layers_in_order(&self) -> Result<Vec<Snapshot>> {
         let mut layers = self.all_snapshots()?;
         layers.retain(|snapshot| snapshot.info.kind == Kind::Committed);
@@ -53,7 +53,8 @@ impl Snapshotter {
         Ok(layers)
     }
 
-    /// Prepares to unpack layers. Once `cancel` is set, comparisons end early.
+    /// Takes the directory for unpacked layers, so that layers can be compared. Once
+    /// `cancel` is set, comparisons end early.
     ///
     /// # Errors
     ///
@@ -71,9 +72,9 @@ impl Snapshotter {
 
 impl Unpacking<'_> {
     /// Unpacks a layer again with `unpack`, which writes to the given mount, and compares
-    /// the result with the layer's directory. The function that `unpack` is given returns
-    /// an error once `unpack` has written too much for this layer. The unpacked layer is
-    /// deleted by the next call, or when this value is dropped.
+    /// the result with the layer's directory. While `unpack` writes, it calls the given
+    /// function, which returns an error once too much is written for this layer. The
+    /// unpacked layer is deleted at the next comparison, or when this value is dropped.
     ///
     /// # Errors
     ///
@@ -90,7 +91,7 @@ impl Unpacking<'_> {
         let image = self.snapshotter.volumes.image();
         let (paths, top) = self.dir()?.begin(self.owner(layer))?;
         let since = fstat(&top)
-            .context(|| "look at the unpacked layer")?
+            .context(|| "read when the unpacked layer was created")?
             .st_mtime;
         let empty = image.empty_path();
         let mount = plan_mounts(&Plan {
@@ -99,8 +100,8 @@ impl Unpacking<'_> {
             lowers: &lowers,
             host_dirs: &[],
             empty: &empty,
-            // containerd writes into this directory without mounting anything, so a
-            // killed command leaves no mount.
+            // If the mount is an overlay, containerd writes into its upper directory and
+            // mounts nothing, so a killed command leaves no mount.
             over_empty: true,
             options: &self.snapshotter.options.mount_options,
             id_options: &[],
@@ -143,17 +144,19 @@ impl Unpacking<'_> {
         })
     }
 
-    /// The present digest of a layer; `None` if it was removed or moved meanwhile.
+    /// The digest of the files that a layer has now; `None` if the layer was removed or
+    /// moved meanwhile.
     pub fn digest(&self, layer: &Snapshot) -> Result<Option<String>> {
         let volume = layer.volume.unwrap_or(Volume::Image);
         let top = self.snapshotter.volumes.open(volume)?.open_upper(layer.id);
         let is_lowest = layer.parent_id.is_none();
-        let digest = top.and_then(|top| tree::digest_tree(top, is_lowest, self.cancel));
+        let digest =
+            top.and_then(|top| tree::digest_tree(top, is_lowest, ReadFrom::Disk, self.cancel));
         let place = self.snapshotter.store.read()?.place(layer.id)?;
         (place == Some(layer.place())).then_some(digest).transpose()
     }
 
-    /// The directories of the layers below, nearest first.
+    /// The directories of the layers below a layer, nearest first.
     fn lowers(&self, layer: &Snapshot) -> Result<Vec<String>> {
         let Some(parent) = layer.parent_id else {
             return Ok(Vec::new());
@@ -166,7 +169,8 @@ impl Unpacking<'_> {
             .collect())
     }
 
-    /// The same owner as when the layer was first unpacked.
+    /// The owner of the directory in which a layer is unpacked: the same as at its first
+    /// unpack.
     fn owner(&self, layer: &Snapshot) -> Owner {
         let owner = self.snapshotter.owner_for(None, layer.parent_id);
         owner.unwrap_or(Owner { uid: 0, gid: 0 })
@@ -181,8 +185,8 @@ impl Unpacking<'_> {
         Err(Error::new(
             ErrorKind::ResourceExhausted,
             format!(
-                "it takes {} bytes and {} inodes to unpack it again, and {} has {} bytes and {} \
-                 inodes free: remove images, or make the volume larger",
+                "to unpack the layer again takes {} bytes and {} inodes, and {} has {} bytes and \
+                 {} inodes free: remove images, or make the volume larger",
                 needed.size_bytes,
                 needed.inodes,
                 image.path(),
@@ -192,15 +196,17 @@ impl Unpacking<'_> {
         ))
     }
 
-    /// Deletes what was unpacked. containerd may go on writing for a moment after an
-    /// unpack was interrupted.
+    /// Deletes the unpacked layer. The deletion is tried again for two seconds, because
+    /// containerd may go on writing for a moment after an unpack was interrupted.
     fn empty(&self) -> Result<()> {
         const ATTEMPTS: u32 = 20;
         let mut attempt = 1;
         loop {
             match tree::remove_children(self.dir()?.fd()) {
                 Err(_) if attempt < ATTEMPTS => sleep(Duration::from_millis(100)),
-                removed => return removed.context(|| "delete an unpacked layer"),
+                removed => {
+                    return removed.context(|| "delete the unpacked layer in snapshots/.unpacked");
+                }
             }
             attempt += 1;
         }
@@ -208,24 +214,29 @@ impl Unpacking<'_> {
 
     pub(super) fn dir(&self) -> Result<&UnpackDir<'_>> {
         let dir = self.dir.as_ref();
-        dir.ok_or_else(|| Error::new(ErrorKind::Internal, "the unpacked layer is gone"))
+        dir.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Internal,
+                "the directory for unpacked layers was removed already",
+            )
+        })
     }
 }
 
-/// How much an unpack may take of the image volume. The content may be wrong or hostile, and
-/// may unpack to more than the volume can hold.
+/// Limits how much an unpack writes to the image volume. Wrong or hostile content may
+/// unpack to more than the volume can hold.
 struct Growth<'a> {
     dirs: &'a Dirs,
     top: &'a OwnedFd,
     most: Usage,
-    /// The unpacked tree is counted again only when less than this is free on the volume:
-    /// before that, the tree cannot have grown beyond `most`.
+    /// The unpacked files are counted again only when less than this is free on the volume.
+    /// While more is free, the unpacked files cannot take more than `most`.
     floor: Cell<Unused>,
     /// How much of the volume the unpack has to leave free.
     reserve_bytes: u64,
 }
 
-/// A layer may take twice its recorded size, and this much more.
+/// An unpacked layer may take twice the size recorded for the layer, and this much more.
 const SLACK: Usage = Usage {
     size_bytes: 64 << 20,
     inodes: 10_000,
@@ -265,15 +276,16 @@ impl<'a> Growth<'a> {
         if unused.bytes >= floor.bytes && unused.inodes >= floor.inodes {
             return Ok(());
         }
-        // Other programs may have filled the volume, so the tree is counted. containerd
-        // writes to it meanwhile, so the count may fail.
+        // Other programs may have filled the volume, so the unpacked files are counted. The
+        // count may fail, because containerd is writing them.
         let Ok(counted) = tree::count(self.top) else {
             return Ok(());
         };
         let (found, most) = (counted.usage, self.most);
         if found.size_bytes > most.size_bytes || found.inodes > most.inodes {
             return Err(Error::data_loss(format!(
-                "it is not the content of this layer: it takes more than {} bytes or {} inodes",
+                "the unpacked content is not the content of this layer: it takes more than {} \
+                 bytes or {} inodes",
                 most.size_bytes, most.inodes
             )));
         }
@@ -293,8 +305,10 @@ impl Drop for Unpacking<'_> {
             dir.remove();
         }
         if let Err(error) = emptied {
-            // The next start, or the next check, deletes it.
-            log::warn!("{}", error.chain());
+            log::warn!(
+                "files of a check stay on the image volume until the next check or start: {}",
+                error.chain()
+            );
         }
     }
 }

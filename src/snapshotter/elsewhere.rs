@@ -1,6 +1,6 @@
-//! Which requests may have to wait for something other than the snapshotter's own
-//! disks: for a host directory, which may be on a server that does not answer, or for
-//! a layer to be moved first. Asks no disk other than the database's.
+//! Which requests may have to wait for something other than the snapshotter's own disks:
+//! for a host directory, which may be on a server that does not answer, or for a layer that
+//! has to move first. These functions ask no disk other than the database's.
 
 use super::Snapshotter;
 use super::host_dirs::chosen_by;
@@ -8,8 +8,9 @@ use crate::error::{Context, Result};
 use crate::types::{LABEL_GID_MAPPING, LABEL_LOWERS, LABEL_UID_MAPPING, Labels, Quoted, Volume};
 
 impl Snapshotter {
-    /// Whether [`Snapshotter::prepare`] or [`Snapshotter::view`] may have to wait. The
-    /// answer does not matter for a request that they will refuse.
+    /// Whether [`Snapshotter::prepare`] or [`Snapshotter::view`] may have to wait for a
+    /// host directory, or for a layer to move. For a request that they will refuse, either
+    /// answer is right.
     pub fn creation_waits_elsewhere(&self, parent: &str, labels: &Labels) -> Result<bool> {
         let is_mapped = [LABEL_UID_MAPPING, LABEL_GID_MAPPING]
             .iter()
@@ -35,12 +36,12 @@ impl Snapshotter {
         Ok(is_chosen || is_mapped && is_unmoved()?)
     }
 
-    /// Whether [`Snapshotter::mounts`] may have to wait.
+    /// Whether [`Snapshotter::mounts`] may have to wait for a host directory.
     pub fn mounts_wait_elsewhere(&self, key: &str) -> Result<bool> {
         Ok(self.stored(key)?.may_have_host_directories())
     }
 
-    /// Whether [`Snapshotter::update`] may have to wait.
+    /// Whether [`Snapshotter::update`] may have to wait for a host directory.
     pub fn update_waits_elsewhere(
         &self,
         key: &str,

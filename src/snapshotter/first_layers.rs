@@ -1,15 +1,15 @@
-//! Unpacks without a parent. Each is the first layer of an image, or a layer whose parent
-//! is named at its commit, because containerd unpacks the layers of an image in parallel
-//! (capability "rebase", containerd 2.2 and later).
+//! Unpacks without a parent. Each becomes the first layer of an image, or a layer whose
+//! parent is named only at its commit, because containerd unpacks the layers of an image in
+//! parallel (capability "rebase", containerd 2.2 and later).
 //!
-//! containerd writes the deletions of a layer as overlayfs's whiteouts only if the mount
-//! is an overlay (`core/diff/apply/apply_linux.go`). A first layer has nothing to delete,
-//! so it gets a bind mount, on which a deletion leaves no trace. A layer whose parent is
-//! named later needs an overlay, because the files that it deletes would otherwise be
-//! back. containerd 2.3 and later name that parent in a label. containerd 2.2 sends no
-//! such label, and older versions unpack only first layers without a parent, so the
-//! snapshotter cannot distinguish the two. It refuses the first late parent, and from
-//! then on gives every unpack without a parent an overlay.
+//! containerd writes the deletions of a layer as overlayfs's whiteouts only if the mount is
+//! an overlay (`core/diff/apply/apply_linux.go`). A first layer has nothing to delete, so
+//! it gets a bind mount, on which a deletion leaves no trace. A layer whose parent is named
+//! later needs an overlay; otherwise the files that it deletes would reappear. containerd
+//! 2.3 and later announce that parent in a label. containerd 2.2 sends no such label, and
+//! older versions unpack only first layers without a parent, so the snapshotter cannot
+//! distinguish the two. It refuses the first commit with a parent that was not announced,
+//! and from then on gives every unpack without a parent an overlay.
 
 use rustix::fd::AsFd;
 
@@ -21,12 +21,12 @@ use crate::store::{Rows, Snapshot};
 use crate::tree;
 use crate::types::{Info, LABEL_PARENT_CHAIN_ID, Labels, Quoted, SnapshotId};
 
-/// The name of a fact in the database: the last snapshot before a parent was named late,
-/// without the label, for the first time.
+/// The name of a fact in the database: the newest id at the first commit with a late parent
+/// that no label had announced. Unpacks with higher ids get an overlay.
 const LATE_PARENTS_AFTER: &str = "late_parents_after";
 
-/// Whether this unpack without a parent gets an overlay over the empty
-/// directory.
+/// Whether an unpack without a parent gets an overlay over the empty directory, rather than
+/// a bind mount.
 pub(super) fn is_over_empty(rows: &Rows, id: SnapshotId, labels: &Labels) -> Result<bool> {
     if labels.contains_key(LABEL_PARENT_CHAIN_ID) {
         return Ok(true);
@@ -36,7 +36,8 @@ pub(super) fn is_over_empty(rows: &Rows, id: SnapshotId, labels: &Labels) -> Res
     Ok(last.is_some_and(|last| id > last))
 }
 
-/// Like [`is_over_empty`], for an existing snapshot of any kind.
+/// Whether an existing snapshot is an unpack without a parent that got an overlay over the
+/// empty directory.
 pub(super) fn is_stored_over_empty(rows: &Rows, snapshot: &Snapshot) -> Result<bool> {
     let info = &snapshot.info;
     Ok(is_parentless_unpack(info) && is_over_empty(rows, snapshot.id, &info.labels)?)
@@ -47,19 +48,19 @@ fn is_parentless_unpack(info: &Info) -> bool {
 }
 
 impl Snapshotter {
-    /// Refuses a commit that names a parent late if the unpacked directory may lack
-    /// deletions of the layer.
+    /// Refuses a commit with a late parent if the unpacked directory may lack deletions of
+    /// the layer.
     pub(super) fn check_late_parent(&self, snapshot: &Snapshot, parent: &str) -> Result<()> {
         if parent.is_empty() || !snapshot.info.parent.is_empty() {
             return Ok(());
         }
-        let naming = format!("its parent {} is named only now", Quoted(parent));
+        let naming = format!("the layer's parent {} is named only now", Quoted(parent));
         // In a user namespace, containerd writes no whiteouts, whatever the
         // mount is.
         if mount::probe_user_namespace() {
             return Err(Error::refused(format!(
-                "{naming}, and in a user namespace containerd then loses what the layer \
-                 deletes: leave \"rebase\" out of the capabilities of the proxy plugin"
+                "{naming}, and in a user namespace containerd then loses the layer's deletions: \
+                 leave \"rebase\" out of the capabilities of the proxy plugin"
             )));
         }
         if !is_parentless_unpack(&snapshot.info)
@@ -68,7 +69,8 @@ impl Snapshotter {
             return Ok(());
         }
         let mut transaction = self.store.write()?;
-        // The fact is recorded once: later snapshots have been given overlays.
+        // The first record must stay, because every snapshot after it has been given an
+        // overlay.
         if transaction.fact(LATE_PARENTS_AFTER)?.is_none() {
             let last = transaction.highest_id()?;
             transaction.record_fact(LATE_PARENTS_AFTER, &last.to_string())?;
@@ -76,13 +78,13 @@ impl Snapshotter {
         }
         Err(Error::refused(format!(
             "{naming}, and no label {LABEL_PARENT_CHAIN_ID} has announced it, so files that the \
-             layer deletes may still show: pull the image again. From now on, the layers of this \
-             containerd are unpacked with their deletions"
+             layer deletes might reappear: pull the image again; from now on, unpacked layers keep \
+             their deletions"
         )))
     }
 
-    /// Removes the whiteouts of a first layer. They hide nothing, and programs would find
-    /// them as entries that cannot be opened. Every device 0:0 is removed, because
+    /// Removes the whiteouts of a first layer. They hide nothing, and programs would see
+    /// them as device files that cannot be opened. Every device 0:0 is removed, because
     /// overlayfs treats each as a whiteout.
     pub(super) fn drop_whiteouts_of_nothing(
         &self,

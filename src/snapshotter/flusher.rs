@@ -1,10 +1,10 @@
 //! Making data durable: before a commit, and while layers are unpacked.
 //!
-//! Owns: which snapshots may have lost data to a failing disk, and a thread that
-//! flushes the image volume while layers are unpacked, so that little is left to be
-//! flushed when they are committed: containerd holds a lock of its own during a
-//! Commit. Commit flushes again what the thread has flushed; a failure that the thread
-//! meets is recorded, because the kernel does not report it a second time.
+//! Owns: the record of which snapshots may have lost data to a failing disk, and a thread
+//! that flushes the image volume while layers are unpacked. Little is then left to be
+//! flushed at a Commit, during which containerd holds a lock of its own. Commit flushes the
+//! layer once more. A failure that the thread meets is recorded, because the kernel does
+//! not report it a second time.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,13 +22,15 @@ use crate::util::threads::Background;
 use crate::volume::{Dirs, Flush};
 use crate::waits::{self, Awaited};
 
-/// How often the thread flushes: a Commit finds at most this much time of
-/// unpacking unflushed.
+/// How often the thread flushes. A Commit then finds at most this much time of unpacking
+/// unflushed.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// An unpack that writes nothing for this long was given up by its client.
+/// Unpacks count as given up by their clients if nothing is written to the image volume for
+/// this long.
 const GIVEN_UP: Duration = Duration::from_secs(600);
 
-/// The name of a fact: up to which id snapshots may have lost data.
+/// The name of the fact that records the highest id of the snapshots on a volume that may
+/// have lost data.
 fn suspect_fact(volume: Volume) -> &'static str {
     match volume {
         Volume::Image => "suspect_on_image",
@@ -38,14 +40,14 @@ fn suspect_fact(volume: Volume) -> &'static str {
 
 pub(super) struct Flusher {
     store: Arc<Store>,
-    /// Snapshots up to these ids may have lost data to a failing disk. In order:
-    /// image, writable volume.
+    /// For each volume, the highest id of the snapshots that may have lost data to a
+    /// failing disk. In order: image, writable volume.
     suspect_up_to: [AtomicU64; 2],
     syncing: [Mutex<()>; 2],
     unpacks: Monitor<Unpacks>,
 }
 
-/// The unpacks on the image volume that have begun since the start.
+/// The unpacks on the image volume that have begun since the start, and have not ended.
 #[derive(Default)]
 struct Unpacks {
     ids: HashSet<SnapshotId>,
@@ -62,7 +64,8 @@ impl Flusher {
         }
     }
 
-    /// Makes a snapshot durable, alone or with everything on its volume.
+    /// Makes the files of a snapshot durable: only these files if possible, otherwise
+    /// everything on the volume.
     pub(super) fn flush_snapshot(
         &self,
         dirs: &Dirs,
@@ -78,20 +81,20 @@ impl Flusher {
                 self.note_failure(&flushed, dirs.volume());
                 flushed
             }
-            // A tree that cannot be read can still be flushed with everything
-            // else.
+            // Files that cannot be read can still be flushed with everything else on the
+            // volume.
             Ok(false) | Err(_) => self.flush(dirs),
         }
     }
 
-    /// Makes everything on a volume durable. The kernel reports a failed write only
-    /// once, to the first caller, and does not report whose data was lost: it may be
-    /// that of every snapshot that exists at that time.
+    /// Makes everything on a volume durable. The kernel reports a failed write only once,
+    /// to the first caller, and does not report whose data was lost. So every snapshot that
+    /// exists then may have lost data.
     pub(super) fn flush(&self, dirs: &Dirs) -> Result<()> {
         let volume = dirs.volume();
         waits::note(Awaited::Volume(volume));
-        // Callers flush one after another, because the second one must learn of a
-        // failure that the kernel has reported to the first.
+        // Callers flush one after another, because each has to learn of a failure that the
+        // kernel has reported only to an earlier caller.
         let _syncing = lock(&self.syncing[volume as usize]);
         let flushed = dirs.sync();
         self.note_failure(&flushed, volume);
@@ -99,8 +102,8 @@ impl Flusher {
     }
 
     /// Records that a disk has failed to write data, if `flushed` is such an error. Every
-    /// part of this program that flushes has to call this, because the kernel reports
-    /// such a failure once, and a restart must not forget it.
+    /// part of this program that flushes has to call this, because the kernel reports the
+    /// failure only once, and it must be known after a restart, too.
     pub(super) fn note_failure(&self, flushed: &Result<()>, volume: Volume) {
         let is_failure = |error: &Error| error.kind() == ErrorKind::DataLoss;
         if !flushed.as_ref().is_err_and(is_failure) {
@@ -114,17 +117,23 @@ impl Flusher {
             transaction.record_fact(suspect_fact(volume), &suspect.to_string())
         });
         if let Err(error) = recorded {
-            log::error!("{}", error.chain());
+            log::error!(
+                "a restart will forget that the {volume} volume has failed to write data: {}",
+                error.chain()
+            );
         }
-        log::error!("the {volume} volume has failed to write data: check its disk");
+        log::error!(
+            "the {volume} volume has failed to write data: snapshots that exist now cannot be \
+             committed; check the disk, then remove and create them again"
+        );
     }
 
-    /// Whether a failure of a volume is recorded.
+    /// Whether the database records that a volume has failed to write data.
     pub(super) fn has_recorded_failure(&self, volume: Volume) -> Result<bool> {
         Ok(self.store.read()?.fact(suspect_fact(volume))?.is_some())
     }
 
-    /// Forgets all recorded failures.
+    /// Deletes the records of volumes that have failed to write data.
     pub(super) fn forget_failures(&self, transaction: &Transaction<'_>) -> Result<()> {
         for volume in [Volume::Image, Volume::Writable] {
             transaction.forget_fact(suspect_fact(volume))?;
@@ -132,8 +141,8 @@ impl Flusher {
         Ok(())
     }
 
-    /// At a start, reads which snapshots may have lost data before. The failure of a disk
-    /// is forgotten when none of these snapshots is left to be committed.
+    /// At a start, reads which snapshots may have lost data before. The record of a failing
+    /// disk is deleted if no such snapshot is left that could be committed.
     pub(super) fn recall_failures(&self, active: &[Place]) -> Result<()> {
         for volume in [Volume::Image, Volume::Writable] {
             let fact = suspect_fact(volume);
@@ -149,7 +158,8 @@ impl Flusher {
                 self.suspect_up_to[volume as usize].store(suspect, Ordering::Release);
                 log::warn!(
                     "the {volume} volume has failed to write data before this start: snapshots \
-                     that were being filled then cannot be committed"
+                     that were being filled then cannot be committed; check the disk, then \
+                     remove and create them again"
                 );
             } else {
                 self.store
@@ -159,8 +169,8 @@ impl Flusher {
         Ok(())
     }
 
-    /// Whether a volume has failed to write data, and a snapshot from that time is
-    /// left.
+    /// Whether a volume has failed to write data since the start, or failed before and
+    /// still has a snapshot from that time.
     pub(super) fn has_failed(&self, volume: Volume) -> bool {
         self.suspect_up_to[volume as usize].load(Ordering::Acquire) > 0
     }
@@ -185,12 +195,13 @@ impl Flusher {
         });
     }
 
-    /// Notes that an unpack was committed or removed. Other snapshots do not matter.
+    /// Notes that a snapshot was committed or removed, which ends its unpack if it was one.
     pub(super) fn end_unpack(&self, id: SnapshotId) {
         self.unpacks.look(|unpacks| unpacks.ids.remove(&id));
     }
 
-    /// Starts the thread. `flush` flushes the image volume.
+    /// Starts the thread that flushes the image volume with `flush` while layers are
+    /// unpacked.
     pub(super) fn start(self: &Arc<Flusher>, flush: Flush) -> Result<Background> {
         let stop = |flusher: &Flusher| flusher.unpacks.stop();
         Background::start("flusher", self, stop, move |flusher| flusher.run(&flush))
@@ -202,7 +213,7 @@ impl Flusher {
         }
     }
 
-    /// Waits until a layer is being unpacked. Returns `false` at the stop.
+    /// Waits until a layer is being unpacked. Returns `false` once the daemon stops.
     fn await_unpack(&self) -> bool {
         let is_idle = |unpacks: &Unpacks| unpacks.ids.is_empty();
         self.unpacks.wait_while(is_idle, |_| ()).is_some()
@@ -221,8 +232,8 @@ impl Flusher {
                 let written = free_at_flush
                     .zip(free)
                     .map_or(0, |(before, now)| before.saturating_sub(now));
-                // A flush now would occupy the disk while the commit flushes the layer
-                // alone.
+                // A flush of the volume would mostly write the data of other programs,
+                // while the commit can flush the layer alone.
                 if flush.is_for_others(written) {
                     continue;
                 }
@@ -230,7 +241,11 @@ impl Flusher {
                 let flushed = flush.run();
                 self.note_failure(&flushed, Volume::Image);
                 if let Err(error) = flushed {
-                    log::warn!("flush while unpacking: {}", error.chain());
+                    log::warn!(
+                        "cannot flush the image volume while a layer is unpacked, so its commit \
+                         may take longer: {}",
+                        error.chain()
+                    );
                 }
             } else if last_change.elapsed() > GIVEN_UP {
                 self.unpacks.look(|unpacks| {

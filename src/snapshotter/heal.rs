@@ -1,10 +1,10 @@
-//! Replacing a damaged or missing layer by an unpacked one: in a command while no daemon
-//! runs, otherwise in the daemon.
+//! Replacing a damaged or missing layer by one that was unpacked again. The `check` command
+//! does this while no daemon runs; otherwise the daemon does.
 //!
-//! The row, the name, the id and everything that stands on the layer stay. What a
-//! container may have mounted is never changed: the damaged directory is kept, as
-//! `.replaced-<id>`, as long as it may be mounted. After a crash the layer is whole or as
-//! it was; the next start deletes the other one.
+//! The row, the name and the id of the layer stay, and so does everything that stands on
+//! it. Files that a container may have mounted are never changed: the damaged directory is
+//! kept, as `.replaced-<id>`, as long as it may be mounted. After a crash, the layer is
+//! either healed or as it was, and the next start deletes the other directory.
 
 use std::sync::Arc;
 
@@ -16,13 +16,13 @@ use crate::error::{Context, Error, Result};
 use crate::store::{Snapshot, Transaction};
 use crate::tree;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
-use crate::util::fault_point::fault_point;
+use crate::util::fault_point::{fault_point, is_left_out};
 use crate::util::lock::lock;
 use crate::volume::{Dirs, is_handed_over, is_unpacked, replaced_id};
 
 impl Unpacking<'_> {
-    /// Passes the layer that [`Unpacking::compare`] has unpacked last on to
-    /// [`Snapshotter::heal_layer`]. Returns its name.
+    /// Renames the layer that [`Unpacking::compare`] has unpacked last, for
+    /// [`Snapshotter::heal_layer`]. Returns the new name.
     pub fn hand_over(&self) -> Result<String> {
         fault_point("heal-unpacked");
         let name = self.dir()?.hand_over()?;
@@ -32,14 +32,16 @@ impl Unpacking<'_> {
 }
 
 impl Snapshotter {
-    /// Replaces a layer by an unpacked one that was handed over, durably. Returns the
-    /// keys of the snapshots on it that are mounted, and so go on with the damaged files.
+    /// Replaces the layer `name` durably by the directory `unpacked`, a name from
+    /// [`Unpacking::hand_over`]. Returns the keys of the mounted snapshots on the layer:
+    /// their containers see the damaged files until they are restarted.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if an
-    /// earlier directory of the layer is still mounted, or if the file system cannot
-    /// exchange two names. The layer is then as it was, and the unpacked one is deleted.
+    /// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition) if
+    /// the layer has healed before, and the directory that was replaced then is still
+    /// mounted, or if the file system cannot exchange two names. The layer is then as it
+    /// was, and the unpacked one is deleted.
     pub fn heal_layer(&self, name: &str, id: SnapshotId, unpacked: &str) -> Result<Vec<String>> {
         let healed = self.put_into_place(name, id, unpacked);
         if healed.is_err() && is_handed_over(unpacked.as_bytes()) {
@@ -55,7 +57,9 @@ impl Snapshotter {
         let image = self.volumes.image();
         let dirs = image.dirs();
         let counted = tree::count_layer(image.open_handed_over(unpacked)?)?;
-        self.flusher.flush(dirs)?;
+        if !is_left_out("heal") {
+            self.flusher.flush(dirs)?;
+        }
         fault_point("heal-durable");
         let layer = self.require_layer(name, id)?;
         let moving = layer
@@ -67,8 +71,8 @@ impl Snapshotter {
         let layer = self.require_layer(name, id)?;
         if !self.drop_replaced(dirs, id)? {
             return Err(Error::refused(
-                "a directory that has been replaced before is still mounted: restart the \
-                 containers upon it",
+                "the layer has healed before, and the directory that was replaced then is still \
+                 mounted: restart the containers on this layer, then run `check --heal` again",
             ));
         }
         image.put_in_place(unpacked, id)?;
@@ -82,7 +86,10 @@ impl Snapshotter {
         lock(&self.lost).remove(&id);
         self.relocator.note_replaced(id);
         drop((claim, moving));
-        log::info!("layer {} has healed", Quoted(name));
+        log::info!(
+            "layer {} has healed: it was unpacked again from containerd's content",
+            Quoted(name)
+        );
         self.mounted_upon(id)
     }
 
@@ -98,7 +105,7 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Records what a sound layer holds, and its digest.
+    /// Records how much a sound layer holds, and its digest.
     pub fn record_sound(&self, name: &str, id: SnapshotId, digest: &str) -> Result<()> {
         let layer = self.require_layer(name, id)?;
         let volume = layer.volume.unwrap_or(Volume::Image);
@@ -113,7 +120,9 @@ impl Snapshotter {
         let layer = self.store.read()?.stat(name)?;
         match layer.id == id && layer.info.kind == Kind::Committed {
             true => Ok(layer),
-            false => Err(Error::refused("another snapshot has its name by now")),
+            false => Err(Error::refused(
+                "the layer was removed, and another snapshot has its name now",
+            )),
         }
     }
 
@@ -150,28 +159,37 @@ impl Snapshotter {
         Ok(true)
     }
 
-    /// At a start, moves everything that checks and healing have left to the trash,
-    /// except damaged directories that may be mounted, and directories of a running
-    /// check.
+    /// At a start, moves to the trash what checks and healing have left in `snapshots/`.
+    /// Damaged directories that may be mounted stay, and so do directories of a check that
+    /// is running.
     pub(super) fn drop_leftovers_of_checks(&self, image: &Arc<Dirs>) -> Result<()> {
         for entry in image.entries()? {
             let name = entry.name.to_bytes();
             if is_unpacked(name) {
                 if self.volumes.image().trash_abandoned_unpack()? {
-                    log::info!("dropped what an interrupted check had unpacked");
+                    log::info!(
+                        "image volume: moved the layer that an interrupted check had unpacked to \
+                         the trash"
+                    );
                 }
             } else if is_handed_over(name) {
                 trash_entry(image, &entry.name.to_string_lossy())?;
-                log::info!("moved an unpacked layer to the trash: no healing has used it");
+                log::info!(
+                    "image volume: moved an unpacked layer to the trash: no healing has used it"
+                );
             } else if let Some(id) = replaced_id(name) {
                 if Mounts::read(&self.store, &self.volumes)?.may_show_replaced(id) {
                     self.relocator.note_replaced(id);
                     log::info!(
-                        "the damaged directory of layer {id} stays, because it may be mounted"
+                        "image volume: the damaged directory of layer {id}, which has healed, \
+                         stays as long as it may be mounted"
                     );
                 } else {
                     trash_entry(image, &entry.name.to_string_lossy())?;
-                    log::info!("dropped the damaged directory of layer {id}");
+                    log::info!(
+                        "image volume: moved the damaged directory of layer {id}, which has \
+                         healed, to the trash"
+                    );
                 }
             }
         }

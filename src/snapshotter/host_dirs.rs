@@ -1,12 +1,11 @@
-//! Host directories above a snapshot's layers: which ones a snapshot gets, and
-//! when its links to them are created and removed.
+//! Host directories above a snapshot's layers: which ones a snapshot gets, and when its
+//! links to them are created and removed.
 //!
-//! A label names some of them; a change of the label takes effect with the next
-//! mount. Others are chosen by the image: once, when the snapshot is created,
-//! and the choice is recorded. Otherwise, a daemon that was started with other
-//! flags would show a container other files beneath what it has written.
-//! Whether a directory is allowed is checked at each mount: one that is not
-//! allowed any more is not shown any more.
+//! A label of the snapshot names some host directories, and a change of the label takes
+//! effect with the next mount. Rules for the snapshot's image choose others: once, when the
+//! snapshot is created. That choice is recorded; otherwise, a daemon with other rules would
+//! show a container other files beneath its writes. Each mount checks again whether the
+//! directories are allowed.
 
 use super::Snapshotter;
 use super::label_source::is_of_pods;
@@ -24,14 +23,14 @@ use crate::types::{
 /// The host directories that a snapshot is to have.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct WantedHostDirs {
-    /// The host directories that the snapshot's label names.
+    /// The host directories that the label of the snapshot names.
     labelled: Vec<String>,
-    /// The host directories that the image of the snapshot gives it.
+    /// The host directories that the rules for the snapshot's image choose.
     pub chosen: Vec<String>,
 }
 
 impl WantedHostDirs {
-    /// The host directories that a label names.
+    /// Reads the label that names host directories. Without the label, there are none.
     pub(super) fn by_label(labels: &Labels) -> Result<WantedHostDirs> {
         let labelled = match labels.get(LABEL_LOWERS) {
             None => Vec::new(),
@@ -47,10 +46,9 @@ impl WantedHostDirs {
         [&*self.labelled, &*self.chosen].concat()
     }
 
-    /// Refuses host directories for a container with mapped ids. The mount
-    /// would have to map the ids of the host directories too, whose file
-    /// systems may not support that, and the container would see other owners
-    /// than the administrator.
+    /// Refuses host directories for a container with mapped ids. The mount would have to
+    /// map the ids of the host directories, too, and their file systems may not support
+    /// that. The container would also see other owners than the administrator.
     pub(super) fn require_plain_ids(&self, id_maps: Option<&IdMaps>) -> Result<()> {
         if id_maps.is_none() || self.labelled.is_empty() && self.chosen.is_empty() {
             return Ok(());
@@ -64,8 +62,9 @@ impl WantedHostDirs {
 }
 
 impl Snapshotter {
-    /// Finds the host directories of an existing snapshot again, and returns the
-    /// links to them. `chosen` are the recorded ones.
+    /// Finds the host directories of an existing snapshot for a mount, and returns the
+    /// links to them. `chosen` lists the host directories that were recorded when the
+    /// snapshot was created.
     pub(super) fn renew_lowers(
         &self,
         snapshot: &Snapshot,
@@ -80,8 +79,7 @@ impl Snapshotter {
         let image = self.volumes.image();
         if !image.has_host_dir_links(snapshot.id, lowers.targets())? {
             let _claim = self.ids.claim(snapshot.id);
-            // A snapshot that was removed meanwhile would get links that
-            // nothing removes.
+            // If the snapshot was removed meanwhile, nothing would remove the links.
             let now = self.store.read()?.stat(&info.name)?;
             if now.id == snapshot.id {
                 image.link_host_dirs(snapshot.id, lowers.targets())?.keep();
@@ -92,13 +90,14 @@ impl Snapshotter {
         Ok(links)
     }
 
-    /// Finds the host directories of the snapshot of that key, and creates those that are
-    /// missing; but a pod's label, trusted or not, creates none.
+    /// Finds the host directories of the snapshot `key`, and creates the missing ones. A
+    /// missing directory that the label of a pod names is not created, even if such labels
+    /// are trusted.
     ///
     /// # Errors
     ///
-    /// As of [`crate::host_dirs::Policy::ensure`]; [`ErrorKind::FailedPrecondition`] for one
-    /// that is missing and named by a pod's label.
+    /// Those of [`crate::host_dirs::Policy::ensure`]; [`ErrorKind::FailedPrecondition`] if
+    /// a directory that the label of a pod names is missing.
     pub(super) fn ensure_host_dirs(&self, key: &str, wanted: &WantedHostDirs) -> Result<HostDirs> {
         if is_of_pods(key) {
             self.options.lowers.require_present(&wanted.labelled)?;
@@ -106,8 +105,8 @@ impl Snapshotter {
         self.options.lowers.ensure(&wanted.all())
     }
 
-    /// Looks whether the host directories that a label of the snapshot of that key is to
-    /// name can be used; creates none.
+    /// Returns an error if the snapshot `key` cannot use the host directories `labelled`,
+    /// which its label is to name. Creates no directory.
     pub(super) fn check_host_dirs(&self, key: &str, labelled: &[String]) -> Result<()> {
         match is_of_pods(key) {
             true => self.options.lowers.require_present(labelled),
@@ -115,7 +114,7 @@ impl Snapshotter {
         }
     }
 
-    /// Whether a container on the snapshot is shown host directories.
+    /// Whether a container on the snapshot sees host directories.
     pub(super) fn has_host_directories(&self, snapshot: &Snapshot) -> Result<bool> {
         let labelled = snapshot.info.labels.get(LABEL_LOWERS);
         let is_labelled = labelled.is_some_and(|text| !text.is_empty());
@@ -127,9 +126,10 @@ impl Snapshotter {
         recorded.map_or(Ok(Vec::new()), |paths| parse_paths(&paths))
     }
 
-    /// The host directories that an Update must find, so that it does not leave the
-    /// snapshot unmountable. Only labels that affect host directories are looked at, so
-    /// unrelated labels can still change after those directories have disappeared.
+    /// The host directories that an Update must find, because the snapshot could not be
+    /// mounted without them. There are none unless the Update changes a label that affects
+    /// host directories, so unrelated labels can still change after the directories have
+    /// disappeared.
     pub(super) fn lowers_to_check(
         &self,
         key: &str,
@@ -154,26 +154,27 @@ impl Snapshotter {
             return Ok(Vec::new());
         }
         wanted.require_plain_ids(IdMaps::from_labels(labels)?.as_ref())?;
-        // Recorded ones are not checked: if one is not allowed any more, the
-        // Update can still be right.
+        // The recorded host directories are not checked: even if one is not allowed any
+        // more, the Update may be right.
         Ok(wanted.labelled)
     }
 
-    /// Removes the links of a snapshot that was removed, or is a layer now.
+    /// Removes the links to host directories of a snapshot that was removed, or is a layer
+    /// now.
     pub(super) fn drop_lower_links(&self, id: SnapshotId) {
         if let Err(error) = self.volumes.image().remove_host_dir_links(id) {
-            // The snapshot itself is gone or committed; the next start removes
-            // the links.
+            // This is no error for the caller, because the snapshot itself is removed or
+            // committed.
             log::warn!(
-                "cannot remove the links of snapshot {id}: {}",
+                "the links of snapshot {id} to host directories stay until the next start: {}",
                 error.chain()
             );
         }
     }
 }
 
-/// The host directories that the rules give to the containers of a layer's
-/// image, in the order of the rules.
+/// The host directories that the rules choose for containers on a layer with these labels,
+/// in the order of the rules. A label of the layer names its image.
 pub(super) fn chosen_by(rules: &[ImageRule], labels: &Labels) -> Vec<String> {
     let Some(image) = labels.get(LABEL_IMAGE_REF) else {
         return Vec::new();

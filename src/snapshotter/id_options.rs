@@ -12,9 +12,9 @@ use crate::mount::{self, mountinfo};
 use crate::store::Ancestor;
 use crate::types::Volume;
 
-/// For each volume, whether the kernel is known to map the ids of mounts there. The
-/// kernel is asked at the first use: few containers need this, and the answer takes
-/// longer than everything else at a start.
+/// Remembers for each volume that the kernel can map the ids of mounts there. The kernel is
+/// asked at the first use, because few containers need this, and the answer takes longer
+/// than everything else at a start.
 #[derive(Default)]
 pub(super) struct MappedIds {
     image: OnceLock<()>,
@@ -23,13 +23,14 @@ pub(super) struct MappedIds {
 
 impl Snapshotter {
     /// Returns the options `uidmap=` and `gidmap=` for a snapshot on these layers, whose
-    /// own directory is on `volume`. A snapshot whose ids are not mapped gets none.
-    /// Neither does a snapshot on a layer whose files have the mapped owners already,
-    /// from containerd: their ids would be mapped twice.
+    /// own directory is on `volume`. There are none for a snapshot whose ids are not
+    /// mapped, or for one on a layer whose files containerd has given the mapped owners
+    /// already: their ids would be mapped twice.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the kernel cannot map ids there.
+    /// [`ErrorKind::FailedPrecondition`] if the kernel cannot map ids on the volume that is
+    /// to be mapped.
     pub(super) fn id_options(
         &self,
         maps: Option<&IdMaps>,
@@ -52,8 +53,8 @@ impl Snapshotter {
         Ok(maps.options())
     }
 
-    /// Returns an error if the kernel cannot map ids on that volume. A failure
-    /// is not remembered, because the next try may succeed.
+    /// Returns an error if the kernel cannot map ids on that volume. Only success is
+    /// remembered, because the next try after a failure may succeed.
     fn require_mapped_ids(&self, volume: Volume) -> Result<()> {
         let known = match volume {
             Volume::Image => &self.mapped_ids.image,
@@ -67,9 +68,10 @@ impl Snapshotter {
             let mounted = mountinfo::of_path(&path).ok().flatten();
             let file_system = mounted.map_or_else(String::new, |mounted| mounted.file_system);
             format!(
-                "its labels ask for mapped ids, which Linux {} does not map on the {volume} \
-                 volume {path} ({file_system}): use Linux 5.19 or later with ext4, XFS, btrfs or \
-                 tmpfs there, or leave \"remap-ids\" out of the capabilities of the proxy plugin",
+                "the snapshot's labels ask for mapped ids, which Linux {} does not map on the \
+                 {volume} volume {path} ({file_system}): use Linux 5.19 or later with ext4, XFS, \
+                 btrfs or tmpfs there, or leave \"remap-ids\" out of the capabilities of the proxy \
+                 plugin",
                 mount::kernel_release()
             )
         })?;

@@ -1,13 +1,13 @@
 //! Which id the next snapshot gets, and which snapshots are being worked on.
 //!
 //! Owns: the block of ids that is in use, the following block, and the claims. A snapshot
-//! gets its id before its row is entered, so that its directories are created while
-//! nothing is locked. Each id is given out once. After a crash, there may be empty
-//! directories without a row for ids of the block.
+//! gets its id before its row is entered, so that its directories are created while nothing
+//! is locked. Each id is given out once. A crash may leave empty directories for ids of the
+//! block that have no row yet.
 //!
-//! A thread that changes the directories of a snapshot holds a claim on the snapshot's
-//! id. So no two requests change the same directories, and a sweep knows that a directory
-//! without a row is about to get one.
+//! A thread that changes the directories of a snapshot holds a claim on the snapshot's id.
+//! So no two requests change the same directories, and a search for directories without a
+//! row leaves alone those that are about to get one.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -24,13 +24,13 @@ use crate::waits::{self, Awaited};
 pub(super) struct Ids {
     store: Arc<Store>,
     volumes: Arc<Volumes>,
-    /// `None` until the first id after the start.
+    /// The block in use, and the next id in it; `None` until the first id after the start.
     next: Mutex<Option<Next>>,
-    /// The block after the one in use, once it is reserved.
+    /// The block after the one in use, once that following block is reserved.
     following: Mutex<Option<Block>>,
     ahead: Monitor<Ahead>,
     /// The first id of the newest block that is recorded on a volume. In order: image,
-    /// writable volume. Each mutex is held while its own disk is written.
+    /// writable volume. The mutex of a volume is held while its disk is written.
     recorded: [Mutex<u64>; 2],
     claimed: Monitor<HashSet<SnapshotId>>,
 }
@@ -40,7 +40,7 @@ struct Next {
     id: u64,
 }
 
-/// Work for the background thread, done so that no later request has to do it.
+/// Work for the background thread, so that no later request has to do it.
 #[derive(Default)]
 struct Ahead {
     reserves: bool,
@@ -78,8 +78,8 @@ impl Ids {
     }
 
     /// At a start, reserves a block and records it on the image volume, so that the first
-    /// request need not do it. Each start gets a block of its own: if a database and a
-    /// volume were then used separately, the blocks show it.
+    /// request need not do it. Each start gets a block of its own: if the database and a
+    /// volume are later used separately, their blocks differ and show it.
     pub(super) fn begin(&self, image: &Dirs) -> Result<()> {
         let block = self.reserve()?;
         self.record(image, &block)?;
@@ -88,9 +88,9 @@ impl Ids {
         Ok(())
     }
 
-    /// Records the block in use on a volume: on the writable volume at a start, and on the
-    /// image volume before a layer moves there, whose id may be from a block that was
-    /// recorded on the writable volume only.
+    /// Records the block in use on a volume that is there: at a start on the writable volume,
+    /// and on the image volume before a layer moves there. The layer's id may be from a block
+    /// that is recorded on the writable volume only.
     pub(super) fn begin_on(&self, dirs: &Dirs) -> Result<()> {
         let block = lock(&self.next).as_ref().map(|next| next.block.clone());
         block.map_or(Ok(()), |block| self.record(dirs, &block))
@@ -106,7 +106,7 @@ impl Ids {
     /// Gives out an id for a snapshot that will have directories in `dirs`, or no
     /// directories.
     pub(super) fn take(&self, dirs: Option<&Dirs>) -> Result<Claim<'_>> {
-        // Another request may hold the lock while the database reserves a block.
+        // The lock may be held by another request, for which the database reserves a block.
         waits::enter(Awaited::Database)?;
         let (block, id) = {
             let mut next = lock(&self.next);
@@ -139,7 +139,7 @@ impl Ids {
             }
             return;
         };
-        // If the lock is held, a record is being written.
+        // If the lock is held, a block is being recorded on this volume.
         let lacks = |dirs: &&Dirs| {
             let recorded = self.recorded[dirs.volume() as usize].try_lock();
             recorded.is_ok_and(|recorded| *recorded < following.first)
@@ -160,8 +160,8 @@ impl Ids {
         Background::start("reserver", self, stop, Ids::run)
     }
 
-    /// Records a new block on a volume that was away. A copy of the volume from before
-    /// that is recognised from then on.
+    /// Records a new block on a volume that has come back. From then on, an older copy of
+    /// the volume is recognised, because it lacks this block.
     fn mark_return(&self, dirs: &Dirs) -> Result<()> {
         let block = self.reserve()?;
         self.record(dirs, &block)
@@ -178,7 +178,7 @@ impl Ids {
             if let Err(error) = done {
                 // The request that needs the block reserves or records it
                 // itself.
-                log::debug!("{}", error.chain());
+                log::debug!("cannot prepare ids ahead of requests: {}", error.chain());
             }
         }
     }
@@ -188,7 +188,7 @@ impl Ids {
         let Some(following) = reserved else {
             let block = self.reserve()?;
             let next = lock(&self.next);
-            // A request may have reserved it first.
+            // A request may have reserved a later block meanwhile.
             if next
                 .as_ref()
                 .is_none_or(|next| next.block.first < block.first)
@@ -212,7 +212,8 @@ impl Ids {
             return Ok(());
         }
         let volume = dirs.volume();
-        // If the file is damaged, a repair has accepted that.
+        // A damaged file of blocks counts as an empty one: a start refuses it unless a
+        // repair has accepted the damage.
         let before = dirs.newest_block().ok().flatten();
         self.store
             .together(|transaction| transaction.record_block(volume, block, before.as_ref()))?;

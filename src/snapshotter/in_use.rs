@@ -2,9 +2,9 @@
 //!
 //! Owns: recognising that a mount shows a directory of a snapshot. The directory may have
 //! had another name when it was mounted. A bind mount is therefore recognised by its file
-//! system and the path there, and an overlay by the inode to which its path leads. If
-//! that path leads nowhere, the number in it decides: when in doubt, a directory counts
-//! as mounted.
+//! system and the path there, and an overlay by the inode to which the path in its options
+//! leads. If that path leads nowhere, the id in the path decides: when in doubt, a
+//! directory counts as mounted.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
@@ -21,17 +21,17 @@ use crate::store::{Rows, Store};
 use crate::types::{QuotedPath, SnapshotId, Volume};
 use crate::volume::{Dirs, Identity, Volumes, replaced_id};
 
-/// The snapshots of this root that persons have mounted. Another root on this
-/// machine uses the same numbers.
+/// The snapshots of this root that persons have mounted. Another root on this machine may
+/// use the same ids.
 pub(super) fn mounted_by_hand(store: &Store) -> Result<Vec<ByHand>> {
     let identity = store.read()?.fact(Identity::FACT)?;
     ByHand::of_root(identity.as_deref())
 }
 
-/// Refuses a snapshot that a person has mounted, or is mounting, to write to it.
+/// Returns an error if a person has mounted the snapshot to write to it, or is about to.
 pub(super) fn require_not_by_hand(store: &Store, volumes: &Volumes, id: SnapshotId) -> Result<()> {
     let image = volumes.image();
-    // The mark is cheap to look for, and may be an old one.
+    // The mark is cheap to look for, but may be left from a mount that has ended.
     if !image.is_marked_mounted_by_hand(id)? {
         return Ok(());
     }
@@ -50,35 +50,35 @@ pub(super) fn require_not_by_hand(store: &Store, volumes: &Volumes, id: Snapshot
     })
 }
 
-/// The mounts of one moment, in all mount namespaces that count.
+/// The mounts at one moment, in every mount namespace that this process may look into.
 pub(super) struct Mounts<'a> {
     volumes: &'a Volumes,
-    /// This process's own first.
+    /// The namespace of this process is the first.
     namespaces: Vec<Namespace>,
-    /// By the device of an overlay: the namespaces that show it.
+    /// For the device of each overlay, the namespaces that show the overlay.
     shown_in: HashMap<String, Vec<usize>>,
     by_hand: Vec<SnapshotId>,
-    /// `None` if the kernel does not show the path of the image volume.
+    /// Where the image volume is; `None` if the kernel does not show its path.
     image: Option<Location>,
-    /// `None` if the writable volume is not there.
+    /// Where the writable volume is; `None` if it is missing.
     writable: Option<Location>,
 }
 
-/// The place of a volume's `snapshots/` in the kernel's list.
+/// Where the `snapshots/` of a volume is in the kernel's list of mounts.
 struct Location {
     dirs: Arc<Dirs>,
     /// The device of the file system.
     device: String,
-    /// The path on that file system.
+    /// The path of `snapshots/` within that file system.
     root: PathBuf,
 }
 
 /// How sure it is that a mount shows the directory of a snapshot.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Sureness {
-    /// The inode is the same.
+    /// The mounted directory has the same inode as the directory of the snapshot.
     Proved,
-    /// The path has the snapshot's number, and leads nowhere now.
+    /// The path in the mount's options has the snapshot's id, and leads nowhere now.
     Possible,
 }
 
@@ -115,9 +115,9 @@ impl<'a> Mounts<'a> {
             .flat_map(|namespace| &namespace.mounts)
     }
 
-    /// The snapshots whose directory on the writable volume is mounted so that it can be
-    /// written to, and all that persons have mounted, because a person who looks into a
-    /// layer needs it to stay. With [`Sureness::Proved`], no other snapshots.
+    /// The snapshots whose directory on the writable volume is mounted for writing, at
+    /// least as surely as `least`, and all that persons have mounted, because a person who
+    /// looks into a layer needs it to stay.
     fn on_writable(&self, least: Sureness) -> HashSet<SnapshotId> {
         let mut found: HashSet<_> = self.by_hand.iter().copied().collect();
         for mounted in self.all() {
@@ -145,18 +145,18 @@ impl<'a> Mounts<'a> {
         found
     }
 
-    /// Layers that were committed while they were mounted, and still are, and the layers
-    /// below them. containerd requires that a snapshot is not in use after its commit,
-    /// but `ctr snapshot commit` permits the commit of a running container, which then
-    /// goes on writing.
+    /// The layers that were committed while they were mounted for writing, and still are
+    /// mounted, and the layers below them. containerd requires that a snapshot is not in
+    /// use after its commit, but `ctr snapshot commit` permits the commit of a running
+    /// container, which then goes on writing.
     pub(super) fn layers(&self, rows: &Rows) -> Result<HashSet<SnapshotId>> {
         let mounted: Vec<_> = self.on_writable(Sureness::Possible).into_iter().collect();
         rows.layers_of(&mounted)
     }
 
-    /// The mounts that may show the directory that a moved layer has left on the
-    /// writable volume. An overlay does not show whether it was mounted before the layer
-    /// moved.
+    /// The mounts that may show the leftover directory of a moved layer. All overlays on
+    /// the layer are among them, because the kernel does not show whether an overlay was
+    /// mounted before the layer moved.
     pub(super) fn of_leftover(&self, id: SnapshotId) -> Vec<&Mounted> {
         let shows = |mounted: &&Mounted| {
             bound(self.writable.as_ref(), mounted) == Some(id)
@@ -171,14 +171,15 @@ impl<'a> Mounts<'a> {
         named.any(|path| self.snapshot_at(volume, mounted, path).is_some())
     }
 
-    /// Whether a directory that a healed layer has replaced may be mounted, or be among
+    /// Whether the directory that a healed layer has replaced may be mounted, or be among
     /// the lower directories of an overlay.
     pub(super) fn may_show_replaced(&self, id: SnapshotId) -> bool {
         self.image.is_none() || !self.of_replaced(id).is_empty()
     }
 
-    /// The mounts that show, or may have been made of, the directory that a healed layer has
-    /// taken the place of. An overlay does not show whether it was mounted before that.
+    /// The mounts that may show the directory that a healed layer has replaced. All
+    /// overlays on the layer are among them, because the kernel does not show whether an
+    /// overlay was mounted before the layer healed.
     pub(super) fn of_replaced(&self, id: SnapshotId) -> Vec<&Mounted> {
         let shows = |mounted: &&Mounted| {
             let name = bound_name(self.image.as_ref(), mounted);
@@ -188,8 +189,8 @@ impl<'a> Mounts<'a> {
         self.all().filter(shows).collect()
     }
 
-    /// The snapshot on that volume whose directory a path in an overlay's options leads
-    /// to.
+    /// The snapshot on `volume` to whose directory `path`, from the options of an overlay,
+    /// leads.
     fn snapshot_at(
         &self,
         volume: Volume,
@@ -203,7 +204,8 @@ impl<'a> Mounts<'a> {
             return None;
         }
         if !path.is_absolute() {
-            // The mounting program has shortened the path by a directory that only it knows.
+            // The program that mounted the overlay gave a path relative to a directory that
+            // only it knows.
             let is_possible = !self.is_another_snapshotters(mounted);
             return is_possible.then_some((id, Sureness::Possible));
         }
@@ -216,8 +218,9 @@ impl<'a> Mounts<'a> {
         }
     }
 
-    /// Whether the upper directory of an overlay is a snapshot's, `snapshots/<id>/fs`, and
-    /// none of ours. The numbers in its relative paths are then that snapshotter's.
+    /// Whether an overlay is another snapshotter's: its upper directory is
+    /// `snapshots/<id>/fs`, and is not ours. The ids in the overlay's relative paths are
+    /// then not ours, either.
     fn is_another_snapshotters(&self, mounted: &Mounted) -> bool {
         let Some(upper) = parts(mounted, Part::Upper).next() else {
             return false;
@@ -230,8 +233,8 @@ impl<'a> Mounts<'a> {
             && ![Volume::Image, Volume::Writable].into_iter().any(is_ours)
     }
 
-    /// The files to which a path in an overlay's options leads: here, and in each namespace
-    /// that shows the overlay.
+    /// The inodes to which a path in an overlay's options leads: in this process's mount
+    /// namespace, and in each other one that shows the overlay.
     fn inodes_at(&self, mounted: &Mounted, path: &Path) -> Vec<Inode> {
         let others = self.shown_in.get(&mounted.device).into_iter().flatten();
         let numbers = [0]
@@ -259,17 +262,17 @@ fn parts(mounted: &Mounted, part: Part) -> impl Iterator<Item = &Path> {
     of_part.map(|(_, path)| path.as_path())
 }
 
-/// The number of a snapshot in a path `…/<id>/fs`.
+/// The id in the path `…/<id>/fs` of a snapshot's directory.
 fn number_in(path: &Path) -> Option<SnapshotId> {
     number(path.parent()?.file_name()?)
 }
 
-/// The snapshot whose directory on a volume, or a part of it, this bind mount shows.
+/// The snapshot on a volume whose directory, or a part of it, a bind mount shows.
 fn bound(volume: Option<&Location>, mounted: &Mounted) -> Option<SnapshotId> {
     number(bound_name(volume, mounted)?)
 }
 
-/// The entry of a volume's `snapshots/` that this bind mount shows, or shows a part of. A
+/// The entry of a volume's `snapshots/` that a bind mount shows, or shows a part of. A
 /// directory that was replaced after it was mounted has another name now.
 fn bound_name<'a>(volume: Option<&Location>, mounted: &'a Mounted) -> Option<&'a OsStr> {
     let volume = volume.filter(|volume| volume.device == mounted.device)?;
@@ -281,7 +284,7 @@ fn number(name: &OsStr) -> Option<SnapshotId> {
     SnapshotId::from_directory_name(name.as_encoded_bytes())
 }
 
-/// `None` if the kernel does not show the path of the directory.
+/// Where the `snapshots/` of a volume is; `None` if the kernel does not show its path.
 fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
     let snapshots = dirs.snapshots_fd();
     let Some(mounted) = mountinfo::of_file(snapshots)? else {
@@ -300,8 +303,8 @@ fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
         }))
 }
 
-/// Whether a snapshot is mounted with at least this sureness, so that a program may still
-/// write into it.
+/// Whether a snapshot on the writable volume is mounted for writing, at least as surely as
+/// `least`.
 pub(super) fn is_mounted(
     store: &Store,
     volumes: &Volumes,
@@ -309,13 +312,14 @@ pub(super) fn is_mounted(
     volume: Volume,
     least: Sureness,
 ) -> Result<bool> {
-    // containerd unmounts the directory of an unpack before it commits the
-    // layer.
+    // Snapshots on the image volume are mostly unpacks, which containerd unmounts before it
+    // commits them.
     let read = || Mounts::read(store, volumes);
     Ok(volume == Volume::Writable && read()?.on_writable(least).contains(&id))
 }
 
-/// The result of [`Mounts::layers`] for this moment.
+/// The layers that are mounted for writing now, and the layers below them: the result of
+/// [`Mounts::layers`] for this moment.
 pub(super) fn mounted_layers(store: &Store, volumes: &Volumes) -> Result<HashSet<SnapshotId>> {
     Mounts::read(store, volumes)?.layers(&*store.read()?)
 }

@@ -17,13 +17,13 @@ use crate::tree;
 use crate::types::{Content, History, Kind, Quoted, SnapshotId, Volume};
 use crate::volume::Dirs;
 
-/// What an inspection has found.
+/// The result of an inspection.
 pub struct Inspection {
     pub snapshots: usize,
-    /// What is wrong, in a stable order.
+    /// The problems that were found, in a stable order.
     pub findings: Vec<Finding>,
-    /// The paths of everything in `left-out/`, whether this program or an
-    /// import has put it there.
+    /// The paths of all entries of `left-out/`, whether this program or an import has put
+    /// them there.
     pub left_out: Vec<String>,
 }
 
@@ -38,12 +38,12 @@ struct Rows {
 }
 
 impl Snapshotter {
-    /// Looks at every snapshot, directory and link, and counts every layer. If a
-    /// daemon is running, its changes can cause findings that a second
-    /// inspection does not have. `progress` is called with the number of
-    /// snapshots that are done, and the number of all.
+    /// Looks at every snapshot, directory and link, and counts every layer. If a daemon is
+    /// running, its changes can cause findings that a second inspection does not have.
+    /// `progress` is called with the number of snapshots that are inspected, and the number
+    /// of all snapshots.
     pub fn inspect(&self, mut progress: impl FnMut(usize, usize)) -> Result<Inspection> {
-        // The disks are read before the database, because a snapshot is entered
+        // The disks are read before the database, because the row of a snapshot is entered
         // after its directory is created.
         let image = self.volumes.open(Volume::Image)?;
         let on_image = entries_of(&image)?;
@@ -103,8 +103,8 @@ impl Snapshotter {
                 (Volume::Writable, Some(entries)) => on(entries),
                 (Volume::Writable, None) => continue,
             };
-            // A crash may have come between the two renames of a move within
-            // one file system.
+            // A move within one file system is two renames, and a crash may have come
+            // between them.
             if is_unmoved && !is_there && self.volumes.image().is_renamed_layer(snapshot.id)? {
                 findings.push(about(snapshot, Problem::MoveNotRecorded));
                 continue;
@@ -153,8 +153,8 @@ impl Snapshotter {
         })
     }
 
-    /// A finding if ids were used on this volume that the database has not
-    /// given out.
+    /// Returns a finding if ids were used on this volume that the database has not given
+    /// out.
     fn other_history(&self, dirs: &Dirs, entries: &Found) -> Result<Option<Finding>> {
         let is_other = match dirs.newest_block() {
             Ok(block) => {
@@ -170,8 +170,8 @@ impl Snapshotter {
         }))
     }
 
-    /// The finding for a writable volume that is missing, or that has only lost its
-    /// mark: in that case, the ids that were used on it last are this database's.
+    /// The finding for a writable volume that is missing, or has only lost its mark. Only
+    /// the mark is lost if the newest block of ids on the volume is from this database.
     fn missing_volume(&self, error: &Error) -> Result<Finding> {
         let block = self.volumes.block_of_unmarked().ok().flatten();
         let is_ours = match block {
@@ -213,8 +213,9 @@ impl Snapshotter {
     }
 }
 
-/// Compares a layer with what was recorded at its commit. A layer that is
-/// mounted as the upper directory of a container may be written to.
+/// Compares a layer with the counts that were recorded at its commit. `is_held` means that
+/// the layer is mounted as the upper directory of a container, which may write to the
+/// layer. Differences of the layer then do not count.
 pub(super) fn inspect_layer(
     dirs: &Arc<Dirs>,
     snapshot: &Snapshot,
@@ -244,7 +245,7 @@ pub(super) fn inspect_layer(
         data_bytes: match snapshot.data_bytes {
             DataBytes::Counted(bytes) => Some(bytes),
             DataBytes::Unknown => None,
-            // The layer was changed after its commit.
+            // A container may have changed the layer after its commit.
             DataBytes::WasMounted => return Ok(None),
         },
         attributes: snapshot.marks.map(|marks| marks.attributes),
@@ -313,8 +314,7 @@ impl Rows {
             .collect();
         orphans.sort_by_key(|(id, _)| **id);
         let finding = |(id, file_type): (&SnapshotId, &FileType)| {
-            // A link on the image volume is the link of a layer, or holds
-            // nothing.
+            // A link on the image volume is the link of a layer, and holds no files.
             let is_link = volume == Volume::Image && *file_type == FileType::Symlink;
             let is_kept = !buried.contains(id) && !is_link && !dirs.is_unfilled(*id)?;
             Ok(Finding {

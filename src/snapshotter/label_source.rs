@@ -1,11 +1,12 @@
-//! Where a snapshot's labels come from, and which of them count for that reason.
+//! Where the labels of a snapshot come from, and which labels count from which source.
 //!
 //! containerd passes on labels from sources that are not trusted. An unpack has the
 //! annotations of the layer's descriptor, which are part of the image's manifest
 //! (`core/unpack/unpacker.go`). The sandbox of a pod has the pod's annotations
 //! (`internal/cri/server/podsandbox/sandbox_run.go`). Labels that do not count are not
-//! stored, so that they cannot take effect later. If an older version has stored one, or
-//! if it was trusted then, it is left out when the snapshot is read.
+//! stored, so that they cannot take effect later. A stored label that does not count now,
+//! because an older version has stored it or because it was trusted then, is left out when
+//! the snapshot is read.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -25,7 +26,7 @@ use crate::util::lock::lock;
 /// The source of a snapshot's labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum LabelSource {
-    /// The manifest of the image that is unpacked, or was unpacked into a layer.
+    /// The manifest of an image. Labels from the manifest are on unpacks and on layers.
     Image,
     /// The annotations of a pod.
     Pod,
@@ -45,8 +46,9 @@ const IGNORED_OF_IMAGES: &[&str] = &[
     LABEL_GID_MAPPING,
 ];
 
-/// The labels that pods may not set: this program's own labels, and those that mark an
-/// unpack. For pods with user namespaces, containerd maps the ids by its own labels.
+/// The labels that pods may not set: this program's own labels, and the one that marks an
+/// unpack. The labels that map ids count, because containerd itself sets them for pods with
+/// user namespaces.
 const IGNORED_OF_PODS: &[&str] = &[
     LABEL_VOLUME,
     LABEL_LOWERS,
@@ -55,7 +57,7 @@ const IGNORED_OF_PODS: &[&str] = &[
     LABEL_SNAPSHOT_REF,
 ];
 
-/// Whether a key is in the namespace in which CRI keeps pods. containerd puts the
+/// Whether a key is in `k8s.io`, the namespace in which CRI keeps pods. containerd puts the
 /// namespace in front of the key, and no pod can choose it.
 pub(super) fn is_of_pods(key: &str) -> bool {
     key.starts_with("k8s.io/")
@@ -88,7 +90,7 @@ impl LabelSource {
         }
     }
 
-    /// Removes the labels that do not count, and returns their keys.
+    /// Removes the labels that do not count from this source, and returns their keys.
     pub(super) fn take_ignored(self, labels: &mut Labels) -> Vec<&'static str> {
         let ignored = self.ignored().iter().copied();
         ignored
@@ -96,7 +98,8 @@ impl LabelSource {
             .collect()
     }
 
-    /// Removes the labels that do not count from an Update, and returns their keys.
+    /// Removes the labels that do not count from the changes of an Update, and returns
+    /// their keys.
     ///
     /// # Errors
     ///
@@ -113,7 +116,7 @@ impl LabelSource {
                 LabelChange::Replace(labels) => taken.extend(self.take_ignored(labels)),
                 LabelChange::Set(label, _) if self.ignored().contains(&label.as_str()) => {
                     return Err(Error::refused(format!(
-                        "the label {label} does not count: {}",
+                        "the label {label} does not count on this snapshot: {}",
                         self.reason(label)
                     )));
                 }
@@ -130,32 +133,33 @@ impl LabelSource {
                 "in the namespace k8s.io only the key of a snapshot marks it as an unpack"
             }
             LabelSource::Pod => {
-                "in the namespace k8s.io it may come from a pod's annotations; give the daemon \
-                 --trust-labels-from k8s.io if only administrators make pods"
+                "in the namespace k8s.io this label may come from a pod's annotations; give the \
+                 daemon --trust-labels-from k8s.io if only administrators make pods"
             }
             LabelSource::Image | LabelSource::Administrator => {
-                "on a layer and on what is unpacked it may come from an image's manifest; give \
-                 it to containers"
+                "on layers and unpacks this label may come from an image's manifest; set it on \
+                 containers instead"
             }
         }
     }
 }
 
-/// The ignored labels that are logged already. Each is logged once for each source,
-/// because there is no limit to the number of images and pods with such labels.
+/// The ignored labels that have been logged. Each is logged once for each source, because
+/// there is no limit to the number of images and pods with such labels.
 #[derive(Default)]
 pub(super) struct IgnoredLabels {
     named: Mutex<BTreeSet<(LabelSource, &'static str)>>,
 }
 
 impl IgnoredLabels {
-    /// Logs those labels that were not logged before.
+    /// Logs the ignored labels of a snapshot that have not been logged yet for their
+    /// source.
     pub(super) fn note(&self, source: LabelSource, key: &str, ignored: &[&'static str]) {
         for label in ignored {
             if lock(&self.named).insert((source, label)) {
                 log::warn!(
-                    "the label {label} of snapshot {} is ignored: {} (logged once for all \
-                     snapshots)",
+                    "the label {label} of snapshot {} is ignored: {} (this is logged \
+                     once for all snapshots)",
                     Quoted(key),
                     source.reason(label)
                 );
@@ -165,7 +169,7 @@ impl IgnoredLabels {
 }
 
 impl Snapshotter {
-    /// Removes the labels that do not count from a stored snapshot.
+    /// Removes the labels that do not count from the information of a stored snapshot.
     pub(super) fn leave_out_ignored(&self, info: &mut Info) {
         LabelSource::of_stored(info, self.options.pod_labels).take_ignored(&mut info.labels);
     }
@@ -182,7 +186,7 @@ mod tests {
 
     type Pairs = &'static [(&'static str, &'static str)];
 
-    /// Every label that chooses something, alone where it can stand alone.
+    /// Every label that has an effect; the two labels of id mappings are set together.
     const CHOICES: [Pairs; 9] = [
         &[(LABEL_VOLUME, "image")],
         &[(LABEL_VOLUME, "writable")],
@@ -201,7 +205,7 @@ mod tests {
     const UNPACK: &str = "extract-123456789-AbCd sha256:1";
     const SANDBOX: &str = "6c1f2a4b8d0e";
 
-    /// What a request with these labels results in.
+    /// The plan for a request with these labels.
     fn outcome(kind: Kind, key: &str, pairs: &[(&str, &str)], pod_labels: PodLabels) -> String {
         let options = crate::snapshotter::Options {
             pod_labels,

@@ -1,5 +1,5 @@
-//! Checking the labels, keys and update masks of requests before anything is
-//! changed. Pure.
+//! Checking the labels, keys and update masks of requests before anything is changed. No
+//! I/O.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::LabelChange;
@@ -15,7 +15,7 @@ pub fn check_key(what: &str, key: &str) -> Result<()> {
     Ok(())
 }
 
-/// The labels to store: labels with an empty value are left out.
+/// Checks labels, and returns those to store: labels with an empty value are left out.
 pub fn check_labels(labels: Labels) -> Result<Labels> {
     for (key, value) in &labels {
         check_label(key, value)?;
@@ -80,7 +80,7 @@ pub struct IdMaps {
 }
 
 impl IdMaps {
-    /// Reads the two labels; `None` if both are missing.
+    /// Reads the labels that map uids and gids; `None` if both are missing.
     pub fn from_labels(labels: &Labels) -> Result<Option<IdMaps>> {
         let mapping = |label: &str| {
             labels.get(label).map(|text| {
@@ -105,7 +105,7 @@ impl IdMaps {
         }
     }
 
-    /// The ids on the host of the container's root.
+    /// The host's ids for the root of the container.
     pub fn root(&self) -> Result<Owner> {
         match (self.uid.host_id(0), self.gid.host_id(0)) {
             (Some(uid), Some(gid)) => Ok(Owner { uid, gid }),
@@ -117,7 +117,7 @@ impl IdMaps {
         }
     }
 
-    /// The mount options that id-map the layers.
+    /// The mount options that map the ids of the layers.
     pub fn options(&self) -> Vec<String> {
         vec![
             format!("uidmap={}", self.uid),

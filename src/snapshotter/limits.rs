@@ -1,5 +1,5 @@
-//! How much a snapshot may take, according to its labels and the configuration.
-//! Pure.
+//! How many bytes and inodes a snapshot may take, according to its labels and the
+//! configuration. No I/O.
 
 use super::label_source::LabelSource;
 use crate::error::{Error, Result};
@@ -8,27 +8,27 @@ use crate::types::{
     LABEL_MAX_INODES, LABEL_MAX_SIZE, LABEL_OWN_MAX_SIZE, Labels, Limits, Quoted, Usage,
 };
 
-/// How many bytes have to be free to mount an overlay: overlayfs creates a
-/// directory, for which XFS with blocks of 4 KiB reserves more than 128 KiB, and
-/// less than 256.
+/// How many bytes have to be free to mount an overlay: overlayfs creates a directory, for
+/// which XFS with blocks of 4 KiB reserves between 128 and 256 KiB.
 const MOUNT_BYTES: u64 = 256 << 10;
-/// How many inodes have to be free to mount an overlay: that directory, and the
-/// files with which overlayfs tries out the file system.
+/// How many inodes have to be free to mount an overlay: for a directory of overlayfs, and
+/// for the files with which overlayfs tries out the file system.
 const MOUNT_INODES: u64 = 4;
 
-/// How many bytes over its limit a snapshot may come by loans for its mounts.
+/// By how many bytes a snapshot may exceed its limit because of loans for its mounts.
 const ROOM_BYTES: u64 = 2 * MOUNT_BYTES;
-/// How many inodes over its limit a snapshot may come by loans for its mounts.
+/// By how many inodes a snapshot may exceed its limit because of loans for its mounts.
 const ROOM_INODES: u64 = 2 * MOUNT_INODES;
 
-/// The smallest limit in bytes: it holds an empty snapshot with that room, and
-/// something that the container writes.
+/// The smallest limit in bytes. It is enough for an empty snapshot, a loan, and some files
+/// of the container.
 pub const LEAST_BYTES: u64 = 2 * ROOM_BYTES;
-/// The smallest limit in inodes, for the same reason as [`LEAST_BYTES`].
+/// The smallest limit in inodes. It is enough for an empty snapshot, a loan, and some files
+/// of the container.
 pub const LEAST_INODES: u64 = 2 * ROOM_INODES;
 
-/// The limits that labels ask for; `Some(0)` means no limit, whatever the
-/// default is.
+/// The limits that labels ask for. `Some(0)` means no limit, even if there is a default,
+/// and `None` means the default.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
     max_bytes: Option<u64>,
@@ -36,12 +36,11 @@ pub struct Asked {
 }
 
 impl Asked {
-    /// The limits that the labels from that source ask for; `default` counts
-    /// without labels.
+    /// The limits that labels from `source` ask for. A pod cannot get more than `default`.
     ///
     /// # Errors
     ///
-    /// As in [`Asked::read`], for the administrator's labels only.
+    /// Those of [`Asked::read`], but only for the administrator's labels.
     pub(super) fn of(source: LabelSource, labels: &Labels, default: Limits) -> Result<Asked> {
         match source {
             LabelSource::Image => Ok(Asked::default()),
@@ -67,9 +66,9 @@ impl Asked {
     ///
     /// # Errors
     ///
-    /// [`crate::error::ErrorKind::InvalidArgument`] for a text that is not a size
-    /// or number, or is less than any snapshot takes. All three labels are
-    /// checked.
+    /// [`crate::error::ErrorKind::InvalidArgument`] for a text that is not a size or
+    /// number, or for less than the smallest limit. All three labels are checked, even if
+    /// one does not count because another takes precedence.
     pub fn read(labels: &Labels) -> Result<Asked> {
         let by_containerd = read(labels, LABEL_MAX_SIZE, |text| match as_bytes(text) {
             Some(bytes) if bytes >= LEAST_BYTES => Ok(bytes),
@@ -95,8 +94,8 @@ impl Asked {
         is_limit(self.max_bytes) || is_limit(self.max_inodes)
     }
 
-    /// The limits that count: those of the labels, and the default for what
-    /// they leave open.
+    /// The limits to enforce: those of the labels, and `default` where the labels say
+    /// nothing.
     pub fn or(self, default: Limits) -> Limits {
         let pick = |asked: Option<u64>, default| match asked {
             None => default,
@@ -112,10 +111,10 @@ impl Asked {
 
 /// Raises limits so that an overlay can be mounted in a snapshot with this usage.
 ///
-/// A loan is added to the limit, not to the usage. What is written during a loan stays,
-/// so if the next loan were added to the usage, each restart of a full container would
-/// permit it to write more. Only a snapshot that takes more than a loan permits, because
-/// its limit was lowered, gets its usage plus what the mount itself needs.
+/// A loan is added to the limit, not to the usage. Files that are written during a loan
+/// stay, so if the next loan were added to the usage, each restart of a full container
+/// would permit it to write more. A snapshot that takes more than limit and loan together,
+/// because its limit was lowered, gets its usage plus what the mount itself needs.
 pub(super) fn with_room(limits: Limits, used: Usage) -> Limits {
     let raised = |limit: Option<u64>, used: u64, mount: u64, room: u64| {
         limit.map(|limit| match used + mount <= limit {
@@ -129,22 +128,20 @@ pub(super) fn with_room(limits: Limits, used: Usage) -> Limits {
     }
 }
 
-/// Parses a size that a limit can have, in whole KiB as the kernel stores it; 0
-/// means no limit. `None` for any other text.
+/// Parses the size of a limit, in bytes; 0 means no limit. `None` for any other text.
 pub fn parse_size(text: &str) -> Option<u64> {
-    // The kernel computes with 63 bits.
+    // The kernel computes limits with 63 bits.
     let bytes = parse_bytes(text).filter(|bytes| i64::try_from(*bytes).is_ok())?;
     (bytes == 0 || bytes >= LEAST_BYTES).then_some(bytes)
 }
 
-/// Parses a number of inodes that a limit can have; 0 means no limit. `None`
-/// for any other text.
+/// Parses the number of inodes of a limit; 0 means no limit. `None` for any other text.
 pub fn parse_inodes(text: &str) -> Option<u64> {
     let inodes = parse_number(text).filter(|inodes| i64::try_from(*inodes).is_ok())?;
     (inodes == 0 || inodes >= LEAST_INODES).then_some(inodes)
 }
 
-/// A description of what [`parse_size`] accepts, for errors.
+/// Describes the sizes that [`parse_size`] accepts, for errors.
 pub fn size_wanted() -> String {
     format!(
         "a size such as 512Mi or 10G, at least {}M, or 0 for no limit",
@@ -152,12 +149,12 @@ pub fn size_wanted() -> String {
     )
 }
 
-/// A description of what [`parse_inodes`] accepts, for errors.
+/// Describes the numbers that [`parse_inodes`] accepts, for errors.
 pub fn inodes_wanted() -> String {
     format!("a number of files and directories, at least {LEAST_INODES}, or 0 for no limit")
 }
 
-/// Parses the size of containerd's label: bytes, as an int64.
+/// Parses the value of containerd's label: a number of bytes that fits an int64.
 fn as_bytes(text: &str) -> Option<u64> {
     parse_number(text).filter(|bytes| i64::try_from(*bytes).is_ok())
 }
@@ -297,7 +294,6 @@ mod tests {
         ];
         for (label, texts) in table {
             for text in *texts {
-                // The label is also refused next to a valid one.
                 let given = labels(&[(label, text)]);
                 let error = Asked::read(&given).unwrap_err();
                 assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{label} {text}");
@@ -305,6 +301,7 @@ mod tests {
                 assert!(said.contains(label) && said.contains(text.trim()), "{said}");
             }
         }
+        // A bad label is also refused next to a valid one that takes precedence.
         let hidden = labels(&[(LABEL_MAX_SIZE, "1048576"), (LABEL_OWN_MAX_SIZE, "x")]);
         Asked::read(&hidden).unwrap_err();
     }

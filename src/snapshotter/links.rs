@@ -1,9 +1,9 @@
 //! Links on the image volume to layers whose bytes are on the writable volume.
 //!
-//! Owns: a thread that creates and removes these links. This way, a layer can be
-//! committed and removed while the image disk sleeps or does not answer. A request that
-//! mounts a layer waits for its link. After a crash, links may be missing or left over:
-//! the next start creates or removes them.
+//! Owns: a thread that creates and removes these links, so that a layer can be committed
+//! and removed while the image disk sleeps or does not answer. A request that mounts a
+//! layer waits for its link. After a crash, links may be missing or left over: the next
+//! start creates or removes them.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use crate::util::threads::Background;
 use crate::volume::Volumes;
 use crate::waits::{self, Awaited};
 
-/// How long a commit waits for its link. A disk that takes longer is asleep, or
-/// hangs.
+/// How long a Commit or a Remove waits for a change of its link. A disk that takes longer
+/// is asleep, or hangs.
 const PATIENCE: Duration = Duration::from_millis(200);
 /// How long a request that mounts a layer waits for its link: disks take seconds to spin up.
 const LONGEST: Duration = Duration::from_secs(30);
@@ -51,8 +51,8 @@ enum Job {
 }
 
 impl Work {
-    /// Why the link of a layer could not be created. All requests that wait for it get
-    /// the same error.
+    /// The error with which the link of a layer could not be created. All requests that
+    /// wait for the link get the same error.
     fn failure(&self, id: SnapshotId) -> Option<Error> {
         let why = self.unlinked.get(&id)?.as_ref()?;
         Some(Error::new(why.kind(), why.chain()))
@@ -77,13 +77,11 @@ impl Links {
         Background::start("links", self, stop, Links::run)
     }
 
-    /// Has the thread create the link of a new layer, and waits for it for a
-    /// moment.
+    /// Asks the thread to create the link of a new layer, and waits for [`PATIENCE`].
     ///
     /// # Errors
     ///
-    /// The reason why the link could not be created, if that is known within
-    /// this moment.
+    /// The reason why the link could not be created, if that is known within this time.
     pub(super) fn make(&self, id: SnapshotId) -> Result<()> {
         self.work.change(|work| {
             work.unlinked.insert(id, None);
@@ -99,14 +97,13 @@ impl Links {
             .wait_until(deadline, |work| work.is_open(job), |_| ());
     }
 
-    /// Has the thread remove the link of a layer that was not committed after
-    /// all.
+    /// Asks the thread to remove the link of a layer whose commit has failed, and waits for
+    /// [`PATIENCE`].
     pub(super) fn take_back(&self, id: SnapshotId) {
         self.add(Job::TakeBack(id), id);
     }
 
-    /// Has the thread remove the link of a removed layer, and waits for that
-    /// for a moment.
+    /// Asks the thread to remove the link of a removed layer, and waits for [`PATIENCE`].
     pub(super) fn remove(&self, id: SnapshotId) {
         self.add(Job::Remove(id), id);
     }
@@ -128,8 +125,8 @@ impl Links {
         })
     }
 
-    /// Waits until the links of these layers exist. If one could not be created before,
-    /// it is tried again.
+    /// Waits until the links of these layers exist. A link that could not be created before
+    /// is tried again.
     ///
     /// # Errors
     ///
@@ -174,8 +171,8 @@ impl Links {
         };
         while let Some(job) = self.work.wait_while(is_idle, take) {
             match job {
-                // A link that was requested twice is created once: at the second job,
-                // the layer may have moved.
+                // A link that two requests have asked for is created once. At the second
+                // job, the layer may have moved.
                 Some(Job::Make(id)) if !self.work.look(|work| work.unlinked.contains_key(&id)) => {}
                 Some(Job::Make(id)) => {
                     let made = self.volumes.link_home(id);
@@ -194,7 +191,8 @@ impl Links {
         }
     }
 
-    /// Removes the link, or the copy that a move was about to record.
+    /// Removes the entry of a removed layer on the image volume: its link, or the copy that
+    /// a move was about to record.
     fn drop_link(&self, id: SnapshotId) -> Result<()> {
         let image = self.volumes.image();
         let removed = image.remove_link(id).and_then(|()| image.dirs().trash(id));
@@ -225,6 +223,9 @@ fn not_answered(id: SnapshotId) -> Error {
 
 fn log_failure(done: Result<()>) {
     if let Err(error) = done {
-        log::warn!("{}", error.chain());
+        log::warn!(
+            "the link of a removed layer stays on the image volume until the next start: {}",
+            error.chain()
+        );
     }
 }

@@ -2,10 +2,10 @@
 //!
 //! Owns: the order of steps. Never: SQL, system calls, protobuf.
 //!
-//! The order that holds everywhere: a row exists only while its directories exist. So
-//! directories are created before the row is committed, and go to the trash after the
-//! row is deleted. A crash in between leaves a directory without a row, and
-//! [`recover`] clears it away at the next start.
+//! One order holds everywhere: a row exists only while its directories exist. So
+//! directories are created before the row is committed, and go to the trash after the row
+//! is deleted. A crash in between leaves a directory without a row, which [`recover`] moves
+//! away at the next start.
 //!
 //! Within a transaction, nothing waits for a disk other than the database's. A
 //! request that changes directories holds a claim on the snapshot instead (see
@@ -33,6 +33,7 @@ mod options;
 mod prepare;
 mod problem;
 mod quotas;
+mod recorder;
 mod recover;
 mod relocator;
 mod removal;
@@ -62,19 +63,21 @@ use links::Links;
 pub use options::{Options, PodLabels, QuotaMode, QuotaOptions, Relocation, SyncMode};
 pub use problem::{Finding, Problem};
 use quotas::Projects;
+use recorder::Recorder;
 use relocator::Relocator;
 pub use stats::{Figures, Held, VolumeFigures, Written};
 use trash::Trash;
 pub use usage::{Caller, UsageFigures};
 
-/// The ten operations of containerd's snapshots API. Background work has owners of its
-/// own.
+/// The ten operations of containerd's snapshots API. The other parts do the background
+/// work.
 pub struct Snapshotter {
     store: Arc<Store>,
     volumes: Arc<Volumes>,
     options: Options,
     projects: Arc<Projects>,
     flusher: Arc<Flusher>,
+    recorder: Arc<Recorder>,
     trash: Arc<Trash>,
     relocator: Arc<Relocator>,
     ids: Arc<Ids>,
@@ -88,13 +91,14 @@ pub struct Snapshotter {
 }
 
 impl Snapshotter {
-    /// Combines the parts. Accesses no disk.
+    /// Creates a snapshotter and its parts. Accesses no disk.
     pub fn new(store: Store, volumes: Volumes, options: Options) -> Snapshotter {
         let (store, volumes) = (Arc::new(store), Arc::new(volumes));
         let disks = || (Arc::clone(&store), Arc::clone(&volumes));
         let ids = Arc::new(Ids::new(disks()));
         let projects = Arc::new(Projects::new(disks(), Arc::clone(&ids), options.quota));
         let flusher = Arc::new(Flusher::new(Arc::clone(&store)));
+        let recorder = Arc::new(Recorder::new(disks()));
         let trash = Arc::new(Trash::new(disks(), Arc::clone(&projects), Arc::clone(&ids)));
         let links = Arc::new(Links::new(Arc::clone(&volumes), Arc::clone(&trash)));
         let relocator = Arc::new(Relocator::new(
@@ -110,6 +114,7 @@ impl Snapshotter {
             options,
             projects,
             flusher,
+            recorder,
             trash,
             relocator,
             ids,
@@ -128,27 +133,31 @@ impl Snapshotter {
     /// [`ErrorKind::Internal`] if the system cannot start a thread.
     pub fn start_threads(&self) -> Result<Vec<Background>> {
         let mut threads = vec![self.relocator.start()?];
-        // If commits do not flush, no flush has to be prepared for them.
+        // If commits do not flush, no thread has to flush ahead of them.
         if self.options.sync == SyncMode::AtCommit {
             threads.push(self.flusher.start(self.volumes.image().flush()?)?);
+        }
+        if self.options.records_digests {
+            threads.push(self.recorder.start()?);
         }
         threads.push(self.store.start_checkpoints()?);
         threads.push(self.ids.start()?);
         threads.push(self.links.start()?);
         threads.push(self.projects.start_lender()?);
         let trash = Arc::clone(&self.trash);
-        // When the volume is back, a Cleanup finds the other directories.
+        // When the volume is back, a Cleanup finds the directories that are not charged
+        // yet.
         let on_missing_volume = move || trash.note_stray(Volume::Writable);
         threads.push(self.projects.start_charger(on_missing_volume)?);
         Ok(threads)
     }
 
-    /// The database, for the daemon's start and stop.
+    /// The database, which the daemon opens and closes.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// Both volumes, for a start.
+    /// Both volumes, which the start of the daemon checks.
     pub fn volumes(&self) -> &Volumes {
         &self.volumes
     }
@@ -165,8 +174,8 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if there are none, with the reason and
-    /// a remedy.
+    /// [`ErrorKind::FailedPrecondition`] if there are no project quotas, with the reason
+    /// and a remedy.
     pub fn quota_support(&self) -> Result<Support> {
         self.projects.support()
     }
@@ -185,8 +194,8 @@ impl Snapshotter {
         Ok(self.shown(snapshot))
     }
 
-    /// Changes labels: those that `mask` names, or all of them, to what `given`
-    /// has.
+    /// Sets the labels that `mask` names, or all labels if `mask` is empty, to their values
+    /// in `given`.
     ///
     /// # Errors
     ///
@@ -201,7 +210,7 @@ impl Snapshotter {
             let lowers = self.lowers_to_check(key, &changes)?;
             self.check_host_dirs(key, &lowers)?;
             let _claim = self.claim(key)?;
-            // Another snapshot may have got the key meanwhile.
+            // Another snapshot may have got the key before the claim.
             let (source, changes) = self.plan_update(key, mask, given)?;
             let before = self.store.read()?.stat(key)?;
             let mut after = before.clone();
@@ -226,8 +235,8 @@ impl Snapshotter {
         Ok(self.shown(snapshot))
     }
 
-    /// The changes of labels that an update makes, without labels that do not count
-    /// on this snapshot.
+    /// The source of the snapshot's labels, and the changes that an Update makes to them,
+    /// without labels that do not count on this snapshot.
     fn plan_update(
         &self,
         key: &str,
@@ -242,9 +251,8 @@ impl Snapshotter {
         Ok((source, changes))
     }
 
-    /// Calls `each` for every snapshot that matches one of the filters (or for
-    /// all, if there are no filters), in the order of their names, as of one
-    /// moment.
+    /// Calls `each` for every snapshot that matches one of the filters, or for all if there
+    /// are no filters. The snapshots are those of one moment, in the order of their names.
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
-//! The mounts of a snapshot: what the database records of it, what has to be
-//! done before it is mounted, and the mounts themselves.
+//! The mounts of a snapshot: what the database records for them, what has to be done before
+//! a snapshot is mounted, and how the mounts are composed.
 
 use super::first_layers::is_stored_over_empty;
 use super::labels::IdMaps;
@@ -13,7 +13,7 @@ use crate::types::{Kind, LABEL_LOWERS, Mount, Quoted, SnapshotId, Volume};
 use crate::util::lock::lock;
 use crate::waits::{self, Awaited};
 
-/// A snapshot whose mounts are to be returned.
+/// A snapshot, with everything that its mounts are composed of.
 pub(super) struct Mounted<'a> {
     pub kind: Kind,
     pub id: SnapshotId,
@@ -28,7 +28,7 @@ pub(super) struct Mounted<'a> {
 pub(super) struct Stored {
     snapshot: Snapshot,
     ancestors: Vec<Ancestor>,
-    /// Host directories, as returned by [`crate::store::Rows::chosen_lowers`].
+    /// The recorded host directories, as returned by [`crate::store::Rows::chosen_lowers`].
     chosen: Option<String>,
     over_empty: bool,
     /// Whether the snapshot has, or may have, limits that are enforced.
@@ -36,7 +36,7 @@ pub(super) struct Stored {
 }
 
 impl Stored {
-    /// Whether the writable volume has to be there.
+    /// Whether the snapshot can be mounted only with the writable volume.
     fn needs_writable(&self) -> bool {
         self.snapshot.volume == Some(Volume::Writable) || stand_on_writable(&self.ancestors)
     }
@@ -52,18 +52,18 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a committed
-    /// snapshot, for one that a person has mounted to write to it, if the writable
-    /// volume is needed and not there, or if the snapshot's ids cannot be mapped; for
-    /// its host directories the errors of [`crate::host_dirs::Policy::ensure`].
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] for a committed snapshot,
+    /// for one that a person has mounted to write to it, if the writable volume is needed
+    /// and missing, or if the ids of the snapshot cannot be mapped; for its host
+    /// directories the errors of [`crate::host_dirs::Policy::ensure`].
     pub fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
         self.find_mounts(key)
             .context(|| format!("return the mounts of snapshot {}", Quoted(key)))
     }
 
-    /// Like [`Snapshotter::mounts`], but waits for no disk other than the
-    /// database's. Returns `None` if another disk has to be asked, or anything has
-    /// to be done first.
+    /// The mounts of an active snapshot or a view, if they can be returned without waiting
+    /// for a disk other than the database's. Returns `None` if another disk has to be
+    /// asked, or if something has to be done before the mount.
     pub fn mounts_at_once(&self, key: &str) -> Result<Option<Vec<Mount>>> {
         self.find_mounts_at_once(key)
             .context(|| format!("return the mounts of snapshot {}", Quoted(key)))
@@ -127,10 +127,9 @@ impl Snapshotter {
         })
     }
 
-    /// Returns an error if a layer cannot be mounted: an unmoved layer without
-    /// the writable volume, which the mount would reach through a link, or a
-    /// lost layer that has not been put back meanwhile. Otherwise the mount
-    /// would fail in another program, where the reason is hard to find.
+    /// Returns an error if a layer cannot be mounted: an unmoved layer while the writable
+    /// volume is missing, or a lost layer that is still missing. Otherwise the mount would
+    /// fail in another program, where the reason is hard to find.
     pub(super) fn require_present(&self, ancestors: &[Ancestor]) -> Result<()> {
         if stand_on_writable(ancestors) {
             waits::enter(Awaited::Volume(Volume::Writable))?;
@@ -191,7 +190,7 @@ impl Snapshotter {
         })
     }
 
-    /// The options of an overlay of these directories. `own` is the volume of its upper
+    /// The options of an overlay on these layers. `own` is the volume of its upper
     /// directory.
     pub(super) fn overlay_options(
         &self,

@@ -1,4 +1,4 @@
-//! A request to prepare or view a snapshot, parsed once into what it asks for.
+//! A request to prepare or view a snapshot, parsed once into everything that it asks for.
 //!
 //! Owns: what a snapshot is for, where its labels come from, and which volume its
 //! directory goes to. Never: I/O, except for one read of the parent's labels.
@@ -24,12 +24,12 @@ use crate::types::{Info, Kind, LABEL_SNAPSHOT_REF, LABEL_VOLUME, Labels, Limits,
 /// What a snapshot is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// A layer of an image is unpacked into it, or containerd changes the owners of an
-    /// image's files in it for a user namespace.
+    /// A layer of an image is unpacked into the snapshot, or containerd changes the owners
+    /// of an image's files in it for a user namespace.
     Unpack,
-    /// A container, or a build, writes to it.
+    /// A container, or a build, writes to the snapshot.
     Container,
-    /// Nothing is written to it.
+    /// Nothing is written to the snapshot.
     View,
 }
 
@@ -52,15 +52,16 @@ impl Purpose {
 }
 
 /// The part of a key that containerd's client has chosen. containerd puts
-/// `<namespace>/<number>/` in front of it; a client without containerd may use any
+/// `<namespace>/<number>/` in front of this part; a client without containerd may use any
 /// prefix, or none.
 fn own_part(key: &str) -> &str {
     key.rsplit('/').next().unwrap_or(key)
 }
 
-/// Whether containerd changes the owners of an image's files for a user namespace in
-/// this snapshot, and then commits it (`client/snapshotter_opts_unix.go`,
-/// `resolveSnapshotOptions`). No image can choose a key.
+/// Whether a key is that of a snapshot in which containerd changes the owners of an image's
+/// files for a user namespace, and which it then commits
+/// (`client/snapshotter_opts_unix.go`, `resolveSnapshotOptions`). No image can choose a
+/// key.
 pub(super) fn is_remap(key: &str) -> bool {
     own_part(key).ends_with("-remap")
 }
@@ -70,9 +71,9 @@ pub(super) fn is_remap(key: &str) -> bool {
 pub(super) struct NewSnapshot<'a> {
     pub kind: Kind,
     pub key: &'a str,
-    /// The parent's name; empty without one.
+    /// The parent's name; empty if there is no parent.
     pub parent: &'a str,
-    /// The labels that count.
+    /// The labels of the request that count, and are stored.
     pub labels: Labels,
     pub label_source: LabelSource,
     /// The keys of labels in the request that do not count.
@@ -88,8 +89,8 @@ pub(super) struct NewSnapshot<'a> {
 }
 
 impl<'a> NewSnapshot<'a> {
-    /// Parses a request. `parent_labels` is called for a container if the image below
-    /// it may give it host directories.
+    /// Parses a request. `parent_labels` reads the labels of the parent; it is called only
+    /// for a container, if rules may choose host directories for its image.
     ///
     /// # Errors
     ///
@@ -180,8 +181,9 @@ pub(super) fn plan_limits(
     match (purpose, volume) {
         (Purpose::Container, Some(Volume::Writable)) => Ok(Some(asked.or(default))),
         (Purpose::Container, _) if asked.is_limit() => Err(Error::refused(format!(
-            "its labels ask for a limit, which is enforced on the writable volume only, and \
-             {LABEL_VOLUME} puts it on the image volume: leave one of them out"
+            "the snapshot's labels ask for a limit, which is enforced on the writable volume only, \
+             and {LABEL_VOLUME} puts the snapshot on the image volume: leave one of these labels \
+             out"
         ))),
         _ => Ok(None),
     }
@@ -205,13 +207,14 @@ pub(super) mod tests {
     const UIDS: (&str, &str) = (LABEL_UID_MAPPING, "0:1000:10");
     const GIDS: (&str, &str) = (LABEL_GID_MAPPING, "0:1000:10");
 
-    /// Options with a default limit, and with a rule that gives containers of images
-    /// named `ruled` the host directory `/rule`.
+    /// Options with a default limit, and with a rule that gives containers of images named
+    /// `ruled` the host directory `/rule`.
     pub fn options() -> Options {
         Options {
             mount_options: Vec::new(),
             removes_at_once: false,
             sync: SyncMode::AtCommit,
+            records_digests: false,
             relocation: Relocation::Never,
             reserve: Reserve::Bytes(0),
             shows_upperdir: false,

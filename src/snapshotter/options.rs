@@ -15,22 +15,23 @@ use crate::volume::Reserve;
 /// When a layer's data is made durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SyncMode {
-    /// Before its Commit is answered.
+    /// The layer is flushed before its Commit is answered.
     AtCommit,
-    /// When the kernel writes it.
+    /// Nothing is flushed: the layer is durable once the kernel has written it.
     Never,
 }
 
 /// What happens to layers that were committed on the writable volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Relocation {
-    /// They move to the image volume, no earlier than `after` their commit.
+    /// A thread moves the layers to the image volume, each no earlier than `after` its
+    /// commit.
     Background {
-        /// The time should be long enough for most short-lived layers of builds and of
-        /// Docker to be removed before they move.
+        /// How long a layer waits after its commit: long enough that most short-lived
+        /// layers of builds and of Docker are removed before they move.
         after: Duration,
-        /// Whether a small layer stays as long as something stands on it. This avoids
-        /// copying Docker's small layers, which are removed with their container.
+        /// Whether a small layer stays as long as something stands on it. Docker's small
+        /// layers are then not copied, because they are removed with their container.
         keeps_small: bool,
     },
     Never,
@@ -39,21 +40,21 @@ pub enum Relocation {
 /// Whether snapshots on the writable volume get projects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuotaMode {
-    /// If the file system supports them. If it does not, a snapshot that should
-    /// be limited is refused.
+    /// Snapshots get projects if the file system supports them. If it does not, only a
+    /// snapshot that should be limited is refused.
     Auto,
-    /// Always: if projects are not supported, no snapshot is created on the
-    /// volume.
+    /// Every snapshot gets a project: if projects are not supported, no snapshot is created
+    /// on the volume.
     Require,
     Off,
 }
 
-/// Which labels pods may use: those of snapshots in the namespace k8s.io.
+/// Which labels count on the snapshots of pods, which are in the namespace k8s.io.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PodLabels {
-    /// None of this program's own labels, because they may be annotations of pods.
+    /// None of this program's own labels count, because they may be annotations of pods.
     Ignored,
-    /// All labels, because only administrators set them.
+    /// All labels count, because only administrators set them.
     Trusted,
 }
 
@@ -61,12 +62,12 @@ pub enum PodLabels {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QuotaOptions {
     pub mode: QuotaMode,
-    /// The project ids to give out. Each daemon on one file system needs its
+    /// The project ids to give out. Each daemon on one file system needs a range of its
     /// own.
     pub ids: ProjectRange,
-    /// The limits of each container's snapshot without labels for them.
+    /// The limits of a container whose labels set none.
     pub default: Limits,
-    /// How old the result of a walk may be when it is used again.
+    /// How old a count of a snapshot's files may be to answer another request.
     pub usage_max_age: Duration,
 }
 
@@ -79,22 +80,23 @@ pub struct Options {
     /// them to the trash, which Cleanup empties.
     pub removes_at_once: bool,
     pub sync: SyncMode,
+    /// Whether the digest of each unpacked layer is recorded after its commit.
+    pub records_digests: bool,
     pub relocation: Relocation,
     /// How much has to stay free on the writable volume.
     pub reserve: Reserve,
-    /// Whether answers contain [`LABEL_UPPERDIR`].
+    /// Whether the information about a snapshot contains the label [`LABEL_UPPERDIR`].
     pub shows_upperdir: bool,
     pub quota: QuotaOptions,
     /// Which host directories may be shown to containers.
     pub lowers: Policy,
-    /// Which host directories the containers of some images are shown, in
-    /// order.
+    /// The rules that show host directories to the containers of some images, in order.
     pub lower_rules: Vec<ImageRule>,
     pub pod_labels: PodLabels,
 }
 
 impl Options {
-    /// These options, adapted to this machine's kernel.
+    /// Adapts these options to the kernel of this machine.
     pub fn for_this_kernel(&self) -> Options {
         let mut options = self.clone();
         // The kernel does not set projects in a user namespace
@@ -116,8 +118,9 @@ impl Options {
         })
     }
 
-    /// The options of a view without host directories: those that it cannot be mounted
-    /// without, and those that are configured. It has no upper directory.
+    /// The mount options of a view without host directories: those that are configured, and
+    /// those without which the view cannot be mounted. A view has no upper directory, and
+    /// so needs fewer options than other overlays.
     pub fn view_options(&self) -> Vec<String> {
         mount::overlay_options(&mount::Wanted {
             configured: &self.mount_options,

@@ -15,7 +15,8 @@ use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, Shape};
 use crate::waits::{self, Awaited};
 
-/// How many ids are tried if files of unknown origin have the next ones.
+/// How many ids are tried for a new snapshot, if unknown directories have these ids as
+/// their names.
 const MOST_TAKEN: u32 = 16;
 
 impl Snapshotter {
@@ -23,11 +24,11 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// See [`crate::store::Transaction::create`]; [`ErrorKind::InvalidArgument`] for a
-    /// bad key, label, host directory or id mapping; [`ErrorKind::FailedPrecondition`] if
-    /// the writable volume is needed and not there, or cannot enforce the limit;
-    /// [`ErrorKind::ResourceExhausted`] if a disk is full, or has less room than the
-    /// reserve. A refused request leaves no trace.
+    /// The errors of [`crate::store::Transaction::create`]; [`ErrorKind::InvalidArgument`]
+    /// for a bad key, label, host directory or id mapping;
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed and missing, or
+    /// cannot enforce the limit; [`ErrorKind::ResourceExhausted`] if a disk is full, or has
+    /// less room than the reserve. A refused request leaves no trace.
     pub fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Vec<Mount>> {
         self.create(Kind::Active, key, parent, labels)
             .context(|| format!("prepare snapshot {}", Quoted(key)))
@@ -93,7 +94,7 @@ impl Snapshotter {
         let (created, over_empty) = self.store.together(|transaction| {
             let created = transaction.create(id, &new.row())?;
             if created.ancestors.first().map(|layer| layer.id) != parent_id {
-                let what = "another layer has got the parent's name meanwhile: try again";
+                let what = "another layer has the parent's name by now: try again";
                 return Err(Error::new(ErrorKind::Unavailable, what));
             }
             if let Some(given) = &new_project {
@@ -124,7 +125,7 @@ impl Snapshotter {
         }))
     }
 
-    /// The project for a new snapshot. If limits are not supported, a limit that only
+    /// Plans the project of a new snapshot. If limits are not supported, a limit that only
     /// a pod asks for is ignored.
     fn plan_project<'a>(
         &self,
@@ -142,8 +143,8 @@ impl Snapshotter {
         }
     }
 
-    /// Takes the next id. An id that something on the disk already has is skipped; the
-    /// next Cleanup sets its entry aside.
+    /// Takes the next id. An id is skipped if the disk already has an entry of that name,
+    /// which the next Cleanup sets aside.
     fn take_id(&self, dirs: Option<&Dirs>) -> Result<Claim<'_>> {
         for _ in 0..MOST_TAKEN {
             let claim = self.ids.take(dirs)?;
@@ -175,7 +176,7 @@ impl Snapshotter {
         }
     }
 
-    /// The layers below a new snapshot, nearest first, before it is entered.
+    /// The layers below a new snapshot, nearest first, before the snapshot is entered.
     fn ancestors_of(&self, new: &NewSnapshot<'_>) -> Result<Vec<Ancestor>> {
         let reader = self.store.read()?;
         reader.at_one_moment(|| reader.ancestors_of_new(&new.row()))

@@ -1,4 +1,4 @@
-//! Descriptions of what can be wrong between the database and the disks.
+//! Descriptions of everything that can be wrong between the database and the disks.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ pub struct Finding {
     pub problem: Problem,
     /// The key or name of the snapshot that the finding is about.
     pub name: Option<String>,
-    /// The id of the snapshot, or of a directory.
+    /// The id of the snapshot, or of a directory that no snapshot owns.
     pub id: Option<SnapshotId>,
     pub volume: Option<Volume>,
 }
@@ -26,27 +26,26 @@ pub enum Problem {
     /// The directory of an active snapshot or a view is missing, or is not
     /// whole.
     NoDirectory(Kind),
-    /// A layer's directory is not there.
+    /// A layer's directory is missing.
     LayerMissing,
-    /// The directory of a layer that held no files with content is not there.
+    /// The directory of a hollow layer, one without any content in its files, is missing.
     HollowLayerMissing,
     /// A layer holds less than when it was committed.
     LayerDamaged {
         recorded: Recorded,
         counted: Content,
     },
-    /// A layer holds something other than when it was committed, but not less.
+    /// A layer has changed since it was committed, but does not hold less.
     LayerChanged {
         recorded: Recorded,
         counted: Content,
     },
     /// A layer differs from the content that it was unpacked from.
     LayerDiffers(Differences),
-    /// A layer has moved to the image volume, and the database does not record
-    /// it.
+    /// A layer has moved to the image volume, but the database does not record the move.
     MoveNotRecorded,
-    /// The image volume has a directory with the number of an unmoved layer, and it is not
-    /// that layer.
+    /// The image volume has a directory with the id of an unmoved layer, but the directory
+    /// is not that layer.
     OtherDirectory,
     /// A layer's directory cannot be read.
     LayerUnreadable { why: String },
@@ -64,7 +63,7 @@ pub enum Problem {
     LimitsDiffer { project: ProjectId },
     /// A volume has failed to write data while snapshots were being filled.
     DiskFailed,
-    /// Ids were used on a volume that this database has not given out.
+    /// On a volume, ids were used that this database has not given out.
     OtherHistory,
     /// There are directories of snapshots with ids that the database has not
     /// given out.
@@ -77,42 +76,44 @@ pub enum Problem {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Recorded {
     pub inodes: u64,
-    /// [`Content::data_bytes`], if it is known.
+    /// How many bytes of data the layer had, if known; see [`Content::data_bytes`].
     pub data_bytes: Option<u64>,
-    /// [`crate::types::Marks::attributes`], if it is known.
+    /// How many extended attributes the layer had, if known; see
+    /// [`crate::types::Marks::attributes`].
     pub attributes: Option<u64>,
 }
 
 impl Problem {
-    /// The finding's code, for programs.
+    /// The code of the finding, for programs.
     pub fn code(&self) -> &'static str {
         self.code_and_remedy().0
     }
 
-    /// What a repair does about the finding; `None` if a repair cannot do
-    /// anything.
+    /// What a repair does about the problem: the end of a sentence that begins with "a
+    /// repair". `None` if no repair can help.
     pub fn remedy(&self) -> Option<&'static str> {
         self.code_and_remedy().1
     }
 
     fn code_and_remedy(&self) -> (&'static str, Option<&'static str>) {
-        const DROPS: Option<&str> = Some("drops it and everything that stands on it");
-        const GOES_ON: Option<&str> = Some("goes on with it as it is");
-        const TRASHES: &str = "moves it to the trash, as the next start does";
-        const SETS_ASIDE: &str =
-            "sets it aside in left-out/, where only you delete it, as the next start does";
-        const CHARGES: &str = "charges them, and what is in them, as the next start does";
+        const DROPS: Option<&str> = Some("drops this snapshot and everything that stands on it");
+        const GOES_ON: Option<&str> = Some("goes on with the database and the volumes as they are");
+        const TRASHES: &str = "moves the directory to the trash, as the next start does";
+        const SETS_ASIDE: &str = "sets the directory aside in left-out/, where only you delete \
+             it, as the next start does";
+        const CHARGES: &str =
+            "charges the directories and all files in them, as the next start does";
         match self {
             Problem::Orphan { is_kept: false } => ("orphan", Some(TRASHES)),
             Problem::Orphan { is_kept: true } => ("orphan", Some(SETS_ASIDE)),
             Problem::NoDirectory(_) => (
                 "no-directory",
-                Some("creates an empty one, as the next start does"),
+                Some("creates an empty directory, as the next start does"),
             ),
             Problem::LayerMissing => ("layer-missing", DROPS),
             Problem::HollowLayerMissing => (
                 "empty-layer-missing",
-                Some("creates an empty one in its place, as the next start does"),
+                Some("creates an empty layer in its place, as the next start does"),
             ),
             Problem::LayerDamaged { .. } => ("layer-damaged", DROPS),
             Problem::LayerChanged { .. } => {
@@ -121,7 +122,7 @@ impl Problem {
             Problem::LayerDiffers(_) => ("layer-differs", None),
             Problem::MoveNotRecorded => (
                 "move-not-recorded",
-                Some("records it, as the next start does"),
+                Some("records the move, as the next start does"),
             ),
             Problem::OtherDirectory => ("other-directory", Some(SETS_ASIDE)),
             Problem::LayerUnreadable { .. } => ("layer-unreadable", None),
@@ -133,7 +134,7 @@ impl Problem {
             Problem::VolumeMissing { .. } => ("volume-missing", None),
             Problem::MarkMissing => (
                 "mark-missing",
-                Some("writes that file again, and does nothing else: then check again"),
+                Some("writes the file .volume again, and does nothing else: then check again"),
             ),
             Problem::NotCharged { .. } => ("not-charged", Some(CHARGES)),
             Problem::LimitsDiffer { .. } => (
@@ -142,7 +143,7 @@ impl Problem {
             ),
             Problem::DiskFailed => (
                 "disk-failed",
-                Some("permits to commit these snapshots all the same"),
+                Some("permits commits of these snapshots all the same"),
             ),
             Problem::OtherHistory => ("other-history", GOES_ON),
             Problem::DatabaseOlder { .. } => ("database-older", GOES_ON),
@@ -150,14 +151,15 @@ impl Problem {
         }
     }
 
-    /// What healing does about the finding; `None` if healing cannot help.
+    /// What healing does about the problem: the end of a sentence that begins with "`check
+    /// --heal`". `None` if healing cannot help.
     pub fn healing(&self) -> Option<&'static str> {
         match self {
-            Problem::LayerDiffers(_) => Some("unpacks it again from containerd's content"),
+            Problem::LayerDiffers(_) => Some("unpacks the layer again from containerd's content"),
             Problem::LayerMissing
             | Problem::LayerDamaged { .. }
             | Problem::LayerUnreadable { .. } => {
-                Some("unpacks it again, if containerd still has its content")
+                Some("unpacks the layer again, if containerd still has its content")
             }
             _ => None,
         }
@@ -188,7 +190,8 @@ impl fmt::Display for Finding {
             }
             Problem::NoDirectory(kind) => write!(
                 out,
-                "the {kind} snapshot {name} has no whole directory on the {volume} volume"
+                "the directory of the {kind} snapshot {name} is missing or incomplete on the \
+                 {volume} volume"
             ),
             Problem::LayerMissing => {
                 write!(out, "layer {name} is missing from the {volume} volume")
@@ -213,24 +216,26 @@ impl fmt::Display for Finding {
             Problem::LayerDiffers(how) => write!(out, "{layer} is damaged: {how}"),
             Problem::MoveNotRecorded => write!(
                 out,
-                "layer {name} has moved to the image volume, which was not recorded"
+                "layer {name} has moved to the image volume, but the database does not record the \
+                 move"
             ),
             Problem::OtherDirectory => write!(
                 out,
-                "layer {name} is on the writable volume, and the directory on the image volume \
-                 that has its number is not that layer"
+                "layer {name} is on the writable volume, and the directory with its id on the \
+                 image volume is not that layer"
             ),
             Problem::LayerUnreadable { why } => write!(out, "{layer} cannot be read: {why}"),
             Problem::WrongLink { target } => write!(
                 out,
-                "layer {name} is on the writable volume, and there is no link to {target} for it"
+                "layer {name} is on the writable volume, and its link on the image volume, to \
+                 {target}, is missing or wrong"
             ),
             Problem::BadParent { why } => write!(out, "snapshot {name} stands on {why}"),
             Problem::VolumeMissing { why } => write!(out, "{why}"),
             Problem::MarkMissing => write!(
                 out,
-                "the writable directory has snapshots of this database, but no file .volume that \
-                 says so"
+                "the writable directory has snapshots of this database, but its file .volume \
+                 is missing"
             ),
             Problem::NotCharged { project } => write!(
                 out,
@@ -242,9 +247,9 @@ impl fmt::Display for Finding {
             ),
             Problem::DiskFailed => write!(
                 out,
-                "the {volume} volume has failed to write data: snapshots that were being filled \
-                 then may have lost data, and cannot be committed: check the disk, remove these \
-                 snapshots, and create them again"
+                "the {volume} volume has failed to write data, and snapshots that were being \
+                 filled then may have lost data and cannot be committed: check the disk, remove \
+                 these snapshots, and create them again"
             ),
             Problem::OtherHistory => write!(
                 out,
@@ -254,8 +259,8 @@ impl fmt::Display for Finding {
             ),
             Problem::DatabaseOlder { highest } => write!(
                 out,
-                "the database is older than the directories: it has given out numbers up to \
-                 {highest}, and there are higher ones"
+                "the database is older than the directories: it has given out ids up to {highest}, \
+                 and there are directories with higher ids"
             ),
             Problem::DatabaseIncomplete { what } => write!(out, "{what}"),
         }

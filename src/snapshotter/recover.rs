@@ -1,6 +1,5 @@
-//! Bringing rows and directories into agreement, at a start and after an
-//! interrupted removal. Each discrepancy is logged once, with what was done
-//! about it.
+//! Bringing rows and directories into agreement, at a start and after an interrupted
+//! removal. Each discrepancy is logged once, with what was done about it.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,8 +18,9 @@ use crate::util::undo::Undo;
 use crate::volume::{Dirs, Owner, moving_id};
 
 impl Snapshotter {
-    /// The first step of a start: returns an error if the image volume does not belong to the
-    /// database. From then on, a volume with another history than the database's is refused.
+    /// The first step of a start: returns an error if the image volume does not belong to
+    /// the database. From then on, every volume with another history than the database's is
+    /// refused.
     ///
     /// # Errors
     ///
@@ -32,9 +32,9 @@ impl Snapshotter {
         self.judge(self.volumes.image().dirs())
     }
 
-    /// The second step of a start: like [`Snapshotter::judge_image`], for the writable
-    /// volume, which may be missing. Both steps come before any directory without a row is
-    /// moved away.
+    /// The second step of a start: returns an error if the writable volume is there, but
+    /// does not belong to the database. This step and [`Snapshotter::judge_image`] come
+    /// before any directory without a row is moved away.
     ///
     /// # Errors
     ///
@@ -42,7 +42,7 @@ impl Snapshotter {
     pub fn judge_writable(&self) -> Result<()> {
         match self.volumes.open(Volume::Writable) {
             Ok(writable) => self.judge(&writable),
-            // Another history is an error, and not only a missing volume.
+            // A volume with another history is an error; a missing one is none.
             Err(error) if error.kind() == ErrorKind::DataLoss => Err(error),
             Err(_) => Ok(()),
         }
@@ -54,8 +54,8 @@ impl Snapshotter {
     }
 
     /// The third step of a start: records in the database the moves of layers that a crash
-    /// has interrupted just before they were recorded. Without the writable volume, only the
-    /// moves that the image volume alone proves are recorded.
+    /// has interrupted just before they were recorded. Without the writable volume, only
+    /// the moves that the image volume alone proves are recorded.
     ///
     /// # Errors
     ///
@@ -88,32 +88,34 @@ impl Snapshotter {
         self.flusher.recall_failures(&places)?;
         let image = self.volumes.open(Volume::Image)?;
         warn_of(
-            "drop what checks have left",
+            "delete the leftovers of checks",
             self.drop_leftovers_of_checks(&image),
         );
         let (on_image, _) = self.trash.sweep(&image)?;
         self.set_links(&inventory, &on_image);
         warn_of(
-            "remove links that are not needed",
+            "remove links to host directories that no snapshot needs",
             self.sweep_lower_links(&inventory),
         );
         self.find_lost(&image, &inventory, &on_image);
         self.make_missing(&image, &inventory, &on_image);
-        // The first request that creates a snapshot gets the same error.
+        // The start goes on: the first request that creates a snapshot reports the same
+        // error.
         warn_of("prepare ids for new snapshots", self.ids.begin(&image));
         Ok(())
     }
 
-    /// The last step of a start: like [`Snapshotter::mend_image`], for the writable volume
-    /// and its project quotas. A missing volume is only reported. This may run while requests
-    /// are served that do not need this volume.
+    /// The last step of a start: moves directories without a row away from the writable
+    /// volume, creates missing directories again, reports missing layers, and sets up
+    /// project quotas. A missing volume is only reported. This may run while requests are
+    /// served that do not need this volume.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`] if quotas are required and not available.
     pub fn mend_writable(&self) -> Result<()> {
         warn_of(
-            "drop what moves have left",
+            "delete the leftovers of moves",
             self.drop_unfinished_moves(self.volumes.image().dirs()),
         );
         match self.volumes.open(Volume::Writable) {
@@ -123,10 +125,11 @@ impl Snapshotter {
                     self.find_lost(&writable, &inventory, &found);
                     self.make_missing(&writable, &inventory, &found);
                     warn_of(
-                        "look for missing directories on the image volume",
+                        "create missing directories on the image volume",
                         self.make_missing_on_image(&inventory),
                     );
-                    // If quotas are required and not available, nothing is served.
+                    // If quotas are required and not available, the start fails, so that
+                    // nothing is served.
                     let uncharged = match self.options.quota.mode {
                         QuotaMode::Require => self.projects.recover(&writable)?,
                         _ => self.trash.recover_projects(&writable),
@@ -137,12 +140,13 @@ impl Snapshotter {
                     );
                     self.projects.recharge_later(&uncharged);
                 }
-                // A disk that has become read-only, for example.
+                // The volume cannot be searched, for example because the disk has become
+                // read-only.
                 Err(error) => {
                     self.trash.note_stray(Volume::Writable);
                     log::warn!(
-                        "directories without a snapshot stay on the writable volume, because it cannot be \
-                         looked through: {}",
+                        "the writable volume cannot be searched for directories without a \
+                         snapshot, which stay there: {}",
                         error.chain()
                     );
                 }
@@ -150,8 +154,8 @@ impl Snapshotter {
             Err(error) => {
                 self.trash.note_stray(Volume::Writable);
                 log::warn!(
-                    "containers cannot be started: {}; until it is back, only what does not \
-                     need it is served",
+                    "containers cannot be started: {}; requests that do not need the writable \
+                     volume are served",
                     error.chain()
                 );
             }
@@ -159,8 +163,9 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Permits access to the writable volume, which has not answered before, and the moves
-    /// of layers from it. `is_mended` says whether the volume agrees with the database.
+    /// Permits access to a writable volume that has answered only after the start, and
+    /// moves of layers from it. `is_mended` says whether the volume agrees with the
+    /// database.
     pub fn begin_with_writable(&self, is_mended: bool) {
         self.volumes.release_writable();
         if !is_mended {
@@ -169,10 +174,10 @@ impl Snapshotter {
         self.relocator.wake();
     }
 
-    /// Drops what moves have left under their own names: copies that were not exchanged,
-    /// and links that were. A directory stays if it may be the only copy of a layer:
-    /// while the writable volume cannot be asked, or if the layer was renamed there and
-    /// the database does not know it.
+    /// Moves to the trash the entries `.moving-<id>` that unfinished moves have left:
+    /// copies before the exchange, and links after it. A directory stays if it may be the
+    /// only copy of a layer: while the writable volume is missing, or if the layer was
+    /// renamed there and the database does not know it.
     fn drop_unfinished_moves(&self, image: &Arc<Dirs>) -> Result<()> {
         let can_ask = self.volumes.open(Volume::Writable).is_ok();
         for entry in image.entries()? {
@@ -194,8 +199,8 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Creates the missing links on the image volume to unmoved layers, and
-    /// replaces those that lead to an earlier place of the writable directory.
+    /// Creates missing links on the image volume to unmoved layers, and replaces those that
+    /// lead to an earlier path of the writable directory.
     fn set_links(&self, inventory: &Inventory, found: &Found) {
         for (snapshot, name) in &inventory.snapshots {
             if !snapshot.is_unmoved() {
@@ -203,17 +208,26 @@ impl Snapshotter {
             }
             let target = self.volumes.link_target(snapshot.id);
             let is_link = found.get(&snapshot.id) == Some(&FileType::Symlink);
-            let set = || match is_link && self.volumes.image().links_to(snapshot.id, &target)? {
-                true => Ok(()),
-                false => {
-                    log::info!("layer {} is found at {target} from now on", Quoted(name));
-                    self.volumes.link_home(snapshot.id)
+            let set = || -> Result<()> {
+                if is_link && self.volumes.image().links_to(snapshot.id, &target)? {
+                    return Ok(());
                 }
+                self.volumes.link_home(snapshot.id)?;
+                log::info!(
+                    "layer {}: created its link on the image volume, to {target}",
+                    Quoted(name)
+                );
+                Ok(())
             };
-            // A request that mounts the layer tries it again.
+            // A request that mounts the layer tries to create the link again.
             if let Err(error) = set() {
                 self.links.note_unlinked(snapshot.id);
-                log::warn!("cannot link layer {}: {}", Quoted(name), error.chain());
+                log::warn!(
+                    "layer {} has no link on the image volume, which its next mount tries to \
+                     create: {}",
+                    Quoted(name),
+                    error.chain()
+                );
             }
         }
     }
@@ -231,7 +245,8 @@ impl Snapshotter {
         image.sweep_host_dir_links(|id| mountable.contains(&id))
     }
 
-    /// Reports the layers whose directory is missing, which nothing can replace.
+    /// Reports the layers on a volume whose directory is missing. A hollow layer is not
+    /// reported, but replaced by an empty one.
     fn find_lost(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) {
         let volume = dirs.volume();
         for (layer, name) in &inventory.snapshots {
@@ -244,9 +259,9 @@ impl Snapshotter {
                 continue;
             }
             log::error!(
-                "layer {} is lost: {volume} volume: snapshots/{} is missing; `check --heal` puts \
-                 it back if containerd still has its content, else remove the containers on it, \
-                 remove the images that use it, and pull them again",
+                "layer {} is lost: snapshots/{} is missing on the {volume} volume; `check --heal` \
+                 puts it back if containerd still has its content, else remove the containers on \
+                 it, remove the images that use it, and pull them again",
                 Quoted(name),
                 layer.id
             );
@@ -254,9 +269,9 @@ impl Snapshotter {
         }
     }
 
-    /// Makes the directories on the image volume that [`Snapshotter::mend_image`] could not
-    /// make: a snapshot gets the owner of the layer below it, which may be on the writable
-    /// volume.
+    /// Creates the directories on the image volume that [`Snapshotter::mend_image`] could
+    /// not create: the owner of a directory is that of the layer below, which may be on the
+    /// writable volume.
     fn make_missing_on_image(&self, inventory: &Inventory) -> Result<()> {
         let mut places = inventory.snapshots.iter().map(|(place, _)| place);
         let is_open =
@@ -268,8 +283,8 @@ impl Snapshotter {
         Ok(())
     }
 
-    /// Gives an empty directory to each snapshot that is no layer and has no whole one, as
-    /// after a power cut before its directory reached the disk.
+    /// Creates the missing directories of active snapshots and views, or the missing parts
+    /// of them, as after a power cut before they reached the disk.
     fn make_missing(&self, dirs: &Arc<Dirs>, inventory: &Inventory, found: &Found) {
         let volume = dirs.volume();
         for (snapshot, name) in &inventory.snapshots {
@@ -282,7 +297,8 @@ impl Snapshotter {
             if is_whole {
                 continue;
             }
-            // If the writable volume answers late, requests are served at the same time.
+            // The claim is needed because requests are served by now if the writable volume
+            // has answered late.
             let Ok(claim) = self.claim(name) else {
                 continue;
             };
@@ -293,23 +309,25 @@ impl Snapshotter {
                 if is_there {
                     dirs.complete(snapshot.id, shape, owner)
                 } else {
-                    // Another kind of entry may have the name.
+                    // A file or a link may have the id as its name.
                     dirs.clear_away(snapshot.id)?;
                     dirs.create(snapshot.id, shape, owner).map(Undo::keep)
                 }
             });
             match made {
                 Ok(()) => log::warn!(
-                    "snapshot {} had no whole directory on the {volume} volume: the missing part is \
-                     empty now",
+                    "snapshot {} had no whole directory on the {volume} volume, as after a power \
+                     cut: the missing part is empty now",
                     Quoted(name)
                 ),
-                // The volume is asked after the image volume, and then this is tried again.
+                // The layer below is on the writable volume, which is opened later. The
+                // directory is created then.
                 Err(error) if error.kind() == ErrorKind::Unavailable => {
                     log::debug!("snapshot {}: {}", Quoted(name), error.chain());
                 }
                 Err(error) => log::error!(
-                    "snapshot {} has no directory: {}",
+                    "snapshot {} has no directory, so its container cannot start until a restart \
+                     of the daemon has created one: {}",
                     Quoted(name),
                     error.chain()
                 ),
@@ -317,9 +335,9 @@ impl Snapshotter {
         }
     }
 
-    /// Creates an empty layer in place of a missing one that held no files with content,
-    /// as Docker's layer between an image and its container. Returns `false` if the layer
-    /// held more, or if this failed.
+    /// Creates an empty layer in place of a missing hollow one, such as Docker's layer
+    /// between an image and its container. Returns `false` if the layer was not hollow, or
+    /// if this failed.
     fn replace_hollow(&self, dirs: &Arc<Dirs>, name: &str) -> bool {
         let replace = || -> Result<bool> {
             let snapshot = self.store.read()?.stat(name)?;
@@ -327,8 +345,8 @@ impl Snapshotter {
                 return Ok(false);
             }
             let owner = self.owner_for(None, snapshot.parent_id)?;
-            // Recorded before the directory is created: after a crash in between, the
-            // next start repeats this.
+            // The content is recorded before the directory is created: after a crash in
+            // between, the next start repeats this.
             let empty = Content {
                 usage: Usage {
                     inodes: 1,
@@ -353,7 +371,11 @@ impl Snapshotter {
             Ok(true)
         };
         replace().unwrap_or_else(|error| {
-            log::warn!("cannot replace layer {}: {}", Quoted(name), error.chain());
+            log::warn!(
+                "cannot create an empty layer in place of the missing layer {}: {}",
+                Quoted(name),
+                error.chain()
+            );
             false
         })
     }
@@ -366,17 +388,21 @@ impl Snapshotter {
             && let Some(place) = self.store.read()?.place(parent)?
             && place.is_unmoved()
         {
-            // It is reached through a link.
+            // The directory of an unmoved layer is reached through a link to the writable
+            // volume.
             self.volumes.require_writable()?;
         }
         self.owner_for(maps.as_ref(), snapshot.parent_id)
     }
 }
 
-/// Logs the failure of a step that only tidies up, such as on a full disk: the start
-/// must go on, because removals make room.
+/// Logs the failure of a step that only tidies up. The start has to go on, for example on a
+/// full disk, because removals make room.
 fn warn_of(what: &str, done: Result<()>) {
     if let Err(error) = done {
-        log::warn!("cannot {what}: {}", error.chain());
+        log::warn!(
+            "cannot {what}, which the next start tries again: {}",
+            error.chain()
+        );
     }
 }

@@ -6,12 +6,12 @@ use crate::store::{Place, Transaction};
 use crate::types::{Quoted, Volume};
 
 impl Snapshotter {
-    /// Removes a snapshot that nothing stands on. Its bytes go to the trash.
+    /// Removes a snapshot that nothing stands on. Its directory goes to the trash.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if another snapshot
-    /// stands on it.
+    /// stands on this one.
     pub fn remove(&self, key: &str) -> Result<()> {
         self.remove_snapshot(key)
             .context(|| format!("remove snapshot {}", Quoted(key)))
@@ -26,13 +26,13 @@ impl Snapshotter {
         self.walks.forget(removed.id);
         self.drop_lower_links(removed.id);
 
-        // The snapshot is gone by now, so a failure from here on must not be
-        // reported to the caller. Cleanup finds the directories that are left.
+        // The row is deleted by now, so a failure from here on must not be reported to the
+        // caller. Cleanup finds the directories that are left.
         if let Some(volume) = removed.volume {
             let id = removed.id;
             let trashed = self.volumes.open(volume).and_then(|dirs| {
-                // A person who mounts it learns by its row that it is gone, or has its files
-                // until they are unmounted.
+                // If a person has mounted the snapshot, its files stay until they are
+                // unmounted. A person who is about to mount it sees that the row is gone.
                 in_use::require_not_by_hand(&self.store, &self.volumes, id)?;
                 if let Some(name) = dirs.trash(id)?
                     && self.options.removes_at_once
@@ -45,7 +45,8 @@ impl Snapshotter {
             if let Err(error) = trashed {
                 self.trash.note_stray(volume);
                 log::warn!(
-                    "cannot remove snapshots/{id} from the {volume} volume: {}",
+                    "snapshot {id} is removed, but its directory stays on the {volume} volume \
+                     until the next Cleanup: {}",
                     error.chain()
                 );
             }
@@ -67,8 +68,8 @@ impl Snapshotter {
     }
 
     /// Deletes the row, and returns where the snapshot was. If the disk is full, the
-    /// deletion is tried again alone, because concurrent changes may be what the disk has
-    /// no room for.
+    /// deletion is tried again in a transaction of its own, because concurrent changes may
+    /// be those that the disk has no room for.
     fn strike_out(&self, key: &str) -> Result<Place> {
         let strike = |transaction: &Transaction<'_>| {
             transaction.forget_tombstones(&self.trash.take_settled())?;
@@ -95,7 +96,7 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is not there;
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is missing;
     /// [`ErrorKind::Internal`] if something cannot be deleted.
     pub fn cleanup(&self, volume: Volume) -> Result<()> {
         let emptied = self.trash.empty(volume);

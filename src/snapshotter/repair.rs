@@ -1,4 +1,4 @@
-//! Repairing what an inspection has found, while no daemon runs.
+//! Repairing the findings of an inspection, while no daemon runs.
 
 use std::collections::HashSet;
 
@@ -12,7 +12,7 @@ use crate::types::{SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
 
 impl Snapshotter {
-    /// The snapshots that a repair drops: missing or damaged layers, and
+    /// The snapshots that a repair of these findings drops: missing or damaged layers, and
     /// everything that stands on them.
     pub fn doomed(&self, findings: &[Finding]) -> Result<Vec<Snapshot>> {
         let fatal = findings.iter().filter(|finding| finding.problem.is_fatal());
@@ -37,14 +37,14 @@ impl Snapshotter {
         Ok(all)
     }
 
-    /// Repairs these findings as far as possible, and does what a start does.
-    /// No other process may have the database or the volumes open.
+    /// Repairs these findings as far as possible, and does everything that a start does. No
+    /// other process may have the database or the volumes open.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed for
-    /// the repair and not there; errors of the database and the disks. The next
-    /// try continues where this one ended.
+    /// [`ErrorKind::FailedPrecondition`] if the writable volume is needed for the repair
+    /// and missing; errors of the database and the disks. The next try continues where this
+    /// one ended.
     pub fn repair(&self, findings: &[Finding]) -> Result<()> {
         let has =
             |wanted: fn(&Problem) -> bool| findings.iter().any(|finding| wanted(&finding.problem));
@@ -58,8 +58,8 @@ impl Snapshotter {
         });
         if forgets && has(|problem| matches!(problem, Problem::VolumeMissing { .. })) {
             return Err(Error::refused(
-                "the database is not the latest, and only the writable volume shows which numbers \
-                 it has given out: mount that volume, or give it up with --reset-writable",
+                "the database is not the latest, and only the writable volume shows which ids were \
+                 given out since: mount that volume, or give it up with --reset-writable",
             ));
         }
         if has(|problem| *problem == Problem::MarkMissing) {
@@ -70,8 +70,9 @@ impl Snapshotter {
         let doomed = self.doomed(findings)?;
 
         let mut transaction = self.store.write()?;
-        // The directories of snapshots above a damaged layer are whole: they
-        // are set aside.
+        // A tombstone permits the deletion of a damaged layer's directory. The directories
+        // of the snapshots above the layer are whole: they get no tombstone, and are set
+        // aside.
         let is_damaged = |snapshot: &Snapshot| {
             let mut about = findings.iter().filter(|one| one.id == Some(snapshot.id));
             about.any(|one| matches!(one.problem, Problem::LayerDamaged { .. }))
@@ -84,7 +85,8 @@ impl Snapshotter {
         let ids: Vec<_> = doomed.iter().map(|snapshot| snapshot.id).collect();
         transaction.drop_snapshots(&ids)?;
         for finding in findings {
-            // If a disk is another day's, or another database's, so may be what is there.
+            // If the database or a disk is an older copy, or belongs to another root, the
+            // counted directory may not be this layer.
             if let (Problem::LayerChanged { counted, .. }, Some(id), false) =
                 (&finding.problem, finding.id, forgets)
             {
@@ -100,8 +102,8 @@ impl Snapshotter {
         transaction.commit()?;
         drop(transaction);
         fault_point("repair-recorded");
-        // Written into the database file itself, because a copy whose log is
-        // missing is refused.
+        // The changes are written into the database file itself, because the file would be
+        // refused if its log went missing.
         self.store.settle()?;
         self.relocator.recover_moves()?;
         self.mend()
@@ -109,7 +111,7 @@ impl Snapshotter {
         self.projects.recharge_now()
     }
 
-    /// The highest id in a name on either volume; 0 if there is none.
+    /// The highest id among the names in `snapshots/` on both volumes; 0 if there is none.
     fn highest_entry(&self) -> Result<u64> {
         let mut highest = 0;
         for volume in [Volume::Image, Volume::Writable] {

@@ -1,4 +1,4 @@
-//! The state of the snapshotter in numbers.
+//! The state of the snapshotter in numbers, for `status` and the metrics.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use crate::tree;
 use crate::types::{Kind, Limits, Timestamp, Volume};
 use crate::util::lock::lock;
 
-/// All figures that are counted.
+/// The figures about the snapshotter as a whole.
 #[derive(Debug)]
 pub struct Figures {
     pub snapshots: Vec<Tally>,
@@ -23,7 +23,7 @@ pub struct Figures {
     pub lost_layers: u64,
     /// Layers moved to the image volume since the start.
     pub relocations: u64,
-    /// Bytes copied by these moves.
+    /// Bytes copied by moves of layers since the start.
     pub relocated_bytes: u64,
     pub relocation_failures: u64,
     /// The result of the last deep check; `None` before the first one.
@@ -39,25 +39,25 @@ pub struct Figures {
 #[derive(Clone, Copy, Debug)]
 pub struct VolumeFigures {
     pub volume: Volume,
-    /// The volume is there, and has not failed to write since the start.
+    /// Whether the volume is there, and has not failed to write since the start.
     pub is_usable: bool,
     pub size_bytes: u64,
     pub free_bytes: u64,
 }
 
-/// A leftover directory on the writable volume.
+/// A leftover directory on the writable volume, and its mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// The layer's number.
+    /// The id of the layer.
     pub id: u64,
-    /// Its name; `None` if it was removed.
+    /// The name of the layer; `None` if the layer was removed.
     pub layer: Option<String>,
     pub bytes: u64,
     /// The mount points that may show the directory.
     pub points: Vec<String>,
 }
 
-/// How much a container has written.
+/// How much one container has written, and its limits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
     pub key: String,
@@ -66,17 +66,17 @@ pub struct Written {
     pub limits: Limits,
 }
 
-/// The name of a fact: the last [`DeepCheck`], as three numbers.
+/// The name of the fact that records the last [`DeepCheck`], as three numbers.
 const DEEP_CHECK: &str = "deep-check";
 
-/// The result of a deep check.
+/// The result of a deep check, which compares layers with containerd's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeepCheck {
-    /// When it ended, in seconds since 1970.
+    /// When the check ended, in seconds since 1970.
     pub ended: u64,
     /// How many layers were compared.
     pub compared: u64,
-    /// How many of them are damaged, and have not healed.
+    /// How many of the compared layers are damaged, and have not healed.
     pub damaged: u64,
 }
 
@@ -114,8 +114,8 @@ impl Snapshotter {
             .together(|transaction| transaction.record_fact(DEEP_CHECK, &text))
     }
 
-    /// Collects the figures. No disk is waited for as long as the database is
-    /// in memory.
+    /// Collects the figures, without waiting for a disk as long as the database is in
+    /// memory.
     pub fn figures(&self) -> Result<Figures> {
         let reader = self.store.read()?;
         let (snapshots, projects) = (reader.tally()?, reader.count_projects()?);
@@ -146,10 +146,10 @@ impl Snapshotter {
         })
     }
 
-    /// The active snapshots on the writable volume that take most of it, the
-    /// largest first, at most `limit`. The files of snapshots without a project
-    /// quota are counted. Snapshots that are removed meanwhile, or cannot be
-    /// read, are left out. The list is empty if the volume is not there.
+    /// The active snapshots that take most of the writable volume, the largest first, at
+    /// most `limit`. The files of snapshots without a project quota are counted. Snapshots
+    /// that are removed meanwhile, or cannot be read, are left out. The list is empty if
+    /// the volume is missing.
     pub fn largest_writable(&self, limit: usize) -> Result<Vec<Written>> {
         let Ok(dirs) = self.volumes.open(Volume::Writable) else {
             return Ok(Vec::new());
@@ -182,7 +182,8 @@ impl Snapshotter {
         Ok(written)
     }
 
-    /// The leftover directories, the largest first, and what has them mounted.
+    /// The leftover directories, the largest first, and the mount points that may show
+    /// them.
     pub fn held(&self) -> Result<Vec<Held>> {
         let leftovers = self.store.read()?.retired()?;
         if leftovers.is_empty() {

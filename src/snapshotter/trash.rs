@@ -4,7 +4,7 @@
 //! to them, and that only one cleanup runs at a time. Never: rows of snapshots.
 //!
 //! A directory without a row is deleted only if a tombstone proves that it was a
-//! snapshot's, or if nothing was ever written into it. Any other is set aside in
+//! snapshot's, or if nothing was ever written into it. Any other directory is set aside in
 //! `left-out/`, where only a person deletes it.
 
 use std::collections::{HashMap, HashSet};
@@ -28,8 +28,8 @@ pub(super) struct Trash {
     volumes: Arc<Volumes>,
     projects: Arc<Projects>,
     ids: Arc<Ids>,
-    /// Locked during a cleanup of each volume: a second cleanup must not answer before
-    /// the first one has deleted everything. In order: image, writable volume.
+    /// Locked during the cleanup of a volume: a second cleanup must not answer before the
+    /// first one has deleted everything. In order: image, writable volume.
     cleaning: [Mutex<()>; 2],
     /// Set when a directory without a row may be on a volume, so that the next Cleanup
     /// searches for it. In order: image, writable volume.
@@ -60,12 +60,12 @@ impl Trash {
         }
     }
 
-    /// Notes that a directory without a row may be on that volume.
+    /// Notes that a directory without a row may be on that volume, for the next Cleanup.
     pub(super) fn note_stray(&self, volume: Volume) {
         self.strays[volume as usize].store(true, Ordering::Release);
     }
 
-    /// Notes that the directory of that removed snapshot is in the trash.
+    /// Notes that the directory of a removed snapshot or a moved layer is in the trash.
     pub(super) fn note_trashed(&self, id: SnapshotId, volume: Volume) {
         lock(&self.trashed).push((id, volume));
     }
@@ -89,7 +89,7 @@ impl Trash {
         Ok(())
     }
 
-    /// Deletes everything that was removed from a volume before this call, and
+    /// Deletes everything that was removed from a volume before this call, and clears away
     /// directories without a row.
     pub(super) fn empty(&self, volume: Volume) -> Result<()> {
         let _cleaning = lock(&self.cleaning[volume as usize]);
@@ -101,17 +101,19 @@ impl Trash {
         let emptied = tree::remove_children(dirs.trash_fd()?)
             .context(|| format!("empty the trash of the {volume} volume"));
         self.settle(&dirs)?;
-        // The deleted files may have been the last ones of a project; if both
-        // volumes are on one file system, on either volume.
+        // The deleted files may have been the last ones of a project. Both volumes may be
+        // on one file system, so this is checked after a Cleanup of either one.
         if let Err(error) = self.projects.free_unused() {
-            log::warn!("cannot take project ids back: {}", error.chain());
+            log::warn!(
+                "the project ids of removed containers stay in use until the next Cleanup: {}",
+                error.chain()
+            );
         }
         emptied
     }
 
-    /// Deletes the entry of this name, which was just moved to the trash of a volume.
-    /// No other caller waits for it. What cannot be deleted stays for the next
-    /// Cleanup.
+    /// Deletes the entry `name` from the trash of a volume. A failure is only logged,
+    /// because the next Cleanup deletes the rest.
     pub(super) fn delete(&self, dirs: &Dirs, name: &str) {
         let deleted = dirs
             .trash_fd()
@@ -119,7 +121,10 @@ impl Trash {
             .context(|| format!("delete from the trash of {}", dirs.path()))
             .and_then(|()| self.projects.free_unused());
         if let Err(error) = deleted {
-            log::warn!("{}", error.chain());
+            log::warn!(
+                "removed files take room until the next Cleanup: {}",
+                error.chain()
+            );
         }
     }
 
@@ -136,20 +141,24 @@ impl Trash {
         Ok(())
     }
 
-    /// Like [`Projects::recover`], but a failure is only logged, and the next Cleanup
-    /// tries again: removed files are deleted even if quotas do not work.
+    /// Calls [`Projects::recover`]. A failure is only logged, and the next Cleanup tries
+    /// again, because removed files have to be deleted even if quotas do not work.
     pub(super) fn recover_projects(&self, dirs: &Arc<Dirs>) -> Vec<SnapshotId> {
         let recovered = self.projects.recover(dirs);
         recovered.unwrap_or_else(|error| {
             self.note_stray(Volume::Writable);
-            log::warn!("cannot read the project quotas: {}", error.chain());
+            log::warn!(
+                "the limits of containers were not checked, which the next Cleanup tries again: {}",
+                error.chain()
+            );
             Vec::new()
         })
     }
 
-    /// Moves the entries without a row out of `snapshots/`, and returns those that have one. Entries
-    /// whose names are not ids are left alone. If moves fail, for example on a full disk,
-    /// also returns the last error, and the start goes on.
+    /// Moves the entries without a row out of `snapshots/`, and returns the entries with
+    /// one. Entries whose names are not ids are left alone. If some entries cannot be
+    /// moved, for example on a full disk, the last error is also returned, and the start
+    /// goes on.
     pub(super) fn sweep(&self, dirs: &Arc<Dirs>) -> Result<(Found, Option<Error>)> {
         let volume = dirs.volume();
         let mut failed = None;
@@ -164,16 +173,17 @@ impl Trash {
                         claimed.insert(id);
                     }
                 }
-                // Entries of the relocator and of checks may be in use.
+                // The relocator or a check may be using these entries.
                 None if volume == Volume::Image && is_worked_on(name) => {}
                 None => log::warn!(
-                    "{volume} volume: {:?} in snapshots/ was not made by this program: left alone",
+                    "{volume} volume: {:?} in snapshots/ was not made by this program, and is left \
+                     alone",
                     entry.name
                 ),
             }
         }
-        // The database is read after the claims were looked at: a directory without a
-        // claim then and without a row now will get no row.
+        // The database is read after the claims. A directory that had no claim then and has
+        // no row now will get no row.
         let inventory = Inventory::read(&*self.store.read()?)?;
         let known = inventory.known(volume);
         let mut buried = self.store.read()?.tombstones(volume)?;
@@ -210,13 +220,15 @@ impl Trash {
         let is_link = volume == Volume::Image && self.volumes.image().is_layer_link(id)?;
         if is_buried || is_link {
             log::info!(
-                "{volume} volume: moved snapshots/{id}, which was removed before a stop, to the trash"
+                "{volume} volume: moved snapshots/{id} to the trash: its snapshot was removed \
+                 before the daemon stopped"
             );
             return trash_entry(dirs, &id.to_string());
         }
         match dirs.clear_away(id)? {
             None => log::info!(
-                "{volume} volume: moved snapshots/{id}, which is empty and no snapshot's, to the trash"
+                "{volume} volume: moved snapshots/{id} to the trash: it is empty and belongs to no \
+                 snapshot"
             ),
             Some(path) => log::warn!(
                 "{volume} volume: snapshots/{id} belongs to no snapshot, and holds files: it is \
@@ -227,7 +239,7 @@ impl Trash {
     }
 }
 
-/// The directories and links that there should be, according to the database.
+/// The directories and links that should be on the volumes, according to the database.
 pub(super) struct Inventory {
     pub snapshots: Vec<(Place, String)>,
     /// Layers that have a leftover directory on the writable volume.
@@ -239,7 +251,8 @@ pub(super) struct Inventory {
 pub(super) struct GivenOut {
     /// The highest id of a snapshot that was ever entered.
     pub entered: u64,
-    /// The highest id that an interrupted request may have had.
+    /// The highest reserved id. An interrupted request may have used it for a directory
+    /// without a row.
     pub reserved: u64,
 }
 
@@ -251,8 +264,9 @@ impl GivenOut {
         })
     }
 
-    /// The first of these entries that the database must have forgotten: its id was never
-    /// given out, or was not entered although the directory is filled.
+    /// The first of these ids that the database must have forgotten: its id was never
+    /// reserved, or its directory is filled although no snapshot of so high an id was
+    /// entered.
     pub(super) fn first_forgotten(
         self,
         dirs: &Dirs,
@@ -267,8 +281,8 @@ impl GivenOut {
         Ok(None)
     }
 
-    /// Returns [`ErrorKind::DataLoss`] if the database has forgotten snapshots
-    /// whose directories are there.
+    /// Returns [`ErrorKind::DataLoss`] if the volume has directories of snapshots that the
+    /// database has forgotten.
     pub(super) fn require_latest(self, dirs: &Dirs) -> Result<()> {
         let entries = dirs.entries()?;
         let ids = entries
@@ -278,10 +292,10 @@ impl GivenOut {
             return Ok(());
         };
         Err(Error::data_loss(format!(
-            "the {} volume has snapshots/{forgotten}, but the database has given out numbers up \
-             to {} only: it is an older state of itself, unless a person has made that directory \
-             by hand. Put the latest one back, or run `check --repair`, which sets aside what it \
-             does not know",
+            "the {} volume has snapshots/{forgotten}, but the database has given out ids up to {} \
+             only: it is an older state of itself, unless a person has made that directory by \
+             hand. Put the latest database back, or run `check --repair`, which sets the unknown \
+             directories aside",
             dirs.volume(),
             self.entered
         )))
@@ -343,9 +357,9 @@ pub(super) fn entries_of(dirs: &Dirs) -> Result<Found> {
     Ok(numbered.collect())
 }
 
-/// Moves an entry of `snapshots/` to the trash. On a full disk even a rename may
-/// lack a block, if the directory has to grow. In that case, the trash is
-/// emptied first.
+/// Moves an entry of `snapshots/` to the trash. On a full disk, even a rename may fail,
+/// because the directory of the trash has to grow. In that case, the trash is emptied
+/// first.
 pub(super) fn trash_entry(dirs: &Dirs, name: &str) -> Result<()> {
     match dirs.trash_entry(name) {
         Err(error) if error.kind() == ErrorKind::ResourceExhausted => {

@@ -1,8 +1,8 @@
-//! What snapshots take of the disk.
+//! How many bytes and inodes snapshots take.
 //!
-//! A kubelet has containerd ask for every container's usage all the time. With a
-//! project quota, the file system knows the figure. Without one the files are
-//! counted, and simultaneous requests for one snapshot share one walk.
+//! A kubelet asks containerd for the usage of every container all the time. With a project
+//! quota, the file system knows the usage. Without one, the files are counted in a walk,
+//! and simultaneous requests for one snapshot share the walk.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,7 +35,7 @@ impl Caller {
     }
 }
 
-/// Where the returned usages came from, since the start.
+/// How often usages were returned since the start, by their source.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UsageFigures {
     pub by_quota: u64,
@@ -46,7 +46,7 @@ pub struct UsageFigures {
     pub by_earlier_walk: u64,
 }
 
-/// The current walks, and the results of earlier ones.
+/// The walks under way, and the results of earlier ones.
 #[derive(Default)]
 pub(super) struct Walks(Mutex<Known>);
 
@@ -63,15 +63,15 @@ struct Counted {
     usage: Usage,
 }
 
-/// One walk.
+/// A walk that counts the files of one snapshot.
 #[derive(Default)]
 struct Walk(Monitor<Progress>);
 
 #[derive(Default)]
 struct Progress {
     callers: Vec<Caller>,
-    /// The result, once there is one. An error is its kind and text, which all
-    /// callers get.
+    /// The result of the walk, once there is one. An error is stored as its kind and text,
+    /// and all callers get it.
     result: Option<std::result::Result<Usage, (ErrorKind, String)>>,
 }
 
@@ -96,7 +96,7 @@ impl Walk {
 
     /// Waits for the result; `None` if the caller has left before.
     fn wait(&self, caller: &Caller) -> Option<Result<Usage>> {
-        /// How soon the thread of a caller that leaves is free.
+        /// How often to look whether the caller has left.
         const LOOK: Duration = Duration::from_millis(50);
         while !caller.has_left() {
             let deadline = Some(Instant::now() + LOOK);
@@ -110,8 +110,7 @@ impl Walk {
     }
 }
 
-/// Ends a walk when dropped, also after a panic, because other callers wait for
-/// it.
+/// Ends a walk when dropped, even after a panic, because other callers wait for the walk.
 struct Leader<'a> {
     walks: &'a Walks,
     id: SnapshotId,
@@ -120,13 +119,13 @@ struct Leader<'a> {
 
 impl Leader<'_> {
     fn end(&self, result: &Result<Usage>) {
-        let told = match result {
+        let answer = match result {
             Ok(usage) => Ok(*usage),
             Err(error) => Err((error.kind(), error.chain())),
         };
         let walk = &self.walk.0;
         walk.change(|progress| {
-            progress.result.get_or_insert(told);
+            progress.result.get_or_insert(answer);
         });
     }
 }
@@ -151,7 +150,7 @@ impl Walks {
         lock(&self.0).figures
     }
 
-    /// Forgets the results for a snapshot that was removed, or is a layer now.
+    /// Forgets the last count of a snapshot that was removed, or is a layer now.
     pub(super) fn forget(&self, id: SnapshotId) {
         lock(&self.0).found.remove(&id);
     }
@@ -160,7 +159,7 @@ impl Walks {
     /// result of another walk that has begun, or the result of `walk`. The
     /// argument of `walk` returns `true` once all callers have left, and `walk`
     /// should then end.
-    fn tell(
+    fn answer(
         &self,
         id: SnapshotId,
         max_age: Duration,
@@ -190,7 +189,7 @@ impl Walks {
             id,
             walk: new,
         };
-        // The walk has begun before, and so its result is of that moment.
+        // The age of the result counts from the beginning of the walk.
         let at = Instant::now();
         let result = walk(&|| leader.walk.0.look(|progress| progress.is_given_up()));
         if let Ok(usage) = result
@@ -210,15 +209,14 @@ fn left() -> Error {
 }
 
 impl Snapshotter {
-    /// What a snapshot itself takes: for an active one, the present figure; for a
-    /// layer, the figure recorded by Commit; for a view, nothing. A figure of a
-    /// project quota includes the directories of the snapshotter and of overlayfs.
+    /// The usage of a snapshot without its parents: for an active one, the present usage;
+    /// for a layer, the usage recorded by Commit; for a view, nothing. The usage according
+    /// to a project quota includes the directories of the snapshotter and of overlayfs.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if the writable
-    /// volume is needed and not there; [`ErrorKind::Cancelled`] if `caller` has
-    /// left.
+    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if the writable volume is
+    /// needed and missing; [`ErrorKind::Cancelled`] if `caller` has left.
     pub fn usage(&self, key: &str, caller: &Caller) -> Result<Usage> {
         let usage = || -> Result<Usage> {
             if caller.has_left() {
@@ -242,7 +240,7 @@ impl Snapshotter {
     ) -> Result<Usage> {
         let dirs = self.volumes.open(volume)?;
         let upper = self.open_upper(key, snapshot, &dirs)?;
-        // While a tree is being charged, the quota has only a part of it.
+        // While files are being charged to a project, the quota counts only a part of them.
         if volume == Volume::Writable
             && !self.projects.is_uncharged(snapshot.id)
             && let Some(usage) = self.projects.usage(&dirs, snapshot.id, &upper)?
@@ -252,14 +250,13 @@ impl Snapshotter {
         }
         let max_age = self.options.quota.usage_max_age;
         self.walks
-            .tell(snapshot.id, max_age, caller, |is_given_up| {
+            .answer(snapshot.id, max_age, caller, |is_given_up| {
                 Ok(tree::count_unless(upper, is_given_up)?.usage)
             })
     }
 
-    /// Opens the upper directory of an active snapshot. If the snapshot is removed
-    /// meanwhile, the missing directory is [`ErrorKind::NotFound`] rather than lost
-    /// data.
+    /// Opens the upper directory of an active snapshot. If the snapshot was removed
+    /// meanwhile, the error is [`ErrorKind::NotFound`] rather than lost data.
     pub(super) fn open_upper(
         &self,
         key: &str,
@@ -301,11 +298,11 @@ mod tests {
     }
 
     #[test]
-    fn all_who_ask_at_once_share_one_walk() {
+    fn simultaneous_callers_share_one_walk() {
         let walks = Walks::default();
         let count = AtomicUsize::new(0);
         let ask = || {
-            walks.tell(
+            walks.answer(
                 SnapshotId::new(1),
                 Duration::ZERO,
                 &Caller::default(),
@@ -327,7 +324,7 @@ mod tests {
         // A later request starts another walk, and so does a request for
         // another snapshot.
         walks
-            .tell(
+            .answer(
                 SnapshotId::new(1),
                 Duration::ZERO,
                 &Caller::default(),
@@ -338,23 +335,23 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_goes_on_for_whoever_is_left_and_then_ends() {
+    fn a_walk_goes_on_while_a_caller_is_left_and_then_ends() {
         let walks = Walks::default();
         let (first, second) = (Caller::default(), Caller::default());
-        let (tell, told) = channel();
+        let (begin, begun) = channel();
         thread::scope(|scope| {
             let leader = scope.spawn(|| {
                 let caller = &first;
-                walks.tell(SnapshotId::new(1), Duration::ZERO, caller, |is_given_up| {
-                    tell.send(()).unwrap();
+                walks.answer(SnapshotId::new(1), Duration::ZERO, caller, |is_given_up| {
+                    begin.send(()).unwrap();
                     until(is_given_up);
                     Err(left())
                 })
             });
-            told.recv().unwrap();
+            begun.recv().unwrap();
             let follower = scope.spawn(|| {
                 let never = |_: &dyn Fn() -> bool| panic!("it has to join");
-                walks.tell(SnapshotId::new(1), Duration::ZERO, &second, never)
+                walks.answer(SnapshotId::new(1), Duration::ZERO, &second, never)
             });
             until(|| walks.figures().by_shared_walk == 1);
             first.leave();
@@ -370,18 +367,17 @@ mod tests {
     }
 
     #[test]
-    fn nobody_joins_a_walk_that_is_given_up() {
+    fn no_caller_joins_a_walk_that_is_given_up() {
         let walks = Walks::default();
         let caller = Caller::default();
         walks
-            .tell(SnapshotId::new(1), Duration::ZERO, &caller, |_| {
+            .answer(SnapshotId::new(1), Duration::ZERO, &caller, |_| {
                 caller.leave();
-                // This request comes before that walk has noticed that its
-                // caller has left.
+                // This request comes before the walk has noticed that its caller has left.
                 let other = Caller::default();
                 assert_eq!(
                     walks
-                        .tell(SnapshotId::new(1), Duration::ZERO, &other, |_| Ok(USAGE))
+                        .answer(SnapshotId::new(1), Duration::ZERO, &other, |_| Ok(USAGE))
                         .unwrap(),
                     USAGE
                 );
@@ -391,10 +387,10 @@ mod tests {
     }
 
     #[test]
-    fn what_was_found_is_told_again_until_it_is_too_old() {
+    fn a_result_is_used_again_until_it_is_too_old() {
         let walks = Walks::default();
         let ask = |max_age| {
-            walks.tell(SnapshotId::new(1), max_age, &Caller::default(), |_| {
+            walks.answer(SnapshotId::new(1), max_age, &Caller::default(), |_| {
                 Ok(USAGE)
             })
         };
@@ -416,7 +412,7 @@ mod tests {
         thread::sleep(short);
         let other = SnapshotId::new(2);
         let caller = Caller::default();
-        walks.tell(other, short, &caller, |_| Ok(USAGE)).unwrap();
+        walks.answer(other, short, &caller, |_| Ok(USAGE)).unwrap();
         assert_eq!(lock(&walks.0).found.len(), 1);
     }
 
@@ -427,19 +423,19 @@ mod tests {
         let fail = || Err(Error::data_loss("gone"));
         thread::scope(|scope| {
             let leader = scope.spawn(|| {
-                walks.tell(SnapshotId::new(1), long, &Caller::default(), |_| {
+                walks.answer(SnapshotId::new(1), long, &Caller::default(), |_| {
                     until(|| walks.figures().by_shared_walk == 1);
                     fail()
                 })
             });
             until(|| walks.figures().by_walk == 1);
-            let shared = walks.tell(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE));
+            let shared = walks.answer(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE));
             for result in [leader.join().unwrap(), shared] {
                 assert_eq!(result.unwrap_err().kind(), ErrorKind::DataLoss);
             }
         });
         walks
-            .tell(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE))
+            .answer(SnapshotId::new(1), long, &Caller::default(), |_| Ok(USAGE))
             .unwrap();
         assert_eq!(walks.figures().by_walk, 2);
     }

@@ -1,4 +1,4 @@
-//! Copies of the database beside it, in case it gets damaged.
+//! Copying the database to a file beside it, in case the database gets damaged.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,24 +14,24 @@ use super::{Store, completeness, schema};
 use crate::error::{Context, Error, ErrorKind, Result};
 
 impl Store {
-    /// Notes that the last copy is not up to date. Only the first change after a copy
-    /// wakes the thread.
+    /// Records that the database has changed since the last copy. Only the first change after
+    /// a copy wakes the thread that makes copies.
     pub(super) fn note_change(&self) {
         if !self.is_changed.look(|is_changed| *is_changed) {
             self.is_changed.change(|is_changed| *is_changed = true);
         }
     }
 
-    /// Waits until there is something to copy, and then until `not_before`, but
-    /// for at least `settling`, so that changes in quick succession share a
-    /// copy. Returns `false` if the store was closed meanwhile.
+    /// Waits until the database has changed since the last copy, and then until `not_before`,
+    /// but for at least `settling`, so that changes in quick succession share a copy. Returns
+    /// `false` if the store was closed meanwhile.
     pub fn await_change(&self, not_before: Instant, settling: Duration) -> bool {
         let changed = self.is_changed.wait_while(|is_changed| !is_changed, |_| ());
         let left = || settling.max(not_before.saturating_duration_since(Instant::now()));
         changed.is_some() && self.is_changed.pause(left())
     }
 
-    /// Ends the waiting in [`Store::await_change`] for good.
+    /// Ends [`Store::await_change`] now and each time it is called later.
     pub fn end_waiting(&self) {
         self.is_changed.stop();
     }
@@ -71,20 +71,24 @@ impl Store {
             .context(writing)?;
 
         let reader = self.read()?;
-        let mut copy = Connection::open(new).map_err(|error| sql_error(error, "open it"))?;
+        let mut copy = Connection::open(new).map_err(|error| sql_error(error, "open the copy"))?;
         let copied = Backup::new(reader.connection(), &mut copy).and_then(|backup| backup.step(-1));
         drop(reader);
-        let is_done = copied.map_err(|error| sql_error(error, "read it"))? == StepResult::Done;
+        let copied = copied.map_err(|error| sql_error(error, "read the database"))?;
+        let is_done = copied == StepResult::Done;
         if !is_done {
-            return Err(Error::new(ErrorKind::Unavailable, "it is busy"));
+            return Err(Error::new(
+                ErrorKind::Unavailable,
+                "the database is busy; the copy will be tried again",
+            ));
         }
         copy.pragma_update(None, "journal_mode", "DELETE")
             // A copy has no log, so that one file is all there is to put back.
             .and_then(|()| completeness::mark_copied(&copy))
-            .map_err(|error| sql_error(error, "write it"))?;
+            .map_err(|error| sql_error(error, "write the copy"))?;
         schema::require_sound(&copy)?;
         copy.close()
-            .map_err(|(_, error)| sql_error(error, "close it"))?;
+            .map_err(|(_, error)| sql_error(error, "close the copy"))?;
 
         let directory = target.parent().unwrap_or(Path::new("/"));
         fs::rename(new, target)

@@ -15,8 +15,8 @@ pub fn set_space_aside(path: &Path) {
     Ballast::of(path).fill();
 }
 
-/// The size of each ballast file. It is enough for dozens of removals, each of
-/// which frees more.
+/// The size of each ballast file. It is enough to record dozens of removals, and each
+/// removal frees more space than it takes.
 const BYTES: u64 = 1 << 19;
 
 /// The ballast files of a database.
@@ -51,10 +51,13 @@ fn fill(path: &Path) {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let filled = openat(CWD, path, flags, Mode::from_raw_mode(0o600))
         .and_then(|file| fallocate(&file, FallocateFlags::empty(), 0, BYTES));
-    // On a full disk, the file has got the space that was left. The next call adds the
-    // rest.
+    // On a full disk, the file takes the space that was left. The next call extends it to
+    // its full size.
     if let Err(errno) = filled {
-        log::debug!("cannot set space aside in {}: {errno}", path.display());
+        log::debug!(
+            "cannot reserve space for removals in {}: {errno}",
+            path.display()
+        );
     }
 }
 
@@ -63,7 +66,7 @@ fn release(path: &Path) -> bool {
         Ok(()) => true,
         Err(Errno::NOENT) => false,
         Err(errno) => {
-            log::debug!("cannot remove {}: {errno}", path.display());
+            log::debug!("cannot remove the ballast file {}: {errno}", path.display());
             false
         }
     }

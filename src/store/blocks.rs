@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::types::{Block, History, SnapshotId, Volume};
 
 impl Rows {
-    /// The block that was reserved last; `None` before the first.
+    /// The block that was reserved last; `None` if no block was ever reserved.
     pub fn newest_block(&self) -> Result<Option<Block>> {
         let sql = "SELECT first, token FROM block ORDER BY first DESC LIMIT 1";
         self.one(sql, [], "look up the newest block of ids", |row| {
@@ -30,14 +30,14 @@ impl Rows {
     }
 
     /// Compares the history of this database with `found`, the block that was used last
-    /// on a volume; `None` if the volume names none.
+    /// on a volume; `found` is `None` if the volume names no block.
     pub fn judge(&self, volume: Volume, found: Option<&Block>) -> Result<History> {
         if let Some(found) = found
             && !self.has_reserved(found)?
         {
             return Ok(History::Other);
         }
-        // No block is recorded yet, as after an upgrade.
+        // After an upgrade, the database has not recorded a block of the volume yet.
         let Some(recorded) = self.fact(recorded_fact(volume))? else {
             return Ok(History::Same);
         };
@@ -75,15 +75,15 @@ impl Rows {
         Ok(found.is_some())
     }
 
-    /// The highest id that a directory may have: that of a snapshot that was ever
-    /// entered, or the last id of a block; 0 if there is none.
+    /// The highest id that a directory can have: the highest of all snapshots that were ever
+    /// entered, or the last id of the newest block; 0 for a new database.
     pub fn highest_reserved(&self) -> Result<u64> {
         let block = self.newest_block()?;
         let last = block.map_or(0, |block| block.last());
         Ok(last.max(self.highest_id()?))
     }
 
-    /// The snapshots whose directory on that volume may be deleted.
+    /// The ids whose directories on that volume may be deleted.
     pub fn tombstones(&self, volume: Volume) -> Result<HashSet<SnapshotId>> {
         let sql = format!("SELECT id FROM tombstone WHERE volume = {}", volume as u8);
         let doing = "list the directories that may be deleted";
@@ -93,7 +93,7 @@ impl Rows {
 }
 
 impl Transaction<'_> {
-    /// Reserves the ids of a block that begins at `first`, which must be after all
+    /// Reserves the block of ids that begins at `first`, which must be higher than all
     /// ids that were given out.
     pub fn reserve_block(&self, first: u64) -> Result<Block> {
         self.execute(
@@ -105,8 +105,8 @@ impl Transaction<'_> {
         Ok(newest.expect("the row that was just inserted"))
     }
 
-    /// Records that ids of this block are about to be used on a volume whose last block
-    /// so far is `before`.
+    /// Records that ids of this block will be used next on a volume. `before` is the block
+    /// that was used last there.
     pub fn record_block(
         &self,
         volume: Volume,
@@ -118,21 +118,21 @@ impl Transaction<'_> {
         self.record_fact(recorded_fact(volume), &recorded)
     }
 
-    /// Records that the volume has recorded this block itself, durably. From then on, a
-    /// volume with the block before is in an earlier state.
+    /// Records that the volume names this block itself, durably. A volume that names an
+    /// earlier block is in an older state from then on.
     pub fn confirm_block(&self, volume: Volume, block: &Block) -> Result<()> {
         self.record_fact(recorded_fact(volume), &written(block))
     }
 
-    /// Forgets which ids were used on a volume, because it is a new volume.
+    /// Forgets which ids were used on a volume, because another volume takes its place.
     pub fn forget_block(&self, volume: Volume) -> Result<()> {
         self.forget_fact(recorded_fact(volume))
     }
 
-    /// Deletes all tombstones and the records of leftover directories, because they may be
-    /// about other directories now.
+    /// Deletes all tombstones and all records of leftover directories, because other
+    /// directories may have these ids now.
     pub fn forget_all_tombstones(&self) -> Result<()> {
-        let doing = "forget which directories may be deleted";
+        let doing = "delete the records of directories that may be deleted";
         self.execute("DELETE FROM tombstone", [], doing)?;
         self.execute("DELETE FROM retired", [], doing)
     }
@@ -152,15 +152,15 @@ impl Transaction<'_> {
             self.execute(
                 "DELETE FROM tombstone WHERE volume = ?1 AND id = ?2",
                 params![volume, id],
-                format_args!("forget the directory of snapshot {id}"),
+                format_args!("delete the tombstone of snapshot {id}"),
             )?;
         }
         Ok(())
     }
 }
 
-/// The fact with the block that was used last on a volume. The one before it follows as
-/// long as the volume may still have that one.
+/// The name of the fact with the block that was used last on a volume. The previous block
+/// follows in the value as long as the volume may still name that one.
 fn recorded_fact(volume: Volume) -> &'static str {
     match volume {
         Volume::Image => "block_on_image",

@@ -1,6 +1,6 @@
-//! Statements that change snapshots, within a transaction. They refuse what
-//! containerd's own store refuses (`core/snapshots/storage/bolt.go`), in the
-//! same order.
+//! Statements that change snapshots, within a transaction. They refuse the same
+//! changes as containerd's own store (`core/snapshots/storage/bolt.go`), and check
+//! the conditions in the same order.
 
 use rusqlite::params;
 
@@ -40,7 +40,7 @@ impl Transaction<'_> {
         Ok(Created { id, ancestors })
     }
 
-    /// Like [`Transaction::create`], with the id after the highest one.
+    /// Like [`Transaction::create`], with the first id after all that were given out.
     #[cfg(test)]
     pub fn create_next(&self, new: &New<'_>) -> Result<Created> {
         self.create(SnapshotId::new(self.highest_id()? + 1), new)
@@ -87,8 +87,8 @@ impl Transaction<'_> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`]; [`ErrorKind::FailedPrecondition`] if another snapshot
-    /// stands on it.
+    /// [`ErrorKind::NotFound`] if there is no such snapshot;
+    /// [`ErrorKind::FailedPrecondition`] if another snapshot stands on it.
     pub fn remove(&self, name: &str) -> Result<Place> {
         let removing = format!("remove snapshot {}", Quoted(name));
         let snapshot = self.stat(name)?;
@@ -114,12 +114,12 @@ impl Transaction<'_> {
         Ok(place)
     }
 
-    /// Changes a snapshot's labels one by one, and returns the changed
+    /// Applies changes to a snapshot's labels, in order, and returns the changed
     /// snapshot.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotFound`].
+    /// [`ErrorKind::NotFound`] if there is no such snapshot.
     pub fn update(&self, name: &str, changes: Vec<LabelChange>) -> Result<Snapshot> {
         let mut snapshot = self.stat(name)?;
         for change in changes {
@@ -138,23 +138,24 @@ impl Transaction<'_> {
         Ok(snapshot)
     }
 
-    /// Deletes the rows of snapshots. Everything that stands on one of them has to be
-    /// among them. Directories that they still have are set aside, unless
-    /// [`Transaction::bury`] records that they may be deleted.
+    /// Deletes the rows of snapshots. All snapshots that stand on one of them must be in
+    /// `ids` as well. Their directories are later set aside, unless [`Transaction::bury`]
+    /// records that a directory may be deleted.
     pub fn drop_snapshots(&self, ids: &[SnapshotId]) -> Result<()> {
-        // The parents go first: in a damaged database snapshots may stand on each other.
+        // The links to parents are deleted first: in a damaged database, two snapshots may be
+        // each other's parent.
         for sql in [
             "UPDATE snapshot SET parent_id = NULL WHERE id = ?1",
             "DELETE FROM snapshot WHERE id = ?1",
         ] {
             for id in ids {
-                self.execute(sql, [id], format_args!("drop snapshot {id}"))?;
+                self.execute(sql, [id], format_args!("delete the row of snapshot {id}"))?;
             }
         }
         Ok(())
     }
 
-    /// Replaces the record of what a layer holds.
+    /// Replaces the recorded size, inodes and attributes of a layer.
     pub fn record_content(&self, id: SnapshotId, content: &Content) -> Result<()> {
         self.forget_digest(id)?;
         self.execute(
@@ -169,11 +170,11 @@ impl Transaction<'_> {
                 content.marks.map(|marks| Number(marks.attributes)),
                 content.marks.map(|marks| marks.is_hollow),
             ],
-            format_args!("record what layer {id} holds"),
+            format_args!("record the size of layer {id}"),
         )
     }
 
-    /// Ensures that no id up to `highest` is given out any more.
+    /// Ensures that no id up to `highest` is given out in the future.
     pub fn skip_ids_through(&self, highest: u64) -> Result<()> {
         for sql in [
             "UPDATE sqlite_sequence SET seq = max(seq, ?1) WHERE name = 'snapshot'",

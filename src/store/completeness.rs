@@ -3,8 +3,8 @@
 //! SQLite keeps the latest transactions in a log beside the file (`-wal`), and
 //! treats a file whose log is missing as complete. Therefore a mark in the file
 //! itself says that the database is in use. As long as the mark is there, there
-//! must be a log that is not empty, whatever has happened; a clean end removes
-//! the mark. A copy (see `copy`) has a mark of its own.
+//! must be a log that is not empty, even after a crash; a clean end removes
+//! the mark. A copy (see `backup`) has a mark of its own.
 
 use std::fs::File;
 use std::io::Read;
@@ -18,36 +18,36 @@ use super::{FileFormat, probe_format};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::text::uri::encode_path;
 
-/// The fact that marks a database in use.
+/// The name of the fact that marks a database as in use.
 pub const IN_USE: &str = "in_use";
 pub(super) const COPIED: &str = "copied";
-/// The fact that the log beside a copy belongs to it: a repair of the copy has begun.
+/// The name of the fact that the log beside a copy belongs to the copy. It is recorded when
+/// a repair of the copy begins.
 pub(super) const HAS_OWN_LOG: &str = "copy_has_own_log";
 
 /// What is known about a database before it is opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Completeness {
-    /// Nothing indicates that it is incomplete.
+    /// Nothing indicates that the database is incomplete.
     Whole,
-    /// It was in use, and its log, with the latest transactions, is missing.
+    /// The database was in use, and its log, with the latest transactions, is missing.
     LogMissing,
-    /// It is a copy of an earlier state, made at that moment (UTC).
+    /// The database is a copy of an earlier state, made at this time (UTC).
     Copy(String),
-    /// It is a copy, made at that time (UTC), and the log of another state is
-    /// beside it.
+    /// The database is a copy, made at this time (UTC), but the log beside it belongs to
+    /// another state.
     CopyWithLog(String),
 }
 
-/// Reports whether the database at `path` is complete, from the file itself.
-/// SQLite opens nothing in a way that would create or change a file. Damage is
-/// found later, by [`super::Store::open`].
+/// Reports whether the database at `path` is complete. No file is created or changed.
+/// Damage is found later, by [`super::Store::open`].
 pub fn probe_completeness(path: &Path) -> Result<Completeness> {
     if probe_format(path)? != FileFormat::Ours {
         return Ok(Completeness::Whole);
     }
     let has_log = has_log(path)?;
-    // In the middle of a checkpoint, the file alone may be inconsistent, and
-    // then no fact is read.
+    // In the middle of a checkpoint, the file alone may be inconsistent. The facts
+    // are `None` then.
     let fact = |name| peek_fact(path, name);
     Ok(match (fact(COPIED), has_log) {
         (Some(made), false) => Completeness::Copy(made),
@@ -77,7 +77,7 @@ pub(super) fn has_log(path: &Path) -> Result<bool> {
 const LOG_HEADER_BYTES: usize = 32;
 const LOG_MAGIC: u32 = 0x377F_0682;
 
-/// Whether this is a valid header. SQLite ignores a log without one.
+/// Whether `head` is a valid header of a log. SQLite ignores a log without a valid header.
 fn is_log_header(head: &[u8]) -> bool {
     let (words, rest) = head.as_chunks::<4>();
     let numbers: Vec<_> = words.iter().map(|word| u32::from_be_bytes(*word)).collect();
@@ -97,14 +97,14 @@ fn is_log_header(head: &[u8]) -> bool {
     sums == numbers[6..]
 }
 
-/// A fact in the database file, without the log. This function changes nothing, because
-/// another daemon may be using the database.
+/// Reads a fact from the database file alone, without its log. This function changes
+/// nothing, because a daemon may be using the database.
 pub fn peek_fact(path: &Path, name: &str) -> Option<String> {
     read_without_log(path, name).ok().flatten()
 }
 
-/// Reads a fact with `immutable`, which keeps SQLite from looking for a log,
-/// and from locking.
+/// Reads a fact with the option `immutable`, with which SQLite neither reads a log nor
+/// locks the file.
 fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>> {
     let path = encode_path(path.as_os_str().as_encoded_bytes());
     let uri = format!("file:{path}?immutable=1");
@@ -118,8 +118,8 @@ fn read_without_log(path: &Path, name: &str) -> rusqlite::Result<Option<String>>
         .optional()
 }
 
-/// Records that the log is missing. Otherwise, a new log would make the database
-/// look complete; a repair removes the record.
+/// Records in the database that its log is missing. Without this record, a new log would
+/// make the database look complete. A repair removes the record.
 pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
     connection
         .execute(
@@ -128,13 +128,13 @@ pub(super) fn note_missing_log(connection: &Connection) -> Result<()> {
             [COPIED, HAS_OWN_LOG],
         )
         .map(drop)
-        .map_err(|error| sql_error(error, "note that the database's log is missing"))
+        .map_err(|error| sql_error(error, "record that the database's log is missing"))
 }
 
-/// Records in a copy that the log that it is about to get is its own. The record is written
-/// without a log, so that there is no log before it.
+/// Records in a copy of the database that any log beside the copy is its own. The record
+/// is written before the copy gets a log.
 pub(super) fn note_own_log(connection: &Connection) -> Result<()> {
-    let doing = "note that a repair of the copy begins";
+    let doing = "record that a repair of the copy begins";
     let has_own = connection
         .query_row("SELECT 1 FROM fact WHERE name = ?1", [HAS_OWN_LOG], |_| {
             Ok(())
@@ -156,33 +156,38 @@ pub(super) fn note_own_log(connection: &Connection) -> Result<()> {
         .map_err(|error| sql_error(error, doing))
 }
 
-/// Writes the mark, with everything in the log so far, into the file itself.
-/// The log keeps its contents: from now on, an empty log means a lost one.
+/// Marks the database as in use, and moves the mark and the rest of the log into the file
+/// itself. The log keeps its contents: from now on, an empty log means a lost one.
 pub(super) fn mark_in_use(rows: &Rows) -> Result<()> {
     let sql = "INSERT INTO fact (name, value) VALUES (?1, 'yes') ON CONFLICT DO NOTHING";
     rows.execute(sql, [IN_USE], "mark the database as in use")?;
     match settle(rows) {
-        // Without the mark, only the loss of a log would not be noticed.
+        // Without the mark in the file, the database works; only the loss of its log would
+        // not be noticed.
         Err(error)
             if matches!(
                 error.kind(),
                 ErrorKind::Unavailable | ErrorKind::ResourceExhausted
             ) =>
         {
-            log::warn!("{}", error.chain());
+            log::warn!(
+                "the database works, but a loss of its log would not be noticed until the next \
+                 start: {}",
+                error.chain()
+            );
             Ok(())
         }
         settled => settled,
     }
 }
 
-/// Moves the log's contents into the file itself.
+/// Moves the contents of the log into the database file.
 pub(super) fn settle(rows: &Rows) -> Result<()> {
     checkpoint(rows, "FULL")
 }
 
-/// Moves the log's contents into the file itself, except what readers need to
-/// find in the log.
+/// Moves the contents of the log into the database file, except for the part that readers
+/// still need.
 pub(super) fn shrink_log(rows: &Rows) -> Result<()> {
     checkpoint(rows, "PASSIVE")
 }
@@ -191,24 +196,23 @@ pub(super) fn shrink_log(rows: &Rows) -> Result<()> {
 pub(super) const MEANINGLESS_CHANGE: &str =
     "INSERT OR REPLACE INTO fact (name, value) VALUES ('overwritten', random())";
 
-/// Removes the mark, and moves the log into the file.
+/// Removes the mark of a database in use, and moves the log into the database file.
 pub(super) fn mark_unused(rows: &Rows) -> Result<()> {
     let sql = "DELETE FROM fact WHERE name = ?1";
     rows.execute(sql, [IN_USE], "close the database")?;
     checkpoint(rows, "TRUNCATE")
 }
 
-/// Runs a checkpoint. It waits for readers as long as the connection waits for
-/// any lock.
+/// Runs a checkpoint, which moves the log into the database file. It waits for readers as
+/// long as the connection waits for any lock.
 pub(super) fn checkpoint(rows: &Rows, mode: &str) -> Result<()> {
     let sql = format!("PRAGMA wal_checkpoint({mode})");
-    let is_busy = rows.one(&sql, [], "move the database's log into it", |row| {
-        row.get(0)
-    })?;
+    let is_busy = rows.one(&sql, [], "move the log into the database", |row| row.get(0))?;
     if is_busy == Some(true) {
         return Err(Error::new(
             ErrorKind::Unavailable,
-            "the database's log cannot be moved into it: another process reads it",
+            "the log cannot be moved into the database, because another process reads it: try \
+             again once that process has ended",
         ));
     }
     Ok(())

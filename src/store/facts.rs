@@ -1,6 +1,6 @@
 //! Statements about named facts, such as the identity of the writable volume, and
 //! about the host directories that were chosen for a snapshot when it was created. A
-//! container keeps its own, even if a later start would choose others.
+//! snapshot keeps its host directories, even if the flags of a later start name others.
 
 use rusqlite::params;
 
@@ -10,15 +10,15 @@ use crate::error::Result;
 use crate::types::SnapshotId;
 
 impl Rows {
-    /// A named fact that [`Transaction::record_fact`] has recorded.
+    /// The value of a named fact; `None` if it is not recorded.
     pub fn fact(&self, name: &str) -> Result<Option<String>> {
         let sql = "SELECT value FROM fact WHERE name = ?1";
         let doing = format_args!("read {name} from the database");
         self.one(sql, [name], doing, |row| row.get(0))
     }
 
-    /// When this copy was made, as text, if the database is known to be an older copy;
-    /// otherwise `None`.
+    /// When this database was made, as text, if it is a copy of an earlier state; otherwise
+    /// `None`.
     pub fn copied(&self) -> Result<Option<String>> {
         self.fact(completeness::COPIED)
     }
@@ -46,12 +46,11 @@ impl Transaction<'_> {
     /// Deletes a named fact, if it is there.
     pub fn forget_fact(&self, name: &str) -> Result<()> {
         let sql = "DELETE FROM fact WHERE name = ?1";
-        let doing = format_args!("forget {name} in the database");
+        let doing = format_args!("delete {name} from the database");
         self.execute(sql, [name], doing)
     }
 
-    /// Records that this database is the one in use from now on, even if it was
-    /// a copy.
+    /// Makes a copy the database in use: deletes the record that it is a copy.
     pub fn forget_copied(&self) -> Result<()> {
         self.forget_fact(completeness::COPIED)?;
         self.forget_fact(completeness::HAS_OWN_LOG)
@@ -71,7 +70,7 @@ impl Transaction<'_> {
     /// Deletes the host directories of a snapshot that has become a layer.
     pub fn forget_lowers(&self, id: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM lower WHERE id = ?1";
-        let doing = format_args!("forget the host directories of snapshot {id}");
+        let doing = format_args!("delete the host directories of snapshot {id} from the database");
         self.execute(sql, [id], doing)
     }
 }

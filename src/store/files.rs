@@ -1,4 +1,4 @@
-//! The names of the files of a database.
+//! The names of the files that belong to a database.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,25 +6,25 @@ use std::path::{Path, PathBuf};
 use super::completeness::has_log;
 use crate::error::{Context, Error, Result};
 
-/// The name of every database, also of the Go original's.
+/// The name of every database, also of the database of the Go original.
 pub const DATABASE: &str = "metadata.db";
-/// The log, without which a database may lack its latest transactions.
+/// The suffix of the log, without which a database may lack its latest transactions.
 pub(super) const LOG: &str = "-wal";
-/// A copy of the database.
+/// The suffix of the copy of the database.
 pub(super) const COPY: &str = ".copy";
-/// The copy while it is being made.
+/// The suffix of the copy while it is being made.
 pub(super) const NEW_COPY: &str = ".copy.new";
-/// SQLite's journal of a database without a log, such as a copy.
+/// The suffix of SQLite's journal, which a database without a log has, such as a copy.
 pub(super) const JOURNAL: &str = "-journal";
-/// Two ballast files. There are two because a start needs two inodes.
+/// The suffixes of the ballast files. There are two because a start needs two inodes.
 pub(super) const BALLAST: [&str; 2] = [".ballast-1", ".ballast-2"];
 
-/// The database of the Go original, after an import.
+/// The suffix of the database of the Go original after an import.
 pub const ORIGINAL: &str = ".bbolt";
-/// The directory in which an import builds the new database.
+/// The suffix of the directory in which an import builds the new database.
 pub const DRAFT: &str = ".import";
 
-/// The files that belong to one database, and are of no use for another.
+/// The suffixes of files that belong to one database, and must not be used with another.
 const COMPANIONS: &[&str] = &[
     LOG,
     "-shm",

@@ -22,10 +22,9 @@ pub enum FileFormat {
     Unknown,
 }
 
-/// Reports what the file at `path` is without opening it as a database. The
-/// application id is read from the header of the file itself: a database that
-/// has only just been created keeps it there too, because it is written before
-/// WAL mode is switched on.
+/// Reports the format of the file at `path` without opening it as a database. The
+/// application id is read from the file's header. A new database has it there from the
+/// beginning, because the id is written before WAL mode is switched on.
 pub fn probe_format(path: &Path) -> Result<FileFormat> {
     let mut head = Vec::with_capacity(HEADER_BYTES);
     let read = match OpenOptions::new().read(true).open(path) {

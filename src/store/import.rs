@@ -11,13 +11,12 @@ use crate::error::Result;
 use crate::types::Quoted;
 use crate::util::fnv::Fnv;
 
-/// The name of a fact: the checksum of all that an import has entered.
+/// The name of the fact with the checksum of all rows that an import has entered.
 const IMPORTED: &str = "imported";
 
 impl Transaction<'_> {
-    /// Replaces all snapshots by these, reserves all ids up to `highest_id`, and
-    /// remembers that they were imported. The parent of each snapshot has to be
-    /// among them.
+    /// Replaces all snapshots by these, reserves all ids up to `highest_id`, and records
+    /// the checksum of the import. The parent of each snapshot has to be in `snapshots`.
     pub fn import(&self, snapshots: &[Snapshot], highest_id: u64) -> Result<()> {
         self.connection()
             .execute_batch(
@@ -73,9 +72,9 @@ impl Rows {
         sum.map(|sum| Ok(sum == self.sum()?)).transpose()
     }
 
-    /// The checksum of every row that a request or a move of a layer changes. Also
-    /// a change that was reverted leaves a trace, in the times or in the ids given
-    /// out.
+    /// Computes the checksum of every row that a request or a move of a layer can change. It
+    /// also differs after a change that was reverted, because the times or the ids given out
+    /// have changed.
     fn sum(&self) -> Result<String> {
         let mut sum = Fnv::new();
         for sql in [
@@ -96,8 +95,8 @@ impl Rows {
     }
 }
 
-/// Adds the length of the value first, so that two rows whose values are split
-/// differently have different checksums.
+/// Adds a value, after its length, so that the rows ("ab", "c") and ("a", "bc") have
+/// different checksums.
 fn add(sum: &mut Fnv, value: ValueRef<'_>) {
     let number;
     let (kind, bytes): (u8, &[u8]) = match value {

@@ -1,6 +1,6 @@
-//! The format of labels as one column, so that reading a thousand snapshots
-//! does not take a query for each. Labels are in the order of their keys. Each
-//! has the key's length in bytes as a 32-bit little-endian number, the key, and
+//! The format of all labels of a snapshot in one column, so that reading a thousand
+//! snapshots does not take a query for each. Labels are in the order of their keys. Each
+//! label is the key's length in bytes as a 32-bit little-endian number, the key, and
 //! then the value in the same format.
 
 use crate::types::Labels;

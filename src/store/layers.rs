@@ -1,5 +1,5 @@
-//! Statements about layers: what stands on what, which layers have to move from the
-//! writable volume to the image volume, and the directories they leave behind.
+//! Statements about layers: the chains of parents, the layers that have to move from the
+//! writable volume to the image volume, and the leftover directories of moved layers.
 
 use std::collections::{HashMap, HashSet};
 
@@ -18,7 +18,7 @@ pub struct UnmovedLayer {
     pub id: SnapshotId,
     /// The layer's name.
     pub name: String,
-    /// When it was committed.
+    /// When the layer was committed.
     pub committed: Timestamp,
     /// The bytes that the layer takes.
     pub size_bytes: u64,
@@ -31,7 +31,8 @@ pub struct UnmovedLayer {
 pub struct LeftoverDir {
     /// The layer's id.
     pub id: SnapshotId,
-    /// The boot of the host on which something may have had it mounted.
+    /// The boot id of the host when the layer moved. After a reboot, nothing has the
+    /// directory mounted any more.
     pub boot_id: String,
     /// The bytes that the directory takes.
     pub size_bytes: u64,
@@ -45,7 +46,7 @@ impl Rows {
     /// # Errors
     ///
     /// [`ErrorKind::DataLoss`](crate::error::ErrorKind::DataLoss) if one of the layers
-    /// has no directory of its own, which only a view may lack, or stands on itself.
+    /// stands on itself, or has no volume, as only a view may.
     pub fn chain(&self, id: SnapshotId) -> Result<Vec<Ancestor>> {
         // One recursive statement would take several times as long, because SQLite
         // creates two tables for it each time.
@@ -59,7 +60,7 @@ impl Rows {
                 let layer: Option<(_, Option<Volume>, _)> = self.one(
                     "SELECT parent_id, volume, is_remapped FROM snapshot WHERE id = ?1",
                     [id],
-                    format_args!("look up what snapshot {id} stands on"),
+                    format_args!("look up the parent of snapshot {id}"),
                     |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
                 )?;
                 let Some((parent, volume, is_remapped)) = layer else {
@@ -78,7 +79,7 @@ impl Rows {
         })
     }
 
-    /// The layers among these snapshots, and all layers below them.
+    /// The ids of the layers among these snapshots, and of all layers below the snapshots.
     pub fn layers_of(&self, snapshots: &[SnapshotId]) -> Result<HashSet<SnapshotId>> {
         let mut layers = HashSet::new();
         for id in snapshots {
@@ -105,7 +106,7 @@ impl Rows {
         })
     }
 
-    /// The digests of sound layers.
+    /// The digests that [`Transaction::record_digest`] has recorded, by layer.
     pub fn digests(&self) -> Result<HashMap<SnapshotId, String>> {
         let sql = "SELECT id, digest FROM digest";
         let rows = self.all(sql, "list the digests of layers", |row| {
@@ -120,13 +121,13 @@ impl Rows {
         self.is_in_use_up_to(layer, Number(u64::MAX))
     }
 
-    /// Whether a snapshot still exists whose mounts a caller may have been given before
-    /// the layer moved.
+    /// Whether the leftover directory may be mounted: a snapshot that stands on the layer, and
+    /// that is older than the layer's move, still exists.
     pub fn may_be_mounted(&self, leftover: &LeftoverDir) -> Result<bool> {
         self.is_in_use_up_to(leftover.id, Number(leftover.highest_id))
     }
 
-    /// Like [`Rows::is_in_use`], for snapshots with an id up to `highest_id`.
+    /// Like [`Rows::is_in_use`], but considers only snapshots with an id up to `highest_id`.
     fn is_in_use_up_to(&self, layer: SnapshotId, highest_id: Number) -> Result<bool> {
         let found = self.one(
             "WITH RECURSIVE upon (id, kind) AS (
@@ -142,10 +143,10 @@ impl Rows {
         Ok(found.is_some())
     }
 
-    /// The leftover directories that are still kept.
+    /// The leftover directories that have to be kept.
     pub fn retired(&self) -> Result<Vec<LeftoverDir>> {
         let sql = "SELECT id, boot_id, size_bytes, highest_id FROM retired ORDER BY id";
-        self.all(sql, "list the directories that layers have left", |row| {
+        self.all(sql, "list the leftover directories of layers", |row| {
             Ok(LeftoverDir {
                 id: row.get(0)?,
                 boot_id: row.get(1)?,
@@ -159,8 +160,8 @@ impl Rows {
 impl Transaction<'_> {
     /// Records that a layer's bytes are on the image volume now. Returns `true`
     /// if the layer's old directory may be mounted, because a snapshot in use stands
-    /// on the layer or because the layer is in `held`. This is recorded too, and the
-    /// directory has to stay until [`Transaction::forget_retired`].
+    /// on the layer or because the layer is in `held`. The old directory is then recorded
+    /// as a leftover directory, and has to stay until [`Transaction::forget_retired`].
     pub fn move_home(
         &self,
         layer: SnapshotId,
@@ -183,17 +184,17 @@ impl Transaction<'_> {
         Ok(true)
     }
 
-    /// Records that a layer's bytes are on the image volume. Nothing may be deleted for it.
+    /// Records that a layer's bytes are on the image volume. No directory may be deleted
+    /// because of this record, unlike after [`Transaction::move_home`].
     pub fn record_home(&self, layer: SnapshotId) -> Result<()> {
         let sql = "UPDATE snapshot SET volume = 0 WHERE id = ?1";
-        let doing = format_args!("record where layer {layer} is");
+        let doing = format_args!("record that layer {layer} is on the image volume");
         self.execute(sql, [layer], doing)?;
-        // The other file system may not store everything that is part of the
-        // digest.
+        // The image volume may not store everything that is part of the digest.
         self.forget_digest(layer)
     }
 
-    /// Records the digest of a sound layer.
+    /// Records the digest of a layer that was found to be sound.
     pub fn record_digest(&self, layer: SnapshotId, digest: &str) -> Result<()> {
         let sql = "INSERT OR REPLACE INTO digest (id, digest) VALUES (?1, ?2)";
         let doing = format_args!("record the digest of layer {layer}");
@@ -203,7 +204,7 @@ impl Transaction<'_> {
     /// Forgets the digest of a layer that has changed.
     pub fn forget_digest(&self, layer: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM digest WHERE id = ?1";
-        let doing = format_args!("forget the digest of layer {layer}");
+        let doing = format_args!("delete the digest of layer {layer}");
         self.execute(sql, [layer], doing)
     }
 
@@ -211,7 +212,7 @@ impl Transaction<'_> {
     /// deleted.
     pub fn forget_retired(&self, layer: SnapshotId) -> Result<()> {
         let sql = "DELETE FROM retired WHERE id = ?1";
-        let doing = format_args!("forget what layer {layer} has left");
+        let doing = format_args!("delete the record of the leftover directory of layer {layer}");
         self.execute(sql, [layer], doing)?;
         self.bury(layer, Volume::Writable)
     }

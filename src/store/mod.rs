@@ -1,4 +1,4 @@
-//! Which snapshots exist: the SQLite database, the only authority on that.
+//! The SQLite database. It alone decides which snapshots exist.
 //!
 //! Owns: the schema and its migrations, transactions, the rules for keys (which
 //! snapshots are found, which keys are taken, what may be a parent or be
@@ -63,11 +63,11 @@ use checkpoints::Frames;
 use sql::sql_error;
 use transaction::Writer;
 
-/// The database.
+/// The database: one connection that writes, and a pool of connections that read.
 pub struct Store {
     path: PathBuf,
-    /// How connections are opened: read-only, possibly while a daemon writes, or to read
-    /// and write.
+    /// The flags with which connections are opened: read-only (possibly while a daemon
+    /// writes), or to read and write.
     access: OpenFlags,
     writer: Writer,
     readers: Mutex<Vec<Rows>>,
@@ -83,9 +83,9 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is damaged, [`ErrorKind::FailedPrecondition`]
-    /// if a newer version of this program wrote it, [`ErrorKind::ResourceExhausted`]
-    /// if its disk is full.
+    /// [`ErrorKind::DataLoss`] if the database is damaged,
+    /// [`ErrorKind::FailedPrecondition`] if a newer version of this program wrote it,
+    /// [`ErrorKind::ResourceExhausted`] if its disk is full.
     pub fn open(path: &Path) -> Result<Store> {
         let store = match Store::try_open(path) {
             // On a full disk SQLite cannot even begin to read, because it has to
@@ -102,9 +102,8 @@ impl Store {
     fn try_open(path: &Path) -> Result<Store> {
         let opening = || format!("open the database {}", path.display());
         let completeness = probe_completeness(path)?;
-        // SQLite creates files with mode 0644 less the umask. This database
-        // names every image on the host, so it gets 0600, which its log
-        // inherits.
+        // SQLite creates files with mode 0644 less the umask. This database names every
+        // image on the host, so its mode is 0600. SQLite gives its log the same mode.
         OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -151,8 +150,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is damaged, [`ErrorKind::FailedPrecondition`]
-    /// if another version of this program wrote it.
+    /// [`ErrorKind::DataLoss`] if the database is damaged,
+    /// [`ErrorKind::FailedPrecondition`] if another version of this program wrote it.
     pub fn open_read_only(path: &Path) -> Result<Store> {
         let opening = || format!("open the database {}", path.display());
         let access = OpenFlags::SQLITE_OPEN_READ_ONLY;
@@ -164,7 +163,7 @@ impl Store {
     }
 
     /// Takes a reader, which sees every transaction committed before this call.
-    /// When dropped, it returns its connection to the pool.
+    /// When dropped, the reader returns its connection to the pool.
     pub fn read(&self) -> Result<Reader<'_>> {
         let pooled = lock(&self.readers).pop();
         let rows = match pooled {
@@ -183,23 +182,22 @@ impl Store {
         format!("the database {}", self.path.display())
     }
 
-    /// Marks the database as in use, before anything is acknowledged. If its log
-    /// is lost from now on, [`probe_completeness`] notices that.
+    /// Marks the database as in use. Callers do this before the first change. If the log is
+    /// lost from now on, [`probe_completeness`] notices the loss.
     pub fn begin_use(&self) -> Result<()> {
         let writer = self.alone();
         completeness::mark_in_use(writer.rows()?)?;
-        // If this fails, the first request begins the log again, which takes longer.
         if let Err(error) = self.begin_log_again() {
-            log::debug!("{}", error.chain());
+            log::debug!("the first request will be slower: {}", error.chain());
         }
         Ok(())
     }
 
-    /// Moves the log's contents into the file itself; the log keeps a copy.
+    /// Moves the contents of the log into the database file; the log keeps a copy.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] if a reader of another process is in the way.
+    /// [`ErrorKind::Unavailable`] if a reader of another process still needs the log.
     pub fn settle(&self) -> Result<()> {
         completeness::settle(self.alone().rows()?)
     }
@@ -208,22 +206,24 @@ impl Store {
     /// can be recorded on a full disk. Returns `false` if there is no ballast left.
     pub fn make_room(&self) -> bool {
         let is_released = self.ballast.release();
-        // What SQLite cannot move stays in the log.
         let moved = self.alone().rows().and_then(completeness::shrink_log);
         if let Err(error) = moved {
-            log::debug!("{}", error.chain());
+            log::debug!(
+                "the log of the database stays as long as it is: {}",
+                error.chain()
+            );
         }
         is_released
     }
 
-    /// Creates the ballast again for removals on a full disk, unless it exists
-    /// or there is no space.
+    /// Creates the ballast files again, unless they exist or there is no space. They let a
+    /// removal be recorded on a full disk.
     pub fn refill_ballast(&self) {
         self.ballast.fill();
     }
 
-    /// Ends the use of the database: its log is moved into it and filled with zeros.
-    /// After that, nothing can be written any more.
+    /// Ends the use of the database: moves the log into the database file, and fills the log
+    /// with zeros. After that, nothing can be written any more.
     ///
     /// # Errors
     ///
@@ -254,12 +254,16 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
-            log::warn!("{}", error.chain());
+            log::warn!(
+                "the database was not closed cleanly; nothing is lost, because the next start \
+                 reads its log: {}",
+                error.chain()
+            );
         }
     }
 }
 
-/// Read access; see [`Rows`] for what can be asked.
+/// A connection for reading. [`Rows`] has the queries.
 pub struct Reader<'a> {
     store: &'a Store,
     rows: Option<Rows>,
@@ -276,8 +280,8 @@ impl Deref for Reader<'_> {
 impl Drop for Reader<'_> {
     fn drop(&mut self) {
         let rows = self.rows.take();
-        // A connection that could not end its transaction would see that moment's state
-        // for ever.
+        // A connection that could not end its transaction would see the state of that moment
+        // for ever, so it is not used again.
         let usable = rows.filter(|rows| rows.connection().is_autocommit());
         lock(&self.store.readers).extend(usable);
     }
@@ -298,13 +302,14 @@ const MOST_CHANGED_PAGES: i32 = 500;
 
 fn connect(path: &Path, access: OpenFlags) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
-    // Only a checkpoint of another connection can hold the lock, for a short time.
+    // SQLite waits up to this long for a lock. Only a checkpoint of another connection can
+    // hold one, for a short time.
     connection.busy_timeout(Duration::from_secs(5))?;
     connection.set_prepared_statement_cache_capacity(32);
     // Without this setting, SQLite plans a statement again for each value of a
     // parameter.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
-    // In KiB; the default is 2000. Each connection has a cache of its own, and the
+    // The default of 2000 KiB is not needed: each connection has a cache of its own, and the
     // kernel's page cache serves all of them.
     connection.pragma_update(None, "cache_size", -CACHE_KIB)?;
     // The changes of a batch stay in memory until its commit, even beyond the size of

@@ -1,6 +1,6 @@
 //! Statements about project ids: which are given out, to which snapshot, and
-//! with which limits. An id is recorded before anything is charged to it, and
-//! deleted after nothing is charged to it any more.
+//! with which limits. An id is recorded before anything is charged to it, and its
+//! record is deleted once nothing is charged to the id any more.
 
 use rusqlite::{Row, params};
 
@@ -12,10 +12,10 @@ use crate::types::{Limits, ProjectId, SnapshotId};
 /// A project id that is given out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Project {
-    /// The id.
+    /// The project id.
     pub project: ProjectId,
-    /// The snapshot that the id was given to, which may be gone; `None` if that
-    /// snapshot was never entered.
+    /// The snapshot that the id was given to, which may be removed by now; `None` if no
+    /// row was ever entered for that snapshot.
     pub snapshot: Option<SnapshotId>,
     /// How much the project may take.
     pub limits: Limits,
@@ -36,13 +36,13 @@ fn project(row: &Row<'_>) -> rusqlite::Result<Project> {
 const SELECT: &str = "SELECT project, snapshot_id, max_bytes, max_inodes FROM project";
 
 impl Rows {
-    /// All ids that are given out, in order.
+    /// All project ids that are given out, in order.
     pub fn projects(&self) -> Result<Vec<Project>> {
         self.list_projects("")
     }
 
-    /// Ids whose snapshot is not on the writable volume any more. They have to be
-    /// taken back when nothing is charged to them.
+    /// The project ids whose snapshot is not on the writable volume any more. Such an id can
+    /// be given out again once nothing is charged to it.
     pub fn loose_projects(&self) -> Result<Vec<Project>> {
         // A layer that has moved may have left a directory on the writable volume.
         self.list_projects(
@@ -56,21 +56,21 @@ impl Rows {
         self.all(&sql, "list the project ids", project)
     }
 
-    /// How many ids are given out.
+    /// How many project ids are given out.
     pub fn count_projects(&self) -> Result<u64> {
         let sql = "SELECT count(*) FROM project";
         let count = self.one(sql, [], "count the project ids", |row| row.get(0))?;
         Ok(count.map_or(0, |Number(count)| count))
     }
 
-    /// The id that a snapshot has, if it has one.
+    /// The project of a snapshot; `None` if it has no project.
     pub fn project_of(&self, id: SnapshotId) -> Result<Option<Project>> {
         let sql = format!("{SELECT} WHERE snapshot_id = ?1");
         let doing = format_args!("look up the project of snapshot {id}");
         self.one(&sql, [id], doing, project)
     }
 
-    /// Whether an id is given out.
+    /// Whether a project id is given out.
     pub fn is_project_taken(&self, project: ProjectId) -> Result<bool> {
         let sql = "SELECT 1 FROM project WHERE project = ?1";
         let doing = format_args!("look up project {project}");
@@ -80,7 +80,7 @@ impl Rows {
 }
 
 impl Transaction<'_> {
-    /// Records that an id is given out. Returns an error if the id, or the snapshot,
+    /// Records that a project id is given out. Returns an error if the id, or the snapshot,
     /// is recorded already.
     pub fn record_project(&self, given: &Project) -> Result<()> {
         self.execute(
@@ -109,10 +109,10 @@ impl Transaction<'_> {
         )
     }
 
-    /// Deletes the record of an id, which may then be given out again.
+    /// Deletes the record of a project id, which may then be given out again.
     pub fn forget_project(&self, project: ProjectId) -> Result<()> {
         let sql = "DELETE FROM project WHERE project = ?1";
-        let doing = format_args!("forget project {project}");
+        let doing = format_args!("delete the record of project {project}");
         self.execute(sql, [project], doing)
     }
 }
@@ -152,7 +152,7 @@ mod tests {
         rows.record_project(&given(7, Some(two))).unwrap_err();
         rows.record_project(&given(8, Some(one))).unwrap_err();
         rows.record_project(&given(3, Some(two))).unwrap();
-        // An id of directories that no snapshot has.
+        // A project id of directories that belong to no snapshot.
         rows.record_project(&given(4, None)).unwrap();
         rows.record_project(&given(5, None)).unwrap();
         assert_eq!(rows.project_of(one).unwrap(), Some(given(7, Some(one))));

@@ -9,13 +9,14 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::sql::{damaged, sql_error};
 use crate::error::{Error, Result};
 
-/// "orws", in the header of each database of ours (`PRAGMA application_id`).
+/// The number ("orws" in ASCII) in the header of each database of this program (`PRAGMA
+/// application_id`).
 pub const APPLICATION_ID: i32 = 0x6F72_7773;
 
 const MIGRATIONS: &[&str] = &[
     // 1: snapshots. `volume` is where a snapshot's directory is (0 image,
-    // 1 writable), NULL for a view with a parent, which has none. AUTOINCREMENT
-    // prevents that the id of a removed snapshot is given out again.
+    // 1 writable); it is NULL for a view with a parent, which has no directory.
+    // AUTOINCREMENT prevents that the id of a removed snapshot is given out again.
     "CREATE TABLE fact (
          name  TEXT PRIMARY KEY,
          value TEXT NOT NULL
@@ -33,9 +34,9 @@ const MIGRATIONS: &[&str] = &[
          labels     BLOB NOT NULL
      ) STRICT;
      CREATE INDEX snapshot_by_parent ON snapshot (parent_id) WHERE parent_id IS NOT NULL;",
-    // 2: leftover directories of moved layers. Something may have one mounted: an
-    // active snapshot or view on the layer with an id up to `highest_id`, on this boot
-    // of the host.
+    // 2: leftover directories of moved layers. Until the next boot of the host, such a
+    // directory may be mounted by an active snapshot or a view on the layer that has an id
+    // up to `highest_id`.
     "CREATE TABLE retired (
          id         INTEGER PRIMARY KEY,
          highest_id INTEGER NOT NULL,
@@ -44,23 +45,22 @@ const MIGRATIONS: &[&str] = &[
      CREATE INDEX snapshot_away ON snapshot (created_ns) WHERE kind = 3 AND volume = 1;",
     // 3: the sum of the lengths of a layer's files at its commit, for `check`.
     "ALTER TABLE snapshot ADD COLUMN data_bytes INTEGER;",
-    // 4: host directories that the daemon itself has chosen for a snapshot,
-    // separated by colons. They are in a separate table, because hardly any snapshot
-    // has them.
+    // 4: host directories that the daemon's flags have chosen for a snapshot, separated by
+    // colons. They are in a separate table, because hardly any snapshot has them.
     "CREATE TABLE lower (
          id    INTEGER PRIMARY KEY REFERENCES snapshot (id) ON DELETE CASCADE,
          paths TEXT NOT NULL
      ) STRICT;",
-    // 5: project ids on the writable volume. A row outlives its snapshot until
-    // nothing is charged to the id any more. A row without a snapshot is an id that a
-    // start has found on a directory of an interrupted request.
+    // 5: project ids on the writable volume. A row stays after its snapshot is removed,
+    // until nothing is charged to the id any more. A row without a snapshot is an id that
+    // a start has found on a directory of an interrupted request.
     "CREATE TABLE project (
          project     INTEGER PRIMARY KEY,
          snapshot_id INTEGER UNIQUE,
          max_bytes   INTEGER,
          max_inodes  INTEGER
      ) STRICT;",
-    // 6: blocks of ids that were reserved, which are the history of this database, and
+    // 6: reserved blocks of ids (the history of this database), and tombstones of
     // directories that may be deleted; see `blocks.rs`.
     "CREATE TABLE block (
          first INTEGER PRIMARY KEY,
@@ -109,22 +109,22 @@ fn version(connection: &Connection) -> Result<usize> {
     Ok(version as usize)
 }
 
-/// Returns an error for a schema of another version, for a caller that may not
-/// migrate it.
+/// Returns an error unless the schema has the current version. This is for callers that
+/// must not change the database.
 pub fn require_current(connection: &Connection) -> Result<()> {
     let version = version(connection)?;
     if version == MIGRATIONS.len() {
         return Ok(());
     }
     Err(Error::refused(format!(
-        "its schema has version {version}, this program reads version {}: another release \
-         wrote it, start the daemon of this release first",
+        "the database has schema version {version}, but this program reads version {}: another \
+         release wrote the database; start the daemon of this release first",
         MIGRATIONS.len()
     )))
 }
 
-/// Brings the database up to date: each missing migration in a transaction of
-/// its own, so that a crash leaves the schema at one version or the next.
+/// Brings the schema up to date. Each missing migration runs in a transaction of its
+/// own, so that a crash leaves the schema at one version or the next.
 pub fn migrate(connection: &mut Connection) -> Result<()> {
     migrate_through(connection, MIGRATIONS)
 }
@@ -134,8 +134,8 @@ fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<(
     let version = version(connection)?;
     if version > migrations.len() {
         return Err(Error::refused(format!(
-            "its schema has version {version}, this program knows versions up to {}: \
-             a newer release wrote it, run that one",
+            "the database has schema version {version}, but this program knows versions up to {}: \
+             a newer release wrote the database; run that release",
             migrations.len()
         )));
     }
@@ -161,8 +161,8 @@ fn migrate_through(connection: &mut Connection, migrations: &[&str]) -> Result<(
         .map_err(migrating)?;
     if mode != "wal" {
         return Err(Error::refused(format!(
-            "SQLite cannot use a write-ahead log there (journal mode is {mode}): \
-             put the database on a local disk with --state-dir"
+            "SQLite cannot use a write-ahead log on the database's file system (its journal mode \
+             is {mode}): put the database on a local disk with --state-dir"
         )));
     }
     Ok(())

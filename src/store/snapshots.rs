@@ -12,18 +12,18 @@ use crate::types::{Content, Info, Kind, Labels, Marks, Quoted, SnapshotId, Usage
 /// One snapshot as the database records it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The id, which is also the name of its directories.
+    /// The snapshot's id, which is also the name of its directory.
     pub id: SnapshotId,
     /// The parent's id.
     pub parent_id: Option<SnapshotId>,
     /// Where the snapshot's directory is; `None` for a view with a parent,
     /// which has none.
     pub volume: Option<Volume>,
-    /// What callers see of the snapshot.
+    /// The part of the record that containerd sees.
     pub info: Info,
-    /// The usage counted at the commit; zero before.
+    /// The usage counted at the commit; zero before the commit.
     pub usage: Usage,
-    /// What is known of [`Content::data_bytes`].
+    /// The total length of all files, as far as it is known.
     pub data_bytes: DataBytes,
     /// The marks counted at the commit; `None` if they were not counted.
     pub marks: Option<Marks>,
@@ -34,18 +34,18 @@ pub struct Snapshot {
 const MOST_HOLLOW_INODES: u64 = 64;
 
 impl Snapshot {
-    /// Whether an empty layer can replace this one: Docker's layer between an image and its
-    /// container, which holds mount points that the container's start makes again. In any
-    /// other layer, the names, owners and modes of empty files are content.
+    /// Whether this is a hollow layer, which an empty layer can replace: Docker's layer
+    /// between an image and its container, whose mount points the container's start makes
+    /// again. In any other layer, the names, owners and modes of empty files are content.
     pub fn is_hollow(&self) -> bool {
-        // Docker gives such layers this name.
+        // Docker gives such layers names with this ending.
         let is_dockers = self.volume == Some(Volume::Writable) && self.info.name.ends_with("-init");
         let is_small = self.usage.inodes <= MOST_HOLLOW_INODES;
         let is_hollow = self.marks.is_none_or(|marks| marks.is_hollow);
         is_dockers && is_small && is_hollow && self.data_bytes == DataBytes::Counted(0)
     }
 
-    /// What the snapshot is, and where its directory is.
+    /// The snapshot's id and kind, and where its directory is.
     pub fn place(&self) -> Place {
         Place {
             id: self.id,
@@ -55,7 +55,7 @@ impl Snapshot {
     }
 }
 
-/// What is known about [`Content::data_bytes`] of a layer.
+/// What is known about the total length of a layer's files ([`Content::data_bytes`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DataBytes {
     /// The length of all files, counted at the commit.
@@ -63,7 +63,7 @@ pub enum DataBytes {
     /// The snapshot was still mounted at the commit, so a container may have changed it
     /// since.
     WasMounted,
-    /// The lengths were not counted, because the snapshot is no layer, or because an
+    /// The lengths were not counted, because the snapshot is not a layer, or because an
     /// earlier version of this program has committed it.
     Unknown,
 }
@@ -71,11 +71,11 @@ pub enum DataBytes {
 /// One layer below a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ancestor {
-    /// The layer.
+    /// The layer's id.
     pub id: SnapshotId,
-    /// Where its bytes are.
+    /// Where the layer's bytes are.
     pub volume: Volume,
-    /// See [`Commit::is_remapped`].
+    /// Whether containerd has given the layer's files the owners of a user namespace.
     pub is_remapped: bool,
 }
 
@@ -83,13 +83,13 @@ pub struct Ancestor {
 pub struct New<'a> {
     /// [`Kind::Active`] or [`Kind::View`].
     pub kind: Kind,
-    /// Its key.
+    /// The snapshot's key.
     pub key: &'a str,
-    /// The parent's name; empty without one.
+    /// The parent's name; empty if there is no parent.
     pub parent: &'a str,
-    /// Its labels, already checked.
+    /// The snapshot's labels, already checked.
     pub labels: &'a Labels,
-    /// Where its directory will be, if it gets one.
+    /// Where the snapshot's directory will be; `None` for a view that gets none.
     pub volume: Option<Volume>,
 }
 
@@ -98,30 +98,29 @@ pub struct New<'a> {
 pub struct Created {
     /// The snapshot's id.
     pub id: SnapshotId,
-    /// The layers below it, nearest first.
+    /// The layers below the snapshot, nearest first.
     pub ancestors: Vec<Ancestor>,
 }
 
 /// An active snapshot that will become a layer.
 pub struct Commit<'a> {
-    /// The snapshot's id, because another snapshot may have got the key
-    /// meanwhile.
+    /// The snapshot's id. The key alone is not enough, because another snapshot may have
+    /// got the same key meanwhile.
     pub id: SnapshotId,
     /// The snapshot's key.
     pub key: &'a str,
     /// The name that the layer gets.
     pub name: &'a str,
-    /// A parent that is named only at the commit (rebase); empty to keep the
-    /// present one.
+    /// A late parent, which is named only at the commit; empty to keep the present parent.
     pub parent: &'a str,
     /// The layer's labels, already checked.
     pub labels: &'a Labels,
-    /// What the layer holds.
+    /// The bytes, inodes and attributes of the layer, as counted.
     pub content: Content,
     /// [`DataBytes::Counted`], unless the snapshot is mounted.
     pub data_bytes: DataBytes,
-    /// Whether containerd has given its files the owners of a user namespace, so that they
-    /// must not be mapped again.
+    /// Whether containerd has given the layer's files the owners of a user namespace, so
+    /// that the files must not be id-mapped again.
     pub is_remapped: bool,
 }
 
@@ -130,9 +129,9 @@ pub struct Commit<'a> {
 pub struct Place {
     /// The snapshot's id.
     pub id: SnapshotId,
-    /// Its kind.
+    /// The snapshot's kind.
     pub kind: Kind,
-    /// Where its directory is, if it has one.
+    /// Where the snapshot's directory is; `None` if it has none.
     pub volume: Option<Volume>,
 }
 
@@ -154,11 +153,11 @@ impl Place {
 pub struct Tally {
     /// The kind of the snapshots.
     pub kind: Kind,
-    /// The volume of their directories; `None` if they have none.
+    /// The volume of their directories; `None` for snapshots without a directory.
     pub volume: Option<Volume>,
     /// The number of snapshots.
     pub count: u64,
-    /// The bytes that layers among them took at their commits.
+    /// The sum of the bytes that the layers among them took at their commits.
     pub bytes: u64,
 }
 
@@ -169,12 +168,12 @@ pub enum LabelChange {
     Replace(Labels),
     /// One label is set.
     Set(String, String),
-    /// One label is removed, if it is there.
+    /// One label is removed, if the snapshot has it.
     Delete(String),
 }
 
 impl LabelChange {
-    /// Applies the change.
+    /// Applies the change to `labels`.
     pub fn apply(self, labels: &mut Labels) {
         match self {
             LabelChange::Replace(all) => *labels = all,
@@ -196,7 +195,7 @@ const SELECT: &str = "SELECT s.id, s.name, s.kind, s.volume, s.created_ns, s.upd
 fn snapshot(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
     let id: SnapshotId = row.get(0)?;
     let labels = row.get_ref(9)?.as_blob().ok().and_then(labels::decode);
-    let damage = || damaged(format_args!("the labels of snapshot {id}"));
+    let damage = || damaged(format_args!("the labels of snapshot {id} cannot be read"));
     Ok(Snapshot {
         id,
         parent_id: row.get(10)?,
@@ -237,7 +236,7 @@ impl Rows {
     /// The snapshot of that key or name, if there is one.
     pub fn find(&self, name: &str) -> Result<Option<Snapshot>> {
         let sql = format!("{SELECT} WHERE s.name = ?1");
-        let doing = format_args!("look snapshot {} up", Quoted(name));
+        let doing = format_args!("look up snapshot {}", Quoted(name));
         self.one(&sql, [name], doing, snapshot)
     }
 
@@ -282,7 +281,7 @@ impl Rows {
         Ok(())
     }
 
-    /// The id, the kind and the volume of a snapshot, if it is still there.
+    /// The id, the kind and the volume of a snapshot; `None` if it was removed.
     pub fn place(&self, id: SnapshotId) -> Result<Option<Place>> {
         let sql = "SELECT id, kind, volume FROM snapshot WHERE id = ?1";
         self.one(sql, [id], format_args!("look up snapshot {id}"), place)
@@ -331,7 +330,7 @@ impl Rows {
     ///
     /// # Errors
     ///
-    /// Those of [`super::Transaction::create`].
+    /// The same as in [`super::Transaction::create`].
     pub fn ancestors_of_new(&self, new: &New<'_>) -> Result<Vec<Ancestor>> {
         let parent = match new.parent {
             "" => None,
@@ -341,8 +340,8 @@ impl Rows {
         parent.map_or(Ok(Vec::new()), |parent| self.chain(parent))
     }
 
-    /// Checks that `key` can be committed as `name` (onto `parent`, if given),
-    /// and returns the snapshot and the parent it will have.
+    /// Checks that the snapshot `key` can be committed as `name` (onto `parent`, if given),
+    /// and returns the snapshot and the parent that the layer will have.
     ///
     /// # Errors
     ///
@@ -382,7 +381,8 @@ impl Rows {
         Ok((snapshot, parent_id))
     }
 
-    /// The id of a parent; `otherwise` is the kind of error if it is not committed.
+    /// The id of the layer `name`, which will be a parent. `otherwise` is the kind of the error
+    /// that is returned if the snapshot is not committed.
     pub(super) fn committed_parent(&self, name: &str, otherwise: ErrorKind) -> Result<SnapshotId> {
         let parent = self.find(name)?.ok_or_else(|| {
             let what = format!("parent snapshot {} does not exist", Quoted(name));
@@ -407,8 +407,8 @@ impl Rows {
         Err(Error::new(ErrorKind::AlreadyExists, what))
     }
 
-    /// Runs `work` so that all its queries see the database at one moment, and
-    /// SQLite's locks are taken only once.
+    /// Runs `work` in one read transaction: all its queries see the same state of the
+    /// database, and SQLite's locks are taken only once.
     pub fn at_one_moment<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let connection = self.connection();
         if !connection.is_autocommit() {

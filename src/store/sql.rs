@@ -17,7 +17,7 @@ pub struct Rows {
     connection: Connection,
 }
 
-/// In each function, `doing` names the step in errors.
+/// Running statements. In each function, `doing` names the step in errors.
 impl Rows {
     pub(super) fn new(connection: Connection) -> Rows {
         Rows { connection }
@@ -45,7 +45,7 @@ impl Rows {
             .map_err(|error| sql_error(error, doing.to_string()))
     }
 
-    /// Reads the only row that a query returns, if it returns one.
+    /// Reads the only row of a query's result; `None` if the result is empty.
     pub(super) fn one<T>(
         &self,
         sql: &str,
@@ -58,7 +58,7 @@ impl Rows {
         found.map_err(|error| sql_error(error, doing.to_string()))
     }
 
-    /// Reads all rows that a query returns.
+    /// Reads all rows of a query's result.
     pub(super) fn all<T>(
         &self,
         sql: &str,
@@ -86,7 +86,7 @@ pub(super) fn sql_error(error: rusqlite::Error, what: impl Into<String>) -> Erro
         _ => ErrorKind::Internal,
     };
     match error {
-        // SQLite's own text contains the same words twice.
+        // The text of `error` itself contains SQLite's message twice.
         rusqlite::Error::SqliteFailure(failure, Some(said)) => {
             let cause = format!("{said} (SQLite error {})", failure.extended_code);
             Error::caused(kind, what, cause)
@@ -103,9 +103,8 @@ pub(super) fn damaged(what: impl Display) -> Error {
     Error::data_loss(format!("the database is damaged: {what}"))
 }
 
-/// A number that is stored as SQLite's signed one. A number too large for that is
-/// stored as the maximum. A negative number, which the store never writes, is read as
-/// 0.
+/// A number that is stored as SQLite's signed 64-bit integer. A larger number is stored as
+/// the maximum. A negative number, which the store never writes, is read as 0.
 pub(super) struct Number(pub(super) u64);
 
 impl ToSql for Number {
@@ -126,7 +125,7 @@ fn saturated(number: u64) -> ToSqlOutput<'static> {
 
 fn no<T>(number: i64, what: &str) -> FromSqlResult<T> {
     Err(FromSqlError::other(damaged(format!(
-        "{number} is no {what}"
+        "{number} is not a {what}"
     ))))
 }
 

@@ -202,7 +202,7 @@ fn what_others_stand_on_is_not_removed() {
 }
 
 #[test]
-fn a_chain_of_400_is_told_nearest_first() {
+fn a_chain_of_400_is_listed_nearest_first() {
     let f = fixture();
     let mut parent = String::new();
     for number in 0..400 {
@@ -311,7 +311,7 @@ fn updates_change_labels_and_the_later_time_only() {
 }
 
 #[test]
-fn files_are_told_apart_by_their_first_bytes() {
+fn the_first_bytes_of_a_file_show_its_format() {
     let f = fixture();
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);

@@ -60,7 +60,7 @@ pub fn lower_io_priority() -> Result<(), Errno> {
     const WHO_PROCESS: libc::c_int = 1;
     const CLASS_IDLE: libc::c_int = 3;
     const CLASS_SHIFT: libc::c_int = 13;
-    // SAFETY: three integers; 0 is the calling thread.
+    // SAFETY: the call takes three integers and no pointer; 0 is the calling thread.
     let result = unsafe {
         libc::syscall(
             libc::SYS_ioprio_set,
@@ -72,7 +72,7 @@ pub fn lower_io_priority() -> Result<(), Errno> {
     ended(result)
 }
 
-/// Converts the result of a system call: 0, or -1 with the reason in `errno`.
+/// Converts the return value of a system call: 0, or -1 with the reason in `errno`.
 fn ended(result: libc::c_long) -> Result<(), Errno> {
     match result {
         0 => Ok(()),

@@ -19,8 +19,8 @@ pub fn owner(namespace: impl AsFd) -> Result<OwnedFd, Errno> {
 
 struct GetUserNamespace;
 
-// SAFETY: the kernel accesses no memory for this call, and what it returns is a descriptor
-// that nothing else owns.
+// SAFETY: the kernel accesses no memory for this call, and returns a new descriptor, which
+// nothing else owns.
 unsafe impl Ioctl for GetUserNamespace {
     type Output = OwnedFd;
 

@@ -7,11 +7,11 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, Setter, ioctl, opcode};
 
-/// `struct fsxattr`: attributes of an inode that are not in its stat.
+/// `struct fsxattr`: attributes of an inode that stat(2) does not return.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FileAttributes {
-    /// `FS_XFLAG_…`.
+    /// A set of `FS_XFLAG_…`.
     pub flags: u32,
     extent_size: u32,
     extents: u32,
@@ -28,12 +28,11 @@ pub const INHERIT: u32 = 0x200;
 const GET_ATTRIBUTES: Opcode = opcode::read::<FileAttributes>(b'X', 31);
 const SET_ATTRIBUTES: Opcode = opcode::write::<FileAttributes>(b'X', 32);
 
-/// Reads an open file's attributes. The descriptor must not be one opened with
-/// O_PATH.
+/// Reads an open file's attributes. The file must not be opened with O_PATH.
 ///
 /// # Errors
 ///
-/// `ENOTTY` or `EOPNOTSUPP` where the file system has none.
+/// `ENOTTY` or `EOPNOTSUPP` if the file system does not have these attributes.
 pub fn file_attributes(file: impl AsFd) -> Result<FileAttributes, Errno> {
     // SAFETY: the kernel writes one `struct fsxattr`, whose layout is that of
     // `FileAttributes` (`linux/fs.h`).
@@ -56,12 +55,12 @@ pub fn set_file_attributes(file: impl AsFd, attributes: FileAttributes) -> Resul
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Quota {
-    /// In KiB; 0 is no limit.
+    /// The limit of space in KiB; 0 is no limit.
     pub hard_limit_kib: u64,
     soft_limit_kib: u64,
-    /// In bytes.
+    /// The used space in bytes.
     pub used_bytes: u64,
-    /// 0 is no limit.
+    /// The limit of inodes; 0 is no limit.
     pub inode_hard_limit: u64,
     inode_soft_limit: u64,
     /// Inodes in use.
@@ -69,7 +68,7 @@ pub struct Quota {
     block_time: u64,
     inode_time: u64,
     valid: u32,
-    /// The project; only in what [`next_quota`] returns.
+    /// The project; set only in a result of [`next_quota`].
     pub id: u32,
 }
 
@@ -94,7 +93,7 @@ pub const COUNTS_PROJECTS: u16 = 1 << 4;
 /// In [`quota_flags`]: limits of projects are kept (`FS_QUOTA_PDQ_ENFD`).
 pub const LIMITS_PROJECTS: u16 = 1 << 5;
 
-/// The file system that is asked.
+/// The file system whose quotas are read or set.
 #[derive(Clone, Copy)]
 pub enum Target<'a> {
     /// The file system of an open directory (quotactl_fd(2), Linux 5.14).
@@ -114,11 +113,11 @@ enum Command {
     GetState = ((b'X' as isize) << 8) + 5,
 }
 
-/// Which quotas a file system has in use.
+/// Which quotas a file system has switched on, as flags.
 ///
 /// # Errors
 ///
-/// `ENOSYS` if the file system has none in use, or the kernel lacks the call;
+/// `ENOSYS` if the file system has none switched on, or the kernel lacks the call;
 /// `EINVAL` if the file system does not support quotas.
 pub fn quota_flags(target: Target<'_>) -> Result<u16, Errno> {
     let mut state = QuotaState::default();
@@ -139,8 +138,8 @@ pub fn quota(target: Target<'_>, project: u32) -> Result<Quota, Errno> {
     Ok(quota)
 }
 
-/// For tests: the usage and limits of the first project from that number on that has any
-/// (Linux 4.6).
+/// For tests: the usage and limits of the first project that has any and whose number is at
+/// least `from` (Linux 4.6).
 #[cfg(feature = "fault-points")]
 pub fn next_quota(target: Target<'_>, from: u32) -> Result<Quota, Errno> {
     let mut quota = Quota::default();
@@ -149,7 +148,7 @@ pub fn next_quota(target: Target<'_>, from: u32) -> Result<Quota, Errno> {
     Ok(quota)
 }
 
-/// Sets the limits of a project, 0 for none.
+/// Sets the limits of a project; 0 removes a limit.
 pub fn set_quota(
     target: Target<'_>,
     project: u32,
@@ -169,7 +168,7 @@ pub fn set_quota(
 /// Whether the kernel has quotactl_fd(2).
 pub fn has_quotactl_fd() -> bool {
     const NO_DESCRIPTOR: libc::c_int = -1;
-    // SAFETY: nothing is written: -1 is no descriptor (EBADF).
+    // SAFETY: the call writes nothing, because -1 is not a descriptor (EBADF).
     let result = unsafe {
         let nowhere = std::ptr::null_mut::<c_void>();
         libc::syscall(libc::SYS_quotactl_fd, NO_DESCRIPTOR, 0, 0, nowhere)
@@ -179,7 +178,7 @@ pub fn has_quotactl_fd() -> bool {
 
 /// # Safety
 ///
-/// `address` has to point to what the command reads or writes.
+/// `address` has to point to the structure that the command reads or writes.
 unsafe fn quotactl(
     target: Target<'_>,
     command: Command,
@@ -190,12 +189,12 @@ unsafe fn quotactl(
     // QCMD(command, type).
     let command = ((command as u32) << 8) | PROJECTS;
     let result = match target {
-        // SAFETY: the descriptor is borrowed for the whole call; the rest is
-        // the caller's.
+        // SAFETY: the descriptor is borrowed for the whole call; the caller guarantees the
+        // rest.
         Target::Directory(fd) => unsafe {
             libc::syscall(libc::SYS_quotactl_fd, fd.as_raw_fd(), command, id, address)
         },
-        // SAFETY: the path is a C string; the rest is the caller's.
+        // SAFETY: the path is a C string; the caller guarantees the rest.
         Target::Device(path) => unsafe {
             libc::syscall(libc::SYS_quotactl, command, path.as_ptr(), id, address)
         },

@@ -6,15 +6,15 @@ use std::fmt::{Display, Write};
 /// How a figure can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It only grows, from 0 at the start.
+    /// The figure only grows, from 0 at the start of the program.
     Counter,
-    /// It goes up and down.
+    /// The figure goes up and down.
     Gauge,
-    /// It consists of several figures: for each bound, how many values were not larger.
+    /// There is a figure for each bound: how many values were not larger than the bound.
     Histogram,
 }
 
-/// Writes the header for the figures of that name.
+/// Writes the header for the figures with this name.
 pub fn head(out: &mut String, kind: Kind, name: &str, help: &str) {
     let kind = match kind {
         Kind::Counter => "counter",

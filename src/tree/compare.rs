@@ -1,9 +1,9 @@
 //! Comparing a tree with the tree that it should be equal to.
 //!
-//! Compared are types, modes, owners, modification times (in seconds), lengths, targets
-//! of links, device numbers, extended attributes, whiteouts, opaque marks, hard links,
-//! and every byte. The memory that this takes depends on the depth of the tree and, up
-//! to a limit, on the number of its hard links.
+//! The comparison covers types, modes, owners, modification times (in seconds), lengths,
+//! targets of links, device numbers, extended attributes, whiteouts, opaque marks, hard
+//! links, and every byte. The memory for it depends on the depth of the tree and, up to a
+//! limit, on the number of its hard links.
 
 #[cfg(test)]
 mod tests;
@@ -29,18 +29,18 @@ use crate::util::entries::entries;
 
 const COMPARING: &str = "compare a directory tree";
 
-/// How many differences are described; the count includes all.
+/// How many differences are described. [`Differences::count`] includes the further ones.
 const MOST_DESCRIBED: usize = 20;
-/// How many inodes with several names are remembered on each side. For further ones,
+/// How many inodes with several names are remembered in each tree. For further inodes,
 /// only the numbers of names are compared.
 const MOST_REMEMBERED: usize = 200_000;
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
 
-/// The differences between a tree and what it should be.
+/// The differences between a tree and the tree that it should be equal to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Differences {
-    /// How many entries differ. Entries in a directory that is missing, or that should
-    /// not be there, are not counted.
+    /// How many entries differ. A directory that is missing, or that should not be there,
+    /// counts once; its entries are not counted.
     pub count: u64,
     /// Descriptions of the first differences: the path, and what is wrong
     /// there.
@@ -69,11 +69,11 @@ impl fmt::Display for Differences {
     }
 }
 
-/// What the comparison leaves out.
+/// Which differences the comparison ignores.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// The second in which the expected tree was begun. The time of an entry is compared
-    /// only if the expected time is earlier. Later ones come from the unpack itself.
+    /// When the unpack of the expected tree began, in seconds. The time of an entry is
+    /// compared only if the expected time is earlier; a later time comes from the unpack.
     pub since: i64,
     /// Whether no layer is below the tree. If so, opaque marks of directories do not
     /// matter.
@@ -110,21 +110,21 @@ struct Comparison<'a> {
     rules: Rules,
     cancel: &'a AtomicBool,
     differences: Differences,
-    /// The names of the directories that the walk is in, from below the top.
+    /// The path from the top to the current directory, as names.
     path: Vec<CString>,
     links: Links,
     buffers: [Vec<u8>; 2],
 }
 
-/// The inodes with several names: which inode of one tree belongs to which
-/// inode of the other.
+/// Which inode of one tree corresponds to which inode of the other, for inodes with
+/// several names.
 #[derive(Default)]
 struct Links {
     found_of: HashMap<Inode, Inode>,
     expected_of: HashMap<Inode, Inode>,
 }
 
-/// A name in an open directory.
+/// An entry: an open directory, and the entry's name in it.
 pub(super) type Name<'a> = (BorrowedFd<'a>, &'a CStr);
 
 impl Comparison<'_> {
@@ -170,8 +170,8 @@ impl Comparison<'_> {
         }
     }
 
-    /// Compares one entry. If it is a directory, both sides are returned to be
-    /// entered.
+    /// Compares one entry. If it is a directory in both trees, returns both directories, so
+    /// that the caller enters them.
     fn entry(&mut self, expected: Name<'_>, found: &OwnedFd) -> Result<Option<(OwnedFd, OwnedFd)>> {
         let name = expected.1;
         let found = (found.as_fd(), name);
@@ -227,7 +227,8 @@ impl Comparison<'_> {
         if file_type != FileType::Symlink && mode != found_mode {
             add(format!("has mode {found_mode:o} in place of {mode:o}"));
         }
-        // The top has no entry in the archive, and so has the time of the unpack.
+        // The archive has no entry for the top directory, so its time is that of the
+        // unpack.
         if !is_top && stat.st_mtime < self.rules.since && stat.st_mtime != found_stat.st_mtime {
             add("has another modification time".to_owned());
         }
@@ -302,7 +303,7 @@ impl Comparison<'_> {
         }
     }
 
-    /// Notes the entries of a directory that should not be there.
+    /// Notes the entries of the directory `found` that are missing in `expected`.
     fn additions(&mut self, expected: BorrowedFd<'_>, found: &OwnedFd) -> Result<()> {
         let listed = match entries(found) {
             Err(errno) => {
@@ -376,8 +377,8 @@ impl Links {
     }
 }
 
-/// Describes a read error as a difference; returns an error if the failure says
-/// nothing about the tree.
+/// Describes a read error as a difference; returns an error if the failure has nothing to
+/// do with the tree.
 fn cannot_read(errno: Errno) -> Result<String> {
     match errno {
         Errno::MFILE | Errno::NFILE | Errno::NOMEM => Err(errno).context(|| COMPARING),
@@ -390,7 +391,7 @@ pub(super) fn cancelled() -> Error {
 }
 
 fn moved_meanwhile() -> Error {
-    let what = "a part of a tree was moved while it was compared";
+    let what = "a directory was moved while the tree was compared: try again";
     Error::new(ErrorKind::Internal, what)
 }
 
@@ -424,8 +425,8 @@ fn xattr_difference(names: &Xattrs, found: &Xattrs) -> String {
 }
 
 impl Rules {
-    /// The extended attributes of an entry, without those that a file system, a security
-    /// module or overlayfs itself sets and that differ between true copies.
+    /// Reads the extended attributes of an entry, without those that a file system, a
+    /// security module or overlayfs itself sets and that differ between exact copies.
     pub(super) fn xattrs(self, (parent, name): Name<'_>) -> std::result::Result<Xattrs, Errno> {
         let path = entry_path(parent, name);
         let mut names = Vec::with_capacity(MAX_XATTR_BYTES);

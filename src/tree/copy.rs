@@ -1,9 +1,9 @@
 //! Copying a tree to another file system, completely or not at all.
 //!
-//! Copied are owner, mode, both times to the nanosecond, every extended attribute that
+//! A copy has the same owner, mode, times to the nanosecond, every extended attribute that
 //! is content (overlayfs's own, capabilities, those of users; see `xattrs`), ACLs where
-//! the target supports them, whiteouts and other device nodes, FIFOs, sockets, links as
-//! links, hard links within the tree, holes, and names that are not UTF-8. If the target
+//! the target supports them, whiteouts and other device nodes, FIFOs, sockets, symlinks,
+//! hard links within the tree, holes, and names that are not UTF-8. If the target
 //! refuses any of this, the copy ends with an error. The memory depends only on the
 //! depth of the tree, and the number of open descriptors is constant.
 
@@ -25,9 +25,9 @@ use super::{open_directory, open_file};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::entries;
 
-/// What has been copied.
+/// The result of a copy.
 pub struct Copied {
-    /// Bytes of data.
+    /// How many bytes of data were copied.
     pub bytes: u64,
     /// The names of some attributes that are not content and were not copied,
     /// because the target does not support them.
@@ -44,8 +44,8 @@ pub struct Copied {
 ///
 /// [`ErrorKind::ResourceExhausted`] if the target is full;
 /// [`ErrorKind::Unavailable`] if the copy was cancelled;
-/// [`ErrorKind::Internal`] if something cannot be read, or cannot be kept on
-/// the target.
+/// [`ErrorKind::Internal`] if something cannot be read, or the target cannot
+/// store it.
 pub fn copy_tree(
     from: impl AsFd,
     to: impl AsFd,
@@ -100,12 +100,13 @@ pub fn copy_tree(
 }
 
 fn open_above(target: impl AsFd, inode: Inode) -> Result<OwnedFd> {
-    let above = open_as(target, c"..", inode).context(|| "go on with the copy")?;
+    let above =
+        open_as(target, c"..", inode).context(|| "return to the directory above in the copy")?;
     above.ok_or_else(moved_meanwhile)
 }
 
 fn moved_meanwhile() -> Error {
-    let what = "a part of the layer was moved while it was copied";
+    let what = "a directory of the layer was moved while it was copied";
     Error::new(ErrorKind::Internal, what)
 }
 
@@ -116,7 +117,7 @@ struct Level {
     target: Inode,
 }
 
-/// A source directory, its copy, and what is remembered of both.
+/// A source directory, its copy, and the level for both.
 type Entered = (OwnedFd, OwnedFd, Level);
 
 struct Copy<'a> {
@@ -133,7 +134,10 @@ impl Copy<'_> {
     fn require_wanted(&self) -> Result<()> {
         match self.cancel.load(Ordering::Relaxed) {
             false => Ok(()),
-            true => Err(Error::new(ErrorKind::Unavailable, "the copy was cancelled")),
+            true => Err(Error::new(
+                ErrorKind::Unavailable,
+                "the copy of the layer was cancelled",
+            )),
         }
     }
 
@@ -151,14 +155,14 @@ impl Copy<'_> {
         Ok((source, target, level))
     }
 
-    /// Copies one entry. A directory is returned so that the caller fills it.
+    /// Copies one entry. If it is a directory, returns it, so that the caller fills it.
     fn entry(
         &mut self,
         from: BorrowedFd<'_>,
         to: BorrowedFd<'_>,
         name: &CStr,
     ) -> Result<Option<Entered>> {
-        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "read its metadata")?;
+        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "read the metadata")?;
         let file_type = FileType::from_raw_mode(stat.st_mode);
         if file_type == FileType::Directory {
             return self.enter(from, to, name).map(Some);
@@ -174,15 +178,16 @@ impl Copy<'_> {
         set_all_attributes(&mut self.xattrs, (from, name), (to, name), &stat)?;
         if is_linked {
             linkat(to, name, self.scratch, link_name(&stat), AtFlags::empty())
-                .context(|| "give it a second name, for further hard links")?;
+                .context(|| "link the copy into the scratch directory, for further hard links")?;
             self.links += 1;
         }
         Ok(None)
     }
 
-    /// Creates a further name of an inode that has been copied already.
+    /// Creates a further hard link to an inode that has been copied already. Returns `false` if
+    /// the inode has to be copied.
     fn link_again(&mut self, stat: &Stat, to: BorrowedFd<'_>, name: &CStr) -> Result<bool> {
-        let linking = || "make the hard link";
+        let linking = || "create the hard link";
         let remembered = link_name(stat);
         if self.used_up.contains(&remembered) {
             return Err(Errno::MLINK).context(linking);
@@ -190,7 +195,7 @@ impl Copy<'_> {
         match linkat(self.scratch, &*remembered, to, name, AtFlags::empty()) {
             Ok(()) => Ok(true),
             Err(Errno::NOENT) => Ok(false),
-            // The link in the scratch directory takes the place of one name.
+            // The link in the scratch directory uses up one of the possible names.
             Err(Errno::MLINK) => {
                 renameat(self.scratch, &*remembered, to, name).context(linking)?;
                 self.used_up.insert(remembered);
@@ -204,7 +209,7 @@ impl Copy<'_> {
         if self.links == 0 {
             return Ok(());
         }
-        let forgetting = || "forget the hard links of the copy";
+        let forgetting = || "remove the hard links in the scratch directory of the copy";
         for entry in entries(self.scratch).context(forgetting)? {
             entry
                 .and_then(|entry| unlinkat(self.scratch, entry.file_name(), AtFlags::empty()))
@@ -214,10 +219,11 @@ impl Copy<'_> {
     }
 
     fn file(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> Result<()> {
-        let opened = open_file(from, name).context(|| "open it")?;
+        let opened = open_file(from, name).context(|| "open the file")?;
         let (source, stat) = opened.ok_or_else(moved_meanwhile)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let target = openat(to, name, flags, Mode::from_raw_mode(0o600)).context(|| "create it")?;
+        let mode = Mode::from_raw_mode(0o600);
+        let target = openat(to, name, flags, mode).context(|| "create the file")?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         let mut at = 0;
         while let Some((start, end)) = next_data(&source, at, size)? {
@@ -225,7 +231,7 @@ impl Copy<'_> {
             at = end;
         }
         // The truncation also creates a hole at the end of the file.
-        ftruncate(&target, size).context(|| "set its size")
+        ftruncate(&target, size).context(|| "set the size of the file")
     }
 
     fn range(&mut self, source: &OwnedFd, target: &OwnedFd, start: u64, end: u64) -> Result<()> {
@@ -258,21 +264,21 @@ impl Copy<'_> {
                     buffer.resize(1 << 20, 0);
                     let wanted = wanted.min(buffer.len());
                     let got = pread(source, &mut buffer[..wanted], read_at)
-                        .context(|| "read its data")?;
+                        .context(|| "read the data of the file")?;
                     if got == 0 {
-                        let what = "the file has become shorter";
+                        let what = "the file has become shorter during the copy";
                         return Err(Error::new(ErrorKind::Internal, what));
                     }
                     let mut done = 0;
                     while done < got {
                         let written = pwrite(target, &buffer[done..got], write_at)
-                            .context(|| "write its data")?;
+                            .context(|| "write the data of the file")?;
                         done += written;
                         write_at += written as u64;
                     }
                     read_at += got as u64;
                 }
-                Err(errno) => return Err(errno).context(|| "copy its data"),
+                Err(errno) => return Err(errno).context(|| "copy the data of the file"),
             }
             self.bytes += read_at - before;
         }
@@ -296,7 +302,7 @@ impl Copy<'_> {
     }
 }
 
-/// The name of an entry in an open directory.
+/// An entry: an open directory, and the entry's name in it.
 type Entry<'a> = (BorrowedFd<'a>, &'a CStr);
 
 /// Copies an entry that is neither a directory nor a regular file, with the
@@ -309,18 +315,18 @@ pub(super) fn copy_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<(
 fn make_node(from: Entry<'_>, to: Entry<'_>, stat: &Stat) -> Result<()> {
     let file_type = FileType::from_raw_mode(stat.st_mode);
     if file_type == FileType::Symlink {
-        let target = readlinkat(from.0, from.1, Vec::new()).context(|| "read the link")?;
-        return symlinkat(target, to.0, to.1).context(|| "make the link");
+        let target = readlinkat(from.0, from.1, Vec::new()).context(|| "read the symlink")?;
+        return symlinkat(target, to.0, to.1).context(|| "create the symlink");
     }
     let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
-    mknodat(to.0, to.1, file_type, mode, stat.st_rdev).context(|| "make the node")
+    mknodat(to.0, to.1, file_type, mode, stat.st_rdev)
+        .context(|| "create the device node, pipe or socket")
 }
 
-/// The start and end of the next piece of data of a file from `at` on; holes
-/// are skipped. If the file system does not report holes, all of the file is
-/// data.
+/// The start and end of the next piece of data in a file, at or after `at`; holes
+/// are skipped. If the file system does not report holes, the whole file is data.
 fn next_data(file: &OwnedFd, at: u64, size: u64) -> Result<Option<(u64, u64)>> {
-    let looking = || "look for its holes";
+    let looking = || "look for holes in the file";
     if at >= size {
         return Ok(None);
     }
@@ -338,18 +344,18 @@ fn next_data(file: &OwnedFd, at: u64, size: u64) -> Result<Option<(u64, u64)>> {
 fn set_owner_and_mode(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     let flags = AtFlags::SYMLINK_NOFOLLOW;
-    chownat(parent, name, Some(uid), Some(gid), flags).context(|| "set its owner")?;
+    chownat(parent, name, Some(uid), Some(gid), flags).context(|| "set the owner")?;
     // A link has no mode of its own. Every other entry was created by this
     // copy, so no link is followed.
     if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
         let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
-        chmodat(parent, name, mode, AtFlags::empty()).context(|| "set its mode")?;
+        chmodat(parent, name, mode, AtFlags::empty()).context(|| "set the mode")?;
     }
     Ok(())
 }
 
 fn set_times(parent: BorrowedFd<'_>, name: &CStr, stat: &Stat) -> Result<()> {
-    utimensat(parent, name, &times_of(stat), AtFlags::SYMLINK_NOFOLLOW).context(|| "set its times")
+    utimensat(parent, name, &times_of(stat), AtFlags::SYMLINK_NOFOLLOW).context(|| "set the times")
 }
 
 pub(super) fn times_of(stat: &Stat) -> Timestamps {
@@ -365,7 +371,7 @@ pub(super) fn times_of(stat: &Stat) -> Timestamps {
     }
 }
 
-/// Owner, mode, extended attributes and times of an entry.
+/// Sets the owner, mode, extended attributes and times of an entry.
 fn set_all_attributes(
     xattrs: &mut XattrBuffers,
     from: Entry<'_>,

@@ -19,18 +19,34 @@ use crate::util::sha256::Sha256;
 
 const READING: &str = "read a layer";
 
-/// The digest of the tree `top`, including the directory itself, as hexadecimal digits.
-/// Ends early once `cancel` is set.
+/// Where a digest takes the bytes of files from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// The bytes come from the disk, because the kernel's copy of a file in memory may be
+    /// sound when the bytes on the disk are not.
+    Disk,
+    /// The bytes come from the kernel's memory if they are there, otherwise from the disk.
+    CacheFirst,
+}
+
+/// Computes the digest of the tree `top`, including the directory `top` itself, as
+/// hexadecimal digits. Ends early once `cancel` is set.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::Cancelled`](crate::error::ErrorKind::Cancelled) if `cancel` was set.
-pub fn digest_tree(top: impl AsFd, is_lowest: bool, cancel: &AtomicBool) -> Result<String> {
+pub fn digest_tree(
+    top: impl AsFd,
+    is_lowest: bool,
+    from: ReadFrom,
+    cancel: &AtomicBool,
+) -> Result<String> {
     let mut digest = Digest {
         rules: Rules {
             since: i64::MAX,
             is_lowest,
         },
+        from,
         cancel,
         sum: [0; 8],
         buffer: vec![0; CHUNK_BYTES],
@@ -45,7 +61,7 @@ pub fn digest_tree(top: impl AsFd, is_lowest: bool, cancel: &AtomicBool) -> Resu
                 return Ok(words.concat());
             }
             if !walk.leave()? {
-                let what = "a part of a layer was moved while it was read";
+                let what = "a directory of a layer was moved while the layer was read";
                 return Err(Error::data_loss(what));
             }
             continue;
@@ -63,6 +79,7 @@ pub fn digest_tree(top: impl AsFd, is_lowest: bool, cancel: &AtomicBool) -> Resu
 
 struct Digest<'a> {
     rules: Rules,
+    from: ReadFrom,
     cancel: &'a AtomicBool,
     /// The sum of the entries' digests, word by word.
     sum: [u32; 8],
@@ -99,10 +116,12 @@ impl Digest<'_> {
 
     fn bytes(&mut self, entry: &mut Sha256, name: Name<'_>) -> Result<()> {
         let opened = open_file(name.0, name.1).context(|| READING)?;
-        let (file, _) = opened.ok_or_else(|| Error::data_loss("a file was replaced"))?;
-        // Drops the cached pages: the copy in memory may be sound when the
-        // bytes on the disk are not.
-        let _ = fadvise(&file, 0, None, Advice::DontNeed);
+        let replaced = || Error::data_loss("a file of a layer was replaced while it was read");
+        let (file, _) = opened.ok_or_else(replaced)?;
+        if self.from == ReadFrom::Disk {
+            // The kernel drops its copy in memory, so the bytes are read from the disk.
+            let _ = fadvise(&file, 0, None, Advice::DontNeed);
+        }
         let mut offset = 0;
         loop {
             if self.cancel.load(Ordering::Relaxed) {
@@ -118,7 +137,7 @@ impl Digest<'_> {
     }
 }
 
-/// Adds the values of stat(2) that are the same for all true copies of an
+/// Adds the values of stat(2) that are the same for all exact copies of an
 /// entry.
 #[allow(clippy::unnecessary_cast)] // their widths differ among architectures
 fn add_numbers(entry: &mut Sha256, stat: &Stat, is_top: bool) {

@@ -34,7 +34,7 @@ pub enum Flushed {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::DataLoss`] if the disk has failed to write some of it.
+/// [`ErrorKind::DataLoss`] if the disk failed to write some of the data.
 pub fn flush_tree(top: impl AsFd) -> Result<Flushed> {
     let (sender, receiver) = sync_channel(THREADS);
     let receiver = Mutex::new(receiver);
@@ -75,7 +75,7 @@ pub fn flush_tree(top: impl AsFd) -> Result<Flushed> {
     })
 }
 
-/// Flushes every file that arrives. Returns the first failure, after all of them.
+/// Flushes every file that arrives. Returns the first failure after the last file.
 fn flush_all(files: &Mutex<Receiver<OwnedFd>>) -> std::result::Result<(), Errno> {
     let mut result = Ok(());
     loop {

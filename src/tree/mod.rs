@@ -27,7 +27,7 @@ use crate::error::Error;
 
 pub use compare::{Differences, Rules, compare_trees};
 pub use copy::{Copied, copy_tree};
-pub use digest::digest_tree;
+pub use digest::{ReadFrom, digest_tree};
 pub use flush::{Flushed, flush_tree};
 pub use remake::remake;
 pub use remove::{remove_children, remove_entry};
@@ -42,7 +42,7 @@ pub use whiteouts::remove_whiteouts;
 fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let open = |flags| match openat2(&parent, name, flags, Mode::empty(), ResolveFlags::NO_XDEV) {
-        // For kernels before Linux 5.6.
+        // Linux before 5.6 does not have openat2(2).
         Err(Errno::NOSYS) => openat(&parent, name, flags, Mode::empty()),
         opened => opened,
     };
@@ -59,8 +59,8 @@ fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// Opens a regular file to read it, and returns it with its metadata; `None` if the name
-/// is not a regular file. Nothing else is opened, even if the name is exchanged
+/// Opens a regular file to read it, and returns it with its metadata; `None` for any other
+/// type of file. Other types are never opened, even if another program replaces the file
 /// meanwhile, because opening a device node has the side effects of its driver.
 fn open_file(parent: impl AsFd, name: &CStr) -> Result<Option<(OwnedFd, Stat)>, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -80,8 +80,8 @@ fn open_file(parent: impl AsFd, name: &CStr) -> Result<Option<(OwnedFd, Stat)>, 
     Ok(Some((opened?, stat)))
 }
 
-/// How deep a tree may be, because a walk remembers something for each level. This is
-/// twice the depth that a path of 4096 bytes (`PATH_MAX`) can reach.
+/// How deep a tree may be. There is a limit because a walk needs memory for each level; the
+/// limit is twice the depth that a path of 4096 bytes (`PATH_MAX`) can reach.
 const MAX_LEVELS: usize = 4096;
 
 fn too_deep() -> Error {

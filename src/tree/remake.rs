@@ -1,7 +1,7 @@
-//! Creating links and device nodes again in their place.
+//! Replacing symlinks and device nodes by new ones with the same content.
 //!
-//! Symlinks and device nodes cannot be opened, so their project id cannot be set. A new one
-//! inherits the id of its directory.
+//! Symlinks and device nodes cannot be opened, so their project id cannot be set. A new
+//! entry inherits the id of its directory.
 
 use std::ffi::CStr;
 
@@ -15,11 +15,11 @@ use crate::error::{Context, Result};
 /// The name of the new entry while it is in the scratch directory.
 const NEW: &CStr = c"new";
 
-/// Creates the link or node `name` of `parent` again with the same content, in the
-/// directory `scratch`, and renames it into place. The times of `parent` are kept.
-/// Returns `false`, and changes nothing, if the inode has further names, because
-/// these would then be names of another inode. After a crash, `scratch` may hold an
-/// entry, which the next call replaces.
+/// Creates a copy of the symlink or node `name` of `parent` in the directory `scratch`, and
+/// renames the copy over the original. The times of `parent` are kept. Returns `false`,
+/// and changes nothing, if the inode has further names (hard links), because they would
+/// keep the old inode. After a crash, `scratch` may hold an entry, which the next call
+/// replaces.
 ///
 /// # Errors
 ///
@@ -47,8 +47,8 @@ pub fn remake(parent: BorrowedFd<'_>, name: &CStr, scratch: impl AsFd) -> Result
     Ok(true)
 }
 
-/// A whiteout may have many names: overlayfs itself links all whiteouts to one
-/// inode, and uses only their existence.
+/// Whether an entry is a whiteout. A whiteout with several names may be replaced all the
+/// same: overlayfs itself links all whiteouts to one inode, and uses only their existence.
 fn is_whiteout(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }

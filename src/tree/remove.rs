@@ -23,12 +23,12 @@ use crate::util::lock::lock;
 const MAX_DEPTH: usize = 48;
 
 /// How often the directories of one tree are read again because new entries have
-/// appeared. Entries appear only if a program still writes there.
+/// appeared. New entries appear only if a program still writes into the tree.
 const MAX_ROUNDS: u32 = 64;
 
-/// From how many entries on a second thread is used. The file system does most
-/// of the work, and it can work in two directories at once; a disk that has two
-/// requests at a time can choose their order.
+/// The number of entries from which on a second thread is used. The file system does most
+/// of the work, and can work in two directories at once. A disk that has two requests at a
+/// time can choose their order.
 const WORTH_TWO: usize = 8;
 
 /// Deletes everything in the directory `top`, but not `top` itself. An entry that
@@ -42,7 +42,7 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
     loop {
         // The names are read one by one while their entries are deleted, because a tree
         // may have any number of directories that have to be moved up to here.
-        let names = list(top).context(|| "list what is to be deleted")?;
+        let names = list(top).context(|| "list the entries to delete")?;
         let mut names = names.filter(|name| !name.as_ref().is_ok_and(|it| all.kept.contains(it)));
         let first: Vec<_> = names.by_ref().take(WORTH_TWO).collect();
         let threads = if first.len() < WORTH_TWO { 1 } else { 2 };
@@ -112,11 +112,11 @@ fn list(
 /// A directory that is being emptied.
 struct Level {
     dir: Dir,
-    /// Its name in the directory above.
+    /// The directory's name in its parent.
     name: CString,
-    /// Something in this directory cannot be deleted, so neither can the directory.
-    /// It is not read again: otherwise, each level would double the work for the
-    /// levels below it.
+    /// Whether something in this directory cannot be deleted, so that the directory cannot
+    /// be deleted either. Such a directory is not read again: otherwise, each level would
+    /// double the work for the levels below it.
     is_kept: bool,
 }
 
@@ -195,7 +195,7 @@ impl<'a> Removal<'a> {
         }
     }
 
-    /// Deletes one entry. A directory that is not empty is returned, so that the
+    /// Deletes one entry. If it is a directory that is not empty, returns it, so that the
     /// caller empties it.
     fn visit(
         &mut self,
@@ -245,7 +245,8 @@ impl<'a> Removal<'a> {
         }
     }
 
-    /// Deletes an emptied directory. Returns it if it has to be read once more.
+    /// Deletes an emptied directory. Returns the directory if it has new entries, so that the
+    /// caller reads it once more.
     fn finish(&mut self, parent: BorrowedFd<'_>, mut level: Level) -> Option<Level> {
         match unlink(parent, &level.name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => None,
@@ -306,11 +307,10 @@ fn rename_mutable(
     }
 }
 
-/// Clears the flags that forbid deletion from an entry and from the directory it is
-/// in.
+/// Clears the immutable and append-only flags of an entry and of its directory.
 fn make_entry_mutable(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Result<(), Errno> {
     let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    // Other types cannot carry the flags.
+    // Entries of other types cannot have these flags.
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => make_mutable(open_directory(parent, name)?),
         FileType::RegularFile => {
@@ -324,8 +324,8 @@ fn make_entry_mutable(parent: BorrowedFd<'_>, name: &CStr) -> std::result::Resul
     Ok(())
 }
 
-/// Clears the flags that forbid deletion. A failure shows in the unlink that
-/// follows.
+/// Clears the immutable and append-only flags. A failure is not reported, because the
+/// caller's next unlink fails then.
 fn make_mutable(fd: impl AsFd) {
     if let Ok(flags) = ioctl_getflags(&fd) {
         let wanted = flags - (IFlags::IMMUTABLE | IFlags::APPEND);

@@ -13,7 +13,7 @@ use super::xattrs::{XattrBuffers, entry_path};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::types::{Content, Marks};
 
-const COUNTING: &str = "count what a directory tree holds";
+const COUNTING: &str = "count the bytes and inodes of a directory tree";
 
 /// Counts the tree `top`, including the directory itself: allocated blocks of 512
 /// bytes × 512, inodes (as in containerd's `continuity/fs/du_unix.go`, a hard-linked
@@ -23,8 +23,8 @@ pub fn count(top: impl AsFd) -> Result<Content> {
     count_unless(top, || false)
 }
 
-/// Like [`count`], but ends early if `is_given_up`, which is called now and
-/// then, returns `true`.
+/// Like [`count`], but calls `is_given_up` from time to time, and ends early if it
+/// returns `true`.
 ///
 /// # Errors
 ///
@@ -33,8 +33,7 @@ pub fn count_unless(top: impl AsFd, is_given_up: impl Fn() -> bool) -> Result<Co
     count_with(top, is_given_up, |_, _, _| Ok(()))
 }
 
-/// Like [`count`], and also collects the [`Marks`] of a
-/// layer.
+/// Like [`count`], and also collects the [`Marks`] of a layer.
 pub fn count_layer(top: impl AsFd) -> Result<Content> {
     let mut xattrs = XattrBuffers::new();
     let mut marks = Marks {
@@ -101,7 +100,7 @@ fn count_with(
         if entries.is_multiple_of(ENTRIES) && is_given_up() {
             return Err(Error::new(
                 ErrorKind::Cancelled,
-                "no request waits for the count any more",
+                "the count was given up, because no request waits for it any more",
             ));
         }
         let (parent, name) = (walk.parent()?, entry.file_name());
@@ -128,18 +127,19 @@ fn count_with(
 /// number of them; a set of this size takes less than 8 MiB, even while it grows.
 const MOST_REMEMBERED: usize = 200_000;
 
-/// What has been counted so far.
+/// The sums of the entries that were counted so far.
 struct Count {
     content: Content,
     /// Inodes with several names that were counted in full.
     remembered: HashSet<(u64, u64)>,
     most_remembered: usize,
-    /// Names of inodes that are not remembered count as fractions of the inode: a third
-    /// each if it has three names. The sum is exact if all names are in the tree.
+    /// The fractions of inodes that are not in `remembered`. Each name of such an inode
+    /// counts as a part of it: a third if it has three names. The sum is exact if all names
+    /// are in the tree.
     shares: Shares,
 }
 
-/// Sums in units of 2^-32.
+/// Sums of fractions of inodes, in units of 2^-32.
 #[derive(Default)]
 struct Shares {
     inodes: u128,
@@ -185,8 +185,8 @@ impl Count {
         true
     }
 
-    /// Adds, up to the highest number that the database can record, because sparse
-    /// files can have any length.
+    /// Adds to the sums, up to the highest number that the database can record, because
+    /// sparse files can have any length.
     fn add_whole(&mut self, inodes: u64, size_bytes: u64, data_bytes: u64) {
         let Content {
             usage,
@@ -228,7 +228,7 @@ mod tests {
         fs::create_dir_all(top.join("a/b")).unwrap();
         fs::write(top.join("a/file"), vec![1; 100_000]).unwrap();
         fs::hard_link(top.join("a/file"), top.join("a/b/same")).unwrap();
-        // Neither followed nor counted as what it points to.
+        // This link must be neither followed nor counted as its target.
         symlink("/", top.join("a/root")).unwrap();
         let paths = ["", "a", "a/b", "a/file", "a/root"];
         let blocks: u64 = paths

@@ -1,4 +1,4 @@
-//! Visiting the entries of a tree, each opened.
+//! Visiting all entries of a tree. Directories and regular files are opened.
 
 use std::ffi::CStr;
 
@@ -18,7 +18,7 @@ pub enum Visited<'a> {
     Directory(BorrowedFd<'a>),
     /// A regular file, opened.
     File(BorrowedFd<'a>),
-    /// A link or a node, which cannot be opened: its directory, and its name there.
+    /// A symlink or a node, which cannot be opened: its directory, and its name there.
     Node(BorrowedFd<'a>, &'a CStr),
 }
 

@@ -18,20 +18,20 @@ const MAX_OPEN: usize = 24;
 /// A device and an inode.
 pub(super) type Inode = (u64, u64);
 
-/// The directories being read, each one an entry of the one before. The walk
+/// The open directories of a walk, each one an entry of the one before. The walk
 /// enters only the directories that are passed to [`Walk::enter`].
 pub(super) struct Walk {
     doing: &'static str,
     top: OwnedFd,
-    /// The upper directories that were closed, the top first. They are opened again on
-    /// the way back.
+    /// The outer directories, which were closed to save descriptors, the top first. They
+    /// are opened again on the way back.
     closed: Vec<Closed>,
     open: VecDeque<Level>,
 }
 
 struct Level {
     dir: Dir,
-    /// The name in the directory above.
+    /// The directory's name in its parent.
     name: CString,
     /// The position after the last entry that was read (getdents(2), `d_off`).
     offset: i64,
@@ -58,8 +58,8 @@ impl Walk {
         Ok(walk)
     }
 
-    /// The next entry, of the directory entered last or of one above it. Directories
-    /// that were moved meanwhile, and cannot be found again, are left out.
+    /// The next entry of the walk: of the directory entered last, or of one above it.
+    /// Directories that were moved meanwhile, and cannot be found again, are left out.
     pub(super) fn next(&mut self) -> Result<Option<DirEntry>> {
         while !self.open.is_empty() {
             if let Some(entry) = self.next_here()? {
@@ -91,7 +91,7 @@ impl Walk {
         }
     }
 
-    /// The directory entered last, which the last entry is in.
+    /// The directory that contains the last entry: the one that was entered last.
     pub(super) fn parent(&self) -> Result<BorrowedFd<'_>> {
         let dir = self.open.back().ok_or(Errno::BADF);
         dir.and_then(|level| level.dir.fd()).context(|| self.doing)
@@ -196,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// Directories `d` in `d`, each with so many files before and after it.
+    /// Creates nested directories `d`, and in each of them this many files.
     fn chain(top: &std::path::Path, levels: usize, files: usize) {
         let mut at = OwnedFd::from(File::open(top).unwrap());
         for level in 0..levels {
@@ -229,7 +229,7 @@ mod tests {
         assert_eq!(met.len(), 3 * LEVELS);
         assert!(met.values().all(|times| *times == 1));
         assert_eq!(most_open, MAX_OPEN);
-        // Deeper than the standard library can delete.
+        // The tree is deeper than the standard library can delete.
         super::super::remove_children(File::open(dir.path()).unwrap()).unwrap();
     }
 
@@ -251,7 +251,7 @@ mod tests {
             let below = open_directory(walk.parent().unwrap(), c"d").unwrap();
             walk.enter(below, c"d").unwrap();
             if walk.closed.len() == MAX_OPEN {
-                // The walk holds what is in it open, and comes back from there.
+                // The walk holds a directory below the moved one open, and returns from there.
                 let at = |depth| top.join(vec!["d"; depth].join("/"));
                 let parent = open(at(MAX_OPEN / 2), OFlags::DIRECTORY, Mode::empty()).unwrap();
                 renameat(&parent, c"d", CWD, outside.join("moved")).unwrap();
@@ -259,7 +259,7 @@ mod tests {
         }
         met.sort();
         assert!(!met.contains(&"secret".to_owned()), "{met:?}");
-        // What stayed was read to its end, and once.
+        // The directories that were not moved were read to their end, and once.
         for level in 0..=MAX_OPEN / 2 {
             let name = format!("{level}.0");
             assert_eq!(

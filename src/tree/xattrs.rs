@@ -15,19 +15,19 @@ use crate::error::{Context, Error, ErrorKind, Result};
 /// (xattr(7), `XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
 pub(super) const MAX_XATTR_BYTES: usize = 65536;
 
-/// How many names of attributes that were not copied are remembered.
+/// The most names in [`XattrBuffers::left_out`].
 const MOST_NAMED: usize = 8;
 
-/// What an attribute means for a layer.
+/// How an extended attribute is treated when a layer is copied.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
-    /// It belongs to the layer's content.
+    /// The attribute is content of the layer, and has to be copied.
     Content,
-    /// An ACL, or a label that the host's own security module has set. It is copied
-    /// where the target supports it, as containerd does when it unpacks.
+    /// The attribute is an ACL, or a label that the host's own security module has set.
+    /// It is copied where the target supports it, as containerd does in an unpack.
     IfPossible,
-    /// It belongs to the file system: a property, or another form of an attribute
-    /// that is also listed under another name.
+    /// The attribute belongs to the file system, and is not copied: a property, or
+    /// another form of an attribute that is also listed under another name.
     FileSystem,
 }
 
@@ -44,8 +44,8 @@ fn role(name: &[u8]) -> Role {
     }
 }
 
-/// Whether an attribute changes what a layer shows. Some of overlayfs's own attributes
-/// do not: overlayfs sets them on every directory that it copies up.
+/// Whether an attribute changes which files a layer shows. Some of overlayfs's own
+/// attributes do not, and overlayfs sets those on every directory that it copies up.
 fn is_mark(name: &[u8]) -> bool {
     const COPIED_UP: [&[u8]; 4] = [b"origin", b"impure", b"nlink", b"uuid"];
     let own = [&b"trusted.overlay."[..], &b"user.overlay."[..]];
@@ -94,7 +94,7 @@ impl XattrBuffers {
         self.names.clear();
         match llistxattr(path, spare_capacity(&mut self.names)) {
             Err(Errno::OPNOTSUPP) => Ok(()),
-            listed => listed.map(drop).context(|| "list its attributes"),
+            listed => listed.map(drop).context(|| "list the extended attributes"),
         }
     }
 
@@ -114,13 +114,13 @@ impl XattrBuffers {
         self.list(from)?;
         for name in self.names.split_inclusive(|byte| *byte == 0) {
             let name = CStr::from_bytes_with_nul(name).map_err(|error| {
-                Error::caused(ErrorKind::Internal, "list its attributes", error)
+                Error::caused(ErrorKind::Internal, "list the extended attributes", error)
             })?;
             let role = role(name.to_bytes());
             if role != Role::FileSystem {
                 self.value.clear();
                 lgetxattr(from, name, spare_capacity(&mut self.value))
-                    .context(|| format!("read its attribute {name:?}"))?;
+                    .context(|| format!("read the extended attribute {name:?}"))?;
                 match lsetxattr(to, name, &self.value, XattrFlags::empty()) {
                     Ok(()) => continue,
                     Err(errno) if role == Role::IfPossible && cannot_have(errno) => {}
@@ -145,10 +145,10 @@ fn cannot_have(errno: Errno) -> bool {
     )
 }
 
-/// ext4 returns `ENOSPC` also for an attribute that is larger than it can store. If the
-/// disk has room, this is the reason.
+/// The error of a failed lsetxattr(2). ext4 returns `ENOSPC` also for an attribute that is
+/// larger than it can store; if the disk has free space, the error says so.
 fn xattr_error(errno: Errno, to: &CStr, name: &CStr) -> Error {
-    let what = format!("set its attribute {name:?}");
+    let what = format!("set the extended attribute {name:?}");
     let has_room = statvfs(to).is_ok_and(|disk| disk.f_bavail * disk.f_frsize > 1 << 20);
     if errno == Errno::NOSPC && has_room {
         return Error::caused(ErrorKind::Internal, what, std::io::Error::from(errno));

@@ -5,23 +5,24 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
-/// The result of such a lookup.
+/// The result of a lookup in the kernel's memory.
 #[derive(Debug)]
 pub enum Glance {
-    /// The file itself, opened with O_PATH; links are not followed.
+    /// The path exists. This is its file, opened with O_PATH; links are not followed.
     There(OwnedFd),
     /// The kernel knows that the path does not exist.
     Absent,
-    /// The answer would need a disk, or the kernel is older than Linux 5.12, or the
-    /// file system does not remember names that do not exist (tmpfs).
+    /// The lookup would need a disk, or the kernel is older than Linux 5.12, or the file
+    /// system does not remember names that do not exist (tmpfs).
     Unknown,
 }
 
-/// How often the lookup is tried: it fails if something is mounted anywhere on
-/// the host at the same time.
+/// How often the lookup is tried. It fails if a mount is made anywhere on the host at the
+/// same time.
 const ATTEMPTS: usize = 3;
 
-/// Looks for `path`, relative to `directory` (openat2(2), `RESOLVE_CACHED`).
+/// Looks for `path`, relative to `directory`, without waiting for a disk (openat2(2),
+/// `RESOLVE_CACHED`).
 pub fn glance(directory: impl AsFd, path: &str) -> Glance {
     match open_cached(directory, path, OFlags::NOFOLLOW, ResolveFlags::empty()) {
         Ok(file) => Glance::There(file),
@@ -30,11 +31,11 @@ pub fn glance(directory: impl AsFd, path: &str) -> Glance {
     }
 }
 
-/// Opens `path` with O_PATH, relative to `directory`.
+/// Opens `path` with O_PATH, relative to `directory`, without waiting for a disk.
 ///
 /// # Errors
 ///
-/// `EAGAIN` if the answer would need a disk; `ENOSYS` or `EINVAL` if the kernel is older than
+/// `EAGAIN` if the lookup would need a disk; `ENOSYS` or `EINVAL` if the kernel is older than
 /// Linux 5.12.
 pub fn open_cached(
     directory: impl AsFd,
@@ -62,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_memory_is_told() {
+    fn a_file_in_memory_is_found() {
         let dir = tempfile::tempdir().unwrap();
         let top = fs::File::open(dir.path()).unwrap();
         fs::write(dir.path().join("file"), "").unwrap();

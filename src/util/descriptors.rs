@@ -13,6 +13,6 @@ pub fn raise_limit() {
         maximum: limit.maximum,
     };
     if let Err(errno) = setrlimit(Resource::Nofile, raised) {
-        log::debug!("cannot raise the limit of open files: {errno}");
+        log::debug!("cannot raise this process's limit of open files: {errno}");
     }
 }

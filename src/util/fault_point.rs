@@ -13,8 +13,8 @@ pub fn fault_point(step: &str) {
     }
 }
 
-/// Whether `SNAPSHOTTER_LEFT_OUT` names this flush. A test leaves a flush out to see
-/// that the tests notice its absence.
+/// Whether `SNAPSHOTTER_LEFT_OUT` names this flush, so that the caller must not flush. This
+/// shows whether the tests notice a missing flush.
 pub fn is_left_out(flush: &str) -> bool {
     HAS_FAULT_POINTS && std::env::var("SNAPSHOTTER_LEFT_OUT").is_ok_and(|name| name == flush)
 }

@@ -1,5 +1,5 @@
-//! FNV-1a with 64 bits (RFC 9923), to see whether bytes have changed. It is no
-//! protection against a program that forges bytes on purpose.
+//! FNV-1a with 64 bits (RFC 9923), to see whether bytes have changed. This checksum does
+//! not protect against a program that forges bytes on purpose.
 
 const OFFSET_BASIS: u64 = 0xCBF2_9CE4_8422_2325;
 const PRIME: u64 = 0x0000_0100_0000_01B3;
@@ -14,14 +14,14 @@ impl Fnv {
         Fnv(OFFSET_BASIS)
     }
 
-    /// Adds bytes.
+    /// Adds bytes to the checksum.
     pub fn add(&mut self, bytes: &[u8]) {
         for byte in bytes {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(PRIME);
         }
     }
 
-    /// The checksum.
+    /// The checksum of all bytes added so far.
     pub fn sum(self) -> u64 {
         self.0
     }

@@ -2,10 +2,10 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks a mutex, also after a thread has panicked while it held the lock: a
-/// panic in one request must not end all later ones. The values behind our
-/// locks are sound even then: SQLite rolls back an unfinished transaction, and
-/// the other values are flags and counters.
+/// Locks a mutex, even if a thread has panicked while it held the lock: a panic in one
+/// request must not make all later requests fail. The values behind this program's locks
+/// are valid after a panic: SQLite rolls back an unfinished transaction, and the other
+/// values are flags and counters.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! A value that threads wait for, and a way to end their waiting.
+//! A value whose changes threads wait for, and a way to end their waiting.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -53,7 +53,7 @@ impl<T> Monitor<T> {
         self.wait_until(None, is_idle, take)
     }
 
-    /// Like [`Monitor::wait_while`], but stops waiting at `deadline`.
+    /// Like [`Monitor::wait_while`], but stops waiting at `deadline` and calls `take` then.
     pub fn wait_until<R>(
         &self,
         deadline: Option<Instant>,

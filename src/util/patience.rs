@@ -8,8 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Does pieces of work in a separate thread, one after the other. The caller waits for all
-/// of them together no longer than a limit, and never for the end of the thread.
+/// Runs several jobs in a separate thread, one after the other. The caller waits for all
+/// jobs together no longer than a limit, and never for the end of the thread.
 pub struct Patience {
     jobs: Sender<Job>,
     thread: Thread,
@@ -18,7 +18,7 @@ pub struct Patience {
 }
 
 impl Patience {
-    /// Starts a thread of that name. The limit counts from here.
+    /// Starts a thread of that name. The time limit begins now.
     ///
     /// # Errors
     ///
@@ -29,7 +29,11 @@ impl Patience {
             .name(name.to_owned())
             .spawn(move || queue.into_iter().for_each(|job| job()))
             .map_err(|error| {
-                Error::caused(ErrorKind::Internal, format!("start the {name}"), error)
+                Error::caused(
+                    ErrorKind::Internal,
+                    format!("start the thread {name:?}"),
+                    error,
+                )
             })?;
         Ok(Patience {
             jobs,
@@ -39,18 +43,18 @@ impl Patience {
         })
     }
 
-    /// The thread that does the work.
+    /// The thread that runs the jobs.
     pub fn thread(&self) -> &Thread {
         &self.thread
     }
 
-    /// Whether some work was not done within the limit.
+    /// Whether a job was not done within the time limit.
     pub fn is_over(&self) -> bool {
         self.is_over
     }
 
-    /// Runs `work` in the thread, and waits for its result. Returns `None` once the limit has
-    /// passed: work that was begun continues then, and later work is not begun.
+    /// Runs `work` in the thread, and waits for its result. Returns `None` once the time limit
+    /// has passed: a job that has begun continues then, and later jobs do not begin.
     pub fn wait_for<T: Send + 'static>(
         &mut self,
         work: impl FnOnce() -> T + Send + 'static,

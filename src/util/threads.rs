@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// How long [`Background::end_all`] waits at least, and the time between its checks.
+/// The shortest time that [`Background::end_all`] waits for threads.
 const MOMENT: Duration = Duration::from_millis(500);
+/// The time between two checks of [`Background::end_all`].
 const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
 /// A running thread. Dropping this value stops the thread and waits for its
@@ -35,7 +36,11 @@ impl Background {
             .name(name.to_owned())
             .spawn(move || work(&working))
             .map_err(|error| {
-                Error::caused(ErrorKind::Internal, format!("start the {name}"), error)
+                Error::caused(
+                    ErrorKind::Internal,
+                    format!("start the thread {name:?}"),
+                    error,
+                )
             })?;
         Ok(Background {
             name,
@@ -59,7 +64,8 @@ impl Background {
             }
             if background.is_running() {
                 log::warn!(
-                    "did not wait for the end of the thread {:?}: it takes too long",
+                    "the thread {:?} has not ended in time, perhaps because its disk does not \
+                     answer; the daemon stops without waiting for it",
                     background.name
                 );
                 background.thread = None;
@@ -82,7 +88,7 @@ impl Drop for Background {
             && thread.join().is_err()
         {
             log::error!(
-                "the {} has ended because of a bug; the log shows where",
+                "the thread {:?} has ended because of a bug; an earlier log line shows where",
                 self.name
             );
         }

@@ -1,4 +1,4 @@
-//! Undoing what a refused request has done to a disk.
+//! Undoing the changes that a refused request has made on a disk.
 
 use crate::error::Result;
 
@@ -20,7 +20,7 @@ impl<F: FnOnce() -> Result<()>> Undo<F> {
         }
     }
 
-    /// Keeps what was done, because the request has succeeded.
+    /// Keeps the change, because the request has succeeded: the closure will not run.
     pub fn keep(mut self) {
         self.undo = None;
     }
@@ -32,7 +32,11 @@ impl<F: FnOnce() -> Result<()>> Drop for Undo<F> {
             && let Err(error) = undo()
         {
             // The next start removes what is left.
-            log::warn!("cannot undo {}: {}", self.what, error.chain());
+            log::warn!(
+                "cannot undo {}; the next start removes its remains: {}",
+                self.what,
+                error.chain()
+            );
         }
     }
 }

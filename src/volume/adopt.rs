@@ -1,9 +1,8 @@
 //! Taking over volumes that another program has filled, and giving them back.
 //!
-//! Opening such a volume creates nothing on it. What is not taken over is set
-//! aside in `<volume>/left-out/<id>`, where no start takes it for a stray. After
-//! a crash, only part of it may have been set aside; the next try puts everything
-//! back first.
+//! Opening such a volume creates nothing on it. Directories that are not taken over
+//! are set aside in `<volume>/left-out/<id>`. After a crash, only some of them may
+//! have been set aside; the next try puts all of them back first.
 
 use std::collections::HashMap;
 
@@ -28,12 +27,12 @@ pub struct Filled {
 }
 
 impl Filled {
-    /// Opens the volume. Returns `None` if it is not there or has no `snapshots`,
-    /// like a bare mount point.
+    /// Opens the volume at `path`; `None` if there is no such directory, or it has no
+    /// `snapshots`, like a bare mount point.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if `snapshots` is no directory.
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots` is not a directory.
     pub fn open(volume: Volume, path: &str) -> Result<Option<Filled>> {
         let top = match identity::open_top(path) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
@@ -56,7 +55,7 @@ impl Filled {
         self.volume
     }
 
-    /// The path, as configured.
+    /// The path of the volume, as configured.
     pub fn path(&self) -> &str {
         &self.path
     }
@@ -108,7 +107,7 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if there is none.
+    /// [`ErrorKind::DataLoss`] if the snapshot has no `fs`.
     pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
         open_upper(&self.snapshots, &self.path, id)
     }
@@ -167,8 +166,8 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if one of the names in `snapshots/` has
-    /// been taken since.
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots/` has an entry of the same
+    /// name by now.
     pub fn put_back(&self) -> Result<()> {
         let path = &self.path;
         let Some((left_out, ids)) = self.open_left_out()? else {
@@ -188,7 +187,7 @@ impl Filled {
                 })?,
             }
         }
-        // The directory stays if anything else is in it.
+        // This fails if `left-out/` holds anything else; the directory stays then.
         let _ = unlinkat(&self.top, LEFT_OUT, AtFlags::REMOVEDIR);
         self.flush([&self.snapshots, &left_out, &self.top])
     }
@@ -197,7 +196,7 @@ impl Filled {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
+    /// [`ErrorKind::DataLoss`] if the disk failed to write some of the data.
     pub fn sync(&self) -> Result<()> {
         syncfs(&self.snapshots).map_err(|errno| {
             let what = format!("flush the {} volume {}", self.volume, self.path);
@@ -205,8 +204,8 @@ impl Filled {
         })
     }
 
-    /// Removes what taking the volume into use has created; directories only if they
-    /// are empty.
+    /// Removes the files and the empty directories that a start of this program has created on
+    /// the volume.
     pub fn leave(&self) {
         let _ = unlinkat(&self.top, IDS, AtFlags::empty());
         let made: &[&str] = match self.volume {
@@ -226,8 +225,8 @@ impl Filled {
     }
 }
 
-/// Renames without replacing anything, also into a directory that has been put into
-/// a project since.
+/// Renames without replacing anything, also into a directory that belongs to a project by
+/// now.
 fn move_into(from: &OwnedFd, to: &OwnedFd, name: &str) -> std::result::Result<(), Errno> {
     match move_aside(from, name, to, name) {
         Err(Errno::XDEV) if stop_handing_on(to) == Ok(true) => move_aside(from, name, to, name),

@@ -1,7 +1,7 @@
 //! The file `.ids` at the top of a volume, which records the ids that were used there
 //! last: the number of the newest block, and the block's token. A database that has not
-//! reserved this block has not filled the volume, or is an older copy of the one that
-//! has.
+//! reserved this block is not the database that has filled the volume, or is an older
+//! copy of it.
 
 use rustix::fd::AsFd;
 use rustix::fs::{Mode, OFlags, openat};
@@ -47,7 +47,7 @@ pub(super) fn read_block(top: impl AsFd, path: &str) -> Result<Option<Block>> {
     let mut bytes = [0_u8; 128];
     let length = match openat(top, IDS, flags, Mode::empty()) {
         Err(Errno::NOENT) => return Ok(None),
-        // There is no file.
+        // `.ids` is a link, so there is no file to read.
         Err(Errno::LOOP) => 0,
         file => match read(&file.context(reading)?, &mut bytes) {
             Err(Errno::ISDIR) => 0,

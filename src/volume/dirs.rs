@@ -19,7 +19,7 @@ use crate::types::{SnapshotId, Volume};
 use crate::util::entries::entries;
 use crate::util::undo::Undo;
 
-/// A file in the trash, so that one that a crash has left is deleted.
+/// A directory in the trash that [`require_alive`] creates and removes.
 const PROBE: &str = "probe";
 
 /// What a snapshot's directory holds.
@@ -27,7 +27,7 @@ const PROBE: &str = "probe";
 pub enum Shape {
     /// `fs` and `work`: something will write there through an overlay.
     UpperAndWork,
-    /// `fs` alone: a view of nothing.
+    /// `fs` alone: a view without a parent.
     UpperOnly,
 }
 
@@ -56,7 +56,7 @@ pub struct Dirs {
     path: String,
     top: OwnedFd,
     snapshots: OwnedFd,
-    /// Opened at the first use, because most requests do not need it.
+    /// The trash, opened at its first use, because most requests do not need it.
     trash: OnceLock<OwnedFd>,
 }
 
@@ -73,12 +73,12 @@ impl Dirs {
         })
     }
 
-    /// Opens the directories of a writable volume that carries its mark. It had `snapshots`
-    /// when it got the mark: without that directory it was emptied since.
+    /// Opens the directories of a writable volume that has its mark. A volume gets `snapshots`
+    /// before its mark, so a volume with a mark and without `snapshots` was emptied.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if it was emptied: nothing is made there.
+    /// [`ErrorKind::FailedPrecondition`] if the volume was emptied. Nothing is created there.
     pub(super) fn open_marked(path: &str, top: OwnedFd) -> Result<Dirs> {
         let snapshots = match open_to_list(&top, SNAPSHOTS) {
             Err(Errno::NOENT) => return Err(emptied(path)),
@@ -99,9 +99,8 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if files that no snapshot owns have that
-    /// id. An empty directory, as an unfinished request leaves it, goes to the
-    /// trash.
+    /// [`ErrorKind::FailedPrecondition`] if `snapshots/<id>` exists and holds files. An
+    /// empty directory, as an unfinished request leaves it, goes to the trash.
     pub fn create(
         &self,
         id: SnapshotId,
@@ -115,7 +114,7 @@ impl Dirs {
             Err(Errno::EXIST) => {
                 if self.is_taken(id)? {
                     let path = self.snapshot_path(id);
-                    let what = format!("{path} holds files that no snapshot owns: move it away");
+                    let what = format!("{path} holds files that no snapshot owns: move them away");
                     return Err(Error::refused(what));
                 }
                 self.trash(id).context(creating)?;
@@ -132,7 +131,7 @@ impl Dirs {
         Ok(new)
     }
 
-    /// Whether something has that id, other than an empty directory as
+    /// Whether `snapshots/<id>` exists and is not an empty directory as
     /// [`Dirs::create`] makes it.
     pub fn is_taken(&self, id: SnapshotId) -> Result<bool> {
         match statat(&self.snapshots, id.to_string(), AtFlags::SYMLINK_NOFOLLOW) {
@@ -193,9 +192,9 @@ impl Dirs {
         unreachable!("2^64 names are never all taken")
     }
 
-    /// Moves the entry of that id, which no snapshot owns, out of `snapshots/`: to the
-    /// trash if it is as [`Dirs::create`] makes it, otherwise to `left-out/`, which only
-    /// a person empties. Returns the new path if the entry went to `left-out/`.
+    /// Moves `snapshots/<id>`, which no snapshot owns, to the trash if it holds no more than
+    /// the empty directories of [`Dirs::create`], otherwise to `left-out/`, which only a
+    /// person empties. Returns the new path if the entry went to `left-out/`.
     pub fn clear_away(&self, id: SnapshotId) -> Result<Option<String>> {
         if self.is_unfilled(id)? {
             return self.trash(id).map(|_| None);
@@ -242,7 +241,7 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is not there.
+    /// [`ErrorKind::DataLoss`] if the directory is missing.
     pub fn open_snapshot(&self, id: SnapshotId) -> Result<OwnedFd> {
         let opening = || format!("open {}", self.snapshot_path(id));
         open_path(&self.snapshots, &id.to_string())
@@ -253,7 +252,7 @@ impl Dirs {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if it is not there.
+    /// [`ErrorKind::DataLoss`] if the directory is missing.
     pub fn open_upper(&self, id: SnapshotId) -> Result<OwnedFd> {
         open_upper(&self.snapshots, &self.path, id)
     }
@@ -294,14 +293,14 @@ impl Dirs {
         if state.f_flag.contains(StatVfsMountFlags::RDONLY) {
             return Err(Errno::ROFS).context(flushing);
         }
-        // Opened before the flush, because a file system that fails during it
-        // opens nothing any more.
+        // The trash is opened before the flush, because a file system that fails during the
+        // flush opens nothing any more.
         let trash = self.trash_fd()?;
         syncfs(&self.snapshots).map_err(failed)?;
         require_alive(trash).map_err(failed)
     }
 
-    /// The trash, to be filled or emptied. It is created if it is missing.
+    /// The opened trash. It is created if it is missing.
     pub fn trash_fd(&self) -> Result<BorrowedFd<'_>> {
         if let Some(trash) = self.trash.get() {
             return Ok(trash.as_fd());
@@ -324,7 +323,7 @@ impl Dirs {
         &self.path
     }
 
-    /// `snapshots/`, which also represents the volume's file system.
+    /// The opened `snapshots/`. Callers also use it for calls about the volume's file system.
     pub fn snapshots_fd(&self) -> BorrowedFd<'_> {
         self.snapshots.as_fd()
     }
@@ -366,9 +365,9 @@ pub(super) fn fill(
     )
 }
 
-/// Checks that a file system still writes. One that has made itself read-only (as ext4
-/// does after an error) flushes nothing, but `syncfs` reports success, and `statvfs` does
-/// not show it. Only a change fails.
+/// Checks that a file system still writes. A file system that has made itself read-only (as
+/// ext4 does after an error) flushes nothing, but `syncfs` reports success, and `statvfs`
+/// does not show the state. Only a change fails, such as a new directory.
 fn require_alive(trash: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
     match mkdirat(trash, PROBE, Mode::from_raw_mode(0o700)) {
         // A full file system still writes.
@@ -376,14 +375,14 @@ fn require_alive(trash: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
         Err(errno) => return Err(errno),
     }
     match unlinkat(trash, PROBE, AtFlags::REMOVEDIR) {
-        // A Cleanup may have deleted it already.
+        // A Cleanup may have deleted the directory already.
         Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(errno) => Err(errno),
     }
 }
 
-/// Renames without replacing anything, also on file systems that do not support
-/// `RENAME_NOREPLACE`, which came to some after Linux 3.15.
+/// Renames without replacing anything. Where the file system does not support
+/// `RENAME_NOREPLACE`, the target is looked for first.
 pub(super) fn move_aside(
     from: impl AsFd,
     name: &str,

@@ -19,8 +19,8 @@ use crate::types::SnapshotId;
 use crate::util::fault_point::is_left_out;
 
 /// Makes `text` the content of the file `name` (mode 0600) in `directory`, durably,
-/// with a new file `<name>.new` and a rename. It returns `ENOSPC` also if the disk
-/// has room for only a part.
+/// with a new file `<name>.new` and a rename. Returns `ENOSPC` also if the disk has room
+/// for only a part of the text.
 pub fn replace_file(directory: impl AsFd, name: &str, text: &str) -> rustix::io::Result<()> {
     let new = format!("{name}.new");
     match unlinkat(&directory, new.as_str(), AtFlags::empty()) {
@@ -44,8 +44,8 @@ pub(super) fn failed_flush(errno: Errno) -> Error {
     Error::caused(ErrorKind::DataLoss, "flush the image volume", cause)
 }
 
-/// If other programs have written less than this, the whole file system is
-/// flushed.
+/// If a flush of the whole file system would write at most this many bytes of other
+/// programs, the whole file system is flushed.
 const FEW_BYTES: u64 = 64 << 20;
 /// About how much a disk writes in the time that the flush of one file takes. Each file
 /// to be flushed counts as that many bytes.
@@ -63,9 +63,9 @@ fn unwritten_bytes() -> u64 {
     kibibytes.sum::<u64>() << 10
 }
 
-/// Whether most of what a flush of the whole file system would write is other programs'
-/// data. `unwritten` is how many bytes the kernel has still to write, and `own` is the most
-/// of them that can be this program's.
+/// Whether a flush of the whole file system would write mostly data of other programs.
+/// `unwritten` is how many bytes the kernel still has to write, and `own` is how many of
+/// them this program can have written at most.
 fn is_mostly_of_others(unwritten: u64, own: u64) -> bool {
     unwritten > own.saturating_mul(2).saturating_add(FEW_BYTES)
 }
@@ -99,13 +99,13 @@ fn keeps_order(directory: impl AsFd) -> bool {
 }
 
 impl Dirs {
-    /// Makes only a snapshot durable, if that takes less time than flushing the whole
+    /// Makes only one snapshot durable, if this takes less time than flushing the whole
     /// volume with everything that other programs have written there. Returns `false` if
-    /// the volume has to be flushed.
+    /// the caller has to flush the volume instead.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the disk has failed to take some of it.
+    /// [`ErrorKind::DataLoss`] if the disk failed to write some of the data.
     pub fn sync_alone(&self, id: SnapshotId, upper: impl AsFd) -> Result<bool> {
         let is_forced = is_left_out("volume");
         let unwritten = unwritten_bytes();
@@ -122,7 +122,7 @@ impl Dirs {
         }
         let flushing = || {
             format!(
-                "flush a snapshot on the {} volume {}",
+                "flush snapshot {id} on the {} volume {}",
                 self.volume(),
                 self.path()
             )
@@ -136,8 +136,9 @@ impl Dirs {
         Ok(true)
     }
 
-    /// Makes a snapshot's names durable, together with a change of its directory after
-    /// everything in it. A file system that has stopped writing refuses the change.
+    /// Makes the name of a snapshot's directory durable, and first changes the directory
+    /// (with its own mode): this change comes after all changes in the directory, so its flush
+    /// covers them, and a file system that has stopped writing refuses it.
     fn sync_names(&self, id: SnapshotId) -> Result<()> {
         let flushing = || format!("flush the directory of snapshot {id}");
         let snapshots = self.snapshots_fd();
@@ -171,15 +172,16 @@ impl Image {
 }
 
 impl Flush {
-    /// Makes everything written so far durable.
+    /// Makes everything written on the volume so far durable.
     pub fn run(&self) -> Result<()> {
         syncfs(&self.file).map_err(failed_flush)
     }
 
     /// The free bytes of the volume. The number changes when something is written. No
-    /// disk is asked.
+    /// disk is accessed.
     pub fn free_bytes(&self) -> Result<u64> {
-        let state = fstatvfs(&self.file).context(|| "look how full the image volume is")?;
+        let state = fstatvfs(&self.file)
+            .context(|| "find out how much space is free on the image volume")?;
         Ok(state.f_bfree.saturating_mul(state.f_frsize))
     }
 

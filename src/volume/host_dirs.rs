@@ -4,8 +4,8 @@
 //! into their common parent directory. It cannot do that if one of them is
 //! elsewhere on the host, so each host directory is reached through a link below
 //! the root. This also keeps all characters of its path out of the mount
-//! options. Each snapshot has links of its own, numbered from 0, so that no use
-//! has to be counted, and no snapshot touches the links of another.
+//! options. Each snapshot has links of its own, numbered from 0, so that no
+//! references have to be counted, and no snapshot touches the links of another.
 //!
 //! After a crash, links of removed snapshots may be left, or some links may be
 //! missing. The next start removes the former; the latter are created by the
@@ -74,7 +74,7 @@ impl Image {
         Ok(true)
     }
 
-    /// Whether a snapshot has no links, as far as the kernel knows without asking a
+    /// Whether a snapshot has no links, as far as the kernel knows without accessing a
     /// disk. `false` means that it may have some.
     pub(super) fn has_no_links_for_sure(&self, id: SnapshotId) -> bool {
         let first = |links| glance(links, &link_name(id, 0));
@@ -116,8 +116,8 @@ impl Image {
         Ok(new)
     }
 
-    /// Removes a snapshot's links, if it has any. If it has none, nothing is written,
-    /// so that a disk which does not answer is not waited for.
+    /// Removes a snapshot's links, if it has any. If it has no links, nothing is written,
+    /// because a write waits for a disk that does not answer.
     pub fn remove_host_dir_links(&self, id: SnapshotId) -> Result<()> {
         if self.has_host_dir_links(id, &[])? {
             return Ok(());

@@ -53,15 +53,14 @@ impl fmt::Display for Identity {
     }
 }
 
-/// The mark that a first start finds in the writable directory.
+/// Whose mark a directory has.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Claim {
-    /// The directory is marked as the wanted volume.
+    /// The directory has the mark of the expected volume.
     Ours,
     /// The directory has no mark.
     Free,
-    /// The directory has the mark of another root's volume, and nothing was
-    /// changed.
+    /// The directory has the mark of another volume.
     Foreign(Identity),
 }
 
@@ -70,7 +69,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if the file is not a mark of this
+    /// `ErrorKind::FailedPrecondition` if the file `.volume` is not a mark of this
     /// program.
     pub fn look(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         Ok(match read_mark(top, path)? {
@@ -85,7 +84,7 @@ impl Identity {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if the file is not a mark of this
+    /// `ErrorKind::FailedPrecondition` if the file `.volume` is not a mark of this
     /// program.
     pub fn claim(&self, top: impl AsFd, path: &str) -> Result<Claim> {
         match self.look(&top, path)? {
@@ -110,8 +109,8 @@ impl Identity {
     }
 }
 
-/// The mark and the record of ids of a volume, and its directory of snapshots, as the kernel
-/// shows them. As long as they are the same, the files need not be read again.
+/// Metadata of a volume's mark, of its record of ids, and of its directory of snapshots. As
+/// long as the metadata is the same, the files need not be read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
     mark: SeenFile,
@@ -129,12 +128,13 @@ struct SeenFile {
 }
 
 impl Seen {
-    /// All in the directory `top`, if they are there and can be looked at.
+    /// Reads the metadata below the directory `top`; `None` if the mark or `snapshots` is
+    /// missing or cannot be read.
     pub(super) fn in_directory(top: impl AsFd) -> Option<Seen> {
         Seen::by(|name| statat(&top, name, AtFlags::SYMLINK_NOFOLLOW).ok())
     }
 
-    /// The same mark, with the record of ids that is in the directory `top` now.
+    /// Replaces the metadata of the record of ids by that of the file in the directory `top`.
     pub(super) fn with_ids_of(self, top: impl AsFd) -> Seen {
         let ids = statat(top, IDS, AtFlags::SYMLINK_NOFOLLOW);
         Seen {
@@ -143,13 +143,14 @@ impl Seen {
         }
     }
 
-    /// All in the directory of that path.
+    /// Reads the metadata below the directory `path`; `None` if the mark or `snapshots` is
+    /// missing or cannot be read.
     pub(super) fn in_path(path: &str) -> Option<Seen> {
         Seen::by(|name| statat(CWD, format!("{path}/{name}"), AtFlags::SYMLINK_NOFOLLOW).ok())
     }
 
-    /// Like [`Seen::in_path`], but `None` also where a disk would have to be
-    /// asked.
+    /// Like [`Seen::in_path`], but no disk is accessed: `None` also if the kernel does not
+    /// have the metadata in memory.
     pub(super) fn at_a_glance(path: &str) -> Option<Seen> {
         Seen::by(|name| match glance(CWD, &format!("{path}/{name}")) {
             Glance::There(file) => fstat(file).ok(),
@@ -180,8 +181,8 @@ impl SeenFile {
     }
 }
 
-/// Looks at the mark in the directory of that path, whatever it says. Returns once the disk
-/// has answered.
+/// Reads the mark in the directory `path` and ignores its content: the caller wants to wait
+/// until the disk answers.
 pub fn ask_for_mark(path: &str) {
     if let Ok(top) = open_top(path) {
         let _ = read_mark(top, path);
@@ -196,13 +197,13 @@ pub(super) fn confirm(top: impl AsFd, path: &str, identity: &Identity) -> Result
         Some(found) => Err(missing(
             path,
             identity,
-            &format!("this is another one (volume {found})"),
+            &format!("the disk there is another one (volume {found})"),
         )),
         None => Err(missing(
             path,
             identity,
-            "the directory has no file .volume (if it is that disk all the same, write the \
-             number below into such a file)",
+            "the directory has no file .volume (if it is the right disk all the same, write the \
+             number of the volume into a file of that name)",
         )),
     }
 }
@@ -251,8 +252,8 @@ fn read_mark(top: impl AsFd, path: &str) -> Result<Option<Identity>> {
         .and_then(|text| Identity::parse(text.trim_end()));
     identity.map(Some).ok_or_else(|| {
         Error::refused(format!(
-            "{path}/{MARK} is not the mark of a writable volume: choose another directory, or, \
-                 if this is the one that was marked, remove that file and run `check --repair`"
+            "{path}/{MARK} is not the mark of a writable volume: choose another --writable-dir, \
+             or, if this is the writable volume, remove that file and run `check --repair`"
         ))
     })
 }

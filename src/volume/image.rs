@@ -1,5 +1,5 @@
-//! The image volume: `<root>`. It stays open as long as the daemon runs,
-//! because its lock and, by default, its database keep files open there anyway.
+//! The image volume: `<root>`. The directory stays open as long as the daemon runs,
+//! because the lock and, by default, the database keep files open there anyway.
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind as IoKind;
@@ -43,12 +43,12 @@ pub struct Root {
 }
 
 impl Root {
-    /// The path, as configured.
+    /// The path of the root, as configured.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// The root directory itself.
+    /// The opened root directory.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.top.as_fd()
     }
@@ -75,9 +75,9 @@ impl Root {
     }
 
     /// Returns an error if the file system reports no types in directory
-    /// entries (`d_type` in readdir(3)). overlayfs needs them to find
-    /// whiteouts: without them, deleted files show again. The root must have at
-    /// least one entry; its lock is one.
+    /// entries (`d_type` in readdir(3)). overlayfs needs the types to find
+    /// whiteouts: without types, deleted files show again. The check needs at least
+    /// one entry in the root, such as the lock.
     ///
     /// # Errors
     ///
@@ -95,8 +95,9 @@ impl Image {
     /// Opens the root directory, creating it (0700, with its parents) if it is missing.
     ///
     /// # Errors
-    /// [`ErrorKind::FailedPrecondition`] if it is not a directory, or if it is new and
-    /// on a disk that the host's configuration names and that is not mounted.
+    /// [`ErrorKind::FailedPrecondition`] if the path is not a directory, or if the root is new
+    /// (it has no entry `state`) and should be on a disk that is not mounted, according to the
+    /// host's fstab and mount units.
     pub fn open_root(path: &MountPath, state: &str) -> Result<Root> {
         if !Path::new(&**path).join(state).exists() {
             require_mounted(path)?;
@@ -135,8 +136,7 @@ impl Image {
         }
     }
 
-    /// Takes the root into use, and creates the directories that are missing in
-    /// it.
+    /// Opens the directories in the root, and creates the missing ones.
     ///
     /// # Errors
     ///
@@ -168,11 +168,11 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the layer's directory is not there.
+    /// [`ErrorKind::DataLoss`] if the layer's directory is missing.
     pub fn layer_owner(&self, id: SnapshotId) -> Result<Owner> {
         let looking = || format!("look at the layer {}", self.layer_path(id));
-        // The path leads through the link of an unmoved layer, which this
-        // program has made.
+        // For an unmoved layer, this path leads through a link. The link is
+        // safe, because this program has made it.
         let snapshots = self.dirs.snapshots_fd();
         let found = match glance(snapshots, &upper_of(id)) {
             Glance::There(upper) => fstat(upper),
@@ -222,7 +222,8 @@ impl Image {
         self.leads_to_layer(&id.to_string(), id)
     }
 
-    /// Whether the entry `name` of `snapshots/` is a link of this layer.
+    /// Whether the entry `name` of `snapshots/` is a link to a directory of this layer on a
+    /// writable volume.
     pub(super) fn leads_to_layer(&self, name: &str, id: SnapshotId) -> Result<bool> {
         match readlinkat(self.dirs.snapshots_fd(), name, Vec::new()) {
             Ok(target) => {
@@ -246,9 +247,9 @@ impl Image {
         }
     }
 
-    /// Marks that a person is about to mount the snapshot to write to it. The mark is only
-    /// a hint: it stays after a reboot, and a root that cannot be written to gets none.
-    /// Until the returned file is closed, nobody else looks whether it is mounted.
+    /// Creates a mark that a person is about to mount the snapshot to write to it. The mark is
+    /// only a hint: it stays after a reboot, and a read-only root gets no mark. As long as the
+    /// returned file is open, [`Image::unmark_unless_mounted`] does not remove the mark.
     pub fn mark_mounted_by_hand(&self, id: SnapshotId) -> Result<Option<OwnedFd>> {
         let marking = || format!("write {}/{BY_HAND}/{id}", self.path);
         let marked = ensure_directory(self.top(), &self.path, BY_HAND).and_then(|directory| {
@@ -257,7 +258,7 @@ impl Image {
                 let mode = Mode::from_raw_mode(0o600);
                 let mark = openat(&directory, id.to_string(), flags, mode).context(marking)?;
                 flock(&mark, FlockOperation::LockExclusive).context(marking)?;
-                // It may have been removed before it was locked.
+                // Another process may have removed the mark before this one locked it.
                 if fstat(&mark).context(marking)?.st_nlink > 0 {
                     return Ok(mark);
                 }
@@ -283,19 +284,19 @@ impl Image {
     }
 
     /// Whether the snapshot is not marked as mounted by hand and has no links to host
-    /// directories. No disk is asked: the result is `false` also where one would have
-    /// to be.
+    /// directories, as far as the kernel knows without accessing a disk. `false` means that
+    /// it may have a mark or links.
     pub fn is_plain_for_sure(&self, id: SnapshotId) -> bool {
         let mark = glance(self.top(), &format!("{BY_HAND}/{id}"));
         matches!(mark, Glance::Absent) && self.has_no_links_for_sure(id)
     }
 
-    /// Removes the mark that a person may have mounted the snapshot, unless `is_mounted`.
-    /// Returns whether the mark stays.
+    /// Removes the mark that a person may have mounted the snapshot, unless `is_mounted`
+    /// returns `true`. Returns whether the mark is still there.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] while a person is just mounting it.
+    /// [`ErrorKind::Unavailable`] while a person is mounting the snapshot.
     pub fn unmark_unless_mounted(
         &self,
         id: SnapshotId,
@@ -334,13 +335,13 @@ impl Image {
 pub(super) fn no_entry_types(path: &str) -> Error {
     Error::refused(format!(
         "the file system of {path} does not report the types of directory entries (d_type), \
-         which overlayfs needs: make it again with them (mkfs.xfs -n ftype=1, mkfs.ext4 -O \
-         filetype) or use another disk"
+         which overlayfs needs: create the file system again with this feature (mkfs.xfs -n \
+         ftype=1, mkfs.ext4 -O filetype), or use another disk"
     ))
 }
 
-/// Creates a directory (0700, with its parents) unless it exists. `what` and
-/// `flag` name it in the error for anything that is not a directory.
+/// Creates a directory (0700, with its parents) unless it exists. If there is anything
+/// but a directory at `path`, the error names `what` and `flag`.
 pub(super) fn create_directory(path: &str, what: &str, flag: &str) -> Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(|error| match error.kind() {

@@ -1,18 +1,18 @@
-//! The two places where bytes are kept.
+//! The image volume, the writable volume, and all names on them.
 //!
 //! ```text
 //! <root>/snapshots/<id>/fs            a layer, or one being unpacked (then with work/)
 //! <root>/snapshots/<id>               or: a link to <writable>/snapshots/<id>
 //! <root>/snapshots/.moving-<id>       a layer on its way to the image volume, see `moving`
 //! <root>/lowers/<id>.<n>              a link to a host directory, see `host_dirs`
-//! <root>/mounted/<id>                 says that a person may have mounted it
+//! <root>/mounted/<id>                 a mark: a person may have mounted the snapshot
 //! <root>/empty/                       an empty directory, lower of a layer without a parent
 //! <root>/trash/                       removed, waiting to be deleted
-//! <root>/left-out/<id>               what no snapshot owns, and what an import left
+//! <root>/left-out/<id>                set aside: owned by no snapshot, or not imported
 //! <root>/.ids                         which ids were used last, see `block_mark`
-//! <writable>/.volume                  which volume this is
+//! <writable>/.volume                  the mark: the identity of this volume
 //! <writable>/snapshots/<id>/{fs,work} what containers write
-//! <writable>/snapshots/<id>/scratch   while its links and nodes are created again
+//! <writable>/snapshots/<id>/scratch   for links and nodes that are created again
 //! <writable>/trash/
 //! <writable>/left-out/<id>
 //! <writable>/.ids
@@ -26,7 +26,8 @@
 //! mount point stays bare.
 //!
 //! After a crash there may be a directory that no row knows. It is never used: the next
-//! request that gets its id, or the next start, moves it to the trash.
+//! start moves it to the trash if it is empty or has a tombstone, and otherwise sets it
+//! aside.
 
 mod adopt;
 mod block_mark;
@@ -77,15 +78,16 @@ pub struct Volumes {
     /// Set once the writable volume has been claimed or recognised.
     writable_identity: OnceLock<Identity>,
     writable_presence: Presence,
-    /// Compares the block of ids that was used last on a volume with the database, once a
-    /// caller has asked for that.
+    /// Compares the newest block of ids on a volume with the history of the database. Not set
+    /// until [`Volumes::refuse_other_histories`] is called.
     judge: OnceLock<Box<Judge>>,
-    /// Called each time the writable volume was confirmed again.
+    /// Called each time the writable volume is confirmed, see [`Volumes::on_return`].
     on_return: OnceLock<Box<OnReturn>>,
     /// Whether the volumes were on two file systems when the writable volume was
     /// last recognised.
     are_on_two_file_systems: AtomicBool,
-    /// As long as the writable volume does not answer: the only thread that may ask it.
+    /// `Some` while the writable volume does not answer. Only the thread inside, or no thread
+    /// at all, may access the volume then.
     withheld_for: Mutex<Option<Option<ThreadId>>>,
 }
 
@@ -108,13 +110,13 @@ impl Volumes {
         }
     }
 
-    /// From now on only this thread, or none, may ask the writable volume: all others get
-    /// [`ErrorKind::Unavailable`] until [`Volumes::release_writable`].
+    /// Lets only `thread`, or no thread at all, access the writable volume. All other threads
+    /// get [`ErrorKind::Unavailable`] until [`Volumes::release_writable`] is called.
     pub fn withhold_writable(&self, thread: Option<ThreadId>) {
         *lock(&self.withheld_for) = Some(thread);
     }
 
-    /// The writable volume has answered: every thread may ask it.
+    /// Lets every thread access the writable volume again, because the volume has answered.
     pub fn release_writable(&self) {
         *lock(&self.withheld_for) = None;
     }
@@ -127,8 +129,8 @@ impl Volumes {
         Err(Error::new(
             ErrorKind::Unavailable,
             format!(
-                "the writable volume {} does not answer: look at its disk or server; what needs \
-                 it works again once it answers",
+                "the writable volume {} does not answer: check its disk or server; requests that \
+                 need the volume work again once it answers",
                 self.writable_path
             ),
         ))
@@ -154,8 +156,8 @@ impl Volumes {
         let _ = self.judge.set(Box::new(judge));
     }
 
-    /// Has `mark` called each time the writable volume was away, or may have been, and is
-    /// found to be the right one again. If `mark` fails, the volume is used all the same.
+    /// Sets the function that is called each time the writable volume is confirmed after it
+    /// was unmounted, or may have been. If `mark` fails, the volume is used all the same.
     pub fn on_return(&self, mark: impl Fn(&Dirs) -> Result<()> + Send + Sync + 'static) {
         let _ = self.on_return.set(Box::new(mark));
     }
@@ -176,7 +178,7 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::DataLoss`.
+    /// `ErrorKind::DataLoss` for another history.
     pub fn require_same_history(&self, dirs: &Dirs) -> Result<()> {
         let Some(judge) = self.judge.get() else {
             return Ok(());
@@ -190,20 +192,20 @@ impl Volumes {
         let first = block.map_or(0, |block| block.first);
         Err(Error::data_loss(match history {
             History::Earlier => format!(
-                "the {volume} volume {path} is in the state of an earlier day than the database: \
-                 it was rolled back, or a copy of it is mounted. Mount the latest one, or run \
-                 `check --repair`, which goes on with it as it is"
+                "the {volume} volume {path} is in an older state than the database: the volume was \
+                 rolled back, or an old copy of it is mounted. Mount the latest state, or run \
+                 `check --repair`, which accepts this one"
             ),
             History::Same | History::Other => format!(
-                "the {volume} volume {path} holds snapshots with ids from {first} on which this \
-                 database has never given out: the database is an older state of itself, or \
-                 another one. Put the latest one back, or run `check --repair`, which sets aside \
-                 what it does not know"
+                "the {volume} volume {path} holds snapshots with ids from {first} on, which this \
+                 database has never given out: the database is an old copy, or belongs to another \
+                 volume. Put the latest database back, or run `check --repair`, which sets aside \
+                 all directories that this database does not know"
             ),
         }))
     }
 
-    /// The directories of a volume. The writable volume is looked at again at each call,
+    /// Opens the directories of a volume. Each call checks the writable volume again,
     /// because it may have been unmounted, or mounted late.
     ///
     /// # Errors
@@ -228,14 +230,15 @@ impl Volumes {
         }
     }
 
-    /// Opens the writable volume, and finds out whether it is the right one.
+    /// Opens the writable volume, and checks that its mark and its history are the expected
+    /// ones.
     fn confirm_writable(&self) -> Result<Dirs> {
         let identity = self.expected_writable()?;
         let path = &self.writable_path;
         let look = self.writable_presence.look(path);
         let top = identity::open_expected(path, identity)?;
-        // Looked at before the mark is read: if it changes in between, the next call
-        // reads it again.
+        // The metadata is read before the mark: if the mark changes in between, the next
+        // call reads it again.
         let seen = Seen::in_directory(&top);
         identity::confirm(&top, path, identity)?;
         self.require_apart(&top)?;
@@ -247,8 +250,9 @@ impl Volumes {
         };
         if let Err(error) = mark(&dirs) {
             log::warn!(
-                "if a copy of the writable volume from before its return is mounted later, that \
-                 is not noticed: {}",
+                "the daemon cannot record on the writable volume {path} that it was mounted \
+                 again, so it will not notice if an older copy of the volume is mounted later; \
+                 the volume is used all the same: {}",
                 error.chain()
             );
         }
@@ -257,8 +261,8 @@ impl Volumes {
         Ok(dirs)
     }
 
-    /// Like [`Volumes::open`] of the writable volume, for callers that need
-    /// nothing on it.
+    /// Checks the writable volume like [`Volumes::open`], with the same errors, but usually
+    /// opens no directory.
     pub fn require_writable(&self) -> Result<()> {
         self.require_answering()?;
         if self.is_confirmed(Seen::in_path(&self.writable_path)) {
@@ -267,8 +271,8 @@ impl Volumes {
         self.open(Volume::Writable).map(drop)
     }
 
-    /// Whether the writable volume is there, as far as the kernel knows without asking a
-    /// disk. `false` means that it may not be.
+    /// Whether the writable volume is mounted, as far as the kernel knows without accessing a
+    /// disk. `false` means that it may not be mounted.
     pub fn is_writable_there_for_sure(&self) -> bool {
         self.require_answering().is_ok()
             && self.is_confirmed(Seen::at_a_glance(&self.writable_path))
@@ -285,27 +289,27 @@ impl Volumes {
     }
 
     /// Returns `ErrorKind::FailedPrecondition` if the writable directory is on a disk
-    /// that the host's configuration names and that is not mounted. This is for a volume
-    /// that is taken into use; later, its mark shows whether it is there.
+    /// that the host's configuration names and that is not mounted. This check is for a
+    /// volume that is used for the first time; later, its mark shows whether it is mounted.
     pub fn require_writable_mounted(&self) -> Result<()> {
         planned_mounts::require_mounted(&self.writable_path)
     }
 
-    /// Returns whose mark the writable directory has, before any database knows it.
-    /// Creates the directory if it is missing, and changes nothing in it.
+    /// Returns whose mark the writable directory has. Creates the directory if it is missing,
+    /// and changes nothing in it.
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if it is not a directory, or has a file that is
-    /// not a mark of this program.
+    /// `ErrorKind::FailedPrecondition` if the path is not a directory, or its file `.volume`
+    /// is not a mark of this program.
     pub fn look_at_writable(&self, identity: &Identity) -> Result<Claim> {
         let path = &self.writable_path;
         image::create_directory(path, "writable directory", "--writable-dir")?;
         identity.look(self.open_writable_top()?, path)
     }
 
-    /// Makes the writable directory the volume of that identity, unless it has
-    /// a mark already: marks it durably, and creates the missing directories.
+    /// Makes the writable directory the volume with this identity, unless the directory has
+    /// a mark already: marks it durably, and creates the missing directories in it.
     pub fn claim_writable(&self, identity: &Identity) -> Result<()> {
         let path = &self.writable_path;
         let dirs = Dirs::open(Volume::Writable, path, self.open_writable_top()?)?;
@@ -317,8 +321,8 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// `ErrorKind::FailedPrecondition` if it has the mark of another volume, or if no
-    /// volume is expected.
+    /// `ErrorKind::FailedPrecondition` if the directory has the mark of another volume, or
+    /// if no volume is expected.
     pub fn mark_writable(&self) -> Result<()> {
         let identity = self.expected_writable()?;
         match self.look_at_writable(identity)? {
@@ -343,7 +347,7 @@ impl Volumes {
         }
     }
 
-    /// What the writable directory contains besides a mark.
+    /// The kind of content of the writable directory. A mark does not count.
     pub fn writable_holding(&self) -> Result<Holding> {
         let path = &self.writable_path;
         identity::open_top(path)
@@ -354,7 +358,7 @@ impl Volumes {
     fn expected_writable(&self) -> Result<&Identity> {
         self.writable_identity.get().ok_or_else(|| {
             Error::refused(format!(
-                "the writable volume {} has not been set up",
+                "the writable volume {} has not been set up: start the daemon, which does so",
                 self.writable_path
             ))
         })
@@ -364,14 +368,15 @@ impl Volumes {
     /// it is on a file system in memory, or is a mount point itself.
     pub fn is_writable_mounted_anew(&self) -> Result<bool> {
         let path = &self.writable_path;
-        preconditions::is_mounted_anew(path).context(|| format!("look what is mounted at {path}"))
+        preconditions::is_mounted_anew(path)
+            .context(|| format!("find out what is mounted at {path}"))
     }
 
     /// The number of the writable directory's type of file system (statfs(2)).
     pub fn writable_file_system(&self) -> Result<u64> {
         let path = &self.writable_path;
         preconditions::file_system_type(Path::new(path))
-            .context(|| format!("look what is at {path}"))
+            .context(|| format!("find out the file system of {path}"))
     }
 
     fn open_writable_top(&self) -> Result<OwnedFd> {
@@ -382,8 +387,8 @@ impl Volumes {
         Ok(top)
     }
 
-    /// Returns an error if both paths lead to one directory, by a link or a
-    /// bind mount, because that would mix the ids of both volumes.
+    /// Returns an error if the root and the writable directory are one directory, by a link
+    /// or a bind mount, because this would mix the ids of both volumes.
     fn require_apart(&self, top: impl AsFd) -> Result<()> {
         let path = &self.writable_path;
         let looking = || format!("look at {path}");
@@ -398,7 +403,8 @@ impl Volumes {
             return Ok(());
         }
         Err(Error::refused(format!(
-            "{path} is the root directory by another name: give another --writable-dir"
+            "the writable directory {path} is the root directory by another name: give another \
+             --writable-dir"
         )))
     }
 

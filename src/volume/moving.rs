@@ -1,5 +1,5 @@
 //! Moving a layer to the image volume: from `<writable>/snapshots/<id>` to
-//! `<root>/snapshots/<id>`, which has been a link to it until then.
+//! `<root>/snapshots/<id>`, which is a link to the former until then.
 //!
 //! The copy is made in `<root>/snapshots/.moving-<id>`. Then the copy and the
 //! link exchange their names in one step, so that the layer's path always leads
@@ -83,7 +83,7 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As in [`Image::exchange`].
+    /// The same as in [`Image::exchange`].
     pub(super) fn exchange_with(&self, directory: &str, id: SnapshotId) -> Result<()> {
         let snapshots = self.dirs().snapshots_fd();
         let name = id.to_string();
@@ -101,7 +101,8 @@ impl Image {
                     ErrorKind::FailedPrecondition,
                     format!(
                         "the file system of {} cannot exchange two names (renameat2(2), \
-                         RENAME_EXCHANGE)",
+                         RENAME_EXCHANGE), so layers cannot be moved or healed there: use ext4, \
+                         XFS or btrfs",
                         self.snapshots_path()
                     ),
                     std::io::Error::from(errno),
@@ -131,14 +132,14 @@ impl Image {
         self.dirs().trash_entry(&moving_name(id))
     }
 
-    /// Whether the link of a layer has another name by now, which only an exchange gives
-    /// it: with a copy, or with a layer that was unpacked to replace it.
+    /// Whether an exchange has given the layer's link another name: `.moving-<id>` if the
+    /// layer was copied, `.replaced-<id>` if it was healed.
     pub fn has_exchanged_link(&self, id: SnapshotId) -> Result<bool> {
         Ok(self.leads_to_layer(&moving_name(id), id)?
             || self.leads_to_layer(&replaced_name(id), id)?)
     }
 
-    /// The type of a layer's entry: a link, a directory, or `None`.
+    /// The type of a layer's entry: a link or a directory; `None` if the entry is missing.
     pub fn layer_entry(&self, id: SnapshotId) -> Result<Option<FileType>> {
         self.entry_type(&id.to_string())
     }
@@ -182,15 +183,16 @@ impl Image {
         let (image, writable) = (self.dirs().snapshots_fd(), writable.snapshots_fd());
         let rename = || renameat(image, moving.as_str(), writable, name.as_str());
         match rename() {
-            // The next start would clear the flag, too.
+            // The inherit flag of `snapshots/` forbids the rename. It may be cleared: the next
+            // start would do so, too.
             Err(Errno::XDEV) if stop_handing_on(writable) == Ok(true) => rename(),
             renamed => renamed,
         }
         .context(|| format!("move layer {id} back to the writable volume"))
     }
 
-    /// Whether `.moving-<id>` is a layer that a rename has put there, and not a
-    /// copy: only such a layer has overlayfs's `work` beside `fs`.
+    /// Whether `.moving-<id>` is a renamed layer and not a copy: only a renamed layer
+    /// has overlayfs's `work` beside `fs`.
     pub fn is_renamed_layer(&self, id: SnapshotId) -> Result<bool> {
         let work = self.entry_type(&format!("{}/{WORK}", moving_name(id)))?;
         Ok(work == Some(FileType::Directory))
@@ -198,7 +200,7 @@ impl Image {
 }
 
 impl Dirs {
-    /// The entries of the trash that come from moves.
+    /// The names of the entries in the trash that come from moves of layers.
     pub fn trashed_moves(&self) -> Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in self.trashed()? {

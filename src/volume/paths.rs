@@ -33,31 +33,30 @@ pub const WRITABLE_NAMES: [&str; 8] = [
     MARK, NEW_MARK, PROBE, SNAPSHOTS, TRASH, LEFT_OUT, IDS, NEW_IDS,
 ];
 
-/// In a snapshot's directory: what the snapshot holds, which is the upper directory of
-/// its overlay.
+/// In a snapshot's directory: the files of the snapshot. This is the upper directory of its
+/// overlay.
 pub const UPPER: &CStr = c"fs";
 /// In a snapshot's directory: overlayfs's work directory.
 pub(super) const WORK: &str = "work";
-/// In a snapshot's directory, for a moment: entries that will be renamed into their
-/// place.
+/// In a snapshot's directory: a short-lived directory of entries that will be renamed into
+/// their place.
 pub(super) const SCRATCH: &str = "scratch";
 
-/// In `snapshots`: a layer that is unpacked again, to be compared with the one that
-/// is there.
+/// In `snapshots`: a layer that is unpacked again, to be compared with the existing one.
 pub(super) const UNPACKED: &str = ".unpacked";
-/// In `snapshots`, followed by two numbers: a layer that was unpacked again and is to
-/// replace another.
+/// In `snapshots`, followed by two numbers: a layer that was unpacked again and will
+/// replace a damaged one.
 pub(super) const HANDED_OVER: &str = ".unpacked-";
 /// In `snapshots`, followed by an id: a directory that has changed places with a layer
 /// that was unpacked again.
 pub(super) const REPLACED: &str = ".replaced-";
 
-/// The upper directory in the directory of a snapshot.
+/// The path of the upper directory in `top`, the directory of a snapshot.
 pub(super) fn upper_in(top: &str) -> String {
     format!("{top}/fs")
 }
 
-/// The upper directory below `snapshots`.
+/// The path of a snapshot's upper directory, relative to `snapshots`.
 pub(super) fn upper_of(id: SnapshotId) -> String {
     format!("{id}/fs")
 }
@@ -71,8 +70,8 @@ impl Volumes {
         }
     }
 
-    /// The directories of a snapshot. A layer's directories are always reached
-    /// through the image volume, wherever its bytes are.
+    /// The paths of a snapshot's directories on `volume`. For a layer, callers pass the image
+    /// volume, wherever the layer's bytes are.
     pub fn snapshot_paths(&self, volume: Volume, id: SnapshotId) -> SnapshotPaths {
         let snapshots = self.snapshots_path(volume);
         SnapshotPaths {

@@ -16,14 +16,14 @@ const UNITS: [&str; 4] = [
     "/usr/lib/systemd/system",
 ];
 
-/// Returns an error for a directory that should be on a disk which fstab or a
-/// mount unit names, and which is not mounted.
+/// Returns an error if `path` should be on a disk that fstab or a mount unit names, and
+/// this disk is not mounted.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::FailedPrecondition`](crate::error::ErrorKind::FailedPrecondition).
 pub(super) fn require_mounted(path: &str) -> Result<()> {
-    let looking = || format!("look what is to be mounted at {path}");
+    let looking = || format!("find out which disk should be mounted at {path}");
     let fstab = match std::fs::read(FSTAB) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         bytes => bytes.context(looking)?,
@@ -43,8 +43,8 @@ pub(super) fn require_mounted(path: &str) -> Result<()> {
         };
         if let Some(named_by) = named_by {
             return Err(Error::refused(format!(
-                "{named_by} names a disk for {shown}, which is not mounted: mount it first \
-                 (mount {shown}), or remove that entry; {} is to be on it",
+                "the disk that {named_by} names for {shown} is not mounted, and {} should be on \
+                 this disk: mount it (mount {shown}), or remove the entry from {named_by}",
                 path.display()
             )));
         }

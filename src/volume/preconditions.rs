@@ -16,30 +16,27 @@ use super::paths::{MARK, NEW_MARK, PROBE, SNAPSHOTS, TRASH};
 use crate::error::{Context, Error, ErrorKind, Result};
 use crate::util::entries::{entries, is_empty};
 
-/// How long what is on the writable volume is meant to last.
+/// How long the files on the writable volume are meant to last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lifetime {
-    /// As long as its disk. If the volume is empty, it is another disk.
+    /// As long as the disk. If the volume is empty, it must be another disk.
     Lasting,
-    /// Until a reboot at most (tmpfs, zram). If the volume is empty, it starts
-    /// again.
+    /// Until a reboot at most (tmpfs, zram). An empty volume is normal after a reboot.
     UntilReboot,
 }
 
-/// What a directory that is to become a volume contains.
+/// The kind of content of a directory that will become a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holding {
-    /// Nothing, or only empty directories of this program and what a file system
-    /// creates by itself.
+    /// Nothing, or only empty directories of this program and `lost+found`.
     Nothing,
     /// Files of another program.
     OtherFiles,
-    /// Something in the places of snapshots and trash.
+    /// Something in `snapshots` or `trash`.
     OurNames,
 }
 
-/// How much has to stay free on the writable volume when a snapshot is created
-/// there.
+/// How much space has to be free on the writable volume, or no snapshot is created there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reserve {
     /// This number of bytes.
@@ -64,9 +61,9 @@ impl Reserve {
 /// The size of a volume, and how much of it is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// The size of its file system.
+    /// The size of the volume's file system.
     pub size_bytes: u64,
-    /// The free part of it.
+    /// The free space, without the part that is reserved for root.
     pub free_bytes: u64,
 }
 
@@ -74,18 +71,17 @@ pub struct Room {
 /// root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unused {
-    /// Bytes.
+    /// The free bytes.
     pub bytes: u64,
-    /// Inodes; the highest number if the file system does not count them, as
-    /// btrfs.
+    /// The free inodes; `u64::MAX` if the file system does not count them, as btrfs.
     pub inodes: u64,
 }
 
 impl Dirs {
-    /// The free space of the volume. No disk is asked.
+    /// The free space of the volume. No disk is accessed.
     pub fn unused(&self) -> Result<Unused> {
         let state = fstatvfs(self.snapshots_fd())
-            .context(|| format!("look how full {} is", self.path()))?;
+            .context(|| format!("find out how much space is free on {}", self.path()))?;
         Ok(Unused {
             bytes: state.f_bfree.saturating_mul(state.f_frsize),
             inodes: match state.f_files {
@@ -95,21 +91,21 @@ impl Dirs {
         })
     }
 
-    /// The size and the free space of the volume. No disk is asked.
+    /// The size and the free space of the volume. No disk is accessed.
     pub fn room(&self) -> Result<Room> {
         let state = fstatvfs(self.snapshots_fd())
-            .context(|| format!("look how full {} is", self.path()))?;
+            .context(|| format!("find out how much space is free on {}", self.path()))?;
         Ok(Room {
             size_bytes: state.f_blocks.saturating_mul(state.f_frsize),
             free_bytes: state.f_bavail.saturating_mul(state.f_frsize),
         })
     }
 
-    /// Returns an error if a new snapshot would leave less room than `reserve`.
+    /// Returns an error if less than `reserve` is free on the volume.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::ResourceExhausted`] with what is free and what should be.
+    /// [`ErrorKind::ResourceExhausted`], which names the free space and the reserve.
     pub fn require_room(&self, reserve: Reserve) -> Result<()> {
         if reserve == Reserve::Bytes(0) {
             return Ok(());
@@ -132,26 +128,26 @@ impl Dirs {
     }
 }
 
-/// Refuses a directory, given with this flag, that is not there or no mount point. Creates
-/// nothing.
+/// Returns an error if `path`, the value of `flag`, does not exist or is not a mount point.
+/// Creates nothing.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] naming the directory and what to do.
+/// [`ErrorKind::FailedPrecondition`], which names the directory and the remedy.
 pub fn require_mount(flag: &str, path: &str) -> Result<()> {
     let why = match is_mount_point(path) {
         Ok(true) => return Ok(()),
-        Ok(false) => "is no mount point",
+        Ok(false) => "is not a mount point",
         Err(Errno::NOENT | Errno::NOTDIR) => "does not exist",
         Err(errno) => return Err(errno).context(|| format!("look at {path}")),
     };
     Err(Error::refused(format!(
-        "{flag} {path} {why}: mount its disk there (--require-mount asks for it before anything \
-         is written)"
+        "{flag} {path} {why}: mount its disk there (with --require-mount, nothing is written \
+         without it)"
     )))
 }
 
-/// What an opened directory contains besides a mark.
+/// The kind of content of an opened directory. A mark does not count.
 pub(super) fn holding(top: OwnedFd) -> std::result::Result<Holding, Errno> {
     for name in [SNAPSHOTS, TRASH] {
         match open_to_list(&top, name) {
@@ -201,15 +197,16 @@ pub(super) fn file_system_type(path: &Path) -> std::result::Result<u64, Errno> {
 }
 
 pub(super) fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
-    let told = statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
-    if let Ok(told) = told
-        && told
+    let found = statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
+    if let Ok(found) = found
+        && found
             .stx_attributes_mask
             .contains(StatxAttributes::MOUNT_ROOT)
     {
-        return Ok(told.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
+        return Ok(found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
     }
-    // Before Linux 5.8. A bind mount from the same file system is not noticed.
+    // Before Linux 5.8, only another device number shows a mount point. A bind mount from the
+    // same file system is not recognized.
     let parent = format!("{path}/..");
     Ok(stat(path)?.st_dev != stat(parent.as_str())?.st_dev)
 }
@@ -219,7 +216,7 @@ pub(super) fn is_mount_point(path: &str) -> std::result::Result<bool, Errno> {
 /// The check creates a file in `directory` and deletes it.
 pub fn keeps_times(directory: impl AsFd) -> Result<bool> {
     const NAME: &str = ".times";
-    let asking = || "look which times the file system keeps";
+    let asking = || "find out which times the file system can store";
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let file = openat(&directory, NAME, flags, Mode::from_raw_mode(0o600)).context(asking)?;
     unlinkat(&directory, NAME, AtFlags::empty()).context(asking)?;
@@ -239,9 +236,9 @@ pub fn keeps_times(directory: impl AsFd) -> Result<bool> {
 
 pub(super) fn emptied(path: &str) -> Error {
     Error::refused(format!(
-        "the writable volume at {path} was emptied: it has its mark, but no directory \
-         {SNAPSHOTS}. Put what was there back; or, if what containers have written is given up, \
-         stop the daemon, remove {path}/{MARK} and run `check --reset-writable`"
+        "the writable volume {path} was emptied: it has its mark, but no directory {SNAPSHOTS}. \
+         Put its files back; or, to give up everything that containers have written, stop the \
+         daemon, remove {path}/{MARK} and run `check --reset-writable`"
     ))
 }
 
@@ -254,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_points_are_told_from_directories() {
+    fn mount_points_differ_from_directories() {
         let dir = tempfile::tempdir().unwrap();
         let plain = dir.path().to_str().unwrap();
         require_mount("--root-dir", "/proc").unwrap();
@@ -285,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_directory_holds_is_told() {
+    fn the_content_of_a_directory_is_recognised() {
         let dir = tempfile::tempdir().unwrap();
         let top = dir.path();
         let held = || holding(open_to_list(CWD, top.to_str().unwrap()).unwrap()).unwrap();

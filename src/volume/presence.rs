@@ -1,4 +1,4 @@
-//! Whether the writable volume is still the one that was last found to be the right one.
+//! Whether the writable volume is still the same as when it was confirmed.
 //!
 //! Two signs show that it may not be: its mark or its record of ids is another file, or its
 //! file system was unmounted in between. After an unmount the same disk may be back in an
@@ -16,12 +16,14 @@ use super::identity::Seen;
 use super::paths::MARK;
 use crate::util::lock::lock;
 
-/// Enough for some events without names, which are 16 bytes each.
+/// The size of the buffer for events. It has room for many: an event without a name takes
+/// 16 bytes.
 const EVENTS_BYTES: usize = 1024;
 
 pub(super) struct Presence {
     state: Mutex<State>,
-    /// `None` if the system gives no more of them: then only the files are compared.
+    /// The inotify descriptor; `None` if the system's limit is reached: then only the files
+    /// are compared.
     events: Option<OwnedFd>,
 }
 
@@ -32,7 +34,7 @@ struct State {
     departures: u64,
 }
 
-/// A look at the volume that may confirm it.
+/// A confirmation of the volume that has begun, see [`Presence::look`].
 #[derive(Clone, Copy)]
 pub(super) struct Look {
     departures: u64,
@@ -53,11 +55,12 @@ impl Presence {
         seen.is_some() && seen == state.confirmed
     }
 
-    /// Begins to look at the volume at `path`. It has to be opened after that.
+    /// Begins to confirm the volume at `path`. The caller has to open the volume after this
+    /// call.
     pub(super) fn look(&self, path: &str) -> Look {
         if let Some(events) = &self.events {
             let flags = WatchFlags::DELETE_SELF | WatchFlags::DONT_FOLLOW;
-            // If there is no mark, the volume is not confirmed.
+            // Without a mark, this call fails, and the volume will not be confirmed.
             let _ = add_watch(events, format!("{path}/{MARK}"), flags);
         }
         let mut state = lock(&self.state);
@@ -67,8 +70,8 @@ impl Presence {
         }
     }
 
-    /// Ends a look that has found the right volume. It is not confirmed if it may have
-    /// been unmounted since.
+    /// Confirms a volume that was found to be the right one, unless it may have been unmounted
+    /// since `look` began.
     pub(super) fn confirm(&self, look: Look, seen: Option<Seen>) {
         let mut state = lock(&self.state);
         self.take_events(&mut state);
@@ -77,7 +80,8 @@ impl Presence {
         }
     }
 
-    /// Changes what the confirmed volume looks like, after a change by this program.
+    /// Updates the metadata of the confirmed volume after this program has changed a file
+    /// there.
     pub(super) fn change(&self, change: impl FnOnce(Seen) -> Seen) {
         let mut state = lock(&self.state);
         self.take_events(&mut state);

@@ -1,5 +1,5 @@
-//! A snapshot's directories, opened, for system calls that take a descriptor
-//! and no path.
+//! The opened directories of one snapshot, for system calls that take a descriptor
+//! instead of a path.
 
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, statat, unlinkat};
@@ -11,13 +11,13 @@ use super::paths::{SCRATCH, SNAPSHOTS, TRASH, UPPER, WORK};
 use crate::error::{Context, Error, Result};
 use crate::types::SnapshotId;
 
-/// A snapshot's directories.
+/// The opened directories of one snapshot.
 pub struct SnapshotDirs {
-    /// `<id>`.
+    /// `snapshots/<id>`.
     pub top: OwnedFd,
-    /// `<id>/fs`.
+    /// `snapshots/<id>/fs`.
     pub upper: OwnedFd,
-    /// `<id>/work`; a view without a parent has none.
+    /// `snapshots/<id>/work`; a view without a parent has no such directory.
     pub work: Option<OwnedFd>,
 }
 
@@ -27,8 +27,8 @@ impl SnapshotDirs {
         [&self.top, &self.upper].into_iter().chain(&self.work)
     }
 
-    /// Creates a directory beside them, from which entries are renamed into them. If a
-    /// crash has left one, it is used.
+    /// Creates `<id>/scratch`, where links and nodes are created before they are renamed into
+    /// `fs`. A scratch directory that a crash has left is used.
     pub fn ensure_scratch(&self) -> Result<OwnedFd> {
         ensure_directory(&self.top, "<id>", SCRATCH)
     }
@@ -40,18 +40,18 @@ impl SnapshotDirs {
     }
 }
 
-/// Distinguishes the `work/work` of one mount of an overlay from that of the next
-/// mount, which creates it again.
+/// Distinguishes two mounts of one overlay: each mount creates the directory `work/work`
+/// again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkMark {
     inode: u64,
-    /// The time of its last change, because the new directory may get the inode
-    /// of the old one.
+    /// The time of the last change (ctime). The inode number alone is not enough, because a
+    /// new directory may get the number of the old one.
     changed: (i64, u64),
 }
 
 impl Dirs {
-    /// The mark of a snapshot's last mount; `None` if it was never mounted, or its
+    /// The mark of a snapshot's last mount; `None` if the snapshot was never mounted, or its
     /// directory is missing.
     pub fn work_mark(&self, id: SnapshotId) -> Option<WorkMark> {
         let work = self.open_parts(id).ok()?.work?;
@@ -79,9 +79,9 @@ impl Dirs {
         Ok(SnapshotDirs { top, upper, work })
     }
 
-    /// Whether a snapshot's directory is as [`Dirs::create`] makes it, or partly made:
-    /// nothing was written into it, and it is not a link as a layer's is. A directory
-    /// that a daemon has removed meanwhile counts as unfilled.
+    /// Whether nothing was written into a snapshot's directory: it holds at most the empty
+    /// directories that [`Dirs::create`] makes. A link, as of an unmoved layer, counts as
+    /// filled; a directory that does not exist counts as unfilled.
     pub fn is_unfilled(&self, id: SnapshotId) -> Result<bool> {
         let looking = || format!("look into {}/{SNAPSHOTS}/{id}", self.path());
         let entries = |parent: BorrowedFd<'_>, name: &str| match open_to_list(parent, name) {
@@ -136,7 +136,7 @@ impl Dirs {
     }
 
     /// Calls `each` for every directory in the trash. Entries that are not
-    /// directories, or are gone by then, are left out.
+    /// directories, or that vanish meanwhile, are left out.
     pub fn each_trashed(&self, mut each: impl FnMut(OwnedFd) -> Result<()>) -> Result<()> {
         let trash = self.trash_fd()?;
         for entry in self.trashed()? {

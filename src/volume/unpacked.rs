@@ -1,13 +1,13 @@
-//! The directory in which a layer is unpacked again, to be compared with the one that
-//! is there, and replacing a damaged layer by it.
+//! Unpacking a layer again, to compare it with the existing one, and replacing a damaged
+//! layer by the new one.
 //!
-//! It is unpacked in `<root>/snapshots/.unpacked`, which belongs to the process that has
-//! locked it (flock(2)); the leftovers of a killed process belong to no process. A layer
-//! that will replace another is handed over: it is renamed, so that it belongs to the
+//! A layer is unpacked in `<root>/snapshots/.unpacked`, which belongs to the process that
+//! has locked this directory (flock(2)). If that process was killed, it belongs to none. A
+//! layer that will replace another is handed over: it is renamed, so that it belongs to the
 //! daemon or command that heals, whatever happens to the lock. Then it is renamed to
 //! `.replaced-<id>`, and exchanges its name with the damaged directory in one step. After
-//! a crash, `.replaced-<id>` is one of the two, and the layer itself is healed or as it
-//! was.
+//! a crash, `.replaced-<id>` is the unpacked layer or the damaged directory, and the layer
+//! itself is unchanged or healed.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,16 +22,17 @@ use super::paths::{HANDED_OVER, REPLACED, UNPACKED, UPPER, WORK, upper_in};
 use crate::error::{Context, Error, Result};
 use crate::types::{SnapshotId, SnapshotPaths};
 
-/// The directory of the layer that is being unpacked. A number follows, which each unpack
-/// increases: containerd may go on writing into the last one for a moment.
+/// The start of the name of the directory of one unpack. A number follows, which each unpack
+/// increases, because containerd may still write into the previous directory for a moment.
 const LAYER: &str = "layer-";
 
-/// The id in the name of a directory that has changed places with a layer, or was about to.
+/// The id in the name of an entry `.replaced-<id>`; `None` for other names.
 pub fn replaced_id(name: &[u8]) -> Option<SnapshotId> {
     SnapshotId::from_directory_name(name.strip_prefix(REPLACED.as_bytes())?)
 }
 
-/// Whether an entry of `snapshots/` has the name of this directory.
+/// Whether an entry of `snapshots/` has the name of the directory in which layers are
+/// unpacked again.
 pub fn is_unpacked(name: &[u8]) -> bool {
     name == UNPACKED.as_bytes()
 }
@@ -43,7 +44,7 @@ pub fn is_handed_over(name: &[u8]) -> bool {
         .is_some_and(|numbers| !numbers.is_empty() && numbers.iter().all(is_number))
 }
 
-/// The locked directory, which holds one unpacked layer at a time.
+/// The locked directory `.unpacked`, which holds one unpacked layer at a time.
 pub struct UnpackDir<'a> {
     image: &'a Image,
     fd: OwnedFd,
@@ -51,7 +52,7 @@ pub struct UnpackDir<'a> {
 }
 
 impl Image {
-    /// Creates and locks the directory.
+    /// Creates and locks the directory `.unpacked`.
     ///
     /// # Errors
     ///
@@ -64,12 +65,13 @@ impl Image {
             let fd = ensure_directory(snapshots, &path, UNPACKED)?;
             if !lock(&fd).context(|| format!("lock {path}/{UNPACKED}"))? {
                 return Err(Error::refused(format!(
-                    "another `check --deep` or `check --heal` is at work on {}: wait for its end",
+                    "another `check --deep` or `check --heal` is running on {}: wait until \
+                     it has ended",
                     self.path()
                 )));
             }
-            // Its earlier owner may have removed it just before this process locked
-            // it.
+            // The previous owner of the directory may have removed it just before this
+            // process locked it.
             if is_named(&fd, snapshots, UNPACKED)
                 .context(|| format!("look at {path}/{UNPACKED}"))?
             {
@@ -82,8 +84,8 @@ impl Image {
         }
     }
 
-    /// Moves what a killed process has unpacked to the trash. Returns `false` if there is
-    /// nothing, or its process is still running.
+    /// Moves `.unpacked` to the trash if a killed process has left it. Returns `false` if there
+    /// is no such directory, or its process is still running.
     pub fn trash_abandoned_unpack(&self) -> Result<bool> {
         let snapshots = self.dirs().snapshots_fd();
         let fd = match open_to_list(snapshots, UNPACKED) {
@@ -91,7 +93,7 @@ impl Image {
             fd => fd.context(|| format!("open {}/{UNPACKED}", self.snapshots_path()))?,
         };
         let locking = || format!("lock {}/{UNPACKED}", self.snapshots_path());
-        // Before it was locked, a check may have removed it and begun with a new one.
+        // A check may have removed this directory and created a new one before the lock.
         if !lock(&fd).context(locking)? || !is_named(&fd, snapshots, UNPACKED).context(locking)? {
             return Ok(false);
         }
@@ -100,13 +102,13 @@ impl Image {
 }
 
 impl UnpackDir<'_> {
-    /// The directory itself, to be emptied.
+    /// The opened directory `.unpacked`, for callers that empty it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// Creates the directories of a layer in it. It has to be empty. Returns their paths,
-    /// and the opened `fs`.
+    /// Creates the directories of a layer in `.unpacked`, which has to be empty. Returns
+    /// their paths, and the opened `fs`.
     pub fn begin(&self, owner: Owner) -> Result<(SnapshotPaths, OwnedFd)> {
         self.number.set(self.number.get() + 1);
         let layer = self.layer();
@@ -141,7 +143,7 @@ impl UnpackDir<'_> {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             let name = format!("{HANDED_OVER}{}-{number}", std::process::id());
             match move_aside(&self.fd, &self.layer(), snapshots, &name) {
-                // The name is left from a killed process with the same number.
+                // A killed process with the same process id has left this name.
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {}
                 moved => {
                     let path = self.image.snapshots_path();
@@ -152,9 +154,9 @@ impl UnpackDir<'_> {
         }
     }
 
-    /// Removes the empty directory.
+    /// Removes `.unpacked`.
     pub fn remove(self) {
-        // If it is not empty, the next check, or the next start, removes it.
+        // If the directory is not empty, the next check or the next start removes it.
         let _ = unlinkat(
             self.image.dirs().snapshots_fd(),
             UNPACKED,
@@ -181,7 +183,8 @@ impl Image {
             .context(|| format!("open the unpacked layer {}/{name}", self.snapshots_path()))
     }
 
-    /// Whether there is an entry that a layer has replaced, or was about to replace.
+    /// Whether there is an entry `.replaced-<id>`: a directory that a healed layer has
+    /// replaced, or the layer that was about to replace it.
     pub fn has_replaced(&self, id: SnapshotId) -> Result<bool> {
         Ok(self.entry_type(&replaced_name(id))?.is_some())
     }
@@ -192,8 +195,9 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As in [`Image::exchange`]. The unpacked layer then has its own name again; but if
-    /// only the last flush has failed, it is in place, and the old entry is kept.
+    /// The same as in [`Image::exchange`]. The unpacked layer then has its own name again.
+    /// But if only the last flush has failed, the unpacked layer is in place, and the old
+    /// entry is kept.
     pub fn put_in_place(&self, handed_over: &str, id: SnapshotId) -> Result<()> {
         let (snapshots, path) = (self.dirs().snapshots_fd(), self.snapshots_path());
         let replaced = replaced_name(id);
@@ -216,8 +220,8 @@ impl Image {
 }
 
 impl Dirs {
-    /// Moves the entry that a layer has replaced to the trash, and returns its name
-    /// there; `None` if there was nothing.
+    /// Moves the entry `.replaced-<id>` to the trash, and returns its name there; `None` if
+    /// there was no such entry.
     pub fn trash_replaced(&self, id: SnapshotId) -> Result<Option<String>> {
         self.trash_entry(&replaced_name(id))
     }

@@ -156,7 +156,7 @@ is_not_served() {
     case $manager in
     systemd) ! daemon_pid || fail "the daemon runs" ;;
     openrc)
-        grep -q 'is no mount point' "/var/log/$program.log" || fail "the log does not say why"
+        grep -q 'is not a mount point' "/var/log/$program.log" || fail "the log does not say why"
         # It is tried every five seconds.
         for _ in 1 2 3 4 5 6 7; do
             ! serves || fail "it serves"

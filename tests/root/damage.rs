@@ -77,7 +77,7 @@ fn a_missing_log() {
     fs::rename(log_of(&split), &kept).unwrap();
     is_refused(
         &split,
-        &["metadata.db-wal", "put it back", "check --repair"],
+        &["metadata.db-wal", "put the log back", "check --repair"],
     );
     fs::write(log_of(&split), "").unwrap();
     is_refused(&split, &["missing or empty"]);

@@ -69,7 +69,7 @@ fn mount_points_are_required() {
     daemon.stop();
     unmount(elsewhere.path(), UnmountFlags::empty()).unwrap();
     let line = refused(&bound);
-    assert!(line.contains("no mount point"), "{line}");
+    assert!(line.contains("not a mount point"), "{line}");
 }
 
 /// Whether an ext4 contains only what mkfs makes.

@@ -238,7 +238,8 @@ fn shows_everything(split: &Split) {
 
 #[registered(crate::Test)]
 fn dockers_containers_start_after_a_reset() {
-    let mut split = Split::start(&["--relocate-after", "0"]);
+    // Time for a container to stand on its small layer.
+    let mut split = Split::start(&["--relocate-after", "3"]);
     docker(&split);
     until("the committed image is home", || is_home(&split.root(), 3));
     assert!(!is_home(&split.root(), 4), "small layers in use stay");

@@ -175,7 +175,12 @@ fn a_moved_writable_directory() {
     let client = split.client();
     let link = split.root().join("snapshots/2");
     assert_eq!(fs::read_link(&link).unwrap(), new.join("snapshots/2"));
-    assert!(split.daemon.log().contains("layer \"init\" is found at"));
+    assert!(
+        split
+            .daemon
+            .log()
+            .contains("layer \"init\": created its link")
+    );
     let mounts = client.mounts("web").unwrap();
     let upper = format!("upperdir={}/snapshots/3/fs", new.display());
     assert!(mounts[0].options.contains(&upper), "{mounts:?}");
@@ -190,9 +195,9 @@ fn a_moved_writable_directory() {
     drop(mounted);
     // There is nothing to repair any more.
     split.daemon.stop();
-    let told = split.daemon.log().matches("is found at").count();
+    let told = split.daemon.log().matches("created its link").count();
     split.daemon.restart();
-    assert_eq!(split.daemon.log().matches("is found at").count(), told);
+    assert_eq!(split.daemon.log().matches("created its link").count(), told);
     client.remove("web").unwrap();
     client.remove("init").unwrap();
     assert!(link.symlink_metadata().is_err());

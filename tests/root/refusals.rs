@@ -208,7 +208,7 @@ fn a_writable_directory_of_another_root() {
     fs::write(odd.join(".volume"), "some program's own").unwrap();
     let another = split.image.path().join("another");
     let line = refused_untouched(&arguments(&another, &odd), &[&odd]);
-    says(&line, &[".volume", "choose another directory"]);
+    says(&line, &[".volume", "choose another --writable-dir"]);
 }
 
 /// The beginning of a bbolt database: two meta pages (a page header, then
@@ -250,7 +250,7 @@ fn databases_of_other_programs() {
     let cases: [(&str, Vec<u8>, &[&str]); 3] = [
         ("bolt", bolt_database(), &["Go snapshotter", "bbolt"]),
         ("sqlite", fs::read(&foreign).unwrap(), &["another program"]),
-        ("text", b"some notes".to_vec(), &["no database of this"]),
+        ("text", b"some notes".to_vec(), &["not a database of this"]),
     ];
     for (name, content, parts) in cases {
         let root = top.join(name);
@@ -333,10 +333,7 @@ fn a_state_directory_that_moved() {
 
     let line = refused_untouched(&moved, &[&top]);
     let old = top.join("root/metadata.db");
-    says(
-        &line,
-        &[old.to_str().unwrap(), "--state-dir", "move the file"],
-    );
+    says(&line, &[old.to_str().unwrap(), "--state-dir", " to "]);
     // The old place still works.
     daemon.restart();
     daemon.stop();

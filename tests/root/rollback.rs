@@ -41,7 +41,7 @@ fn commit(split: &Split, file: &Path) {
 #[track_caller]
 fn is_refused_at_the_start(split: &mut Split) {
     let line = refused(split.daemon.arguments());
-    assert!(line.contains("in the state of an earlier day"), "{line}");
+    assert!(line.contains("in an older state than"), "{line}");
     let (code, said, _) = check(split, &["--json"]);
     assert_eq!(code, 1);
     assert!(said.contains("\"other-history\""), "{said}");
@@ -63,7 +63,7 @@ fn a_disk_that_comes_back_in_an_earlier_state_is_noticed() {
     split.writable.mount();
     let (code, text) = split.client().prepare("more", "", &[]).unwrap_err();
     assert_eq!(code, RpcStatusCode::DATA_LOSS, "{text}");
-    assert!(text.contains("in the state of an earlier day"), "{text}");
+    assert!(text.contains("in an older state than"), "{text}");
     // The latest one is taken again at once.
     split.writable.unmount();
     put_back(&split.writable, &latest);

@@ -124,7 +124,7 @@ fn what_is_wrong_comes_first() {
     assert!(said.contains("the writable volume is full"), "{said}");
     let said = status(&split, &["--reserve", "50%", "--default-max-size", "1G"]);
     assert!(
-        said.contains("--reserve keeps (") && !said.contains("is full"),
+        said.contains("--reserve (") && !said.contains("is full"),
         "{said}"
     );
     split.writable.make_room();

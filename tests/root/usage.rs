@@ -86,7 +86,7 @@ fn a_caller_that_leaves_ends_the_walk() {
         asked.cancel();
         drop(asked);
         sleep(Duration::from_millis(50));
-        said(&split, "no request waits for the count any more") > 0
+        said(&split, "no request waits for it any more") > 0
     });
     assert_eq!(client.usage("web").unwrap().inodes, 2);
     // This is not logged as a failure.

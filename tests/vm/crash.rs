@@ -46,7 +46,7 @@ pub struct Case {
 
 /// The database in both places, because a flush of it also flushes the names on its
 /// disk; and controls that leave out important flushes.
-pub const CASES: [Case; 7] = [
+pub const CASES: [Case; 8] = [
     Case {
         name: "database_on_image",
         has_state_dir: false,
@@ -77,6 +77,12 @@ pub const CASES: [Case; 7] = [
         "control_copy_after_exchange",
         "commit",
         "copy",
+        Some("is damaged"),
+    ),
+    control(
+        "control_heal_before_flush",
+        "commit",
+        "heal",
         Some("is damaged"),
     ),
 ];

@@ -1,13 +1,16 @@
 //! The load on the daemon in the machine: several clients unpack layers, commit
-//! containers and remove snapshots at once. The clients flush nothing, and mount
+//! containers, heal layers and remove snapshots at once. The clients flush nothing, and mount
 //! no overlay: unmounting one flushes its upper file system, which would hide
 //! what the daemon fails to flush.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::fs;
 use std::path::PathBuf;
 use std::thread;
 
 use grpcio::RpcStatusCode;
+use overlay_read_write_splitting_snapshotter::proto::healing::HealRequest;
 use overlay_read_write_splitting_snapshotter::proto::snapshots::{Info, Kind};
 
 use crate::content;
@@ -61,6 +64,7 @@ impl Load {
                     state: mine
                         .map(|info| (info.name.clone(), snapshot(info)))
                         .collect(),
+                    unpacked: BTreeMap::new(),
                     random: content::random(self.seed, &format!("{} {number}", self.boot)),
                     say,
                 };
@@ -104,6 +108,8 @@ struct Worker<'a> {
     client: Client,
     /// Its own snapshots: no other thread uses or removes them.
     state: State,
+    /// The directories `fs` of the layers that it has unpacked.
+    unpacked: BTreeMap<String, PathBuf>,
     random: Random,
     say: &'a (dyn Fn(Record) + Sync),
 }
@@ -120,7 +126,8 @@ impl Worker<'_> {
             45..70 => self.commit_container(),
             70..77 => self.prepare_container(),
             77..88 => self.remove(),
-            88..96 => self.update(),
+            88..91 => self.update(),
+            91..98 => self.heal(),
             _ => answer("clean up", self.client.cleanup()),
         }
     }
@@ -171,20 +178,59 @@ impl Worker<'_> {
     fn unpack(&mut self) -> Option<()> {
         let name = self.new_name();
         let key = format!("extract-{} {name}", self.count);
-        self.make_layer(&key, &name, &name.clone())
+        let upper = self.make_layer(&key, &name, &name.clone())?;
+        self.unpacked.insert(name, upper);
+        Some(())
+    }
+
+    /// Has an unpacked layer replaced by a copy, as `check --heal` does.
+    fn heal(&mut self) -> Option<()> {
+        let layers = self.unpacked.iter();
+        let layers: Vec<_> = layers
+            .filter(|(name, _)| self.state.contains_key(*name))
+            .collect();
+        if layers.is_empty() {
+            return Some(());
+        }
+        let (layer, upper) = *self.random.pick(&layers);
+        let id = upper.parent().unwrap();
+        let snapshots = id.parent().unwrap();
+        self.count += 1;
+        let unpacked = format!(".unpacked-{}-{}{}", self.load.boot, self.number, self.count);
+        for directory in ["", "fs", "work"] {
+            fs::create_dir(snapshots.join(&unpacked).join(directory)).unwrap();
+        }
+        let content = content::of_layer(self.load.seed, layer);
+        content::write(&content, &snapshots.join(&unpacked).join("fs")).unwrap();
+        let state = fs::read_to_string(snapshots.with_file_name("state")).unwrap();
+        let identity = state
+            .lines()
+            .find_map(|line| line.strip_prefix("identity "));
+        let request = HealRequest {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            root: identity.unwrap().to_owned(),
+            layer: layer.clone(),
+            id: id.file_name().unwrap().to_str().unwrap().parse().unwrap(),
+            unpacked,
+            ..HealRequest::default()
+        };
+        answer(&request, self.client.heal(&request)).map(drop)
     }
 
     fn commit_container(&mut self) -> Option<()> {
         let name = self.new_name();
         self.make_layer(&format!("container {name}"), &name, "")
+            .map(drop)
     }
 
-    fn make_layer(&mut self, key: &str, name: &str, reference: &str) -> Option<()> {
+    /// Returns where the layer was written.
+    fn make_layer(&mut self, key: &str, name: &str, reference: &str) -> Option<PathBuf> {
         let parent = self.some_parent();
         let upper = self.prepare(key, &parent, reference)?;
         content::write(&content::of_layer(self.load.seed, name), &upper)
             .unwrap_or_else(|error| panic!("{}: {error}", upper.display()));
-        self.commit(key, name)
+        self.commit(key, name)?;
+        Some(upper)
     }
 
     /// Prepares a container that keeps running.
@@ -192,7 +238,7 @@ impl Worker<'_> {
         let key = format!("running {}", self.new_name());
         let parent = self.some_parent();
         let upper = self.prepare(&key, &parent, "")?;
-        std::fs::write(upper.join("file"), &key).unwrap();
+        fs::write(upper.join("file"), &key).unwrap();
         Some(())
     }
 

@@ -1,8 +1,7 @@
-//! Comparing layers with containerd's content, and healing them.
+//! Compares layers with containerd's content, and heals layers that differ.
 //!
-//! Owns: which content a layer is compared with, the order of layers, and how an
-//! interrupted command ends. Never: compares trees or replaces layers; the snapshotter
-//! does that.
+//! Owns: which content a layer is compared with, the order of layers, and how an interrupted
+//! command ends. Never: compares trees or replaces layers, which is the snapshotter's task.
 
 use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
@@ -31,7 +30,7 @@ use crate::types::{Quoted, SnapshotId};
 pub(super) struct Deep {
     /// How many layers were compared.
     pub compared: usize,
-    /// How many of them are sound.
+    /// How many of the compared layers are sound.
     pub sound: usize,
     pub healed: Vec<Healed>,
     /// The damaged layers that have not been healed.
@@ -45,7 +44,7 @@ impl Deep {
     /// The result if nothing could be compared.
     pub(super) fn failed(error: &Error) -> Deep {
         Deep {
-            problems: vec![format!("nothing has healed: {}", error.chain())],
+            problems: vec![format!("no layer was healed: {}", error.chain())],
             ..Deep::default()
         }
     }
@@ -63,7 +62,8 @@ pub(super) struct Healed {
 pub(super) struct NotCompared {
     pub key: String,
     pub why: String,
-    /// Whether this is a failure, because the layer's content is there.
+    /// Whether this counts as a failure of the check. It does if containerd has the layer's
+    /// content.
     pub has_failed: bool,
     /// What the user can do about it.
     pub remedy: Option<String>,
@@ -83,15 +83,15 @@ pub(super) struct Task<'a> {
     pub layers: Layers,
     /// Whether layers that differ are healed.
     pub heals: bool,
-    /// `None` if nothing is recorded.
+    /// `None` if results are not recorded and layers are not replaced.
     pub writer: Option<&'a Writer<'a>>,
 }
 
-/// The process that records results and replaces layers.
+/// Who records results and replaces layers: this process or the daemon.
 pub(super) enum Writer<'a> {
-    /// This process, which has the root's lock.
+    /// This process does it. It has the root's lock.
     Alone(&'a Snapshotter),
-    /// The daemon.
+    /// The daemon does it, because it is running.
     Daemon(HealingClient),
 }
 
@@ -127,9 +127,9 @@ impl Writer<'_> {
     }
 }
 
-/// Compares layers with their recorded digests. Layers that have no recorded digest, or
-/// another digest now, are compared with containerd's content. `findings` are the
-/// results of the check that counts files.
+/// Compares layers with their recorded digests. A layer that has no recorded digest, or has
+/// another digest now, is compared with containerd's content. `findings` are the results of the
+/// check that counts files.
 ///
 /// # Errors
 ///
@@ -142,7 +142,9 @@ pub(super) fn run(
     options: &CheckOptions,
 ) -> Result<Deep> {
     if let Err(errno) = sys::lower_io_priority() {
-        log::debug!("the check has no idle I/O priority: {errno}");
+        log::debug!(
+            "cannot lower the I/O priority of this check, which may slow down containers: {errno}"
+        );
     }
     let cancel = interruption()?;
     let broken = findings
@@ -257,7 +259,7 @@ impl DeepCheck<'_> {
         false
     }
 
-    /// Compares one layer with containerd's content. Returns a word for the result.
+    /// Compares one layer with containerd's content. Returns a word that describes the result.
     fn layer(&mut self, layer: &Snapshot, sources: &Sources) -> Result<&'static str> {
         let (namespace, name) = split_key(&layer.info.name);
         let all = sources.of(namespace, name);
@@ -267,22 +269,23 @@ impl DeepCheck<'_> {
             let (why, remedy) = match missing.first() {
                 Some(source) => {
                     let digest = Quoted(&source.blob.digest);
-                    let why = format!("containerd has not kept its content {digest}");
+                    let why = format!("containerd has not kept the content of the layer, {digest}");
                     (why, Some(fetch(namespace, &source.image)))
                 }
                 None => unknown(layer),
             };
             if self.digests.contains_key(&layer.id) {
                 self.deep.compared += 1;
-                let what = "it has changed since it was found sound";
+                let what = "the layer has changed since it was found sound";
                 self.find(layer, Differences::whole(what));
             }
             return Ok(self.skip(layer, why, remedy, false));
         }
-        // An unpack inherits modes of directories from the layers below.
+        // An unpack takes over modes of directories from the layers below, so these have to be
+        // sound.
         if self.task.heals && self.stands_on_broken(layer) {
             self.broken.insert(layer.id);
-            let why = "it stands on a layer that could not be healed".to_owned();
+            let why = "a layer below this one could not be healed".to_owned();
             return Ok(self.skip(layer, why, None, true));
         }
         // Several sources are tried, because an image can name wrong content for a layer of
@@ -395,14 +398,14 @@ impl DeepCheck<'_> {
     }
 }
 
-/// Why no content is known for a layer, and what the user can do about it.
+/// The reason why no content is known for a layer, and what the user can do about that.
 fn unknown(layer: &Snapshot) -> (String, Option<String>) {
     let (namespace, name) = split_key(&layer.info.name);
     if !name.starts_with("sha256:") {
-        return ("it was not unpacked from an image".to_owned(), None);
+        return ("the layer was not unpacked from an image".to_owned(), None);
     }
     let why = format!(
-        "no image in containerd's namespace {} has it",
+        "no image in containerd's namespace {} has this layer",
         Quoted(namespace)
     );
     let image = image_of(&layer.info).unwrap_or_default();
@@ -412,7 +415,7 @@ fn unknown(layer: &Snapshot) -> (String, Option<String>) {
 /// The command with which containerd downloads the content of an image again.
 fn fetch(namespace: &str, image: &str) -> String {
     let (namespace, image) = (word(namespace, "NAMESPACE"), word(image, "IMAGE"));
-    format!("`ctr -n {namespace} content fetch {image}` downloads its content again")
+    format!("`ctr -n {namespace} content fetch {image}` downloads the content again")
 }
 
 /// The commands that replace damaged content.
@@ -423,13 +426,13 @@ fn fetch_again(source: &LayerSource) -> String {
         word(&source.blob.digest, "DIGEST"),
     );
     format!(
-        "if it is the content that is damaged: `ctr -n {namespace} content rm {digest}`, and \
+        "if containerd's content is damaged, run `ctr -n {namespace} content rm {digest}`, and \
          then `ctr -n {namespace} content fetch {image}`"
     )
 }
 
-/// The word itself if a shell does not interpret it, otherwise a placeholder, because
-/// names come from untrusted sources.
+/// Returns `text` if a shell takes it literally, and otherwise the placeholder `otherwise`:
+/// names come from untrusted sources, and users paste these commands into a shell.
 fn word<'a>(text: &'a str, otherwise: &'static str) -> &'a str {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._/:@-".contains(c);
     match !text.is_empty() && !text.starts_with('-') && text.chars().all(is_plain) {

@@ -1,10 +1,10 @@
-//! The command `check`: finding differences between the database and the disks, and
-//! repairing them.
+//! The command `check`, which finds differences between the database and the disks, and repairs
+//! them.
 //!
-//! Owns: the order of inspecting, reporting, asking and repairing. Never: decides what is
-//! wrong with a snapshot, or how to repair it; the snapshotter does that. While a daemon
-//! runs, it only reads, and asks the daemon to replace healed layers. To repair, it takes
-//! the root's lock.
+//! Owns: the order of inspecting, reporting, asking and repairing. Never: decides what is wrong
+//! with a snapshot, or how to repair it, which is the snapshotter's task. While a daemon runs,
+//! the command only reads, and asks the daemon to replace layers. A repair needs the root's
+//! lock.
 
 mod deep;
 mod report;
@@ -29,8 +29,8 @@ use crate::volume::{Identity, Image, Lifetime, Volumes};
 use deep::{Deep, Layers, Task, Writer};
 use report::CheckReport;
 
-/// How often a finding must be seen while a daemon runs, and the time between
-/// two inspections: the daemon's own work looks like a finding for a moment.
+/// While a daemon runs, only a finding that this many inspections see is reported, because the
+/// daemon's own work looks like a finding for a moment.
 const LOOKS: u32 = 3;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
@@ -45,7 +45,7 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
         _ => Purpose::Change,
     };
     let Visit {
-        // Held to the end, so that no daemon starts during the inspection.
+        // The lock is held to the end, so that no daemon starts during the inspection.
         lock,
         completeness,
         store,
@@ -55,7 +55,8 @@ pub fn run(config: &Config, options: CheckOptions) -> Result<bool> {
     let by_hand = ByHand::of_root(identity.as_deref())?;
     if mends && let Some(ByHand { id, point, .. }) = by_hand.first() {
         return Err(Error::refused(format!(
-            "snapshot {id} is mounted by hand at {}, and a repair may remove its files: unmount it first",
+            "snapshot {id} is mounted by hand at {}, and a repair may remove its files: unmount \
+             the snapshot first",
             QuotedPath(point)
         )));
     }
@@ -156,7 +157,7 @@ fn look_deep(
     let daemon = || HealingClient::connect(&config.address, snapshotter.store());
     let (writer, _lock) = match &lock {
         Some(_) if heals => (Some(Writer::Alone(snapshotter)), lock),
-        // The comparison may take hours, and a daemon may start meanwhile.
+        // The comparison may take hours, so the lock is released and a daemon may start.
         Some(_) => (None, None),
         None if heals => {
             let daemon = daemon().context(|| "heal beside the daemon")?;
@@ -164,7 +165,11 @@ fn look_deep(
         }
         None => {
             let unrecorded = |error: Error| {
-                log::warn!("nothing of this check is recorded: {}", error.chain());
+                log::warn!(
+                    "the results of this check are not recorded, so the metrics do not show them: \
+                     {}",
+                    error.chain()
+                );
             };
             (daemon().map_err(unrecorded).ok().map(Writer::Daemon), None)
         }
@@ -178,12 +183,15 @@ fn look_deep(
     if let Some(writer) = &writer
         && let Err(error) = writer.record_result(&deep)
     {
-        log::warn!("the result is not recorded: {}", error.chain());
+        log::warn!(
+            "the result of this check is not recorded, so the metrics do not show it: {}",
+            error.chain()
+        );
     }
     if options.depth == Depth::Heal {
         inspection = inspect(snapshotter, completeness, is_running)?;
     }
-    // Each damage is reported once.
+    // A layer that both checks have found damaged is reported once.
     let differs = |finding: &Finding| {
         let counts = matches!(
             finding.problem,
@@ -199,8 +207,8 @@ fn look_deep(
     Ok(report.is_clean())
 }
 
-/// Returns an error unless the database is the latest, because an older database may
-/// assign a directory to the wrong layer, and healing would replace that directory.
+/// Returns an error if the database may lack its latest changes. Such a database may assign a
+/// directory to the wrong layer, and healing would replace that directory.
 fn require_latest(inspection: &Inspection) -> Result<()> {
     let is_unsure = |finding: &&Finding| {
         matches!(
@@ -219,7 +227,8 @@ fn require_latest(inspection: &Inspection) -> Result<()> {
     }
 }
 
-/// Inspects, repeatedly if a daemon runs, so that its own work is not reported.
+/// Inspects the snapshots. If a daemon runs, inspects them repeatedly, so that the daemon's own
+/// work is not reported.
 fn inspect(
     snapshotter: &Snapshotter,
     completeness: &Completeness,
@@ -236,8 +245,8 @@ fn inspect(
             .retain(|seen| again.findings.contains(seen));
         looks += 1;
     }
-    // An interrupted repair may have given the copy a log. The copy is still
-    // marked as one.
+    // After an interrupted repair, a copy may have a log of its own, but it is still marked as
+    // a copy.
     let copied = snapshotter.store().read()?.copied()?;
     let completeness = match (completeness, copied) {
         (Completeness::Whole, Some(made)) => &Completeness::Copy(made),
@@ -255,7 +264,7 @@ fn inspect(
     Ok(inspection)
 }
 
-/// Inspects once.
+/// Inspects the snapshots once.
 fn look(snapshotter: &Snapshotter) -> Result<Inspection> {
     let mut progress = Progress::new("checking");
     snapshotter.inspect(|done, all| progress.show(done, all))
@@ -274,7 +283,7 @@ fn incomplete(completeness: &Completeness) -> Option<String> {
     }
 }
 
-/// Makes the writable directory a new volume that replaces the missing one.
+/// Makes the writable directory a new volume that replaces the missing writable volume.
 fn give_up(
     config: &Config,
     options: &CheckOptions,
@@ -303,7 +312,8 @@ fn asked(options: &CheckOptions, question: &str) -> Result<bool> {
     }
     if !std::io::stdin().is_terminal() {
         return Err(Error::refused(
-            "there is no terminal to ask on: give --yes with --repair or --reset-writable",
+            "the command cannot ask whether to go on, because standard input is not a terminal: \
+             give --yes with --repair or --reset-writable",
         ));
     }
     print!("\n{question}\nGo on? [y/N] ");

@@ -10,7 +10,7 @@ use crate::snapshotter::{Finding, Inspection};
 use crate::store::Snapshot;
 use crate::types::Quoted;
 
-/// The contents of the report.
+/// What a report of `check` contains.
 pub(super) struct CheckReport {
     is_running: bool,
     snapshots: usize,
@@ -119,8 +119,8 @@ impl CheckReport {
                 text.push_str(&format!("  snapshot {}\n", Quoted(container)));
             }
             text.push_str(
-                "afterwards, remove the containers on these layers, remove the images that use them \
-                 (`ctr images rm --sync`, or `docker rmi`), and pull them again",
+                "afterwards, remove the containers on these layers, remove the images that use \
+                 them (`ctr images rm --sync`, or `docker rmi`), and pull them again",
             );
             if loss.images.is_empty() {
                 text.push_str(

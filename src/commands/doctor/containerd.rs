@@ -1,5 +1,4 @@
-//! containerd: its version, and whether its configuration leads to this
-//! program.
+//! Looks at containerd: its version, and whether a proxy plugin leads to this program.
 //!
 //! The configuration is read from `containerd config dump`, which merges
 //! imports and fills in defaults (containerd
@@ -15,11 +14,11 @@ use crate::config::{Config, DoctorOptions};
 use crate::mount;
 use crate::types::Quoted;
 
-/// The name of the proxy plugin in the README.
+/// The name that the README gives to the proxy plugin.
 const USUAL_NAME: &str = "rwsplit";
-/// containerd's error if a proxy has the name of one of containerd's own
-/// plugins (`plugin/plugin.go`, `ErrIDRegistered`). containerd does not start
-/// then.
+/// containerd's error if a proxy plugin has the name of one of containerd's own plugins
+/// (`plugin/plugin.go`, `ErrIDRegistered`). containerd does not start with such a
+/// configuration.
 const NAME_IS_TAKEN: &str = "id already registered";
 
 pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
@@ -51,7 +50,7 @@ pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
     findings
 }
 
-/// Programs that include a containerd: the configuration file that each generates, and
+/// Programs that include a containerd: for each, the configuration file that it generates, and
 /// the file for the user's own lines.
 const PARTS: [(&str, &str); 4] = [
     (
@@ -74,14 +73,14 @@ const PARTS: [(&str, &str); 4] = [
     ),
 ];
 
-/// Looks at the generated configuration of k3s and similar programs if there is no
-/// program `containerd`.
+/// Looks at the configuration that k3s or a similar program generates for its containerd. Used
+/// if there is no program `containerd`.
 fn look_at_part(config: &Config, why: &str) -> Vec<Finding> {
     let read = |(path, place)| Some((path, place, fs::read_to_string(path).ok()?));
     let Some((path, place, text)) = PARTS.into_iter().find_map(read) else {
         let text = format!(
-            "{why}; if another program includes containerd (k3s, say), containerd's configuration \
-             in that program needs these lines"
+            "{why}; if another program includes containerd, as k3s does, its configuration of \
+             containerd needs these lines"
         );
         return vec![Finding::note("containerd", text).with_stanza(stanza(config, 3))];
     };
@@ -92,19 +91,19 @@ fn look_at_part(config: &Config, why: &str) -> Vec<Finding> {
             return vec![Finding::bad("containerd", text)];
         }
     };
-    // The version of containerd is unknown. Of the versions with this format of the
-    // configuration, this is the earliest one that pulls with the transfer service.
+    // The version of containerd is unknown. This is the earliest one that has this format of
+    // the configuration and pulls with the transfer service.
     let version = match at(&table, &["version"]).and_then(Value::as_integer) {
         Some(3..) => Version(2, 1, 0),
         _ => Version(1, 7, 16),
     };
-    let text = format!("its configuration {path} is generated: write your own lines to {place}");
+    let text = format!("the configuration {path} is generated: write your own lines to {place}");
     let mut findings = vec![Finding::note("containerd", text)];
     findings.extend(judge(config, &table, version));
     findings
 }
 
-/// Runs containerd with these words, and returns its output.
+/// Runs containerd with these arguments, and returns its output.
 fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
     let mut command = Command::new("containerd");
     if let Some(path) = &options.containerd_config {
@@ -122,7 +121,8 @@ fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
         let first = first.unwrap_or_default();
         let hint = match first.contains(NAME_IS_TAKEN) {
             true => format!(
-                ": a proxy plugin has the name of one of containerd's own, call it {USUAL_NAME:?}"
+                ": a proxy plugin has the name of one of containerd's own plugins: call the proxy \
+                 plugin {USUAL_NAME:?}"
             ),
             false => String::new(),
         };
@@ -134,7 +134,8 @@ fn ask(options: &DoctorOptions, words: &[&str]) -> Result<String, String> {
     String::from_utf8(output.stdout).map_err(|error| error.to_string())
 }
 
-/// `containerd github.com/containerd/containerd 1.7.2 <commit>`.
+/// The version in the output of `containerd --version`, which has the form `containerd
+/// github.com/containerd/containerd 1.7.2 <commit>`.
 fn version_of(said: &str) -> &str {
     let version = said.split_whitespace().nth(2);
     version.unwrap_or("of an unknown version")
@@ -160,7 +161,7 @@ impl Version {
     }
 }
 
-/// The value with this path of keys.
+/// The value in a TOML table to which this path of keys leads.
 pub(super) fn at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a Value> {
     let (last, tables) = path.split_last()?;
     let mut table = table;
@@ -174,7 +175,7 @@ pub(super) fn text_at<'a>(table: &'a Table, path: &[&str]) -> Option<&'a str> {
     at(table, path)?.as_str()
 }
 
-/// The proxy plugin that has this program's socket, with its name.
+/// The name and the table of the proxy plugin that has this program's socket.
 fn our_plugin<'a>(config: &Config, table: &'a Table) -> Option<(&'a str, &'a Value)> {
     let proxies = at(table, &["proxy_plugins"])?.as_table()?;
     let is_ours = |proxy: &Value| {
@@ -195,7 +196,7 @@ fn judge(config: &Config, table: &Table, version: Version) -> Vec<Finding> {
     findings
 }
 
-/// The finding if no proxy has this program's socket.
+/// The finding for a configuration without a proxy plugin that has this program's socket.
 fn missing(config: &Config, table: &Table) -> Finding {
     let version = at(table, &["version"]).and_then(Value::as_integer);
     let proxies = at(table, &["proxy_plugins"]).and_then(Value::as_table);
@@ -228,7 +229,7 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
         return Finding::bad(
             "plugin",
             format!(
-                "the type of {} is {}, and has to be \"snapshot\"",
+                "the type of the proxy plugin {} is {}, and has to be \"snapshot\"",
                 Quoted(name),
                 Quoted(kind.unwrap_or_default())
             ),
@@ -237,7 +238,8 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
     Finding::good(
         "plugin",
         format!(
-            "{} leads to this program, once containerd was restarted with it",
+            "the proxy plugin {} leads to this program (restart containerd if you have just added \
+             it)",
             Quoted(name)
         ),
     )
@@ -251,8 +253,8 @@ fn parallel_unpacking(proxy: &Value, is_in_user_namespace: bool) -> Option<Findi
     (is_in_user_namespace && names.any(|name| name == "rebase")).then(|| {
         Finding::bad(
             "plugin",
-            "images with several layers cannot be pulled in this user namespace: leave \"rebase\" \
-             out of the capabilities",
+            "images with several layers cannot be pulled in this user namespace: remove \
+             \"rebase\" from the capabilities of the proxy plugin",
         )
     })
 }

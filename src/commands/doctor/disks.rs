@@ -1,5 +1,5 @@
-//! The directories of both volumes, existing or future: what they are on, and
-//! whether overlayfs can use them.
+//! Looks at the directories of both volumes, which need not exist yet: their file systems, and
+//! whether overlayfs can use these.
 
 use std::fs;
 use std::io::ErrorKind as IoKind;
@@ -46,7 +46,7 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
     let image = look_at("image", "--root-dir", &config.root, &LAYERS);
     if answers(&config.writable).is_ok_and(|answers| !answers) {
         let path = &config.writable;
-        let text = format!("{path} does not answer: look at its disk or server");
+        let text = format!("{path} does not answer: check its disk or server");
         findings.push(Finding::bad("writable", text));
         return findings;
     }
@@ -63,7 +63,8 @@ pub(super) fn look(config: &Config) -> Vec<Finding> {
             "split",
             format!(
                 "both volumes are on one file system ({}), so nothing is split: mount the small, \
-                 fast disk on the writable directory, or name another with --writable-dir",
+                 fast disk on the writable directory, or name another directory with \
+                 --writable-dir",
                 image.mounted.source
             ),
         ),
@@ -111,7 +112,7 @@ fn limits(config: &Config, writable: &Nearest) -> Option<Finding> {
     let (verdict, text) = match Quotas::probe(directory.as_fd()) {
         Ok(Some(quotas)) if quotas.support() == Support::Limits => (
             Verdict::Good,
-            "project quotas: containers can have a size".to_owned(),
+            "project quotas: containers can have limits".to_owned(),
         ),
         Ok(quotas) => (missing, lack(quotas.map(|quotas| quotas.support()))),
         Err(error) => (missing, error.chain()),
@@ -129,16 +130,16 @@ fn lost_times(image: &Nearest) -> Option<Finding> {
         .then(|| {
             Finding::note(
                 "image",
-                "the file system keeps times to the second and up to 2038 only, and the files of \
-             layers that move there lose the rest: ext4 needs inodes of 256 bytes (mkfs.ext4 -I \
-             256); XFS and btrfs keep all",
+                "this file system stores times only to the second and only up to 2038, so files \
+                 of layers that move there get less exact times: use ext4 with inodes of 256 \
+                 bytes (mkfs.ext4 -I 256), XFS or btrfs",
             )
         })
 }
 
-/// Shows the labels of both volumes where SELinux's rules are enforced: programs in
-/// containers may then use only files with the label that the policy gives to containerd's
-/// own layers.
+/// Shows the labels of both volumes if SELinux's rules are enforced. Then programs in
+/// containers may only use files with the label that the policy gives to containerd's own
+/// layers.
 fn selinux(places: [&Nearest; 2]) -> Option<Finding> {
     let enforced = fs::read_to_string("/sys/fs/selinux/enforce").ok()?;
     if enforced.trim() != "1" {
@@ -168,8 +169,8 @@ fn lasting(config: &Config, writable: &Nearest) -> Option<Finding> {
     (is_memory && config.writable_lifetime == Lifetime::Lasting).then(|| {
         Finding::note(
             "writable",
-            "this file system is in memory, and a reboot empties it: if you want that, give \
-         --writable-volatile",
+            "this file system is in memory, and a reboot empties it, after which no container \
+             starts: if that is intended, give --writable-volatile",
         )
     })
 }
@@ -180,7 +181,7 @@ fn find(path: &str) -> Result<Nearest> {
         Error::caused(ErrorKind::FailedPrecondition, what, error)
     };
     let mut there = PathBuf::from(path);
-    // A link that leads nowhere exists, but no directory can be created there. A
+    // A link that leads nowhere is not missing, and no directory can be created in its place. A
     // failed disk returns other errors.
     let is_missing = |path: &Path| {
         fs::symlink_metadata(path).is_err_and(|error| error.kind() == IoKind::NotFound)
@@ -215,16 +216,16 @@ fn describe(topic: &'static str, path: &str, place: &Nearest) -> Finding {
         (true, true) => String::new(),
         (true, false) => format!(" in {}", mounted.point.display()),
         (false, _) => format!(
-            " is not there and would be made in {}",
+            " does not exist yet and would be created in {}",
             place.there.display()
         ),
     };
     Finding::good(topic, format!("{path}{where_to}: {on}"))
 }
 
-/// The directory in which an overlay is tried. No other program uses this name. If a
-/// killed doctor has left one, the next doctor removes it. What was mounted in it
-/// has gone with the mount namespace of the killed process.
+/// The directory in which an overlay is tried. No other program uses this name. If a killed
+/// `doctor` has left this directory, the next `doctor` removes it. Its mounts have gone with
+/// the mount namespace of the killed process.
 const SCRATCH: &str = concat!(".", env!("CARGO_PKG_NAME"), "-doctor");
 
 /// How to find out, with a real overlay, whether a directory can be a volume.
@@ -235,15 +236,15 @@ struct Trial {
 
 const LAYERS: Trial = Trial {
     probe: probe_layers,
-    good: "overlayfs reads layers there, and layers can move there",
+    good: "overlayfs can read layers there, and layers can move there",
 };
 
 const WRITES: Trial = Trial {
     probe: probe_upper,
-    good: "overlayfs writes there, directory entries have types",
+    good: "overlayfs can write there, and directory entries have types",
 };
 
-/// Mounts an overlay in a directory, to find out whether this works.
+/// Mounts an overlay in a directory, to find out whether the directory can be a volume.
 fn try_overlay(topic: &'static str, place: &Nearest, trial: &Trial, options: &[String]) -> Finding {
     let scratch = place.there.join(SCRATCH);
     let remove = || match fs::remove_dir_all(&scratch) {

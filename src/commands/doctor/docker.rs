@@ -1,7 +1,7 @@
-//! Docker: whether its configuration names a snapshotter of its containerd. dockerd uses
-//! the containerd that its configuration names; otherwise the system's, if it runs when
-//! dockerd starts; otherwise it starts one, which has no proxy plugins (moby
-//! `daemon/command/daemon_unix.go`).
+//! Looks at Docker: whether its configuration names a snapshotter of its containerd. dockerd
+//! uses the containerd that its configuration names. Without such a name, dockerd uses the
+//! system's containerd if that is running, and otherwise starts one of its own, which has no
+//! proxy plugins (moby `daemon/command/daemon_unix.go`).
 
 use std::fs;
 use std::path::Path;
@@ -37,14 +37,14 @@ const OWN_SNAPSHOTTERS: [&str; 7] = [
     "erofs",
 ];
 
-/// Docker's configuration and processes.
+/// What is known of Docker's configuration and processes.
 #[derive(Default)]
 struct Docker {
     /// The storage driver, from daemon.json and dockerd's own flags.
     driver: Option<String>,
     containerd: Option<String>,
     uses_snapshotters: Option<bool>,
-    /// The process of a containerd that dockerd has started.
+    /// The process number of a containerd that dockerd has started.
     private_containerd: Option<u32>,
     has_system_socket: bool,
 }
@@ -93,7 +93,8 @@ fn judge(docker: &Docker, table: &Table, name: Option<&str>) -> Option<Finding> 
     let is_proxy = proxies.is_some_and(|proxies| proxies.contains_key(driver));
     if GRAPH_DRIVERS.contains(&driver) && !is_proxy {
         let text = format!(
-            "its storage-driver is {}, not a snapshotter's name",
+            "Docker does not use this snapshotter: its storage-driver is {}, which is not the \
+             name of a snapshotter",
             Quoted(driver)
         );
         return Some(Finding::note("Docker", text));
@@ -103,8 +104,8 @@ fn judge(docker: &Docker, table: &Table, name: Option<&str>) -> Option<Finding> 
         return Some(Finding::bad(
             "Docker",
             format!(
-                "it uses a containerd that it has started itself (process {process}), which has \
-                 no proxy plugins, and its storage-driver is {}: set {cure}",
+                "Docker uses a containerd that it has started itself (process {process}), which \
+                 has no proxy plugins and so no snapshotter {}: set {cure}",
                 Quoted(driver)
             ),
         ));
@@ -124,7 +125,8 @@ fn judge(docker: &Docker, table: &Table, name: Option<&str>) -> Option<Finding> 
         && address.trim_start_matches("unix://") != SYSTEM_SOCKET
     {
         let text = format!(
-            "it uses the containerd on {address}: give its configuration file with --containerd-config"
+            "Docker uses the containerd on {address}: give the configuration file of that \
+             containerd with --containerd-config"
         );
         return Some(Finding::note("Docker", text));
     }
@@ -132,7 +134,7 @@ fn judge(docker: &Docker, table: &Table, name: Option<&str>) -> Option<Finding> 
         return Some(Finding::bad(
             "Docker",
             format!(
-                "its storage-driver is {}, and containerd has no snapshotter of that name{}",
+                "Docker's storage-driver is {}, but containerd has no snapshotter of that name{}",
                 Quoted(driver),
                 name.map_or(String::new(), |name| format!(
                     ": this one is called {}",
@@ -145,17 +147,17 @@ fn judge(docker: &Docker, table: &Table, name: Option<&str>) -> Option<Finding> 
         return Some(Finding::bad(
             "Docker",
             format!(
-                "its storage-driver {} is a snapshotter, and its feature \
-                 \"containerd-snapshotter\" is switched off in {SETTINGS}",
+                "Docker's storage-driver {} is a snapshotter, but the feature \
+                 \"containerd-snapshotter\" is switched off in {SETTINGS}: switch it on",
                 Quoted(driver)
             ),
         ));
     }
     Some(match name == Some(driver) {
-        true => Finding::good("Docker", "it uses this snapshotter"),
+        true => Finding::good("Docker", "Docker uses this snapshotter"),
         false => Finding::note(
             "Docker",
-            format!("it uses the snapshotter {}", Quoted(driver)),
+            format!("Docker uses the snapshotter {}", Quoted(driver)),
         ),
     })
 }
@@ -186,7 +188,7 @@ fn process(id: u32) -> Option<Process> {
     })
 }
 
-/// The value of a flag on a command line.
+/// The value of a flag on a command line. `names` are all spellings of the flag.
 fn flag(words: &[String], names: &[&str]) -> Option<String> {
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -230,9 +232,9 @@ mod tests {
             docker
         };
         for (docker, expected, words) in [
-            (docker("split"), Good, "it uses this snapshotter"),
+            (docker("split"), Good, "Docker uses this snapshotter"),
             (docker("overlayfs"), Note, "\"overlayfs\""),
-            (docker("overlay2"), Note, "not a snapshotter's name"),
+            (docker("overlay2"), Note, "not the name of a snapshotter"),
             (docker("rws"), Bad, "this one is called \"split\""),
             (
                 with(|it| it.private_containerd = Some(7)),

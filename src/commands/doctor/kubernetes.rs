@@ -1,5 +1,5 @@
-//! Kubernetes: whether pods get this snapshotter, whether their images can be pulled for
-//! it, and which disk the kubelet considers as the disk of images.
+//! Looks at Kubernetes: whether pods get this snapshotter, whether their images can be pulled
+//! for this snapshotter, and which disk the kubelet takes for the disk of images.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,7 +25,8 @@ struct Cri<'a> {
 }
 
 impl<'a> Cri<'a> {
-    /// `None` if this containerd has no CRI, or CRI is switched off.
+    /// Finds the configuration of CRI. Returns `None` if this containerd has no CRI, or CRI is
+    /// switched off.
     fn find(table: &'a Table) -> Option<Cri<'a>> {
         const TABLES: [&[&str]; 2] = [
             &["plugins", "io.containerd.cri.v1.images"],
@@ -59,10 +60,10 @@ impl<'a> Cri<'a> {
         self.table.get(key).and_then(Value::as_bool)
     }
 
-    /// Whether images are pulled by the transfer service, which unpacks only for the
-    /// snapshotters in its own list. CRI of containerd 2.1 and later uses it, unless it
-    /// is configured to pull by itself, or has a setting that the transfer service does
-    /// not support.
+    /// Whether CRI pulls images with the transfer service, which unpacks only for the
+    /// snapshotters in a list of its own. CRI does so in containerd 2.1 and later, unless it is
+    /// configured to pull by itself, or has a setting that the transfer service does not
+    /// support.
     fn pulls_by_transfer(&self, version: Version) -> bool {
         version >= Version(2, 1, 0)
             && self.is("use_local_image_pull") != Some(true)
@@ -71,8 +72,7 @@ impl<'a> Cri<'a> {
     }
 }
 
-/// Looks at the configuration of a containerd whose plugin of that name leads to
-/// this program.
+/// Looks at the configuration of a containerd, whose proxy plugin `name` leads to this program.
 pub(super) fn look(
     config: &Config,
     table: &Table,
@@ -99,8 +99,9 @@ pub(super) fn look(
     findings
 }
 
-/// Whether images can be pulled for every snapshotter in use. Without any entry,
-/// containerd creates one for overlayfs; with entries, only those count.
+/// Checks whether images can be pulled for every snapshotter in use. Without any
+/// `unpack_config`, containerd creates one for overlayfs. Otherwise, only the configured ones
+/// count.
 fn unpacking(table: &Table, version: Version, name: &str, cri: Option<&Cri<'_>>) -> Finding {
     let entries = at(table, &["plugins", TRANSFER, "unpack_config"]).and_then(Value::as_array);
     let given: BTreeSet<&str> = entries
@@ -131,23 +132,24 @@ fn unpacking(table: &Table, version: Version, name: &str, cri: Option<&Cri<'_>>)
         .with_stanza(stanza);
     }
     match (is_served(name), is_served("overlayfs")) {
-        (true, true) => Finding::good("unpacking", "images can be pulled for it"),
+        (true, true) => Finding::good("unpacking", "images can be pulled for this snapshotter"),
         (true, false) => Finding::note(
             "unpacking",
-            "images can be pulled for it, and for overlayfs no more: as soon as there is one \
-             unpack_config, overlayfs needs one too",
+            "images can be pulled for this snapshotter, but not for overlayfs any more: as soon \
+             as there is one unpack_config, overlayfs needs one too",
         )
         .with_stanza(stanza),
         (false, _) => Finding::note(
             "unpacking",
-            "ctr and nerdctl can pull for it with --local only, as there is no unpack_config",
+            "ctr and nerdctl can pull for this snapshotter only with --local, because there is no \
+             unpack_config for it",
         )
         .with_stanza(stanza),
     }
 }
 
-/// Which directory the kubelet considers as the disk of images: `exports.root`, or
-/// a directory in containerd's root.
+/// Checks which disk the kubelet takes for the disk of images: that of the directory
+/// `exports.root`, or that of a directory in containerd's root.
 fn exports(
     config: &Config,
     table: &Table,
@@ -187,7 +189,7 @@ fn exports(
     };
     let text = format!(
         "{why}, so the kubelet looks at another disk for its images (\"invalid capacity 0 on \
-         image filesystem\"), removes none when the disk fills, and keeps no limits of pods"
+         image filesystem\"), removes none when the disk fills, and enforces no limits of pods"
     );
     verdict("exports", text).with_stanza(cure)
 }
@@ -199,7 +201,7 @@ fn leads_to(link: &str, directory: &str) -> bool {
         || found(link).is_some_and(|link| Some(link) == found(directory))
 }
 
-/// Which snapshotter pods get.
+/// Checks which snapshotter pods get.
 fn snapshotter(config: &Config, cri: &Cri<'_>, name: &str) -> Finding {
     let default = text_at(cri.table, &["snapshotter"]).unwrap_or_default();
     if !cri.snapshotters.contains(name) {
@@ -212,7 +214,10 @@ fn snapshotter(config: &Config, cri: &Cri<'_>, name: &str) -> Finding {
             })
             .collect();
         let stanza = format!("[{}]\n  snapshotter = \"{name}\"\n", quoted.join("."));
-        let text = format!("pods get the snapshotter {}", Quoted(default));
+        let text = format!(
+            "pods get the snapshotter {}, and not this one",
+            Quoted(default)
+        );
         return Finding::note("Kubernetes", text).with_stanza(stanza);
     }
     let hides = cri.is("disable_snapshot_annotations") == Some(true);
@@ -247,8 +252,8 @@ fn discarded(config: &Config, table: &Table, name: &str) -> Finding {
     });
     let text = "discard_unpacked_layers is true: images that were pulled for another snapshotter \
                 have no content left to be unpacked for this one, and their pods do not start \
-                (\"content digest … not found\"): pull each once more (crictl pull IMAGE), the \
-                pause image first";
+                (\"content digest … not found\"): pull each image once more (crictl pull IMAGE), \
+                the pause image first";
     match others.count() > 0 && !has_entries(&ours) {
         true => Finding::bad("images", text),
         false => Finding::note("images", text),

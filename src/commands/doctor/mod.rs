@@ -1,5 +1,5 @@
-//! The command `doctor`: whether this machine, its disks and its containerd are
-//! suitable, for use before an installation or when a container does not start.
+//! The command `doctor`, which checks whether this machine, its disks and its containerd are
+//! suitable. A user runs it before an installation, or when a container does not start.
 //!
 //! Owns: the topics, their order, and the report. The command leaves nothing behind on
 //! the disks.
@@ -19,7 +19,7 @@ use crate::mount;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Good,
-    /// The topic works, but not completely, or not as a user might expect.
+    /// The topic works, but not completely or not as a user might expect.
     Note,
     Bad,
 }

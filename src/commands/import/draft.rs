@@ -1,4 +1,4 @@
-//! Building the new database, and putting it in the place of the old one.
+//! Builds the new database of an import, and puts it in the place of the original's database.
 
 use super::files::{self, Paths};
 use super::plan::{Disks, Plan};
@@ -11,22 +11,21 @@ use crate::types::SnapshotId;
 use crate::util::fault_point::fault_point;
 use crate::volume::{Image, Volumes};
 
-/// Carries the plan out, in steps that [`super::undo::take_back`] can undo,
-/// until the exchange of the databases. After an error, the finished steps are
-/// left as they are.
+/// Carries out the plan of an import. [`super::undo::take_back`] can undo all steps before the
+/// exchange of the databases. After an error, the finished steps stay.
 pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Disks) -> Result<()> {
     paths.make_draft()?;
     fault_point("import-begun");
     let store = Store::open(&paths.draft_database())?;
-    // Recorded before anything in that directory is changed.
+    // These facts are recorded before anything in the writable directory is changed.
     store.together(|transaction| {
         transaction.record_fact(WRITABLE_DIR, &config.writable)?;
         transaction.record_fact(TRANSACTION, &plan.transaction.to_string())
     })?;
     fault_point("import-drafted");
 
-    // Recorded because the draft would not be found with another state
-    // directory.
+    // The root records the path of the database, because the draft is only found with the same
+    // state directory.
     let root = Image::open_existing_root(&config.root)?;
     state::record(&root, config, &paths.target, &store)?;
     fault_point("import-recorded");
@@ -36,7 +35,7 @@ pub(super) fn carry_out(config: &Config, paths: &Paths, plan: &Plan, disks: &Dis
     writable::adopt(&volumes, &store, &mount_options)?;
     fault_point("import-marked");
 
-    // Done first, because a link of ours may need the name of another entry.
+    // Entries are set aside first, because a new link may need the name of such an entry.
     for found in disks.present() {
         let volume = found.filled.volume();
         let there = plan.aside.iter().filter(|(on, _)| *on == volume);
@@ -78,16 +77,19 @@ fn exchange(paths: &Paths) -> Result<()> {
         paths.flush()?;
     }
     fault_point("import-complete");
-    // The import is complete, and a draft that stays is only in the way.
+    // The import is complete. A draft that stays does no harm, so a failure is only logged.
     if let Err(error) = paths.remove_draft() {
-        log::warn!("{}", error.chain());
+        log::warn!(
+            "the import is complete, but a directory is left (`import` removes it): {}",
+            error.chain()
+        );
     }
     set_space_aside(&paths.target);
     Ok(())
 }
 
-/// Whether an import was interrupted when only the draft's directory had to be
-/// removed.
+/// Whether an import was interrupted before its last step, the removal of the draft's
+/// directory.
 pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
     Ok(paths.has_draft()?
         && probe_format(&paths.draft_database())? == FileFormat::Absent
@@ -95,9 +97,9 @@ pub(super) fn is_all_but_cleared(paths: &Paths) -> Result<bool> {
         && (paths.is_one_place() || probe_format(&paths.source)? == FileFormat::Absent))
 }
 
-/// If both databases are in their final places, moves the new one back into the draft's
-/// directory. They are so after an import with a separate state directory that was
-/// interrupted between its last two steps.
+/// If the new database is in its final place while the original's database still has its old
+/// name, moves the new database back into the draft's directory. This is the state after an
+/// import with a separate state directory was interrupted between its last two steps.
 pub(super) fn take_for_draft(paths: &Paths) -> Result<()> {
     let is_placed = !paths.is_one_place() && probe_format(&paths.target)? == FileFormat::Ours;
     if !is_placed || probe_format(&paths.draft_database())? == FileFormat::Ours {

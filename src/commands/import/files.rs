@@ -1,4 +1,5 @@
-//! The files that an import and its undoing rename, and durable renames.
+//! The paths of the files that an import and its undoing rename, and functions for durable
+//! renames.
 
 use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
@@ -46,13 +47,13 @@ impl Paths {
         self.draft.join(DATABASE)
     }
 
-    /// Whether both databases have the same path, so that one rename changes
-    /// which of them is in use.
+    /// Whether the original's database and the new one have the same path, so that one rename
+    /// decides which of them is in use.
     pub(super) fn is_one_place(&self) -> bool {
         self.source == self.target
     }
 
-    /// Whether an import, or its undoing, was interrupted.
+    /// Whether an import or its undoing was interrupted: then the draft's directory exists.
     pub(super) fn has_draft(&self) -> Result<bool> {
         match look(&self.draft)? {
             None => Ok(false),
@@ -95,7 +96,7 @@ impl Paths {
     }
 }
 
-/// Whether two paths lead to one file.
+/// Whether two paths lead to the same file.
 pub(super) fn is_one_file(one: &Path, other: &Path) -> Result<bool> {
     let inode = |found: Metadata| (found.dev(), found.ino());
     let one = look(one)?.map(inode);
@@ -114,8 +115,7 @@ pub(super) fn remove_file(path: &Path) -> Result<()> {
         .context(|| format!("remove {}", path.display()))
 }
 
-/// Renames in one step, even if the power fails. A file that had the second name loses
-/// it.
+/// Renames a file in one step, even if the power fails. Replaces a file that has the name `to`.
 pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).context(|| format!("rename {} to {}", from.display(), to.display()))
 }
@@ -126,8 +126,8 @@ pub(super) fn link(from: &Path, to: &Path) -> Result<()> {
         .context(|| format!("give {} the second name {}", from.display(), to.display()))
 }
 
-/// Makes the names in a directory durable. A directory that does not exist, like a
-/// state directory before the first import, has none.
+/// Makes the names in a directory durable. A directory that does not exist has no names, so its
+/// absence is not an error.
 pub(super) fn flush(directory: &Path) -> Result<()> {
     if_there(File::open(directory).and_then(|opened| opened.sync_all()))
         .map(drop)

@@ -1,27 +1,27 @@
-//! The command `import`: takes over the snapshots of the Go original and, as
-//! long as nothing was written since, gives them back.
+//! The command `import`, which takes over the snapshots of the Go snapshotter that this program
+//! replaces (the *original*). `import --undo` gives them back, as long as nothing was written
+//! since the import.
 //!
 //! Owns: the order of steps. Never: the format of either database.
 //!
-//! The new database is built completely in `<state>/metadata.db.import/`. The old
-//! database then gets a second name, `metadata.db.bbolt`, and the new one is
-//! renamed over the first name. Before this step the original finds its database
-//! as it was, and after it the daemon finds the new one. Directories stay in their
-//! places, except those of no snapshot that is taken over: they are set aside, so
-//! that no start treats them as strays. Undoing does the same backwards: first the
-//! databases, by one rename, then the disks.
+//! The new database is built completely in `<state>/metadata.db.import/`. The old database then
+//! gets a second name, `metadata.db.bbolt`, and the new one is renamed over the first name.
+//! Before this rename, the original finds its database as it was; afterwards, the daemon finds
+//! the new one. Directories of snapshots stay in their places. Directories that belong to no
+//! imported snapshot are set aside, so that no start treats them as strays. Undoing does the
+//! same backwards: first it exchanges the databases, by one rename, and then it restores the
+//! disks.
 //!
-//! As long as the draft's directory exists, an import or its undoing is not
-//! finished, and the directory's contents show which steps were done. Running the
-//! command again begins by undoing these. If an import is killed, the original's
-//! database stays in use until the rename, and the new one is in use after it; if
-//! undoing is killed, it is the other way round. If a draft's directory contains no
-//! database, and the new database is in use, the import has done everything else.
+//! As long as the draft's directory exists, an import or its undoing is not finished, and the
+//! directory's contents show which steps were done. Running the command again begins by undoing
+//! these steps. If an import is killed, the original's database stays in use until the rename,
+//! and the new one is in use after it; if undoing is killed, it is the other way round. If the
+//! draft's directory contains no database and the new database is in use, only the removal of
+//! the draft's directory is left to do.
 //!
-//! A layer that the original has committed from a container's snapshot is on
-//! the writable volume, where the original never finds it, and so nothing could
-//! be created on it. Its bytes are whole. For this program, it is an unmoved
-//! layer, and it is taken over as one.
+//! The original leaves a layer that it commits from a container's snapshot on the writable
+//! volume, and never finds it there again, so nothing can be created on this layer. The layer's
+//! files are complete, and this program takes it over as an unmoved layer.
 
 pub mod bolt;
 mod draft;
@@ -44,13 +44,13 @@ use files::Paths;
 use plan::{Disks, Plan};
 use report::ImportReport;
 
-/// The name of a fact: the writable directory of an unfinished import or undoing. With
-/// another directory, it would be finished on the wrong disk.
+/// The name of a fact: the writable directory of an unfinished import or undoing, which must
+/// not be finished on another disk.
 const WRITABLE_DIR: &str = "import_writable_dir";
 
-/// The name of a fact: the last transaction of the original's database. An original
-/// that was started during the import has waited for that file, and then writes to it
-/// under its second name.
+/// The name of a fact: the last transaction of the original's database. If the original was
+/// started during the import, it waits for the lock of its database file, and then writes to
+/// this file under its second name.
 const TRANSACTION: &str = "import_transaction";
 
 /// Imports, reports what an import would do, or undoes an import, and prints a report.
@@ -59,7 +59,7 @@ const TRANSACTION: &str = "import_transaction";
 pub fn run(config: &Config, options: ImportOptions) -> Result<bool> {
     descriptors::raise_limit();
     let root = Image::open_existing_root(&config.root)?;
-    // Held to the end, so that no daemon starts on an unfinished import.
+    // The lock is held to the end, so that no daemon starts on an unfinished import.
     let _lock = match options.task {
         ImportTask::Look => lock::require_free(&root).map(|()| None)?,
         ImportTask::Import | ImportTask::Undo => Some(lock::require(&root)?),
@@ -91,7 +91,7 @@ fn import<'a>(root: &Root, config: &'a Config, options: ImportOptions) -> Result
         preconditions::require_nothing_half_done(&paths)?;
     }
     preconditions::require_importable(root, config, &paths)?;
-    // Kept open, and so locked, to the end.
+    // The original's database stays open, and so locked, to the end.
     let source = preconditions::open_source(&paths.source)?;
     let contents = source
         .try_clone()
@@ -107,7 +107,9 @@ fn import<'a>(root: &Root, config: &'a Config, options: ImportOptions) -> Result
     let mut disks = look()?;
     if paths.has_draft()? {
         undo::take_back(root, config, &paths)?;
-        log::info!("undid the steps of an interrupted import or undoing");
+        log::info!(
+            "undid the steps of an earlier import, or of an earlier undoing, that was interrupted"
+        );
         disks = look()?;
     }
     preconditions::require_disks(&contents, &disks)?;
@@ -145,7 +147,7 @@ fn take_back_failed(root: &Root, config: &Config, paths: &Paths) {
     }
     if let Err(error) = undo::take_back(root, config, paths) {
         log::warn!(
-            "some steps of the failed import could not be undone, run `import --undo`: {}",
+            "some steps of the failed import could not be undone: {}: run `import --undo`",
             error.chain()
         );
     }

@@ -1,8 +1,8 @@
-//! Which of the original's snapshots can be taken over, according to the disks.
+//! Decides which snapshots of the original can be taken over, by looking at the disks.
 //!
-//! Owns: the decision which snapshots are taken over. A layer must have as many inodes
-//! as at its commit. A container's snapshot must have its directory. All layers that a
-//! snapshot stands on must be taken over too. Never: changes anything.
+//! Owns: this decision. A layer must have at least as many inodes as at its commit. A
+//! container's snapshot must have its directory. All layers below a snapshot must be taken over
+//! too. Never: changes anything.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -28,15 +28,13 @@ pub(super) struct Plan {
     pub(super) transaction: u64,
     /// No id up to this one may be given out.
     pub(super) highest_id: u64,
-    /// Numbered entries of the volumes that are not in the place of a snapshot
-    /// that is taken over, in order. They are set aside, because a start would
-    /// treat them as strays.
+    /// The entries with a number as their name that are not the directory of a snapshot that is
+    /// taken over, in order. They are set aside, because a start would treat them as strays.
     pub(super) aside: Vec<(Volume, SnapshotId)>,
-    /// Layers that are taken over, but take far less of their disk than at their
-    /// commit.
+    /// Layers that are taken over, but take far less space than at their commit.
     pub(super) shrunk: Vec<Shrunk>,
-    /// Entries without a number in the volumes' `snapshots`: what the original was
-    /// creating or removing, and what other programs have put there. They stay.
+    /// Entries of the volumes' `snapshots` whose name is not a number. The original was
+    /// creating or removing them, or another program has put them there. They stay.
     pub(super) others: Vec<(Volume, String)>,
 }
 
@@ -45,12 +43,12 @@ pub(super) struct Plan {
 pub(super) struct LeftOut {
     pub(super) snapshot: Original,
     pub(super) why: Reason,
-    /// The volumes on which it has a directory nevertheless.
+    /// The volumes on which the snapshot has a directory nevertheless.
     pub(super) volumes: Vec<Volume>,
 }
 
-/// A layer with all its inodes, some of whose files may have been emptied by a
-/// power cut: the original does not flush what it commits.
+/// A layer that has all its inodes, but may have files that a power cut has emptied, because
+/// the original does not flush a layer that it commits.
 #[derive(Debug)]
 pub(super) struct Shrunk {
     pub(super) name: String,
@@ -59,8 +57,8 @@ pub(super) struct Shrunk {
 }
 
 impl Shrunk {
-    /// How much a layer takes depends on the moment and the file system, but
-    /// neither explains a loss of half of it.
+    /// How much space a layer takes can vary with the time and the file system, but not by more
+    /// than half.
     fn find(snapshot: &Original, content: Option<Content>) -> Option<Shrunk> {
         let recorded_bytes = snapshot.usage?.size_bytes;
         let counted_bytes = content?.usage.size_bytes;
@@ -75,13 +73,13 @@ impl Shrunk {
 /// The reason why a snapshot cannot be taken over.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Reason {
-    /// It has no directory, or one without `fs`.
+    /// The snapshot has no directory, or one without `fs`.
     Missing,
     /// Some of the layer's inodes are missing.
     Incomplete { recorded: u64, counted: u64 },
-    /// Its parent is not a layer of this database.
+    /// The snapshot's parent is not a layer of this database.
     BadParent(String),
-    /// Its parent is left out.
+    /// The snapshot's parent is left out.
     StandsOn(String),
 }
 
@@ -154,9 +152,8 @@ impl Disks {
     }
 }
 
-/// The volume on which the original looks for a snapshot. It looks for every
-/// layer on the image volume, even for one that it has committed, and left, on
-/// the other.
+/// The volume on which the original looks for a snapshot. It looks for every layer on the image
+/// volume, even if it has committed the layer on the writable volume and left it there.
 pub(super) fn belongs_to(snapshot: &Original) -> Volume {
     let key = &snapshot.info.name;
     let last = key.rsplit('/').next().unwrap_or(key);
@@ -243,8 +240,8 @@ pub(super) fn plan(contents: Contents, disks: &Disks, volatile: bool) -> Result<
     })
 }
 
-/// The usage that the original recorded at the commit. A layer that has more
-/// inodes now was written to by a container that went on running.
+/// The usage of a layer: the recorded one if the number of inodes is still the same. A layer
+/// with more inodes was written to after its commit, by a container that went on running.
 fn usage(recorded: Option<Usage>, counted: Option<Content>) -> Usage {
     match (recorded, counted) {
         (Some(recorded), Some(counted)) if recorded.inodes == counted.usage.inodes => recorded,
@@ -253,7 +250,8 @@ fn usage(recorded: Option<Usage>, counted: Option<Content>) -> Usage {
     }
 }
 
-/// The inner result is an error if the snapshot cannot be taken over.
+/// The decision about a snapshot. The inner result is an error if the snapshot cannot be taken
+/// over.
 type Judgement = Result<std::result::Result<Judged, Reason>>;
 
 fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
@@ -273,8 +271,7 @@ fn judge(snapshot: &Original, disks: &Disks, volatile: bool) -> Judgement {
     };
     Ok(match (snapshot.info.kind, volume) {
         (Kind::Committed, _) => return judge_layer(snapshot, &places),
-        // A view shows its parent's directory; some views have none of their
-        // own.
+        // A view shows the directory of its parent, so it may have none of its own.
         (Kind::View, _) if !snapshot.info.parent.is_empty() => by_name(volume),
         (Kind::Active | Kind::View, Some(_)) => by_name(volume),
         (Kind::Active, None) if volatile && belongs_to(snapshot) == Volume::Writable => {
@@ -297,7 +294,7 @@ fn judge_layer(snapshot: &Original, places: &[&Found]) -> Judgement {
     Ok(Err(why.unwrap_or(Reason::Missing)))
 }
 
-/// An unreadable layer is an error rather than a reason to leave it out,
+/// Decides about a layer on one volume. An unreadable layer is an error, and is not left out,
 /// because it may be whole.
 fn judge_layer_in(snapshot: &Original, found: &Found) -> Judgement {
     let filled = &found.filled;
@@ -325,7 +322,7 @@ fn judge_layer_in(snapshot: &Original, found: &Found) -> Judgement {
     })
 }
 
-/// Adds the snapshots whose parents, or their parents, are left out.
+/// Leaves out every snapshot that has a left-out layer below it.
 fn leave_out_upon(snapshots: &[Original], reasons: &mut HashMap<String, Reason>) {
     let by_name: HashMap<&str, &Original> = snapshots
         .iter()
@@ -333,7 +330,7 @@ fn leave_out_upon(snapshots: &[Original], reasons: &mut HashMap<String, Reason>)
         .collect();
     let mut sound = HashSet::new();
     for snapshot in snapshots {
-        // Goes down to the first snapshot that is decided already, and then up
+        // Goes down the parents to the first snapshot that is decided already, and then up
         // again.
         let mut chain = Vec::new();
         let mut met = HashSet::new();
@@ -371,8 +368,8 @@ fn leave_out_upon(snapshots: &[Original], reasons: &mut HashMap<String, Reason>)
     }
 }
 
-/// All numbered entries except the directories of snapshots that are taken over. A
-/// link is always set aside, so that its owner can find it again.
+/// All numbered entries except the directories of snapshots that are taken over. Symbolic links
+/// are always set aside, so that the user who has created them can find them again.
 fn aside(kept: &[Snapshot], disks: &Disks) -> Vec<(Volume, SnapshotId)> {
     let places: HashMap<SnapshotId, Option<Volume>> = kept
         .iter()
@@ -415,14 +412,10 @@ impl fmt::Display for LeftOut {
                  was committed"
             ),
             Reason::BadParent(parent) => {
-                write!(out, "it stands on {}, which is no layer", Quoted(parent))
+                write!(out, "its parent {} is not a layer", Quoted(parent))
             }
             Reason::StandsOn(parent) => {
-                write!(
-                    out,
-                    "it stands on {}, which cannot be taken over",
-                    Quoted(parent)
-                )
+                write!(out, "its parent {} cannot be taken over", Quoted(parent))
             }
         }
     }

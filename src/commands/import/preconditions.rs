@@ -1,6 +1,6 @@
-//! The conditions under which an import or an undoing changes anything.
+//! Checks the conditions for an import or its undoing, before anything is changed.
 //!
-//! Owns: the refusals. Never: changes anything.
+//! Never: changes anything.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -22,14 +22,15 @@ use crate::store::{FileFormat, Store, find_remains, probe_format, require_short}
 use crate::types::{Quoted, QuotedPath, SnapshotId, Volume};
 use crate::volume::{Claim, Filled, Identity, Lifetime, Root};
 
-/// Returns an error if an import is unfinished, because it has to be undone first.
+/// Returns an error if an import or its undoing was interrupted, because its steps have to be
+/// undone first.
 pub(super) fn require_nothing_half_done(paths: &Paths) -> Result<()> {
     if probe_format(&paths.source)? != FileFormat::Bolt || !paths.has_draft()? {
         return Ok(());
     }
     Err(Error::refused(format!(
-        "an import or its undoing was cut short, because {} exists: run `import` or \
-         `import --undo`",
+        "an import or its undoing was interrupted, because {} exists: run `import` or `import \
+         --undo`",
         paths.draft.display()
     )))
 }
@@ -55,12 +56,14 @@ pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) ->
         }
         FileFormat::Absent => {
             return Err(Error::refused(format!(
-                "{path} has no metadata.db of the Go original: give the --root-dir that it had"
+                "{path} has no metadata.db of the Go original: give the --root-dir that the \
+                 original had"
             )));
         }
         FileFormat::OtherSqlite | FileFormat::Unknown => {
             return Err(Error::refused(format!(
-                "{shown} is no database of the Go original (bbolt): give the --root-dir that it had"
+                "{shown} is not a database of the Go original (bbolt): give the --root-dir that \
+                 the original had"
             )));
         }
     }
@@ -75,44 +78,43 @@ pub(super) fn require_importable(root: &Root, config: &Config, paths: &Paths) ->
         )));
     }
     match has_draft {
-        // The files beside our database belong to it.
+        // The new database exists already, so the files beside it are its own.
         true => Ok(()),
         false => require_unknown(root, config).and_then(|()| require_no_remains(paths)),
     }
 }
 
-/// Refuses to build a database where files of another database of this program
-/// are, because they would have to be deleted.
+/// Returns an error if files of another database of this program are where the new database
+/// goes, because they would have to be deleted.
 fn require_no_remains(paths: &Paths) -> Result<()> {
     let Some(remains) = find_remains(&paths.target)? else {
         return Ok(());
     };
     Err(Error::refused(format!(
-        "{} is there without the database of this program that it belongs to: move it away, it \
-         may be all that is left of that database",
+        "{} is there, but not the database of this program to which it belongs: move this file \
+         away and keep it, because it may be all that is left of that database",
         remains.display()
     )))
 }
 
-/// Refuses a root that records a database of this program. The database may be
-/// elsewhere, or on a disk that is not mounted, with an unfinished import beside
-/// it.
+/// Returns an error if the root records a database of this program. This database may be
+/// elsewhere, or on a disk that is not mounted, with an unfinished import beside it.
 pub(super) fn require_unknown(root: &Root, config: &Config) -> Result<()> {
     let Some(database) = state::recorded(root, config)? else {
         return Ok(());
     };
     Err(Error::refused(format!(
-        "{path}/state says that the database of this program is {}: mount the disk that it is on \
-         and give the --state-dir that it had, or, if it is not needed any more, remove \
-         {path}/state",
+        "{path}/state says that the database of this program is {}: mount the disk of this \
+         database and give the --state-dir that it had, or, if the database is not needed any \
+         more, remove {path}/state",
         database.display(),
         path = config.root
     )))
 }
 
-/// Returns an error if the path of the new database, which differs from the original's,
-/// is taken. After an import that was killed between the two steps of the exchange, the
-/// new database may be there already, and that is no error.
+/// Returns an error if the path of the new database, which differs from the original's, is
+/// taken. After an import that was killed between the two steps of the exchange, the new
+/// database may already have this path, which is not an error.
 fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let target = &paths.target;
     let is_free = match probe_format(target)? {
@@ -124,21 +126,22 @@ fn require_replaceable(root: &Root, config: &Config, paths: &Paths) -> Result<()
         return Ok(());
     }
     Err(Error::refused(format!(
-        "{} is there already, beside the original's {}: move the one away that is not needed, or \
-         give another --state-dir",
+        "{} is there already, beside the original's {}: move the database away that is not \
+         needed, or give another --state-dir",
         target.display(),
         paths.source.display()
     )))
 }
 
-/// Whether our database is in a place of its own only because an import, or its
-/// undoing, was interrupted there. No daemon has written to it then.
+/// Whether the new database has its final path only because an import or its undoing was
+/// interrupted at this step. Then no daemon has written to this database.
 pub(super) fn is_half_placed(root: &Root, config: &Config, paths: &Paths) -> Result<bool> {
     let target = &paths.target;
     if !paths.has_draft()? {
         return Ok(false);
     }
-    // Under its other name, the database may have a log.
+    // The database has two names. It may have a log under the other name, so it must not be
+    // opened under this one.
     if is_one_file(target, &paths.draft_database())? {
         return Ok(true);
     }
@@ -152,7 +155,7 @@ pub(super) fn open_source(path: &Path) -> Result<File> {
     let opening = || format!("open {}", path.display());
     if look(path)?.is_some_and(|found| !found.is_file()) {
         return Err(Error::refused(format!(
-            "{} is not a plain file: put the database itself there",
+            "{} is not a regular file: put the original's database file there",
             path.display()
         )));
     }
@@ -170,22 +173,23 @@ pub(super) fn open_source(path: &Path) -> Result<File> {
     }
 }
 
-/// Refuses if a snapshotter answers on the socket: the original does not take this
-/// program's lock, and opens its database late.
+/// Returns an error if a snapshotter answers on the socket. The lock cannot show this, because
+/// the original does not take this program's lock, and opens its database only when it needs
+/// it.
 pub(super) fn require_nobody_serves(config: &Config) -> Result<()> {
     let usual = format!("{}/grpc.socks", config.root);
     for address in [&config.address, &usual] {
         if UnixStream::connect(address).is_ok() {
             return Err(Error::refused(format!(
-                "a snapshotter answers on {address}: stop it first"
+                "a snapshotter answers on {address}: stop this snapshotter first"
             )));
         }
     }
     Ok(())
 }
 
-/// Refuses volumes of which a snapshot is mounted, because files that a container
-/// uses can be neither counted nor moved.
+/// Returns an error if a snapshot of one of the volumes is mounted, because files that a
+/// container uses can be neither counted nor moved.
 pub(super) fn require_unmounted<'a>(volumes: impl Iterator<Item = &'a Filled>) -> Result<()> {
     let mounts = mountinfo::read()?;
     for filled in volumes {
@@ -228,8 +232,7 @@ fn overlaid(mounted: &Mounted) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether a snapshot's `fs` itself is mounted, as for a snapshot without
-/// parent.
+/// Whether a mount is a bind mount of a snapshot's `fs`, as for a snapshot without a parent.
 fn is_bound(mounted: &Mounted, filled: &Filled) -> bool {
     let mut parts = mounted.root.iter().rev().filter_map(|part| part.to_str());
     let (Some("fs"), Some(id), Some("snapshots")) = (parts.next(), parts.next(), parts.next())
@@ -244,7 +247,7 @@ fn is_bound(mounted: &Mounted, filled: &Filled) -> bool {
         .is_some_and(|(ours, theirs)| (ours.st_dev, ours.st_ino) == (theirs.dev(), theirs.ino()))
 }
 
-/// Refuses disks that do not belong to this database, before anything is planned.
+/// Returns an error if the disks do not belong to this database.
 pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
     let mut inodes = HashSet::new();
     for found in disks.present() {
@@ -256,8 +259,8 @@ pub(super) fn require_disks(contents: &Contents, disks: &Disks) -> Result<()> {
                  --writable-dir that the original had"
             )));
         }
-        // The original creates a directory before it enters its snapshot, one at
-        // a time.
+        // One directory may be newer than the database, because the original creates a
+        // directory before it enters the snapshot.
         let known = contents.highest_id;
         if let Some(newest) = found.newest().filter(|id| id.number() > known + 1) {
             return Err(Error::refused(format!(
@@ -286,18 +289,18 @@ fn require_unmarked(writable: &Filled) -> Result<()> {
         Claim::Free => Ok(()),
         Claim::Ours | Claim::Foreign(_) => Err(Error::refused(format!(
             "{path} is the writable volume of another root: give the --writable-dir that the \
-             original had, or, if no other root uses this one, remove {path}/.volume"
+             original had, or, if no other root uses this directory, remove {path}/.volume"
         ))),
     }
 }
 
-/// Returns an error if a volume has none of the directories that it should have: a disk
-/// that is not mounted looks like one on which everything was deleted.
+/// Returns an error if a volume has none of the directories that it should have, because this
+/// volume's disk may not be mounted.
 pub(super) fn require_volumes(plan: &Plan, are_there: &[Volume], config: &Config) -> Result<()> {
     let is_missing = |found: &&LeftOut| found.why == Reason::Missing && found.volumes.is_empty();
     let missing = || plan.left_out.iter().filter(is_missing);
-    // This includes layers: the original leaves a layer that is committed from
-    // a container's snapshot in its place.
+    // This count includes layers, because the original leaves a layer that it commits from a
+    // container's snapshot on the writable volume.
     let on_writable = missing().count();
     let may_be_gone = config.writable_lifetime == Lifetime::UntilReboot;
     if on_writable > 0 && !are_there.contains(&Volume::Writable) && !may_be_gone {

@@ -13,7 +13,7 @@ use crate::config::{Config, Format, ImportTask};
 use crate::store::Snapshot;
 use crate::types::{Kind, Quoted, SnapshotId, Volume};
 
-/// The contents of the report.
+/// What a report of `import` contains.
 pub(super) struct ImportReport<'a> {
     pub(super) plan: Plan,
     pub(super) task: ImportTask,
@@ -38,7 +38,7 @@ impl ImportReport<'_> {
         self.plan.kept.iter().filter(|snapshot| is_away(snapshot))
     }
 
-    /// `done` after an import, `would_be` after a dry run.
+    /// Returns `done` after an import, and `would_be` after a dry run.
     fn by_task(&self, done: &'static str, would_be: &'static str) -> &'static str {
         match self.task {
             ImportTask::Look => would_be,
@@ -88,9 +88,9 @@ impl ImportReport<'_> {
         });
         list(
             text,
-            "layers that take far less of their disk than at their commit: a power cut may have \
-             emptied\nfiles in them; if their images do not work, remove those and pull them \
-             again:",
+            "layers that take far less space than at their commit: a power cut may have \
+             emptied\nfiles in them; if their images do not work, remove these images and pull \
+             them again:",
             lines,
         );
     }
@@ -261,7 +261,7 @@ impl ImportReport<'_> {
     }
 }
 
-/// Adds an indented list below its heading, unless it is empty.
+/// Adds an indented list below a heading. Adds nothing if the list is empty.
 fn list(text: &mut String, heading: &str, lines: impl Iterator<Item = String>) {
     for (number, line) in lines.enumerate() {
         if number == 0 {
@@ -275,7 +275,7 @@ fn list(text: &mut String, heading: &str, lines: impl Iterator<Item = String>) {
 pub(super) fn print_finished(format: Format, config: &Config) {
     let sentences = || {
         format!(
-            "an import that was cut short had only its last step left, and is finished now; the \
+            "an interrupted import had only its last step left, and is finished now; the \
              snapshots that\nit has left out, if any, are in {}/left-out and {}/left-out\n",
             config.root, config.writable
         )
@@ -286,6 +286,7 @@ pub(super) fn print_finished(format: Format, config: &Config) {
 /// Reports that an import was undone.
 pub(super) fn print_undone(format: Format, database: &Path) {
     let database = database.display();
-    let sentences = || format!("undone: {database} is the Go original's again\n");
+    let sentences =
+        || format!("the import was undone: {database} is the Go original's database again\n");
     show(format, sentences, || json!({"undone": true}));
 }

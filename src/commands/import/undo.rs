@@ -1,11 +1,10 @@
-//! Giving the root back to the Go original.
+//! Undoes an import: gives the root directory back to the Go original.
 //!
-//! First the databases are exchanged, by one rename, and then the disks are
-//! restored. If the command is killed before the rename, the daemon finds
-//! everything as it was. If it is killed later, the original finds everything
-//! except what was set aside, and our database, which is a draft again, records
-//! the steps that have to be undone. Running `import` or `import --undo` again
-//! undoes them, as it does for an interrupted import.
+//! First the databases are exchanged, by one rename, and then the disks are restored. If the
+//! command is killed before the rename, the daemon finds everything as it was. If the command
+//! is killed later, the original finds everything except the directories that were set aside.
+//! The new database, which is a draft again, records the steps that have to be undone. Running
+//! `import` or `import --undo` again undoes them, as after an interrupted import.
 
 use std::fs::File;
 
@@ -23,22 +22,22 @@ use crate::types::{Kind, Volume};
 use crate::util::fault_point::fault_point;
 use crate::volume::{Claim, Filled, Image, Lifetime, Root};
 
-/// The name of a fact: the mark of the writable volume is being removed. From
-/// then on, a directory without the mark does not mean that a disk is not
-/// mounted.
+/// The name of a fact: the mark of the writable volume is being removed. As long as the fact is
+/// recorded, a writable directory without a mark does not mean that its disk is not mounted.
 const UNDOING: &str = "undoing";
 
 /// Undoes a complete import, or the steps of an interrupted one.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if snapshots were
-/// changed since, or if a disk is not there.
+/// [`ErrorKind::FailedPrecondition`] if there is nothing to undo, if snapshots were changed
+/// since the import, or if a disk is missing.
 pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
     let paths = Paths::new(config);
     undo(root, config, &paths).map_err(|error| match error.kind() {
         ErrorKind::ResourceExhausted => error.while_doing(
-            "undo the import (make a few MiB of room on that disk, and run `import --undo` again)",
+            "undo the import (make a few MiB of room on the full disk, and run `import --undo` \
+             again)",
         ),
         _ => error,
     })?;
@@ -48,7 +47,8 @@ pub(super) fn run(root: &Root, config: &Config, format: Format) -> Result<()> {
 
 fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     let imported = look(root, config, paths)?;
-    // Locked to the end, because the original would find its database half restored.
+    // The original's database is locked to the end, because the original must not find the
+    // disks half restored.
     let lock = open_source(match imported {
         Some(_) => &paths.kept,
         None => &paths.source,
@@ -66,12 +66,12 @@ fn undo(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     take_back(root, config, paths)
 }
 
-/// The database of a complete import; `None` for an interrupted one, with the
-/// original's database in its place. Changes nothing.
+/// Opens the database of a complete import. Returns `None` for an interrupted import, during
+/// which the original's database stays in its place. Changes nothing.
 fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
     let nothing = || {
         Error::refused(format!(
-            "nothing has been imported into {}: there is nothing to undo",
+            "there is nothing to undo: nothing was imported into {}",
             config.root
         ))
     };
@@ -87,7 +87,7 @@ fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
             match may_be_replaced {
                 true => Ok(None),
                 false => Err(Error::refused(format!(
-                    "{} is no database of an import into {} that was cut short: give the \
+                    "{} is not the database of an interrupted import into {}: give the \
                      --state-dir of that import",
                     paths.target.display(),
                     config.root
@@ -99,8 +99,8 @@ fn look(root: &Root, config: &Config, paths: &Paths) -> Result<Option<Store>> {
             paths.source.display()
         ))),
         FileFormat::OtherSqlite | FileFormat::Unknown => Err(Error::refused(format!(
-            "{} is in the place of the original's database, and no database of this program: \
-             move it away",
+            "{} is in the place of the original's database, and is not a database of this \
+             program: move it away",
             paths.source.display()
         ))),
         FileFormat::Ours | FileFormat::Absent if target != FileFormat::Ours => Err(nothing()),
@@ -120,24 +120,24 @@ fn open_unwritten(root: &Root, config: &Config) -> Result<Store> {
     let (store, completeness) = state::open_existing(root, config, Store::open)?;
     if completeness != Completeness::Whole || store.read()?.copied()?.is_some() {
         return Err(Error::refused(
-            "the database is not in its latest state, so it does not show what has changed since \
-             the import",
+            "the import cannot be undone: the latest changes are missing from the database, so it \
+             does not show what has changed since the import",
         ));
     }
     let is_as_imported = store.read()?.is_as_imported()?;
     match is_as_imported {
         Some(true) => Ok(store),
         Some(false) => Err(Error::refused(
-            "snapshots have been made, changed, removed or moved since the import: the original's \
-             database does not describe the disks any more",
+            "the import cannot be undone: snapshots were created, changed, removed or moved \
+             since the import, so the original's database does not describe the disks any more",
         )),
         None => Err(Error::refused(
-            "the database was not made by an import: there is nothing to undo",
+            "there is nothing to undo: the database was not created by an import",
         )),
     }
 }
 
-/// Refuses if the original's database was written to since the import.
+/// Returns an error if the original's database was written to since the import.
 fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
     let shown = paths.kept.display();
     let now = kept
@@ -150,26 +150,26 @@ fn require_unchanged(kept: &File, paths: &Paths, store: &Store) -> Result<()> {
     match imported {
         Some(imported) if imported != now.to_string() => Err(Error::refused(format!(
             "{shown} was written to after the import (its last transaction is {now}, and was \
-             {imported}): a Go snapshotter that was started during the import has served from it, \
-             and it does not describe the disks any more"
+             {imported}): a Go snapshotter that was started during the import has used this \
+             database, which does not describe the disks any more"
         ))),
         _ => Ok(()),
     }
 }
 
-/// Puts the original's database in its place; ours becomes a draft again.
+/// Puts the original's database in its place. The new database becomes a draft again.
 fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
-    // The disk may be full.
+    // The disk may be full, so the ballast is deleted.
     store.make_room();
     store.together(|transaction| {
         transaction.forget_fact(UNDOING)?;
         transaction.record_fact(WRITABLE_DIR, &config.writable)
     })?;
-    // All of it must be in the file itself when the file gets another name,
-    // because the log does not.
+    // Closing moves everything from the log into the file, because only the file gets another
+    // name.
     store.close()?;
     drop(store);
-    // An interrupted undoing may have left it.
+    // An interrupted undoing may have left a draft.
     paths.remove_draft()?;
     paths.make_draft()?;
     files::link(&paths.target, &paths.draft_database())?;
@@ -181,16 +181,16 @@ fn exchange(config: &Config, paths: &Paths, store: Store) -> Result<()> {
     Ok(())
 }
 
-/// Undoes all steps of an import that a draft records, except the exchange of the
-/// databases: the original's is in its place. Can be repeated.
+/// Undoes all steps of an import that a draft records, except the exchange of the databases,
+/// because the original's database is in its place. This function can be repeated.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::FailedPrecondition`] if the writable directory is not the one that the
-/// draft was made with.
+/// [`ErrorKind::FailedPrecondition`] if the writable directory is not that of the interrupted
+/// import.
 pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<()> {
     take_for_draft(paths)?;
-    // If the disk is full, the space of these files is needed.
+    // These files are removed first, because a full disk may need their space.
     remove_companions(&paths.target)?;
     match probe_format(&paths.draft_database())? {
         FileFormat::Ours => give_back(config, paths)?,
@@ -198,7 +198,7 @@ pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<(
         FileFormat::Absent => {}
         FileFormat::Bolt | FileFormat::OtherSqlite | FileFormat::Unknown => {
             return Err(Error::refused(format!(
-                "{} is no database of this program: move it away",
+                "{} is not a database of this program: move it away",
                 paths.draft_database().display()
             )));
         }
@@ -219,7 +219,7 @@ pub(super) fn take_back(root: &Root, config: &Config, paths: &Paths) -> Result<(
     paths.remove_draft()
 }
 
-/// Restores the disks.
+/// Restores both volumes to their state before the import.
 fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     let store = Store::open(&paths.draft_database()).context(|| {
         format!(
@@ -234,17 +234,18 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     store.make_room();
     let writable = require_writable(config, &store)?;
     let known = writable::known(&store)?;
-    // The identity is recorded before the directory is probed.
+    // An import records the identity before it probes the directory, so files of a probe may be
+    // left.
     if known.is_some() {
         writable::clear_probe(&config.writable)?;
     }
     let image = Filled::open(Volume::Image, &config.root)?.ok_or_else(|| {
         Error::refused(format!(
-            "{}/snapshots is not there: mount its disk",
+            "{}/snapshots is missing: mount the disk of the image volume",
             config.root
         ))
     })?;
-    // Links are created after the snapshots are entered.
+    // An import creates links only after it has entered the snapshots into the database.
     if store.read()?.is_as_imported()?.is_some() {
         remove_links(config, &store)?;
     }
@@ -252,8 +253,8 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     let filled = || [&image].into_iter().chain(&writable);
     filled().try_for_each(Filled::put_back)?;
     fault_point("undo-put-back");
-    // Once the mark is removed, a repetition does not look at the writable
-    // volume again.
+    // This comes before the mark is removed, because a repetition then skips the writable
+    // volume.
     filled().for_each(Filled::leave);
     if let Some(writable) = &writable {
         store.together(|transaction| transaction.record_fact(UNDOING, "yes"))?;
@@ -266,8 +267,8 @@ fn give_back(config: &Config, paths: &Paths) -> Result<()> {
     store.close()
 }
 
-/// Removes the links to layers on the writable volume. The original creates none,
-/// and those of other programs were set aside.
+/// Removes the links to layers on the writable volume. All of them were created by the import,
+/// because the links of other programs were set aside.
 fn remove_links(config: &Config, store: &Store) -> Result<()> {
     let image = Image::open(Image::open_existing_root(&config.root)?)?;
     let places = store.read()?.inventory()?;
@@ -280,8 +281,8 @@ fn remove_links(config: &Config, store: &Store) -> Result<()> {
     image.dirs().settle_names()
 }
 
-/// The writable volume that a database knows; `None` if nothing on it has to be
-/// restored.
+/// Opens the writable volume that the database has recorded. Returns `None` if nothing on this
+/// volume has to be restored.
 fn require_writable(config: &Config, store: &Store) -> Result<Option<Filled>> {
     let path: &str = &config.writable;
     let (is_undoing, given) = {

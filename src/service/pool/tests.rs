@@ -46,7 +46,7 @@ fn long_work_leaves_a_worker_to_the_others() {
     pool.submit(pool.admit().unwrap(), wanted(Work::Brief), move |_| {
         began_brief.send(9).unwrap();
     });
-    // It begins before the long ones that came first.
+    // The brief request begins before the long requests that came first.
     assert_eq!(next(), 9);
     release.send(()).unwrap();
     assert_eq!(next(), 2);
@@ -151,7 +151,7 @@ fn what_was_given_up_before_its_turn_is_not_run() {
     });
     let next = || ends.recv_timeout(Duration::from_secs(60)).unwrap();
     assert_eq!(next(), Ok(()));
-    // The only thread for long work is taken, and a request that comes later notices.
+    // The only worker for long work is busy, so the pool ends a request that was given up.
     let work = (Work::Long, Box::new(|| true) as GivenUp);
     let given_up = ended.clone();
     pool.submit(pool.admit().unwrap(), work, move |turn| {

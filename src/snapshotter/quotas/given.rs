@@ -1,4 +1,4 @@
-//! A project for a new snapshot that is not entered yet.
+//! The project of a new snapshot that is not in the database yet.
 
 use super::Projects;
 use crate::error::Result;
@@ -7,7 +7,7 @@ use crate::store::{Project, Transaction};
 use crate::types::{Limits, ProjectId, SnapshotId};
 use crate::volume::Dirs;
 
-/// A project that a new snapshot will get.
+/// A project that a new snapshot will get, before the project's id is picked.
 pub(in crate::snapshotter) struct PlannedProject<'a> {
     pub(super) quotas: Quotas<'a>,
     pub(super) dirs: &'a Dirs,
@@ -72,8 +72,8 @@ impl<'a> GivenProject<'a> {
         self.is_kept = true;
     }
 
-    /// Takes the project back. The limits are cleared first, because no row records whose
-    /// they are. The caller then moves the directories to the trash.
+    /// Takes the project back. The limits are cleared first, because no row records which
+    /// snapshot they belong to. The caller then moves the directories to the trash.
     fn take_back(&self) -> Result<()> {
         let cleared = match self.row.limits {
             Limits::NONE => Ok(()),
@@ -92,7 +92,8 @@ impl Drop for GivenProject<'_> {
             && let Err(error) = self.take_back()
         {
             log::warn!(
-                "cannot undo the project of a refused snapshot: {}",
+                "project {} of a snapshot that was not created stays in use: {}",
+                self.row.project,
                 error.chain()
             );
         }

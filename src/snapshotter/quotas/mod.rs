@@ -8,10 +8,10 @@
 //! kernel has anything charged to it, or has a limit for it, whatever the database
 //! records.
 //!
-//! A layer keeps its project and limit as long as its directory is on the writable
-//! volume's file system. Usually nothing writes to a layer; if a container does,
-//! after `ctr snapshot commit`, it does so within the limit. The copy on the
-//! image volume gets no project.
+//! A layer keeps its project and limit as long as its directory is on the writable volume's
+//! file system. Usually nothing writes to a layer. A container that still does, after `ctr
+//! snapshot commit`, does so within the limit. The copy on the image volume gets no
+//! project.
 //!
 //! After a crash, a directory in the trash may have a project id that the database does
 //! not record: the next start records it. Limits of project ids that are not recorded
@@ -48,14 +48,15 @@ pub(super) use given::{GivenProject, PlannedProject};
 use mount_headroom::Loan;
 use recharge::Uncharged;
 
-/// How many ids in use by other programs are skipped. Each costs a system call while all
-/// requests that need an id wait.
+/// How many ids in use by other programs a search skips before it gives up. Each costs a
+/// system call while all requests that need an id wait.
 const MOST_MISSES: u32 = 256;
-/// How many such ids are skipped in a row. A container whose root is the host's can
-/// charge its files to all the ids that come next, but hardly to a billion ids.
+/// How many ids in use by other programs are skipped in a row, before the search goes on at
+/// a random id. A container with the host's root can charge its files to all the ids that
+/// come next, but hardly to a billion ids.
 const MOST_NEIGHBOURS: u32 = 16;
 
-/// A change of a running snapshot's limits.
+/// A change of an existing snapshot's limits.
 pub(super) struct LimitChange {
     project: ProjectId,
     from: Limits,
@@ -63,7 +64,7 @@ pub(super) struct LimitChange {
 }
 
 impl LimitChange {
-    /// Records the new limits.
+    /// Records the new limits in the database.
     pub(super) fn record(&self, transaction: &Transaction<'_>) -> Result<()> {
         transaction.record_limits(self.project, self.to)
     }
@@ -84,9 +85,9 @@ pub(super) struct Projects {
     ids: Arc<Ids>,
     search: Mutex<Search>,
     uncharged: Monitor<Uncharged>,
-    /// The snapshots that have a loan.
+    /// The snapshots whose limit is raised at present, for a mount.
     loans: Monitor<HashMap<SnapshotId, Loan>>,
-    /// Logs only the first failure of quotas for snapshots that can do without.
+    /// Used to log only the first failure of quotas for snapshots that can do without.
     failing: Once,
 }
 
@@ -95,7 +96,7 @@ pub(super) struct Projects {
 struct Search {
     /// The project id given out last, from which the search for the next starts.
     last: Option<ProjectId>,
-    /// Ids that are given out, but not recorded yet.
+    /// Ids that are given out, but are not in the database yet.
     unrecorded: HashSet<ProjectId>,
 }
 
@@ -139,7 +140,8 @@ impl Projects {
         }
     }
 
-    /// Like [`Projects::require`], for quotas that also enforce limits.
+    /// The quotas of the writable volume, if they enforce limits. Otherwise returns
+    /// [`ErrorKind::FailedPrecondition`] with the reason and a remedy.
     fn require_limits<'a>(&self, dirs: &'a Dirs) -> Result<Quotas<'a>> {
         let quotas = self
             .require(dirs)
@@ -147,7 +149,7 @@ impl Projects {
                 Support::Limits => Ok(quotas),
                 counts => Err(quota::lack(dirs.snapshots_fd(), dirs.path(), Some(counts))),
             });
-        quotas.context(|| "limit what is written on the writable volume")
+        quotas.context(|| "enforce a limit on the writable volume")
     }
 
     fn require_switched_on(&self) -> Result<()> {
@@ -160,15 +162,16 @@ impl Projects {
         }
     }
 
-    /// See [`super::Snapshotter::quota_support`].
+    /// What project quotas can do on the writable volume. Returns an error if there are
+    /// none.
     pub(super) fn support(&self) -> Result<Support> {
         self.require_switched_on()?;
         let dirs = self.volumes.open(Volume::Writable)?;
         Ok(self.require(&dirs)?.support())
     }
 
-    /// The project for a new snapshot with these limits; `None` if the snapshot gets
-    /// none.
+    /// The project for a new snapshot with these limits; `None` if the snapshot gets no
+    /// project.
     ///
     /// # Errors
     ///
@@ -192,8 +195,8 @@ impl Projects {
         }))
     }
 
-    /// Charges a new snapshot's directories, which are empty, to their project. Returns
-    /// `None` if that fails and the snapshot can do without.
+    /// Charges the directories of a new snapshot, which are empty, to a new project.
+    /// Returns `None` if that fails and the snapshot can do without a project.
     ///
     /// # Errors
     ///
@@ -219,15 +222,15 @@ impl Projects {
         }
     }
 
-    /// Returns the error if the snapshot needs quotas. Otherwise the snapshot goes on
-    /// without them, and the error is logged once.
+    /// Returns `error` if a snapshot with these limits needs quotas. Otherwise the snapshot
+    /// gets none, and the first such error is logged.
     fn do_without(&self, limits: Limits, error: Error) -> Result<()> {
         if self.are_needed(limits) {
             return Err(error);
         }
         self.failing.call_once(|| {
             log::warn!(
-                "new containers get no project, and so their files have to be counted: {}",
+                "new containers get no project, so their usage is found by counting all files: {}",
                 error.chain()
             );
         });
@@ -238,20 +241,22 @@ impl Projects {
         limits != Limits::NONE || self.options.mode == QuotaMode::Require
     }
 
-    /// Picks an id that is free here and that the kernel has nothing of. Once it is
-    /// recorded, or given up, the caller has to call [`Projects::end_search`].
+    /// Picks a project id that is free in the database, and to which the kernel has charged
+    /// nothing and given no limit. The caller has to call [`Projects::end_search`] once the
+    /// id is recorded or given up.
     fn pick(&self, quotas: &Quotas<'_>) -> Result<ProjectId> {
         let range = self.options.ids;
         let reader = self.store.read()?;
-        // A request that waits here needs the writable volume as well.
+        // The lock is held while the writable volume is asked; only requests that need this
+        // volume wait here.
         let mut search = lock(&self.search);
         if search.last.is_none() {
             let given = reader.projects()?;
             let mut ids = given.iter().map(|given| given.project);
             search.last = ids.rfind(|project| range.contains(*project));
         }
-        // The search goes on after the last id, so an id that was given back
-        // rests until all others had their turn.
+        // The search goes on after the last id, so an id that was given back is used again
+        // only after all others.
         let mut candidate = search.last.unwrap_or(ProjectId::NONE);
         let mut misses = 0;
         let ours = reader.count_projects()? + search.unrecorded.len() as u64;
@@ -261,15 +266,15 @@ impl Projects {
             if search.unrecorded.contains(&candidate) || reader.is_project_taken(candidate)? {
                 continue;
             }
-            // A limit alone counts, too: another program may have set it for
-            // files to come.
+            // An id with nothing but a limit is skipped, too: another program may have set
+            // the limit for files to come.
             if quotas.held(candidate)?.is_nothing() {
                 search.last = Some(candidate);
                 search.unrecorded.insert(candidate);
                 return Ok(candidate);
             }
             misses += 1;
-            // In a small range, every id is tried.
+            // A large range is not tried id by id: the search goes on at a random id.
             if misses % MOST_NEIGHBOURS == 0 && range.count() > MOST_MISSES {
                 candidate = range.at(random()?);
             }
@@ -284,17 +289,17 @@ impl Projects {
         ))
     }
 
-    /// Ends the search: the id is recorded, or was given up.
+    /// Ends the search for a project id, which is recorded by now or was given up.
     fn end_search(&self, project: ProjectId) {
         lock(&self.search).unrecorded.remove(&project);
     }
 
-    /// The change of a running snapshot's limits that an update of labels asks
-    /// for.
+    /// The change of an existing snapshot's limits that an Update of its labels asks for;
+    /// `None` if there is no change.
     ///
     /// # Errors
     ///
-    /// As of [`Asked::of`] and [`plan_limits`]; [`ErrorKind::FailedPrecondition`] if the
+    /// Those of [`Asked::of`] and [`plan_limits`]; [`ErrorKind::FailedPrecondition`] if the
     /// snapshot has no project.
     pub(super) fn plan_limit_change(
         &self,
@@ -303,7 +308,8 @@ impl Projects {
         after: &Snapshot,
     ) -> Result<Option<LimitChange>> {
         let info = &after.info;
-        // Only limits whose labels change: the default may have changed since.
+        // A limit whose label does not change stays, even if the default is another one by
+        // now.
         let is_changed = |label: &str| before.info.labels.get(label) != info.labels.get(label);
         let is_size_changed = is_changed(LABEL_MAX_SIZE) || is_changed(LABEL_OWN_MAX_SIZE);
         let are_inodes_changed = is_changed(LABEL_MAX_INODES);
@@ -331,26 +337,26 @@ impl Projects {
             }));
         }
         if source == LabelSource::Administrator && asked.is_limit() {
-            // A lack of the file system is reported before a lack of the
-            // snapshot.
+            // An error about a file system that enforces no limits comes before the error
+            // about the missing project.
             let dirs = self.volumes.open(Volume::Writable)?;
             self.require_limits(&dirs)?;
             return Err(Error::refused(
-                "it was created while the writable volume had no project quotas, so it has no \
-                 project that could be limited: make the container again",
+                "the snapshot was created while the writable volume had no project quotas, so it \
+                 has no project that could be limited: create the container again",
             ));
         }
         Ok(None)
     }
 
-    /// Changes limits before `record` makes the change durable, and changes them
-    /// back if `record` fails. A limit can be removed even if the kernel cannot be
-    /// asked now, because the next start sets what is recorded.
+    /// Changes limits in the kernel before `record` makes the change durable, and changes
+    /// them back if `record` fails. A limit can be removed even if the kernel cannot be
+    /// asked now, because the next start sets the recorded limits.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::FailedPrecondition`] if the volume or its quotas are not there;
-    /// errors of the volume's disk; errors of `record`.
+    /// [`ErrorKind::FailedPrecondition`] if the volume or its quotas are missing; errors of
+    /// the volume's disk; errors of `record`.
     pub(super) fn change_limits<T>(
         &self,
         change: &LimitChange,
@@ -359,7 +365,8 @@ impl Projects {
         let are_kept = || matches!(self.support(), Ok(Support::Limits));
         if change.only_lifts() && !are_kept() {
             log::info!(
-                "project {} keeps its limits in the kernel until the daemon starts with quotas",
+                "the kernel still has the removed limits of project {}, until the daemon starts \
+                 with quotas",
                 change.project
             );
             return record();
@@ -374,7 +381,11 @@ impl Projects {
             })
             .inspect_err(|_| {
                 if let Err(error) = quotas.set_limits(change.project, change.from) {
-                    log::warn!("cannot undo a refused update: {}", error.chain());
+                    log::warn!(
+                        "project {} has the limits of a failed update until the next start: {}",
+                        change.project,
+                        error.chain()
+                    );
                 }
             })
     }
@@ -386,8 +397,7 @@ impl Projects {
         }
         match reader.project_of(snapshot.id) {
             Ok(given) => given.is_some_and(|given| given.limits != Limits::NONE),
-            // The failure is logged when room is lent, and is no reason not to
-            // mount.
+            // The mount is not refused for this error, which is logged when room is lent.
             Err(_) => true,
         }
     }
@@ -397,8 +407,9 @@ impl Projects {
         self.uncharged.stop();
     }
 
-    /// What a snapshot takes according to its quota, without a walk. `None` if
-    /// it has no project, or its directory is not charged to the project.
+    /// The usage of a snapshot according to its project quota, without counting files.
+    /// `None` if the snapshot has no project, or if its directory is not charged to the
+    /// project.
     pub(super) fn usage(
         &self,
         dirs: &Dirs,
@@ -411,8 +422,8 @@ impl Projects {
         if quota::project_of(upper)? != given.project {
             return Ok(None);
         }
-        // The caller can still walk. The kernel treats this request as a write,
-        // and so refuses it on a read-only volume.
+        // The caller can still count the files. The kernel treats a question for quotas as
+        // a write, and so refuses it on a read-only volume.
         let Ok(Some(quotas)) = self.available(dirs) else {
             return Ok(None);
         };

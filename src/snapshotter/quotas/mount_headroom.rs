@@ -18,8 +18,8 @@
 //! ext4 lets root mount in a full project, but gets loans as well: whether
 //! overlayfs acts with root's rights depends on the kernel.
 //!
-//! Loans are in memory only, and the database always has the limit itself, which the
-//! next start after a crash sets.
+//! Loans are in memory only. The database always has the limit without the loan, and the
+//! next start after a crash sets that limit.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,32 +32,34 @@ use crate::types::{Limits, SnapshotId, Volume};
 use crate::util::threads::Background;
 use crate::volume::WorkMark;
 
-/// How often to check whether the mount has happened: less than a runtime takes from the
-/// mount to the start of a container's program.
+/// How often to check whether the mount has happened. This is less than a runtime takes
+/// from the mount to the start of a container's program.
 const LOOK: Duration = Duration::from_millis(10);
-/// How long the loan is kept after overlayfs has created `work/work`, which it does before
-/// the mount is complete, if the mount is not seen: it may be in another mount namespace.
+/// How long a loan is kept after overlayfs has created `work/work`, if the mount itself is
+/// not seen, as in another mount namespace. overlayfs creates that directory before the
+/// mount is complete.
 const COMPLETES: Duration = Duration::from_millis(500);
-/// How long a caller may take from asking for mounts to making them; a disk beneath
-/// the layers may have to wake up.
+/// How long a loan is kept if no mount begins. Callers may take long from the request for
+/// mounts to the mount, if a disk beneath the layers has to wake up.
 const LONGEST: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Loan {
     until: Instant,
-    /// The mark of the last mount before the loan.
+    /// The trace of the last mount before the loan; the next mount leaves another one.
     work: Option<WorkMark>,
     /// Whether overlayfs has begun to mount the snapshot.
     is_mount_begun: bool,
 }
 
 impl Projects {
-    /// Lends a snapshot with limits what it lacks to be mounted. If that fails,
-    /// the caller still returns the mounts, because they may work.
+    /// Raises the limit of a snapshot if it cannot be mounted within the limit. If that
+    /// fails, the caller still returns the mounts, because they may work.
     pub(in crate::snapshotter) fn lend_room(&self, id: SnapshotId) {
         if let Err(error) = self.try_to_lend_room(id) {
             log::warn!(
-                "snapshot {id} may lack the room to be mounted: {}",
+                "the limit of snapshot {id} cannot be raised for its mount, so its container does \
+                 not start if it has filled the limit: {}",
                 error.chain()
             );
         }
@@ -81,8 +83,7 @@ impl Projects {
             return Ok(());
         }
         let _claim = self.ids.claim(id);
-        // Limits change only under a claim, and may have changed before this
-        // one.
+        // The limits may have changed before the claim was taken.
         let Some(given) = self.store.read()?.project_of(id)? else {
             return Ok(());
         };
@@ -97,13 +98,14 @@ impl Projects {
             work,
             is_mount_begun: false,
         };
-        // A present loan is replaced, because it may belong to another mount.
+        // An earlier loan of the snapshot is replaced, because it may belong to another
+        // mount.
         self.loans.change(|loans| loans.insert(id, loan));
-        log::debug!("snapshot {id} has filled its limit: room is lent for its mount");
+        log::debug!("snapshot {id} has filled its limit, which is raised for its mount");
         Ok(())
     }
 
-    /// Starts the thread that ends loans.
+    /// Starts the thread that lowers the limits again.
     pub(in crate::snapshotter) fn start_lender(self: &Arc<Projects>) -> Result<Background> {
         let stop = |projects: &Projects| projects.loans.stop();
         Background::start("lender", self, stop, |projects| {
@@ -115,8 +117,8 @@ impl Projects {
         })
     }
 
-    /// Waits for a loan, and then until the next check; returns `None` at the
-    /// stop.
+    /// Waits until there is a loan, and then until the next check. Returns `None` once the
+    /// daemon stops.
     fn await_loans(&self) -> Option<Vec<(SnapshotId, Loan)>> {
         self.loans.wait_while(HashMap::is_empty, |_| ())?;
         if !self.loans.pause(LOOK) {
@@ -126,8 +128,8 @@ impl Projects {
         Some(self.loans.look(all))
     }
 
-    /// Replaces a loan. Does nothing and returns `false` if the loan has been
-    /// renewed.
+    /// Replaces `loan` by `by`, or ends it. Does nothing and returns `false` if a mount has
+    /// got a new loan meanwhile.
     fn replace_loan(&self, id: SnapshotId, loan: Loan, by: Option<Loan>) -> bool {
         self.loans.look(|loans| {
             let is_it = loans.get(&id) == Some(&loan);
@@ -179,8 +181,7 @@ impl Projects {
         let Some(given) = reader.project_of(id)? else {
             return Ok(());
         };
-        // The limits of these projects are cleared when their ids are taken
-        // back.
+        // The limits of a project without a snapshot are cleared when its id is taken back.
         let loose = reader.loose_projects()?;
         if loose.iter().any(|loose| loose.project == given.project) {
             return Ok(());

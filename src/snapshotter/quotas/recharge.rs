@@ -1,12 +1,10 @@
-//! Charging whole trees to their projects again, in the background: trees that
-//! came back from a backup, or from another disk, by a program that does not know
-//! projects.
+//! Charging the files of snapshots to their projects again, in the background, after a
+//! program that does not know projects has copied them from a backup or from another disk.
 //!
-//! `<id>` itself leaves its project first and returns to it last, so that after a
-//! crash the next start sees that the work is not finished. Nothing is created
-//! directly in `<id>`, so nothing escapes the project meanwhile. A directory is
-//! charged before its entries, so that files which a container creates in it are
-//! charged by the kernel.
+//! The directory `<id>` leaves its project first and returns to it last, so that after a
+//! crash the next start sees that the work is not finished. Nothing is created directly in
+//! `<id>`, so nothing escapes the project meanwhile. A directory is charged before its
+//! entries, so that the kernel charges files which a container creates in it.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -22,13 +20,12 @@ use crate::util::fault_point::fault_point;
 use crate::util::threads::Background;
 use crate::volume::SnapshotDirs;
 
-/// The snapshots whose trees have to be charged.
+/// The snapshots whose files have to be charged.
 #[derive(Default)]
 pub(super) struct Uncharged {
     waiting: BTreeSet<SnapshotId>,
     under_way: Option<SnapshotId>,
-    /// Snapshots that failed. They are tried again when they are requested
-    /// again.
+    /// Snapshots that could not be charged. [`Projects::recharge_later`] tries them again.
     failed: HashSet<SnapshotId>,
 }
 
@@ -44,7 +41,7 @@ impl Uncharged {
 }
 
 impl Projects {
-    /// Has these snapshots charged to their projects, in the background.
+    /// Asks the background thread to charge the files of these snapshots to their projects.
     pub(in crate::snapshotter) fn recharge_later(&self, ids: &[SnapshotId]) {
         self.uncharged.change(|uncharged| {
             for id in ids {
@@ -54,19 +51,20 @@ impl Projects {
         });
     }
 
-    /// Whether part of a snapshot's tree may not be charged to its project.
+    /// Whether some files of a snapshot may not be charged to its project.
     pub(in crate::snapshotter) fn is_uncharged(&self, id: SnapshotId) -> bool {
         self.uncharged
             .look(|uncharged| uncharged.is_pending(id) || uncharged.failed.contains(&id))
     }
 
-    /// Whether a snapshot's tree is being charged, or waits for that.
+    /// Whether the files of a snapshot are being charged, or are waiting for that.
     pub(super) fn is_recharge_pending(&self, id: SnapshotId) -> bool {
         self.uncharged.look(|uncharged| uncharged.is_pending(id))
     }
 
-    /// Starts the thread, which calls `on_missing_volume` if it cannot go on without
-    /// the writable volume. After a stop, it ends within a file.
+    /// Starts the thread that charges files. The thread calls `on_missing_volume` if it
+    /// cannot go on without the writable volume. After a stop, the thread ends within one
+    /// file.
     pub(in crate::snapshotter) fn start_charger(
         self: &Arc<Projects>,
         on_missing_volume: impl Fn() + Send + 'static,
@@ -74,7 +72,7 @@ impl Projects {
         let stop = |projects: &Projects| projects.uncharged.stop();
         Background::start("charger", self, stop, move |projects| {
             if let Err(errno) = sys::lower_io_priority() {
-                log::debug!("the charger has no idle I/O priority: {errno}");
+                log::debug!("cannot lower the I/O priority of the charger's thread: {errno}");
             }
             let is_idle = |uncharged: &Uncharged| uncharged.waiting.is_empty();
             let begin_next = || {
@@ -89,7 +87,11 @@ impl Projects {
                 if error.kind() == ErrorKind::Unavailable {
                     continue;
                 }
-                log::error!("snapshot {id} stays out of its project: {}", error.chain());
+                log::error!(
+                    "the limit of snapshot {id} counts only a part of its files until the next \
+                     start: {}",
+                    error.chain()
+                );
                 if projects.volumes.open(Volume::Writable).is_err() {
                     on_missing_volume();
                 }
@@ -107,7 +109,7 @@ impl Projects {
 
     fn charge(&self, id: SnapshotId) -> Result<()> {
         let charged = match self.charge_snapshot(id) {
-            // The snapshot was removed meanwhile.
+            // Nothing is left to charge if the snapshot was removed meanwhile.
             Err(_) if self.is_gone(id) => Ok(()),
             charged => charged,
         };
@@ -132,22 +134,22 @@ impl Projects {
         let project = given.project;
         let dirs = self.volumes.open(Volume::Writable)?;
         let parts = match dirs.open_parts(id) {
-            // The missing directory is reported by the search for missing
-            // layers.
+            // The start reports a missing directory when it looks for lost layers.
             Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(()),
             parts => parts?,
         };
         self.charge_tree(id, &parts, project)?;
         log::warn!(
-            "the files of snapshot {id} were not charged to project {project}; now they are"
+            "the files of snapshot {id} were not charged to its project {project}; now they are"
         );
         Ok(())
     }
 
-    /// Charges a tree to a project, whatever project it was charged to before.
+    /// Charges the files of a snapshot to a project, whatever project they were charged to
+    /// before.
     fn charge_tree(&self, id: SnapshotId, parts: &SnapshotDirs, project: ProjectId) -> Result<()> {
         quota::set_project(&parts.top, ProjectId::NONE)?;
-        let scratch = match self.may_make_anew(id)? {
+        let scratch = match self.may_replace_nodes(id)? {
             true => Some(parts.ensure_scratch()?),
             false => None,
         };
@@ -168,15 +170,17 @@ impl Projects {
                 (Visited::File(fd), _) => {
                     quota::charge_file(fd, project).inspect(|()| fault_point("file-charged"))
                 }
-                // The snapshot may have been mounted meanwhile, and is then the
-                // container's to change.
+                // If the snapshot was mounted meanwhile, its nodes stay, because its
+                // container may use them.
                 (Visited::Node(parent, name), Some(scratch)) if !self.is_mounted(id)? => {
                     tree::remake(parent, name, scratch).map(|is_made| linked += u64::from(!is_made))
                 }
-                // Links and nodes take inodes, but hardly any blocks.
+                // Links and nodes that stay outside the project take inodes, but hardly any
+                // blocks.
                 (Visited::Node(..), _) => Ok(()),
             };
-            // The file may be immutable (chattr(1)), for example.
+            // A file that cannot be charged, for example because it is immutable
+            // (chattr(1)), does not stop the work.
             if let Err(error) = charged {
                 failures += 1;
                 first.get_or_insert(error);
@@ -185,14 +189,15 @@ impl Projects {
         })?;
         if let Some(error) = first {
             log::warn!(
-                "{failures} files of snapshot {id} stay out of project {project}, the first: {}",
+                "the limit of snapshot {id} does not count {failures} files, because they cannot \
+                 be charged to project {project}; the first error: {}",
                 error.chain()
             );
         }
         if linked > 0 {
             log::warn!(
-                "{linked} links and nodes of snapshot {id} stay out of project {project}, \
-                 because they have several names: they cannot be renamed"
+                "{linked} symbolic links and device nodes of snapshot {id} stay out of project \
+                 {project}, because they have several names: its container cannot rename them"
             );
         }
         if scratch.is_some() {
@@ -201,11 +206,12 @@ impl Projects {
         quota::set_project(&parts.top, project)
     }
 
-    /// Whether links and nodes of a snapshot may be created again. They cannot be
-    /// charged as they are, and so can neither be renamed nor linked in directories
-    /// that give a project to their entries (rename(2), EXDEV). Layers need no such
-    /// renames, and in a mounted snapshot the kernel holds the old inodes.
-    fn may_make_anew(&self, id: SnapshotId) -> Result<bool> {
+    /// Whether the symbolic links and device nodes of a snapshot may be created again. The
+    /// existing ones cannot be charged to a project, and so can neither be renamed nor
+    /// linked in directories that give a project to their entries (rename(2), EXDEV).
+    /// Layers need no such renames, and in a mounted snapshot the kernel holds the old
+    /// inodes.
+    fn may_replace_nodes(&self, id: SnapshotId) -> Result<bool> {
         let place = self.store.read()?.place(id)?;
         let is_active = place.is_some_and(|place| place.kind == Kind::Active);
         Ok(is_active && !self.is_mounted(id)?)

@@ -15,9 +15,9 @@ use crate::util::lock::lock;
 use crate::volume::{Dirs, SnapshotDirs};
 
 impl Projects {
-    /// At a start, after strays have gone to the trash: brings the projects in the
-    /// database and those of the file system into agreement. Returns the snapshots
-    /// whose trees have to be charged, which is done in the background.
+    /// At a start, after strays have gone to the trash: brings the projects in the database
+    /// and those of the file system into agreement. Returns the snapshots whose files have
+    /// to be charged in the background.
     pub(in crate::snapshotter) fn recover(&self, dirs: &Arc<Dirs>) -> Result<Vec<SnapshotId>> {
         let given = self.store.read()?.projects()?;
         let loose: HashSet<_> = self
@@ -30,12 +30,12 @@ impl Projects {
         let quotas = match self.options.mode {
             QuotaMode::Require => self.require_limits(dirs)?,
             QuotaMode::Auto | QuotaMode::Off => match self.require(dirs) {
-                // Another try would fail in the same way.
+                // Quotas are missing, and another try would fail in the same way.
                 Err(error) if error.kind() == ErrorKind::FailedPrecondition => {
                     if given.iter().any(|given| !loose.contains(&given.project)) {
                         log::warn!(
-                            "the limits of containers are no longer enforced, and their files have to be \
-                             counted: {}",
+                            "the limits of containers are no longer enforced, and their usage is \
+                             found by counting all files: {}",
                             error.chain()
                         );
                     }
@@ -44,12 +44,16 @@ impl Projects {
                 required => required?,
             },
         };
-        // A directory of another project cannot be moved into a directory that
+        // The kernel refuses to move a directory of another project into a directory that
         // gives its own project to its entries (rename(2), EXDEV).
         for directory in [dirs.snapshots_fd(), dirs.trash_fd()?] {
             if quota::project_of(directory)? != ProjectId::NONE {
                 quota::set_project(directory, ProjectId::NONE)?;
-                log::warn!("a directory of {} is no longer in a project", dirs.path());
+                log::warn!(
+                    "took snapshots/ or the trash of {} out of a project, because no snapshot \
+                     could be moved there",
+                    dirs.path()
+                );
             }
         }
         let mut uncharged = Vec::new();
@@ -62,7 +66,7 @@ impl Projects {
                 Ok(true) => {}
                 Ok(false) => uncharged.push(id),
                 Err(error) => log::error!(
-                    "project {} of snapshot {id}: {}",
+                    "the limit of project {} of snapshot {id} may not be enforced: {}",
                     given.project,
                     error.chain()
                 ),
@@ -72,9 +76,9 @@ impl Projects {
         Ok(uncharged)
     }
 
-    /// Sets the recorded limits of a snapshot, also if its directories were created
-    /// again, or copied by a program that does not know projects. Returns whether its
-    /// directories are charged to its project.
+    /// Sets the recorded limits of a snapshot's project again. Returns `false` if the
+    /// snapshot's directories are not charged to the project, because they were created
+    /// again, or copied by a program that does not know projects.
     fn restore_project(
         &self,
         quotas: &Quotas<'_>,
@@ -82,13 +86,12 @@ impl Projects {
         id: SnapshotId,
         given: &Project,
     ) -> Result<bool> {
-        // The project may have been changed, or removed, meanwhile.
+        // A request may have changed or removed the project meanwhile.
         if self.store.read()?.project_of(id)?.as_ref() != Some(given) {
             return Ok(true);
         }
         let parts = match dirs.open_parts(id) {
-            // The missing directory is reported by the search for missing
-            // layers.
+            // The start reports a missing directory when it looks for lost layers.
             Err(error) if error.kind() == ErrorKind::DataLoss => return Ok(true),
             parts => parts?,
         };
@@ -103,13 +106,16 @@ impl Projects {
             && !given.limits.are_kept_by(quotas.held(project)?.limits)
         {
             quotas.set_limits(project, given.limits)?;
-            log::warn!("set the limits of project {project} of snapshot {id} again");
+            log::warn!(
+                "set the recorded limits of project {project} of snapshot {id} again: they had \
+                 changed"
+            );
         }
         is_charged(&parts, project)
     }
 
-    /// Gives a snapshot another project in place of one that another program uses;
-    /// none if no id is free.
+    /// Gives a snapshot another project in place of one that another program uses. Returns
+    /// `None` if no id is free.
     fn replace_project(
         &self,
         quotas: &Quotas<'_>,
@@ -121,8 +127,8 @@ impl Projects {
             Ok(project) => Some(project),
             Err(error) if error.kind() == ErrorKind::ResourceExhausted => {
                 log::error!(
-                    "snapshot {id} has no limit any more: another program uses its project {theirs} \
-                     on this disk, and {}",
+                    "snapshot {id} has no limit any more: another program uses its project \
+                     {theirs} on this disk, and {}",
                     error.chain()
                 );
                 None
@@ -130,7 +136,7 @@ impl Projects {
             Err(error) => return Err(error),
         };
         let recorded = self.store.together(|transaction| {
-            // The id is not taken back, because that would clear the other
+            // The database only forgets the old id. Taking it back would clear the other
             // program's limits.
             transaction.forget_project(theirs)?;
             match picked {
@@ -155,8 +161,8 @@ impl Projects {
         Ok(picked)
     }
 
-    /// The differences from what is recorded, in order of the ids; none if there
-    /// are no quotas.
+    /// Findings about projects that differ from the recorded ones, in the order of the
+    /// snapshots' projects; none without quotas.
     pub(in crate::snapshotter) fn inspect(
         &self,
         snapshots: &HashMap<SnapshotId, Snapshot>,
@@ -182,7 +188,7 @@ impl Projects {
                 id: Some(snapshot.id),
                 volume: Some(Volume::Writable),
             };
-            // A missing directory is another finding.
+            // A missing directory is reported as a finding of its own.
             if let Ok(parts) = dirs.open_parts(snapshot.id)
                 && !is_charged(&parts, project)?
             {
@@ -197,8 +203,8 @@ impl Projects {
         Ok(findings)
     }
 
-    /// Records the projects of directories in the trash that are not recorded,
-    /// because a request was interrupted after it had set one.
+    /// Records the projects of directories in the trash that the database does not know.
+    /// Interrupted requests have set them.
     fn adopt_trashed(&self, dirs: &Dirs) -> Result<()> {
         let given = self.store.read()?.projects()?;
         let mut known: HashSet<_> = given.iter().map(|given| given.project).collect();
@@ -221,17 +227,18 @@ impl Projects {
                     snapshot: None,
                     limits: Limits::NONE,
                 })?;
-                log::info!("files in the trash still use project {project}");
+                log::info!(
+                    "project id {project} is in use until the next Cleanup, by files in the trash"
+                );
             }
             Ok(())
         })
     }
 }
 
-/// Whether a recorded project is the snapshot's on this disk as well. After a move to
-/// another disk, or with an older database, it may be another program's: then files
-/// outside of the snapshot are charged to it, or its limits differ from the recorded
-/// ones.
+/// Whether a recorded project is the snapshot's on this disk, too. After a move to another
+/// disk, or with an older database, the project may be another program's: then files
+/// outside of the snapshot are charged to it, or its limits differ from the recorded ones.
 fn is_ours(parts: &SnapshotDirs, given: &Project, held: &Held) -> Result<bool> {
     for part in parts.all() {
         if quota::project_of(part)? == given.project {

@@ -2,11 +2,11 @@
 //! healed layers have replaced: finding out when nothing can have them mounted any more, and
 //! deleting them.
 //!
-//! Containers and views mount a layer by its path, which leads to the moved or healed layer,
-//! so only a mount from before can show the old directory. An overlay does not show
-//! when it was mounted. Therefore the overlays on the layer are noted some time after the
-//! exchange, when a mount that was under way then must be in the kernel's list.
-//! Overlays that appear later do not count.
+//! Containers and views mount a layer by its path, which leads to the moved or healed
+//! layer, so only a mount from before the exchange can show the old directory. An overlay
+//! does not show when it was mounted. Therefore the overlays on the layer are noted some
+//! time after the exchange, when a mount that was under way then must be in the kernel's
+//! list. Overlays that appear later do not count.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -19,11 +19,13 @@ use crate::store::LeftoverDir;
 use crate::types::{SnapshotId, Volume};
 use crate::util::lock::lock;
 
-/// How long a mount(2) that has found the old directory may take.
+/// How long a mount(2) that has found the old directory before the exchange may take until
+/// it is in the kernel's list.
 const SETTLING: Duration = Duration::from_secs(10);
 
-/// What the relocator's thread knows of leftover directories. After a start it knows
-/// nothing, and all mounted overlays count.
+/// Notes of the relocator's thread about leftover directories. After a start there are
+/// none, and every overlay that is mounted on the layer counts as a user of its old
+/// directory.
 #[derive(Default)]
 pub(super) struct Leftovers {
     seen: HashMap<SnapshotId, Seen>,
@@ -31,7 +33,8 @@ pub(super) struct Leftovers {
 
 struct Seen {
     since: Instant,
-    /// The device numbers of the overlays that may show the directory.
+    /// The device numbers of the overlays that may show the directory; `None` until they
+    /// are noted.
     overlays: Option<HashSet<String>>,
 }
 
@@ -63,8 +66,8 @@ impl Leftovers {
                 transaction.forget_tombstones(&relocator.trash.take_settled())?;
                 transaction.forget_retired(id)
             })?;
-            // No claim is held, because a Remove of the layer must not wait for
-            // this disk.
+            // The relocator holds no claim here, because a Remove of the layer must not
+            // wait for this disk.
             match writable.trash(id) {
                 Ok(name) => name
                     .into_iter()
@@ -72,7 +75,8 @@ impl Leftovers {
                 Err(error) => {
                     relocator.trash.note_stray(Volume::Writable);
                     log::warn!(
-                        "cannot remove what layer {id} has left on the writable volume: {}",
+                        "the leftover directory of layer {id} stays on the writable volume until \
+                         the next Cleanup: {}",
                         error.chain()
                     );
                     continue;
@@ -109,13 +113,14 @@ impl Seen {
         }
     }
 
-    /// How long it takes until a mount that was under way is in the kernel's
+    /// How long to wait until a mount that was under way at `since` is in the kernel's
     /// list.
     fn settles_in(&self) -> Duration {
         SETTLING.saturating_sub(self.since.elapsed())
     }
 
-    /// Whether none of these mounts, which may show the directory, can show it.
+    /// Whether nothing shows the directory any more. `mounts` are those that may show it;
+    /// overlays that were mounted after the first call cannot.
     fn is_free(&mut self, mounts: &[&Mounted]) -> bool {
         let is_overlay = |mounted: &&&Mounted| mounted.file_system == "overlay";
         let overlays = mounts.iter().filter(is_overlay);
@@ -127,8 +132,8 @@ impl Seen {
     }
 }
 
-/// The directories that healed layers have replaced since the start, and those that the
-/// start has kept.
+/// The damaged directories that healed layers have replaced, and that are still to be
+/// deleted.
 #[derive(Default)]
 pub(super) struct Replaced(HashMap<SnapshotId, Seen>);
 
@@ -137,8 +142,8 @@ impl Replaced {
         self.0.insert(id, Seen::now());
     }
 
-    /// Takes out the directories that nothing has mounted any more. Also returns when to
-    /// look again.
+    /// Removes the directories that nothing has mounted any more from the list, and returns
+    /// them. Also returns when to look again.
     fn take_free(&mut self, mounts: &Mounts<'_>) -> (Vec<SnapshotId>, Option<Duration>) {
         let (mut free, mut next) = (Vec::new(), None);
         for (id, seen) in &mut self.0 {
@@ -170,7 +175,7 @@ impl Relocator {
         let image = self.volumes.image().dirs();
         for id in free {
             let claim = self.ids.claim(id);
-            // The layer may have healed again.
+            // The layer may have healed again before the claim.
             if lock(&self.replaced).0.contains_key(&id) {
                 continue;
             }

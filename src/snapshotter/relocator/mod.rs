@@ -6,10 +6,9 @@
 //! once if nothing stands on the layer, otherwise when nothing has it mounted any more,
 //! or when the host has rebooted.
 //!
-//! After a crash before the exchange, the copy is dropped, and the layer is
-//! where it was. After the exchange the copy is whole, and the next start
-//! records the move. The link, which the copy has changed names with, is the proof of the
-//! exchange; see [`recovery`].
+//! After a crash before the exchange, the copy is dropped, and the layer is where it was.
+//! After the exchange the copy is whole, and the next start records the move. The proof of
+//! the exchange is the link, which has the former name of the copy then; see [`recovery`].
 
 mod leftovers;
 mod recovery;
@@ -41,7 +40,7 @@ use crate::volume::{Dirs, UPPER, Volumes};
 use leftovers::Replaced;
 pub(super) use recovery::Namesake;
 
-/// The number of this boot of the host (random(4)).
+/// The id of this boot of the host (random(4)).
 fn boot_id() -> Result<String> {
     let path = "/proc/sys/kernel/random/boot_id";
     std::fs::read_to_string(path)
@@ -49,7 +48,7 @@ fn boot_id() -> Result<String> {
         .map_err(|error| Error::caused(ErrorKind::Internal, format!("read {path}"), error))
 }
 
-/// How often the thread looks for changes that no request reports.
+/// How often the relocator's thread looks for changes that no request reports.
 const EVERY_MINUTE: Duration = Duration::from_secs(60);
 
 /// An entry that was moved to the trash: its volume, and its name there.
@@ -58,13 +57,13 @@ type Trashed = (Arc<Dirs>, String);
 /// The result of moving a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Moved {
-    /// The layer is on the image volume; this number of bytes was copied.
+    /// The layer is on the image volume now; this number of bytes was copied.
     Home(u64),
     /// The layer was removed meanwhile, or was moved before.
     Gone,
-    /// The layer cannot move yet: its own snapshot is still mounted, or another
-    /// snapshot on it is that was committed since, and so does not count as a
-    /// user in the database.
+    /// The layer cannot move yet, because it was committed while it was mounted and still
+    /// is mounted, or because another such layer stands on it. The database does not count
+    /// these mounts.
     InUse,
 }
 
@@ -76,13 +75,13 @@ pub(super) struct Relocator {
     ids: Arc<Ids>,
     links: Arc<Links>,
     relocation: Relocation,
-    /// Locked during a move, because one layer moves at a time.
+    /// Locked during each move, because one layer moves at a time.
     moving: Mutex<()>,
     news: Monitor<News>,
     /// The directories `.replaced-<id>` that healed layers have replaced.
     replaced: Mutex<Replaced>,
-    /// Whether there was an unmoved layer, or a leftover or replaced directory, when the
-    /// thread last looked, or the thread is looking just now.
+    /// Whether the thread has found an unmoved layer, or a leftover or replaced directory,
+    /// when it last looked, or is looking now.
     has_layers: AtomicBool,
     /// Cancels the current copy when set.
     is_stopping: AtomicBool,
@@ -143,15 +142,16 @@ impl Relocator {
         self.news.change(|news| news.is_any = true);
     }
 
-    /// Notes the end of something that a layer may have waited for. If there is no
-    /// layer, the thread is not woken.
+    /// Notes that something has ended for which a layer may have waited, such as a
+    /// container. If no layer is waiting, the thread is not woken.
     pub(super) fn note_end(&self) {
         if self.has_layers.load(Ordering::SeqCst) {
             self.wake();
         }
     }
 
-    /// Notes that something was removed from the image volume.
+    /// Notes that the image volume may have more room, because something was removed from
+    /// it.
     pub(super) fn note_room(&self) {
         self.news.change(|news| {
             news.has_room = true;
@@ -209,7 +209,8 @@ impl Relocator {
         if !is_exchanged
             && let Err(error) = self.links.require([id]).and_then(|()| image.exchange(id))
         {
-            // After an exchange whose flush has failed, the link stays as its proof.
+            // If the exchange has happened and only its flush has failed, the link stays as
+            // the proof.
             if image.layer_entry(id)? != Some(FileType::Directory) {
                 self.end_move(id, trashed)?;
             }
@@ -227,7 +228,7 @@ impl Relocator {
             transaction.move_home(id, &held, &boot_id)
         })?;
         fault_point("recorded");
-        // A Remove of the layer need not wait for the writable volume any more.
+        // From here on, a Remove of the layer need not wait for the writable volume.
         drop(claim);
         let mut tidy = || -> Result<()> {
             self.end_move(id, trashed)?;
@@ -241,7 +242,7 @@ impl Relocator {
         if let Err(error) = tidy() {
             self.trash.note_stray(Volume::Writable);
             log::warn!(
-                "cannot tidy up after the move of layer {id}: {}",
+                "layer {id} has moved, but its old files take room until the next Cleanup: {}",
                 error.chain()
             );
         }
@@ -249,20 +250,19 @@ impl Relocator {
         Ok(Moved::Home(bytes))
     }
 
-    /// Returns an error unless a move has put the directory of that number on the image
+    /// Returns an error unless a move has put the directory with this id on the image
     /// volume.
     fn require_exchanged(&self, id: SnapshotId) -> Result<()> {
         if self.volumes.image().has_exchanged_link(id)? {
             return Ok(());
         }
         Err(Error::refused(format!(
-            "the directory snapshots/{id} on the image volume is not the layer of that number, \
+            "the directory snapshots/{id} on the image volume is not the layer with that id, \
              because no move has put it there: the next start sets it aside"
         )))
     }
 
-    /// Moves the entry `.moving-<id>` to the trash: an unfinished copy, or the
-    /// link.
+    /// Moves the entry `.moving-<id>`, an unfinished copy or the former link, to the trash.
     fn end_move(&self, id: SnapshotId, trashed: &mut Vec<Trashed>) -> Result<()> {
         let image = self.volumes.image();
         let name = image.end_move(id)?;
@@ -270,8 +270,9 @@ impl Relocator {
         Ok(())
     }
 
-    /// Deletes copies in the trash that a kill has kept from being deleted. A daemon that
-    /// is killed again and again would otherwise fill the disk before a Cleanup comes.
+    /// Deletes unfinished copies in the trash, which a killed daemon has left there. A
+    /// daemon that is killed again and again would otherwise fill the disk before a Cleanup
+    /// comes.
     fn delete_dropped_copies(&self) -> Result<()> {
         let image = self.volumes.image().dirs();
         for name in image.trashed_moves()? {
@@ -291,7 +292,8 @@ impl Relocator {
         Ok(held)
     }
 
-    /// Like [`Relocator::relocate`], and deletes what the move has left.
+    /// Moves one layer like [`Relocator::relocate`], and deletes the entries that the move
+    /// has put into the trash.
     fn relocate_and_delete(&self, id: SnapshotId) -> Result<Moved> {
         let mut trashed = Vec::new();
         let moved = self.relocate(id, &mut trashed);
@@ -308,12 +310,12 @@ impl Relocator {
         if let Some(layer) = away.iter().find(|layer| layer.id == id) {
             require_room(layer, image.dirs())?;
             let snapshot = self.store.read()?.stat(&layer.name)?;
-            // A copy must not replace a layer that lacks files now, which are perhaps
-            // only elsewhere.
+            // A damaged layer does not move: a copy would take its place, although the
+            // missing files may still be found.
             let found = inspect_layer(writable, &snapshot, true, false)?;
             if matches!(found, Some(Problem::LayerDamaged { .. })) {
                 return Err(Error::data_loss(format!(
-                    "layer {id} holds less than when it was committed: run `check`"
+                    "layer {id} holds less than when it was committed: run `check --heal`"
                 )));
             }
         }
@@ -330,8 +332,8 @@ impl Relocator {
             let names = copied.left_out.iter();
             let names: Vec<_> = names.map(|name| Quoted(name).to_string()).collect();
             log::info!(
-                "layer {id}: its files do not have these attributes on the image volume, which \
-                 belong to the other file system or are not supported by this one: {}",
+                "layer {id}: its files do not have these attributes on the image volume, because \
+                 its file system does not support them or they belong to the writable volume's: {}",
                 names.join(", ")
             );
         }
@@ -343,8 +345,8 @@ impl Relocator {
         Ok(copied.bytes)
     }
 
-    /// The whole move if both volumes are on one file system: two renames. Does
-    /// nothing and returns `false` if they are not.
+    /// Moves a layer by two renames, if both volumes are on one file system. Otherwise does
+    /// nothing and returns `false`.
     fn rename_home(&self, id: SnapshotId, writable: &Dirs) -> Result<bool> {
         let image = self.volumes.image();
         let _claim = self.ids.claim(id);
@@ -381,9 +383,9 @@ impl Relocator {
         Ok(place.is_some_and(|place| place.is_unmoved()))
     }
 
-    /// Moves layers that are to be id-mapped to the image volume: containerd
-    /// clones and maps the directory that all lower directories share, and such
-    /// a clone does not lead through a link to another file system.
+    /// Moves layers to the image volume before they are mounted with mapped ids. For such a
+    /// mount, containerd clones and maps the directory that all lower directories share,
+    /// and the clone does not lead through a link to another file system.
     ///
     /// # Errors
     ///
@@ -395,7 +397,8 @@ impl Relocator {
             if self.relocation == Relocation::Never {
                 return Err(Error::refused(format!(
                     "a container with mapped ids cannot use layer {id}, which is on the \
-                     writable volume and stays there by --relocate never"
+                     writable volume, and stays there because of --relocate never: leave out \
+                     that flag, or the mapping"
                 )));
             }
             let moved = self.relocate_and_delete(*id).context(|| {
@@ -405,29 +408,30 @@ impl Relocator {
             self.wake();
             if moved == Moved::InUse {
                 return Err(Error::refused(format!(
-                    "layer {id} was committed while it was mounted, and still is: it cannot \
-                     move to where a container with mapped ids could use it"
+                    "layer {id} was committed while it was mounted, and still is mounted, so it \
+                     cannot move to the image volume, where a container with mapped ids needs it: \
+                     stop the container that has it mounted"
                 )));
             }
         }
         Ok(())
     }
 
-    /// Prevents moves until the value is dropped. Waits for a move under way.
+    /// Prevents moves until the returned value is dropped. Waits for a move under way.
     pub(super) fn stop_moves(&self) -> MutexGuard<'_, ()> {
         lock(&self.moving)
     }
 
-    /// Notes that a healed layer has replaced a directory, which the thread deletes
-    /// once nothing can have it mounted.
+    /// Notes that a healed layer has replaced its damaged directory. The thread deletes
+    /// that directory once nothing can have it mounted.
     pub(super) fn note_replaced(&self, id: SnapshotId) {
         lock(&self.replaced).note(id);
         self.has_layers.store(true, Ordering::SeqCst);
         self.wake();
     }
 
-    /// Records that a layer is on the image volume, because its directory has replaced
-    /// the link.
+    /// Records that an unmoved layer is on the image volume now, because a directory has
+    /// replaced its link.
     pub(super) fn record_exchanged(&self, id: SnapshotId) -> Result<()> {
         // A crash may have come between the exchange and its own flush.
         self.volumes.image().dirs().settle_names()?;
@@ -438,7 +442,7 @@ impl Relocator {
     }
 }
 
-/// Returns an error for a layer whose copy would fill the image volume.
+/// Returns an error if the image volume has no room for a copy of the layer.
 fn require_room(layer: &UnmovedLayer, image: &Dirs) -> Result<()> {
     let unused = image.unused()?;
     if layer.size_bytes <= unused.bytes && layer.inodes <= unused.inodes {

@@ -1,12 +1,12 @@
-//! Layers that the database has on the writable volume, and for which there is a directory
-//! on the image volume.
+//! Layers that the database records on the writable volume, although the image volume has a
+//! directory with their id.
 //!
-//! A directory with a layer's number is not proof that the layer has moved: the disk may
-//! have been used with another database, which has given out the same numbers. The proof is
-//! the link that the exchange leaves under another name. Without it, or if a volume
-//! has another history than the database, the directory counts as the layer only if the
-//! layer is nowhere else and the directory holds as much as was recorded at the commit. In
-//! that case nothing is deleted. Every other directory is set aside.
+//! A directory with a layer's id is not proof that the layer has moved: the disk may have
+//! been used with another database, which has given out the same ids. The proof is the link
+//! that the exchange leaves under another name. Without that link, or if a volume has
+//! another history than the database, the directory counts as the layer only if the layer
+//! is nowhere else and the directory holds as much as was recorded at the commit. In that
+//! case nothing is deleted. Every other directory is set aside.
 
 use std::sync::Arc;
 
@@ -20,21 +20,22 @@ use crate::store::{DataBytes, Snapshot};
 use crate::types::{History, Quoted, SnapshotId, Volume};
 use crate::volume::Dirs;
 
-/// What a directory on the image volume is that has the number of an unmoved layer.
+/// The kinds of directories on the image volume that have the id of an unmoved layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::snapshotter) enum Namesake {
-    /// The layer, which a move or a healing has put there.
+    /// The directory is the layer: a move or a healing has put it there.
     Moved,
-    /// The layer, as far as its recorded content shows: there is no other.
+    /// The directory counts as the layer: it holds as much as was recorded, and the layer
+    /// is nowhere else.
     OnlyOne,
-    /// Not the layer.
+    /// The directory is not the layer.
     Other,
 }
 
 impl Relocator {
-    /// At a start, before strays are looked for: finishes moves whose exchange
-    /// has happened, drops the others, and forgets leftover directories of an
-    /// earlier boot, which nothing has mounted any more.
+    /// At a start, before strays are looked for: records moves whose exchange has happened,
+    /// and forgets leftover directories of an earlier boot, which nothing has mounted any
+    /// more.
     pub(in crate::snapshotter) fn recover_moves(&self) -> Result<()> {
         let image = self.volumes.image();
         for away in self.store.read()?.away()? {
@@ -45,7 +46,8 @@ impl Relocator {
             if !is_there {
                 continue;
             }
-            // If the writable volume answers late, a request may remove the layer.
+            // If the writable volume answers late, requests are served by now, and may
+            // remove the layer.
             let _claim = self.ids.claim(away.id);
             if !self.is_unmoved(away.id)? {
                 continue;
@@ -64,14 +66,14 @@ impl Relocator {
                 }
             }
             log::info!(
-                "recorded that layer {} has moved to the image volume",
+                "recorded that layer {} has moved to the image volume before this start",
                 Quoted(&away.name)
             );
         }
         self.forget_earlier_boots()
     }
 
-    /// What the directory on the image volume is that has the number of this unmoved layer.
+    /// Judges the directory on the image volume that has the id of this unmoved layer.
     pub(in crate::snapshotter) fn judge_namesake(&self, layer: &Snapshot) -> Result<Namesake> {
         let image = self.volumes.image();
         if image.has_exchanged_link(layer.id)? && self.has_same_history()? {
@@ -94,7 +96,8 @@ impl Relocator {
         }
     }
 
-    /// Whether both volumes, as far as they are there, were last used with this database.
+    /// Whether both volumes were last used with this database. A missing volume does not
+    /// count.
     fn has_same_history(&self) -> Result<bool> {
         for volume in [Volume::Image, Volume::Writable] {
             let Ok(dirs) = self.volumes.open(volume) else {
@@ -111,14 +114,14 @@ impl Relocator {
         Ok(true)
     }
 
-    /// Sets a directory aside that is not the layer whose number it has, and links the
-    /// layer again.
+    /// Sets aside a directory that has the id of a layer but is not the layer, and links
+    /// the layer again.
     fn set_aside(&self, layer: &Snapshot) -> Result<()> {
         if let Some(path) = self.volumes.image().dirs().clear_away(layer.id)? {
             log::warn!(
-                "image volume: snapshots/{} has the number of layer {}, which is on the writable \
-                 volume, and is not that layer: it is set aside as {path}; delete it there if you do \
-                 not need it",
+                "image volume: snapshots/{} has the id of layer {}, which is on the writable \
+                 volume, and is not that layer: it is set aside as {path}; delete it there if you \
+                 do not need it",
                 layer.id,
                 Quoted(&layer.info.name)
             );
@@ -140,8 +143,8 @@ impl Relocator {
         })
     }
 
-    /// Finishes a move by [`Relocator::rename_home`] after a crash between its
-    /// two renames, when the layer exists only under the move's own name.
+    /// Finishes a move by [`Relocator::rename_home`] after a crash between its two renames,
+    /// when the layer exists only as `.moving-<id>`.
     fn finish_rename(&self, id: SnapshotId) -> Result<bool> {
         let image = self.volumes.image();
         let Ok(writable) = self.volumes.open(Volume::Writable) else {
@@ -155,8 +158,8 @@ impl Relocator {
         if !image.is_renamed_layer(id)? {
             return Ok(false);
         }
-        // There is a link, or after a power cut nothing. In both cases a link
-        // is created first, so that there is an entry to exchange.
+        // The layer's id is the name of a link, or of nothing after a power cut. In both
+        // cases a link is created first, so that there is an entry to exchange.
         self.volumes.link_home(id)?;
         image.exchange(id)?;
         Ok(true)

@@ -1,4 +1,4 @@
-//! The thread that moves layers: which layer is next, and when to look again.
+//! The thread that moves layers: which layer moves next, and when to look again.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -21,8 +21,8 @@ use crate::volume::{Unused, keeps_times};
 const SMALL_BYTES: u64 = 1 << 20;
 
 impl Relocator {
-    /// Starts the thread. If layers are to stay, it moves none. After a stop, it ends
-    /// within a chunk of a file.
+    /// Starts the relocator's thread. With [`Relocation::Never`] it moves no layers. After
+    /// a stop, the thread ends once it has copied the current chunk of a file.
     pub(in crate::snapshotter) fn start(self: &Arc<Relocator>) -> Result<Background> {
         let (after, keeps_small) = match self.relocation {
             Relocation::Background { after, keeps_small } => (Some(after), keeps_small),
@@ -47,20 +47,20 @@ struct Worker<'a> {
     /// How long layers wait before they move; `None` if they stay where they
     /// are.
     after: Option<Duration>,
-    /// See [`Relocation::Background`].
+    /// Whether small layers stay as long as something stands on them.
     keeps_small: bool,
     notes: Notes,
     leftovers: Leftovers,
 }
 
-/// What is known about layers that are still to be moved.
+/// Notes about layers that are still to be moved.
 #[derive(Default)]
 struct Notes {
     /// Layers that cannot be moved before the next start.
     unmovable: HashSet<SnapshotId>,
     /// Layers whose delay has been logged, so that it is logged once.
     put_off: HashSet<SnapshotId>,
-    /// Layers for which the image volume had no room, and what was free on it then.
+    /// Layers for which the image volume had no room, with its free space at that time.
     without_room: HashMap<SnapshotId, Unused>,
 }
 
@@ -77,24 +77,26 @@ impl Notes {
 impl Worker<'_> {
     fn run(&mut self) {
         if let Err(errno) = sys::lower_io_priority() {
-            log::debug!("the relocator has no idle I/O priority: {errno}");
+            log::debug!("cannot lower the I/O priority of the relocator's thread: {errno}");
         }
         if self.after.is_some() {
             self.say_lost_times();
         }
         if let Err(error) = self.relocator.delete_dropped_copies() {
             log::warn!(
-                "cannot delete copies of moves that have failed: {}",
+                "unfinished copies of layers stay in the trash of the image volume until the next \
+                 Cleanup: {}",
                 error.chain()
             );
         }
         loop {
             let next = self.step().unwrap_or_else(|error| {
                 log::warn!(
-                    "cannot look for layers to move to the image volume: {}",
+                    "cannot look for layers to move to the image volume, and will try again in a \
+                     minute: {}",
                     error.chain()
                 );
-                // The pause keeps the thread from trying without end if the
+                // The thread pauses, because it would otherwise try without end if the
                 // database cannot be read.
                 Some(EVERY_MINUTE)
             });
@@ -109,20 +111,20 @@ impl Worker<'_> {
         let kept = image.trash_fd().and_then(keeps_times);
         if kept.is_ok_and(|are_kept| !are_kept) {
             log::warn!(
-                "the file system of {} keeps times to the second and up to 2038 only: the files \
-                 of layers that are committed from containers lose what is beyond when they move \
-                 there; ext4 keeps it with inodes of 256 bytes (mkfs.ext4 -I 256), and so do XFS \
-                 and btrfs",
+                "the file system of {} keeps times to the second and up to 2038 only: layers that \
+                 are committed from containers lose fractions of seconds and later times when they \
+                 move there; ext4 with inodes of 256 bytes (mkfs.ext4 -I 256), XFS and btrfs keep \
+                 them",
                 image.path()
             );
         }
     }
 
-    /// Deletes what moved and healed layers have left, and moves at most one layer. Returns when to
-    /// look again if nothing wakes the thread.
+    /// Deletes the old directories of moved and healed layers, and moves at most one layer.
+    /// Returns when to look again if nothing wakes the thread.
     fn step(&mut self) -> Result<Option<Duration>> {
         let has_layers = &self.relocator.has_layers;
-        // Set before the thread looks, so that events after the look wake it.
+        // The flag is set before the thread looks, so that events after the look wake it.
         has_layers.store(true, Ordering::SeqCst);
         let released = self.leftovers.release(self.relocator)?;
         let released = self
@@ -142,10 +144,12 @@ impl Worker<'_> {
         Ok(moved.into_iter().chain(released).min())
     }
 
-    /// The part of [`Worker::step`] that moves a layer.
+    /// Moves the first layer that can move. Returns when to look again; `None` if it is
+    /// enough to look when the thread is woken.
     fn move_one(&mut self, away: Vec<UnmovedLayer>, after: Duration) -> Result<Option<Duration>> {
         if !away.is_empty() && self.relocator.volumes.open(Volume::Writable).is_err() {
-            // The return of the volume does not wake the thread.
+            // The thread looks again by itself, because the return of the volume does not
+            // wake it.
             return Ok(Some(EVERY_MINUTE));
         }
         let mut next = None;
@@ -154,8 +158,8 @@ impl Worker<'_> {
                 continue;
             }
             if !self.may_have_room(&layer)? {
-                // Room that other programs make on the disk does not wake the
-                // thread.
+                // The thread looks again by itself, because room that other programs make
+                // does not wake it.
                 next = Some(EVERY_MINUTE);
                 continue;
             }
@@ -164,7 +168,7 @@ impl Worker<'_> {
                 .saturating_sub(layer.committed.nanos());
             let age = Duration::from_nanos(age.try_into().unwrap_or(0));
             if age < after {
-                // The layers are in the order of their commits.
+                // The layers are in the order of their commits, so all others are younger.
                 next = next.into_iter().chain([after - age]).min();
                 break;
             }
@@ -175,7 +179,7 @@ impl Worker<'_> {
             }
             if self.move_home(&layer) == Some(Moved::InUse) {
                 self.say_put_off(&layer, "it is still mounted");
-                // An unmount does not wake the thread.
+                // The thread looks again by itself, because an unmount does not wake it.
                 next = Some(EVERY_MINUTE);
                 continue;
             }
@@ -184,10 +188,10 @@ impl Worker<'_> {
         Ok(next)
     }
 
-    /// Whether a layer that had no room may have room now. Its recorded size is not
-    /// enough to decide, because it may take more on another file system. So it is copied
-    /// again only when the free space has grown by a part of its size since the last
-    /// failure.
+    /// Whether a layer that had no room may have room now. The recorded size of the layer
+    /// does not decide that, because the layer may take more on another file system. So the
+    /// layer is copied again only when the free space has grown by a part of its size since
+    /// the last failure.
     fn may_have_room(&self, layer: &UnmovedLayer) -> Result<bool> {
         let Some(before) = self.notes.without_room.get(&layer.id) else {
             return Ok(true);
@@ -219,14 +223,17 @@ impl Worker<'_> {
             Ok(Moved::InUse) => {}
             Ok(Moved::Gone) => log::debug!("layer {name} was removed before it had moved"),
             Err(error) => match error.kind() {
-                ErrorKind::Unavailable => log::debug!("layer {name}: {}", error.chain()),
+                ErrorKind::Unavailable => {
+                    log::debug!("layer {name} does not move now: {}", error.chain())
+                }
                 ErrorKind::ResourceExhausted => {
                     lock(&self.relocator.moves).failures += 1;
                     self.notes
                         .without_room
                         .insert(layer.id, unused.unwrap_or_default());
                     log::warn!(
-                        "layer {name} stays on the writable volume until the image volume has room: {}",
+                        "layer {name} stays on the writable volume until the image volume has \
+                         room: {}",
                         error.chain()
                     );
                 }
@@ -245,7 +252,10 @@ impl Worker<'_> {
 
     fn say_put_off(&mut self, layer: &UnmovedLayer, why: &str) {
         if self.notes.put_off.insert(layer.id) {
-            log::debug!("layer {} is put off: {why}", Quoted(&layer.name));
+            log::debug!(
+                "the move of layer {} is put off: {why}",
+                Quoted(&layer.name)
+            );
         }
     }
 
@@ -259,11 +269,14 @@ impl Worker<'_> {
             return false;
         };
         if news.has_room && !self.notes.without_room.is_empty() {
-            // ext4 frees the blocks of deleted files only with its next journal
-            // commit.
+            // The flush makes room before the next look: ext4 frees the blocks of deleted
+            // files only with its next journal commit.
             let image = self.relocator.volumes.image().dirs();
             if let Err(error) = self.relocator.flusher.flush(image) {
-                log::warn!("{}", error.chain());
+                log::warn!(
+                    "cannot flush the image volume after files were deleted: {}",
+                    error.chain()
+                );
             }
         }
         true

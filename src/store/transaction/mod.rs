@@ -1,11 +1,11 @@
-//! Write transactions, and how simultaneous ones become durable together.
+//! Write transactions, and how simultaneous transactions become durable together.
 //!
 //! Making a transaction durable takes longer than everything else in it, and one flush
 //! serves any number of transactions. Therefore, a caller that commits while others
 //! wait for the writer leaves SQLite's transaction open for them, and waits. The work
-//! of each caller is a savepoint in it, and the caller after whom no other one waits
-//! commits for all. These transactions are a batch. It becomes durable as a whole or
-//! not at all, and no caller returns before that.
+//! of each caller is a savepoint in it, and the last waiting caller commits for all.
+//! These callers are the members of a batch. The batch becomes durable as a whole or not
+//! at all, and no member returns before that.
 
 #[cfg(test)]
 mod tests;
@@ -37,7 +37,7 @@ pub(super) struct Writer {
 }
 
 pub(super) struct State {
-    /// `None` once the database is closed.
+    /// The connection; `None` once the database is closed.
     rows: Option<Rows>,
     /// The batch that the open transaction belongs to.
     batch: Option<Batch>,
@@ -53,8 +53,8 @@ struct Batch {
     end: Arc<End>,
 }
 
-/// The result of a batch, once it has ended. All its members return the same
-/// error.
+/// The result of a batch, which its members wait for. If the batch fails, all members
+/// return the same error.
 #[derive(Default)]
 struct End(Monitor<Option<std::result::Result<(), Arc<Error>>>>);
 
@@ -62,7 +62,7 @@ struct End(Monitor<Option<std::result::Result<(), Arc<Error>>>>);
 pub struct Transaction<'a> {
     store: &'a Store,
     sharing: Sharing,
-    /// `None` after this member has left the batch to later ones.
+    /// The locked connection; `None` after this member has left its batch to later members.
     writer: Option<MutexGuard<'a, State>>,
 }
 
@@ -89,7 +89,7 @@ impl Writer {
         }
     }
 
-    /// Waits for the connection.
+    /// Waits for the connection that writes, and locks it.
     fn acquire(&self) -> MutexGuard<'_, State> {
         self.coming.fetch_add(1, Ordering::SeqCst);
         let state = lock(&self.state);
@@ -118,25 +118,29 @@ impl State {
             .is_some_and(|rows| !rows.connection().is_autocommit())
     }
 
-    /// Overwrites what a failed commit has left in the log, by a change without meaning.
+    /// Overwrites the remains of a failed commit in the log, by a change without meaning.
     fn overwrite_remains(&mut self) -> Result<()> {
         if !self.has_remains {
             return Ok(());
         }
-        let overwriting = "write over what a failed change has left in the database's log";
+        let overwriting = "overwrite the remains of a failed change in the database's log";
         self.rows()?.execute(MEANINGLESS_CHANGE, [], overwriting)?;
         self.has_remains = false;
         Ok(())
     }
 
-    /// Notes that a commit has failed. The caller may then undo the change on the disks,
-    /// so the change must not become valid again. Therefore its remains in the log are
-    /// overwritten before the error is returned, or else before the next change.
+    /// Handles a failed commit. The caller will undo the change on the disks, so the change
+    /// must not become valid again. Therefore its remains in the log are overwritten now, or
+    /// if this fails, before the next change.
     fn note_failure(&mut self) {
         self.roll_back();
         self.has_remains = true;
         if let Err(error) = self.overwrite_remains() {
-            log::error!("{}", error.chain());
+            log::error!(
+                "the remains of a failed change are still in the log of the database; the next \
+                 change overwrites them: {}",
+                error.chain()
+            );
         }
     }
 
@@ -144,18 +148,17 @@ impl State {
         let Some(rows) = self.rows.as_ref().filter(|_| self.has_transaction()) else {
             return;
         };
-        let doing = "roll a database transaction back";
+        let doing = "roll back a transaction of the database";
         if let Err(error) = rows.execute("ROLLBACK", [], doing) {
-            log::error!("{}", error.chain());
+            log::error!("a failed change may still be open: {}", error.chain());
         }
     }
 }
 
 impl Store {
-    /// Begins a transaction of its own, after those under way have ended. The
-    /// caller keeps the writer until the value is dropped, even after the
-    /// commit. If it is dropped without [`Transaction::commit`], it leaves no
-    /// trace.
+    /// Begins a transaction that shares no batch, after the running transactions have
+    /// ended. The caller keeps the writer until the returned value is dropped, even after
+    /// the commit. Without [`Transaction::commit`], the drop rolls all changes back.
     ///
     /// # Errors
     ///
@@ -175,8 +178,8 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unavailable`] as in [`Store::write`], or if changes that `work` has
-    /// seen cannot be made durable.
+    /// [`ErrorKind::Unavailable`] as in [`Store::write`], or if uncommitted changes that
+    /// `work` has seen cannot be made durable.
     pub fn together<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T>) -> Result<T> {
         waits::enter(Awaited::Database)?;
         let writer = self.writer.acquire();
@@ -191,7 +194,7 @@ impl Store {
         }
     }
 
-    /// Waits for the connection when no transaction is open.
+    /// Waits for the connection, and ends an open batch, so that no transaction is open.
     pub(super) fn alone(&self) -> MutexGuard<'_, State> {
         let mut writer = self.writer.acquire();
         self.end_batch(&mut writer);
@@ -254,7 +257,8 @@ impl Store {
             batch,
             ended: Err(Arc::new(Error::new(
                 ErrorKind::Internal,
-                "changes were not made durable because of a bug in this program; its log shows where",
+                "changes of the database were lost because of a bug in this program; its log shows \
+                 where",
             ))),
         };
         ending.ended = end(ending.writer).map_err(Arc::new);
@@ -273,8 +277,8 @@ impl Store {
     }
 }
 
-/// Ends a batch when dropped, also after a panic, because its members wait for
-/// that.
+/// Ends a batch when dropped, also after a panic, because the members of the batch wait
+/// for its end.
 struct Ending<'a> {
     writer: &'a mut State,
     batch: Batch,
@@ -301,7 +305,7 @@ impl End {
     }
 }
 
-/// The rows as the transaction sees them, until its commit.
+/// A transaction has all queries of [`Rows`], which see its uncommitted changes.
 impl Deref for Transaction<'_> {
     type Target = Rows;
 
@@ -339,7 +343,7 @@ impl Transaction<'_> {
             Err(failed) => Error::caused(
                 ErrorKind::Unavailable,
                 format!(
-                    "refused ({}) because of another change that has failed: try again",
+                    "refused ({}) because another change in the same batch has failed: try again",
                     error.chain()
                 ),
                 failed,
@@ -347,7 +351,7 @@ impl Transaction<'_> {
         }
     }
 
-    /// Adds this member's work to its batch, and ends the batch if no other caller will.
+    /// Adds this member's work to the open batch, and ends the batch if no other caller waits.
     fn join_batch(&mut self) -> Result<Arc<End>> {
         let writer = self.writer.as_mut().ok_or_else(not_writable)?;
         if !writer.has_transaction() {
@@ -369,7 +373,7 @@ impl Transaction<'_> {
         Ok(end)
     }
 
-    /// Rolls back what is not committed, and releases the writer.
+    /// Rolls back the changes that are not committed, and releases the writer.
     fn roll_back(&mut self) {
         let Some(mut writer) = self.writer.take() else {
             return;
@@ -378,7 +382,7 @@ impl Transaction<'_> {
             Sharing::Alone | Sharing::First => writer.roll_back(),
             Sharing::Joined => {
                 let undone = writer.rows().and_then(|rows| {
-                    let doing = "roll a member of a batch back";
+                    let doing = "roll back one change in a batch";
                     rows.execute("ROLLBACK TO member", [], doing)?;
                     rows.execute("RELEASE member", [], doing)
                 });

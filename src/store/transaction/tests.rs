@@ -196,9 +196,9 @@ fn a_batch_that_cannot_be_made_durable_fails_as_a_whole() {
                 .together(|transaction| enter(transaction, "second"))
         });
         let refused = scope.spawn(|| add(&fixture.store, "first"));
-        let told = first.join().unwrap();
+        let first = first.join().unwrap();
         let kinds = [
-            told.unwrap_err().kind(),
+            first.unwrap_err().kind(),
             failing.join().unwrap().map(drop).unwrap_err().kind(),
             second.join().unwrap().map(drop).unwrap_err().kind(),
         ];
@@ -212,7 +212,7 @@ fn a_batch_that_cannot_be_made_durable_fails_as_a_whole() {
 }
 
 #[test]
-fn what_sqlite_has_rolled_back_is_told_to_all() {
+fn all_members_return_that_sqlite_has_rolled_back() {
     let fixture = fixture();
     thread::scope(|scope| {
         let first = scope.spawn(|| fixture.first(1));
@@ -224,8 +224,8 @@ fn what_sqlite_has_rolled_back_is_told_to_all() {
                 Ok(())
             })
         });
-        for told in [first, refused].map(|caller| caller.join().unwrap()) {
-            assert_eq!(told.unwrap_err().kind(), ErrorKind::Unavailable);
+        for result in [first, refused].map(|caller| caller.join().unwrap()) {
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::Unavailable);
         }
     });
     assert!(!fixture.exists("first"));

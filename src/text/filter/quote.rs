@@ -1,8 +1,8 @@
 //! Quoted literals: from the opening quote to the bytes they stand for.
 //!
-//! Owns the escapes of the filter language, which are those of Go's string
-//! literals plus the escaped delimiter. It never decides where a literal is
-//! allowed or which delimiters are: that is the parser's business.
+//! Owns the escapes of the filter language, which are those of Go's string literals plus the
+//! escaped delimiter. It never decides where a literal is allowed, or which delimiters are
+//! allowed there: the parser does.
 //!
 //! Accepts in one pass the literals that containerd's `filters/scanner.go` and
 //! `filters/quote.go` accept in two.

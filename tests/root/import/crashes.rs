@@ -107,11 +107,11 @@ fn killed_at_every_step() {
                 refused(&original.arguments()).contains("`import`"),
                 "{step}"
             );
-            original.is_refused(&["--dry-run"], &["cut short"]);
+            original.is_refused(&["--dry-run"], &["interrupted"]);
         }
         original.undo();
         original.is_as(&before);
-        original.is_refused(&["--undo"], &["nothing has been imported"]);
+        original.is_refused(&["--undo"], &["nothing was imported"]);
         if !is_done {
             dies(&original, &[], step);
             imports(&original);
@@ -144,7 +144,7 @@ fn undoing_killed_at_every_step() {
                 refused(&original.arguments()).contains("`import`"),
                 "{step}"
             );
-            original.is_refused(&["--dry-run"], &["cut short"]);
+            original.is_refused(&["--dry-run"], &["interrupted"]);
         }
         original.undo();
         original.is_as(&before);
@@ -304,7 +304,7 @@ fn cut_short_it_waits_for_its_own_disk() {
         );
         if step == "import-kept" {
             fs::rename(&snapshots, &away).unwrap();
-            original.is_refused(&["--undo"], &["snapshots is not there", "mount"]);
+            original.is_refused(&["--undo"], &["snapshots is missing", "mount"]);
             fs::rename(&away, &snapshots).unwrap();
         }
         original.undo();

@@ -20,7 +20,7 @@ use crate::support::run;
 fn what_is_refused() {
     let mut original = sample();
     original.is_refused(&[], &["no metadata.db of the Go original"]);
-    original.is_refused(&["--undo"], &["nothing has been imported"]);
+    original.is_refused(&["--undo"], &["nothing was imported"]);
     original.finish();
     let holder = program::hold(&original.database());
     original.is_refused(&[], &["in use", "stop the Go snapshotter"]);
@@ -38,7 +38,7 @@ fn what_is_refused() {
     fs::write(original.database(), &whole[..whole.len() / 2]).unwrap();
     original.is_refused(&[], &["metadata.db", "damaged", "cut short"]);
     fs::write(original.database(), "some notes").unwrap();
-    original.is_refused(&[], &["no database of the Go original"]);
+    original.is_refused(&[], &["not a database of the Go original"]);
     fs::write(original.database(), &whole).unwrap();
     let kept = original.root().join("metadata.db.bbolt");
     fs::write(&kept, "older").unwrap();
@@ -83,7 +83,7 @@ fn what_is_refused() {
         &["no database of the Go original to go back to"],
     );
     fs::write(fresh.root().join("metadata.db.bbolt"), &whole).unwrap();
-    fresh.is_refused(&["--undo"], &["not made by an import"]);
+    fresh.is_refused(&["--undo"], &["not created by an import"]);
 }
 
 #[registered(crate::Test)]
@@ -351,9 +351,9 @@ fn what_is_no_undoing_is_refused() {
     for (content, words) in [
         (
             "some notes, and nothing else",
-            "no database of this program",
+            "not a database of this program",
         ),
-        ("SQLite format 3\0", "no database of this program"),
+        ("SQLite format 3\0", "not a database of this program"),
     ] {
         fs::write(original.database(), content).unwrap();
         original.is_refused(&["--undo"], &[words, "move it away"]);
@@ -369,7 +369,7 @@ fn what_is_no_undoing_is_refused() {
         database.execute(statement, []).unwrap();
     };
     change("INSERT INTO fact (name, value) VALUES ('copied', 'yesterday')");
-    original.is_refused(&["--undo"], &["not in its latest state"]);
+    original.is_refused(&["--undo"], &["latest changes are missing"]);
     change("DELETE FROM fact WHERE name = 'copied'");
 
     // A volume that has lost its mark is not the volume of this import.

@@ -61,10 +61,7 @@ fn undo_works(original: Original, before: &[crate::support::Tree; 2]) -> Origina
     original.is_as(before);
     let (code, _, complaint) = original.import(&["--undo"]);
     assert_eq!(code, 2);
-    assert!(
-        complaint.contains("nothing has been imported"),
-        "{complaint}"
-    );
+    assert!(complaint.contains("nothing was imported"), "{complaint}");
     original
 }
 

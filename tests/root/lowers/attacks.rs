@@ -119,8 +119,8 @@ fn what_could_inject_or_lead_out_is_refused() {
     }
     refused(&scene, &scene.at("loop"), "too many links");
     refused(&scene, &scene.at("loop/new"), "too many links");
-    refused(&scene, &scene.at("file"), "no directory");
-    refused(&scene, &scene.at("file/new"), "no directory");
+    refused(&scene, &scene.at("file"), "not a directory");
+    refused(&scene, &scene.at("file/new"), "not a directory");
     refused(&scene, &scene.at(&"n".repeat(256)), "too long");
     let cache = scene.at("");
     refused(&scene, &format!("{good}:{cache}"), "holds the other");

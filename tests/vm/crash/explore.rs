@@ -58,7 +58,7 @@ fn look_at_all(
 ) -> Explored {
     let disks = Disks::new(format);
     let begun = Instant::now();
-    let moves = record::load(&disks, case, seed, count / 2);
+    let [moves, healings] = record::load(&disks, case, seed, count / 2);
     let recorded = begun.elapsed();
     let events = disks.rewind();
     let is_flush = |event: &&Event| matches!(event, Event::Flush { .. });
@@ -88,8 +88,8 @@ fn look_at_all(
         }
     }
     let summary = format!(
-        "--seed {seed}: {flushes} flushes and {moves} moves recorded in {:.1} s, {tried} states \
-         tried, {wrong} wrong, {layers} layers verified, {} s",
+        "--seed {seed}: {flushes} flushes, {moves} moves and {healings} healings recorded in {:.1} \
+         s, {tried} states tried, {wrong} wrong, {layers} layers verified, {} s",
         recorded.as_secs_f64(),
         begun.elapsed().as_secs()
     );

@@ -15,8 +15,9 @@ use crate::support::daemon::Daemon;
 
 /// How often the daemon is started, at least.
 const LIVES: u32 = 7;
-/// There are up to as many lives more until so many layers have moved.
-const LEAST_MOVES: usize = 2;
+/// There are up to as many lives more until so many layers have moved, and as many
+/// have healed.
+const LEAST: usize = 2;
 /// The steps of a move at which a daemon is killed.
 const STEPS: [&str; 6] = [
     "begun",
@@ -40,8 +41,8 @@ enum End {
 }
 
 /// Loads a daemon until this number of flushes is recorded, without those of its
-/// starts. Returns how many layers have moved.
-pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
+/// starts. Returns how many layers have moved, and how many have healed.
+pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> [usize; 2] {
     disks.mount().unwrap();
     let history = Mutex::new(History::default());
     let say = |record: Record| {
@@ -51,9 +52,12 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
     let left_out = [("SNAPSHOTTER_LEFT_OUT", case.left_out)];
     let mut random = content::random(seed, case.name);
     let mut daemon = Daemon::start_in(&arguments(disks, case, 0), &left_out);
-    let moves = |daemon: &Daemon| daemon.log().matches(" bytes copied in ").count();
+    let count = |daemon: &Daemon| {
+        let log = daemon.log();
+        [" bytes copied in ", " has healed"].map(|words| log.matches(words).count())
+    };
     for boot in 0..2 * LIVES {
-        if boot >= LIVES && moves(&daemon) >= LEAST_MOVES {
+        if boot >= LIVES && count(&daemon).iter().all(|one| *one >= LEAST) {
             break;
         }
         let end = match random.below(4) {
@@ -114,7 +118,7 @@ pub fn load(disks: &Disks, case: &Case, seed: u64, flushes: usize) -> usize {
         }
     }
     disks.unmount();
-    moves(&daemon)
+    count(&daemon)
 }
 
 fn arguments(disks: &Disks, case: &Case, boot: u32) -> Vec<String> {

@@ -53,7 +53,7 @@ fn what_is_older_than_quotas_is_walked(rig: &mut Rig) {
     is_refused(
         client.update("old", &[&field], LIMITED),
         RpcStatusCode::FAILED_PRECONDITION,
-        &["make the container again"],
+        &["create the container again"],
     );
     assert!(client.stat("old").unwrap().labels.is_empty());
     let new = prepare(&client, "new", LIMITED);
@@ -159,7 +159,7 @@ fn a_missing_mount_option_is_named(rig: &mut Rig) {
     assert!(said.contains(option), "{said}");
     daemon.set_arguments(rig.arguments(&["--default-max-size", "8M"]));
     daemon.restart();
-    assert!(daemon.log().contains("no container can be made"));
+    assert!(daemon.log().contains("no container can be created"));
     let client: Client = daemon.client();
     is_refused(
         client.prepare("web", "base", &[]),

@@ -1,6 +1,6 @@
-//! The two meta pages at the beginning of a file. They are written in turn: a
-//! crash can damage the one that is being written, and the other one still has
-//! the transaction before.
+//! Reads the two meta pages at the beginning of a bbolt file. bbolt writes them in turn: a
+//! crash can damage the page that is being written, and the other page still describes the
+//! transaction before.
 //!
 //! After the page's header, a meta has these fields: magic (4 bytes), version
 //! (4), page size (4), unused (4), the root bucket's page (8) and sequence (8),
@@ -22,7 +22,7 @@ const MAGIC: u32 = 0xED0C_DAED;
 const VERSION: u32 = 2;
 const SUMMED_BYTES: usize = 56;
 const BYTES: usize = SUMMED_BYTES + 8;
-/// The page sizes of machines, and smaller ones that only tests use.
+/// The page sizes of all machines, and smaller page sizes that only tests use.
 const PAGE_SIZES: std::ops::RangeInclusive<u64> = 512..=65536;
 
 /// The contents of a meta.
@@ -44,8 +44,8 @@ enum Candidate {
 /// The meta of the last complete transaction.
 pub(super) fn newest(file: &File, length: u64) -> Result<Meta> {
     let first = look(file, length, 0)?;
-    // The place of the second meta depends on the page size, which a damaged
-    // first one may not have.
+    // The place of the second meta depends on the page size. If the first meta is damaged,
+    // every page size is tried.
     let sizes = match &first {
         Candidate::Whole(meta) => meta.page_size..=meta.page_size,
         _ => PAGE_SIZES,
@@ -63,7 +63,7 @@ pub(super) fn newest(file: &File, length: u64) -> Result<Meta> {
         (Candidate::Whole(one), Some(other)) if other.transaction > one.transaction => Ok(other),
         (Candidate::Whole(meta), _) | (_, Some(meta)) => Ok(meta),
         (Candidate::Foreign(error), None) => Err(error),
-        (Candidate::Damaged, None) => Err(damaged("neither of its two metas is whole")),
+        (Candidate::Damaged, None) => Err(damaged("both of its meta pages are damaged")),
     }
 }
 

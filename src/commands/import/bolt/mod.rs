@@ -1,8 +1,8 @@
-//! bbolt files (go.etcd.io/bbolt), read only: the database of containerd's Go
-//! snapshotters.
+//! Reads bbolt files (go.etcd.io/bbolt), in which containerd's Go snapshotters keep their
+//! database.
 //!
-//! Owns: the file format. Never: writes, locks, or knows the meaning of the
-//! buckets; [`snapshots`] knows that for one kind.
+//! Owns: the file format. Never: writes or locks a file, or knows the meaning of its buckets
+//! ([`snapshots`] does).
 //!
 //! A file is a sequence of pages. Pages 0 and 1 are metas: each has the place of
 //! the root bucket, and the meta with the higher transaction number counts. A

@@ -1,11 +1,10 @@
-//! One page: its header, and the elements of a leaf or a branch.
+//! Reads one page of a bbolt file: its header, and the elements of a leaf or a branch.
 //!
-//! All numbers are in the byte order of the machine that wrote them, which a meta
-//! shows; [`super::meta`] accepts little-endian only. The header has 16 bytes:
-//! the page's own number (8), its kind (2), the number of elements (2), and the
-//! number of pages that continue it (4). The elements follow, 16 bytes each, and
-//! after them all keys and values. An element contains the distance from itself
-//! to its key.
+//! All numbers are in the byte order of the machine that wrote the file. [`super::meta`]
+//! accepts little-endian only. The header has 16 bytes: the page's own number (8), its kind
+//! (2), the number of elements (2), and the number of pages that continue it (4). The elements
+//! follow, 16 bytes each, and after them all keys and values. An element contains the distance
+//! from itself to its key.
 
 use super::damaged;
 use crate::error::Result;
@@ -49,8 +48,7 @@ pub(super) fn read(page: &[u8], number: u64) -> Result<Content<'_>> {
         )));
     }
     let count = usize::from(count);
-    // Keys and values do not overlap, so together they cannot be larger than
-    // this.
+    // Keys and values do not overlap, so all of them together fit into the page.
     let mut room = page
         .len()
         .checked_sub(HEADER_BYTES + count * ELEMENT_BYTES)
@@ -91,7 +89,11 @@ pub(super) fn read(page: &[u8], number: u64) -> Result<Content<'_>> {
             )));
         }
     }
-    .ok_or_else(|| damaged(format!("page {number} has an element that is not in it")))
+    .ok_or_else(|| {
+        damaged(format!(
+            "page {number} has an element that lies outside of the page"
+        ))
+    })
 }
 
 fn bytes_at<const N: usize>(page: &[u8], at: usize) -> Option<[u8; N]> {

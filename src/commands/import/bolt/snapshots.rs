@@ -1,5 +1,5 @@
-//! The snapshots in a bbolt file, as containerd's Go snapshotters keep them
-//! (containerd `core/snapshots/storage`, `bolt.go`; `snapshots/storage` in 1.x).
+//! Reads the snapshots in a bbolt file, as containerd's Go snapshotters keep them (containerd
+//! `core/snapshots/storage`, `bolt.go`; `snapshots/storage` in 1.x).
 //!
 //! The bucket `v1` contains the bucket `snapshots`, which contains a bucket for
 //! each snapshot under its key. A snapshot's bucket has `id` (unsigned varint),
@@ -26,14 +26,14 @@ pub struct Contents {
     pub transaction: u64,
 }
 
-/// One snapshot of the Go original.
+/// One snapshot of the Go snapshotter that this program replaces (the *original*).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Original {
     /// The id, which is also the name of its directories.
     pub id: SnapshotId,
     /// What callers see of the snapshot.
     pub info: Info,
-    /// The usage counted at the commit; `None` before.
+    /// The usage that was counted at the commit; `None` if the snapshot is not committed.
     pub usage: Option<Usage>,
 }
 
@@ -73,7 +73,7 @@ pub fn read(file: File) -> Result<Contents> {
         contents.snapshots.push(snapshot);
     }
     contents.highest_id = contents.highest_id.max(all.sequence());
-    // SQLite's numbers end there, and no machine has so many snapshots.
+    // SQLite cannot store larger numbers, and no machine has had so many snapshots.
     if i64::try_from(contents.highest_id).is_err() {
         return Err(damaged("an id is larger than any real one"));
     }
