@@ -22,6 +22,7 @@ use signal_hook::iterator::Signals;
 use crate::config::Config;
 use crate::error::{Error, ErrorKind, Result};
 use crate::service::{self, Pool, Service};
+use crate::store::Store;
 use crate::util::descriptors;
 use crate::util::threads::Background;
 use server::Server;
@@ -97,22 +98,7 @@ pub fn run(config: &Config) -> Result<()> {
     // Requests that were cut off may still use the database, which is then not closed: the next
     // start reads its log.
     if is_quiet {
-        let store = snapshotter.store();
-        if Instant::now() < deadline
-            && let Err(error) = store.copy()
-        {
-            log::warn!("cannot {}; the earlier copy stays", error.chain());
-        }
-        if let Err(error) = store.close() {
-            log::warn!(
-                "cannot close the database, so the next start reads its log: {}",
-                error.chain()
-            );
-        }
-        // Closing the database has freed the space of its log, which the ballast may need.
-        store.refill_ballast();
-    }
-    if is_quiet {
+        close_database(snapshotter.store(), deadline);
         drop(lock);
     } else {
         // Requests that were cut off run until the process ends. No other daemon may start
@@ -136,6 +122,23 @@ fn serve(config: &Config, service: &Arc<Service>) -> Result<Server> {
         }
         served => served,
     }
+}
+
+/// Copies the database, if there is time for that until `deadline`, and closes it.
+fn close_database(store: &Store, deadline: Instant) {
+    if Instant::now() < deadline
+        && let Err(error) = store.copy()
+    {
+        log::warn!("cannot {}; the earlier copy stays", error.chain());
+    }
+    if let Err(error) = store.close() {
+        log::warn!(
+            "cannot close the database, so the next start reads its log: {}",
+            error.chain()
+        );
+    }
+    // Closing the database has freed the space of its log, which the ballast may need.
+    store.refill_ballast();
 }
 
 /// Whether the daemon stops on this signal. It ignores SIGHUP, because many daemons read their

@@ -111,7 +111,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(2);
 
 /// A hidden argument, followed by a path: this process is the child process that reads from the
-/// writable volume at this path (see [`answers`]).
+/// writable volume at this path (see `answers`).
 pub const ASK_CHILD: &str = "--ask-for-mark";
 
 /// Whether the disk of the writable volume at `path` answers. A child process reads from the

@@ -1,5 +1,7 @@
 //! Creating snapshots: Prepare and View.
 
+use std::sync::Arc;
+
 use super::Snapshotter;
 use super::first_layers::is_over_empty;
 use super::ids::Claim;
@@ -49,14 +51,8 @@ impl Snapshotter {
         let new = NewSnapshot::plan(kind, key, parent, labels, &self.options, parent_labels)?;
         self.ignored_labels
             .note(new.label_source, key, &new.ignored);
-        let open = |volume| {
-            waits::enter(Awaited::Volume(volume))?;
-            self.volumes.open(volume)
-        };
-        let dirs = new.volume.map(open).transpose()?;
-        if let (Some(Volume::Writable), Some(dirs)) = (new.volume, &dirs) {
-            dirs.require_room(self.options.reserve)?;
-        }
+        let dirs = new.volume.map(|volume| self.open_for_new(volume));
+        let dirs = dirs.transpose()?;
         let project = match dirs.as_deref().zip(new.limits) {
             Some((dirs, limits)) => self.plan_project(dirs, limits, new.label_source)?,
             None => None,
@@ -123,6 +119,16 @@ impl Snapshotter {
             over_empty,
             id_options: &id_options,
         }))
+    }
+
+    /// Opens the volume of a new snapshot.
+    fn open_for_new(&self, volume: Volume) -> Result<Arc<Dirs>> {
+        waits::enter(Awaited::Volume(volume))?;
+        let dirs = self.volumes.open(volume)?;
+        if volume == Volume::Writable {
+            dirs.require_room(self.options.reserve)?;
+        }
+        Ok(dirs)
     }
 
     /// Plans the project of a new snapshot. If limits are not supported, a limit that only

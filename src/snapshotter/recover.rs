@@ -24,7 +24,7 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the database is an older state of itself.
+    /// [`ErrorKind::DataLoss`] if the database is an old copy.
     pub fn judge_image(&self) -> Result<()> {
         let store = Arc::clone(&self.store);
         self.volumes
@@ -38,7 +38,7 @@ impl Snapshotter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DataLoss`] if the database is an older state of itself.
+    /// [`ErrorKind::DataLoss`] if the database is an old copy.
     pub fn judge_writable(&self) -> Result<()> {
         match self.volumes.open(Volume::Writable) {
             Ok(writable) => self.judge(&writable),

@@ -293,7 +293,7 @@ impl GivenOut {
         };
         Err(Error::data_loss(format!(
             "the {} volume has snapshots/{forgotten}, but the database has given out ids up to {} \
-             only: it is an older state of itself, unless a person has made that directory by \
+             only: the database is an old copy, unless a person has made that directory by \
              hand. Put the latest database back, or run `check --repair`, which sets the unknown \
              directories aside",
             dirs.volume(),

@@ -109,6 +109,7 @@ enter_folder() {
     for kind in image writable; do
         truncate -s 1500M "new/test/t/$kind.ext4"
         mkfs.ext4 -q -F -m 0 "new/test/t/$kind.ext4"
+        cp --sparse=always "new/test/t/$kind.ext4" new/test/t/empty.ext4
         mkdir "new/test/t/$kind"
         mount_file "new/test/t/$kind.ext4" "new/test/t/$kind"
     done

@@ -179,6 +179,7 @@ commit_content() {
     ctr images import --snapshotter "$kind" "$scratch/image.tar" >/dev/null
     start_container one
     decorate "/proc/$process/root"
+    # shellcheck disable=SC2119 # Without flags.
     [ "$kind" = overlayfs ] || kill_daemon
     # containerd dials a proxy plugin again after a pause.
     until_true "$containerd" ctr snapshot --snapshotter "$kind" ls || fail "no snapshots are listed"

@@ -10,6 +10,12 @@ checkout=/test/checkout
 . "$checkout/tests/lib.sh"
 # shellcheck source=tests/clients/lib.sh
 . "$checkout/tests/clients/lib.sh"
+# shellcheck source=tests/clients/healing.sh
+. "$checkout/tests/clients/healing.sh"
+# shellcheck source=tests/clients/user-namespaces.sh
+. "$checkout/tests/clients/user-namespaces.sh"
+# shellcheck source=tests/clients/reboots.sh
+. "$checkout/tests/clients/reboots.sh"
 scratch=/test/t
 image=$scratch/image
 writable=$scratch/writable
@@ -74,15 +80,11 @@ ctr_client() {
     ctr task exec --exec-id e2 one sh -ec 'echo kept >/kept; rm /etc/motd; test ! -e /etc/obsolete.conf'
     kill_daemon
     until_true "$containerd" ctr snapshot --snapshotter rwsplit ls
-    ctr task kill one
-    until_true "$containerd" one_is_stopped
-    ctr task rm one
+    stop_task one TERM
     ctr task start --null-io --detach one
     says 'kept' ctr task exec --exec-id e3 one cat /kept
     refuses ctr task exec --exec-id e4 one cat /etc/motd
-    ctr task kill -s KILL one
-    until_true "$containerd" one_is_stopped
-    ctr task rm one
+    stop_task one KILL
     ctr snapshot --snapshotter rwsplit diff one >"$scratch/diff.tar"
     says 'etc/.wh.motd' tar -tf "$scratch/diff.tar" etc/.wh.motd
     ctr snapshot --snapshotter rwsplit commit committed one
@@ -91,8 +93,15 @@ ctr_client() {
     # shellcheck disable=SC2046
     ctr images rm --sync $(ctr images ls -q)
 }
-one_is_stopped() {
-    ctr task ls | grep -q '^one .*STOPPED'
+
+# stop_task CONTAINER SIGNAL: ends its process, so that it can be started again.
+stop_task() {
+    ctr task kill -s "$2" "$1"
+    until_true "$containerd" is_stopped "$1"
+    ctr task rm "$1"
+}
+is_stopped() {
+    ctr task ls | grep -q "^$1 .*STOPPED"
 }
 
 #
@@ -104,13 +113,13 @@ cri_client() {
     ROOT=$image /test/cri "$scratch/containerd.sock" localhost:5000/a:1.oci 20
     remove_pods
 }
-cri_user_namespaces() {
-    ROOT=$image /test/cri "$scratch/containerd.sock" localhost:5000/a:1.oci 3 userns
-    remove_pods
-}
 remove_pods() {
     # shellcheck disable=SC2046
     ctr -n k8s.io images rm --sync $(ctr -n k8s.io images ls -q)
+}
+
+start_registry() {
+    /test/busybox httpd -p 127.0.0.1:5000 -h "$scratch/www" -c "$scratch/httpd.conf"
 }
 
 # A network for pods: a CNI plugin that only answers.
@@ -336,14 +345,21 @@ DOCKERFILE
 
 system="Debian $RELEASE, $(containerd --version | sed 's/.* \([0-9][^ ]*\) .*/containerd \1/')"
 /test/busybox ip link set lo up
-/test/busybox httpd -p 127.0.0.1:5000 -h "$scratch/www" -c "$scratch/httpd.conf"
+start_registry
 make_network
 configure_docker
 configure_containerd
 start_daemon --relocate-after 1
 start_containerd
 remember_empty
-for name in ${CLIENTS:-ctr_client docker_containers docker_builds cri_client cri_user_namespaces}; do
+all="ctr_client ctr_healing ctr_user_namespaces docker_containers docker_builds cri_client
+    cri_user_namespaces docker_reboots docker_in_memory"
+# Before 2.0, containerd cannot use the capability.
+case $system in
+*'containerd 1.'*) ;;
+*) all="$all ids_on_one_disk" ;;
+esac
+for name in ${CLIENTS:-$all}; do
     client "$name"
 done
 stop_all

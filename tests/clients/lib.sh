@@ -50,8 +50,10 @@ start_daemon() {
         fail "the daemon did not start"
 }
 
-# kill_daemon: kills the daemon and starts it again, with the same flags.
+# kill_daemon [FLAG...]: kills the daemon and starts it again, with the same flags, or with
+# these.
 kill_daemon() {
+    [ $# = 0 ] || daemon_flags=$*
     kill -KILL "$daemon"
     cat "$scratch/daemon.log" >>"$scratch/earlier-daemons.log"
     wait "$daemon" || :
@@ -60,8 +62,8 @@ kill_daemon() {
 }
 
 # start_containerd: starts a containerd that shares nothing with another one, and has
-# the daemon as `rwsplit`. $containerd_more are further lines of its configuration,
-# whose version is $containerd_version.
+# the daemon as `rwsplit`. $containerd_more are further lines of its configuration, whose
+# version is $containerd_version. $proxy_more are further lines of the stanza.
 start_containerd() {
     cat >"$scratch/containerd.toml" <<TOML
 version = ${containerd_version-2}
@@ -75,6 +77,7 @@ disabled_plugins = [${containerd_disabled-}]
 [proxy_plugins.rwsplit]
   type = "snapshot"
   address = "$scratch/snapshotter.sock"
+  ${proxy_more-}
   [proxy_plugins.rwsplit.exports]
     root = "$image"
 [plugins."io.containerd.internal.v1.opt"]

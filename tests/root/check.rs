@@ -270,7 +270,7 @@ fn repair_asks_first() {
     split.daemon.restart();
     let (code, _, complaint) = check(&split, &["--repair", "--yes"]);
     assert_eq!(code, 2, "beside a running daemon");
-    assert!(complaint.contains("stop it"), "{complaint}");
+    assert!(complaint.contains("stop the daemon first"), "{complaint}");
     split.daemon.stop();
     let (code, said) = ask("y");
     assert_eq!(code, 0, "{said}");

@@ -123,7 +123,7 @@ fn a_cut_off_log() {
     file.write_all_at(&[0xff; 64], 32 + 3 * (24 + 4096) + 100)
         .unwrap();
     assert!(length > 10 * 4096);
-    is_refused(&split, &["older state of itself", "check --repair"]);
+    is_refused(&split, &["the database is an old copy", "check --repair"]);
     let client = repair(&mut split);
     sample(&client, "fourth");
     holds(&client, "fourth");
@@ -255,7 +255,7 @@ fn an_older_database() {
     sample(&split.client(), "second");
     split.daemon.stop();
     fs::write(database(&split), backup).unwrap();
-    is_refused(&split, &["ids from ", "older state of itself"]);
+    is_refused(&split, &["ids from ", "the database is an old copy"]);
     // Nothing counts as a stray before the user has decided.
     let entries = fs::read_dir(split.writable().join("snapshots")).unwrap();
     let entries = entries.map(|entry| entry.unwrap().path().join("fs"));
@@ -282,21 +282,21 @@ fn what_was_cut_off_is_no_sign() {
         }
         let file = directory(&top, 7).join("fs/file");
         fs::write(&file, "data").unwrap();
-        is_refused(&split, &["snapshots/7", "older state of itself"]);
+        is_refused(&split, &["snapshots/7", "the database is an old copy"]);
         fs::remove_file(file).unwrap();
         // Entries that are not an empty directory of a snapshot, such as a
         // layer's link, do.
         fs::rename(directory(&top, 8), top.join("aside")).unwrap();
         symlink("/elsewhere", directory(&top, 8)).unwrap();
-        is_refused(&split, &["snapshots/8", "older state of itself"]);
+        is_refused(&split, &["snapshots/8", "the database is an old copy"]);
         fs::remove_file(directory(&top, 8)).unwrap();
         fs::rename(top.join("aside"), directory(&top, 8)).unwrap();
         fs::write(directory(&top, 9).join("more"), "").unwrap();
-        is_refused(&split, &["snapshots/9", "older state of itself"]);
+        is_refused(&split, &["snapshots/9", "the database is an old copy"]);
         fs::remove_file(directory(&top, 9).join("more")).unwrap();
         let further = directory(&top, next.end);
         fs::create_dir(&further).unwrap();
-        is_refused(&split, &["snapshots/257", "older state of itself"]);
+        is_refused(&split, &["snapshots/257", "the database is an old copy"]);
         fs::remove_dir(further).unwrap();
     }
     split.daemon.restart();

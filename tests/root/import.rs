@@ -319,7 +319,7 @@ fn what_is_missing_is_left_out() {
         "\"default/13/emptied\": 4 KiB of 84",
         "left out 5",
         "image volume has no snapshots/9/fs",
-        "stands on \"default/7/lost\", which cannot be taken over",
+        "its parent \"default/7/lost\" cannot be taken over",
         "it has 2 inodes, and had 3",
         "writable volume has no snapshots/13/fs",
         "namespace default",
@@ -446,7 +446,7 @@ fn an_old_log_is_not_taken_for_ours() {
         let remains = original.root().join(name);
         assert!(fs::metadata(&remains).unwrap().len() > 0);
         for flags in [&[][..], &["--dry-run"]] {
-            original.is_refused(flags, &[remains.to_str().unwrap(), "move it away"]);
+            original.is_refused(flags, &[remains.to_str().unwrap(), "move this file away"]);
         }
         fs::rename(&remains, away.join(name)).unwrap();
     }

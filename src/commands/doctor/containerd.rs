@@ -32,7 +32,9 @@ pub(super) fn look(config: &Config, options: &DoctorOptions) -> Vec<Finding> {
     let parsed = dumped.and_then(|text| text.parse::<Table>().map_err(|error| error.to_string()));
     match parsed {
         Ok(table) => {
-            findings.extend(judge(config, &table, Version::parse(version)));
+            let version = Version::parse(version);
+            findings.extend(judge(config, &table, version));
+            findings.extend(mapped_ids(config, &table, version));
             // The system's configuration file does not show what the containerd
             // of Docker is configured with.
             if options.containerd_config.is_none() {
@@ -248,15 +250,32 @@ fn plugin(name: &str, proxy: &Value) -> Finding {
 /// In a user namespace, containerd does not write the deletions of a layer, unless the
 /// layer is unpacked onto its parent.
 fn parallel_unpacking(proxy: &Value, is_in_user_namespace: bool) -> Option<Finding> {
-    let capabilities = proxy.get("capabilities").and_then(Value::as_array);
-    let mut names = capabilities?.iter().filter_map(Value::as_str);
-    (is_in_user_namespace && names.any(|name| name == "rebase")).then(|| {
+    (is_in_user_namespace && has_capability(proxy, "rebase")).then(|| {
         Finding::bad(
             "plugin",
             "images with several layers cannot be pulled in this user namespace: remove \
              \"rebase\" from the capabilities of the proxy plugin",
         )
     })
+}
+
+/// Before 2.2, containerd cannot start a container on layers with mapped ids if what the
+/// container writes is on another disk.
+fn mapped_ids(config: &Config, table: &Table, version: Version) -> Option<Finding> {
+    let (_, proxy) = our_plugin(config, table)?;
+    (version < Version(2, 2, 0) && has_capability(proxy, "remap-ids")).then(|| {
+        Finding::bad(
+            "plugin",
+            "containers with a user namespace do not start with this version of containerd: \
+             remove \"remap-ids\" from the capabilities of the proxy plugin",
+        )
+    })
+}
+
+fn has_capability(proxy: &Value, wanted: &str) -> bool {
+    let capabilities = proxy.get("capabilities").and_then(Value::as_array);
+    let mut names = capabilities.into_iter().flatten().filter_map(Value::as_str);
+    names.any(|name| name == wanted)
 }
 
 /// The lines that lead containerd to this program, in the version of its
@@ -478,6 +497,26 @@ mod tests {
         assert!(topics(&format!("{PROXY}{cri}")).contains(&"Kubernetes"));
         let off = "disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
         assert!(!topics(&format!("{off}{PROXY}{cri}")).contains(&"Kubernetes"));
+    }
+
+    #[test]
+    fn mapped_ids_need_a_later_containerd() {
+        let Parsed::Run(config, _) =
+            parse(["--root-dir", "/big"].map(Into::into).to_vec()).unwrap()
+        else {
+            panic!("the daemon's flags");
+        };
+        for (capabilities, version, is_bad) in [
+            ("capabilities = [\"rebase\", \"remap-ids\"]", V1, true),
+            ("capabilities = [\"remap-ids\"]", Version(2, 1, 9), true),
+            ("capabilities = [\"remap-ids\"]", Version(2, 2, 0), false),
+            ("capabilities = [\"rebase\"]", V1, false),
+            ("", V1, false),
+        ] {
+            let table = format!("{PROXY}{capabilities}").parse().unwrap();
+            let found = mapped_ids(&config, &table, version);
+            assert_eq!(found.is_some(), is_bad, "{capabilities} {version:?}");
+        }
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //
 //	cri SOCKET IMAGE PODS [userns]
 //
+// With `userns`, each pod has ids of its own. The environment has ROOT, the image volume,
+// WRITABLE, the writable volume, and CGROUP.
+//
 // Messages are built field by field, because Debian 12 has no package of CRI's
 // API. The field numbers are those of
 // k8s.io/cri-api/pkg/apis/runtime/v1/api.proto.
@@ -13,9 +16,11 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -112,9 +117,12 @@ const node = 2
 func pod(image string, index int, userns bool) {
 	name := fmt.Sprintf("pod-%d", index)
 	namespaces := nested(1, number(1, node), number(2, 1))
+	// The id on the host of the container's root.
+	root := 0
 	if userns {
 		// Each pod has another mapping, as with the kubelet.
-		mapping := []message{number(1, 100000+65536*uint64(index)), number(2, 0), number(3, 65536)}
+		root = 100000 + 65536*index
+		mapping := []message{number(1, uint64(root)), number(2, 0), number(3, 65536)}
 		namespaces = nested(1, number(2, 1), nested(5, number(1, 0), nested(2, mapping...), nested(3, mapping...)))
 	}
 	// In LinuxSandboxSecurityContext namespaces are field 1, in the container's field 3.
@@ -141,6 +149,13 @@ func pod(image string, index int, userns bool) {
 		log.Fatalf("%s: the container printed %q, wanted %q", name, said, wanted)
 	}
 	statistics(name, container)
+	if userns {
+		ids := strings.Join(strings.Fields(run(container, "cat /proc/self/uid_map")), " ")
+		if wanted := fmt.Sprintf("0 %d 65536", root); ids != wanted {
+			log.Fatalf("%s: the ids are %q, wanted %q", name, ids, wanted)
+		}
+		writtenBy(name, root)
+	}
 
 	call("StopContainer", text(1, container), number(2, 0))
 	call("RemoveContainer", text(1, container))
@@ -169,6 +184,25 @@ func statistics(name, container string) {
 		}
 	}
 	log.Fatalf("%s: the statistics say %q bytes, wanted 2 MiB or more", name, used)
+}
+
+// writtenBy checks that the writable volume has the file /written of one container whose
+// root has this id on the host.
+func writtenBy(name string, root int) {
+	written, err := filepath.Glob(os.Getenv("WRITABLE") + "/snapshots/*/fs/written")
+	if err != nil {
+		log.Fatal(err)
+	}
+	found := 0
+	for _, path := range written {
+		// Other pods end meanwhile.
+		if info, err := os.Stat(path); err == nil && info.Sys().(*syscall.Stat_t).Uid == uint32(root) {
+			found++
+		}
+	}
+	if found != 1 {
+		log.Fatalf("%s: %d of the files %q belong to the id %d, wanted one", name, found, written, root)
+	}
 }
 
 func main() {

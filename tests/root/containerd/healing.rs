@@ -46,7 +46,10 @@ impl Stage {
         let containerd = Containerd::start(split.daemon.address());
         containerd.import();
         containerd.start_container("web", "echo own >/own; echo changed >/etc/hostname");
-        containerd.exec("web", "cat /own");
+        // The script may not have begun when `start` returns.
+        wait_for("file of the container", || {
+            containerd.try_exec("web", "grep own /own && grep changed /etc/hostname")
+        });
         let lowers = containerd.overlay("web").lowers;
         containerd.stop("web");
         split.daemon.stop();

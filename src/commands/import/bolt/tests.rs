@@ -192,7 +192,7 @@ fn the_second_meta_is_found_without_the_first() {
         bytes[20] ^= 1;
         assert_eq!(open(&bytes).unwrap().snapshots.len(), 2);
         bytes[usize::try_from(size).unwrap() + 20] ^= 1;
-        refused(&bytes, ErrorKind::DataLoss, "neither of its two metas");
+        refused(&bytes, ErrorKind::DataLoss, "both of its meta pages");
     }
 }
 
@@ -253,14 +253,14 @@ fn what_makes_no_sense_is_refused() {
     refused(
         &file_of(4096, 2, &[behind]),
         ErrorKind::DataLoss,
-        "not in it",
+        "outside of the page",
     );
     let mut shared = leaf(2, 0, &[(false, b"a", vec![]), (false, b"b", vec![0; 4000])]);
     shared[28..32].copy_from_slice(&4000_u32.to_le_bytes());
     refused(
         &file_of(4096, 2, &[shared]),
         ErrorKind::DataLoss,
-        "not in it",
+        "outside of the page",
     );
 }
 

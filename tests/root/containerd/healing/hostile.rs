@@ -129,7 +129,9 @@ fn the_content_of_a_hostile_image_keeps_no_layer_from_healing() {
         let all = said + &complaint;
         assert!(!all.contains('\u{1b}'), "{all:?}");
     });
-    assert!(least > 40 << 20, "{least}");
+    // How much is unpacked until the next look depends on the disk's speed. Without a limit,
+    // the content fills the disk.
+    assert!(least > 4 << 20, "{least}");
     assert_eq!(fs::read(&motd).unwrap(), right);
     stage.is_sound();
     stage.is_tidy();
