@@ -190,10 +190,14 @@ fn daemon_with_lock(process: u32, inode: u64) -> Option<Daemon> {
     })
 }
 
-/// Whether a process belongs to root, and is in the same user and mount namespaces as
-/// this one.
+/// Whether root has started a process, and the process is in the same user and mount
+/// namespaces as this one.
 fn is_an_administrators(process: u32) -> bool {
-    let is_roots = fs::metadata(format!("/proc/{process}")).is_ok_and(|found| found.uid() == 0);
+    // A set-user-ID program has the real user ID of the user who has started it, and the
+    // name and the arguments that this user has chosen.
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let is_roots = ids.is_some_and(|ids| ids.split_whitespace().all(|id| id == "0"));
     let is_here = |name: &str| {
         let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{name}")).ok();
         let theirs = of(&process.to_string());
@@ -231,21 +235,36 @@ fn service_options(text: &str) -> Option<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    use std::process;
+
     use super::*;
 
     #[test]
     fn another_users_process_is_no_daemon() {
-        let own = is_an_administrators(std::process::id());
+        let own = is_an_administrators(process::id());
         assert_eq!(own, rustix::process::geteuid().is_root());
-        let mut other = std::process::Command::new("sleep");
         if !own {
             return;
         }
-        std::os::unix::process::CommandExt::uid(&mut other, 65534);
-        let mut other = other.arg("60").spawn().unwrap();
-        assert!(!is_an_administrators(other.id()));
-        other.kill().unwrap();
-        other.wait().unwrap();
+        // In a directory that every user may enter.
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        let copy = dir.path().join("sleep");
+        fs::copy("/bin/sleep", &copy).unwrap();
+        for (mode, effective) in [(0o755, 65534), (0o4755, 0)] {
+            fs::set_permissions(&copy, Permissions::from_mode(mode)).unwrap();
+            let mut other = process::Command::new(&copy);
+            let mut other = other.uid(65534).arg("60").spawn().unwrap();
+            let found = fs::metadata(format!("/proc/{}", other.id())).unwrap();
+            let is_found = is_an_administrators(other.id());
+            other.kill().unwrap();
+            other.wait().unwrap();
+            assert_eq!(found.uid(), effective, "{mode:o}");
+            assert!(!is_found, "{mode:o}");
+        }
     }
 
     #[test]

@@ -17,6 +17,9 @@ use crate::util::sha256;
 
 /// The longest JSON document that is read, which is also containerd's limit.
 const MAX_JSON_BYTES: usize = 8 << 20;
+/// How many values a JSON document may have: each takes up to some hundred bytes of memory,
+/// however short it is.
+const MAX_JSON_VALUES: usize = 50_000;
 /// How deep indexes may be nested, and how many documents one image may have.
 const MAX_DEPTH: u32 = 4;
 const MAX_DOCUMENTS: u32 = 1000;
@@ -209,6 +212,13 @@ impl Reading<'_> {
             .containerd
             .read(self.namespace, digest, MAX_JSON_BYTES)?;
         read.map(|text| {
+            let begins_value = |byte: &&u8| matches!(byte, b'[' | b'{' | b',');
+            if text.iter().filter(begins_value).count() > MAX_JSON_VALUES {
+                let (image, digest) = (Quoted(self.image), Quoted(digest));
+                return Err(Error::data_loss(format!(
+                    "image {image}: its {digest} has more than {MAX_JSON_VALUES} values"
+                )));
+            }
             serde_json::from_slice(&text).map_err(|error| {
                 let (image, digest) = (Quoted(self.image), Quoted(digest));
                 let what = format!("image {image}: read its content {digest} as JSON");

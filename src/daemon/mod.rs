@@ -54,7 +54,7 @@ pub fn run(config: &Config) -> Result<()> {
         Arc::clone(&snapshotter),
         Pool::start(config.threads)?,
     ));
-    let mut server = Server::start(&config.address, service::build(&service))?;
+    let mut server = serve(config, &service)?;
     // These threads start after the socket exists, because creating it changes the umask of the
     // whole process for a moment.
     let mut threads = snapshotter.start_threads()?;
@@ -107,6 +107,21 @@ pub fn run(config: &Config) -> Result<()> {
     }
     log::info!("stopped; containers keep running");
     Ok(())
+}
+
+/// Binds the socket. On a disk without room for it, the space that was set aside makes some,
+/// so that snapshots can be removed.
+fn serve(config: &Config, service: &Arc<Service>) -> Result<Server> {
+    let serve = || Server::start(&config.address, service::build(service));
+    match serve() {
+        Err(error)
+            if error.kind() == ErrorKind::ResourceExhausted
+                && service.snapshotter.store().make_room() =>
+        {
+            serve()
+        }
+        served => served,
+    }
 }
 
 /// Copies the database, if there is time for that until `deadline`, and closes it.

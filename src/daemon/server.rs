@@ -12,7 +12,7 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use grpcio::{ChannelBuilder, EnvBuilder, Environment, ServerBuilder, ServerCredentials, Service};
-use rustix::fs::Mode;
+use rustix::fs::{Mode, statvfs};
 use rustix::process::umask;
 
 use crate::error::{Context, Error, ErrorKind, Result};
@@ -39,7 +39,7 @@ impl Server {
     /// # Errors
     ///
     /// [`ErrorKind::FailedPrecondition`] if another program uses the address, or if the socket
-    /// cannot be bound.
+    /// cannot be bound; [`ErrorKind::ResourceExhausted`] if the disk of the address is full.
     pub fn start(address: &str, service: Service) -> Result<Server> {
         clear_address(address)?;
         let environment = Arc::new(EnvBuilder::new().cq_count(1).name_prefix("grpc").build());
@@ -62,8 +62,11 @@ impl Server {
         let bound = server.add_listening_port(uri, ServerCredentials::insecure());
         umask(usual);
         bound.map_err(|error| {
-            let what = format!("listen on {address}");
-            Error::caused(ErrorKind::FailedPrecondition, what, error)
+            let (kind, why) = match has_room(address) {
+                true => (ErrorKind::FailedPrecondition, ""),
+                false => (ErrorKind::ResourceExhausted, ", on a disk that is full"),
+            };
+            Error::caused(kind, format!("listen on {address}{why}"), error)
         })?;
         let metadata =
             fs::symlink_metadata(address).context(|| format!("look at the socket {address}"))?;
@@ -120,6 +123,13 @@ fn clear_address(address: &str) -> Result<()> {
         );
     }
     fs::remove_file(address).context(|| format!("remove the stale socket {address}"))
+}
+
+/// Whether a socket can be created there. gRPC's error does not say it.
+fn has_room(address: &str) -> bool {
+    let parent = Path::new(address).parent().unwrap_or(Path::new("/"));
+    // Some file systems have no fixed number of inodes, and report 0.
+    statvfs(parent).is_ok_and(|disk| disk.f_bavail > 0 && (disk.f_favail > 0 || disk.f_files == 0))
 }
 
 struct Unpark(Thread);

@@ -66,6 +66,7 @@ impl Snapshotter {
             .place()
             .is_unmoved()
             .then(|| self.relocator.stop_moves());
+        self.ids.begin_on(dirs)?;
         let claim = self.ids.claim(id);
         let layer = self.require_layer(name, id)?;
         if !self.drop_replaced(dirs, id)? {

@@ -88,11 +88,12 @@ impl Ids {
         Ok(())
     }
 
-    /// At a start, records the block in use on the writable volume, if that volume is
-    /// there.
-    pub(super) fn begin_on(&self, writable: &Dirs) -> Result<()> {
+    /// Records the block in use on a volume that is there: at a start on the writable volume,
+    /// and on the image volume before a layer moves there. The layer's id may be from a block
+    /// that is recorded on the writable volume only.
+    pub(super) fn begin_on(&self, dirs: &Dirs) -> Result<()> {
         let block = lock(&self.next).as_ref().map(|next| next.block.clone());
-        block.map_or(Ok(()), |block| self.record(writable, &block))
+        block.map_or(Ok(()), |block| self.record(dirs, &block))
     }
 
     fn reserve(&self) -> Result<Block> {

@@ -40,16 +40,22 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
     let last_name = AtomicU64::new(0);
     let mut all = Removal::new(top, &last_name);
     loop {
-        let mut names = list(top).context(|| "list the entries to delete")?;
-        names.retain(|name| !all.kept.contains(name));
-        let threads = if names.len() < WORTH_TWO { 1 } else { 2 };
-        let names = Mutex::new(names.into_iter());
+        // The names are read one by one while their entries are deleted, because a tree
+        // may have any number of directories that have to be moved up to here.
+        let names = list(top).context(|| "list the entries to delete")?;
+        let mut names = names.filter(|name| !name.as_ref().is_ok_and(|it| all.kept.contains(it)));
+        let first: Vec<_> = names.by_ref().take(WORTH_TWO).collect();
+        let threads = if first.len() < WORTH_TWO { 1 } else { 2 };
+        let names = Mutex::new(first.into_iter().chain(names));
         let work = || {
             let mut removal = Removal::new(top, &last_name);
             // The guard must be dropped before the tree is deleted, which takes
             // long.
             while let Some(name) = { lock(&names).next() } {
-                removal.remove_tree(&name);
+                match name {
+                    Ok(name) => removal.remove_tree(&name),
+                    Err(errno) => drop(removal.fail::<()>(c".", errno)),
+                }
             }
             removal
         };
@@ -61,6 +67,7 @@ pub fn remove_children(top: impl AsFd) -> Result<()> {
             }
             both
         });
+        drop(names);
         let moved_up = removal.moved_up;
         all.add(removal);
         // Directories that were moved up are now entries of `top`, and the next
@@ -95,11 +102,11 @@ pub fn remove_entry(parent: impl AsFd, name: &str) -> Result<()> {
     }
 }
 
-fn list(dir: BorrowedFd<'_>) -> std::result::Result<Vec<CString>, Errno> {
+fn list(
+    dir: BorrowedFd<'_>,
+) -> std::result::Result<impl Iterator<Item = std::result::Result<CString, Errno>>, Errno> {
     let names = entries(open_directory(dir, c".")?)?;
-    names
-        .map(|entry| Ok(entry?.file_name().to_owned()))
-        .collect()
+    Ok(names.map(|entry| Ok(entry?.file_name().to_owned())))
 }
 
 /// A directory that is being emptied.

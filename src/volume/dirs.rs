@@ -278,28 +278,6 @@ impl Dirs {
         }
     }
 
-    /// The highest id among the names in `snapshots/` and `trash/`; 0 if there
-    /// are none.
-    pub fn highest_id(&self) -> Result<u64> {
-        let mut all = self.entries()?;
-        all.extend(self.trashed()?);
-        let number = |entry: &Entry| {
-            // The second entry of one name in the trash has a number after a
-            // dot.
-            let name = entry.name.to_bytes().split(|byte| *byte == b'.').next();
-            let number = SnapshotId::from_directory_name(name?)?.number();
-            // No daemon gives out ids this high: another program has made the
-            // entry.
-            (number < 1 << 48).then_some(number)
-        };
-        Ok(all.iter().filter_map(number).max().unwrap_or(0))
-    }
-
-    /// The entries of `trash/`.
-    pub(super) fn trashed(&self) -> Result<Vec<Entry>> {
-        list(self.trash_fd()?, &self.path, TRASH)
-    }
-
     /// Makes everything written on the volume so far durable (`syncfs(2)`).
     ///
     /// # Errors
@@ -456,14 +434,22 @@ pub(super) fn open_upper(snapshots: impl AsFd, volume: &str, id: SnapshotId) -> 
 
 /// The entries of the opened `directory` of the volume at `volume`.
 pub(super) fn list(fd: impl AsFd, volume: &str, directory: &str) -> Result<Vec<Entry>> {
-    let listing = || format!("list {volume}/{directory}");
+    read(fd, volume, directory)?.collect()
+}
+
+/// Like [`list`], one after another.
+pub(super) fn read(
+    fd: impl AsFd,
+    volume: &str,
+    directory: &str,
+) -> Result<impl Iterator<Item = Result<Entry>>> {
+    let listing = move || format!("list {volume}/{directory}");
     let entry = |entry: DirEntry| Entry {
         name: entry.file_name().to_owned(),
         file_type: entry.file_type(),
     };
-    entries(fd)
-        .and_then(|all| all.map(|found| found.map(entry)).collect())
-        .context(listing)
+    let all = entries(fd).context(listing)?;
+    Ok(all.map(move |found| found.map(entry).context(listing)))
 }
 
 pub(super) fn open_path(parent: impl AsFd, name: &str) -> std::result::Result<OwnedFd, Errno> {

@@ -15,7 +15,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use super::Dirs;
-use super::dirs::{Entry, ensure_directory, open_path, stop_handing_on};
+use super::dirs::{ensure_directory, open_path, stop_handing_on};
 use super::durable::failed_flush;
 use super::image::Image;
 use super::paths::{SCRATCH, WORK};
@@ -202,10 +202,14 @@ impl Image {
 impl Dirs {
     /// The names of the entries in the trash that come from moves of layers.
     pub fn trashed_moves(&self) -> Result<Vec<String>> {
-        let mut names = self.trashed()?;
-        names.retain(|entry| entry.name.to_bytes().starts_with(PREFIX.as_bytes()));
-        let text = |entry: &Entry| entry.name.to_string_lossy().into_owned();
-        Ok(names.iter().map(text).collect())
+        let mut names = Vec::new();
+        for entry in self.trashed()? {
+            let name = entry?.name;
+            if name.to_bytes().starts_with(PREFIX.as_bytes()) {
+                names.push(name.to_string_lossy().into_owned());
+            }
+        }
+        Ok(names)
     }
 }
 

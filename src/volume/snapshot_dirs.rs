@@ -6,8 +6,8 @@ use rustix::fs::{AtFlags, FileType, statat, unlinkat};
 use rustix::io::Errno;
 
 use super::Dirs;
-use super::dirs::{ensure_directory, list, open_to_list};
-use super::paths::{SCRATCH, SNAPSHOTS, UPPER, WORK};
+use super::dirs::{Entry, ensure_directory, open_to_list, read};
+use super::paths::{SCRATCH, SNAPSHOTS, TRASH, UPPER, WORK};
 use crate::error::{Context, Error, Result};
 use crate::types::SnapshotId;
 
@@ -89,7 +89,9 @@ impl Dirs {
             Err(Errno::NOENT) => Ok(Some((None, Vec::new()))),
             opened => {
                 let opened = opened.context(looking)?;
-                let entries = list(&opened, self.path(), name)?;
+                // A container may create any number, and three are more than there may be.
+                let entries = read(&opened, self.path(), name)?.take(3);
+                let entries = entries.collect::<Result<Vec<_>>>()?;
                 Ok::<_, Error>(Some((Some(opened), entries)))
             }
         };
@@ -111,11 +113,34 @@ impl Dirs {
         Ok(true)
     }
 
+    /// The highest id among the names in `snapshots/` and `trash/`; 0 if there
+    /// are none.
+    pub fn highest_id(&self) -> Result<u64> {
+        let mut highest = 0;
+        for entry in self.entries()?.into_iter().map(Ok).chain(self.trashed()?) {
+            // The second entry of one name in the trash has a number after a dot.
+            let name = entry?.name;
+            let name = name.to_bytes().split(|byte| *byte == b'.').next();
+            let id = name.and_then(SnapshotId::from_directory_name);
+            // No daemon gives out ids this high: another program has made the entry.
+            let id = id.map(SnapshotId::number).filter(|id| *id < 1 << 48);
+            highest = highest.max(id.unwrap_or(0));
+        }
+        Ok(highest)
+    }
+
+    /// What is in `trash/`, one entry after another: a deletion that was interrupted may
+    /// have moved any number of directories there.
+    pub(super) fn trashed(&self) -> Result<impl Iterator<Item = Result<Entry>>> {
+        read(self.trash_fd()?, self.path(), TRASH)
+    }
+
     /// Calls `each` for every directory in the trash. Entries that are not
     /// directories, or that vanish meanwhile, are left out.
     pub fn each_trashed(&self, mut each: impl FnMut(OwnedFd) -> Result<()>) -> Result<()> {
         let trash = self.trash_fd()?;
         for entry in self.trashed()? {
+            let entry = entry?;
             // Some file systems do not report types.
             if matches!(entry.file_type, FileType::Directory | FileType::Unknown)
                 && let Ok(directory) = open_to_list(trash, entry.name.as_c_str())

@@ -74,6 +74,41 @@ fn deep_trees_need_few_descriptors() {
     split.daemon.stop();
 }
 
+/// A container may create as many deep directories as its disk has inodes.
+#[registered(crate::Test)]
+fn many_deep_directories_need_no_memory_to_be_deleted() {
+    // They are in the first directory that is too deep to be emptied where it is.
+    const DIRECTORIES: u32 = 60_000;
+    const LEVELS: usize = 46;
+    let disk = Disk::make(4000, "xfs", &["-q"]);
+    let split = Split::on(Disk::ext4(64), disk, &[]);
+    let client = split.client();
+    let upper = upper_of(&client.prepare("web", "", &[]).unwrap());
+    let deep = upper.join(["d"; LEVELS].join("/"));
+    fs::create_dir_all(&deep).unwrap();
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let top = open(&deep, flags, Mode::empty()).unwrap();
+    for number in 0..DIRECTORIES {
+        let name = format!("{number}");
+        mkdirat(&top, &*name, Mode::RWXU).unwrap();
+        mkdirat(&top, format!("{name}/d"), Mode::RWXU).unwrap();
+    }
+    drop(top);
+    client.remove("web").unwrap();
+    let before = split.daemon.resident_bytes();
+    let mut most = before;
+    scope(|scope| {
+        let cleanup = scope.spawn(|| split.client().cleanup().unwrap());
+        while !cleanup.is_finished() {
+            most = most.max(split.daemon.resident_bytes());
+            sleep(Duration::from_millis(2));
+        }
+    });
+    assert!(is_empty(split.writable().join("trash")));
+    let grown = most - before;
+    assert!(grown < 1 << 20, "{grown}");
+}
+
 #[registered(crate::Test)]
 fn a_removal_at_once_deletes_its_own_and_keeps_no_other_request_waiting() {
     let split = Split::start(&["--threads", "2", "--async-remove", "false"]);

@@ -101,6 +101,52 @@ fn all_unpacks_are_removed_before_a_cleanup() {
     all_can_be_removed(Database::Apart, Full::ImageBlocks, "extract-");
 }
 
+/// A full image volume cannot record which ids are used on it. What moves there later has
+/// such an id, and the next start must not treat the volume as one that was rolled back.
+#[registered(crate::Test)]
+fn a_layer_moves_to_an_image_volume_that_was_full_at_the_start() {
+    let database = Disk::ext4(32);
+    let flags = ["--relocate-after", "0", "--state-dir", &database.text()];
+    let mut split = Split::on(Disk::ext4(64), Disk::ext4(64), &flags);
+    layer(&split.client(), "base", "", |top| {
+        fs::write(top.join("file"), "base").unwrap();
+    });
+    split.daemon.stop();
+    split.image.fill();
+    split.daemon.restart();
+    let client = split.client();
+    let upper = upper_of(&client.prepare("key", "base", &[]).unwrap());
+    fs::write(upper.join("large"), vec![1; 2 << 20]).unwrap();
+    client.commit("key", "moving", &[]).unwrap();
+    let mut entries = fs::read_dir(split.writable().join("snapshots")).unwrap();
+    let id = entries.next().unwrap().unwrap().file_name();
+    let home = split.root().join("snapshots").join(id);
+    assert!(fs::symlink_metadata(&home).unwrap().is_symlink());
+    split.image.make_room();
+    until("the layer is home", || {
+        client.cleanup().unwrap();
+        fs::symlink_metadata(&home).is_ok_and(|found| found.is_dir())
+    });
+    split.daemon.stop();
+    split.daemon.restart();
+    split.client().prepare("web", "moving", &[]).unwrap();
+}
+
+/// A stop frees the inode of the socket, and a program that still unpacks may take it.
+#[registered(crate::Test)]
+fn a_start_without_an_inode_on_the_image_volume() {
+    let mut disks = Disks::start(Database::WithImages);
+    populate(&disks.split.client());
+    disks.fill(&[Full::ImageInodes]);
+    disks.split.daemon.stop();
+    disks.fill(&[Full::ImageInodes]);
+    disks.split.daemon.restart();
+    let client = disks.split.client();
+    client.remove("old-layer").unwrap();
+    client.cleanup().unwrap();
+    client.prepare("extract-new", "base", &[]).unwrap();
+}
+
 /// The disk that is full, and what it lacks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Full {

@@ -184,6 +184,8 @@ impl Relocator {
             if self.mounted_layers()?.contains(&id) {
                 return Ok(Moved::InUse);
             }
+            // Otherwise, a start could treat the image volume as one that was rolled back.
+            self.ids.begin_on(image.dirs())?;
             if self.rename_home(id, &writable)? {
                 return Ok(Moved::Home(0));
             }

@@ -49,10 +49,11 @@ fn blob(dir: &Path, media_type: &str, content: &[u8]) -> Value {
     })
 }
 
+const KIND: &str = "application/vnd.oci.image";
+
 /// Imports an image that names the layers of the real one, and has for each of them content
 /// that does not fit on the disk once it is unpacked.
 fn import_hostile(containerd: &Containerd) {
-    const KIND: &str = "application/vnd.oci.image";
     let real = manifest(containerd);
     let (dir, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let dir = dir.path();
@@ -64,6 +65,11 @@ fn import_hostile(containerd: &Containerd) {
     let config = fs::read(containerd.blob(config)).unwrap();
     let config = blob(dir, &format!("{KIND}.config.v1+json"), &config);
     let layers = vec![bomb; real["layers"].as_array().unwrap().len()];
+    import_layers(containerd, dir, &config, &layers);
+}
+
+/// Imports an image with this configuration and these layers, which are in the directory.
+fn import_layers(containerd: &Containerd, dir: &Path, config: &Value, layers: &[Value]) {
     let media_type = format!("{KIND}.manifest.v1+json");
     let manifest = json!({
         "schemaVersion": 2,
@@ -76,6 +82,7 @@ fn import_hostile(containerd: &Containerd) {
     let index = json!({ "schemaVersion": 2, "manifests": [described] });
     fs::write(dir.join("index.json"), index.to_string()).unwrap();
     fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
+    let work = tempfile::tempdir().unwrap();
     let archive = work.path().join("hostile.tar");
     run(Command::new("tar")
         .arg("-cf")
@@ -128,4 +135,37 @@ fn the_content_of_a_hostile_image_keeps_no_layer_from_healing() {
     assert_eq!(fs::read(&motd).unwrap(), right);
     stage.is_sound();
     stage.is_tidy();
+}
+
+/// A document of a few megabytes can have a million values, each of which takes a hundred
+/// times its length in memory.
+#[registered(crate::Test)]
+fn the_documents_of_a_hostile_image_need_no_memory() {
+    let stage = Stage::begin();
+    stage.import_compressed();
+    let real = manifest(&stage.containerd);
+    let mut config = document(&stage.containerd, &real["config"]["digest"]);
+    config["bulk"] = vec![json!({ "": 0 }); 1_000_000].into();
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let config = blob(
+        dir,
+        &format!("{KIND}.config.v1+json"),
+        config.to_string().as_bytes(),
+    );
+    let layers = real["layers"].as_array().unwrap();
+    for layer in layers {
+        let content = fs::read(stage.containerd.blob(layer["digest"].as_str().unwrap()));
+        blob(dir, "", &content.unwrap());
+    }
+    import_layers(&stage.containerd, dir, &config, layers);
+    let check = stage.command(&["--deep"]);
+    let mut limited = Command::new("prlimit");
+    limited.args(["--data=400000000", "--"]);
+    limited.arg(check.get_program()).args(check.get_args());
+    let output = limited.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}{complaint}");
+    assert!(said.contains("5 of them sound"), "{said}");
 }
