@@ -38,8 +38,15 @@ die() {
 put() {
     mkdir -p "$destdir${3%/*}"
     cp "$2" "$destdir$3.new"
-    chmod "$1" "$destdir$3.new"
-    mv -f "$destdir$3.new" "$destdir$3"
+    put_new "$1" "$3"
+}
+
+# put_new MODE PATH: gives PATH.new its name. It is durable before, so that a power cut leaves
+# the old file or the new one.
+put_new() {
+    chmod "$1" "$destdir$2.new"
+    sync "$destdir$2.new" 2>/dev/null || sync
+    mv -f "$destdir$2.new" "$destdir$2"
 }
 
 # put_adapted MODE SOURCE PATH: the same for a file that contains paths in
@@ -47,8 +54,7 @@ put() {
 put_adapted() {
     mkdir -p "$destdir${3%/*}"
     adapt "$2" >"$destdir$3.new"
-    chmod "$1" "$destdir$3.new"
-    mv -f "$destdir$3.new" "$destdir$3"
+    put_new "$1" "$3"
 }
 
 adapt() {

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 
 use rustix::fd::{AsFd, OwnedFd};
@@ -62,15 +63,18 @@ pub fn read_everywhere() -> Result<Vec<Namespace>> {
         if seen.contains(&name) {
             continue;
         }
-        let Ok(namespace) = File::open(format!("/proc/{process}/ns/mnt")) else {
+        let opened = File::open(format!("/proc/{process}/ns/mnt"));
+        let Some(namespace) = unless_ended(opened, process)? else {
             continue;
         };
-        let is_ours = owner(&namespace).is_ok_and(|user| identity(&user).ok() == Some(own_user));
+        let user = unless_ended(owner(&namespace).map_err(io::Error::from), process)?;
+        let is_ours = user.is_some_and(|user| identity(&user).ok() == Some(own_user));
         if !is_ours {
             seen.insert(name);
             continue;
         }
-        let Ok(root) = open_root(&format!("/proc/{process}/root")) else {
+        let opened = open_root(&format!("/proc/{process}/root")).map_err(io::Error::from);
+        let Some(root) = unless_ended(opened, process)? else {
             continue;
         };
         if let Some(mounts) = mountinfo::read_of(process)? {
@@ -83,6 +87,19 @@ pub fn read_everywhere() -> Result<Vec<Namespace>> {
         }
     }
     Ok(namespaces)
+}
+
+/// What was opened of a process; `None` if the process has ended, or does not let itself be
+/// looked at. A lack of descriptors or memory is no such answer.
+fn unless_ended<T>(opened: io::Result<T>, process: &str) -> Result<Option<T>> {
+    let opening = || format!("look at the mounts of process {process}");
+    match opened {
+        Ok(opened) => Ok(Some(opened)),
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM) => Err(error).context(opening),
+            _ => Ok(None),
+        },
+    }
 }
 
 impl Namespace {
@@ -117,4 +134,17 @@ fn inode(file: &OwnedFd) -> Option<Inode> {
 fn identity(namespace: impl AsFd) -> Result<Inode> {
     let found = fstat(namespace).context(|| "look at a user namespace")?;
     Ok((found.st_dev, found.st_ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lack_of_descriptors_is_not_the_end_of_a_process() {
+        let opened = |errno: Errno| unless_ended::<()>(Err(errno.into()), "1");
+        assert!(opened(Errno::MFILE).is_err() && opened(Errno::NFILE).is_err());
+        assert!(opened(Errno::NOENT).unwrap().is_none());
+        assert!(opened(Errno::SRCH).unwrap().is_none());
+    }
 }
