@@ -11,6 +11,7 @@
 # - a container that changes its image in every way that a layer can hold is committed;
 #   its layer, before and after it moves, and a container on it have the same content as
 #   with containerd's own overlayfs snapshotter;
+# - the container sees one device, and inode numbers that stay;
 # - the daemon is killed in between; `check` finds nothing wrong;
 # - after the last removal both volumes have nothing that was not there before, and can
 #   be unmounted; the file system's own check is content.
@@ -172,6 +173,21 @@ is_stopped() {
     ctr task ls | grep -q "^$1 .*STOPPED"
 }
 
+# expect_steady ROOT: in a container, everything is on one device, and directories keep their
+# inode numbers when the kernel forgets them. GNU tar and `du -x` rely on that.
+expect_steady() {
+    numbers "$1" >"$scratch/numbers"
+    [ "$(cut -d ' ' -f 1 "$scratch/numbers" | sort -u | wc -l)" = 1 ] ||
+        fail "a container sees several devices: $(sort -u -k 1,1 "$scratch/numbers")"
+    sync -f "$1/etc"
+    echo 2 >/proc/sys/vm/drop_caches
+    numbers "$1" | diff "$scratch/numbers" - >"$scratch/differ" ||
+        fail "inode numbers have changed: $(head -n 5 "$scratch/differ")"
+}
+numbers() {
+    (cd "$1" && find bin data etc opt srv -printf '%D %i %p\n' | sort -k 3)
+}
+
 # commit_content KIND: imports the image, changes it in a container, commits the
 # container, and writes a description of the layer to $scratch/KIND.
 commit_content() {
@@ -179,6 +195,7 @@ commit_content() {
     ctr images import --snapshotter "$kind" "$scratch/image.tar" >/dev/null
     start_container one
     decorate "/proc/$process/root"
+    [ "$kind" = overlayfs ] || expect_steady "/proc/$process/root"
     # shellcheck disable=SC2119 # Without flags.
     [ "$kind" = overlayfs ] || kill_daemon
     # containerd dials a proxy plugin again after a pause.
