@@ -122,12 +122,12 @@ impl Worker<'_> {
         let is_full = layers > self.load.most_layers || active > self.load.most_active;
         match self.random.below(100) {
             _ if is_full => self.remove(),
-            0..45 => self.unpack(),
-            45..70 => self.commit_container(),
-            70..77 => self.prepare_container(),
-            77..88 => self.remove(),
-            88..91 => self.update(),
-            91..98 => self.heal(),
+            0..40 => self.unpack(),
+            40..62 => self.commit_container(),
+            62..68 => self.prepare_container(),
+            68..78 => self.remove(),
+            78..84 => self.update(),
+            84..96 => self.heal(),
             _ => answer("clean up", self.client.cleanup()),
         }
     }
