@@ -7,7 +7,6 @@
 # blank only if two programs say so and zeros are read, and it is formatted only if
 # both programs agree on one of the file systems that use a single disk. Everything
 # else is refused.
-# on one of the file systems that use one disk alone. Everything else is refused.
 #
 # shellcheck disable=SC2034,SC2154 # disks.sh has what seems unused or not assigned.
 

@@ -172,7 +172,27 @@ find_service() {
     fi
 }
 
+# keep_other: keeps the program of another project that has this one's path, as the Go original
+# may have.
+keep_other() {
+    other=$bin/$program
+    if [ -e "$destdir$share/installed" ] || [ ! -e "$destdir$other" ] ||
+        [ -e "$destdir$other.before" ] || cmp -s "$here/$program" "$destdir$other"; then
+        return 0
+    fi
+    cp -p "$destdir$other" "$destdir$other.before"
+    say "$other was another program, which is kept as $other.before"
+}
+
+# give_back_other: gives that program its path again.
+give_back_other() {
+    [ -e "$destdir$bin/$program.before" ] || return 0
+    mv "$destdir$bin/$program.before" "$destdir$bin/$program"
+    say "$bin/$program is the program again that was there before"
+}
+
 install_files() {
+    keep_other
     put 755 "$here/$program" "$bin/$program"
     put_link "$program" "$bin/rwsplit"
     put 644 "$here/$program.8" "$man/$program.8"
@@ -293,6 +313,7 @@ uninstall() {
         "$destdir$bash/$program" "$destdir$zsh/_rwsplit" "$destdir$fish/rwsplit.fish" \
         "$destdir$fish/$program.fish"
     rm -rf "$destdir$share"
+    give_back_other
     say "removed. Images and containers stay, and so do the mounts that were set up;" \
         "containerd's configuration still names the snapshotter"
 }

@@ -77,6 +77,17 @@ echo '# of the version after' >>"$archive/systemd/$program.default"
 expect "is installed" "$archive/install.sh" --service systemd
 grep -q 'version after' "$default" || fail "an upgrade has kept an old configuration"
 
+# Another program of that name, such as the Go original, stays beside it and comes back.
+expect "removed" "$archive/install.sh" uninstall --service systemd
+echo original >"$DESTDIR/usr/local/bin/$program"
+expect "kept as /usr/local/bin/$program.before" "$archive/install.sh" --service systemd
+cmp -s "$archive/$program" "$DESTDIR/usr/local/bin/$program" || fail "the original stays in the way"
+expect "is installed" "$archive/install.sh" --service systemd
+expect "that was there before" "$archive/install.sh" uninstall --service systemd
+[ "$(cat "$DESTDIR/usr/local/bin/$program")" = original ] || fail "the original does not come back"
+rm "$DESTDIR/usr/local/bin/$program"
+expect "is installed" "$archive/install.sh" --service systemd
+
 # The service waits for directories that were moved.
 sed -i 's#^OPTIONS=.*#OPTIONS="--root-dir=/mnt/big/s --writable-dir /mnt/ssd/s"#' "$default"
 drop_in=$DESTDIR/etc/systemd/system/$program.service.d/10-mounts.conf
