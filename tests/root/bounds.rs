@@ -252,6 +252,8 @@ fn a_layer_that_does_not_fit_is_not_copied() {
 
     drop(filler);
     fs::remove_file(split.image.path().join("filler")).unwrap();
+    // Room that another program makes is seen within a minute, that of a layer at once.
+    client.remove("layer small").unwrap();
     client.cleanup().unwrap();
     until("the large one is moved", || {
         split
