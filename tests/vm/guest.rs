@@ -72,6 +72,7 @@ fn work(outlet: &Outlet) {
                 boot: setting("VM_BOOT"),
                 most_layers: 30,
                 most_active: 8,
+                healings: 5,
                 has_quotas: false,
             };
             outlet.line(BEGUN);

@@ -35,6 +35,8 @@ pub struct Load {
     /// The most layers of one thread, so that the disks do not fill up.
     pub most_layers: usize,
     pub most_active: usize,
+    /// How many of 100 steps heal a layer.
+    pub healings: u64,
     /// Whether containers get limits.
     pub has_quotas: bool,
 }
@@ -120,14 +122,16 @@ impl Worker<'_> {
         let layers = self.layers().count();
         let active = self.state.len() - layers;
         let is_full = layers > self.load.most_layers || active > self.load.most_active;
+        if self.random.below(100) < self.load.healings {
+            return self.heal();
+        }
         match self.random.below(100) {
             _ if is_full => self.remove(),
-            0..40 => self.unpack(),
-            40..62 => self.commit_container(),
-            62..68 => self.prepare_container(),
-            68..78 => self.remove(),
-            78..84 => self.update(),
-            84..96 => self.heal(),
+            0..45 => self.unpack(),
+            45..70 => self.commit_container(),
+            70..77 => self.prepare_container(),
+            77..88 => self.remove(),
+            88..96 => self.update(),
             _ => answer("clean up", self.client.cleanup()),
         }
     }
