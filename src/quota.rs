@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use crate::error::{Context, Error, Result};
 use crate::mount::mountinfo;
 use crate::sys::quota::{self as sys, Target};
-use crate::types::{Limits, ProjectId, Usage};
+use crate::types::{Limits, ProjectId, QuotedPath, Usage};
 use crate::util::fault_point::HAS_FAULT_POINTS;
 
 /// The project ids that the daemon may give out, from a first to a last one.
@@ -275,35 +275,37 @@ pub fn lack(directory: BorrowedFd<'_>, path: &str, support: Option<Support>) -> 
 /// The project that an open directory gives to its new entries;
 /// [`ProjectId::NONE`] if it gives none.
 pub fn project_of(directory: impl AsFd) -> Result<ProjectId> {
-    match sys::file_attributes(directory) {
+    match sys::file_attributes(&directory) {
         Ok(attributes) if attributes.flags & sys::INHERIT != 0 => {
             Ok(ProjectId::new(attributes.project))
         }
         // File systems without projects give none either.
         Ok(_) | Err(Errno::NOTTY | Errno::OPNOTSUPP) => Ok(ProjectId::NONE),
-        Err(errno) => Err(errno).context(|| "ask for the project of a directory"),
+        Err(errno) => {
+            Err(errno).context(|| format!("ask for the project of {}", shown(&directory)))
+        }
     }
 }
 
 /// Charges an open directory, and everything created in it from now on, to a project or to
 /// none. Entries that exist already keep their project.
 pub fn set_project(directory: impl AsFd, project: ProjectId) -> Result<()> {
-    let setting = || format!("charge a directory to project {project}");
+    let setting = || format!("charge {} to project {project}", shown(&directory));
     let mut attributes = sys::file_attributes(&directory).context(setting)?;
     attributes.project = project.number();
     match project {
         ProjectId::NONE => attributes.flags &= !sys::INHERIT,
         _ => attributes.flags |= sys::INHERIT,
     }
-    sys::set_file_attributes(directory, attributes).context(setting)
+    sys::set_file_attributes(&directory, attributes).context(setting)
 }
 
 /// Charges an open regular file to a project.
 pub fn charge_file(file: impl AsFd, project: ProjectId) -> Result<()> {
-    let charging = || format!("charge a file to project {project}");
+    let charging = || format!("charge {} to project {project}", shown(&file));
     let mut attributes = sys::file_attributes(&file).context(charging)?;
     attributes.project = project.number();
-    sys::set_file_attributes(file, attributes).context(charging)
+    sys::set_file_attributes(&file, attributes).context(charging)
 }
 
 /// Whether the kernel has quotactl_fd(2) (Linux 5.14): called with an invalid descriptor,
@@ -328,6 +330,12 @@ fn device_of(directory: BorrowedFd<'_>) -> Option<CString> {
     };
     let path = source.into_iter().chain([by_number]).find(is_it)?;
     CString::new(path).ok()
+}
+
+/// The path of an open file or directory, for messages.
+fn shown(file: impl AsFd) -> String {
+    let path = mountinfo::path_of_file(file);
+    path.map_or_else(|| "a file".to_owned(), |path| QuotedPath(&path).to_string())
 }
 
 fn mounted(directory: BorrowedFd<'_>) -> Option<mountinfo::Mounted> {

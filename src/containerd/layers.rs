@@ -92,7 +92,11 @@ impl Sources {
                 };
                 match reading.document(&target.digest, 0) {
                     Err(error) if is_final(&error) => return Err(error),
-                    Err(error) => sources.problems.push(error.chain()),
+                    Err(error) => {
+                        let image = Quoted(&image.name);
+                        let error = error.while_doing(format!("find the layers of image {image}"));
+                        sources.problems.push(error.chain());
+                    }
                     Ok(()) => {}
                 }
             }
@@ -214,14 +218,13 @@ impl Reading<'_> {
         read.map(|text| {
             let begins_value = |byte: &&u8| matches!(byte, b'[' | b'{' | b',');
             if text.iter().filter(begins_value).count() > MAX_JSON_VALUES {
-                let (image, digest) = (Quoted(self.image), Quoted(digest));
+                let digest = Quoted(digest);
                 return Err(Error::data_loss(format!(
-                    "image {image}: its {digest} has more than {MAX_JSON_VALUES} values"
+                    "the document {digest} has more than {MAX_JSON_VALUES} JSON values"
                 )));
             }
             serde_json::from_slice(&text).map_err(|error| {
-                let (image, digest) = (Quoted(self.image), Quoted(digest));
-                let what = format!("image {image}: read its content {digest} as JSON");
+                let what = format!("read {} as JSON", Quoted(digest));
                 Error::caused(ErrorKind::DataLoss, what, error)
             })
         })

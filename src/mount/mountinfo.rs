@@ -101,7 +101,7 @@ fn read_until_settled(mut read: impl FnMut() -> Result<Vec<u8>>) -> Result<Vec<u
 pub fn mount_of(fd: impl AsFd, mounts: &[Mounted]) -> Result<Option<&Mounted>> {
     let number = fd.as_fd().as_raw_fd();
     let said = fs::read(format!("/proc/self/fdinfo/{number}"))
-        .context(|| "find out on which mount a file is")?;
+        .context(|| format!("read /proc/self/fdinfo/{number}"))?;
     let id = said
         .split(|byte| *byte == b'\n')
         .find_map(|line| line.strip_prefix(b"mnt_id:"))
@@ -125,7 +125,7 @@ pub fn of_path(path: &str) -> Result<Option<Mounted>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         file => file.context(|| format!("open {path}"))?,
     };
-    of_file(file)
+    of_file(file).context(|| format!("find out on which mount {path} is"))
 }
 
 fn parse(text: &[u8]) -> Vec<Mounted> {

@@ -128,11 +128,11 @@ pub fn answers(path: &MountPath) -> Result<bool> {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .context(|| "start a child process")?;
+        .context(|| format!("start a child process to ask whether {path} answers"))?;
     let deadline = Instant::now() + PATIENCE;
     while child
         .try_wait()
-        .context(|| "wait for a child process")?
+        .context(|| format!("wait for the child process that asks whether {path} answers"))?
         .is_none()
     {
         if Instant::now() >= deadline {

@@ -75,11 +75,17 @@ pub fn require_layers(volumes: &Volumes, store: &Store, mount_options: &[String]
     let directory = format!("{}/trash", image.path());
     clear_probe(&directory)?;
     let probed = mount::probe_layers(&Path::new(&directory).join(PROBE), mount_options);
+    let is_unsuitable =
+        (probed.as_ref()).is_err_and(|error| error.kind() == ErrorKind::FailedPrecondition);
     let probed = probed.context(|| {
         let path = image.path();
-        format!(
-            "the file system of {path} cannot hold image layers: use another one, for example ext4"
-        )
+        match is_unsuitable {
+            true => format!(
+                "the file system of {path} cannot hold image layers: use another one, for example \
+                 ext4"
+            ),
+            false => format!("try on {path} whether image layers can be there"),
+        }
     });
     probed.and(clear_probe(&directory))
 }

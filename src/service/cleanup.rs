@@ -96,7 +96,8 @@ impl Service {
             let thread = thread::Builder::new().name("cleanup".to_owned());
             if let Err(error) = thread.spawn(clean_up()) {
                 log::error!(
-                    "cannot start a thread for a Cleanup, so a worker thread runs it: {error}"
+                    "cannot start a thread for containerd's garbage collection, so a thread for \
+                     other requests deletes the removed files, and these requests may wait: {error}"
                 );
                 let (running, clean_up) = (first.running.share(), clean_up());
                 let work = (Work::Long, Box::new(|| false) as GivenUp);

@@ -200,7 +200,10 @@ impl Pool {
         let requests = Arc::clone(&self.requests);
         let thread = thread::Builder::new().name("elsewhere".to_owned());
         if let Err(error) = thread.spawn(move || requests.work_elsewhere()) {
-            log::error!("cannot start a thread for a request, so the request waits: {error}");
+            log::error!(
+                "cannot start a thread for a request, so the request waits until another one has \
+                 ended: {error}"
+            );
             lock(&self.requests.state).elsewhere_running -= 1;
             self.requests.added.notify_all();
         }
@@ -278,7 +281,8 @@ impl Requests {
                 let spare = thread::Builder::new().name("spare".to_owned());
                 if let Err(error) = spare.spawn(move || requests.work_as_spare()) {
                     log::error!(
-                        "cannot start a thread for a request, so the request waits: {error}"
+                        "cannot start a thread for a request, so the request waits until another \
+                         one has ended: {error}"
                     );
                     lock(&self.state).spare -= 1;
                 }

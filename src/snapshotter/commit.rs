@@ -100,7 +100,7 @@ impl Snapshotter {
     /// before that, unless the image disk does not answer.
     fn enter_layer(&self, volume: Volume, commit: &Commit<'_>) -> Result<()> {
         let link = (volume == Volume::Writable).then(|| {
-            Undo::new("the link of a refused commit", || {
+            Undo::new("the link to a layer whose commit has failed", || {
                 self.links.take_back(commit.id);
                 Ok(())
             })

@@ -118,7 +118,8 @@ impl Flusher {
         });
         if let Err(error) = recorded {
             log::error!(
-                "a restart will forget that the {volume} volume has failed to write data: {}",
+                "cannot record that the {volume} volume has failed to write data, so after a \
+                 restart of the daemon, layers that may be damaged can be committed: {}",
                 error.chain()
             );
         }
@@ -158,9 +159,8 @@ impl Flusher {
             if active.iter().any(is_suspect) {
                 self.suspect_up_to[volume as usize].store(suspect, Ordering::Release);
                 log::warn!(
-                    "the {volume} volume has failed to write data before this start: snapshots \
-                     that were being filled then cannot be committed; check the disk, then \
-                     remove and create them again"
+                    "the {volume} volume has failed to write data before this start: check the \
+                     disk. Pulls, builds and commits that had begun then are refused: repeat them"
                 );
             } else {
                 self.store
@@ -183,8 +183,9 @@ impl Flusher {
             return Ok(());
         }
         Err(Error::data_loss(format!(
-            "the {volume} volume has failed to write data while this snapshot was being \
-             filled: remove the snapshot, check the disk, and create the snapshot again"
+            "the {volume} volume has failed to write data while this snapshot was being filled: \
+             check the disk, then repeat the pull or build, or remove the snapshot and create it \
+             again"
         )))
     }
 

@@ -121,7 +121,7 @@ impl Snapshotter {
         match layer.id == id && layer.info.kind == Kind::Committed {
             true => Ok(layer),
             false => Err(Error::refused(
-                "the layer was removed, and another snapshot has its name now",
+                "the layer was removed, and another snapshot has its name now: check again",
             )),
         }
     }
@@ -168,27 +168,27 @@ impl Snapshotter {
             if is_unpacked(name) {
                 if self.volumes.image().trash_abandoned_unpack()? {
                     log::info!(
-                        "image volume: moved the layer that an interrupted check had unpacked to \
-                         the trash"
+                        "image volume: moved to the trash what an interrupted check had unpacked"
                     );
                 }
             } else if is_handed_over(name) {
                 trash_entry(image, &entry.name.to_string_lossy())?;
                 log::info!(
-                    "image volume: moved an unpacked layer to the trash: no healing has used it"
+                    "image volume: moved to the trash a layer that an interrupted `check --heal` \
+                     had unpacked, and not put into place"
                 );
             } else if let Some(id) = replaced_id(name) {
                 if Mounts::read(&self.store, &self.volumes)?.may_show_replaced(id) {
                     self.relocator.note_replaced(id);
                     log::info!(
-                        "image volume: the damaged directory of layer {id}, which has healed, \
-                         stays as long as it may be mounted"
+                        "image volume: layer {id} has healed; its former, damaged directory stays \
+                         as long as it may be mounted"
                     );
                 } else {
                     trash_entry(image, &entry.name.to_string_lossy())?;
                     log::info!(
-                        "image volume: moved the damaged directory of layer {id}, which has \
-                         healed, to the trash"
+                        "image volume: layer {id} has healed; moved its former, damaged directory \
+                         to the trash"
                     );
                 }
             }

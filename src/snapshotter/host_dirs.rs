@@ -166,7 +166,8 @@ impl Snapshotter {
             // This is no error for the caller, because the snapshot itself is removed or
             // committed.
             log::warn!(
-                "the links of snapshot {id} to host directories stay until the next start: {}",
+                "snapshot {id} does not need its links to host directories any more, but they \
+                 stay in lowers/ until the next start, and do no harm there: {}",
                 error.chain()
             );
         }

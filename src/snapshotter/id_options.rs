@@ -68,10 +68,10 @@ impl Snapshotter {
             let mounted = mountinfo::of_path(&path).ok().flatten();
             let file_system = mounted.map_or_else(String::new, |mounted| mounted.file_system);
             format!(
-                "the snapshot's labels ask for mapped ids, which Linux {} does not map on the \
-                 {volume} volume {path} ({file_system}): use Linux 5.19 or later with ext4, XFS, \
-                 btrfs or tmpfs there, or leave \"remap-ids\" out of the capabilities of the proxy \
-                 plugin",
+                "the snapshot's labels ask for mapped ids, but Linux {} could not map ids on the \
+                 {volume} volume {path} ({file_system}). Mapped ids need Linux 5.19 or later with \
+                 ext4, XFS, btrfs or tmpfs there; on a machine without these, leave \"remap-ids\" \
+                 out of the capabilities of the proxy plugin",
                 mount::kernel_release()
             )
         })?;

@@ -287,7 +287,9 @@ fn number(name: &OsStr) -> Option<SnapshotId> {
 /// Where the `snapshots/` of a volume is; `None` if the kernel does not show its path.
 fn location(dirs: Arc<Dirs>) -> Result<Option<Location>> {
     let snapshots = dirs.snapshots_fd();
-    let Some(mounted) = mountinfo::of_file(snapshots)? else {
+    let mounted = mountinfo::of_file(snapshots)
+        .context(|| format!("find out on which mount {} is", dirs.path()))?;
+    let Some(mounted) = mounted else {
         return Ok(None);
     };
     let Some(path) = mountinfo::path_of_file(snapshots) else {

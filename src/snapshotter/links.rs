@@ -214,8 +214,9 @@ fn not_answered(id: SnapshotId) -> Error {
     Error::new(
         ErrorKind::Unavailable,
         format!(
-            "the link of layer {id} on the image volume is not created after {} seconds: check \
-             whether the image disk answers, and try again",
+            "layer {id} cannot be used yet, because a link to its files could not be created on \
+             the image volume within {} seconds: check whether the image disk answers, and try \
+             again",
             LONGEST.as_secs()
         ),
     )
@@ -224,7 +225,8 @@ fn not_answered(id: SnapshotId) -> Error {
 fn log_failure(done: Result<()>) {
     if let Err(error) = done {
         log::warn!(
-            "the link of a removed layer stays on the image volume until the next start: {}",
+            "the entry of a layer that was removed, or whose commit has failed, stays in \
+             snapshots/ of the image volume until the next start: {}",
             error.chain()
         );
     }

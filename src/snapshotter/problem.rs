@@ -248,8 +248,8 @@ impl fmt::Display for Finding {
             Problem::DiskFailed => write!(
                 out,
                 "the {volume} volume has failed to write data, and snapshots that were being \
-                 filled then may have lost data and cannot be committed: check the disk, remove \
-                 these snapshots, and create them again"
+                 filled then, by pulls, builds or commits, may have lost data and cannot be \
+                 committed: check the disk, then repeat the pulls, builds and commits"
             ),
             Problem::OtherHistory => write!(
                 out,

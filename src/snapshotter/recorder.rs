@@ -68,7 +68,8 @@ impl Recorder {
         while let Some(id) = next().flatten() {
             match self.record(id) {
                 Err(error) if error.kind() != ErrorKind::Cancelled => log::warn!(
-                    "cannot record the digest of layer {id}, which `check --deep` does later: {}",
+                    "cannot record the digest of layer {id}; the next `check --deep` compares the \
+                     layer and records the digest: {}",
                     error.chain()
                 ),
                 _ => {}

@@ -403,7 +403,7 @@ impl Snapshotter {
 fn warn_of(what: &str, done: Result<()>) {
     if let Err(error) = done {
         log::warn!(
-            "cannot {what}, which the next start tries again: {}",
+            "cannot {what}; the next start tries again: {}",
             error.chain()
         );
     }

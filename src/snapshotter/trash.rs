@@ -149,8 +149,8 @@ impl Trash {
         recovered.unwrap_or_else(|error| {
             self.note_stray(Volume::Writable);
             log::warn!(
-                "the limits of containers were not checked, which containerd's next garbage \
-                 collection tries again: {}",
+                "the limits of containers were not checked; the check is tried again at \
+                 containerd's next garbage collection: {}",
                 error.chain()
             );
             Vec::new()
@@ -211,7 +211,7 @@ impl Trash {
         if !gone.is_empty() {
             dirs.settle_names()?;
             let forget = self.store.together(|rows| rows.forget_tombstones(&gone));
-            forget.context(|| "delete the tombstones of directories that are in the trash")?;
+            forget.context(|| "record that removed directories are in the trash")?;
         }
         Ok((found, failed))
     }

@@ -140,7 +140,7 @@ impl Drop for Leader<'_> {
         drop(known);
         self.end(&Err(Error::new(
             ErrorKind::Internal,
-            "the walk has ended because of a bug; the log shows where",
+            "the count of the files has ended because of a bug; the log shows where",
         )));
     }
 }

@@ -152,7 +152,7 @@ impl Transaction<'_> {
             self.execute(
                 "DELETE FROM tombstone WHERE volume = ?1 AND id = ?2",
                 params![volume, id],
-                format_args!("delete the tombstone of snapshot {id}"),
+                format_args!("delete the record that snapshot {id} was removed"),
             )?;
         }
         Ok(())

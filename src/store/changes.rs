@@ -149,7 +149,8 @@ impl Transaction<'_> {
             "DELETE FROM snapshot WHERE id = ?1",
         ] {
             for id in ids {
-                self.execute(sql, [id], format_args!("delete the row of snapshot {id}"))?;
+                let doing = format_args!("delete snapshot {id} from the database");
+                self.execute(sql, [id], doing)?;
             }
         }
         Ok(())

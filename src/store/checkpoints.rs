@@ -62,7 +62,8 @@ impl Store {
         while self.await_pause().is_some() {
             let is_short = self.move_log().unwrap_or_else(|error| {
                 log::warn!(
-                    "the database's log cannot be moved into the database; this is tried again: {}",
+                    "the database's log cannot be moved into the database, so the log grows; this \
+                     is tried again: {}",
                     error.chain()
                 );
                 false

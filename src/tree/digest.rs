@@ -89,20 +89,21 @@ struct Digest<'a> {
 impl Digest<'_> {
     /// Adds one entry, and returns whether it is a directory.
     fn entry(&mut self, path: &[CString], name: Name<'_>) -> Result<bool> {
-        let stat = statat(name.0, name.1, AtFlags::SYMLINK_NOFOLLOW).context(|| READING)?;
+        let reading = || format!("read {:?} in a layer", name.1);
+        let stat = statat(name.0, name.1, AtFlags::SYMLINK_NOFOLLOW).context(reading)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         let mut entry = Sha256::new();
         for part in path {
             entry.add(part.as_bytes_with_nul());
         }
         add_numbers(&mut entry, &stat, path.is_empty());
-        for (name, value) in self.rules.xattrs(name).context(|| READING)? {
+        for (name, value) in self.rules.xattrs(name).context(reading)? {
             add_counted(&mut entry, &name);
             add_counted(&mut entry, &value);
         }
         match kind {
             FileType::Symlink => {
-                let target = readlinkat(name.0, name.1, Vec::new()).context(|| READING)?;
+                let target = readlinkat(name.0, name.1, Vec::new()).context(reading)?;
                 add_counted(&mut entry, target.as_bytes());
             }
             FileType::RegularFile => self.bytes(&mut entry, name)?,
@@ -115,7 +116,8 @@ impl Digest<'_> {
     }
 
     fn bytes(&mut self, entry: &mut Sha256, name: Name<'_>) -> Result<()> {
-        let opened = open_file(name.0, name.1).context(|| READING)?;
+        let reading = || format!("read {:?} in a layer", name.1);
+        let opened = open_file(name.0, name.1).context(reading)?;
         let replaced = || Error::data_loss("a file of a layer was replaced while it was read");
         let (file, _) = opened.ok_or_else(replaced)?;
         if self.from == ReadFrom::Disk {
@@ -127,7 +129,7 @@ impl Digest<'_> {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(cancelled());
             }
-            let length = read_full(&file, &mut self.buffer, offset).context(|| READING)?;
+            let length = read_full(&file, &mut self.buffer, offset).context(reading)?;
             entry.add(&self.buffer[..length]);
             if length < CHUNK_BYTES {
                 return Ok(());

@@ -29,7 +29,10 @@ pub fn visit_open(top: impl AsFd, mut each: impl FnMut(Visited<'_>) -> Result<()
     each(Visited::Directory(walk.parent()?))?;
     while let Some(entry) = walk.next()? {
         let (parent, name) = (walk.parent()?, entry.file_name());
-        match open(parent, name).context(|| VISITING)? {
+        let opened = open(parent, name)
+            .context(|| format!("look at {name:?}"))
+            .context(|| VISITING)?;
+        match opened {
             Opened::Directory(fd) => {
                 each(Visited::Directory(fd.as_fd()))?;
                 walk.enter(fd, name)?;

@@ -12,7 +12,7 @@ pub struct Undo<F: FnOnce() -> Result<()>> {
 
 impl<F: FnOnce() -> Result<()>> Undo<F> {
     /// `what` names the step in the log line that is written if the closure fails,
-    /// for example "the link of a refused commit".
+    /// for example "the link to a layer whose commit has failed".
     pub fn new(what: &'static str, undo: F) -> Undo<F> {
         Undo {
             what,

@@ -80,7 +80,9 @@ fn exchange(paths: &Paths) -> Result<()> {
     // The import is complete. A draft that stays does no harm, so a failure is only logged.
     if let Err(error) = paths.remove_draft() {
         log::warn!(
-            "the import is complete, but a directory is left (`import` removes it): {}",
+            "the import is complete, but its directory {} is left, which does no harm: run \
+             `import` again to remove it: {}",
+            paths.draft.display(),
             error.chain()
         );
     }

@@ -108,7 +108,7 @@ fn import<'a>(root: &Root, config: &'a Config, options: ImportOptions) -> Result
     if paths.has_draft()? {
         undo::take_back(root, config, &paths)?;
         log::info!(
-            "undid the steps of an earlier import, or of an earlier undoing, that was interrupted"
+            "took back the steps of an earlier `import` or `import --undo` that was interrupted"
         );
         disks = look()?;
     }
@@ -148,7 +148,7 @@ fn take_back_failed(root: &Root, config: &Config, paths: &Paths) {
     }
     if let Err(error) = undo::take_back(root, config, paths) {
         log::warn!(
-            "some steps of the failed import could not be undone: {}: run `import --undo`",
+            "some steps of the failed import could not be undone, so run `import --undo`: {}",
             error.chain()
         );
     }

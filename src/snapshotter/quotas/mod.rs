@@ -365,8 +365,8 @@ impl Projects {
         let are_kept = || matches!(self.support(), Ok(Support::Limits));
         if change.only_lifts() && !are_kept() {
             log::info!(
-                "the kernel still has the removed limits of project {}, until the daemon starts \
-                 with quotas",
+                "the limits of project {} are removed from the database only, because the disk's \
+                 quotas cannot be used now: the next start with quotas removes them from the disk",
                 change.project
             );
             return record();
@@ -382,7 +382,8 @@ impl Projects {
             .inspect_err(|_| {
                 if let Err(error) = quotas.set_limits(change.project, change.from) {
                     log::warn!(
-                        "project {} has the limits of a failed update until the next start: {}",
+                        "the limits of project {} could not be set back after a failed update, \
+                         so the new ones are enforced until the next start: {}",
                         change.project,
                         error.chain()
                     );

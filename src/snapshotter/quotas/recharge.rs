@@ -140,7 +140,8 @@ impl Projects {
         };
         self.charge_tree(id, &parts, project)?;
         log::warn!(
-            "the files of snapshot {id} were not charged to its project {project}; now they are"
+            "not all files of snapshot {id} counted towards its limits; now they are charged to \
+             its project {project}"
         );
         Ok(())
     }
@@ -196,8 +197,9 @@ impl Projects {
         }
         if linked > 0 {
             log::warn!(
-                "{linked} symbolic links and device nodes of snapshot {id} stay out of project \
-                 {project}, because they have several names: its container cannot rename them"
+                "{linked} symbolic links and device nodes of snapshot {id} stay out of its project \
+                 {project}, because they have several names: the snapshot's container can use \
+                 them, but not rename them"
             );
         }
         if scratch.is_some() {

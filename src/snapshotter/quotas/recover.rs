@@ -50,8 +50,8 @@ impl Projects {
             if quota::project_of(directory)? != ProjectId::NONE {
                 quota::set_project(directory, ProjectId::NONE)?;
                 log::warn!(
-                    "took snapshots/ or the trash of {} out of a project, because no snapshot \
-                     could be moved there",
+                    "snapshots/ or the trash of {} was in a project, so no snapshot could be moved \
+                     there: took the directory out of the project; nothing has to be done",
                     dirs.path()
                 );
             }
@@ -66,7 +66,8 @@ impl Projects {
                 Ok(true) => {}
                 Ok(false) => uncharged.push(id),
                 Err(error) => log::error!(
-                    "the limit of project {} of snapshot {id} may not be enforced: {}",
+                    "the limits of snapshot {id} (project {}) may not be enforced until the next \
+                     start: {}",
                     given.project,
                     error.chain()
                 ),
@@ -107,8 +108,8 @@ impl Projects {
         {
             quotas.set_limits(project, given.limits)?;
             log::warn!(
-                "set the recorded limits of project {project} of snapshot {id} again: they had \
-                 changed"
+                "the limits of snapshot {id} (project {project}) on the disk were not the recorded \
+                 ones, as after a power cut: the recorded limits are enforced again"
             );
         }
         is_charged(&parts, project)
@@ -153,7 +154,7 @@ impl Projects {
             recorded?;
             log::warn!(
                 "another program uses project {theirs} of snapshot {id} on this disk: the snapshot \
-                 has project {project} from now on"
+                 has project {project} from now on, with the same limits"
             );
         } else {
             recorded?;

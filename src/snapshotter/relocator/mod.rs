@@ -259,7 +259,7 @@ impl Relocator {
         }
         Err(Error::refused(format!(
             "the directory snapshots/{id} on the image volume is not the layer with that id, \
-             because no move has put it there: the next start sets it aside"
+             because no move has put it there: restart the daemon, which sets the directory aside"
         )))
     }
 
@@ -308,7 +308,8 @@ impl Relocator {
         let source = writable.open_snapshot(id)?;
         let image = self.volumes.image();
         let away = self.store.read()?.away()?;
-        if let Some(layer) = away.iter().find(|layer| layer.id == id) {
+        let layer = away.iter().find(|layer| layer.id == id);
+        if let Some(layer) = layer {
             require_room(layer, image.dirs())?;
             let snapshot = self.store.read()?.stat(&layer.name)?;
             // A damaged layer does not move: a copy would take its place, although the
@@ -316,7 +317,8 @@ impl Relocator {
             let found = inspect_layer(writable, &snapshot, true, false)?;
             if matches!(found, Some(Problem::LayerDamaged { .. })) {
                 return Err(Error::data_loss(format!(
-                    "layer {id} holds less than when it was committed: run `check --heal`"
+                    "layer {} holds less than when it was committed: run `check --heal`",
+                    Quoted(&layer.name)
                 )));
             }
         }
@@ -332,9 +334,12 @@ impl Relocator {
         if !copied.left_out.is_empty() {
             let names = copied.left_out.iter();
             let names: Vec<_> = names.map(|name| Quoted(name).to_string()).collect();
+            let layer =
+                layer.map_or_else(|| id.to_string(), |layer| Quoted(&layer.name).to_string());
             log::info!(
-                "layer {id}: its files do not have these attributes on the image volume, because \
-                 its file system does not support them or they belong to the writable volume's: {}",
+                "layer {layer}: its files do not have these attributes on the image volume, \
+                 because the file system there does not support them, or because only the \
+                 writable volume's file system uses them: {}",
                 names.join(", ")
             );
         }
@@ -454,7 +459,7 @@ fn require_room(layer: &UnmovedLayer, image: &Dirs) -> Result<()> {
         format!(
             "layer {} takes {} bytes and {} inodes, and {} has {} bytes and {} inodes free: \
              remove images, or make the volume larger",
-            layer.id,
+            Quoted(&layer.name),
             layer.size_bytes,
             layer.inodes,
             image.path(),

@@ -274,7 +274,8 @@ impl Worker<'_> {
             let image = self.relocator.volumes.image().dirs();
             if let Err(error) = self.relocator.flusher.flush(image) {
                 log::warn!(
-                    "cannot flush the image volume after files were deleted: {}",
+                    "cannot flush the image volume after files were deleted, so layers may wait \
+                     longer for the room there: {}",
                     error.chain()
                 );
             }
