@@ -173,20 +173,29 @@ find_service() {
 }
 
 # keep_other: keeps the program of another project that has this one's path, as the Go original
-# may have.
+# may have. The file $share/other says that $other.before is that program, and not a copy that
+# the administrator has made.
 keep_other() {
     other=$bin/$program
-    if [ -e "$destdir$share/installed" ] || [ ! -e "$destdir$other" ] ||
-        [ -e "$destdir$other.before" ] || cmp -s "$here/$program" "$destdir$other"; then
+    if [ -e "$destdir$share/installed" ] || [ -e "$destdir$share/other" ] ||
+        [ ! -e "$destdir$other" ] || cmp -s "$here/$program" "$destdir$other"; then
         return 0
     fi
+    [ ! -e "$destdir$other.before" ] ||
+        die "$other is another program, and cannot be kept as $other.before, which exists:" \
+            "move one of them away"
     cp -p "$destdir$other" "$destdir$other.before"
+    sync "$destdir$other.before" 2>/dev/null || sync
+    mkdir -p "$destdir$share"
+    : >"$destdir$share/other"
     say "$other was another program, which is kept as $other.before"
 }
 
 # give_back_other: gives that program its path again.
 give_back_other() {
-    [ -e "$destdir$bin/$program.before" ] || return 0
+    if [ ! -e "$destdir$share/other" ] || [ ! -e "$destdir$bin/$program.before" ]; then
+        return 0
+    fi
     mv "$destdir$bin/$program.before" "$destdir$bin/$program"
     say "$bin/$program is the program again that was there before"
 }
@@ -312,8 +321,8 @@ uninstall() {
     rm -f "$destdir$bin/$program" "$destdir$man/$program.8" "$destdir$bash/rwsplit" \
         "$destdir$bash/$program" "$destdir$zsh/_rwsplit" "$destdir$fish/rwsplit.fish" \
         "$destdir$fish/$program.fish"
-    rm -rf "$destdir$share"
     give_back_other
+    rm -rf "$destdir$share"
     say "removed. Images and containers stay, and so do the mounts that were set up;" \
         "containerd's configuration still names the snapshotter"
 }

@@ -85,7 +85,16 @@ cmp -s "$archive/$program" "$DESTDIR/usr/local/bin/$program" || fail "the origin
 expect "is installed" "$archive/install.sh" --service systemd
 expect "that was there before" "$archive/install.sh" uninstall --service systemd
 [ "$(cat "$DESTDIR/usr/local/bin/$program")" = original ] || fail "the original does not come back"
+# A copy that somebody else has made is neither overwritten nor taken for that program.
+echo mine >"$DESTDIR/usr/local/bin/$program.before"
+! said=$("$archive/install.sh" --service systemd 2>&1) || fail "a copy of the administrator's is overwritten"
+case $said in *"which exists"*) ;; *) fail "the refusal says: $said" ;; esac
+[ "$(cat "$DESTDIR/usr/local/bin/$program")" = original ] || fail "a refused installation replaces a program"
 rm "$DESTDIR/usr/local/bin/$program"
+expect "is installed" "$archive/install.sh" --service systemd
+expect "removed" "$archive/install.sh" uninstall --service systemd
+[ "$(cat "$DESTDIR/usr/local/bin/$program.before")" = mine ] || fail "the administrator's copy is gone"
+rm "$DESTDIR/usr/local/bin/$program.before"
 expect "is installed" "$archive/install.sh" --service systemd
 
 # The service waits for directories that were moved.
