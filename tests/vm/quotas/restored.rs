@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use overlay_read_write_splitting_snapshotter::quota::{Held, Quotas, charge_file, set_project};
+use overlay_read_write_splitting_snapshotter::quota::{Quotas, charge_file, set_project};
 use overlay_read_write_splitting_snapshotter::tree::{self, Visited};
 use overlay_read_write_splitting_snapshotter::types::{Limits, ProjectId};
 use registered::registered;
@@ -161,6 +161,11 @@ fn ids_of_others_are_left_to_them(rig: &mut Rig) {
         until("it is counted", || usage(&client, key) == walk(top));
         let mounted = Mounted::new(&client.mounts(key).unwrap());
         assert_eq!(size_of_disk(&mounted), 8 * MIB);
+        drop(mounted);
+        // XFS counts the deleted files of the mount for a moment.
+        until("the mount's files are gone", || {
+            usage(&client, key) == walk(top)
+        });
     }
     assert_ne!(project(&tops[0]), project(&tops[1]));
     let held: BTreeMap<_, _> = rig.projects().into_iter().collect();
@@ -170,13 +175,8 @@ fn ids_of_others_are_left_to_them(rig: &mut Rig) {
     assert_eq!(held[&used].usage.inodes, 2);
     daemon.stop();
     daemon.restart();
-    // XFS counts the deleted files of a mount for a moment, so only the limits are compared.
-    let limits_of = |held: BTreeMap<_, Held>| -> BTreeMap<ProjectId, Limits> {
-        let limits = held.into_iter().map(|(id, held)| (id, held.limits));
-        limits.collect()
-    };
-    let after = rig.projects().into_iter().collect();
-    assert_eq!(limits_of(after), limits_of(held));
+    let after: BTreeMap<_, _> = rig.projects().into_iter().collect();
+    assert_eq!(after, held);
 
     fs::remove_dir_all(&theirs).unwrap();
     set_theirs(Limits::NONE);
