@@ -11,11 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{ErrorKind, Result};
 use crate::store::Store;
-use crate::sys;
 use crate::tree::{self, ReadFrom};
 use crate::types::SnapshotId;
 use crate::util::monitor::Monitor;
-use crate::util::threads::Background;
+use crate::util::threads::{Background, lower_io_priority};
 use crate::volume::Volumes;
 
 /// How many layers may wait for the thread. Further layers get no digest at their commit: a
@@ -58,9 +57,7 @@ impl Recorder {
     }
 
     fn run(&self) {
-        // Without the idle I/O priority, the thread works, but may slow other programs
-        // down.
-        let _ = sys::lower_io_priority();
+        lower_io_priority("the recorder's thread");
         let next = || {
             self.waiting
                 .wait_while(VecDeque::is_empty, VecDeque::pop_front)

@@ -5,6 +5,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys;
 
 /// The shortest time that [`Background::end_all`] waits for threads.
 const MOMENT: Duration = Duration::from_millis(500);
@@ -92,6 +93,16 @@ impl Drop for Background {
                 self.name
             );
         }
+    }
+}
+
+/// Gives the calling thread the idle I/O priority, so that its reads and writes wait for
+/// those of containers. `who` names the thread in the log if that is impossible.
+pub fn lower_io_priority(who: &str) {
+    if let Err(errno) = sys::lower_io_priority() {
+        log::debug!(
+            "cannot lower the I/O priority of {who}, which may slow down containers: {errno}"
+        );
     }
 }
 

@@ -21,9 +21,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::service::HealingClient;
 use crate::snapshotter::{Compared, Finding, Problem, Snapshotter, Unpacking};
 use crate::store::Snapshot;
-use crate::sys;
 use crate::tree::Differences;
 use crate::types::{Quoted, SnapshotId};
+use crate::util::threads::lower_io_priority;
 
 /// The results of a deep check.
 #[derive(Default)]
@@ -141,11 +141,7 @@ pub(super) fn run(
     task: Task<'_>,
     options: &CheckOptions,
 ) -> Result<Deep> {
-    if let Err(errno) = sys::lower_io_priority() {
-        log::debug!(
-            "cannot lower the I/O priority of this check, which may slow down containers: {errno}"
-        );
-    }
+    lower_io_priority("this check");
     let cancel = interruption()?;
     let broken = findings
         .iter()

@@ -13,11 +13,10 @@ use super::Projects;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quota;
 use crate::snapshotter::in_use::{self, Sureness};
-use crate::sys;
 use crate::tree::{self, Visited};
 use crate::types::{Kind, ProjectId, SnapshotId, Volume};
 use crate::util::fault_point::fault_point;
-use crate::util::threads::Background;
+use crate::util::threads::{Background, lower_io_priority};
 use crate::volume::SnapshotDirs;
 
 /// The snapshots whose files have to be charged.
@@ -71,9 +70,7 @@ impl Projects {
     ) -> Result<Background> {
         let stop = |projects: &Projects| projects.uncharged.stop();
         Background::start("charger", self, stop, move |projects| {
-            if let Err(errno) = sys::lower_io_priority() {
-                log::debug!("cannot lower the I/O priority of the charger's thread: {errno}");
-            }
+            lower_io_priority("the charger's thread");
             let is_idle = |uncharged: &Uncharged| uncharged.waiting.is_empty();
             let begin_next = || {
                 projects

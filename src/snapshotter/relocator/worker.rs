@@ -10,10 +10,9 @@ use super::{EVERY_MINUTE, Moved, News, Relocator, require_room};
 use crate::error::{ErrorKind, Result};
 use crate::snapshotter::Relocation;
 use crate::store::UnmovedLayer;
-use crate::sys;
 use crate::types::{Quoted, SnapshotId, Timestamp, Volume};
 use crate::util::lock::lock;
-use crate::util::threads::Background;
+use crate::util::threads::{Background, lower_io_priority};
 use crate::volume::{Unused, keeps_times};
 
 /// Layers smaller than this wait until nothing stands on them: they are mostly
@@ -76,9 +75,7 @@ impl Notes {
 
 impl Worker<'_> {
     fn run(&mut self) {
-        if let Err(errno) = sys::lower_io_priority() {
-            log::debug!("cannot lower the I/O priority of the relocator's thread: {errno}");
-        }
+        lower_io_priority("the relocator's thread");
         if self.after.is_some() {
             self.say_lost_times();
         }
